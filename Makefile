@@ -1,0 +1,27 @@
+# hpc_bnn. `make help` lists the targets.
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+ACTIVATE = . tools/activate.sh
+RUN_DIR ?= runs/quickstart
+
+.PHONY: help setup quickstart test lint clean
+
+help: ## List the targets
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
+
+setup: ## Make .venv with torch, MPI, Horovod and hpc_bnn (nothing to do the second time)
+	@tools/setup.sh
+
+quickstart: setup ## Train a Bayesian network on 4 ranks (2 x 2) on real data; writes runs/quickstart/
+	$(ACTIVATE); python data_prep/digits.py --output data/digits
+	$(ACTIVATE); mpirun -np 4 python -m mpi4py -m hpc_bnn train --config configs/digits.yaml \
+	    --grid.sample_size 2 --run_dir $(RUN_DIR)
+
+test: setup ## Run all tests: serial, and on 1, 2, 3 and 4 MPI ranks
+	$(ACTIVATE); timeout 1320 python -m pytest tests $(PYTEST_ARGS)
+
+lint: setup ## Check style and the order of imports
+	$(ACTIVATE); ruff check . && ruff format --check . && lint-imports
+
+clean: ## Remove the environment, data and runs
+	rm -rf .venv data runs

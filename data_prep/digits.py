@@ -1,0 +1,75 @@
+#!/usr/bin/env python3
+"""Write scikit-learn's bundled digits as HDF5 shards: 1,797 images of 8 x 8 pixels, 10 classes.
+
+Source: the test set of "Optical Recognition of Handwritten Digits" (E. Alpaydin, C. Kaynak, 1998), UCI
+Machine Learning Repository, as scikit-learn bundles it. Licence: CC BY 4.0 (UCI).
+"""
+
+import argparse
+import hashlib
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from hpc_bnn.data import Manifest, write_shards
+from hpc_bnn.errors import DataError
+
+NUM_EXAMPLES = 1797
+SHA256 = "87ff0c9e40dc7e2c0e34e7257799c2e3f3aec1a016363bb11cad869ec428a826"  # of the pixels as uint8, then the labels as uint8
+
+
+def load() -> tuple[np.ndarray, np.ndarray]:
+    """Return images [1797, 1, 8, 8] uint8 in 0..16 and labels [1797] int64, verified."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        sys.exit("data_prep/digits.py needs scikit-learn: pip install scikit-learn")
+    digits = load_digits()
+    x = digits.images.astype(np.uint8)[:, None]
+    y = digits.target.astype(np.int64)
+    found = hashlib.sha256(x.tobytes() + y.astype(np.uint8).tobytes()).hexdigest()
+    if len(x) != NUM_EXAMPLES or found != SHA256:
+        sys.exit(f"scikit-learn's digits are not the expected ones: {len(x)} examples, SHA-256 {found}")
+    return x, y
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="shard directory to write")
+    parser.add_argument("--seed", type=int, default=0, help="of the split (default: %(default)s)")
+    parser.add_argument(
+        "--examples-per-shard", type=int, default=512, metavar="N", help="per file (default: %(default)s)"
+    )
+    parser.add_argument("--force", action="store_true", help="write again what is already there")
+    options = parser.parse_args()
+    if options.examples_per_shard < 1:
+        parser.error(f"--examples-per-shard {options.examples_per_shard}: must be at least 1")
+    if not options.force:
+        try:
+            Manifest.read(options.output)
+        except DataError:
+            pass
+        else:
+            print(f"{options.output} is already there (--force writes it again)")
+            return
+    x, y = load()
+    order = np.random.default_rng(options.seed).permutation(len(x))
+    test, train = np.split(order, [len(x) // 5])  # a fifth is held out
+    manifest = write_shards(
+        options.output,
+        {"train": (x[train], y[train]), "test": (x[test], y[test])},
+        name="digits",
+        source="scikit-learn load_digits; Alpaydin and Kaynak, UCI Machine Learning Repository, 1998",
+        licence="CC BY 4.0",
+        num_classes=10,
+        examples_per_shard=options.examples_per_shard,
+    )
+    for split, shards in manifest.splits.items():
+        print(f"{options.output}: {split}, {manifest.num_examples(split)} examples in {len(shards)} shards")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""Bayesian neural networks on supercomputers by sampling parallelism.
+
+Samples of the weights, examples, or both are spread over the ranks of an MPI job; the result does not
+depend on how.
+"""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Categorical": "likelihoods",
+    "Config": "config",
+    "GaussianPrior": "posteriors",
+    "Grid": "grid",
+    "GridComm": "comm",
+    "MeanFieldGaussian": "posteriors",
+    "ShardDataset": "data",
+    "VariationalStep": "step",
+    "connect": "comm",
+    "evaluate_classes": "evaluate",
+    "global_batches": "data",
+    "predict_classes": "evaluate",
+    "write_shards": "data",
+}
+__all__ = [*_HOMES, "__version__"]
+
+
+def __getattr__(name: str):
+    # Imported on first use: `hpc_bnn.grid` and `--help` need no torch.
+    if name in _HOMES:
+        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted(__all__)

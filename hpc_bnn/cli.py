@@ -1,0 +1,81 @@
+"""The command line: parsing and calling, nothing else (floor 8)."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jsonargparse
+
+from . import __version__, comm
+from .config import Config
+from .errors import ConfigError, HpcBnnError
+
+
+class _Parser(jsonargparse.ArgumentParser):
+    def error(self, message: str, *args: Any, **kwargs: Any):
+        raise ConfigError(f"{message}\nSee {self.prog} --help")
+
+
+def build_parser() -> jsonargparse.ArgumentParser:
+    """Return the parser of ``hpc-bnn``."""
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = _Parser(prog="hpc-bnn", description="Bayesian neural networks by sampling parallelism.")
+    parser.add_argument("--version", action="version", version=f"hpc_bnn {__version__}")
+    commands = parser.add_subcommands()
+    train = _Parser(description="Train a Bayesian network on the process grid.")
+    train.add_argument("--config", action="config", help="YAML file; flags given after it override it.")
+    train.add_class_arguments(Config, fail_untyped=True)
+    commands.add_subcommand("train", train)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code: 0, 1 for an error, 2 for a request that cannot be met.
+
+    Collective over the world when launched by ``mpirun`` or ``srun``. Errors on which all ranks agree are
+    printed once and end the job in order; any other exception is left to ``python -m mpi4py``, which
+    prints it and aborts the job.
+    """
+    is_first = comm.launched_rank() == 0
+    logging.basicConfig(
+        level=logging.INFO if is_first else logging.ERROR, format="%(levelname)s: %(message)s", stream=sys.stderr
+    )
+    try:
+        parser = build_parser()
+        parsed = parser.parse_args(arguments)
+        command = parsed.subcommand
+        options = parser.instantiate_classes(parsed)[command]
+        return {"train": _train}[command](options)
+    except HpcBnnError as error:
+        if is_first:
+            print(f"hpc-bnn: error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    finally:
+        if not isinstance(sys.exc_info()[1], Exception):
+            comm.finalize()
+
+
+def _train(options: jsonargparse.Namespace) -> int:
+    from .report import write_plots
+    from .train import Run, check
+
+    values = options.as_dict()
+    values.pop("config", None)
+    config = Config(**values)
+    check(config, comm.world_size())  # before the first collective
+    grid_comm = comm.connect(config.grid.sample_size, config.device, config.grid.reduction)
+    run = Run(config, grid_comm)
+    summary, examples = run.train()
+    with grid_comm.agree("drawing plots"):
+        if run.is_writer:
+            plots = write_plots(run.run_dir, examples)
+            print(
+                f"test accuracy {summary['test/accuracy']:.4f}, test NLL {summary['test/nll']:.4f} nats, "
+                f"{summary['seconds']:.1f} s\n{run.run_dir}/summary.json"
+            )
+            for path in plots:
+                print(path)
+    return 0

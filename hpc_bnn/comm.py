@@ -1,0 +1,611 @@
+"""Communication over the process grid (floor 2).
+
+The only module that imports mpi4py and horovod. `connect` splits ``MPI.COMM_WORLD`` into sample and
+data sub-communicators, makes the Horovod process sets of the same ranks, and returns a `GridComm`.
+Tensors travel through Horovod; Python objects (errors, file names, metadata) through mpi4py.
+
+`GridComm` itself is the one-process case: every collective over one rank is the identity. A library
+plugs in underneath by the few methods of a subclass whose names begin with an underscore.
+
+Neither mpi4py.MPI nor horovod is imported before `connect` is called, because importing the first
+starts MPI; a worker process that imports this module stays an ordinary process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import socket
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from .errors import CommunicationError, ConfigError, Fault, HpcBnnError, RankError
+from .grid import Grid
+
+logger = logging.getLogger(__name__)
+
+Axis = Literal["sample", "data", "world"]
+Operation = Literal["sum", "max"]
+
+BUCKET_BYTES = 256 * 2**20
+"""Largest buffer that one reduction of a list of tensors packs (bytes)."""
+
+
+@dataclass
+class Traffic:
+    """What this rank has sent into collectives since the start."""
+
+    num_collectives: int = 0
+    """Tensor collectives that this rank took part in."""
+    num_bytes: int = 0
+    """Bytes of the tensors that it gave to them."""
+    num_object_collectives: int = 0
+    """Collectives of Python objects (start, checks, errors; never in a training step)."""
+
+
+class GridComm:
+    """Collectives over the axes of the process grid; this class: one process, nothing to do.
+
+    Parameters
+    ----------
+    grid : Grid
+        Place of this rank.
+    device : torch.device
+        Device of this rank.
+    reduction : {"axes", "world"}
+        How `sum_` over the world goes: over the sample group and then over the data group, or at once.
+
+    Attributes
+    ----------
+    sample_comm, data_comm, world_comm : mpi4py.MPI.Intracomm or None
+        The communicators of the groups (None in a single process without MPI).
+    sample_set, data_set : horovod.torch.ProcessSet or None
+        The Horovod process sets of the same ranks (None for an axis of extent 1).
+    local_rank, local_size : int
+        This rank among the ranks of its node, and their number.
+    traffic : Traffic
+        Count of the collectives so far.
+    """
+
+    library = "none"
+    sample_comm = data_comm = world_comm = None
+    sample_set = data_set = None
+    local_rank, local_size = 0, 1
+
+    def __init__(
+        self, grid: Grid, device: torch.device | str = "cpu", reduction: Literal["axes", "world"] = "axes"
+    ):
+        self.grid = grid
+        self.device = torch.device(device)
+        self.traffic = Traffic()
+        self._extents = {"sample": grid.sample_size, "data": grid.data_size, "world": grid.world_size}
+        axes = ("world",) if reduction == "world" else ("sample", "data")
+        self._routes: dict[str, list[Axis]] = {
+            "sample": [axis for axis in ("sample",) if self._extents[axis] > 1],
+            "data": [axis for axis in ("data",) if self._extents[axis] > 1],
+            "world": [axis for axis in axes if self._extents[axis] > 1],
+        }
+
+    # --- tensors --------------------------------------------------------------------------------
+
+    def sum_(self, tensors: torch.Tensor | Sequence[torch.Tensor], axis: Axis = "world") -> None:
+        """Replace each tensor, in place, by its sum over an axis.
+
+        A list is packed into few large buffers, one reduction each, not one per tensor; a single
+        contiguous tensor is reduced where it lies. bfloat16 and float16 are summed in float32.
+
+        Collective over ``sample_comm``, ``data_comm`` or the world, by ``axis``. An axis of extent 1
+        costs nothing.
+
+        Parameters
+        ----------
+        tensors : Tensor or sequence of Tensor
+            The same shapes and dtypes in the same order on each rank.
+        axis : {"sample", "data", "world"}
+            Over which ranks.
+        """
+        self._reduce_all_(tensors, axis, "sum")
+
+    def max_(self, tensors: torch.Tensor | Sequence[torch.Tensor], axis: Axis = "world") -> None:
+        """Replace each tensor, in place, by its elementwise maximum over an axis (see `sum_`)."""
+        self._reduce_all_(tensors, axis, "max")
+
+    def broadcast_(self, tensors: torch.Tensor | Sequence[torch.Tensor], root: int = 0) -> None:
+        """Overwrite tensors with those of world rank ``root``. Collective over the world."""
+        if self.grid.world_size == 1:
+            return
+        with _packed_buckets(tensors) as buckets:
+            for flat in buckets:
+                self._count(flat)
+                self._broadcast_(flat, root)
+
+    def broadcast_optimizer_state(self, optimizer: torch.optim.Optimizer, root: int = 0) -> None:
+        """Overwrite the state of an optimizer with that of world rank ``root``. Collective over the world.
+
+        The other ranks need no state of their own: a new optimizer is filled.
+        """
+        if self.grid.world_size == 1:
+            return
+        is_root = self.grid.rank == root
+        state = optimizer.state_dict() if is_root else None
+        outline = self.broadcast_object(_map_tensors(state, lambda t: t.to("meta")), root)
+        if not is_root:
+            state = _map_tensors(outline, lambda t: torch.empty_like(t, device=self.device))
+        tensors: list[torch.Tensor] = []
+        _map_tensors(state, tensors.append)
+        self.broadcast_(tensors, root)
+        if not is_root:
+            optimizer.load_state_dict(state)
+
+    # --- Python objects ---------------------------------------------------------------------------
+
+    def broadcast_object(self, value: Any, root: int = 0) -> Any:
+        """Return the object of world rank ``root`` on all ranks. Collective over the world."""
+        return value
+
+    def gather_objects(self, value: Any, axis: Axis = "world") -> list[Any]:
+        """Return the objects of all ranks of an axis, in rank order, on each of them. Collective."""
+        return [value]
+
+    def barrier(self) -> None:
+        """Wait for all ranks. Collective over the world."""
+
+    @contextlib.contextmanager
+    def agree(self, doing: str) -> Iterator[None]:
+        """Run a block; if it raises on any rank, raise the same error on all. Collective over the world.
+
+        For what can fail on one rank only: files, memory, hardware. The block itself must contain no
+        collective, or the ranks that succeed wait inside it for the one that failed.
+
+        Parameters
+        ----------
+        doing : str
+            What the block does, for the message: "reading data/digits".
+
+        Raises
+        ------
+        HpcBnnError
+            Of the class of the first failing rank's error (`RankError` for a foreign class), with rank
+            and host in its message.
+        """
+        error = None
+        try:
+            yield
+        except Exception as caught:
+            error = caught
+        report = None
+        if error is not None:
+            kind = type(error) if isinstance(error, HpcBnnError) else RankError
+            text = str(error) if isinstance(error, HpcBnnError) else f"{type(error).__name__}: {error}"
+            report = (kind, self.grid.rank, socket.gethostname(), text)
+        reports = [r for r in self.gather_objects(report) if r is not None]
+        if reports:
+            kind, rank, host, text = reports[0]
+            if self.grid.world_size == 1:
+                raise kind(f"{doing}: {text}") from error
+            others = f" (and {len(reports) - 1} other ranks)" if len(reports) > 1 else ""
+            raise kind(f"rank {rank} on {host}{others}, {doing}: {text}") from error
+
+    def check_replicas(self, tensors: torch.Tensor | Sequence[torch.Tensor], what: str) -> None:
+        """Verify that tensors are bit for bit the same on all ranks. Collective over the world.
+
+        Raises
+        ------
+        CommunicationError
+            Some rank has other bits: parameters that should be replicated have drifted apart.
+        """
+        if self.grid.world_size == 1:
+            return
+        digest = hashlib.sha256()
+        for tensor in _as_list(tensors):
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        digests = self.gather_objects(digest.digest())
+        odd = [rank for rank, other in enumerate(digests) if other != digests[0]]
+        if odd:
+            raise CommunicationError(f"{what}: ranks {odd} differ from rank 0, though they must be replicas")
+
+    def close(self) -> None:
+        """Leave the groups. Collective over the world; the object cannot be used afterwards."""
+
+    # --- what a library provides ------------------------------------------------------------------
+
+    def _reduce_(self, flat: torch.Tensor, axis: Axis, operation: Operation) -> None:
+        raise NotImplementedError
+
+    def _broadcast_(self, flat: torch.Tensor, root: int) -> None:
+        raise NotImplementedError
+
+    # --- shared -------------------------------------------------------------------------------------
+
+    def _reduce_all_(self, tensors, axis: Axis, operation: Operation) -> None:
+        route = self._routes[axis]
+        if not route:
+            return
+        with _packed_buckets(tensors) as buckets:
+            for flat in buckets:
+                for step in route:
+                    self._count(flat)
+                    self._reduce_(flat, step, operation)
+
+    def _count(self, flat: torch.Tensor) -> None:
+        self.traffic.num_collectives += 1
+        self.traffic.num_bytes += flat.numel() * flat.element_size()
+
+
+class HorovodComm(GridComm):
+    """The collectives of `GridComm` by Horovod (tensors) and mpi4py (objects)."""
+
+    library = "horovod"
+
+    def __init__(self, grid: Grid, device: torch.device, reduction: Literal["axes", "world"], mpi, hvd):
+        super().__init__(grid, device, reduction)
+        self._hvd = hvd
+        self._mpi = mpi
+        self.world_comm = mpi.COMM_WORLD
+        self.sample_comm = self.world_comm.Split(color=grid.data_index, key=grid.sample_index)
+        self.data_comm = self.world_comm.Split(color=grid.sample_index, key=grid.data_index)
+        self._object_comms = {"sample": self.sample_comm, "data": self.data_comm, "world": self.world_comm}
+        self.local_rank, self.local_size = _place_on_node(mpi)
+        self._start_horovod()
+        self._operations = {"sum": hvd.Sum, "max": hvd.Max}
+        self._through_host = self.device.type == "cuda" and not hvd.nccl_built()
+        if self._through_host and grid.rank == 0:
+            logger.warning(
+                "Horovod was built without NCCL: tensors go through host memory. "
+                "Build it with HOROVOD_GPU_OPERATIONS=NCCL for direct reductions between GPUs"
+            )
+
+    def _start_horovod(self) -> None:
+        """Initialise Horovod with one process set per sample group and per data group.
+
+        Horovod refuses a set that equals the world (there the global set is used), wants all sets at
+        init, and the same list in the same order on each rank.
+        """
+        grid, hvd = self.grid, self._hvd
+        sets = {"sample": [], "data": []}
+        if 1 < grid.sample_size < grid.world_size:
+            sets["sample"] = [hvd.ProcessSet(list(grid.sample_group(d))) for d in range(grid.data_size)]
+        if 1 < grid.data_size < grid.world_size:
+            sets["data"] = [hvd.ProcessSet(list(grid.data_group(s))) for s in range(grid.sample_size)]
+        if hvd.is_initialized():
+            hvd.shutdown()
+        hvd.init(comm=self.world_comm, process_sets=sets["sample"] + sets["data"])
+        world = hvd.global_process_set
+        if grid.sample_size > 1:
+            self.sample_set = sets["sample"][grid.data_index] if sets["sample"] else world
+        if grid.data_size > 1:
+            self.data_set = sets["data"][grid.sample_index] if sets["data"] else world
+        self._sets = {"sample": self.sample_set, "data": self.data_set, "world": world}
+
+    def _reduce_(self, flat: torch.Tensor, axis: Axis, operation: Operation) -> None:
+        # A stable name per buffer lets Horovod's response cache skip the negotiation.
+        name = f"hpc_bnn.{operation}.{axis}.{flat.dtype}.{flat.numel()}"
+        buffer = flat.cpu() if self._through_host and flat.is_cuda else flat
+        self._hvd.allreduce_(buffer, op=self._operations[operation], process_set=self._sets[axis], name=name)
+        if buffer is not flat:
+            flat.copy_(buffer)
+
+    def _broadcast_(self, flat: torch.Tensor, root: int) -> None:
+        name = f"hpc_bnn.broadcast.{flat.dtype}.{flat.numel()}"
+        buffer = flat.cpu() if self._through_host and flat.is_cuda else flat
+        self._hvd.broadcast_(buffer, root, name=name)
+        if buffer is not flat:
+            flat.copy_(buffer)
+
+    def broadcast_object(self, value: Any, root: int = 0) -> Any:
+        self.traffic.num_object_collectives += 1
+        return self.world_comm.bcast(value, root)
+
+    def gather_objects(self, value: Any, axis: Axis = "world") -> list[Any]:
+        self.traffic.num_object_collectives += 1
+        return self._object_comms[axis].allgather(value)
+
+    def barrier(self) -> None:
+        self.traffic.num_object_collectives += 1
+        self.world_comm.Barrier()
+
+    def close(self) -> None:
+        if self._hvd.is_initialized():
+            self._hvd.shutdown()
+        self.sample_comm.Free()
+        self.data_comm.Free()
+
+
+# --- start and end -------------------------------------------------------------------------------------
+
+
+def connect(
+    sample_size: int = 1, device: str = "auto", reduction: Literal["axes", "world"] = "axes"
+) -> GridComm:
+    """Join the process grid of this job. Collective over the world.
+
+    Under ``mpirun`` or ``srun`` the ranks of the job form the grid; without a launcher, one process is
+    a grid of 1 x 1 and needs neither MPI nor Horovod. Calling it again makes a new grid of the same
+    ranks; the former object is then closed.
+
+    Parameters
+    ----------
+    sample_size : int
+        Extent of the sample axis; must divide the number of ranks.
+    device : {"auto", "cpu", "cuda", "cuda:N"}
+        ``auto`` and ``cuda`` give each rank of a node its own GPU, by its rank on the node; ``auto``
+        takes the CPU where there is no GPU.
+    reduction : {"axes", "world"}
+        See `GridComm`.
+
+    Returns
+    -------
+    GridComm
+
+    Raises
+    ------
+    ConfigError
+        The sample axis does not fit the number of ranks, or the device is not there.
+    CommunicationError
+        Several ranks and no Horovod, a Horovod without MPI, or a launcher of another MPI.
+    """
+    mpi = _start_mpi()
+    if mpi is None or mpi.COMM_WORLD.size == 1:
+        logger.info("one process: no communication, all samples and examples are computed here")
+        return GridComm(Grid(1, sample_size, 0), choose_device(device, 0, _num_visible_gpus()))
+    world = mpi.COMM_WORLD
+    _install_abort_hook(mpi)
+    grid = Grid(world.size, sample_size, world.rank)
+    hvd = _import_horovod(world)
+    local_rank, local_size = _place_on_node(mpi)
+    _set_num_threads(local_size)
+    comm = HorovodComm(
+        grid, choose_device(device, local_rank, _num_visible_gpus()), reduction, mpi=mpi, hvd=hvd
+    )
+    _check_one_rank_per_gpu(comm)
+    return comm
+
+
+def world_size() -> int:
+    """Number of ranks of this job. Local, but starts MPI.
+
+    Raises
+    ------
+    CommunicationError
+        The launcher started several ranks that cannot work together: no mpi4py, or another MPI.
+    """
+    mpi = _start_mpi()
+    return mpi.COMM_WORLD.size if mpi else 1
+
+
+def finalize() -> None:
+    """End Horovod and MPI, so that this rank can exit with any code. Collective over the world.
+
+    Without it ``python -m mpi4py`` answers an exit code other than 0 by aborting the job, which is right
+    for an error of one rank and noise for one on which all ranks agreed.
+    """
+    if "horovod.torch" in sys.modules:
+        hvd = sys.modules["horovod.torch"]
+        if hvd.is_initialized():
+            hvd.shutdown()
+    if "mpi4py.MPI" in sys.modules:
+        mpi = sys.modules["mpi4py.MPI"]
+        if mpi.Is_initialized() and not mpi.Is_finalized():
+            mpi.Finalize()
+
+
+def launched_rank() -> int:
+    """World rank of this process by the launcher's environment; 0 without a launcher. Local, no MPI."""
+    return _first_number("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID", "PALS_RANKID")
+
+
+def choose_device(requested: str, local_rank: int, num_visible: int) -> torch.device:
+    """Return the device of a rank. Local.
+
+    One rank per GPU of the node; where the launcher shows each rank only its own GPU, that is number 0.
+
+    Parameters
+    ----------
+    requested : str
+        "auto", "cpu", "cuda" or "cuda:N".
+    local_rank : int
+        This rank among the ranks of its node.
+    num_visible : int
+        GPUs that this process sees.
+    """
+    kind, _, number = requested.partition(":")
+    if kind not in ("auto", "cpu", "cuda") or (number and (kind != "cuda" or not number.isdigit())):
+        raise ConfigError(
+            Fault("--device", requested, "the device is auto, cpu, cuda or cuda:N", "Leave it at auto")
+        )
+    if kind == "cpu" or (kind == "auto" and num_visible == 0):
+        return torch.device("cpu")
+    index = int(number) if number else local_rank % max(num_visible, 1)
+    if index >= num_visible:
+        raise ConfigError(
+            Fault(
+                "--device",
+                requested,
+                f"this process sees {num_visible} GPUs",
+                "Ask the batch system for GPUs, check CUDA_VISIBLE_DEVICES, or use --device cpu",
+            )
+        )
+    return torch.device("cuda", index)
+
+
+# --- looking around ------------------------------------------------------------------------------------
+
+
+def _first_number(*names: str, default: int = 0) -> int:
+    return next((int(os.environ[name]) for name in names if os.environ.get(name, "").isdigit()), default)
+
+
+def _launched_ranks() -> int:
+    """Ranks that the launcher says it started; 1 without a launcher."""
+    names = ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE"]
+    if os.environ.get("SLURM_STEP_ID", "").isdigit() and "SLURM_PROCID" in os.environ:
+        names.append("SLURM_STEP_NUM_TASKS")
+    return _first_number(*names, default=1)
+
+
+def _start_mpi():
+    """Import and thereby start mpi4py.MPI; None where there is none and one process needs none."""
+    launched = _launched_ranks()
+    _be_gentle_when_oversubscribed()
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py found no MPI library
+        if launched > 1:
+            raise CommunicationError(
+                f"{launched} ranks were launched, but mpi4py does not work here ({error}). "
+                "Install mpi4py for the MPI of this launcher, or load its module"
+            ) from error
+        return None
+    if launched > 1 and MPI.COMM_WORLD.size == 1:
+        raise CommunicationError(
+            f"the launcher started {launched} ranks, but {_mpi_name(MPI)} sees only one: the launcher belongs "
+            f"to another MPI. Use the mpirun of this MPI (this is {sys.executable}), or srun --mpi=pmix"
+        )
+    return MPI
+
+
+def _be_gentle_when_oversubscribed() -> None:
+    """Let MPI yield the core while it waits, where ranks fill the node. Before MPI starts.
+
+    Horovod adds a thread to each rank; with spinning waits the two fight for the core (measured on two
+    ranks and two cores: a training step of 31 ms instead of 5 ms).
+    """
+    local_size = _first_number("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", default=1)
+    if local_size >= (os.cpu_count() or 1):
+        os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
+
+
+def _set_num_threads(local_size: int) -> None:
+    """Share the cores among the ranks of a node, unless the user has set OMP_NUM_THREADS."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        total = os.cpu_count() or 1
+        bound = cores < total  # the launcher gave this rank cores of its own
+        torch.set_num_threads(max(1, cores if bound else cores // local_size))
+
+
+def _place_on_node(mpi) -> tuple[int, int]:
+    node = mpi.COMM_WORLD.Split_type(mpi.COMM_TYPE_SHARED)
+    place = node.rank, node.size
+    node.Free()
+    return place
+
+
+def _num_visible_gpus() -> int:
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def _mpi_name(mpi) -> str:
+    return mpi.Get_library_version().replace("\0", "").splitlines()[0].split(",")[0]
+
+
+def _import_horovod(world):
+    """Import Horovod on all ranks, or raise the same error on all. Collective over the world."""
+    problem = None
+    hvd = None
+    try:
+        import horovod.torch as hvd
+    except Exception as error:  # a broken build raises many kinds of error
+        problem = f"{type(error).__name__}: {error}"
+    else:
+        if not hvd.mpi_built():
+            problem = "it was built without MPI"
+    problems = [(rank, p) for rank, p in enumerate(world.allgather(problem)) if p]
+    if problems:
+        rank, problem = problems[0]
+        raise CommunicationError(
+            f"{world.size} ranks need Horovod, and it cannot be used on rank {rank} ({problem}). "
+            "Build it for this PyTorch and MPI with tools/install_horovod.sh, or run one process without mpirun"
+        )
+    os.environ.setdefault("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", "600")
+    return hvd
+
+
+def _check_one_rank_per_gpu(comm: HorovodComm) -> None:
+    """Refuse two ranks on one GPU where NCCL would, warn elsewhere. Collective over the world."""
+    uuid = None
+    if comm.device.type == "cuda":
+        torch.cuda.set_device(comm.device)
+        uuid = str(torch.cuda.get_device_properties(comm.device).uuid)
+    uuids = comm.gather_objects(uuid)
+    shared = sorted({u for u in uuids if u is not None and uuids.count(u) > 1})
+    if not shared:
+        return
+    ranks = [rank for rank, u in enumerate(uuids) if u == shared[0]]
+    text = f"ranks {ranks} share one GPU ({shared[0]})"
+    if comm._hvd.nccl_built():
+        raise CommunicationError(f"{text}, which NCCL refuses. Start one rank per GPU of a node")
+    if comm.grid.rank == 0:
+        logger.warning("%s: right for a trial, slow for work. Start one rank per GPU of a node", text)
+
+
+def _install_abort_hook(mpi) -> None:
+    """Let an exception of one rank end the job, as ``python -m mpi4py`` does."""
+    former = sys.excepthook
+
+    def abort(kind, error, traceback):
+        former(kind, error, traceback)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if mpi.Is_initialized() and not mpi.Is_finalized():
+            mpi.COMM_WORLD.Abort(1)
+
+    if getattr(former, "__module__", None) != __name__:
+        sys.excepthook = abort
+
+
+# --- packing -------------------------------------------------------------------------------------------
+
+
+def _as_list(tensors: torch.Tensor | Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
+
+
+def _map_tensors(tree: Any, function: Callable[[torch.Tensor], Any]) -> Any:
+    """Apply a function to the tensors in nested dicts and lists."""
+    if isinstance(tree, torch.Tensor):
+        return function(tree)
+    if isinstance(tree, dict):
+        return {key: _map_tensors(value, function) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_map_tensors(value, function) for value in tree]
+    return tree
+
+
+@contextlib.contextmanager
+def _packed_buckets(tensors: torch.Tensor | Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """Offer tensors as few flat buffers of one dtype; copy back what had to be copied.
+
+    A contiguous tensor that fills a bucket alone is offered as a view, without a copy.
+    """
+    with torch.no_grad():
+        originals = [t.detach() for t in _as_list(tensors)]
+        # Horovod sums no bfloat16 and float16 loses too much; float32 is exact for both as operands.
+        wide = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
+        sources = [t.to(wide.get(t.dtype, t.dtype)).contiguous() for t in originals]
+        pieces = [piece for t in sources for piece in t.view(-1).split(BUCKET_BYTES // t.element_size())]
+        groups: list[list[torch.Tensor]] = []
+        for piece in sorted(pieces, key=lambda p: (str(p.dtype), str(p.device))):  # sorted() is stable
+            last = groups[-1] if groups else None
+            if (
+                last
+                and (last[0].dtype, last[0].device) == (piece.dtype, piece.device)
+                and sum(p.numel() for p in last) + piece.numel() <= BUCKET_BYTES // piece.element_size()
+            ):
+                last.append(piece)
+            else:
+                groups.append([piece])
+        buckets = [group[0] if len(group) == 1 else torch.cat(group) for group in groups]
+        yield buckets
+        for group, bucket in zip(groups, buckets):
+            if len(group) > 1:
+                torch._foreach_copy_(group, list(bucket.split([p.numel() for p in group])))
+        for original, source in zip(originals, sources):
+            if original.data_ptr() != source.data_ptr():
+                original.copy_(source)

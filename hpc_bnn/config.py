@@ -1,0 +1,132 @@
+"""What a user can set, one dataclass per room, one sentence and unit per field (floor 0)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, Optional
+
+from .errors import ConfigError, Fault
+
+
+@dataclass
+class GridConfig:
+    """The process grid; the data axis takes the ranks that the sample axis leaves."""
+
+    sample_size: int = 1
+    """Ranks along the sample axis; must divide the number of ranks of the job."""
+    reduction: Literal["axes", "world"] = "axes"
+    """Sum gradients over the sample group and then the data group (axes), or over all ranks at once (world)."""
+
+
+@dataclass
+class DataConfig:
+    """Where the training data are."""
+
+    shards: str = "data/digits"
+    """Shard directory with a manifest.json."""
+    prepare: Optional[str] = None
+    """Script that writes the shards where they are missing; it is called once with --output SHARDS."""
+    train_split: str = "train"
+    """Name of the split to train on."""
+    test_split: str = "test"
+    """Name of the held-out split."""
+
+
+@dataclass
+class ModelConfig:
+    """The network, an ordinary nn.Module."""
+
+    name: str = "hpc_bnn.models.MLP"
+    """Import path of the class; it is called with in_shape, num_outputs and arguments."""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """Further keyword arguments of the class."""
+
+
+@dataclass
+class PosteriorConfig:
+    """The variational family and its prior."""
+
+    prior_std: float = 1.0
+    """Standard deviation of the Gaussian prior of each weight (units of the weight)."""
+    init_std: float = 0.01
+    """Standard deviation of each weight at the start (units of the weight)."""
+
+
+@dataclass
+class OptimizerConfig:
+    """The optimizer and its learning rate."""
+
+    name: Literal["Adam", "AdamW", "SGD"] = "Adam"
+    """Class of torch.optim."""
+    learning_rate: float = 1e-3
+    """Learning rate at the start."""
+    schedule: Literal["constant", "cosine"] = "cosine"
+    """Course of the learning rate over num_epochs; cosine ends at 0."""
+
+
+@dataclass
+class Config:
+    """A training run."""
+
+    run_dir: str = "runs/default"
+    """Directory of everything that the run writes; a former run there is moved aside."""
+    seed: int = 0
+    """Key of all random numbers of the run; with the config it fixes the result, on every grid."""
+    dtype: Literal["float64", "float32", "bfloat16"] = "float32"
+    """Precision; bfloat16 runs the network under autocast and keeps weights and sums in float32."""
+    device: str = "auto"
+    """auto, cpu, cuda (one GPU per rank of a node) or cuda:N."""
+    num_samples: int = 8
+    """Weight samples per step in the whole job."""
+    num_test_samples: int = 64
+    """Weight samples of the predictive in the whole job."""
+    global_batch_size: int = 128
+    """Examples per step in the whole job."""
+    num_epochs: int = 10
+    """Passes over the training split."""
+    max_steps: Optional[int] = None
+    """Stop after so many optimizer steps, wherever the epoch is; the learning rate keeps its course."""
+    test_every_epochs: int = 10
+    """Evaluate on the held-out split after so many epochs, and at the end."""
+    kl_weight: float = 1.0
+    """Factor of the KL; 1 is Bayes, below 1 a cold posterior."""
+    grid: GridConfig = field(default_factory=GridConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    posterior: PosteriorConfig = field(default_factory=PosteriorConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return nested plain dicts."""
+        return asdict(self)
+
+    def check(self) -> None:
+        """Check the values, each by itself. Local.
+
+        Raises
+        ------
+        ConfigError
+            With all faults together; the same on each rank.
+        """
+        faults = [
+            Fault(f"--{name}", value, f"must be {rule}", remedy)
+            for name, value, fits, rule, remedy in self._rules()
+            if not fits
+        ]
+        if faults:
+            raise ConfigError(*faults)
+
+    def _rules(self):
+        """Yield (flag, value, whether it fits, rule, remedy)."""
+        for name in ("num_samples", "num_test_samples", "global_batch_size", "num_epochs", "test_every_epochs"):
+            value = getattr(self, name)
+            yield name, value, value >= 1, "at least 1", "Give a positive number"
+        if self.max_steps is not None:
+            yield "max_steps", self.max_steps, self.max_steps >= 1, "at least 1", "Leave it out for no limit"
+        yield "kl_weight", self.kl_weight, 0 <= self.kl_weight < math.inf, "0 or more and finite", "1 is Bayes"
+        for name in ("prior_std", "init_std"):
+            value = getattr(self.posterior, name)
+            yield f"posterior.{name}", value, 0 < value < math.inf, "positive and finite", "Try 0.1"
+        rate = self.optimizer.learning_rate
+        yield "optimizer.learning_rate", rate, 0 < rate < math.inf, "positive and finite", "Try 1e-3"

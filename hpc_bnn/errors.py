@@ -1,0 +1,76 @@
+"""Exceptions of hpc_bnn (floor 0: imports nothing of the package)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+class HpcBnnError(Exception):
+    """Base of every error that hpc_bnn raises on purpose."""
+
+    exit_code = 1
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing that is wrong in what the user asked for."""
+
+    flag: str
+    """The flag as it is typed, for example ``--grid.sample_size``."""
+    value: object
+    """The value that was given."""
+    rule: str
+    """The rule that the value breaks."""
+    remedy: str
+    """What to do instead."""
+
+    def __str__(self) -> str:
+        return f"{self.flag} {self.value}: {self.rule}. {self.remedy}"
+
+
+class ConfigError(HpcBnnError, ValueError):
+    """The request of the user cannot be carried out.
+
+    Parameters
+    ----------
+    *faults : Fault or str
+        Everything that is wrong, so that the user mends it in one go.
+    """
+
+    exit_code = 2
+
+    def __init__(self, *faults: Fault | str):
+        super().__init__(*faults)
+        self.faults = faults
+
+    def __str__(self) -> str:
+        return "\n".join(str(fault) for fault in self.faults)
+
+
+def check_all(*checks: Callable[[], object]) -> None:
+    """Run checks and raise one `ConfigError` with the faults of all that failed."""
+    faults: list[Fault | str] = []
+    for check in checks:
+        try:
+            check()
+        except ConfigError as error:
+            faults += error.faults
+    if faults:
+        raise ConfigError(*faults)
+
+
+class DataError(HpcBnnError):
+    """A shard directory is missing, incomplete, corrupt or of another format."""
+
+
+class CommunicationError(HpcBnnError):
+    """The ranks of the job cannot work together (launcher, MPI or Horovod)."""
+
+
+class RankError(HpcBnnError):
+    """An error that some rank saw and that all ranks agreed to raise."""
+
+
+class NonFiniteError(HpcBnnError):
+    """The loss or a gradient is infinite or not a number."""

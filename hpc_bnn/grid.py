@@ -1,0 +1,132 @@
+"""The process grid: rank arithmetic in pure Python (floor 1).
+
+The ranks of a job form a grid ``sample axis x data axis``. The sample index varies
+fastest, so that with block placement of ranks a sample group sits inside one node:
+
+    rank = data_index * sample_size + sample_index
+
+    sample_size = 2, data_size = 2        sample_index   0   1
+                                          data_index 0 [ 0   1 ]  <- a sample group: same examples,
+                                          data_index 1 [ 2   3 ]     different samples
+                                                         ^
+                                                         a data group: same samples, different examples
+
+Nothing here communicates; every function is Local.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .errors import ConfigError, Fault
+
+
+def share(count: int, parts: int, part: int) -> range:
+    """Return the contiguous share of ``range(count)`` that one of ``parts`` owners has.
+
+    The first ``count % parts`` owners have one item more than the others: nothing is
+    padded or dropped. Sixteen samples on three ranks are 6, 5 and 5.
+
+    Parameters
+    ----------
+    count : int
+        Number of items, >= 0.
+    parts : int
+        Number of owners, >= 1.
+    part : int
+        Owner, in ``range(parts)``.
+
+    Returns
+    -------
+    range
+        The items of this owner; empty where there are fewer items than owners.
+    """
+    quotient, remainder = divmod(count, parts)
+    start = part * quotient + min(part, remainder)
+    return range(start, start + quotient + (part < remainder))
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Place of one rank in the process grid.
+
+    Parameters
+    ----------
+    world_size : int
+        Number of ranks of the job.
+    sample_size : int
+        Extent of the sample axis; must divide ``world_size``.
+    rank : int
+        World rank of this process.
+
+    Raises
+    ------
+    ConfigError
+        ``sample_size`` is not a positive divisor of ``world_size``.
+    """
+
+    world_size: int = 1
+    sample_size: int = 1
+    rank: int = 0
+
+    def __post_init__(self):
+        assert self.world_size >= 1 and 0 <= self.rank < self.world_size, self
+        if self.sample_size < 1 or self.world_size % self.sample_size:
+            divisors = [d for d in range(1, self.world_size + 1) if self.world_size % d == 0]
+            raise ConfigError(
+                Fault(
+                    "--grid.sample_size",
+                    self.sample_size,
+                    f"sample_size x data_size must be the number of ranks, and the job has {self.world_size}",
+                    f"Use one of {', '.join(map(str, divisors))}, or start another number of ranks",
+                )
+            )
+
+    @property
+    def data_size(self) -> int:
+        """Extent of the data axis."""
+        return self.world_size // self.sample_size
+
+    @property
+    def sample_index(self) -> int:
+        """Coordinate of this rank on the sample axis."""
+        return self.rank % self.sample_size
+
+    @property
+    def data_index(self) -> int:
+        """Coordinate of this rank on the data axis."""
+        return self.rank // self.sample_size
+
+    def sample_group(self, data_index: int | None = None) -> range:
+        """World ranks that share the examples of ``data_index`` (default: of this rank)."""
+        start = (self.data_index if data_index is None else data_index) * self.sample_size
+        return range(start, start + self.sample_size)
+
+    def data_group(self, sample_index: int | None = None) -> range:
+        """World ranks that share the samples of ``sample_index`` (default: of this rank)."""
+        start = self.sample_index if sample_index is None else sample_index
+        return range(start, self.world_size, self.sample_size)
+
+    def local_samples(self, num_samples: int) -> range:
+        """Global indices of the samples that this rank draws, of ``num_samples`` in the job."""
+        return share(num_samples, self.sample_size, self.sample_index)
+
+    def local_examples(self, global_batch_size: int) -> slice:
+        """Positions in a global batch of the examples that this rank evaluates."""
+        mine = share(global_batch_size, self.data_size, self.data_index)
+        return slice(mine.start, mine.stop)
+
+    def check_num_samples(self, num_samples: int) -> None:
+        """Raise `ConfigError` unless each rank of the sample axis has a sample to draw."""
+        if num_samples < self.sample_size:
+            raise ConfigError(
+                Fault(
+                    "--num_samples",
+                    num_samples,
+                    f"each of the {self.sample_size} ranks of the sample axis (--grid.sample_size) draws one or more",
+                    f"Use --num_samples {self.sample_size} or a smaller --grid.sample_size",
+                )
+            )
+
+    def __str__(self) -> str:
+        return f"{self.sample_size} x {self.data_size} (samples x data)"

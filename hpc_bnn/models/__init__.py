@@ -1,0 +1,5 @@
+"""Plain networks; any ``nn.Module`` can stand in their place (floor 3)."""
+
+from .mlp import MLP
+
+__all__ = ["MLP"]

@@ -1,0 +1,40 @@
+"""Multi-layer perceptron."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+
+class MLP(nn.Sequential):
+    """Fully connected network.
+
+    Parameters
+    ----------
+    in_shape : sequence of int
+        Shape of one example; it is flattened.
+    num_outputs : int
+        Number of outputs.
+    hidden : sequence of int
+        Widths of the hidden layers.
+    activation : {"ReLU", "GELU", "SiLU", "Tanh"}
+        Name of a module of ``torch.nn``.
+    """
+
+    def __init__(
+        self,
+        in_shape: Sequence[int],
+        num_outputs: int,
+        hidden: Sequence[int] = (128, 128),
+        activation: str = "ReLU",
+    ):
+        widths = [math.prod(in_shape), *hidden]
+        layers: list[nn.Module] = [nn.Flatten()]
+        for width_in, width_out in zip(widths, widths[1:]):
+            layers += [nn.Linear(width_in, width_out), getattr(nn, activation)()]
+        super().__init__(*layers, nn.Linear(widths[-1], num_outputs))
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, *in_shape] -> [B, num_outputs]
+        return super().forward(x)

@@ -1,0 +1,93 @@
+"""Keyed random numbers: noise belongs to what it is for, never to a rank or a time (floor 2).
+
+A draw is named by (seed, stream, step, index). Whichever rank needs the noise of sample 7 at
+step 300 makes the same generator and gets the same numbers, on any grid. No global generator
+is read or advanced anywhere in the package.
+
+The numbers of one key depend on the kind of device (a CPU and a GPU have different generators)
+and on the dtype that is drawn, not on the number of threads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+from collections.abc import Iterator
+
+import torch
+
+
+class Stream(enum.IntEnum):
+    """What random numbers are for. The values are part of the checkpoint format."""
+
+    INIT = 1
+    DATA_ORDER = 2
+    AUGMENTATION = 3
+    NOISE = 4
+    """Draws of weight samples during training: step = optimizer step, index = global sample."""
+    PREDICTION = 5
+    """Draws of weight samples for a predictive: step = 0, index = global sample."""
+
+
+_MASK64 = (1 << 64) - 1
+
+
+def _mix64(x: int) -> int:
+    """Finaliser of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014): a bijection of 64-bit integers."""
+    x = (x + 0x9E3779B97F4A7C15) & _MASK64
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK64
+    return x ^ (x >> 31)
+
+
+def _mix32(x: int) -> int:
+    """Finaliser of MurmurHash3 (Appleby, 2011): a bijection of 32-bit integers."""
+    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
+    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+def derive_seed(seed: int, stream: Stream, step: int = 0, index: int = 0) -> int:
+    """Map a key to the 32-bit seed of a generator.
+
+    torch's CPU generator keeps only the low 32 bits of its seed, so a key must be hashed into
+    them. For a fixed (seed, stream, step) the map is a bijection of ``index``: the samples of one
+    step can never share their noise. Two keys of different steps coincide with probability 2^-32.
+
+    Parameters
+    ----------
+    seed : int
+        Seed of the run.
+    stream : Stream
+        What the numbers are for.
+    step : int
+        Optimizer step or epoch.
+    index : int
+        Global sample index, or another index below 2^32.
+
+    Returns
+    -------
+    int
+        In ``range(2**32)``.
+    """
+    key = _mix64(_mix64(_mix64(seed & _MASK64) ^ stream) ^ step)
+    return _mix32(_mix32((index ^ key) & 0xFFFFFFFF) ^ (key >> 32))
+
+
+def keyed_generator(
+    seed: int, stream: Stream, step: int = 0, index: int = 0, device: torch.device | str = "cpu"
+) -> torch.Generator:
+    """Return a new generator on ``device`` for one key (see `derive_seed`). Local."""
+    return torch.Generator(device).manual_seed(derive_seed(seed, stream, step, index))
+
+
+@contextlib.contextmanager
+def keyed_global_generator(seed: int, stream: Stream, step: int = 0, index: int = 0) -> Iterator[None]:
+    """Run foreign code that draws from torch's global CPU generator under a key. Local.
+
+    For the constructors of modules, which take no generator. The state of the global generator
+    is put back afterwards.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(derive_seed(seed, stream, step, index))
+        yield

@@ -1,0 +1,109 @@
+"""Pictures of a run (floor 7)."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+
+def write_plots(run_dir: str | Path, examples: dict[str, Any]) -> list[Path]:
+    """Draw RUN_DIR/plots/curves.png and uncertainty.png. Local: rank 0 calls it.
+
+    Parameters
+    ----------
+    run_dir : path
+        Run directory with a metrics.jsonl.
+    examples : dict
+        "surest" and "least_sure" test examples, as `hpc_bnn.train.Run.train` returns them.
+
+    Returns
+    -------
+    list of Path
+        The files; empty where matplotlib is not installed, which is said.
+    """
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+    except ImportError:
+        logger.warning("no plots: matplotlib is not installed (pip install 'hpc_bnn[plots]')")
+        return []
+    directory = Path(run_dir, "plots")
+    directory.mkdir(exist_ok=True)
+    rows = [json.loads(line) for line in Path(run_dir, "metrics.jsonl").read_text().splitlines()]
+    return [
+        _plot_curves(rows, directory / "curves.png"),
+        _plot_uncertainty(examples, directory / "uncertainty.png"),
+    ]
+
+
+def _plot_curves(rows: list[dict[str, Any]], path: Path) -> Path:
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    epochs = [row["epoch"] for row in rows]
+    marker = "o" if len(rows) == 1 else None
+    left.plot(epochs, [row["train/nelbo"] for row in rows], marker=marker, label="negative ELBO")
+    left.plot(epochs, [row["train/data_term"] for row in rows], marker=marker, label="data term")
+    left.set(xlabel="epoch", ylabel="nats per example", title="training")
+    left.set_yscale("log")
+    left.legend()
+    tested = [row for row in rows if "test/nll" in row]
+    epochs = [row["epoch"] for row in tested]
+    right.plot(epochs, [row["test/nll"] for row in tested], "o-", color="C2", label="NLL")
+    right.set(xlabel="epoch", ylabel="NLL (nats per example)", title="test, predictive over all samples")
+    twin = right.twinx()
+    twin.plot(epochs, [row["test/accuracy"] for row in tested], "s--", color="C3", label="accuracy")
+    twin.set_ylabel("accuracy")
+    lines = right.get_lines() + twin.get_lines()
+    right.legend(lines, [line.get_label() for line in lines], loc="center right")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path
+
+
+def _plot_uncertainty(examples: dict[str, Any], path: Path) -> Path:
+    from matplotlib import pyplot as plt
+
+    columns = examples["surest"] + examples["least_sure"]
+    figure, axes = plt.subplots(
+        2, len(columns), figsize=(1.45 * len(columns), 3.6), layout="constrained", squeeze=False
+    )
+    for number, (example, (top, bottom)) in enumerate(zip(columns, axes.T)):
+        p, std = example["probabilities"].float(), example["std"].float()
+        _show_image(top, example["x"].float())
+        top.set_title(f"true {example['y']}, says {int(p.argmax())}\nH {example['entropy']:.2f} nats", fontsize=8)
+        bottom.bar(range(len(p)), p, yerr=std, color="C0", error_kw={"elinewidth": 0.8})
+        bottom.set_ylim(0, 1.05)
+        bottom.set_xticks(range(0, len(p), max(1, len(p) // 5)))
+        bottom.set_xlabel("class", fontsize=8)
+        bottom.tick_params(labelsize=6)
+        if number:
+            bottom.set_yticklabels([])
+    axes[1, 0].set_ylabel("probability ± std\nover samples", fontsize=8)
+    figure.suptitle(
+        f"test examples: the {len(examples['surest'])} surest and the {len(examples['least_sure'])} least sure "
+        "by entropy H of the predictive",
+        fontsize=10,
+    )
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path
+
+
+def _show_image(axes, x) -> None:
+    """Show an example [C, H, W] as an image, anything else as a curve."""
+    axes.set_xticks([])
+    axes.set_yticks([])
+    if x.ndim == 3 and min(x.shape[1:]) > 1:
+        x = x[:3] if x.shape[0] >= 3 else x[:1]
+        low, high = x.min(), x.max()
+        image = ((x - low) / (high - low if high > low else math.inf)).permute(1, 2, 0)
+        axes.imshow(image, cmap="gray_r")
+    else:
+        axes.plot(x.reshape(-1))

