@@ -11,7 +11,15 @@ def entry() -> None:
     os.execv(sys.executable, [sys.executable, *runner, "-m", "hpc_bnn", *sys.argv[1:]])
 
 
-if __name__ == "__main__":
-    from hpc_bnn.cli import main
+def run() -> None:
+    """Run the command line, leave MPI in order, and exit with the command's code."""
+    from .cli import main
+    from .comm import finalize
 
-    sys.exit(main())
+    code = main()  # an exception that the ranks did not agree on passes here, and aborts the job
+    finalize()
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    run()

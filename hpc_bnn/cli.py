@@ -41,21 +41,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     is_first = comm.launched_rank() == 0
     logging.basicConfig(
-        level=logging.INFO if is_first else logging.ERROR, format="%(levelname)s: %(message)s", stream=sys.stderr
+        level=logging.INFO if is_first else logging.ERROR,
+        format="%(levelname)s: %(message)s",
+        stream=sys.stderr,
     )
     try:
         parser = build_parser()
         parsed = parser.parse_args(arguments)
         command = parsed.subcommand
-        options = parser.instantiate_classes(parsed)[command]
+        options = parser.instantiate(parsed)[command]
         return {"train": _train}[command](options)
     except HpcBnnError as error:
         if is_first:
             print(f"hpc-bnn: error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
-    finally:
-        if not isinstance(sys.exc_info()[1], Exception):
-            comm.finalize()
 
 
 def _train(options: jsonargparse.Namespace) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, Optional
+from typing import Any, Literal
 
 from .errors import ConfigError, Fault
 
@@ -25,7 +25,7 @@ class DataConfig:
 
     shards: str = "data/digits"
     """Shard directory with a manifest.json."""
-    prepare: Optional[str] = None
+    prepare: str | None = None
     """Script that writes the shards where they are missing; it is called once with --output SHARDS."""
     train_split: str = "train"
     """Name of the split to train on."""
@@ -85,7 +85,7 @@ class Config:
     """Examples per step in the whole job."""
     num_epochs: int = 10
     """Passes over the training split."""
-    max_steps: Optional[int] = None
+    max_steps: int | None = None
     """Stop after so many optimizer steps, wherever the epoch is; the learning rate keeps its course."""
     test_every_epochs: int = 10
     """Evaluate on the held-out split after so many epochs, and at the end."""
@@ -119,12 +119,24 @@ class Config:
 
     def _rules(self):
         """Yield (flag, value, whether it fits, rule, remedy)."""
-        for name in ("num_samples", "num_test_samples", "global_batch_size", "num_epochs", "test_every_epochs"):
+        for name in (
+            "num_samples",
+            "num_test_samples",
+            "global_batch_size",
+            "num_epochs",
+            "test_every_epochs",
+        ):
             value = getattr(self, name)
             yield name, value, value >= 1, "at least 1", "Give a positive number"
         if self.max_steps is not None:
             yield "max_steps", self.max_steps, self.max_steps >= 1, "at least 1", "Leave it out for no limit"
-        yield "kl_weight", self.kl_weight, 0 <= self.kl_weight < math.inf, "0 or more and finite", "1 is Bayes"
+        yield (
+            "kl_weight",
+            self.kl_weight,
+            0 <= self.kl_weight < math.inf,
+            "0 or more and finite",
+            "1 is Bayes",
+        )
         for name in ("prior_std", "init_std"):
             value = getattr(self.posterior, name)
             yield f"posterior.{name}", value, 0 < value < math.inf, "positive and finite", "Try 0.1"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -118,6 +119,6 @@ def compute_over_data_axis(metrics: dict[str, Metric], comm: GridComm) -> dict[s
     states = [state for metric in metrics.values() for state in metric.metric_state.values()]
     assert all(isinstance(state, Tensor) for state in states), "only states that are sums can be reduced"
     comm.sum_(states, "data")
-    for metric in metrics.values():
-        metric._update_count = max(metric._update_count, 1)  # a rank without examples must not warn
-    return {name: metric.compute().item() for name, metric in metrics.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a rank without examples has no update of its own
+        return {name: metric.compute().item() for name, metric in metrics.items()}

@@ -8,16 +8,27 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torchmetrics import MeanMetric, Metric
+from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 
-class NegativeLogLikelihood(MeanMetric):
-    """Mean over examples of -log p(y | x) under class probabilities (nats)."""
+class NegativeLogLikelihood(Metric):
+    """Mean over examples of -log p(y | x) under class probabilities (nats); sums in float64."""
+
+    full_state_update = False
+
+    def __init__(self):
+        super().__init__()
+        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, probabilities: Tensor, y: Tensor) -> None:  # [B, C], [B]
         p = probabilities.gather(1, y.long().unsqueeze(1)).clamp_min(torch.finfo(probabilities.dtype).tiny)
-        super().update(-p.log())
+        self.total -= p.double().log().sum()
+        self.count += len(y)
+
+    def compute(self) -> Tensor:
+        return self.total / self.count
 
 
 def classification_metrics(num_classes: int, device: torch.device) -> dict[str, Metric]:
@@ -26,5 +37,4 @@ def classification_metrics(num_classes: int, device: torch.device) -> dict[str, 
         "accuracy": MulticlassAccuracy(num_classes, average="micro"),
         "nll": NegativeLogLikelihood(),
     }
-    # float64: the sum over a test set must not depend on how it is cut
-    return {name: metric.set_dtype(torch.float64).to(device) for name, metric in metrics.items()}
+    return {name: metric.to(device) for name, metric in metrics.items()}

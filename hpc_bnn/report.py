@@ -75,9 +75,11 @@ def _plot_uncertainty(examples: dict[str, Any], path: Path) -> Path:
         2, len(columns), figsize=(1.45 * len(columns), 3.6), layout="constrained", squeeze=False
     )
     for number, (example, (top, bottom)) in enumerate(zip(columns, axes.T)):
-        p, std = example["probabilities"].float(), example["std"].float()
+        p, std = example["probabilities"].float().numpy(), example["std"].float().numpy()
         _show_image(top, example["x"].float())
-        top.set_title(f"true {example['y']}, says {int(p.argmax())}\nH {example['entropy']:.2f} nats", fontsize=8)
+        top.set_title(
+            f"true {example['y']}, says {int(p.argmax())}\nH {example['entropy']:.2f} nats", fontsize=8
+        )
         bottom.bar(range(len(p)), p, yerr=std, color="C0", error_kw={"elinewidth": 0.8})
         bottom.set_ylim(0, 1.05)
         bottom.set_xticks(range(0, len(p), max(1, len(p) // 5)))
@@ -104,6 +106,6 @@ def _show_image(axes, x) -> None:
         x = x[:3] if x.shape[0] >= 3 else x[:1]
         low, high = x.min(), x.max()
         image = ((x - low) / (high - low if high > low else math.inf)).permute(1, 2, 0)
-        axes.imshow(image, cmap="gray_r")
+        axes.imshow(image.numpy(), cmap="gray_r")
     else:
-        axes.plot(x.reshape(-1))
+        axes.plot(x.reshape(-1).numpy())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import logging
 import os
@@ -270,7 +271,7 @@ class Run:
                         "mutual_information": float(predictive.mutual_information[i]),
                     }
                 )
-        everyones = sum(self.comm.gather_objects(mine), start=[])
+        everyones = list(itertools.chain.from_iterable(self.comm.gather_objects(mine)))
         if not self.is_writer:
             return {}
         everyones.sort(key=lambda example: example["entropy"])
@@ -345,6 +346,6 @@ def _versions() -> dict[str, str]:
         "h5py": h5py.__version__,
     }
     for name in ("horovod", "mpi4py"):
-        if name in sys.modules:
-            found[name] = sys.modules[name].__version__
+        if version := getattr(sys.modules.get(name), "__version__", None):
+            found[name] = version
     return found

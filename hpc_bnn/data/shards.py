@@ -99,19 +99,27 @@ class Manifest:
             ) from None
         except (OSError, ValueError) as error:
             raise DataError(f"{path} cannot be read ({error}). Prepare the shards again") from error
-        if not isinstance(raw, dict) or (raw.pop("format", None), raw.pop("version", None)) != (FORMAT, VERSION):
-            raise DataError(f"{path} is not of format '{FORMAT}', version {VERSION}. Prepare the shards again")
+        if not isinstance(raw, dict) or (raw.pop("format", None), raw.pop("version", None)) != (
+            FORMAT,
+            VERSION,
+        ):
+            raise DataError(
+                f"{path} is not of format '{FORMAT}', version {VERSION}. Prepare the shards again"
+            )
         try:
             raw["arrays"] = {
                 name: ArraySpec(tuple(spec["shape"]), spec["dtype"]) for name, spec in raw["arrays"].items()
             }
             raw["splits"] = {
-                split: tuple(ShardFile(**shard) for shard in shards) for split, shards in raw["splits"].items()
+                split: tuple(ShardFile(**shard) for shard in shards)
+                for split, shards in raw["splits"].items()
             }
             raw["mean"], raw["std"] = tuple(raw["mean"]), tuple(raw["std"])
             return cls(**raw)
         except (KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{path} lacks or misstates a field ({error}). Prepare the shards again") from error
+            raise DataError(
+                f"{path} lacks or misstates a field ({error}). Prepare the shards again"
+            ) from error
 
 
 # --- writing -------------------------------------------------------------------------------------------

@@ -74,7 +74,9 @@ class MeanFieldGaussian:
         kinds = {(p.dtype, p.device) for p in named.values()}
         if len(kinds) > 1:
             raise ConfigError(
-                Fault("--model", type(module).__name__, f"its weights are of several kinds {kinds}", "Use one")
+                Fault(
+                    "--model", type(module).__name__, f"its weights are of several kinds {kinds}", "Use one"
+                )
             )
         self.layout = FlatLayout.of(named)
         self._module_parameters = [named[name] for name in self.layout]
@@ -190,7 +192,12 @@ class MeanFieldGaussian:
             for name in sorted(mine.keys() ^ state.keys())
         ]
         faults += [
-            Fault("--model", name, f"shape {tuple(state[name].shape)} in the checkpoint, {tuple(v.shape)} here", "")
+            Fault(
+                "--model",
+                name,
+                f"shape {tuple(state[name].shape)} in the checkpoint, {tuple(v.shape)} here",
+                "",
+            )
             for name, v in mine.items()
             if name in state and state[name].shape != v.shape
         ]

@@ -31,7 +31,9 @@ class GaussianPrior:
                 Fault("--posterior.prior_std", self.std, "a standard deviation is positive", "Try 1.0")
             )
 
-    def kl_from_gaussian(self, loc: torch.Tensor, log_scale: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    def kl_from_gaussian(
+        self, loc: torch.Tensor, log_scale: torch.Tensor, scale: torch.Tensor
+    ) -> torch.Tensor:
         """Return KL(N(loc, scale^2) || prior), summed over all weights (nats, 0-dim tensor).
 
         Closed form, for example Kingma and Welling, Auto-Encoding Variational Bayes, 2014, appendix B.

@@ -1,0 +1,152 @@
+"""Collectives on every grid of this job."""
+
+import pytest
+import torch
+
+from hpc_bnn import comm as comm_module
+from hpc_bnn.errors import CommunicationError, ConfigError, DataError, RankError
+
+
+def test_communicators_and_process_sets_are_the_groups_of_the_grid(comm, world):
+    grid = comm.grid
+    assert (grid.world_size, grid.rank) == (world.size, world.rank)
+    if world.size == 1:
+        assert comm.library == "none"
+        return
+    assert (comm.sample_comm.size, comm.sample_comm.rank) == (grid.sample_size, grid.sample_index)
+    assert (comm.data_comm.size, comm.data_comm.rank) == (grid.data_size, grid.data_index)
+    assert comm.sample_comm.allgather(world.rank) == list(grid.sample_group())
+    assert comm.data_comm.allgather(world.rank) == list(grid.data_group())
+    for axis_set, group in ((comm.sample_set, grid.sample_group()), (comm.data_set, grid.data_group())):
+        if len(group) == 1:
+            assert axis_set is None
+        else:
+            ranks = axis_set.ranks or range(world.size)  # the global set lists none
+            assert list(ranks) == list(group)
+
+
+def test_sums_run_over_the_right_ranks(comm):
+    grid = comm.grid
+    for axis, group in (
+        ("sample", grid.sample_group()),
+        ("data", grid.data_group()),
+        ("world", range(grid.world_size)),
+    ):
+        x = torch.tensor([1.0, 10.0**grid.rank], dtype=torch.float64)
+        n = torch.tensor(grid.rank)
+        comm.sum_([x, n], axis)
+        assert x.tolist() == [len(group), sum(10.0**r for r in group)]
+        assert n.item() == sum(group)
+        top = torch.tensor([float(grid.rank), -float(grid.rank)])
+        comm.max_(top, axis)
+        assert top.tolist() == [max(group), -min(group)]
+
+
+def test_both_reductions_give_the_same_sum(sample_size, world):
+    sums = []
+    for reduction in ("axes", "world"):
+        comm = comm_module.connect(sample_size, "cpu", reduction)
+        x = torch.arange(5.0) * (comm.grid.rank + 1)
+        before = comm.traffic.num_collectives
+        comm.sum_(x)
+        sums.append(x)
+        axes = (comm.grid.sample_size > 1) + (comm.grid.data_size > 1)
+        expected = axes if reduction == "axes" else min(axes, 1)
+        assert comm.traffic.num_collectives - before == expected
+    assert torch.equal(*sums)
+
+
+def test_a_list_travels_in_few_buffers_and_low_precision_is_summed_in_float32(comm):
+    size = comm.grid.world_size
+    tensors = [torch.full((n,), 1.0 + comm.grid.rank) for n in range(1, 40)]
+    tensors.append(torch.full((3,), 0.001 * (comm.grid.rank + 1), dtype=torch.bfloat16))
+    expected = sum(
+        torch.tensor(0.001 * (r + 1), dtype=torch.bfloat16).float() for r in range(size)
+    ).bfloat16()
+    before = comm.traffic.num_collectives
+    comm.sum_(tensors)
+    axes = (comm.grid.sample_size > 1) + (comm.grid.data_size > 1)
+    assert comm.traffic.num_collectives - before == axes
+    total = size * (size + 1) / 2
+    assert all(t.eq(total).all() for t in tensors[:-1])
+    assert tensors[-1].dtype == torch.bfloat16 and tensors[-1].eq(expected).all()
+
+
+def test_large_buffers_are_cut_into_buckets(comm, monkeypatch):
+    monkeypatch.setattr(comm_module, "BUCKET_BYTES", 4 * 1000)
+    x = torch.arange(2500.0) + comm.grid.rank
+    comm.sum_(x)
+    size = comm.grid.world_size
+    assert torch.equal(x, torch.arange(2500.0) * size + sum(range(size)))
+
+
+def test_broadcast_of_parameters_and_optimizer_state(comm):
+    torch.manual_seed(comm.grid.rank)  # ranks that differ
+    root = comm.grid.world_size - 1
+    net = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.1 * (comm.grid.rank + 1))
+    if comm.grid.rank == root:  # only the root has a state
+        net(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+    comm.broadcast_([p.data for p in net.parameters()], root)
+    comm.broadcast_optimizer_state(optimizer, root)
+    comm.check_replicas([p.data for p in net.parameters()], "parameters")
+    state = optimizer.state_dict()
+    assert state["param_groups"][0]["lr"] == pytest.approx(0.1 * (root + 1))
+    assert [float(slot["step"]) for slot in state["state"].values()] == [1.0, 1.0]
+    comm.check_replicas([slot["exp_avg"] for slot in state["state"].values()], "moments")
+    optimizer.zero_grad()
+    net(torch.ones(1, 3)).sum().backward()
+    optimizer.step()  # the filled state works, and keeps the ranks together
+    comm.check_replicas([p.data for p in net.parameters()], "parameters")
+
+
+def test_objects(comm, world):
+    grid = comm.grid
+    assert comm.broadcast_object({"from": grid.rank}, root=world.size - 1) == {"from": world.size - 1}
+    assert comm.gather_objects(grid.rank) == list(range(world.size))
+    assert comm.gather_objects(grid.rank, "sample") == list(grid.sample_group())
+    assert comm.gather_objects(grid.rank, "data") == list(grid.data_group())
+    comm.barrier()
+
+
+def test_replicas_that_drift_are_found(comm):
+    x = torch.zeros(4, dtype=torch.float64)
+    comm.check_replicas(x, "x")
+    if comm.grid.world_size == 1:
+        return
+    if comm.grid.rank == 1:
+        x[2] = 5e-324  # one bit
+    with pytest.raises(CommunicationError, match=r"x: ranks \[1\] differ"):
+        comm.check_replicas(x, "x")
+
+
+def test_one_ranks_error_is_raised_on_all_with_its_place(comm):
+    last = comm.grid.world_size - 1
+
+    def fail(kind, ranks):
+        with comm.agree("reading shards"):
+            if comm.grid.rank in ranks:
+                raise kind("no such file")
+
+    fail(DataError, [])  # nobody fails, nobody raises
+    place = rf"rank {last} on .*reading shards: " if last else "reading shards: "
+    with pytest.raises(DataError, match=place + "no such file"):
+        fail(DataError, [last])
+    with pytest.raises(RankError, match=place + "OSError: no such file"):
+        fail(OSError, [last])
+    with pytest.raises(ConfigError):
+        fail(ConfigError, [last])
+    if last:
+        with pytest.raises(DataError, match=rf"rank 0 on .*and {last} other ranks"):
+            fail(DataError, range(last + 1))
+
+
+def test_wrong_grid_is_refused_on_all_ranks_before_a_collective(world):
+    with pytest.raises(ConfigError, match=r"--grid\.sample_size"):
+        comm_module.connect(world.size + 1, device="cpu")
+
+
+def test_ranks_of_a_node(comm, world):
+    assert comm.local_size == world.size  # these tests run on one machine
+    assert world.allgather(comm.local_rank) == list(range(world.size))

@@ -1,0 +1,27 @@
+"""Metrics of the job, not means of the ranks' metrics."""
+
+import numpy as np
+import pytest
+import torch
+from reference import make_problem, make_step
+
+from hpc_bnn import Categorical, Grid, GridComm, ShardDataset, write_shards
+from hpc_bnn.evaluate import evaluate_classes
+
+
+@pytest.mark.parametrize("num_examples", [31, 2], ids=["uneven", "fewer_than_ranks"])
+def test_metrics_equal_those_of_one_process(comm, tmp_path_factory, num_examples):
+    directory = comm.broadcast_object(str(tmp_path_factory.mktemp("shards")) if comm.grid.rank == 0 else None)
+    x, y = (t.numpy()[:num_examples] for t in make_problem(torch.float64))
+    with comm.agree("writing"):
+        if comm.grid.rank == 0:
+            facts = {"name": "toy", "source": "test", "licence": "none", "num_classes": 3}
+            write_shards(directory, {"train": (x, np.asarray(y))}, **facts)
+    dataset = ShardDataset(directory, "train", dtype=torch.float64)
+    step = make_step(GridComm(Grid()))
+    arguments = step.posterior, Categorical(3)
+    expected, _, _ = evaluate_classes(*arguments, GridComm(Grid()), dataset, num_samples=6)
+    got, predictive, part = evaluate_classes(*arguments, comm, dataset, num_samples=6)
+    assert got["accuracy"] == expected["accuracy"]
+    assert got["nll"] == pytest.approx(expected["nll"], rel=1e-12)
+    assert len(predictive.probabilities) == part.stop - part.start

@@ -1,0 +1,132 @@
+"""For one config and one seed the result does not depend on the grid; and its mirror."""
+
+import math
+
+import pytest
+import torch
+from reference import GLOBAL_BATCH_SIZE, make_problem, make_step, relative_difference, train
+
+from hpc_bnn import Categorical, Grid, GridComm, connect, predict_classes
+from hpc_bnn.errors import NonFiniteError
+from hpc_bnn.noise import Stream, keyed_generator
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-5}  # float32: 1e-5 per step, five steps
+
+
+@pytest.mark.parametrize("num_samples", [16, 5])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+def test_parameters_after_five_steps_equal_those_of_one_process(comm, dtype, num_samples):
+    alone, expected = train(GridComm(Grid()), dtype, num_samples)
+    step, results = train(comm, dtype, num_samples)
+    tolerance = TOLERANCE[dtype]
+    for mine, reference in zip(step.posterior.parameters(), alone.posterior.parameters()):
+        assert relative_difference(mine, reference) < tolerance
+    for a, b in zip(results, expected):
+        assert a.nelbo == pytest.approx(b.nelbo, rel=tolerance)
+        assert a.data_term == pytest.approx(b.data_term, rel=tolerance)
+    comm.check_replicas(list(step.posterior.parameters()), "parameters")
+
+
+@pytest.mark.parametrize("reduction", ["axes", "world"])
+def test_the_route_of_the_reduction_does_not_matter(sample_size, reduction):
+    comm = connect(sample_size, "cpu", reduction)
+    alone, _ = train(GridComm(Grid()))
+    step, _ = train(comm)
+    assert relative_difference(step.posterior.loc, alone.posterior.loc) < 1e-12
+
+
+def test_mirror_samples_differ_on_every_rank_and_only_with_the_sample(comm):
+    step = make_step(comm, num_samples=comm.grid.sample_size)  # one sample per rank
+    posterior = step.posterior
+    (sample,) = comm.grid.local_samples(comm.grid.sample_size)
+    posterior.begin()
+    posterior.draw_(keyed_generator(5, Stream.NOISE, 0, sample))
+    drawn = comm.gather_objects([p.detach().clone() for p in posterior.module.parameters()])
+    grids = [Grid(comm.grid.world_size, comm.grid.sample_size, rank) for rank in range(comm.grid.world_size)]
+    for a in grids:
+        for b in grids:
+            same = [torch.equal(x, y) for x, y in zip(drawn[a.rank], drawn[b.rank])]
+            assert all(same) if a.sample_index == b.sample_index else not any(same)
+
+
+def test_mirror_the_local_gradients_differ_and_their_sum_is_the_jobs(comm, monkeypatch):
+    step = make_step(comm)
+    x, y = make_problem(torch.float64)
+    local = []
+    original = comm.sum_
+
+    def spy(tensors, axis="world"):
+        local.append(tensors.clone())
+        original(tensors, axis)
+
+    monkeypatch.setattr(comm, "sum_", spy)
+    part = comm.grid.local_examples(GLOBAL_BATCH_SIZE)
+    step.accumulate_gradient_(x[:GLOBAL_BATCH_SIZE][part], y[:GLOBAL_BATCH_SIZE][part], GLOBAL_BATCH_SIZE)
+    everyones = comm.gather_objects(local[0])
+    for i, a in enumerate(everyones):
+        assert not any(torch.equal(a, b) for b in everyones[:i])
+    torch.testing.assert_close(step.posterior.reduced, sum(everyones), rtol=1e-12, atol=1e-15)
+
+
+def test_a_step_makes_one_collective_per_axis_and_moves_the_gradient_once(comm, monkeypatch):
+    step = make_step(comm)
+    x, y = make_problem(torch.float64)
+    calls = []
+    if comm.library == "horovod":
+        hvd = comm._hvd
+        for name in ("allreduce", "allreduce_", "allreduce_async_", "allgather", "broadcast", "broadcast_",
+                     "grouped_allreduce", "grouped_allreduce_", "alltoall", "reducescatter", "barrier"):  # fmt: skip
+            original = getattr(hvd, name)
+
+            def spy(tensor=None, *args, _name=name, _original=original, **kwargs):
+                calls.append((_name, tensor.numel() * tensor.element_size()))
+                return _original(tensor, *args, **kwargs)
+
+            monkeypatch.setattr(hvd, name, spy)
+    objects = comm.traffic.num_object_collectives
+    before = comm.traffic.num_collectives, comm.traffic.num_bytes
+    part = comm.grid.local_examples(GLOBAL_BATCH_SIZE)
+    step(x[:GLOBAL_BATCH_SIZE][part], y[:GLOBAL_BATCH_SIZE][part], GLOBAL_BATCH_SIZE)
+    axes = (comm.grid.sample_size > 1) + (comm.grid.data_size > 1)
+    num_bytes = 8 * (2 * step.posterior.num_weights + len(step.posterior.tally))
+    assert calls == [("allreduce_", num_bytes)] * axes
+    assert comm.traffic.num_collectives - before[0] == axes
+    assert comm.traffic.num_bytes - before[1] == axes * num_bytes
+    assert comm.traffic.num_object_collectives == objects
+
+
+def test_more_data_groups_than_examples(comm):
+    """A rank without examples adds nothing and the step stays exact."""
+    x, y = make_problem(torch.float64)
+    alone, step = make_step(GridComm(Grid())), make_step(comm)
+    expected = alone(x[:1], y[:1], 1)
+    part = comm.grid.local_examples(1)
+    got = step(x[:1][part], y[:1][part], 1)
+    assert got.nelbo == pytest.approx(expected.nelbo, rel=1e-12)
+    assert relative_difference(step.posterior.loc, alone.posterior.loc) < 1e-12
+
+
+def test_nan_on_one_rank_stops_all_before_the_update(comm):
+    step = make_step(comm)
+    x, y = make_problem(torch.float64)
+    last = comm.grid.world_size - 1
+    part = comm.grid.local_examples(GLOBAL_BATCH_SIZE)
+    mine = x[:GLOBAL_BATCH_SIZE][part].clone()
+    if comm.grid.rank == last:
+        mine[0] = math.nan
+    before = step.posterior.loc.detach().clone()
+    with pytest.raises(NonFiniteError, match=rf"step 0.*on rank {last} on "):
+        step(mine, y[:GLOBAL_BATCH_SIZE][part], GLOBAL_BATCH_SIZE)
+    assert torch.equal(step.posterior.loc, before)
+
+
+@pytest.mark.parametrize("num_samples", [7, 1])
+def test_predictive_equals_that_of_one_process(comm, num_samples):
+    """Also with fewer samples than ranks of the sample axis."""
+    x, _ = make_problem(torch.float64)
+    step = make_step(GridComm(Grid()))
+    expected = predict_classes(step.posterior, Categorical(3), GridComm(Grid()), x, num_samples=num_samples)
+    got = predict_classes(step.posterior, Categorical(3), comm, x, num_samples=num_samples)
+    torch.testing.assert_close(got.probabilities, expected.probabilities, rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(got.std, expected.std, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(got.entropy, expected.entropy, rtol=1e-12, atol=1e-15)

@@ -1,0 +1,135 @@
+"""The command line in one process."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from conftest import REPOSITORY
+
+from hpc_bnn.cli import main
+from hpc_bnn.config import Config
+from hpc_bnn.errors import ConfigError
+from hpc_bnn.train import check
+
+QUICK = ("--num_epochs", "2", "--num_test_samples", "4", "--num_samples", "2")
+
+
+def train(digits, run_dir, *flags, code=None):
+    """Run `hpc-bnn train` on the digits in a process of its own."""
+    call = ["-m", "hpc_bnn"] if code is None else ["-c", code]
+    return subprocess.run(
+        [sys.executable, *call, "train", "--config", "configs/digits.yaml", "--data.shards", str(digits),
+         "--run_dir", str(run_dir), *QUICK, *flags],
+        cwd=REPOSITORY, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+
+def test_one_process_trains_without_horovod(digits, tmp_path):
+    hide = "import sys; sys.modules['horovod'] = None; from hpc_bnn.__main__ import run; run()"
+    done = train(digits, tmp_path / "run", code=hide)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("one process: no communication") == 1
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["grid"] == {"world_size": 1, "sample_size": 1, "data_size": 1}
+    assert summary["communication"]["num_collectives"] == 0
+    assert 0.5 < summary["test/accuracy"] <= 1 and 0 < summary["test/nll"] < 3
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2] and rows[1]["train/nelbo"] < rows[0]["train/nelbo"]
+    for name in ("curves.png", "uncertainty.png"):
+        assert (tmp_path / "run/plots" / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_resolved_config_reproduces_the_run(digits, tmp_path):
+    assert train(digits, tmp_path / "a", "--seed", "3", "--dtype", "float64").returncode == 0
+    stored = tmp_path / "a/config.yaml"
+    assert yaml.safe_load(stored.read_text())["seed"] == 3
+    again = main(["train", "--config", str(stored), "--run_dir", str(tmp_path / "b")])
+    assert again == 0
+    a, b = (load_model(tmp_path / name) for name in "ab")
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def load_model(run_dir):
+    (path,) = (run_dir / "checkpoints").glob("*.pt")
+    return torch.load(path, weights_only=True)["model"]
+
+
+def test_seed_and_max_steps(digits, tmp_path):
+    flags = ("--max_steps", "3")
+    assert train(digits, tmp_path / "a", *flags).returncode == 0
+    assert train(digits, tmp_path / "b", *flags, "--seed", "1").returncode == 0
+    a, b = (load_model(tmp_path / name) for name in "ab")
+    assert json.loads((tmp_path / "a/summary.json").read_text())["num_steps"] == 3
+    assert a["1.weight.loc"].shape == (128, 64)
+    assert not torch.equal(a["1.weight.loc"], b["1.weight.loc"])
+
+
+@pytest.mark.parametrize("dtype, stored", [("float64", torch.float64), ("bfloat16", torch.float32)])
+def test_dtypes(digits, tmp_path, dtype, stored):
+    done = train(digits, tmp_path / "run", "--dtype", dtype, "--max_steps", "2")
+    assert done.returncode == 0, done.stderr
+    assert {t.dtype for t in load_model(tmp_path / "run").values()} == {stored}
+
+
+def test_former_run_is_moved_aside_not_overwritten(digits, tmp_path):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "precious").write_text("result")
+    done = train(digits, run_dir, "--max_steps", "1")
+    assert done.returncode == 0 and "moved to" in done.stderr
+    assert (tmp_path / "run.1/precious").read_text() == "result"
+    assert not (run_dir / "precious").exists()
+
+
+def test_missing_shards_are_prepared_or_their_remedy_is_named(tmp_path):
+    done = train(tmp_path / "made", tmp_path / "run", "--max_steps", "1")
+    assert done.returncode == 0 and (tmp_path / "made/manifest.json").exists()
+    done = train(tmp_path / "nowhere", tmp_path / "run2", "--data.prepare", "null")
+    assert done.returncode == 1 and "data_prep" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--grid.sample_sise", "2"], ["sample_sise"]),
+        (["--num_samples", "many"], ["num_samples", "many"]),
+        (["--dtype", "float8"], ["dtype", "float8"]),
+        (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
+        (["--model.name", "hpc_bnn.models.Nothing"], ["--model.name", "Nothing", "package.module.Class"]),
+        (["--grid.sample_size", "2"], ["--grid.sample_size 2", "has 1"]),
+        (
+            ["--num_samples", "0", "--kl_weight", "-1", "--posterior.init_std", "0", "--optimizer.learning_rate", "-3"],
+            ["--num_samples 0", "--kl_weight -1", "--posterior.init_std 0", "--optimizer.learning_rate -3"],
+        ),
+    ],
+)  # fmt: skip
+def test_wrong_requests_are_named_and_nothing_is_written(digits, tmp_path, flags, words, capsys):
+    shards = ["--data.shards", str(digits), "--run_dir", str(tmp_path / "run")]
+    assert main(["train", "--config", str(REPOSITORY / "configs/digits.yaml"), *shards, *flags]) == 2
+    error = capsys.readouterr().err
+    assert all(word in error for word in words), error
+    assert "Traceback" not in error and not (tmp_path / "run").exists()
+
+
+def test_faults_of_values_and_of_the_grid_come_together():
+    config = Config(num_epochs=0)
+    config.grid.sample_size = 3
+    with pytest.raises(ConfigError) as caught:
+        check(config, world_size=4)
+    assert [fault.flag for fault in caught.value.faults] == ["--num_epochs", "--grid.sample_size"]
+
+
+def test_help_shows_a_sentence_per_field():
+    done = subprocess.run(
+        [sys.executable, "-m", "hpc_bnn", "train", "--help"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0
+    assert "Weight samples per step in the whole job" in " ".join(done.stdout.split())
+
+
+def test_console_command_is_the_module_under_mpi4py():
+    done = subprocess.run(["hpc-bnn", "--version"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout.startswith("hpc_bnn 0.")

@@ -1,0 +1,106 @@
+"""What comm does in one process and what it decides without communicating."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from hpc_bnn import Grid, GridComm, comm
+from hpc_bnn.comm import _packed_buckets, choose_device
+from hpc_bnn.errors import ConfigError, DataError, RankError
+
+
+def test_one_process_is_the_identity_and_costs_nothing():
+    alone = GridComm(Grid())
+    x = torch.arange(4.0)
+    for axis in ("sample", "data", "world"):
+        alone.sum_(x, axis)
+        alone.max_([x], axis)
+    alone.broadcast_(x)
+    assert x.tolist() == [0, 1, 2, 3]
+    assert alone.gather_objects("a") == ["a"] and alone.broadcast_object(5) == 5
+    alone.check_replicas([x], "x")
+    assert alone.traffic.num_collectives == 0
+
+
+def test_agree_in_one_process_says_what_was_done():
+    alone = GridComm(Grid())
+    with pytest.raises(DataError, match="reading shards: gone"), alone.agree("reading shards"):
+        raise DataError("gone")
+    with pytest.raises(RankError, match="opening: OSError: disk full"), alone.agree("opening"):
+        raise OSError("disk full")
+
+
+@pytest.mark.parametrize(
+    "requested, local_rank, num_visible, expected",
+    [
+        ("auto", 0, 0, "cpu"),
+        ("cpu", 3, 4, "cpu"),
+        ("auto", 3, 4, "cuda:3"),
+        ("cuda", 2, 4, "cuda:2"),
+        ("cuda", 3, 1, "cuda:0"),  # the launcher shows each rank its own GPU only
+        ("cuda:1", 0, 4, "cuda:1"),
+    ],
+)
+def test_one_gpu_per_rank_of_a_node(requested, local_rank, num_visible, expected):
+    assert choose_device(requested, local_rank, num_visible) == torch.device(expected)
+
+
+@pytest.mark.parametrize("requested", ["gpu", "cuda:x", "cpu:0", "", "cuda", "cuda:0"])
+def test_devices_that_are_not_there(requested):
+    with pytest.raises(ConfigError, match=f"--device {requested}"):
+        choose_device(requested, 0, 0)
+
+
+def test_packing_uses_few_buffers_and_copies_back():
+    a, b, c = torch.ones(3, 2), torch.full((4,), 2.0), torch.full((2,), 3.0, dtype=torch.float64)
+    d = torch.ones(2, 3).T  # not contiguous
+    half = torch.ones(5, dtype=torch.bfloat16)
+    count = torch.tensor(7)
+    with _packed_buckets([a, c, b, count, d, half]) as buckets:
+        assert sorted((str(x.dtype), x.numel()) for x in buckets) == [
+            ("torch.float32", 6 + 4 + 6 + 5), ("torch.float64", 2), ("torch.int64", 1)
+        ]  # fmt: skip
+        for bucket in buckets:
+            bucket.mul_(2)
+    assert a.eq(2).all() and b.eq(4).all() and c.eq(6).all() and d.eq(2).all() and half.eq(2).all()
+    assert count.item() == 14 and half.dtype == torch.bfloat16
+
+
+def test_one_flat_tensor_is_not_copied(monkeypatch):
+    x = torch.arange(100.0)
+    with _packed_buckets(x) as buckets:
+        assert [b.data_ptr() for b in buckets] == [x.data_ptr()]
+    monkeypatch.setattr(comm, "BUCKET_BYTES", 160)
+    with _packed_buckets([x, torch.ones(10)]) as buckets:
+        assert [b.numel() for b in buckets] == [40, 40, 30]  # two views of x; its rest with the small one
+
+
+def test_no_module_starts_mpi_or_horovod_at_import():
+    code = (
+        "import sys, pkgutil, importlib, hpc_bnn\n"
+        "for m in pkgutil.walk_packages(hpc_bnn.__path__, 'hpc_bnn.'):\n"
+        "    importlib.import_module(m.name)\n"
+        "assert not [m for m in sys.modules if m in ('mpi4py.MPI', 'horovod')], 'started'\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_foreign_launcher_is_recognised():
+    code = "from hpc_bnn import connect; connect()"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**_plain_environment(), "PMI_SIZE": "4", "PMI_RANK": "0"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1
+    assert "started 4 ranks" in done.stderr and "another MPI" in done.stderr
+
+
+def _plain_environment():
+    import os
+
+    return {k: v for k, v in os.environ.items() if not k.startswith(("OMPI_", "PMI", "SLURM_"))}

@@ -1,0 +1,144 @@
+"""Shard directories and the order of examples."""
+
+import json
+import subprocess
+import sys
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from conftest import REPOSITORY
+
+from hpc_bnn.data import Manifest, ShardDataset, epoch_order, global_batches, write_shards
+from hpc_bnn.errors import DataError
+
+FACTS = {"name": "toy", "source": "made by the test", "licence": "none"}
+
+
+def toy(n=23):
+    rng = np.random.default_rng(0)
+    return rng.normal(3, 2, (n, 2, 5)).astype(np.float32), np.arange(n)
+
+
+@pytest.fixture
+def shards(tmp_path):
+    splits = {"train": toy(), "test": toy(7)}
+    write_shards(tmp_path / "toy", splits, **FACTS, num_classes=23, examples_per_shard=10)
+    return tmp_path / "toy"
+
+
+def test_arrays_come_back_normalised_by_the_training_split(shards):
+    x, _ = toy()
+    assert sorted(p.name for p in shards.iterdir()) == [
+        "manifest.json", "test-00000.h5", "train-00000.h5", "train-00001.h5", "train-00002.h5"
+    ]  # fmt: skip
+    dataset = ShardDataset(shards, "train", dtype=torch.float64)
+    assert len(dataset) == 23 and dataset.in_shape == (2, 5)
+    got, target = dataset.fetch(torch.tensor([22, 0, 11]))
+    mean, std = x.mean(axis=(0, 2), dtype=np.float64), x.std(axis=(0, 2), dtype=np.float64)
+    expected = (x[[22, 0, 11]].astype(np.float64) - mean[:, None]) / std[:, None]
+    np.testing.assert_allclose(got.numpy(), expected, rtol=1e-12)
+    assert target.tolist() == [22, 0, 11]
+    test = ShardDataset(shards, "test", dtype=torch.float64)
+    assert test.manifest.mean == dataset.manifest.mean  # no statistics of the test split
+    assert torch.equal(test.fetch(slice(0, 3))[0], dataset.fetch(slice(0, 3))[0])
+
+
+def test_files_are_chunked_by_whole_examples_with_checksums(shards):
+    with h5py.File(shards / "train-00000.h5") as file:
+        assert file["x"].fletcher32 and file["y"].fletcher32
+        assert file["x"].chunks[1:] == (2, 5)
+    manifest = Manifest.read(shards)
+    assert manifest.num_examples("train") == 23 and manifest.licence == "none"
+    assert [shard.num_examples for shard in manifest.splits["train"]] == [10, 10, 3]
+
+
+def test_constant_channel_is_not_divided_by_zero(tmp_path):
+    x, y = toy()
+    x[:, 1] = 4
+    write_shards(tmp_path, {"train": (x, y)}, **FACTS)
+    got, _ = ShardDataset(tmp_path, "train").fetch(slice(None))
+    assert got.isfinite().all() and (got[:, 1] == 0).all()
+
+
+def test_truncated_missing_flipped_and_foreign(shards):
+    path = shards / "train-00001.h5"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-10])
+    with pytest.raises(DataError, match=r"train-00001.h5 has \d+ bytes, the manifest says"):
+        ShardDataset(shards, "train")
+    with h5py.File(shards / "train-00000.h5") as file:
+        place = file["x"].id.get_chunk_info(0).byte_offset
+    flipped = bytearray((shards / "train-00000.h5").read_bytes())
+    flipped[place + 20] ^= 4
+    path.write_bytes(whole)
+    (shards / "train-00000.h5").write_bytes(flipped)
+    with pytest.raises(DataError, match=r"train-00000\.h5 is missing or corrupt"):
+        ShardDataset(shards, "train")
+    (shards / "train-00000.h5").unlink()
+    with pytest.raises(DataError, match=r"train-00000\.h5 is missing"):
+        ShardDataset(shards, "train")
+    with pytest.raises(DataError, match="splits train, test, not 'validation'"):
+        ShardDataset(shards, "validation")
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("{", "cannot be read"),
+        ("[]", "not of format"),
+        ('{"format": "hpc_bnn shards", "version": 99}', "not of format"),
+        ('{"format": "hpc_bnn shards", "version": 1}', "lacks or misstates"),
+    ],
+)
+def test_bad_manifest(shards, text, message):
+    (shards / "manifest.json").write_text(text)
+    with pytest.raises(DataError, match=message):
+        Manifest.read(shards)
+
+
+def test_missing_directory_names_the_remedy(tmp_path):
+    with pytest.raises(DataError, match="data_prep"):
+        Manifest.read(tmp_path / "nowhere")
+
+
+def test_interrupted_writing_leaves_no_manifest(shards, monkeypatch):
+    def fail(*_, **__):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(h5py.Group, "create_dataset", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_shards(shards, {"train": toy()}, **FACTS)
+    assert not (shards / "manifest.json").exists()
+    assert not [p for p in shards.iterdir() if p.name.startswith(".")]
+
+
+def test_epoch_order_is_a_keyed_permutation():
+    order = epoch_order(100, seed=3, epoch=2)
+    assert sorted(order.tolist()) == list(range(100))
+    assert torch.equal(order, epoch_order(100, seed=3, epoch=2))
+    assert not torch.equal(order, epoch_order(100, seed=3, epoch=3))
+    assert not torch.equal(order, epoch_order(100, seed=4, epoch=2))
+
+
+def test_global_batches_keep_the_last_partial_batch():
+    batches = list(global_batches(23, 10, seed=0, epoch=0))
+    assert [len(batch) for batch in batches] == [10, 10, 3]
+    assert sorted(torch.cat(batches).tolist()) == list(range(23))
+
+
+def test_digits_script_writes_once_and_verifiably(digits):
+    manifest = Manifest.read(digits)
+    assert (manifest.num_examples("train"), manifest.num_examples("test")) == (1438, 359)
+    assert manifest.num_classes == 10 and manifest.arrays["x"].shape == (1, 8, 8)
+    again = subprocess.run(
+        [sys.executable, "data_prep/digits.py", "--output", str(digits)],
+        cwd=REPOSITORY, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "already there" in again.stdout
+    assert json.loads((digits / "manifest.json").read_text())["source"].startswith("scikit-learn")
+    train, test = (ShardDataset(digits, split) for split in ("train", "test"))
+    images = {bytes(x.numpy()) for x, _ in zip(train._x, range(10**6))}
+    overlap = sum(bytes(x.numpy()) in images for x in test._x)
+    assert overlap == 0  # the digits hold no image twice, so a shared image would be leakage

@@ -1,0 +1,63 @@
+"""The predictive in one process, against references."""
+
+import pytest
+import torch
+from sklearn.metrics import accuracy_score, log_loss
+from torch import nn
+
+from hpc_bnn import Categorical, Grid, GridComm, MeanFieldGaussian, ShardDataset
+from hpc_bnn.evaluate import evaluate_classes, predict_classes
+from hpc_bnn.noise import Stream, keyed_generator, keyed_global_generator
+
+
+def make_posterior(dropout=0.0):
+    with keyed_global_generator(0, Stream.INIT):
+        net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.Dropout(dropout)).double()
+    return MeanFieldGaussian(net, init_std=0.5)
+
+
+def test_predictive_is_the_mean_of_probabilities_and_its_parts_add_up():
+    posterior, x = make_posterior(), torch.linspace(-1, 1, 5 * 64, dtype=torch.float64).view(5, 1, 8, 8)
+    got = predict_classes(
+        posterior, Categorical(10), GridComm(Grid()), x, num_samples=7, seed=2, batch_size=2
+    )
+    members = []
+    posterior.begin()
+    for sample in range(7):
+        posterior.draw_(keyed_generator(2, Stream.PREDICTION, 0, sample))
+        members.append(torch.softmax(posterior.module(x).detach(), -1))
+    members = torch.stack(members)  # [S, B, C]
+    torch.testing.assert_close(got.probabilities, members.mean(0), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(got.std, members.std(0, correction=0), rtol=1e-6, atol=1e-9)
+    expected_entropy = -(members * members.log()).sum(-1).mean(0)
+    torch.testing.assert_close(got.expected_entropy, expected_entropy, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(got.entropy, -(members.mean(0) * members.mean(0).log()).sum(-1))
+    assert (got.mutual_information > 0.01).all()  # scales of 0.5: the members disagree
+    torch.testing.assert_close(got.mutual_information, got.entropy - expected_entropy)
+
+
+def test_modules_are_evaluated_in_eval_mode_and_put_back():
+    posterior = make_posterior(dropout=0.9)
+    x = torch.ones(2, 1, 8, 8, dtype=torch.float64)
+    posterior.module.train()
+    first, second = (
+        predict_classes(posterior, Categorical(10), GridComm(Grid()), x, num_samples=2) for _ in range(2)
+    )
+    assert torch.equal(first.probabilities, second.probabilities)
+    assert posterior.module.training
+
+
+def test_metrics_equal_scikit_learn(digits):
+    posterior, comm, dataset = (
+        make_posterior(),
+        GridComm(Grid()),
+        ShardDataset(digits, "test", dtype=torch.float64),
+    )
+    metrics, predictive, part = evaluate_classes(posterior, Categorical(10), comm, dataset, num_samples=5)
+    assert part == slice(0, 359)
+    _, y = dataset.fetch(part)
+    p = predictive.probabilities.numpy()
+    assert metrics["accuracy"] == pytest.approx(
+        accuracy_score(y, p.argmax(1)), rel=1e-7
+    )  # float32 in torchmetrics
+    assert metrics["nll"] == pytest.approx(log_loss(y, p), rel=1e-10)

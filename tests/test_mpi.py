@@ -1,0 +1,137 @@
+"""Start the tests of tests/mpi on 1, 2, 3 and 4 ranks, and jobs that fail on purpose."""
+
+import json
+import time
+
+import pytest
+import torch
+from conftest import REPOSITORY
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
+def test_suite_on_ranks(mpirun, num_ranks):
+    done = mpirun(num_ranks, "tests/mpi/run.py", timeout=300)
+    print(done.stdout, done.stderr)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert " passed" in done.stdout and "failed" not in done.stdout
+
+
+FAILING = """
+import sys, os, signal, time
+import torch, hpc_bnn
+comm = hpc_bnn.connect(sample_size={sample_size}, device="cpu")
+comm.sum_(torch.ones(3))
+if comm.grid.rank == 1:
+    print("FAULT", time.time(), flush=True)
+    {fault}
+{others}
+"""
+
+FAULTS = {
+    "raises": "raise RuntimeError('deliberate fault')",
+    "exits": "sys.exit(3)",
+    "is_killed": "os.kill(os.getpid(), signal.SIGKILL)",
+}
+OTHERS = {"tensor_collective": "comm.sum_(torch.ones(3))", "object_collective": "comm.gather_objects(1)"}
+
+
+@pytest.mark.parametrize("others", OTHERS)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_rank_that_fails_ends_the_job_within_ten_seconds(mpirun, fault, others, tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(FAILING.format(sample_size=2, fault=FAULTS[fault], others=OTHERS[others]))
+    done = mpirun(4, program, timeout=60)
+    ended = time.time()
+    assert done.returncode != 0
+    assert ended - float(done.stdout.split("FAULT")[1].split()[0]) < 10
+    if fault == "raises":
+        assert "RuntimeError: deliberate fault" in done.stderr
+
+
+def test_the_abort_hook_works_without_mpi4py_as_runner(mpirun, tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(
+        FAILING.format(sample_size=1, fault=FAULTS["raises"], others=OTHERS["object_collective"])
+    )
+    done = mpirun(2, program, runner=(), timeout=60)
+    ended = time.time()
+    assert done.returncode != 0 and "deliberate fault" in done.stderr
+    assert ended - float(done.stdout.split("FAULT")[1].split()[0]) < 10
+
+
+def test_a_stuck_test_cannot_hang_the_suite(mpirun, tmp_path):
+    """The watchdog of tests/mpi/conftest.py, with one rank that never comes."""
+    (tmp_path / "test_stuck.py").write_text(
+        "import time\ndef test_stuck(world):\n    if world.rank == 1: time.sleep(1000)\n    world.barrier()\n"
+    )
+    conftest = (
+        (REPOSITORY / "tests/mpi/conftest.py").read_text().replace("TEST_SECONDS = 60", "TEST_SECONDS = 3")
+    )
+    (tmp_path / "conftest.py").write_text(conftest)
+    run = (REPOSITORY / "tests/mpi/run.py").read_text()
+    (tmp_path / "run.py").write_text(run)
+    done = mpirun(2, tmp_path / "run.py", timeout=60)
+    assert done.returncode != 0 and "test_stuck.py" in done.stderr and "Timeout" in done.stderr
+
+
+def test_several_ranks_without_horovod_is_a_clear_error(mpirun, tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text("import sys; sys.modules['horovod'] = None\nfrom hpc_bnn.__main__ import run\nrun()\n")
+    done = mpirun(2, program, "train", "--config", "configs/digits.yaml", timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.count("2 ranks need Horovod") == 1 and "install_horovod" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def train(mpirun, num_ranks, sample_size, digits, run_dir, *flags):
+    done = mpirun(
+        num_ranks, "-m", "hpc_bnn", "train", "--config", "configs/digits.yaml", "--data.shards", digits,
+        "--grid.sample_size", sample_size, "--run_dir", run_dir, *flags,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (checkpoint,) = (run_dir / "checkpoints").glob("*.pt")
+    return json.loads((run_dir / "summary.json").read_text()), torch.load(checkpoint, weights_only=True)[
+        "model"
+    ]
+
+
+def test_layout_law_through_the_command_line(mpirun, digits, tmp_path):
+    """The whole way: shards, order, init, five steps, evaluation, checkpoint; float64, uneven samples."""
+    flags = ("--dtype", "float64", "--max_steps", "5", "--num_samples", "16", "--num_test_samples", "5")
+    summaries, models = zip(
+        *(
+            train(mpirun, ranks, sample_size, digits, tmp_path / f"{ranks}-{sample_size}", *flags)
+            for ranks, sample_size in ((1, 1), (4, 2), (3, 3))
+        )
+    )
+    assert [s["grid"]["data_size"] for s in summaries] == [1, 2, 1]
+    for summary, model in zip(summaries[1:], models[1:]):
+        assert summary["test/accuracy"] == summaries[0]["test/accuracy"]
+        assert summary["test/nll"] == pytest.approx(summaries[0]["test/nll"], rel=1e-12)
+        assert model.keys() == models[0].keys()
+        for name, value in model.items():
+            assert (value - models[0][name]).norm() <= 1e-12 * models[0][name].norm(), name
+
+
+def test_the_quickstart_learns(mpirun, digits, tmp_path):
+    """2 x 2 ranks through Horovod: accuracy >= 0.97 and NLL <= 0.12 nats on the held-out fifth."""
+    summary, _ = train(mpirun, 4, 2, digits, tmp_path / "run")
+    assert summary["communication"]["library"] == "horovod"
+    assert summary["communication"]["num_collectives"] > 2 * summary["num_steps"]
+    assert summary["test/accuracy"] >= 0.97 and summary["test/nll"] <= 0.12
+
+
+def test_wrong_grid_is_said_once_and_ends_in_order(mpirun, digits, tmp_path):
+    done = mpirun(4, "-m", "hpc_bnn", "train", "--config", "configs/digits.yaml", "--data.shards", digits,
+                  "--grid.sample_size", 3, "--run_dir", tmp_path / "run", "--num_epochs", 0)  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.count("--grid.sample_size 3") == 1 and done.stderr.count("--num_epochs 0") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_unwritable_run_dir_on_rank_0_ends_all_ranks(mpirun, digits, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    done = mpirun(2, "-m", "hpc_bnn", "train", "--config", "configs/digits.yaml", "--data.shards", digits,
+                  "--run_dir", tmp_path / "file/run")  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.count("hpc-bnn: error: rank 0 on ") == 1 and "opening" in done.stderr

@@ -1,0 +1,102 @@
+"""One step in one process, against a one-line reference."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.distributions import Normal, kl_divergence
+from torch.nn import functional as F
+
+from hpc_bnn import Categorical, GaussianPrior, Grid, GridComm, MeanFieldGaussian, VariationalStep
+from hpc_bnn.errors import ConfigError, NonFiniteError
+from hpc_bnn.noise import Stream, keyed_generator, keyed_global_generator
+
+
+def make_step(num_samples=3, dtype=torch.float64, **options):
+    with keyed_global_generator(0, Stream.INIT):
+        net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).to(dtype)
+    posterior = MeanFieldGaussian(net, prior=GaussianPrior(0.5), init_std=0.2)
+    optimizer = torch.optim.SGD(posterior.parameters(), lr=0.1)
+    return VariationalStep(
+        posterior,
+        Categorical(3),
+        optimizer,
+        GridComm(Grid()),
+        num_samples=num_samples,
+        num_train_examples=50,
+        seed=7,
+        **options,
+    )
+
+
+def batch(dtype=torch.float64):
+    generator = keyed_generator(0, Stream.DATA_ORDER)
+    return torch.randn(10, 4, generator=generator, dtype=dtype), torch.arange(10) % 3
+
+
+def test_negative_elbo_and_its_gradient_equal_the_definition():
+    step = make_step(kl_weight=0.3)
+    x, y = batch()
+    loc, log_scale = (p.detach().clone().requires_grad_() for p in step.posterior.parameters())
+    data_term = 0
+    for sample in range(3):
+        eps = torch.randn(len(loc), dtype=loc.dtype, generator=keyed_generator(7, Stream.NOISE, 0, sample))
+        weights = step.posterior.layout.views(loc + log_scale.exp() * eps)
+        data_term += F.cross_entropy(torch.func.functional_call(step.posterior.module, weights, (x,)), y) / 3
+    kl = kl_divergence(Normal(loc, log_scale.exp()), Normal(0.0, 0.5)).sum()
+    nelbo = data_term + 0.3 * kl / 50
+    gradients = torch.autograd.grad(nelbo, [loc, log_scale])
+    result = step(x, y, len(x))
+    assert result.nelbo == pytest.approx(nelbo.item(), rel=1e-12)
+    assert result.data_term == pytest.approx(data_term.item(), rel=1e-12)
+    assert result.kl == pytest.approx(kl.item(), rel=1e-12)
+    for after, before, gradient in zip(step.posterior.parameters(), (loc, log_scale), gradients):
+        torch.testing.assert_close(after.detach(), (before - 0.1 * gradient).detach(), rtol=1e-12, atol=1e-14)
+
+
+def test_steps_draw_different_noise():
+    step = make_step()
+    x, y = batch()
+    first = step(x, y, len(x))
+    weights = [p.detach().clone() for p in step.posterior.module.parameters()]
+    assert step.num_steps == 1
+    second = step(x, y, len(x))
+    assert first.data_term != second.data_term
+    assert not any(torch.equal(a, b) for a, b in zip(weights, step.posterior.module.parameters()))
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_non_finite_input_stops_before_the_update(poison):
+    step = make_step()
+    x, y = batch()
+    x[3, 1] = poison
+    before = step.posterior.loc.detach().clone()
+    with pytest.raises(NonFiniteError, match=r"step 0.*rank 0 on "):
+        step(x, y, len(x))
+    assert torch.equal(step.posterior.loc, before) and step.num_steps == 0
+
+
+def test_training_lowers_the_objective():
+    step = make_step(num_samples=8)
+    x, y = batch()
+    y = (x[:, 0] > 0).long()  # can be learnt
+    results = [step(x, y, len(x)).nelbo for _ in range(150)]
+    assert sum(results[-10:]) / 10 < 0.7 * results[0]
+
+
+def test_autocast_keeps_weights_and_gradients_in_float32():
+    exact, rough = (
+        make_step(dtype=torch.float32),
+        make_step(dtype=torch.float32, autocast_dtype=torch.bfloat16),
+    )
+    x, y = batch(torch.float32)
+    a, b = exact(x, y, len(x)), rough(x, y, len(x))
+    assert rough.posterior.loc.dtype == rough.posterior.reduced.dtype == torch.float32
+    assert a.data_term != b.data_term
+    assert a.data_term == pytest.approx(b.data_term, rel=2e-2)  # bfloat16 has 8 bits of mantissa
+
+
+def test_too_few_samples_are_refused():
+    with pytest.raises(ConfigError, match="--num_samples 0"):
+        make_step(num_samples=0)
