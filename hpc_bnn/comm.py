@@ -13,12 +13,14 @@ starts MPI; a worker process that imports this module stays an ordinary process.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import hashlib
 import logging
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -211,7 +213,14 @@ class GridComm:
             raise CommunicationError(f"{what}: ranks {odd} differ from rank 0, though they must be replicas")
 
     def close(self) -> None:
-        """Leave the groups. Collective over the world; the object cannot be used afterwards."""
+        """Wait for all ranks and leave the groups. Collective over the world; afterwards it is of no use."""
+
+    def __enter__(self) -> GridComm:
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if error is None:  # with an error the other ranks may never come here: it ends the job by itself
+            self.close()
 
     # --- what a library provides ------------------------------------------------------------------
 
@@ -276,6 +285,10 @@ class HorovodComm(GridComm):
         if hvd.is_initialized():
             hvd.shutdown()
         hvd.init(comm=self.world_comm, process_sets=sets["sample"] + sets["data"])
+        # Horovod's own exit handler stops it on all ranks: one that ends early would take it from the
+        # others. Registered after Horovod's, this one runs before it.
+        atexit.unregister(_wait_a_moment_for_the_others)
+        atexit.register(_wait_a_moment_for_the_others)
         world = hvd.global_process_set
         if grid.sample_size > 1:
             self.sample_set = sets["sample"][grid.data_index] if sets["sample"] else world
@@ -311,6 +324,7 @@ class HorovodComm(GridComm):
         self.world_comm.Barrier()
 
     def close(self) -> None:
+        self.barrier()
         if self._hvd.is_initialized():
             self._hvd.shutdown()
         self.sample_comm.Free()
@@ -327,7 +341,10 @@ def connect(
 
     Under ``mpirun`` or ``srun`` the ranks of the job form the grid; without a launcher, one process is
     a grid of 1 x 1 and needs neither MPI nor Horovod. Calling it again makes a new grid of the same
-    ranks; the former object is then closed.
+    ranks; the former object is then of no use.
+
+    Use it as a context (``with connect(2) as comm:``): at its end all ranks wait for each other, because
+    Horovod stops on all of them when one process ends.
 
     Parameters
     ----------
@@ -385,14 +402,30 @@ def finalize() -> None:
     Without it ``python -m mpi4py`` answers an exit code other than 0 by aborting the job, which is right
     for an error of one rank and noise for one on which all ranks agreed.
     """
-    if "horovod.torch" in sys.modules:
-        hvd = sys.modules["horovod.torch"]
-        if hvd.is_initialized():
-            hvd.shutdown()
-    if "mpi4py.MPI" in sys.modules:
-        mpi = sys.modules["mpi4py.MPI"]
-        if mpi.Is_initialized() and not mpi.Is_finalized():
-            mpi.Finalize()
+    mpi = _running_mpi()
+    if mpi is not None:
+        mpi.COMM_WORLD.Barrier()
+    hvd = sys.modules.get("horovod.torch")
+    if hvd is not None and hvd.is_initialized():
+        hvd.shutdown()
+    if mpi is not None:
+        mpi.Finalize()
+
+
+def _running_mpi():
+    mpi = sys.modules.get("mpi4py.MPI")
+    return mpi if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized() else None
+
+
+def _wait_a_moment_for_the_others(seconds: float = 5.0) -> None:
+    """At exit: let ranks that are a little behind finish. Bounded, because one of them may have failed."""
+    mpi = _running_mpi()
+    if mpi is None or not sys.modules["horovod.torch"].is_initialized():
+        return
+    request = mpi.COMM_WORLD.Ibarrier()
+    end = time.monotonic() + seconds
+    while not request.Test() and time.monotonic() < end:
+        time.sleep(0.01)
 
 
 def launched_rank() -> int:
@@ -553,7 +586,7 @@ def _install_abort_hook(mpi) -> None:
         former(kind, error, traceback)
         sys.stdout.flush()
         sys.stderr.flush()
-        if mpi.Is_initialized() and not mpi.Is_finalized():
+        if _running_mpi() is not None:
             mpi.COMM_WORLD.Abort(1)
 
     if getattr(former, "__module__", None) != __name__:

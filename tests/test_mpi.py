@@ -135,3 +135,18 @@ def test_unwritable_run_dir_on_rank_0_ends_all_ranks(mpirun, digits, tmp_path):
                   "--run_dir", tmp_path / "file/run")  # fmt: skip
     assert done.returncode == 1
     assert done.stderr.count("hpc-bnn: error: rank 0 on ") == 1 and "opening" in done.stderr
+
+
+def test_a_rank_that_ends_early_does_not_take_horovod_from_the_others(mpirun, tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import time, torch, hpc_bnn\n"
+        "with hpc_bnn.connect(sample_size=2, device='cpu') as comm:\n"
+        "    if comm.grid.data_index == 1:\n"
+        "        time.sleep(7)\n"
+        "    x = torch.ones(2)\n"
+        "    comm.sum_(x, 'sample')\n"
+        "    assert x.tolist() == [2, 2]\n"
+    )
+    done = mpirun(4, program, timeout=60)
+    assert done.returncode == 0, done.stderr

