@@ -20,6 +20,9 @@ command -v "$python" >/dev/null || fail "$python is missing: install Python 3.10
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || fail "$("$python" --version) is too old: 3.10 or newer is needed; PYTHON=/path/to/python3 make setup"
 "$python" -c 'import venv, ensurepip' 2>/dev/null || fail "$python cannot make virtual environments: apt install python3-venv"
 
+# Not the Python of an activated .venv, which is about to be made anew
+python=$("$python" -c 'import sys; print(getattr(sys, "_base_executable", sys.executable))')
+
 mpi=${MPI:-}
 if [ -z "$mpi" ]; then
     if command -v mpicc >/dev/null && command -v mpicxx >/dev/null && command -v mpirun >/dev/null; then
