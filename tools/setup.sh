@@ -21,7 +21,7 @@ command -v "$python" >/dev/null || fail "$python is missing: install Python 3.10
 "$python" -c 'import venv, ensurepip' 2>/dev/null || fail "$python cannot make virtual environments: apt install python3-venv"
 
 # Not the Python of an activated .venv, which is about to be made anew
-python=$("$python" -c 'import sys; print(getattr(sys, "_base_executable", sys.executable))')
+python=$("$python" -c 'import sys; import os; print(os.path.realpath(getattr(sys, "_base_executable", sys.executable)))')
 
 mpi=${MPI:-}
 if [ -z "$mpi" ]; then
@@ -40,7 +40,7 @@ case $mpi in
 esac
 
 # What the environment was made from; the version of hpc_bnn itself does not matter, it is editable
-want=$({ "$python" -c 'import sys; print(sys.version, sys.executable)'; echo "$mpi $banner $PWD"
+want=$({ "$python" -c 'import sys; print(sys.version, sys.base_prefix)'; echo "$mpi $banner $PWD"
     env | grep '^HOROVOD_' | sort || true
     cat setup.cfg pyproject.toml tools/setup.sh tools/install_horovod.sh tools/horovod-cxx17.cmake "$constraints"
 } | cksum)
