@@ -14,7 +14,7 @@ from .data import ShardDataset
 from .likelihoods import Categorical
 from .metrics import classification_metrics
 from .noise import Stream, keyed_generator
-from .posteriors import MeanFieldGaussian
+from .posteriors import Posterior
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class ClassPredictive:
 
 @torch.no_grad()
 def predict_classes(
-    posterior: MeanFieldGaussian,
+    posterior: Posterior,
     likelihood: Categorical,
     comm: GridComm,
     x: Tensor,
@@ -66,24 +66,25 @@ def predict_classes(
         Examples per forward pass on this rank.
     """
     num_classes = likelihood.num_classes
-    dtype = posterior.loc.dtype
+    dtype = posterior.dtype
     sums = torch.zeros(len(x), 2 * num_classes + 1, dtype=dtype, device=x.device)  # p, p^2, entropy
-    was_training = posterior.module.training
-    posterior.module.eval()
-    posterior.begin()
-    for sample in comm.grid.local_samples(num_samples):
-        posterior.draw_(keyed_generator(seed, Stream.PREDICTION, 0, sample, x.device))
-        for part, row in zip(x.split(batch_size), sums.split(batch_size)):
-            p = likelihood.probabilities(posterior.module(part).to(dtype))
-            row += torch.cat([p, p.square(), torch.special.entr(p).sum(-1, keepdim=True)], dim=-1)
-    posterior.module.train(was_training)
+
+    def keyed(sample: int) -> torch.Generator:
+        return keyed_generator(seed, Stream.PREDICTION, 0, sample, x.device)
+
+    with posterior.evaluating():
+        for sample in comm.grid.local_samples(num_samples):
+            posterior.draw_(sample, keyed)
+            for part, row in zip(x.split(batch_size), sums.split(batch_size)):
+                p = likelihood.probabilities(posterior.module(part).to(dtype))
+                row += torch.cat([p, p.square(), torch.special.entr(p).sum(-1, keepdim=True)], dim=-1)
     comm.sum_(sums, "sample")
     mean, square, entropy = (sums / num_samples).split([num_classes, num_classes, 1], dim=-1)
     return ClassPredictive(mean, (square - mean.square()).clamp_min(0).sqrt(), entropy.squeeze(-1))
 
 
 def evaluate_classes(
-    posterior: MeanFieldGaussian,
+    posterior: Posterior,
     likelihood: Categorical,
     comm: GridComm,
     dataset: ShardDataset,

@@ -27,6 +27,8 @@ class Stream(enum.IntEnum):
     """Draws of weight samples during training: step = optimizer step, index = global sample."""
     PREDICTION = 5
     """Draws of weight samples for a predictive: step = 0, index = global sample."""
+    MASK = 6
+    """Dropout masks of a weight sample: seed = that sample's derived seed, step = layer."""
 
 
 _MASK64 = (1 << 64) - 1

@@ -24,7 +24,7 @@ def test_predictive_is_the_mean_of_probabilities_and_its_parts_add_up():
     members = []
     posterior.begin()
     for sample in range(7):
-        posterior.draw_(keyed_generator(2, Stream.PREDICTION, 0, sample))
+        posterior.draw_(sample, lambda s: keyed_generator(2, Stream.PREDICTION, 0, s))
         members.append(torch.softmax(posterior.module(x).detach(), -1))
     members = torch.stack(members)  # [S, B, C]
     torch.testing.assert_close(got.probabilities, members.mean(0), rtol=1e-12, atol=1e-14)

@@ -10,6 +10,10 @@ from hpc_bnn.noise import Stream, keyed_generator, keyed_global_generator
 from hpc_bnn.posteriors import FlatLayout, GaussianPrior, MeanFieldGaussian
 
 
+def keyed(sample):
+    return keyed_generator(0, Stream.NOISE, 0, sample)
+
+
 def make_net(dtype=torch.float64):
     with keyed_global_generator(0, Stream.INIT):
         return nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 2)).to(dtype)
@@ -29,7 +33,7 @@ def reference_loss(posterior, eps, x):
     """The same loss by autograd through functional_call: w = loc + exp(log_scale) * eps."""
     net = make_net()
     loc, log_scale = (p.detach().clone().requires_grad_() for p in posterior.parameters())
-    weights = posterior.layout.views(loc + log_scale.exp() * eps)
+    weights = posterior.random.views(loc + log_scale.exp() * eps)
     return torch.func.functional_call(net, weights, (x,)).square().sum(), loc, log_scale
 
 
@@ -39,7 +43,7 @@ def test_gradient_of_samples_equals_autograd_through_the_sampling():
     posterior.begin()
     expected = [torch.zeros_like(p) for p in posterior.parameters()]
     for sample in range(3):
-        posterior.draw_(keyed_generator(0, Stream.NOISE, 0, sample))
+        posterior.draw_(sample, keyed)
         posterior.module(x).square().sum().backward()
         posterior.accumulate_()
         eps = torch.randn(
@@ -49,6 +53,7 @@ def test_gradient_of_samples_equals_autograd_through_the_sampling():
         for total, gradient in zip(expected, torch.autograd.grad(loss, leaves)):
             total += gradient
     posterior.finish_()
+    posterior.attach_gradients_()
     for parameter, gradient in zip(posterior.parameters(), expected):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-12, atol=1e-13)
 
@@ -59,12 +64,13 @@ def test_gradient_against_finite_differences():
 
     def loss():
         posterior.begin()
-        posterior.draw_(keyed_generator(0, Stream.NOISE, 0, 0))
+        posterior.draw_(0, keyed)
         return posterior.module(x).square().sum()
 
     loss().backward()
     posterior.accumulate_()
     posterior.finish_()
+    posterior.attach_gradients_()
     gradients = [parameter.grad.clone() for parameter in posterior.parameters()]
     for parameter, gradient in zip(posterior.parameters(), gradients):
         for i in (0, 7, posterior.num_weights - 1):
@@ -87,6 +93,7 @@ def test_kl_and_its_gradient_equal_torch_distributions(prior):
     torch.testing.assert_close(posterior.kl(), reference.detach(), rtol=1e-12, atol=0)
     posterior.begin()
     posterior.finish_()
+    posterior.attach_gradients_()
     torch.testing.assert_close(posterior.add_kl_gradient_(0.25), reference.detach(), rtol=1e-12, atol=0)
     for parameter, gradient in zip(
         posterior.parameters(), torch.autograd.grad(0.25 * reference, [loc, log_scale])
@@ -107,10 +114,10 @@ def test_samples_have_the_moments_of_the_posterior():
     draws = []
     posterior.begin()
     for sample in range(n):
-        posterior.draw_(keyed_generator(1, Stream.NOISE, 0, sample))
+        posterior.draw_(sample, keyed)
         draws.append(torch.cat([p.detach().reshape(-1) for p in posterior.module.parameters()]))
     draws = torch.stack(draws)
-    views = posterior.layout.views
+    views = posterior.random.views
     names = [name for name, _ in posterior.module.named_parameters()]
     loc = torch.cat([views(posterior.loc.detach())[n].reshape(-1) for n in names])
     scale = torch.cat([views(posterior.log_scale.detach().exp())[n].reshape(-1) for n in names])
@@ -125,7 +132,7 @@ def test_module_keeps_its_parameter_objects_and_tied_weights_stay_tied():
     posterior = MeanFieldGaussian(net)
     assert all(after is before[name] for name, after in net.named_parameters(remove_duplicate=False))
     posterior.begin()
-    posterior.draw_(keyed_generator(0, Stream.NOISE))
+    posterior.draw_(0, keyed)
     assert net[1].weight.data_ptr() == net[0].weight.data_ptr()
     assert posterior.num_weights == 16 + 4 + 4
 
@@ -139,11 +146,12 @@ def test_unused_and_frozen_weights():
     posterior = MeanFieldGaussian(net)
     frozen = net[0].bias.clone()
     posterior.begin()
-    posterior.draw_(keyed_generator(0, Stream.NOISE))
+    posterior.draw_(0, keyed)
     net.forward(torch.ones(1, 3, dtype=torch.float64)).sum().backward()
     posterior.accumulate_()
     posterior.finish_()
-    gradients = posterior.layout.views(posterior.loc.grad)
+    posterior.attach_gradients_()
+    gradients = posterior.random.views(posterior.loc.grad)
     assert "0.bias" not in gradients and torch.equal(net[0].bias, frozen)
     assert gradients["spare.weight"].abs().max() == 0 and gradients["0.weight"].abs().max() > 0
 
@@ -171,9 +179,9 @@ def test_layout_starts_on_vector_boundaries():
 def test_mean_weights():
     posterior = make_posterior()
     posterior.begin()
-    posterior.draw_(keyed_generator(0, Stream.NOISE))
+    posterior.draw_(0, keyed)
     net = posterior.use_mean_()
-    assert torch.equal(net[0].weight, posterior.layout.views(posterior.loc.detach())["0.weight"])
+    assert torch.equal(net[0].weight, posterior.random.views(posterior.loc.detach())["0.weight"])
 
 
 @pytest.mark.parametrize("std", [0.0, -1.0, float("nan"), float("inf")])

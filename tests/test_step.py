@@ -42,7 +42,7 @@ def test_negative_elbo_and_its_gradient_equal_the_definition():
     data_term = 0
     for sample in range(3):
         eps = torch.randn(len(loc), dtype=loc.dtype, generator=keyed_generator(7, Stream.NOISE, 0, sample))
-        weights = step.posterior.layout.views(loc + log_scale.exp() * eps)
+        weights = step.posterior.random.views(loc + log_scale.exp() * eps)
         data_term += F.cross_entropy(torch.func.functional_call(step.posterior.module, weights, (x,)), y) / 3
     kl = kl_divergence(Normal(loc, log_scale.exp()), Normal(0.0, 0.5)).sum()
     nelbo = data_term + 0.3 * kl / 50

@@ -1,11 +1,30 @@
-"""Variational posteriors over the weights of an ordinary ``nn.Module`` (floor 3).
+"""Posteriors over the weights of an ordinary ``nn.Module`` (floor 3).
 
-Nothing here knows of ranks: a posterior draws from a generator that it is given, and turns the
-gradients of module weights into gradients of its own parameters.
+Nothing here knows of ranks: a posterior draws from generators that it is given, and turns the gradients of
+module weights into gradients of its own parameters.
 """
 
+from .base import DeterministicNetwork, KeyedGenerator, Posterior, Tally
 from .flat import FlatLayout
+from .low_rank import LowRankGaussian
+from .mc_dropout import MCDropout
 from .mean_field import MeanFieldGaussian
-from .priors import GaussianPrior
+from .priors import GaussianPrior, LaplacePrior, Prior, ScaleMixturePrior, StudentTPrior
+from .select import split_weights
 
-__all__ = ["FlatLayout", "GaussianPrior", "MeanFieldGaussian"]
+__all__ = [
+    "DeterministicNetwork",
+    "FlatLayout",
+    "GaussianPrior",
+    "KeyedGenerator",
+    "LaplacePrior",
+    "LowRankGaussian",
+    "MCDropout",
+    "MeanFieldGaussian",
+    "Posterior",
+    "Prior",
+    "ScaleMixturePrior",
+    "StudentTPrior",
+    "Tally",
+    "split_weights",
+]

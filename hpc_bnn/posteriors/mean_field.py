@@ -2,206 +2,208 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import ConfigError, Fault
-from .flat import FlatLayout, take_gradients, tie
-from .priors import GaussianPrior
+from .base import KeyedGenerator, Posterior, Tally
+from .flat import take_gradients, tie
+from .priors import GaussianPrior, Prior, gaussian_entropy
+from .select import Rule
 
 
-class MeanFieldGaussian:
-    """Independent Gaussian over each trainable weight of a module.
+class MeanFieldGaussian(Posterior):
+    """Independent Gaussian over each random weight of a module.
 
-    A sample of the weights is ``w = loc + exp(log_scale) * eps`` with one flat draw of ``eps``, put
-    where the module's parameters look: they are views of one flat buffer, and the module is called
-    unchanged. Gradients of all samples are accumulated in one flat buffer, so memory does not grow
-    with the number of samples (Blundell et al., Weight Uncertainty in Neural Networks, 2015, for the
-    gradient; the flat buffer is ours).
-
-    The life of a step::
-
-        posterior.begin()                       # zero the gradient buffer
-        for each sample:
-            posterior.draw_(generator)          # put the sample into the module
-            loss(posterior.module(x)).backward()
-            posterior.accumulate_()             # fold the gradients of this sample in
-        posterior.finish_()                     # .grad of loc and log_scale is complete
-        posterior.add_kl_gradient_(weight)
+    A sample of the weights is ``w = loc + exp(log_scale) * eps`` with one flat draw of ``eps``, put where
+    the module's parameters look. Gradients of all samples are accumulated in one flat buffer, so memory
+    does not grow with the number of samples (Blundell et al., Weight Uncertainty in Neural Networks, 2015,
+    for the gradient; the flat buffer is ours).
 
     Parameters
     ----------
     module : nn.Module
-        Any module, already on its device and in its dtype. Its weights are the initial ``loc``. It is
-        used in place: its parameters become views of this object's buffers.
-    prior : GaussianPrior
-        Prior of each weight.
+        Any module, already on its device and in its dtype. Its weights are the initial ``loc``.
+    prior : Prior
+        Prior of each weight. ``GaussianPrior(mean="initial")`` centres it on a pretrained network.
     init_std : float
         Standard deviation of each weight at the start, in units of the weight.
-    num_tally : int
-        Scalars that travel behind the gradient in `reduced` (see `tally`).
+    init_std_relative : float, optional
+        Instead: standard deviation as this fraction of the weight's magnitude, the scale of MOPED
+        (Krishnan et al., Specifying Weight Priors in Bayesian Deep Neural Networks with Empirical Bayes,
+        2020); at least 1e-6 of the largest weight.
+    deterministic : sequence of str or module class
+        Weights that stay points (`split_weights`); by default those of normalisation layers and embeddings.
+    antithetic : bool
+        Samples 2 i and 2 i + 1 share their noise with opposite signs: half the noise to draw, and the odd
+        part of the estimator's error cancels in a pair.
 
     Attributes
     ----------
-    loc, log_scale : nn.Parameter
-        [P] each; what the optimizer updates.
-    reduced : Tensor
-        [2 P + num_tally]: gradient of loc, gradient of log_scale, tally. What one collective sums.
+    loc, log_scale, points : nn.Parameter
+        [P], [P] and [number of point weights]; what the optimizer updates.
     """
+
+    family = "mean-field Gaussian"
+    has_random_weights = True
 
     def __init__(
         self,
         module: nn.Module,
         *,
-        prior: GaussianPrior = GaussianPrior(),
+        prior: Prior = GaussianPrior(),
         init_std: float = 0.01,
-        num_tally: int = 4,
+        init_std_relative: float | None = None,
+        deterministic: Sequence[Rule] = ("norm", "embedding"),
+        antithetic: bool = False,
     ):
-        if not (init_std > 0 and math.isfinite(init_std)):
-            raise ConfigError(
-                Fault("--posterior.init_std", init_std, "a standard deviation is positive", "Try 0.01")
-            )
-        self.module = module
-        self.prior = prior
-        named = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        if not named:
-            raise ConfigError(
-                Fault("--model", type(module).__name__, "the module has no trainable weight", "Unfreeze some")
-            )
-        kinds = {(p.dtype, p.device) for p in named.values()}
-        if len(kinds) > 1:
-            raise ConfigError(
-                Fault(
-                    "--model", type(module).__name__, f"its weights are of several kinds {kinds}", "Use one"
-                )
-            )
-        self.layout = FlatLayout.of(named)
-        self._module_parameters = [named[name] for name in self.layout]
-        self._weights = torch.cat([p.detach().reshape(-1) for p in self._module_parameters])
-        num = self.layout.num_elements
-        self._theta = torch.cat([self._weights, torch.full_like(self._weights, math.log(init_std))])
-        self.loc = nn.Parameter(self._theta[:num])
-        self.log_scale = nn.Parameter(self._theta[num:])
+        super().__init__(module, deterministic=deterministic)
+        self._weights = torch.cat([p.detach().reshape(-1) for p in self._random_parameters])
+        self.prior = prior.bind(self.random, self._weights)
+        self.kl_kind = "closed form" if prior.closed_form else "Monte Carlo"
+        self.antithetic = antithetic
+        self._allocate(
+            loc=self._weights,
+            log_scale=_initial_log_scale(self._weights, init_std, init_std_relative),
+            **self._more_slots(),
+        )
         self._scale = self.log_scale.detach().exp()
-        self._noise = torch.zeros_like(self._weights)
-        self.reduced = torch.zeros(2 * num + num_tally, dtype=self.loc.dtype, device=self.loc.device)
-        self._gradients = self.reduced[:num], self.reduced[num : 2 * num]
-        self._loc_grads = list(self.layout.views(self._gradients[0]).values())
-        self._scale_grads = list(self.layout.views(self._gradients[1]).values())
-        self._noise_views = list(self.layout.views(self._noise).values())
-        self.tally = self.reduced[2 * num :]
-        tie(named, self.layout.views(self._weights))
+        self._all_noise = self._weights.new_zeros(self.num_weights + self._num_common_noise)
+        self._noise = self._all_noise[: self.num_weights]
+        self._pair: int | None = None
+        self._loc_grads = list(self.random.views(self._gradients["loc"]).values())
+        self._scale_grads = list(self.random.views(self._gradients["log_scale"]).values())
+        self._noise_views = list(self.random.views(self._noise).values())
+        tie(self._named, self.random.views(self._weights))
 
-    @property
-    def num_weights(self) -> int:
-        """Number of random weights, P."""
-        return self.layout.num_elements
+    _num_common_noise = 0
+    """Numbers of a sample's noise that all weights share, drawn behind those of the single weights."""
 
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """Yield what an optimizer updates: ``loc`` and ``log_scale``, flat."""
-        yield self.loc
-        yield self.log_scale
+    def _more_slots(self) -> dict[str, Tensor]:
+        return {}
 
     # --- one step ---------------------------------------------------------------------------------
 
     @torch.no_grad()
     def begin(self) -> None:
-        """Begin a step or a predictive: look at the parameters as they are now. Local."""
-        self.reduced.zero_()
+        super().begin()
         torch.exp(self.log_scale, out=self._scale)
-        take_gradients(self._module_parameters)
+        self._pair = None
 
     @torch.no_grad()
-    def draw_(self, generator: torch.Generator) -> None:
-        """Put one sample of the weights into the module. Local.
+    def draw_(self, sample: int, keyed: KeyedGenerator) -> None:
+        super().draw_(sample, keyed)
+        self._draw_noise_(sample, keyed)
+        self._assemble(self._all_noise, out=self._weights)
 
-        Parameters
-        ----------
-        generator : torch.Generator
-            Keyed by the global sample index, on the device of the weights.
-        """
-        self._noise.normal_(generator=generator)
-        torch.addcmul(self.loc, self._scale, self._noise, out=self._weights)
+    def _assemble(self, noise: Tensor, out: Tensor | None = None) -> Tensor:
+        """Return the weights of a sample, [P], from its noise."""
+        return torch.addcmul(self.loc, self._scale, noise[: self.num_weights], out=out)
+
+    def _draw_noise_(self, sample: int, keyed: KeyedGenerator) -> None:
+        """Fill the noise buffer for a sample; the second of an antithetic pair turns the first's around."""
+        if not self.antithetic:
+            self._all_noise.normal_(generator=keyed(sample))
+            return
+        pair, is_mirror = divmod(sample, 2)
+        if self._pair == pair and is_mirror:
+            self._all_noise.neg_()
+        else:
+            self._all_noise.normal_(generator=keyed(2 * pair))
+            if is_mirror:
+                self._all_noise.neg_()
+        self._pair = pair if not is_mirror else None
 
     @torch.no_grad()
-    def accumulate_(self) -> None:
-        """Fold the weight gradients of the sample drawn last into the gradient buffer. Local.
-
-        With g = dL/dw of the sample: d loc += g, d log_scale += g * eps (times scale in `finish_`).
-        """
-        gradients = take_gradients(self._module_parameters)
-        loc, scale, noise = self._loc_grads, self._scale_grads, self._noise_views
-        if any(g is None for g in gradients):  # weights that this forward did not use
-            used = [i for i, g in enumerate(gradients) if g is not None]
-            gradients, loc, scale, noise = (
-                [parts[i] for i in used] for parts in (gradients, loc, scale, noise)
-            )
+    def accumulate_(self, prior_share: float = 0.0, kl_weight: float = 0.0) -> None:
+        # With g = dL/dw of the sample: d loc += g, d log_scale += g * eps (times scale in finish_).
+        all_gradients = take_gradients(self._random_parameters)
+        used = [gradient is not None for gradient in all_gradients]
+        gradients, loc, scale, noise = (
+            list(itertools.compress(parts, used))
+            for parts in (all_gradients, self._loc_grads, self._scale_grads, self._noise_views)
+        )
         if gradients:
             torch._foreach_add_(loc, gradients)
             torch._foreach_addcmul_(scale, gradients, noise)
+            self._accumulate_common_(used, gradients)
+        if prior_share and not self.prior.closed_form:
+            self.tally[Tally.CROSS_ENTROPY] -= prior_share * self.prior.log_prob(self._weights)
+            score = self.prior.score(self._weights).mul_(-prior_share * kl_weight)
+            self._accumulate_flat_(score[None], self._all_noise[None])
+        super().accumulate_()
+
+    def _accumulate_common_(self, used: list[bool], gradients: list[Tensor]) -> None:
+        """Fold the gradients of the used weights into slots of a family's own."""
 
     @torch.no_grad()
-    def finish_(self) -> None:
-        """Turn the buffer into gradients of ``loc`` and ``log_scale`` and attach them. Local."""
-        self._gradients[1].mul_(self._scale)
-        self.loc.grad, self.log_scale.grad = self._gradients
+    def finish_(self, batch_norm_share: float = 1.0) -> None:
+        self._gradients["log_scale"].mul_(self._scale)
+        super().finish_(batch_norm_share)
 
     @torch.no_grad()
-    def add_kl_gradient_(self, weight: float) -> torch.Tensor:
-        """Add ``weight`` times the gradient of the KL, in place, and return the KL (nats). Local.
-
-        The KL is a function of replicated parameters: call it on each rank after the reduction.
-        """
-        self.prior.add_kl_gradient_(*self._gradients, self.loc, self._scale, weight)
-        return self.prior.kl_from_gaussian(self.loc, self.log_scale, self._scale)
-
-    @torch.no_grad()
-    def kl(self) -> torch.Tensor:
-        """Return KL(q || prior) of all weights (nats, 0-dim tensor). Local."""
-        return self.prior.kl_from_gaussian(self.loc, self.log_scale, self.log_scale.exp())
+    def add_kl_gradient_(self, weight: float) -> Tensor:
+        loc_grad, log_scale_grad = self._gradients["loc"], self._gradients["log_scale"]
+        if self.prior.closed_form:
+            self.prior.add_kl_gradient_(loc_grad, log_scale_grad, self.loc, self._scale, weight)
+            return self.prior.kl_from_gaussian(self.loc, self.log_scale, self._scale)
+        log_scale_grad.sub_(weight)  # of the entropy; that of the cross entropy came with the samples
+        return self.tally[Tally.CROSS_ENTROPY] - gaussian_entropy(self.log_scale)
 
     @torch.no_grad()
     def use_mean_(self) -> nn.Module:
-        """Put the posterior mean into the module and return it: the deterministic network. Local."""
         self._weights.copy_(self.loc)
-        return self.module
+        return super().use_mean_()
+
+    # --- samples in batches -----------------------------------------------------------------------
+
+    @torch.no_grad()
+    def draw_chunk(self, samples: Sequence[int], keyed: KeyedGenerator) -> Tensor:
+        """Return the random weights [len(samples), P] of some samples, a leaf that wants a gradient. Local."""
+        self._chunk_noise = self._all_noise.new_empty(len(samples), len(self._all_noise))
+        weights = self.loc.new_empty(len(samples), self.num_weights)
+        for sample, noise, row in zip(samples, self._chunk_noise, weights):
+            self._draw_noise_(sample, keyed)
+            noise.copy_(self._all_noise)
+            self._assemble(noise, out=row)
+        return weights.requires_grad_()
+
+    @torch.no_grad()
+    def accumulate_chunk_(self, weights: Tensor, prior_share: float = 0.0, kl_weight: float = 0.0) -> None:
+        """Fold in the gradient of what `draw_chunk` returned (see `accumulate_`). Local."""
+        gradient = weights.grad
+        if gradient is None:
+            gradient = torch.zeros_like(weights)
+        if prior_share and not self.prior.closed_form:
+            for row in weights.detach():
+                self.tally[Tally.CROSS_ENTROPY] -= prior_share * self.prior.log_prob(row)
+            gradient = gradient.sub(self.prior.score(weights.detach()), alpha=prior_share * kl_weight)
+        self._accumulate_flat_(gradient, self._chunk_noise)
+        Posterior.accumulate_(self)
+
+    def _accumulate_flat_(self, gradient: Tensor, noise: Tensor) -> None:
+        """Fold in weight gradients [c, P] of c samples with noise [c, P + common]."""
+        self._gradients["loc"].add_(gradient.sum(0))
+        self._gradients["log_scale"].add_((gradient * noise[:, : self.num_weights]).sum(0))
 
     # --- state --------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """Return ``NAME.loc`` and ``NAME.log_scale`` of each weight, and the module's buffers by name."""
-        state = {f"{name}.loc": view for name, view in self.layout.views(self.loc.detach()).items()}
-        state |= {f"{name}.log_scale": v for name, v in self.layout.views(self.log_scale.detach()).items()}
-        return state | dict(self.module.named_buffers())
+    def state_dict(self) -> dict[str, Tensor]:
+        loc, log_scale = (self.random.views(p.detach()) for p in (self.loc, self.log_scale))
+        state = {f"{name}.loc": value for name, value in loc.items()}
+        state |= {f"{name}.log_scale": value for name, value in log_scale.items()}
+        return state | super().state_dict()
 
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Take over what `state_dict` returned.
 
-        Raises
-        ------
-        ConfigError
-            Names or shapes do not fit the module.
-        """
-        mine = self.state_dict()
-        faults = [
-            Fault("--model", name, "the checkpoint has another model: this name is on one side only", "")
-            for name in sorted(mine.keys() ^ state.keys())
-        ]
-        faults += [
-            Fault(
-                "--model",
-                name,
-                f"shape {tuple(state[name].shape)} in the checkpoint, {tuple(v.shape)} here",
-                "",
-            )
-            for name, v in mine.items()
-            if name in state and state[name].shape != v.shape
-        ]
-        if faults:
-            raise ConfigError(*faults)
-        for name, value in mine.items():
-            value.copy_(state[name])
+def _initial_log_scale(weights: Tensor, std: float, relative: float | None) -> Tensor:
+    flag, value = ("init_std", std) if relative is None else ("init_std_relative", relative)
+    if not (value > 0 and math.isfinite(value)):
+        raise ConfigError(Fault(f"--posterior.{flag}", value, "must be positive and finite", "Try 0.01"))
+    if relative is None:
+        return torch.full_like(weights, math.log(std))
+    magnitude = weights.abs()
+    return (relative * magnitude.clamp_min(1e-6 * magnitude.max())).log()

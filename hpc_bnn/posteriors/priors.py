@@ -1,59 +1,259 @@
-"""Priors over weights."""
+"""Priors over weights.
+
+A prior is described without a network (`GaussianPrior(std=0.5)`) and *bound* to the weights of one: then
+"fan_in" scales and the initial weights as means become tensors.
+
+Where the KL to a Gaussian has a closed form it is used. Elsewhere the KL is the Monte Carlo estimate
+``-entropy(q) - mean over samples of log prior(w_s)``, with the entropy in closed form: unbiased, and visible
+as ``posterior.kl_kind``.
+"""
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import math
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
+from torch import Tensor
 
 from ..errors import ConfigError, Fault
+from .flat import FlatLayout
+
+Scale = float | Literal["fan_in"]
+"""A number, or "fan_in": 1 / sqrt(fan-in) per weight matrix, 1 for vectors (Neal, 1996: a proper limit of
+infinite width)."""
 
 
 @dataclass(frozen=True)
-class GaussianPrior:
-    """Independent Gaussian prior over each weight.
+class Prior:
+    """Base of all priors: independent over weights."""
+
+    closed_form: ClassVar[bool] = False
+    """Whether `cross_entropy`, and with it the KL from a Gaussian, is known in closed form."""
+
+    def bind(self, layout: FlatLayout, weights: Tensor) -> Prior:
+        """Return the prior with tensors [P] in the place of words.
+
+        Parameters
+        ----------
+        layout : FlatLayout
+            Places of the weights.
+        weights : Tensor
+            [P] initial weights.
+        """
+        bound = copy.copy(self)
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value == "fan_in":
+                flat = torch.empty_like(weights)
+                for view in layout.views(flat).values():
+                    view.fill_(view[0].numel() ** -0.5 if view.ndim > 1 else 1.0)
+                object.__setattr__(bound, field.name, flat)
+            elif value == "initial":
+                object.__setattr__(bound, field.name, weights.clone())
+        return bound
+
+    def cross_entropy(self, loc: Tensor, scale: Tensor) -> Tensor:
+        """Return -E[log prior(w)] for Gaussian w of that mean and standard deviation, summed (nats)."""
+        raise NotImplementedError
+
+    def kl_from_gaussian(self, loc: Tensor, log_scale: Tensor, scale: Tensor) -> Tensor:
+        """Return KL(N(loc, scale^2) || prior), summed over all weights (nats, 0-dim tensor)."""
+        return self.cross_entropy(loc, scale) - gaussian_entropy(log_scale)
+
+    def add_kl_gradient_(
+        self, loc_grad: Tensor, log_scale_grad: Tensor, loc: Tensor, scale: Tensor, weight: float
+    ) -> None:
+        """Add ``weight`` times the gradient of that KL to two gradients [P], in place."""
+        raise NotImplementedError
+
+    def log_prob(self, w: Tensor) -> Tensor:
+        """Return the log density summed over all weights (nats)."""
+        raise NotImplementedError
+
+    def score(self, w: Tensor) -> Tensor:
+        """Return the gradient of the log density, [P]."""
+        raise NotImplementedError
+
+    def _check_positive(self, **values: object) -> None:
+        for name, value in values.items():
+            if value != "fan_in" and not (isinstance(value, (int, float)) and 0 < value < math.inf):
+                raise ConfigError(
+                    Fault(f"--posterior.prior_{name}", value, "must be positive and finite", "Try 1.0")
+                )
+
+
+@dataclass(frozen=True)
+class GaussianPrior(Prior):
+    """Independent Gaussian.
 
     Parameters
     ----------
-    std : float
+    std : float or "fan_in"
         Standard deviation, in units of the weight.
-    mean : float
-        Mean, in units of the weight.
+    mean : float or "initial"
+        Mean, in units of the weight; "initial" takes the weights that the module comes with, as MOPED
+        does for a pretrained network (Krishnan et al., 2020).
+    """
+
+    closed_form = True
+    std: Scale = 1.0
+    mean: float | Literal["initial"] = 0.0
+
+    def __post_init__(self):
+        self._check_positive(std=self.std)
+
+    def cross_entropy(self, loc: Tensor, scale: Tensor) -> Tensor:
+        # With the entropy: Kingma and Welling, Auto-Encoding Variational Bayes, 2014, appendix B.
+        deviation = loc - self.mean if torch.is_tensor(self.mean) or self.mean else loc
+        if torch.is_tensor(self.std):
+            deviation, scale = deviation / self.std, scale / self.std
+            squares = torch.dot(scale, scale) + torch.dot(deviation, deviation)
+            return 0.5 * squares + self.std.log().sum() + loc.numel() * _HALF_LOG_2PI
+        squares = torch.dot(scale, scale) + torch.dot(deviation, deviation)
+        return 0.5 * self.std**-2 * squares + loc.numel() * (math.log(self.std) + _HALF_LOG_2PI)
+
+    def add_kl_gradient_(
+        self, loc_grad: Tensor, log_scale_grad: Tensor, loc: Tensor, scale: Tensor, weight: float
+    ) -> None:
+        if torch.is_tensor(self.std):
+            precision = self.std**-2
+            loc_grad.addcmul_(loc - self.mean, precision, value=weight)
+            log_scale_grad.addcmul_(scale * precision, scale, value=weight).sub_(weight)
+            return
+        precision = self.std**-2
+        loc_grad.add_(loc, alpha=weight * precision)
+        if torch.is_tensor(self.mean) or self.mean:
+            loc_grad.sub_(self.mean * (weight * precision))
+        log_scale_grad.addcmul_(scale, scale, value=weight * precision).sub_(weight)
+
+    def log_prob(self, w: Tensor) -> Tensor:
+        return -self.cross_entropy(w, torch.zeros_like(w))
+
+    def score(self, w: Tensor) -> Tensor:
+        return (self.mean - w) / (self.std * self.std)
+
+
+@dataclass(frozen=True)
+class LaplacePrior(Prior):
+    """Independent Laplace: density exp(-|w - mean| / scale) / (2 scale).
+
+    Parameters
+    ----------
+    scale : float or "fan_in"
+        In units of the weight.
+    mean : float or "initial"
+        In units of the weight.
+    """
+
+    closed_form = True
+    scale: Scale = 1.0
+    mean: float | Literal["initial"] = 0.0
+
+    def __post_init__(self):
+        self._check_positive(scale=self.scale)
+
+    def cross_entropy(self, loc: Tensor, scale: Tensor) -> Tensor:
+        # E|w - mean| is the mean of a folded normal (Leone, Nelson, Nottingham, 1961).
+        z = (loc - self.mean) / scale
+        folded = scale * (
+            math.sqrt(2 / math.pi) * torch.exp(-0.5 * z * z) + z * torch.erf(z * math.sqrt(0.5))
+        )
+        log_width = torch.as_tensor(self.scale, dtype=loc.dtype, device=loc.device).log().expand_as(loc)
+        return (folded / self.scale + log_width).sum() + loc.numel() * math.log(2)
+
+    def add_kl_gradient_(
+        self, loc_grad: Tensor, log_scale_grad: Tensor, loc: Tensor, scale: Tensor, weight: float
+    ) -> None:
+        z = (loc - self.mean) / scale
+        loc_grad.add_(torch.erf(z * math.sqrt(0.5)) / self.scale, alpha=weight)
+        density = scale * (math.sqrt(2 / math.pi) * torch.exp(-0.5 * z * z))
+        log_scale_grad.add_(density / self.scale, alpha=weight).sub_(weight)
+
+    def log_prob(self, w: Tensor) -> Tensor:
+        log_width = torch.as_tensor(self.scale, dtype=w.dtype, device=w.device).log().expand_as(w)
+        return -((w - self.mean).abs() / self.scale + log_width).sum() - w.numel() * math.log(2)
+
+    def score(self, w: Tensor) -> Tensor:
+        return torch.sign(self.mean - w) / self.scale
+
+
+@dataclass(frozen=True)
+class ScaleMixturePrior(Prior):
+    """Mixture of two centred Gaussians (Blundell et al., Weight Uncertainty in Neural Networks, 2015).
+
+    Parameters
+    ----------
+    std, narrow_std : float
+        Standard deviations, in units of the weight.
+    fraction : float
+        Weight of the first, in (0, 1).
     """
 
     std: float = 1.0
-    mean: float = 0.0
+    narrow_std: float = 0.1
+    fraction: float = 0.5
 
     def __post_init__(self):
-        if not (self.std > 0 and math.isfinite(self.std)):
+        self._check_positive(std=self.std, narrow_std=self.narrow_std)
+        if not 0 < self.fraction < 1:
             raise ConfigError(
-                Fault("--posterior.prior_std", self.std, "a standard deviation is positive", "Try 1.0")
+                Fault("--posterior.prior_fraction", self.fraction, "must lie between 0 and 1", "Try 0.5")
             )
 
-    def kl_from_gaussian(
-        self, loc: torch.Tensor, log_scale: torch.Tensor, scale: torch.Tensor
-    ) -> torch.Tensor:
-        """Return KL(N(loc, scale^2) || prior), summed over all weights (nats, 0-dim tensor).
+    def _log_parts(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        square = w * w
+        return (
+            math.log(self.fraction / self.std) - _HALF_LOG_2PI - square / (2 * self.std**2),
+            math.log((1 - self.fraction) / self.narrow_std)
+            - _HALF_LOG_2PI
+            - square / (2 * self.narrow_std**2),
+        )
 
-        Closed form, for example Kingma and Welling, Auto-Encoding Variational Bayes, 2014, appendix B.
-        """
-        precision = self.std**-2
-        deviation = loc - self.mean if self.mean else loc
-        squares = torch.dot(scale, scale) + torch.dot(deviation, deviation)
-        return 0.5 * precision * squares - log_scale.sum() + loc.numel() * (math.log(self.std) - 0.5)
+    def log_prob(self, w: Tensor) -> Tensor:
+        return torch.logaddexp(*self._log_parts(w)).sum()
 
-    def add_kl_gradient_(
-        self,
-        loc_grad: torch.Tensor,
-        log_scale_grad: torch.Tensor,
-        loc: torch.Tensor,
-        scale: torch.Tensor,
-        weight: float,
-    ) -> None:
-        """Add ``weight`` times the gradient of the KL to two gradients, in place."""
-        precision = self.std**-2
-        loc_grad.add_(loc, alpha=weight * precision)
-        if self.mean:
-            loc_grad.sub_(weight * precision * self.mean)
-        log_scale_grad.addcmul_(scale, scale, value=weight * precision).sub_(weight)
+    def score(self, w: Tensor) -> Tensor:
+        wide, narrow = self._log_parts(w)
+        responsibility = torch.sigmoid(wide - narrow)
+        return -w * (responsibility * self.std**-2 + (1 - responsibility) * self.narrow_std**-2)
+
+
+@dataclass(frozen=True)
+class StudentTPrior(Prior):
+    """Independent Student-t, centred.
+
+    Parameters
+    ----------
+    df : float
+        Degrees of freedom.
+    scale : float or "fan_in"
+        In units of the weight.
+    """
+
+    df: float = 3.0
+    scale: Scale = 1.0
+
+    def __post_init__(self):
+        self._check_positive(df=self.df, scale=self.scale)
+
+    def log_prob(self, w: Tensor) -> Tensor:
+        nu = self.df
+        constant = math.lgamma((nu + 1) / 2) - math.lgamma(nu / 2) - 0.5 * math.log(nu * math.pi)
+        log_width = torch.as_tensor(self.scale, dtype=w.dtype, device=w.device).log().expand_as(w)
+        z = w / self.scale
+        return (-(nu + 1) / 2 * torch.log1p(z * z / nu) - log_width).sum() + w.numel() * constant
+
+    def score(self, w: Tensor) -> Tensor:
+        return -(self.df + 1) * w / (self.df * self.scale * self.scale + w * w)
+
+
+_HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
+
+
+def gaussian_entropy(log_scale: Tensor) -> Tensor:
+    """Return the entropy of independent Gaussians, summed (nats)."""
+    return log_scale.sum() + log_scale.numel() * (_HALF_LOG_2PI + 0.5)

@@ -21,9 +21,10 @@ if __name__ == "__main__":
             "no:cacheprovider",
             "-p",
             "no:timeout",
+            "-W",
+            "ignore:Unknown config option",
+            "--color=no",
             f"--confcutdir={here}",
-            "-o",
-            "timeout=0",
             *sys.argv[1:],
         ]
     )

@@ -40,7 +40,7 @@ def test_mirror_samples_differ_on_every_rank_and_only_with_the_sample(comm):
     posterior = step.posterior
     (sample,) = comm.grid.local_samples(comm.grid.sample_size)
     posterior.begin()
-    posterior.draw_(keyed_generator(5, Stream.NOISE, 0, sample))
+    posterior.draw_(sample, lambda s: keyed_generator(5, Stream.NOISE, 0, s))
     drawn = comm.gather_objects([p.detach().clone() for p in posterior.module.parameters()])
     grids = [Grid(comm.grid.world_size, comm.grid.sample_size, rank) for rank in range(comm.grid.world_size)]
     for a in grids:

@@ -1,0 +1,306 @@
+"""What all posteriors share: one flat buffer of parameters, one of gradients, one of random weights."""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError, Fault
+from .batch_norm import BatchNorms
+from .dropout_layers import DropoutMasks
+from .flat import FlatLayout, take_gradients, tie
+from .select import Rule, split_weights
+
+KeyedGenerator = Callable[[int], torch.Generator]
+"""Gives the generator of a global sample index (of this step, or of a predictive)."""
+
+
+class Tally(enum.IntEnum):
+    """Places of the scalars that travel behind the gradient (`Posterior.tally`)."""
+
+    DATA_TERM = 0
+    """Data term of the objective (nats per example)."""
+    NUM_BROKEN = 1
+    """Ranks whose gradient is not finite."""
+    CROSS_ENTROPY = 2
+    """-(1/K) sum over samples of log prior(w_s) (nats), for a Monte Carlo KL."""
+
+
+class Posterior:
+    """Weights of a module, some random, some points; this class: all points, a deterministic network.
+
+    The module is used in place and called unchanged: its parameters become views of flat buffers.
+
+    The life of a step::
+
+        posterior.begin()                        # zero the gradient buffer
+        for each sample:
+            posterior.draw_(sample, keyed)       # put the sample into the module
+            loss(posterior.module(x)).backward()
+            posterior.accumulate_()              # fold the gradients of this sample in
+        posterior.finish_(batch_norm_share)      # this rank's part of everything that is summed
+        sum posterior.reduced over the job
+        posterior.attach_gradients_()
+        posterior.add_kl_gradient_(weight)       # once, after the sum
+        optimizer.step()
+
+    Parameters
+    ----------
+    module : nn.Module
+        Any module, already on its device and in its dtype.
+    deterministic : sequence of str or module class
+        Weights that stay points: "norm", "embedding", name patterns, classes of layers (`split_weights`).
+
+    Attributes
+    ----------
+    reduced : Tensor
+        Gradient of all parameters, statistics of BatchNorm layers, tally: what one collective sums.
+    tally : Tensor
+        The scalars at its end, see `Tally`.
+    kl_kind : str
+        "none", "closed form" or "Monte Carlo".
+    """
+
+    family = "deterministic"
+    kl_kind = "none"
+    has_random_weights = False
+
+    def __init__(self, module: nn.Module, *, deterministic: Sequence[Rule] = ()):
+        random, point = split_weights(module, deterministic)
+        if not self.has_random_weights:
+            random, point = {}, {**random, **point}
+        if self.has_random_weights and not random:
+            raise ConfigError(
+                Fault(
+                    "--posterior.deterministic",
+                    ", ".join(map(str, deterministic)) or "()",
+                    f"{type(module).__name__} has no trainable weight left to be random",
+                    "Exclude less, or unfreeze some weights",
+                )
+            )
+        kinds = {(p.dtype, p.device) for p in (*random.values(), *point.values())}
+        if len(kinds) != 1:
+            raise ConfigError(
+                Fault(
+                    "--model",
+                    type(module).__name__,
+                    f"its trainable weights are of {len(kinds)} kinds {sorted(map(str, kinds))}; exactly 1 is needed",
+                    "Convert the module with module.to(device, dtype)",
+                )
+            )
+        self.module = module
+        self.random = FlatLayout.of(random)
+        self.point = FlatLayout.of(point)
+        self._random_parameters = [random[name] for name in self.random]
+        self._point_parameters = [point[name] for name in self.point]
+        self.batch_norms = BatchNorms(module)
+        self.dropout = DropoutMasks(module)
+        self._named = {**random, **point}
+
+    def _allocate(self, **slots: Tensor) -> None:
+        """Lay out the parameters: named flat slots, then the point weights; and their gradients.
+
+        Each slot becomes an attribute, an ``nn.Parameter`` that the optimizer updates.
+        """
+        points = [p.detach().reshape(-1) for p in self._point_parameters]
+        like = (self._random_parameters + self._point_parameters)[0]
+        if points:
+            slots["points"] = torch.cat(points)
+        lengths = [slot.numel() for slot in slots.values()]
+        num_statistics = self.batch_norms.num_statistics
+        flat = torch.cat([slot.reshape(-1) for slot in slots.values()])
+        self.reduced = torch.zeros(
+            len(flat) + num_statistics + len(Tally), dtype=like.dtype, device=like.device
+        )
+        gradients, self._statistics, self.tally = self.reduced.split([len(flat), num_statistics, len(Tally)])
+        self._parameters: dict[str, nn.Parameter] = {}
+        self._gradients: dict[str, Tensor] = {}
+        for (name, slot), part, gradient in zip(slots.items(), flat.split(lengths), gradients.split(lengths)):
+            self._parameters[name] = nn.Parameter(part.view(slot.shape))
+            self._gradients[name] = gradient.view(slot.shape)
+            setattr(self, name, self._parameters[name])
+        self.gradient = gradients
+        if points:
+            tie(self._named, self.point.views(self.points.detach()))
+            self._point_grads = list(self.point.views(self._gradients["points"]).values())
+
+    @property
+    def num_weights(self) -> int:
+        """Number of random weights, P."""
+        return self.random.num_elements
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.reduced.dtype
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield what an optimizer updates: a few flat tensors."""
+        yield from self._parameters.values()
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the same with their names, for example ``loc``, ``log_scale``, ``points``."""
+        yield from self._parameters.items()
+
+    # --- one step ---------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Begin a step or a predictive: look at the parameters as they are now. Local."""
+        self.reduced.zero_()
+        take_gradients(self._random_parameters + self._point_parameters)
+        self.batch_norms.begin()
+
+    @torch.no_grad()
+    def draw_(self, sample: int, keyed: KeyedGenerator) -> None:
+        """Put the weights (and the dropout masks) of a global sample into the module. Local."""
+        self.dropout.begin_sample(keyed(sample) if self.dropout.layers else None)
+
+    @torch.no_grad()
+    def accumulate_(self, prior_share: float = 0.0, kl_weight: float = 0.0) -> None:
+        """Fold the weight gradients of the sample drawn last into the gradient buffer. Local.
+
+        Parameters
+        ----------
+        prior_share : float
+            Share of this sample in a Monte Carlo KL: 1 / num_samples on one rank of each data group, 0 on
+            the others, so that a sample counts once. Ignored where the KL has a closed form.
+        kl_weight : float
+            Factor of the KL per example: kl_weight / num_train_examples.
+        """
+        if self._point_parameters:
+            gradients = take_gradients(self._point_parameters)
+            used = [gradient is not None for gradient in gradients]  # this forward may leave weights out
+            if any(used):
+                torch._foreach_add_(
+                    list(itertools.compress(self._point_grads, used)),
+                    list(itertools.compress(gradients, used)),
+                )
+
+    @torch.no_grad()
+    def finish_(self, batch_norm_share: float = 1.0) -> None:
+        """Complete this rank's part of `reduced`. Local.
+
+        Parameters
+        ----------
+        batch_norm_share : float
+            Weight of this rank's sum of BatchNorm statistics over its samples: 1 / num_samples on one rank
+            of each data group, 0 on the others.
+        """
+        self.batch_norms.write_statistics_(self._statistics, batch_norm_share)
+
+    @torch.no_grad()
+    def attach_gradients_(self) -> None:
+        """After the sum over the job: attach gradients to parameters, update BatchNorm statistics. Local."""
+        for name, parameter in self._parameters.items():
+            parameter.grad = self._gradients[name]
+        if self.batch_norms.layers and self.module.training:
+            self.batch_norms.update_running_(self._statistics)
+
+    @torch.no_grad()
+    def add_kl_gradient_(self, weight: float) -> Tensor:
+        """Add ``weight`` times the gradient of the KL, in place, and return the KL (nats). Local.
+
+        The KL is a function of replicated parameters: call it on each rank after the reduction.
+        """
+        return self.reduced.new_zeros(())
+
+    def kl(self) -> Tensor:
+        """Return the KL of the parameters as they are now (nats), where it has a closed form. Local.
+
+        Between steps only: it clears the gradient buffer.
+        """
+        if self.kl_kind == "Monte Carlo":
+            raise NotImplementedError("a Monte Carlo KL exists for the samples of a step only")
+        self.begin()
+        return self.add_kl_gradient_(0.0)
+
+    def check_batchable(self) -> None:
+        """Raise `NotImplementedError` when samples cannot be evaluated in one batch. Local."""
+        if not self.has_random_weights:
+            raise NotImplementedError(f"a {self.family} posterior has no random weights to stack")
+        if self.module.training and self.batch_norms.layers:
+            raise NotImplementedError("BatchNorm in training mode")
+        if self.module.training and any(layer.p > 0 for layer in self.dropout.layers):
+            raise NotImplementedError("dropout in training mode")
+
+    def forget_chunk_(self) -> None:
+        """Forget what a chunk that failed half-way has left behind. Local."""
+        take_gradients(self._random_parameters + self._point_parameters)
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Draw for a predictive: the module in evaluation mode, no gradients. Local."""
+        was_training = self.module.training
+        self.module.eval()
+        try:
+            with torch.no_grad():
+                self.begin()
+                yield
+        finally:
+            self.module.train(was_training)
+
+    @torch.no_grad()
+    def use_mean_(self) -> nn.Module:
+        """Put the posterior mean of the weights into the module and return it. Local."""
+        self.dropout.begin_sample(None)
+        return self.module
+
+    # --- state --------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the parameters by the names of the module's weights, and its buffers.
+
+        A point weight keeps its name; a random weight ``NAME`` is there as ``NAME.loc``,
+        ``NAME.log_scale`` and so on, by family. The tensors are views.
+        """
+        state = {}
+        if self._point_parameters:
+            state |= self.point.views(self.points.detach())
+        return state | dict(self.module.named_buffers())
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take over what `state_dict` returned.
+
+        Raises
+        ------
+        ConfigError
+            Names or shapes do not fit the module.
+        """
+        mine = self.state_dict()
+        faults = [
+            Fault(
+                "--model",
+                name,
+                "this weight is only in the checkpoint or only in the model",
+                "Use its config",
+            )
+            for name in sorted(mine.keys() ^ state.keys())
+        ]
+        faults += [
+            Fault(
+                "--model",
+                name,
+                f"{tuple(state[name].shape)} in the checkpoint, {tuple(v.shape)} here",
+                "Use its config",
+            )
+            for name, v in mine.items()
+            if name in state and state[name].shape != v.shape
+        ]
+        if faults:
+            raise ConfigError(*faults)
+        for name, value in mine.items():
+            value.copy_(state[name])
+
+
+class DeterministicNetwork(Posterior):
+    """A posterior of one point: the ordinary network, for comparison, on the same process grid."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__(module)
+        self._allocate()

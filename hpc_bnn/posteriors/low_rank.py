@@ -1,0 +1,89 @@
+"""Gaussian posterior with low-rank plus diagonal covariance."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError, Fault
+from .base import Tally
+from .mean_field import MeanFieldGaussian
+from .priors import gaussian_entropy
+
+
+class LowRankGaussian(MeanFieldGaussian):
+    """Gaussian with covariance ``diag(scale^2) + factor^T factor`` over all random weights together.
+
+    A sample is ``w = loc + scale * eps + z @ factor`` with z of ``rank`` numbers (Ong, Nott, Smith, Gaussian
+    variational approximation with a factor covariance structure, 2018).
+
+    Parameters
+    ----------
+    module : nn.Module
+        See `MeanFieldGaussian`, as for all other parameters.
+    rank : int
+        Rank R of the factor; memory and optimizer state grow by R floats per weight.
+
+    Attributes
+    ----------
+    factor : nn.Parameter
+        [R, P]; starts at a tenth of ``scale``, with signs that differ between its rows.
+    """
+
+    family = "low-rank Gaussian"
+
+    def __init__(self, module: nn.Module, *, rank: int = 4, **options):
+        if rank < 1:
+            raise ConfigError(
+                Fault("--posterior.rank", rank, "must be at least 1", "Use MeanFieldGaussian for none")
+            )
+        self.rank = self._num_common_noise = rank
+        super().__init__(module, **options)
+        places = torch.arange(self.num_weights, device=self.factor.device)
+        with torch.no_grad():
+            for row, values in enumerate(self.factor):
+                values.copy_(0.1 * self._scale * (1 - 2 * ((places >> row) % 2)))
+        views = [self.random.views(row) for row in self._gradients["factor"]]
+        self._factor_grads = [list(view.values()) for view in views]  # [R][weight]
+
+    def _more_slots(self) -> dict[str, Tensor]:
+        return {"factor": self._weights.new_zeros(self.rank, self.num_weights)}
+
+    def _assemble(self, noise: Tensor, out: Tensor | None = None) -> Tensor:
+        out = super()._assemble(noise, out)
+        return out.addmv_(self.factor.T, noise[self.num_weights :])
+
+    def _accumulate_common_(self, used: list[bool], gradients: list[Tensor]) -> None:
+        for z, grads in zip(self._all_noise[self.num_weights :].tolist(), self._factor_grads):
+            torch._foreach_add_([g for g, is_used in zip(grads, used) if is_used], gradients, alpha=z)
+
+    def _accumulate_flat_(self, gradient: Tensor, noise: Tensor) -> None:
+        super()._accumulate_flat_(gradient, noise)
+        self._gradients["factor"].addmm_(noise[:, self.num_weights :].T, gradient)
+
+    def add_kl_gradient_(self, weight: float) -> Tensor:
+        # By autograd: the entropy couples the weights (matrix determinant lemma), and the cross entropy to
+        # an independent prior sees only the marginal standard deviations.
+        names = ("loc", "log_scale", "factor")
+        with torch.enable_grad():
+            loc, log_scale, factor = leaves = [getattr(self, n).detach().requires_grad_() for n in names]
+            kl = -self._entropy(log_scale, factor)
+            if self.prior.closed_form:
+                marginal = (torch.exp(2 * log_scale) + factor.square().sum(0)).sqrt()
+                kl = kl + self.prior.cross_entropy(loc, marginal)
+        for name, gradient in zip(names, torch.autograd.grad(kl, leaves, allow_unused=True)):
+            if gradient is not None:
+                self._gradients[name].add_(gradient, alpha=weight)
+        return kl.detach() + (0 if self.prior.closed_form else self.tally[Tally.CROSS_ENTROPY])
+
+    @staticmethod
+    def _entropy(log_scale: Tensor, factor: Tensor) -> Tensor:
+        whitened = factor * torch.exp(-log_scale)
+        gram = whitened @ whitened.T  # [R, R]
+        return gaussian_entropy(log_scale) + 0.5 * torch.logdet(gram + torch.eye(len(gram)).to(gram))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        state = super().state_dict()
+        for row, values in enumerate(self.factor.detach()):
+            state |= {f"{name}.factor.{row}": view for name, view in self.random.views(values).items()}
+        return state
