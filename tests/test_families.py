@@ -1,0 +1,402 @@
+"""Families, selection of weights, dropout masks, BatchNorm, chunks: in one process, in float64."""
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+from torch.distributions import MultivariateNormal, kl_divergence
+
+from hpc_bnn import Categorical, Grid, GridComm, VariationalStep
+from hpc_bnn.errors import ConfigError
+from hpc_bnn.noise import Stream, keyed_generator, keyed_global_generator
+from hpc_bnn.posteriors import (
+    DeterministicNetwork,
+    GaussianPrior,
+    LaplacePrior,
+    LowRankGaussian,
+    MCDropout,
+    MeanFieldGaussian,
+    ScaleMixturePrior,
+    StudentTPrior,
+    split_weights,
+)
+from hpc_bnn.posteriors.dropout_layers import DropoutMasks
+
+
+def keyed(sample):
+    return keyed_generator(0, Stream.NOISE, 0, sample)
+
+
+def make_net(*layers):
+    with keyed_global_generator(0, Stream.INIT):
+        return nn.Sequential(*(layers or (nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)))).double()
+
+
+def weights_of(posterior):
+    parameters = dict(posterior.module.named_parameters())
+    return torch.cat([parameters[name].detach().reshape(-1) for name in posterior.random])
+
+
+def inputs(*shape):
+    return torch.randn(*shape, generator=keyed_generator(1, Stream.DATA_ORDER), dtype=torch.float64)
+
+
+# --- which weights are random --------------------------------------------------------------------------
+
+
+def test_selection_by_kind_pattern_and_class():
+    net = nn.ModuleDict({"embed": nn.Embedding(4, 3), "norm": nn.LayerNorm(3), "head": nn.Linear(3, 2)})
+    random, point = split_weights(net, ("norm", "embedding"))
+    assert list(random) == ["head.weight", "head.bias"]
+    assert list(point) == ["embed.weight", "norm.weight", "norm.bias"]
+    assert list(split_weights(net, ("*.bias",))[1]) == ["norm.bias", "head.bias"]
+    assert list(split_weights(net, (nn.Linear,))[1]) == ["head.weight", "head.bias"]
+    assert split_weights(net, ())[1] == {}
+    net["head"].weight.requires_grad_(False)
+    assert "head.weight" not in {**split_weights(net, ())[0], **split_weights(net, ())[1]}
+    with pytest.raises(ConfigError, match=r"haed\.\*.*embed\.weight"):
+        split_weights(net, ("haed.*",))
+
+
+def test_tied_weight_is_deterministic_where_any_of_its_places_is():
+    net = nn.ModuleDict(
+        {"out": nn.Linear(3, 4, bias=False), "embed": nn.Embedding(4, 3), "more": nn.Linear(1, 1)}
+    )
+    net["embed"].weight = net["out"].weight
+    random, point = split_weights(net, ("embedding",))
+    assert list(point) == ["out.weight"] and list(random) == ["more.weight", "more.bias"]
+
+
+def test_point_weights_train_beside_random_ones():
+    net = make_net(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2))
+    posterior = MeanFieldGaussian(net)
+    assert posterior.num_weights == 3 * 4 + 4 + 4 * 2 + 2 and posterior.points.shape == (8,)
+    posterior.begin()
+    for sample in range(2):
+        posterior.draw_(sample, keyed)
+        net(inputs(5, 3)).square().sum().backward()
+        posterior.accumulate_()
+    posterior.finish_()
+    posterior.attach_gradients_()
+    assert posterior.points.grad.abs().min() > 0
+    with torch.no_grad():
+        posterior.points += 1
+    assert net[1].weight.eq(2).all()  # a view: no copy per step
+    assert {"1.weight", "0.weight.loc"} <= set(posterior.state_dict())
+
+
+def test_start_from_a_pretrained_network():
+    net = make_net()
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    posterior = MeanFieldGaussian(net, prior=GaussianPrior(1.0, mean="initial"), init_std_relative=0.1)
+    state = posterior.state_dict()
+    for name, value in before.items():
+        assert torch.equal(state[f"{name}.loc"], value)
+        torch.testing.assert_close(state[f"{name}.log_scale"].exp(), 0.1 * value.abs(), rtol=1e-12, atol=1e-7)
+    with torch.no_grad():  # KL of the mean alone is 0
+        centred = posterior.kl() - MeanFieldGaussian(make_net(), init_std_relative=0.1).kl()
+    squares = sum(value.square().sum() for value in before.values())
+    assert centred.item() == pytest.approx(-0.5 * squares.item(), rel=1e-10)
+
+
+# --- low rank ------------------------------------------------------------------------------------------
+
+
+def make_low_rank(prior=GaussianPrior(0.8, mean=0.1)):
+    posterior = LowRankGaussian(make_net(nn.Linear(3, 2)), rank=2, prior=prior, init_std=0.3)
+    with torch.no_grad():
+        posterior.factor.copy_(0.2 * inputs(2, 8))
+        posterior.log_scale += 0.3 * inputs(8)
+    return posterior
+
+
+def covariance(log_scale, factor):
+    return torch.diag(torch.exp(2 * log_scale)) + factor.T @ factor
+
+
+def test_low_rank_kl_and_gradient_equal_the_multivariate_normal():
+    posterior = make_low_rank()
+    leaves = [p.detach().clone().requires_grad_() for p in posterior.parameters()]
+    loc, log_scale, factor = leaves
+    prior = MultivariateNormal(
+        torch.full((8,), 0.1, dtype=torch.float64), 0.8**2 * torch.eye(8, dtype=torch.float64)
+    )
+    reference = kl_divergence(MultivariateNormal(loc, covariance(log_scale, factor)), prior)
+    torch.testing.assert_close(posterior.kl(), reference.detach(), rtol=1e-12, atol=0)
+    posterior.begin()
+    posterior.finish_()
+    posterior.attach_gradients_()
+    posterior.add_kl_gradient_(0.5)
+    for parameter, gradient in zip(posterior.parameters(), torch.autograd.grad(0.5 * reference, leaves)):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-11, atol=1e-12)
+
+
+def test_low_rank_samples_have_its_covariance():
+    posterior, n = make_low_rank(), 20_000
+    posterior.begin()
+    draws = []
+    for sample in range(n):
+        posterior.draw_(sample, keyed)
+        draws.append(weights_of(posterior))
+    draws = torch.stack(draws) - posterior.loc.detach()
+    expected = covariance(posterior.log_scale.detach(), posterior.factor.detach())
+    diagonal = expected.diagonal()
+    error = (draws.T @ draws / n - expected) * (n / (diagonal[:, None] * diagonal + expected**2)) ** 0.5
+    assert error.abs().max() < 5  # standard errors of a covariance
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize(
+    "make",
+    [
+        make_low_rank,
+        lambda: make_low_rank(StudentTPrior()),
+        lambda: make_low_rank(LaplacePrior(0.3)),
+        lambda: MeanFieldGaussian(make_net(nn.Linear(3, 2)), prior=ScaleMixturePrior(), init_std=0.3),
+    ],
+    ids=["low_rank", "low_rank_student_t", "low_rank_laplace", "mixture"],
+)
+def test_gradient_of_objective_and_kl_equals_autograd(make, chunked):
+    """Data term and KL, by Monte Carlo where it is, for three samples, walked over or batched."""
+    posterior, x = make(), inputs(4, 3)
+    leaves = [p.detach().clone().requires_grad_() for p in posterior.parameters()]
+    loc, log_scale, *factor = leaves
+    expected = 0
+    for sample in range(3):
+        noise = torch.randn(8 + 2 * len(factor), dtype=torch.float64, generator=keyed(sample))
+        w = loc + log_scale.exp() * noise[:8] + (noise[8:] @ factor[0] if factor else 0)
+        outputs = torch.func.functional_call(posterior.module, posterior.random.views(w), (x,))
+        expected = expected + outputs.square().sum()
+        if not posterior.prior.closed_form:
+            expected = expected - 0.7 * posterior.prior.log_prob(w) / 3
+    cov = covariance(log_scale, factor[0]) if factor else torch.diag(torch.exp(2 * log_scale))
+    expected = expected - 0.7 * MultivariateNormal(loc, cov).entropy()
+    if posterior.prior.closed_form:
+        expected = expected + 0.7 * posterior.prior.cross_entropy(loc, cov.diagonal().sqrt())
+    posterior.begin()
+    if chunked:
+        weights = posterior.draw_chunk(range(3), keyed)
+        views = posterior.random.views
+        torch.vmap(lambda w: torch.func.functional_call(posterior.module, views(w), (x,)))(
+            weights
+        ).square().sum().backward()
+        posterior.accumulate_chunk_(weights, prior_share=1 / 3, kl_weight=0.7)
+    else:
+        for sample in range(3):
+            posterior.draw_(sample, keyed)
+            posterior.module(x).square().sum().backward()
+            posterior.accumulate_(prior_share=1 / 3, kl_weight=0.7)
+    posterior.finish_()
+    posterior.attach_gradients_()
+    posterior.add_kl_gradient_(0.7)
+    for parameter, gradient in zip(posterior.parameters(), torch.autograd.grad(expected, leaves)):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-10, atol=1e-12)
+
+
+# --- antithetic pairs ----------------------------------------------------------------------------------
+
+
+def test_antithetic_pairs_mirror_each_other_in_any_order():
+    posterior = MeanFieldGaussian(make_net(), init_std=0.3, antithetic=True)
+    loc = posterior.loc.detach()
+    drawn = {}
+    for sample in (3, 0, 1, 2, 5, 4):
+        posterior.begin() if sample == 5 else None
+        posterior.draw_(sample, keyed)
+        drawn[sample] = weights_of(posterior) - loc
+    for first in (0, 2, 4):
+        torch.testing.assert_close(drawn[first], -drawn[first + 1], rtol=1e-12, atol=1e-15)
+    assert not torch.equal(drawn[0], drawn[2])
+
+
+# --- dropout -------------------------------------------------------------------------------------------
+
+
+def test_masks_belong_to_the_sample_and_the_layer():
+    net = make_net(nn.Dropout(0.5), nn.Dropout(0.5), nn.Dropout2d(0.5))
+    masks = DropoutMasks(net)
+    x = torch.ones(6, 40, 3, 3, dtype=torch.float64)
+    masks.begin_sample(keyed(0))
+    first = net[0](x)
+    assert torch.equal(first, first[:1].expand_as(first))  # all examples share it
+    assert torch.equal(net[0](x[:2]), first[:2])  # however the batch is cut
+    assert not torch.equal(net[1](x), first)
+    channels = net[2](x)
+    assert torch.equal(channels, channels[:, :, :1, :1].expand_as(channels))
+    masks.begin_sample(keyed(1))
+    assert not torch.equal(net[0](x), first)
+    masks.begin_sample(keyed(0))
+    assert torch.equal(net[0](x), first)
+    assert set(first.unique().tolist()) == {0.0, 2.0}
+    net.eval()
+    assert torch.equal(net[0](x), x)
+
+
+def test_dropout_keeps_the_mean():
+    net, n = make_net(nn.Dropout(0.3)), 4000
+    masks = DropoutMasks(net)
+    total = 0
+    for sample in range(n):
+        masks.begin_sample(keyed(sample))
+        total = total + net(torch.ones(1, 50, dtype=torch.float64))
+    standard_error = (0.3 / 0.7 / n) ** 0.5
+    assert ((total / n - 1) / standard_error).abs().max() < 5
+
+
+def test_mc_dropout_samples_in_the_predictive_and_decays_weights():
+    net = make_net(nn.Linear(3, 8), nn.Dropout(0.25), nn.Linear(8, 2))
+    posterior = MCDropout(net, prior_std=0.5)
+    x = inputs(4, 3)
+    with posterior.evaluating():
+        posterior.draw_(0, keyed)
+        first = net(x)
+        posterior.draw_(1, keyed)
+        assert not torch.equal(net(x), first)
+        posterior.draw_(0, keyed)
+        assert torch.equal(net(x), first)
+    squares = sum(p.square().sum().item() for p in net.parameters())
+    assert posterior.kl().item() == pytest.approx(0.75 / (2 * 0.25) * squares, rel=1e-12)
+    posterior.begin()
+    posterior.finish_()
+    posterior.attach_gradients_()
+    posterior.add_kl_gradient_(2.0)
+    torch.testing.assert_close(posterior.points.grad, 2 * 0.75 / 0.25 * posterior.points.detach())
+
+
+def test_dropout_that_cannot_be_keyed_is_said_or_refused(caplog):
+    with caplog.at_level(logging.WARNING):
+        net = nn.LSTM(3, 4, num_layers=2, dropout=0.5)
+        DropoutMasks(net)
+    assert "cannot be keyed" in caplog.text and net.dropout == 0
+    with pytest.raises(ConfigError, match="AlphaDropout"):
+        DropoutMasks(nn.Sequential(nn.AlphaDropout(0.1)))
+    with pytest.raises(ConfigError, match="no dropout layer"):
+        MCDropout(make_net())
+
+
+# --- BatchNorm -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(7, 4), (7, 4, 5), (7, 4, 3, 3)])
+def test_batch_norm_equals_torch_for_one_sample(shape):
+    kind = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d}[len(shape)]
+    reference, mine = kind(4).double(), kind(4).double()
+    posterior = DeterministicNetwork(nn.Sequential(mine))
+    x, weight = inputs(*shape), inputs(*shape).flip(0)
+    grads = []
+    for layer in (reference, mine):
+        leaf = x.clone().requires_grad_()
+        if layer is mine:
+            posterior.begin()
+        y = layer(leaf)
+        (y * weight).sum().backward()
+        grads.append((y.detach(), leaf.grad, layer.weight.grad, layer.bias.grad))
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    posterior.finish_(1.0)
+    posterior.attach_gradients_()
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        torch.testing.assert_close(getattr(mine, name), getattr(reference, name), rtol=1e-12, atol=1e-14)
+    reference.eval(), mine.eval()
+    torch.testing.assert_close(mine(x), reference(x), rtol=1e-12, atol=1e-14)
+
+
+def test_batch_norm_gradient_against_finite_differences():
+    net = nn.Sequential(nn.BatchNorm1d(3)).double()
+    DeterministicNetwork(net)
+    x = inputs(5, 3).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: net(x).pow(3), (x,))
+
+
+def test_running_statistics_take_one_step_towards_the_mean_over_samples():
+    net = make_net(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    posterior, x = MeanFieldGaussian(net, init_std=0.5), inputs(9, 3)
+    optimizer = torch.optim.SGD(posterior.parameters(), lr=0.0)
+    step = VariationalStep(
+        posterior, Categorical(2), optimizer, GridComm(Grid()), num_samples=6, num_train_examples=9
+    )
+    step(x, torch.zeros(9, dtype=torch.long), 9)
+    hidden = []
+    posterior.begin()
+    for sample in range(6):
+        posterior.draw_(sample, keyed)
+        hidden.append(net[0](x).detach())
+    hidden = torch.stack(hidden)  # [S, B, 4]
+    torch.testing.assert_close(net[1].running_mean, 0.1 * hidden.mean((0, 1)), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(net[1].running_var, 0.9 + 0.1 * hidden.var(1).mean(0), rtol=1e-10, atol=1e-12)
+    assert net[1].num_batches_tracked == 1
+
+
+# --- chunks --------------------------------------------------------------------------------------------
+
+
+def gradient(net, chunk_size, caplog=None):
+    posterior = MeanFieldGaussian(net, init_std=0.3)
+    optimizer = torch.optim.SGD(posterior.parameters(), lr=0.1)
+    step = VariationalStep(
+        posterior, Categorical(2), optimizer, GridComm(Grid()),
+        num_samples=7, num_train_examples=20, chunk_size=chunk_size,
+    )  # fmt: skip
+    x, y = inputs(6, 3), torch.arange(6) % 2
+    return [step(x, y, 6).nelbo for _ in range(2)], posterior.loc.detach()
+
+
+@pytest.mark.parametrize("chunk_size", [2, 3, 7, 100, "auto"])
+def test_every_chunk_size_gives_the_same_step(chunk_size):
+    expected, loc = gradient(make_net(), 1)
+    got, other = gradient(make_net(), chunk_size)
+    assert got == pytest.approx(expected, rel=1e-12)
+    torch.testing.assert_close(other, loc, rtol=1e-12, atol=1e-14)
+
+
+def test_module_that_cannot_be_batched_falls_back_and_says_so_once(caplog):
+    class Branch(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = make_net()
+
+        def forward(self, x):
+            return self.net(x) if self.net[0].bias.sum() > 0 else -self.net(x)
+
+    expected, loc = gradient(Branch(), 1)
+    with caplog.at_level(logging.WARNING):
+        got, other = gradient(Branch(), 3)
+    assert got == expected and torch.equal(other, loc)
+    assert caplog.text.count("cannot be batched") == 1
+
+
+def test_memory_does_not_grow_with_the_number_of_samples():
+    """Live tensors of a step, counted: the same for 2 and for 12 samples."""
+    import gc
+
+    def peak(num_samples):
+        net, live = make_net(nn.Linear(3, 50), nn.Tanh(), nn.Linear(50, 2)), []
+        count = lambda *_: live.append(  # noqa: E731
+            sum(t.numel() for t in gc.get_objects() if isinstance(t, torch.Tensor))
+        )
+        net[1].register_forward_hook(count)
+        posterior = MeanFieldGaussian(net)
+        optimizer = torch.optim.SGD(posterior.parameters(), lr=0.1)
+        step = VariationalStep(
+            posterior,
+            Categorical(2),
+            optimizer,
+            GridComm(Grid()),
+            num_samples=num_samples,
+            num_train_examples=20,
+        )
+        x = inputs(6, 3)
+        gc.collect()
+        step(x, torch.zeros(6, dtype=torch.long), 6)
+        return max(live[-1:]) - live[0]
+
+    assert peak(12) <= peak(2) + 10
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_modules_give_the_same_step(backend):
+    expected, loc = gradient(make_net(), 1)
+    got, other = gradient(torch.compile(make_net(), backend=backend), 1)
+    assert got == pytest.approx(expected, rel=1e-10)
+    torch.testing.assert_close(other, loc, rtol=1e-10, atol=1e-12)
