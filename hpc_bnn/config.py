@@ -41,16 +41,38 @@ class ModelConfig:
     """Import path of the class; it is called with in_shape, num_outputs and arguments."""
     arguments: dict[str, Any] = field(default_factory=dict)
     """Further keyword arguments of the class."""
+    pretrained: str | None = None
+    """File with a state_dict of the network (torch.save) to start from."""
 
 
 @dataclass
 class PosteriorConfig:
     """The variational family and its prior."""
 
-    prior_std: float = 1.0
-    """Standard deviation of the Gaussian prior of each weight (units of the weight)."""
+    family: Literal["mean_field", "low_rank", "mc_dropout", "deterministic"] = "mean_field"
+    """Gaussian with independent weights, with low-rank covariance, dropout masks, or an ordinary network."""
+    prior: Literal["gaussian", "laplace", "student_t", "scale_mixture"] = "gaussian"
+    """Prior of each weight; the KL has a closed form for the first two and is a Monte Carlo one otherwise."""
+    prior_std: float | Literal["fan_in"] = 1.0
+    """Scale of the prior (units of the weight), or fan_in: 1/sqrt(fan-in) of each weight matrix."""
+    prior_mean: float | Literal["initial"] = 0.0
+    """Mean of a Gaussian or Laplace prior (units of the weight); initial: the weights at the start."""
+    prior_df: float = 3.0
+    """Degrees of freedom of a Student-t prior."""
+    prior_narrow_std: float = 0.1
+    """Second, narrow standard deviation of a scale mixture (units of the weight)."""
+    prior_fraction: float = 0.5
+    """Weight of the wide part of a scale mixture, between 0 and 1."""
     init_std: float = 0.01
     """Standard deviation of each weight at the start (units of the weight)."""
+    init_std_relative: float | None = None
+    """Instead of init_std: as this fraction of the weight's magnitude (MOPED, for pretrained networks)."""
+    deterministic: list[str] = field(default_factory=lambda: ["norm", "embedding"])
+    """Weights that stay points: norm, embedding, or patterns of parameter names such as head.*"""
+    antithetic: bool = False
+    """Draw samples 2i and 2i+1 with opposite noise."""
+    rank: int = 4
+    """Rank of the covariance factor of the low_rank family."""
 
 
 @dataclass
@@ -81,6 +103,8 @@ class Config:
     """Weight samples per step in the whole job."""
     num_test_samples: int = 64
     """Weight samples of the predictive in the whole job."""
+    chunk_size: int | Literal["auto"] = "auto"
+    """Samples that a rank evaluates at once; memory grows with it. auto: 1 on a CPU, measured on a GPU."""
     global_batch_size: int = 128
     """Examples per step in the whole job."""
     num_epochs: int = 10
@@ -137,8 +161,18 @@ class Config:
             "0 or more and finite",
             "1 is Bayes",
         )
-        for name in ("prior_std", "init_std"):
+        scales = ("prior_std", "prior_df", "prior_narrow_std", "init_std", "init_std_relative")
+        for name in scales:
             value = getattr(self.posterior, name)
-            yield f"posterior.{name}", value, 0 < value < math.inf, "positive and finite", "Try 0.1"
+            fits = value in (None, "fan_in") or 0 < value < math.inf
+            yield f"posterior.{name}", value, fits, "positive and finite", "Try 0.1"
+        fraction = self.posterior.prior_fraction
+        yield "posterior.prior_fraction", fraction, 0 < fraction < 1, "between 0 and 1", "Try 0.5"
+        yield "posterior.rank", self.posterior.rank, self.posterior.rank >= 1, "at least 1", "Try 4"
+        chunk = self.chunk_size
+        yield "chunk_size", chunk, chunk == "auto" or chunk >= 1, "auto or at least 1", "Try auto"
+        if self.posterior.family == "mc_dropout":
+            std = self.posterior.prior_std
+            yield "posterior.prior_std", std, std != "fan_in", "a number for mc_dropout", "Try 1.0"
         rate = self.optimizer.learning_rate
         yield "optimizer.learning_rate", rate, 0 < rate < math.inf, "positive and finite", "Try 1e-3"

@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 import os
+import pickle
 import platform
 import subprocess
 import sys
@@ -32,7 +33,7 @@ from .grid import Grid
 from .likelihoods import Categorical
 from .noise import Stream, keyed_global_generator
 from .optim import build_optimizer
-from .posteriors import GaussianPrior, MeanFieldGaussian
+from .posteriors import Posterior, build_posterior
 from .step import VariationalStep
 
 logger = logging.getLogger(__name__)
@@ -86,6 +87,7 @@ class Run:
             seed=config.seed,
             kl_weight=config.kl_weight,
             autocast_dtype=torch.bfloat16 if config.dtype == "bfloat16" else None,
+            chunk_size=config.chunk_size,
         )
 
     # --- construction -------------------------------------------------------------------------------
@@ -104,7 +106,7 @@ class Run:
                 raise DataError("the targets are no classes; this version trains classifiers only")
         return train_set, test_set
 
-    def _build_posterior(self) -> MeanFieldGaussian:
+    def _build_posterior(self) -> Posterior:
         config, comm = self.config, self.comm
         with comm.agree(f"building {config.model.name}"):
             network = _import_class(config.model.name)
@@ -114,11 +116,9 @@ class Run:
                     num_outputs=self.likelihood.num_outputs,
                     **config.model.arguments,
                 )
-            posterior = MeanFieldGaussian(
-                module.to(comm.device, self.dtype),
-                prior=GaussianPrior(config.posterior.prior_std),
-                init_std=config.posterior.init_std,
-            )
+            if config.model.pretrained is not None:
+                _load_pretrained(module, config.model.pretrained)
+            posterior = build_posterior(config.posterior, module.to(comm.device, self.dtype))
         comm.broadcast_(list(posterior.state_dict().values()))
         return posterior
 
@@ -220,11 +220,13 @@ class Run:
                 )
         if self.is_writer:
             logger.info(
-                "grid %s, %d samples, %d examples per step, %d random weights, %s, %s",
+                "grid %s, %d samples, %d examples per step, %s over %d weights, KL: %s, %s, %s",
                 self.comm.grid,
                 self.config.num_samples,
                 self.config.global_batch_size,
+                self.posterior.family,
                 self.posterior.num_weights,
+                self.posterior.kl_kind,
                 self.comm.device,
                 self.comm.library if self.comm.grid.world_size > 1 else "one process, no communication",
             )
@@ -285,7 +287,11 @@ class Run:
             "num_steps": self.step.num_steps,
             "seconds": seconds,
             "num_samples": self.config.num_samples,
-            "num_weights": self.posterior.num_weights,
+            "posterior": {
+                "family": self.posterior.family,
+                "num_random_weights": self.posterior.num_weights,
+                "kl": self.posterior.kl_kind,
+            },
             "grid": {
                 "world_size": grid.world_size,
                 "sample_size": grid.sample_size,
@@ -311,6 +317,21 @@ def _import_class(path: str) -> type[nn.Module]:
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(
             Fault("--model.name", path, f"it cannot be imported ({error})", "Give package.module.Class")
+        ) from error
+
+
+def _load_pretrained(module: nn.Module, path: str) -> None:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        module.load_state_dict(state)
+    except (OSError, RuntimeError, pickle.UnpicklingError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            Fault(
+                "--model.pretrained",
+                path,
+                f"not a state_dict of this network ({error})",
+                "Save net.state_dict()",
+            )
         ) from error
 
 

@@ -5,6 +5,7 @@ module weights into gradients of its own parameters.
 """
 
 from .base import DeterministicNetwork, KeyedGenerator, Posterior, Tally
+from .build import build_posterior, build_prior
 from .flat import FlatLayout
 from .low_rank import LowRankGaussian
 from .mc_dropout import MCDropout
@@ -26,5 +27,7 @@ __all__ = [
     "ScaleMixturePrior",
     "StudentTPrior",
     "Tally",
+    "build_posterior",
+    "build_prior",
     "split_weights",
 ]

@@ -1,0 +1,47 @@
+"""Posteriors from a config."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..config import PosteriorConfig
+from .base import DeterministicNetwork, Posterior
+from .low_rank import LowRankGaussian
+from .mc_dropout import MCDropout
+from .mean_field import MeanFieldGaussian
+from .priors import GaussianPrior, LaplacePrior, Prior, ScaleMixturePrior, StudentTPrior
+
+
+def build_prior(config: PosteriorConfig) -> Prior:
+    """Return the prior that a config describes."""
+    if config.prior == "laplace":
+        return LaplacePrior(config.prior_std, config.prior_mean)
+    if config.prior == "student_t":
+        return StudentTPrior(config.prior_df, config.prior_std)
+    if config.prior == "scale_mixture":
+        return ScaleMixturePrior(config.prior_std, config.prior_narrow_std, config.prior_fraction)
+    return GaussianPrior(config.prior_std, config.prior_mean)
+
+
+def build_posterior(config: PosteriorConfig, module: nn.Module) -> Posterior:
+    """Return the posterior that a config describes, over the weights of a module. Local.
+
+    Raises
+    ------
+    ConfigError
+        The module does not go with the family or with ``config.deterministic``.
+    """
+    if config.family == "deterministic":
+        return DeterministicNetwork(module)
+    if config.family == "mc_dropout":
+        return MCDropout(module, prior_std=config.prior_std)
+    options = {
+        "prior": build_prior(config),
+        "init_std": config.init_std,
+        "init_std_relative": config.init_std_relative,
+        "deterministic": config.deterministic,
+        "antithetic": config.antithetic,
+    }
+    if config.family == "low_rank":
+        return LowRankGaussian(module, rank=config.rank, **options)
+    return MeanFieldGaussian(module, **options)
