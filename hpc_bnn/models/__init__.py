@@ -1,5 +1,6 @@
 """Plain networks; any ``nn.Module`` can stand in their place (floor 3)."""
 
 from .mlp import MLP
+from .vit import ViT
 
-__all__ = ["MLP"]
+__all__ = ["MLP", "ViT"]
