@@ -29,6 +29,8 @@ class Stream(enum.IntEnum):
     """Draws of weight samples for a predictive: step = 0, index = global sample."""
     MASK = 6
     """Dropout masks of a weight sample: seed = that sample's derived seed, step = layer."""
+    ACTIVATION = 7
+    """Noise per example of a weight sample: seed = that sample's derived seed, step = layer, index = block."""
 
 
 _MASK64 = (1 << 64) - 1

@@ -103,6 +103,7 @@ class VariationalStep:
         self.chunk_size = chunk_size
         self.num_steps = 0
         self._can_batch = True
+        self._is_prepared = False
 
     def __call__(self, x: Tensor, y: Tensor, global_batch_size: int) -> StepResult:
         """Make one step. Collective over the world: one sum over each axis of extent above 1.
@@ -149,7 +150,10 @@ class VariationalStep:
         scale = 1.0 / (self.num_samples * global_batch_size)
         if self.chunk_size == "auto":
             self.chunk_size = self._measure_chunk_size(x, y, scale, mine)
-        posterior.begin()
+        if not self._is_prepared:
+            posterior.prepare_(x)
+            self._is_prepared = True
+        posterior.begin(comm.grid.local_examples(global_batch_size).start)
         for start in range(0, len(mine), self.chunk_size):
             self._evaluate(mine[start : start + self.chunk_size], x, y, scale)
         posterior.finish_(self._prior_share)

@@ -148,9 +148,18 @@ class Posterior:
 
     # --- one step ---------------------------------------------------------------------------------
 
+    def prepare_(self, x: Tensor) -> None:
+        """Look at how the module treats inputs like x, before the first step. Local."""
+
     @torch.no_grad()
-    def begin(self) -> None:
-        """Begin a step or a predictive: look at the parameters as they are now. Local."""
+    def begin(self, first_example: int = 0) -> None:
+        """Begin a step or a predictive: look at the parameters as they are now. Local.
+
+        Parameters
+        ----------
+        first_example : int
+            Place in the global batch of this rank's first example.
+        """
         self.reduced.zero_()
         take_gradients(self._random_parameters + self._point_parameters)
         self.batch_norms.begin()

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, Fault
 from .base import KeyedGenerator, Posterior, Tally
+from .estimators import Estimator, ExampleNoise, find_layers, flipout_forward, local_forward, override_forward
 from .flat import take_gradients, tie
 from .priors import GaussianPrior, Prior, gaussian_entropy
 from .select import Rule
@@ -38,6 +40,10 @@ class MeanFieldGaussian(Posterior):
         2020); at least 1e-6 of the largest weight.
     deterministic : sequence of str or module class
         Weights that stay points (`split_weights`); by default those of normalisation layers and embeddings.
+    estimator : {"reparameterisation", "local", "flipout"}
+        How the gradient is estimated (`hpc_bnn.posteriors.estimators`): one draw of the weights per sample, or
+        noise per example where the layer allows, with less variance. Layers that do not allow it fall back
+        to one draw per sample, which is said. The predictive always draws weights.
     antithetic : bool
         Samples 2 i and 2 i + 1 share their noise with opposite signs: half the noise to draw, and the odd
         part of the estimator's error cancels in a pair.
@@ -59,6 +65,7 @@ class MeanFieldGaussian(Posterior):
         init_std: float = 0.01,
         init_std_relative: float | None = None,
         deterministic: Sequence[Rule] = ("norm", "embedding"),
+        estimator: Estimator = "reparameterisation",
         antithetic: bool = False,
     ):
         super().__init__(module, deterministic=deterministic)
@@ -66,6 +73,16 @@ class MeanFieldGaussian(Posterior):
         self.prior = prior.bind(self.random, self._weights)
         self.kl_kind = "closed form" if prior.closed_form else "Monte Carlo"
         self.antithetic = antithetic
+        self.estimator = estimator
+        if estimator != "reparameterisation" and (antithetic or not prior.closed_form):
+            raise ConfigError(
+                Fault(
+                    "--posterior.estimator",
+                    estimator,
+                    "noise per example has no mirrored pairs and no single draw for a Monte Carlo KL",
+                    "Use reparameterisation, or antithetic false and a Gaussian or Laplace prior",
+                )
+            )
         self._allocate(
             loc=self._weights,
             log_scale=_initial_log_scale(self._weights, init_std, init_std_relative),
@@ -79,6 +96,7 @@ class MeanFieldGaussian(Posterior):
         self._scale_grads = list(self.random.views(self._gradients["log_scale"]).values())
         self._noise_views = list(self.random.views(self._noise).values())
         tie(self._named, self.random.views(self._weights))
+        self._noisy = _NoisyLayers(self) if estimator != "reparameterisation" else None
 
     _num_common_noise = 0
     """Numbers of a sample's noise that all weights share, drawn behind those of the single weights."""
@@ -88,17 +106,26 @@ class MeanFieldGaussian(Posterior):
 
     # --- one step ---------------------------------------------------------------------------------
 
+    def prepare_(self, x: Tensor) -> None:
+        if self._noisy is not None:
+            self._noisy.find_(x)
+
     @torch.no_grad()
-    def begin(self) -> None:
-        super().begin()
+    def begin(self, first_example: int = 0) -> None:
+        super().begin(first_example)
+        if self._noisy is not None:
+            self._noisy.noise.first_example = first_example
         torch.exp(self.log_scale, out=self._scale)
         self._pair = None
 
     @torch.no_grad()
     def draw_(self, sample: int, keyed: KeyedGenerator) -> None:
         super().draw_(sample, keyed)
-        self._draw_noise_(sample, keyed)
-        self._assemble(self._all_noise, out=self._weights)
+        if self._noisy is None or self._noisy.needs_weights:
+            self._draw_noise_(sample, keyed)
+            self._assemble(self._all_noise, out=self._weights)
+        if self._noisy is not None:
+            self._noisy.begin_sample_(keyed(sample))
 
     def _assemble(self, noise: Tensor, out: Tensor | None = None) -> Tensor:
         """Return the weights of a sample, [P], from its noise."""
@@ -121,6 +148,8 @@ class MeanFieldGaussian(Posterior):
     @torch.no_grad()
     def accumulate_(self, prior_share: float = 0.0, kl_weight: float = 0.0) -> None:
         # With g = dL/dw of the sample: d loc += g, d log_scale += g * eps (times scale in finish_).
+        if self._noisy is not None:
+            self._noisy.accumulate_()
         all_gradients = take_gradients(self._random_parameters)
         used = [gradient is not None for gradient in all_gradients]
         gradients, loc, scale, noise = (
@@ -158,6 +187,16 @@ class MeanFieldGaussian(Posterior):
     def use_mean_(self) -> nn.Module:
         self._weights.copy_(self.loc)
         return super().use_mean_()
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        with super().evaluating(), self._noisy.off() if self._noisy is not None else contextlib.nullcontext():
+            yield
+
+    def check_batchable(self) -> None:
+        super().check_batchable()
+        if self._noisy is not None:
+            raise NotImplementedError(f"the {self.estimator} estimator evaluates samples one after another")
 
     # --- samples in batches -----------------------------------------------------------------------
 
@@ -197,6 +236,99 @@ class MeanFieldGaussian(Posterior):
         state = {f"{name}.loc": value for name, value in loc.items()}
         state |= {f"{name}.log_scale": value for name, value in log_scale.items()}
         return state | super().state_dict()
+
+
+class _NoisyLayers:
+    """The layers of a mean-field posterior that meet noise per example in training.
+
+    Their parameters then look at the means, so that the gradient of a weight is that of its mean; the gradient
+    of its scale comes by a leaf of its own.
+    """
+
+    def __init__(self, posterior: MeanFieldGaussian):
+        self.posterior = posterior
+        self.noise = ExampleNoise()
+        self._is_on = False
+        self._layers: list[nn.Module] = []
+        self._forwards: list = []
+        self._parameters: dict[str, nn.Parameter] = {}  # that look at the means
+        self._leaves: dict[str, Tensor] = {}  # [*shape]: scale (local) or perturbation (flipout)
+
+    def find_(self, x: Tensor) -> None:
+        """See in a forward pass which layers allow it, and take them over. Local."""
+        posterior = self.posterior
+        random = {id(p): name for name, p in posterior._named.items() if name in posterior.random.shapes}
+        was_training = posterior.module.training
+        posterior.module.eval()
+        with torch.no_grad():
+            layers = find_layers(
+                posterior.module, posterior.estimator, set(random), lambda: posterior.module(x)
+            )
+        posterior.module.train(was_training)
+        self._layers = list(layers.values())
+        scales = posterior.random.views(posterior._scale)
+        for number, layer in enumerate(self._layers):
+            weight, bias = random[id(layer.weight)], layer.bias is not None and random[id(layer.bias)]
+            if posterior.estimator == "local":
+                names = [weight] + ([bias] if bias else [])
+                leaves = [scales[name].detach().requires_grad_() for name in names]
+                forward = local_forward(number, self.noise, leaves[0], leaves[1] if bias else None)
+            else:  # the bias is added outside of the signs: it is drawn once per sample
+                names, leaves = [weight], [torch.zeros_like(scales[weight]).requires_grad_()]
+                forward = flipout_forward(number, self.noise, leaves[0])
+            self._forwards.append(forward)
+            self._leaves |= dict(zip(names, leaves))
+            self._parameters |= {name: posterior._named[name] for name in names}
+        self._switch_(on=True)
+
+    @property
+    def needs_weights(self) -> bool:
+        """Whether a draw of the weights is looked at; with local reparameterisation everywhere it is not."""
+        is_local = self.posterior.estimator == "local"
+        return not (self._is_on and is_local and len(self._leaves) == len(self.posterior.random))
+
+    def _switch_(self, on: bool) -> None:
+        self._is_on = on
+        for layer, forward in zip(self._layers, self._forwards):
+            override_forward(layer, forward if on else None)
+        source = self.posterior.loc.detach() if on else self.posterior._weights
+        views = self.posterior.random.views(source)
+        tie(self._parameters, {name: views[name] for name in self._parameters})
+
+    @contextlib.contextmanager
+    def off(self) -> Iterator[None]:
+        """Draw weights as the other layers do."""
+        self._switch_(on=False)
+        try:
+            yield
+        finally:
+            self._switch_(on=True)
+
+    def begin_sample_(self, generator: torch.Generator) -> None:
+        self.noise.begin_sample(generator)
+        if self.posterior.estimator == "flipout":
+            noise, scales = (
+                self.posterior.random.views(t) for t in (self.posterior._noise, self.posterior._scale)
+            )
+            for name, leaf in self._leaves.items():
+                torch.mul(noise[name], scales[name], out=leaf.detach())
+
+    def accumulate_(self) -> None:
+        """Fold in the gradients of means and leaves; the rest of the weights find no gradient there."""
+        posterior = self.posterior
+        loc, scale, noise = (
+            posterior.random.views(t)
+            for t in (posterior._gradients["loc"], posterior._gradients["log_scale"], posterior._noise)
+        )
+        for name, leaf in self._leaves.items():
+            parameter = self._parameters[name]
+            if parameter.grad is not None:
+                loc[name].add_(parameter.grad)
+                parameter.grad = None
+            if leaf.grad is not None:
+                # local: dL/dscale; flipout: dL/d(scale * eps)
+                scale[name].add_(leaf.grad if posterior.estimator == "local" else leaf.grad * noise[name])
+                leaf.grad = None
 
 
 def _initial_log_scale(weights: Tensor, std: float, relative: float | None) -> Tensor:

@@ -21,6 +21,8 @@ FAMILIES = {
     "laplace": lambda net: posteriors.MeanFieldGaussian(
         net, init_std=0.05, prior=posteriors.LaplacePrior(0.5)
     ),
+    "local": lambda net: posteriors.MeanFieldGaussian(net, init_std=0.05, estimator="local"),
+    "flipout": lambda net: posteriors.MeanFieldGaussian(net, init_std=0.05, estimator="flipout"),
     "deterministic": posteriors.DeterministicNetwork,
 }
 
@@ -70,6 +72,15 @@ def test_family_trains_alike_on_every_grid(comm, family, chunk_size):
     reference, expected = train(GridComm(Grid()), "vit", family)
     posterior, results = train(comm, "vit", family, chunk_size)
     assert_equal(posterior, reference, results, expected)
+
+
+@pytest.mark.parametrize("name, estimator", [("mlp", "local"), ("lenet_batchnorm", "flipout")])
+def test_noise_per_example_does_not_depend_on_the_grid(comm, name, estimator, monkeypatch):
+    monkeypatch.setattr(posteriors.estimators, "BLOCK", 4)  # several blocks in a batch of 11
+    reference, expected = train(GridComm(Grid()), name, estimator)
+    posterior, results = train(comm, name, estimator)
+    assert_equal(posterior, reference, results, expected)
+    assert len(posterior._noisy._layers) >= 2
 
 
 def test_mc_dropout_trains_alike_on_every_grid(comm):

@@ -1,0 +1,137 @@
+"""Local reparameterisation and Flipout: unbiased, with less variance, loud where they do not apply."""
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from hpc_bnn.errors import ConfigError
+from hpc_bnn.noise import Stream, keyed_generator, keyed_global_generator
+from hpc_bnn.posteriors import MeanFieldGaussian, StudentTPrior
+from hpc_bnn.posteriors.estimators import BLOCK, ExampleNoise
+
+NETS = {
+    "mlp": (lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), (8, 3)),
+    "tokens": (lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), (4, 5, 3)),
+    "conv": (
+        lambda: nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.Tanh(), nn.Conv2d(2, 2, 3)),
+        (4, 1, 5, 5),
+    ),
+}
+
+
+def make(name, estimator, **options):
+    with keyed_global_generator(0, Stream.INIT):
+        net = NETS[name][0]().double()
+    return MeanFieldGaussian(net, init_std=0.4, estimator=estimator, **options)
+
+
+def inputs(name):
+    shape = NETS[name][1]
+    return torch.randn(*shape, generator=keyed_generator(1, Stream.DATA_ORDER), dtype=torch.float64)
+
+
+def gradients(name, estimator, num_draws, seed=0):
+    """Return the gradient [num_draws, 2 P] of a nonlinear loss, one weight sample each."""
+    posterior, x = make(name, estimator), inputs(name)
+    posterior.prepare_(x)
+    rows = []
+    for step in range(num_draws):
+        posterior.begin()
+        posterior.draw_(0, lambda s, step=step: keyed_generator(seed, Stream.NOISE, step, s))
+        y = posterior.module(x)
+        (y.square().mean() + y.sin().mean()).backward()
+        posterior.accumulate_()
+        posterior.finish_()
+        rows.append(posterior.gradient.clone())
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize(
+    "name, estimator", [("mlp", "local"), ("mlp", "flipout"), ("tokens", "flipout"), ("conv", "flipout")]
+)
+def test_unbiased_and_of_less_variance(name, estimator):
+    n = 3000
+    reference, mine = gradients(name, "reparameterisation", n, seed=1), gradients(name, estimator, n)
+    error = (reference.var(0) / n + mine.var(0) / n).sqrt()
+    z = (mine.mean(0) - reference.mean(0)) / error
+    assert z.abs().max() < 5  # standard errors
+    assert z.square().mean() < 1 + 5 * (2 / len(z)) ** 0.5 * 2  # all together: 2 for correlated components
+    assert mine.var(0).sum() < 0.8 * reference.var(0).sum()
+
+
+def test_local_draws_have_the_moments_of_the_weights():
+    """Outputs of one linear layer: mean x mu, variance x^2 sigma^2, independent between examples."""
+    with keyed_global_generator(0, Stream.INIT):
+        layer = nn.Linear(3, 2).double()
+    posterior = MeanFieldGaussian(nn.Sequential(layer), init_std=0.4, estimator="local")
+    x, n = inputs("mlp"), 4000
+    posterior.prepare_(x)
+    draws = []
+    posterior.begin()
+    for sample in range(n):
+        posterior.draw_(sample, lambda s: keyed_generator(0, Stream.NOISE, 0, s))
+        draws.append(posterior.module(x).detach())
+    draws = torch.stack(draws)  # [n, B, 2]
+    mean = nn.functional.linear(
+        x, *(posterior.random.views(posterior.loc.detach())[k] for k in ("0.weight", "0.bias"))
+    )
+    std = 0.4 * (x.square().sum(1, keepdim=True) + 1).sqrt()
+    assert ((draws.mean(0) - mean) / (std * n**-0.5)).abs().max() < 5
+    assert ((draws.std(0) / std - 1) * (2 * n) ** 0.5).abs().max() < 5
+    standard = ((draws - mean) / std).flatten(1)
+    correlation = standard.T @ standard / n - torch.eye(16).double()
+    assert correlation.abs().max() < 6 * (2 / n) ** 0.5
+
+
+def test_what_does_not_apply_is_said_and_drawn_once_per_sample(caplog):
+    for name, estimator in (("tokens", "local"), ("conv", "local")):
+        posterior = make(name, estimator)
+        with caplog.at_level(logging.WARNING):
+            posterior.prepare_(inputs(name))
+        assert "drawn once per sample" in caplog.text and "0.weight" in caplog.text
+        caplog.clear()
+        reference = gradients(name, "reparameterisation", 3)
+        assert torch.equal(gradients(name, estimator, 3), reference)  # nothing left to estimate otherwise
+
+
+def test_a_layer_used_twice_is_left_out(caplog):
+    net = nn.Sequential(nn.Linear(3, 3), nn.Tanh()).double()
+    twice = nn.Sequential(net[0], net[1], net[0])
+    posterior = MeanFieldGaussian(twice, estimator="flipout")
+    with caplog.at_level(logging.WARNING):
+        posterior.prepare_(inputs("mlp"))
+    assert "drawn once per sample" in caplog.text
+
+
+def test_predictive_draws_weights():
+    local, plain = make("mlp", "local"), make("mlp", "reparameterisation")
+    x = inputs("mlp")
+    local.prepare_(x)
+    outputs = []
+    for posterior in (local, plain):
+        with posterior.evaluating():
+            posterior.draw_(3, lambda s: keyed_generator(0, Stream.PREDICTION, 0, s))
+            outputs.append(posterior.module(x))
+    assert torch.equal(*outputs)
+    assert "forward" in local.module[0].__dict__  # and goes on with its estimator
+
+
+def test_noise_of_an_example_depends_on_its_place_alone():
+    noise = ExampleNoise()
+    noise.begin_sample(keyed_generator(0, Stream.NOISE))
+    whole = noise.draw(1, torch.empty(3 * BLOCK, 1), 5)
+    for start, stop in ((0, 7), (5, BLOCK + 3), (BLOCK, 2 * BLOCK), (70, 96), (9, 9)):
+        noise.first_example = start
+        assert torch.equal(noise.draw(1, torch.empty(stop - start, 1), 5), whole[start:stop])
+    assert whole.unique().numel() >= whole.numel() - 3  # float32 numbers may coincide
+    signs = noise.draw(2, torch.empty(BLOCK, 1), 50, signs=True)
+    assert set(signs.unique().tolist()) == {-1.0, 1.0}
+
+
+def test_combinations_that_make_no_sense_are_refused():
+    with pytest.raises(ConfigError, match="mirrored pairs"):
+        make("mlp", "flipout", antithetic=True)
+    with pytest.raises(ConfigError, match="Monte Carlo KL"):
+        make("mlp", "local", prior=StudentTPrior())
