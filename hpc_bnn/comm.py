@@ -194,8 +194,10 @@ class GridComm:
             others = f" (and {len(reports) - 1} other ranks)" if len(reports) > 1 else ""
             raise kind(f"rank {rank} on {host}{others}, {doing}: {text}") from error
 
-    def check_replicas(self, tensors: torch.Tensor | Sequence[torch.Tensor], what: str) -> None:
-        """Verify that tensors are bit for bit the same on all ranks. Collective over the world.
+    def check_replicas(
+        self, tensors: torch.Tensor | Sequence[torch.Tensor], what: str, axis: Axis = "world"
+    ) -> None:
+        """Verify that tensors are bit for bit the same on all ranks of an axis. Collective.
 
         Raises
         ------
@@ -207,10 +209,19 @@ class GridComm:
         digest = hashlib.sha256()
         for tensor in _as_list(tensors):
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-        digests = self.gather_objects(digest.digest())
-        odd = [rank for rank, other in enumerate(digests) if other != digests[0]]
+        group = {
+            "sample": self.grid.sample_group(),
+            "data": self.grid.data_group(),
+            "world": range(self.grid.world_size),
+        }[axis]
+        digests = self.gather_objects(digest.digest(), axis)
+        odd = [rank for rank, other in zip(group, digests) if other != digests[0]]
+        # All ranks raise, also those of the groups that agree with themselves.
+        odd = sorted({rank for ranks in self.gather_objects(odd) for rank in ranks})
         if odd:
-            raise CommunicationError(f"{what}: ranks {odd} differ from rank 0, though they must be replicas")
+            raise CommunicationError(
+                f"{what}: the parameters of ranks {odd} have drifted from their replicas"
+            )
 
     def close(self) -> None:
         """Wait for all ranks and leave the groups. Collective over the world; afterwards it is of no use."""

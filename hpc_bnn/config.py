@@ -49,8 +49,8 @@ class ModelConfig:
 class PosteriorConfig:
     """The variational family and its prior."""
 
-    family: Literal["mean_field", "low_rank", "mc_dropout", "deterministic"] = "mean_field"
-    """Gaussian with independent weights, with low-rank covariance, dropout masks, or an ordinary network."""
+    family: Literal["mean_field", "low_rank", "mc_dropout", "ensemble", "deterministic"] = "mean_field"
+    """Gaussian with independent weights or low-rank covariance, dropout masks, networks, or one network."""
     prior: Literal["gaussian", "laplace", "student_t", "scale_mixture"] = "gaussian"
     """Prior of each weight; the KL has a closed form for the first two and is a Monte Carlo one otherwise."""
     prior_std: float | Literal["fan_in"] = 1.0
@@ -69,6 +69,8 @@ class PosteriorConfig:
     """Instead of init_std: as this fraction of the weight's magnitude (MOPED, for pretrained networks)."""
     deterministic: list[str] = field(default_factory=lambda: ["norm", "embedding"])
     """Weights that stay points: norm, embedding, or patterns of parameter names such as head.*"""
+    estimator: Literal["reparameterisation", "local", "flipout"] = "reparameterisation"
+    """One draw of the weights per sample, or noise per example (less variance) where layers allow it."""
     antithetic: bool = False
     """Draw samples 2i and 2i+1 with opposite noise."""
     rank: int = 4
@@ -171,8 +173,18 @@ class Config:
         yield "posterior.rank", self.posterior.rank, self.posterior.rank >= 1, "at least 1", "Try 4"
         chunk = self.chunk_size
         yield "chunk_size", chunk, chunk == "auto" or chunk >= 1, "auto or at least 1", "Try auto"
-        if self.posterior.family == "mc_dropout":
+        family = self.posterior.family
+        if family in ("mc_dropout", "ensemble"):
             std = self.posterior.prior_std
-            yield "posterior.prior_std", std, std != "fan_in", "a number for mc_dropout", "Try 1.0"
+            yield "posterior.prior_std", std, std != "fan_in", f"a number for {family}", "Try 1.0"
+        if family == "ensemble":
+            tests, members = self.num_test_samples, self.num_samples
+            yield (
+                "num_test_samples",
+                tests,
+                tests == members,
+                f"num_samples, {members}: the members",
+                "Set both",
+            )
         rate = self.optimizer.learning_rate
         yield "optimizer.learning_rate", rate, 0 < rate < math.inf, "positive and finite", "Try 1e-3"

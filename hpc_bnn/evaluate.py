@@ -72,6 +72,7 @@ def predict_classes(
     def keyed(sample: int) -> torch.Generator:
         return keyed_generator(seed, Stream.PREDICTION, 0, sample, x.device)
 
+    posterior.check_num_samples(num_samples)
     with posterior.evaluating():
         for sample in comm.grid.local_samples(num_samples):
             posterior.draw_(sample, keyed)

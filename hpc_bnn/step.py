@@ -89,6 +89,7 @@ class VariationalStep:
         chunk_size: int | Literal["auto"] = 1,
     ):
         comm.grid.check_num_samples(num_samples)
+        posterior.check_num_samples(num_samples)
         if chunk_size != "auto" and chunk_size < 1:
             raise ConfigError(Fault("--chunk_size", chunk_size, "must be auto or at least 1", "Try auto"))
         self.posterior = posterior
@@ -108,7 +109,8 @@ class VariationalStep:
     def __call__(self, x: Tensor, y: Tensor, global_batch_size: int) -> StepResult:
         """Make one step. Collective over the world: one sum over each axis of extent above 1.
 
-        A module with BatchNorm adds three small sums over the data axis per layer and sample.
+        A module with BatchNorm adds three small sums over the data axis per layer and sample. A deep
+        ensemble sums its gradient over the data axis only, and a few scalars over both.
 
         Parameters
         ----------
@@ -160,7 +162,11 @@ class VariationalStep:
         # NaN and infinity survive a sum. The flag travels with the gradient: no collective of its own.
         self._local_is_broken = ~posterior.reduced.sum().isfinite()
         posterior.tally[Tally.NUM_BROKEN] = self._local_is_broken
-        comm.sum_(posterior.reduced, "world")
+        if posterior.is_replicated:
+            comm.sum_(posterior.reduced, "world")
+        else:  # the parameters of a sample belong to its data group
+            comm.sum_(posterior.gradient, "data")
+            comm.sum_(posterior.behind_gradient, "world")
 
     # --- samples ------------------------------------------------------------------------------------
 

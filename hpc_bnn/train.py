@@ -31,7 +31,6 @@ from .errors import ConfigError, DataError, Fault, check_all
 from .evaluate import ClassPredictive, evaluate_classes
 from .grid import Grid
 from .likelihoods import Categorical
-from .noise import Stream, keyed_global_generator
 from .optim import build_optimizer
 from .posteriors import Posterior, build_posterior
 from .step import VariationalStep
@@ -108,18 +107,27 @@ class Run:
 
     def _build_posterior(self) -> Posterior:
         config, comm = self.config, self.comm
-        with comm.agree(f"building {config.model.name}"):
-            network = _import_class(config.model.name)
-            with keyed_global_generator(config.seed, Stream.INIT):
-                module = network(
-                    in_shape=self.train_set.in_shape,
-                    num_outputs=self.likelihood.num_outputs,
-                    **config.model.arguments,
-                )
+
+        def make_module() -> nn.Module:
+            module = _import_class(config.model.name)(
+                in_shape=self.train_set.in_shape,
+                num_outputs=self.likelihood.num_outputs,
+                **config.model.arguments,
+            )
             if config.model.pretrained is not None:
                 _load_pretrained(module, config.model.pretrained)
-            posterior = build_posterior(config.posterior, module.to(comm.device, self.dtype))
-        comm.broadcast_(list(posterior.state_dict().values()))
+            return module.to(comm.device, self.dtype)
+
+        with comm.agree(f"building {config.model.name}"):
+            posterior = build_posterior(
+                config.posterior,
+                make_module,
+                num_samples=config.num_samples,
+                local_samples=comm.grid.local_samples(config.num_samples),
+                seed=config.seed,
+            )
+        if posterior.is_replicated:
+            comm.broadcast_(list(posterior.state_dict().values()))
         return posterior
 
     # --- the run ------------------------------------------------------------------------------------
@@ -148,7 +156,8 @@ class Run:
             row = self._train_epoch(epoch, progress)
             is_last = epoch + 1 == config.num_epochs or self.step.num_steps == config.max_steps
             if is_last or (epoch + 1) % config.test_every_epochs == 0:
-                comm.check_replicas(list(self.posterior.parameters()), f"parameters after epoch {epoch}")
+                axis = "world" if self.posterior.is_replicated else "data"
+                comm.check_replicas(list(self.posterior.parameters()), f"after epoch {epoch}", axis)
                 metrics, predictive, part = self._evaluate()
                 row |= metrics
             self._write_row(row, progress)
@@ -241,19 +250,25 @@ class Run:
 
     def _write_checkpoint(self, epoch: int) -> None:
         path = checkpoint_path(self.run_dir, self.step.num_steps)
+        state = {
+            "model": self._whole_model(),
+            "schedule": self.schedule.state_dict(),
+            "epoch": epoch,
+            "step": self.step.num_steps,
+            "config": self.config.to_dict(),
+        }
+        if self.posterior.is_replicated:  # an ensemble's is spread over the ranks
+            state["optimizer"] = self.optimizer.state_dict()
         with self.comm.agree(f"writing {path}"):
             if self.is_writer:
-                save_checkpoint(
-                    path,
-                    {
-                        "model": {name: t.cpu() for name, t in self.posterior.state_dict().items()},
-                        "optimizer": self.optimizer.state_dict(),
-                        "schedule": self.schedule.state_dict(),
-                        "epoch": epoch,
-                        "step": self.step.num_steps,
-                        "config": self.config.to_dict(),
-                    },
-                )
+                save_checkpoint(path, state)
+
+    def _whole_model(self) -> dict[str, torch.Tensor]:
+        """Return the parameters of the whole job by name. Collective over ``sample_comm``."""
+        mine = {name: tensor.cpu() for name, tensor in self.posterior.state_dict().items()}
+        if self.posterior.is_replicated:
+            return mine
+        return {k: v for state in self.comm.gather_objects(mine, "sample") for k, v in state.items()}
 
     def _show_examples(self, predictive: ClassPredictive, part: slice) -> dict[str, Any]:
         """Gather the surest and the least sure test examples of the job on rank 0."""

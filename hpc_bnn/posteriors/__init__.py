@@ -6,6 +6,7 @@ module weights into gradients of its own parameters.
 
 from .base import DeterministicNetwork, KeyedGenerator, Posterior, Tally
 from .build import build_posterior, build_prior
+from .ensemble import DeepEnsemble
 from .flat import FlatLayout
 from .low_rank import LowRankGaussian
 from .mc_dropout import MCDropout
@@ -14,6 +15,7 @@ from .priors import GaussianPrior, LaplacePrior, Prior, ScaleMixturePrior, Stude
 from .select import split_weights
 
 __all__ = [
+    "DeepEnsemble",
     "DeterministicNetwork",
     "FlatLayout",
     "GaussianPrior",

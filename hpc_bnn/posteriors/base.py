@@ -63,12 +63,15 @@ class Posterior:
     tally : Tensor
         The scalars at its end, see `Tally`.
     kl_kind : str
-        "none", "closed form" or "Monte Carlo".
+        "none", "closed form", "Monte Carlo" or "point".
+    is_replicated : bool
+        Whether all ranks hold the same parameters; otherwise those of a data group do.
     """
 
     family = "deterministic"
     kl_kind = "none"
     has_random_weights = False
+    is_replicated = True
 
     def __init__(self, module: nn.Module, *, deterministic: Sequence[Rule] = ()):
         random, point = split_weights(module, deterministic)
@@ -108,16 +111,14 @@ class Posterior:
         Each slot becomes an attribute, an ``nn.Parameter`` that the optimizer updates.
         """
         points = [p.detach().reshape(-1) for p in self._point_parameters]
-        like = (self._random_parameters + self._point_parameters)[0]
         if points:
             slots["points"] = torch.cat(points)
         lengths = [slot.numel() for slot in slots.values()]
         num_statistics = self.batch_norms.num_statistics
         flat = torch.cat([slot.reshape(-1) for slot in slots.values()])
-        self.reduced = torch.zeros(
-            len(flat) + num_statistics + len(Tally), dtype=like.dtype, device=like.device
-        )
+        self.reduced = flat.new_zeros(len(flat) + num_statistics + len(Tally))
         gradients, self._statistics, self.tally = self.reduced.split([len(flat), num_statistics, len(Tally)])
+        self.behind_gradient = self.reduced[len(flat) :]
         self._parameters: dict[str, nn.Parameter] = {}
         self._gradients: dict[str, Tensor] = {}
         for (name, slot), part, gradient in zip(slots.items(), flat.split(lengths), gradients.split(lengths)):
@@ -147,6 +148,9 @@ class Posterior:
         yield from self._parameters.items()
 
     # --- one step ---------------------------------------------------------------------------------
+
+    def check_num_samples(self, num_samples: int) -> None:
+        """Raise `ConfigError` where a family cannot give so many samples. Local."""
 
     def prepare_(self, x: Tensor) -> None:
         """Look at how the module treats inputs like x, before the first step. Local."""

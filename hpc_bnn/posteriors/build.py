@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 from torch import nn
 
 from ..config import PosteriorConfig
+from ..noise import Stream, keyed_global_generator
 from .base import DeterministicNetwork, Posterior
+from .ensemble import DeepEnsemble
 from .low_rank import LowRankGaussian
 from .mc_dropout import MCDropout
 from .mean_field import MeanFieldGaussian
@@ -23,14 +27,39 @@ def build_prior(config: PosteriorConfig) -> Prior:
     return GaussianPrior(config.prior_std, config.prior_mean)
 
 
-def build_posterior(config: PosteriorConfig, module: nn.Module) -> Posterior:
+def build_posterior(
+    config: PosteriorConfig,
+    make_module: Callable[[], nn.Module],
+    *,
+    num_samples: int,
+    local_samples: Sequence[int],
+    seed: int,
+) -> Posterior:
     """Return the posterior that a config describes, over the weights of a module. Local.
+
+    Parameters
+    ----------
+    config : PosteriorConfig
+        Family, prior and start.
+    make_module : callable
+        Makes the network on its device and in its dtype; the weights come from torch's global generator, which
+        is keyed here.
+    num_samples : int
+        Samples per step in the whole job: the members of an ensemble.
+    local_samples : sequence of int
+        Those of this rank.
+    seed : int
+        Key of the initial weights.
 
     Raises
     ------
     ConfigError
         The module does not go with the family or with ``config.deterministic``.
     """
+    if config.family == "ensemble":
+        return DeepEnsemble(make_module, num_samples, local_samples, seed=seed, prior_std=config.prior_std)
+    with keyed_global_generator(seed, Stream.INIT):
+        module = make_module()
     if config.family == "deterministic":
         return DeterministicNetwork(module)
     if config.family == "mc_dropout":
@@ -40,6 +69,7 @@ def build_posterior(config: PosteriorConfig, module: nn.Module) -> Posterior:
         "init_std": config.init_std,
         "init_std_relative": config.init_std_relative,
         "deterministic": config.deterministic,
+        "estimator": config.estimator,
         "antithetic": config.antithetic,
     }
     if config.family == "low_rank":

@@ -117,7 +117,7 @@ def test_replicas_that_drift_are_found(comm):
         return
     if comm.grid.rank == 1:
         x[2] = 5e-324  # one bit
-    with pytest.raises(CommunicationError, match=r"x: ranks \[1\] differ"):
+    with pytest.raises(CommunicationError, match=r"x: the parameters of ranks \[1\]"):
         comm.check_replicas(x, "x")
 
 

@@ -5,7 +5,8 @@ import torch
 from modules import MODULES, NUM_CLASSES, make_examples, make_module
 from reference import relative_difference
 
-from hpc_bnn import Categorical, Grid, GridComm, VariationalStep, posteriors
+from hpc_bnn import Categorical, Grid, GridComm, VariationalStep, posteriors, predict_classes
+from hpc_bnn.noise import Stream, keyed_global_generator
 
 NUM_EXAMPLES, NUM_SAMPLES = 11, 5  # uneven on 2, 3 and 4 ranks
 FAMILIES = {
@@ -105,3 +106,57 @@ def test_a_rank_without_examples_takes_part_in_batch_norm(comm):
     (expected, reference), (got, posterior) = results
     assert got.nelbo == pytest.approx(expected.nelbo, rel=1e-12)
     assert relative_difference(posterior.loc, reference.loc) < 1e-12
+
+
+def train_ensemble(comm, num_members=5):
+    posterior = posteriors.DeepEnsemble(
+        MODULES["mlp"], num_members, comm.grid.local_samples(num_members), seed=4, prior_std=0.5
+    )
+    optimizer = torch.optim.Adam(posterior.parameters(), lr=1e-2)
+    step = VariationalStep(
+        posterior, Categorical(NUM_CLASSES), optimizer, comm, num_samples=num_members, num_train_examples=100
+    )
+    x, y = make_examples(NUM_EXAMPLES, torch.float32)
+    part = comm.grid.local_examples(NUM_EXAMPLES)
+    results = [step(x[part], y[part], NUM_EXAMPLES) for _ in range(3)]
+    state = {
+        k: v.clone() for s in comm.gather_objects(posterior.state_dict(), "sample") for k, v in s.items()
+    }
+    return posterior, state, results
+
+
+def test_ensemble_members_train_alone_and_alike_on_every_grid(comm):
+    """Float32, as its modules come: 1e-5 per step."""
+    _, expected_state, expected = train_ensemble(GridComm(Grid()))
+    posterior, state, results = train_ensemble(comm)
+    assert state.keys() == expected_state.keys() and "members.4.1.weight" in state
+    for name, value in state.items():
+        assert relative_difference(value, expected_state[name]) < 3e-5, name
+    for a, b in zip(results, expected):
+        assert a.nelbo == pytest.approx(b.nelbo, rel=3e-5) and a.kl == pytest.approx(b.kl, rel=3e-5)
+    assert not torch.equal(state["members.0.1.weight"], state["members.1.1.weight"])
+    x, _ = make_examples(NUM_EXAMPLES, torch.float32)
+    predictive = predict_classes(posterior, Categorical(NUM_CLASSES), comm, x, num_samples=5)
+    members = []
+    for member in range(5):
+        net = MODULES["mlp"]()
+        net.load_state_dict(
+            {k.split(".", 2)[2]: v for k, v in state.items() if k.startswith(f"members.{member}.")}
+        )
+        members.append(torch.softmax(net(x), -1))
+    torch.testing.assert_close(predictive.probabilities, torch.stack(members).mean(0).detach())
+
+
+def test_an_ensemble_member_is_the_network_trained_without_the_others():
+    _, state, _ = train_ensemble(GridComm(Grid()))
+    with keyed_global_generator(4, Stream.INIT, 0, 2):
+        net = MODULES["mlp"]()
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
+    x, y = make_examples(NUM_EXAMPLES, torch.float32)
+    for _ in range(3):
+        optimizer.zero_grad()
+        decay = sum(p.square().sum() for p in net.parameters()) / (2 * 0.25)
+        (torch.nn.functional.cross_entropy(net(x), y) + decay / 100).backward()
+        optimizer.step()
+    for name, value in net.state_dict().items():
+        assert relative_difference(state[f"members.2.{name}"], value) < 3e-5, name

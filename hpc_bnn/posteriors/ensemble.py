@@ -1,0 +1,141 @@
+"""Deep ensemble: each sample index owns a network of its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError, Fault
+from ..noise import Stream, keyed_global_generator
+from .base import KeyedGenerator, Posterior, Tally
+from .flat import take_gradients, tie
+
+
+class DeepEnsemble(Posterior):
+    """Networks that are trained side by side and averaged (Lakshminarayanan, Pritzel, Blundell, 2017).
+
+    Sample s of the job is member s. A rank holds its own members only, so parameters and gradients are shared
+    with the ranks of its data group and with no other; each member trains as if it were alone, to its maximum
+    a posteriori under a Gaussian prior.
+
+    Parameters
+    ----------
+    make_module : callable
+        Makes the network; it is called once per member, with torch's global generator keyed by the member, so
+        that members start at different weights.
+    num_members : int
+        Members in the whole job; the number of samples of the step and of the predictive.
+    members : sequence of int
+        Global indices of the members that this rank holds: ``grid.local_samples(num_members)``.
+    seed : int
+        Key of the initial weights.
+    prior_std : float
+        Standard deviation of the prior of each weight, in units of the weight.
+
+    Attributes
+    ----------
+    members : nn.Parameter
+        [local members, number of weights]; what the optimizer updates.
+    """
+
+    family = "deep ensemble"
+    kl_kind = "point"
+    is_replicated = False
+
+    def __init__(
+        self,
+        make_module: Callable[[], nn.Module],
+        num_members: int,
+        members: Sequence[int],
+        *,
+        seed: int = 0,
+        prior_std: float = 1.0,
+    ):
+        if not (prior_std > 0 and math.isfinite(prior_std)):
+            raise ConfigError(
+                Fault("--posterior.prior_std", prior_std, "must be positive and finite", "Try 1.0")
+            )
+        modules = []
+        for member in members:
+            with keyed_global_generator(seed, Stream.INIT, 0, member):
+                modules.append(make_module())
+        super().__init__(modules[0])
+        if self.batch_norms.layers:
+            raise ConfigError(
+                Fault(
+                    "--model",
+                    type(self.module).__name__,
+                    "members would share the running statistics of BatchNorm",
+                    "Use GroupNorm or LayerNorm in an ensemble",
+                )
+            )
+        weights = []
+        for module in modules:
+            named = dict(module.named_parameters())
+            weights.append(torch.cat([named[name].detach().reshape(-1) for name in self.point]))
+        self._point_layout, names = self.point, list(self.point)
+        self._member_parameters = {name: self._named[name] for name in names}
+        self._point_parameters = []  # the members take the place of the point weights
+        self.num_members = num_members
+        self._indices = list(members)
+        self.precision = prior_std**-2
+        self._allocate(members=torch.stack(weights))
+        self._views = [self._point_layout.views(row) for row in self.members.detach()]
+        self._grads = [list(self._point_layout.views(row).values()) for row in self._gradients["members"]]
+        tie(self._member_parameters, self._views[0])
+
+    @torch.no_grad()
+    def draw_(self, sample: int, keyed: KeyedGenerator) -> None:
+        super().draw_(sample, keyed)
+        self._current = self._indices.index(sample)
+        tie(self._member_parameters, self._views[self._current])
+
+    @torch.no_grad()
+    def begin(self, first_example: int = 0) -> None:
+        super().begin(first_example)
+        take_gradients(list(self._member_parameters.values()))
+
+    @torch.no_grad()
+    def accumulate_(self, prior_share: float = 0.0, kl_weight: float = 0.0) -> None:
+        for grad, gradient in zip(
+            self._grads[self._current], take_gradients(list(self._member_parameters.values()))
+        ):
+            if gradient is not None:
+                grad.add_(gradient)
+        member = self.members[self._current]
+        self.tally[Tally.CROSS_ENTROPY] += prior_share * 0.5 * self.precision * torch.dot(member, member)
+
+    @torch.no_grad()
+    def attach_gradients_(self) -> None:
+        self._gradients["members"].mul_(self.num_members)  # the objective is a mean over members
+        super().attach_gradients_()
+
+    @torch.no_grad()
+    def add_kl_gradient_(self, weight: float) -> Tensor:
+        """Add the gradient of -log prior, and return its mean over the members of the job (nats, no constant)."""
+        self._gradients["members"].add_(self.members, alpha=weight * self.precision)
+        return self.tally[Tally.CROSS_ENTROPY].clone()
+
+    def kl(self) -> Tensor:
+        raise NotImplementedError("points have no KL")
+
+    def check_num_samples(self, num_samples: int) -> None:
+        if num_samples != self.num_members:
+            raise ConfigError(
+                Fault(
+                    "--num_samples",
+                    num_samples,
+                    f"an ensemble of {self.num_members} members has that many samples, in training and for tests",
+                    f"Set --num_samples and --num_test_samples to {self.num_members}",
+                )
+            )
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return ``members.K.NAME`` for the members of this rank, and the module's buffers."""
+        state = {}
+        for member, views in zip(self._indices, self._views):
+            state |= {f"members.{member}.{name}": view for name, view in views.items()}
+        return state | dict(self.module.named_buffers())
