@@ -11,9 +11,9 @@ import hpc_bnn
 
 def main(comm: hpc_bnn.GridComm) -> None:
     x, y = (torch.from_numpy(array) for array in load_digits(return_X_y=True))
-    x = x.float() / 16
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))  # any nn.Module
+    x = x / 16
+    torch.manual_seed(0)  # any nn.Module; in float64 every grid prints the same numbers
+    net = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10)).double()
     comm.broadcast_(list(net.parameters()))  # <-- the same weights on all ranks
 
     posterior = hpc_bnn.MeanFieldGaussian(net, prior=hpc_bnn.GaussianPrior(std=0.7), init_std=0.1)

@@ -50,20 +50,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parsed = parser.parse_args(arguments)
         command = parsed.subcommand
         options = parser.instantiate(parsed)[command]
-        return {"train": _train}[command](options)
+        given = {argument.split("=")[0] for argument in (sys.argv[1:] if arguments is None else arguments)}
+        return {"train": _train}[command](options, given)
     except HpcBnnError as error:
         if is_first:
             print(f"hpc-bnn: error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
 
 
-def _train(options: jsonargparse.Namespace) -> int:
+def _train(options: jsonargparse.Namespace, given: set[str]) -> int:
     from .report import write_plots
     from .train import Run, check
 
     values = options.as_dict()
     values.pop("config", None)
     config = Config(**values)
+    if "--data.shards" in given and "--data.prepare" not in given:
+        config.data.prepare = None  # the script of the config file belongs to the shards of the config file
     check(config, comm.world_size())  # before the first collective
     grid_comm = comm.connect(config.grid.sample_size, config.device, config.grid.reduction)
     run = Run(config, grid_comm)

@@ -26,7 +26,8 @@ class DataConfig:
     shards: str = "data/digits"
     """Shard directory with a manifest.json."""
     prepare: str | None = None
-    """Script that writes the shards where they are missing; it is called once with --output SHARDS."""
+    """Script that writes these shards where they are missing, called once with --output SHARDS; not used
+    when the command line names other shards."""
     train_split: str = "train"
     """Name of the split to train on."""
     test_split: str = "test"
@@ -145,8 +146,8 @@ class Config:
 
     def _rules(self):
         """Yield (flag, value, whether it fits, rule, remedy)."""
+        yield "run_dir", repr(self.run_dir), self.run_dir.strip() != "", "a path", "Try runs/NAME"
         for name in (
-            "num_samples",
             "num_test_samples",
             "global_batch_size",
             "num_epochs",

@@ -89,7 +89,7 @@ def _plot_uncertainty(examples: dict[str, Any], path: Path) -> Path:
             bottom.set_yticklabels([])
     axes[1, 0].set_ylabel("probability ± std\nover samples", fontsize=8)
     figure.suptitle(
-        f"test examples: the {len(examples['surest'])} surest and the {len(examples['least_sure'])} least sure "
+        f"test examples: the {len(examples['surest'])} surest of different classes and the {len(examples['least_sure'])} least sure "
         "by entropy H of the predictive",
         fontsize=10,
     )

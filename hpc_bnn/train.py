@@ -67,7 +67,7 @@ class Run:
         self.config = config
         self.comm = comm
         self.is_writer = comm.grid.rank == 0
-        self.run_dir = Path(config.run_dir)
+        self.run_dir = Path(config.run_dir).absolute()
         self.dtype = torch.float64 if config.dtype == "float64" else torch.float32
         self.train_set, self.test_set = self._read_data()
         self.likelihood = Categorical(self.train_set.manifest.num_classes)
@@ -109,11 +109,20 @@ class Run:
         config, comm = self.config, self.comm
 
         def make_module() -> nn.Module:
-            module = _import_class(config.model.name)(
-                in_shape=self.train_set.in_shape,
-                num_outputs=self.likelihood.num_outputs,
-                **config.model.arguments,
-            )
+            network, arguments = _import_class(config.model.name), config.model.arguments
+            try:
+                module = network(
+                    in_shape=self.train_set.in_shape, num_outputs=self.likelihood.num_outputs, **arguments
+                )
+            except (TypeError, ValueError, AttributeError) as error:
+                raise ConfigError(
+                    Fault(
+                        "--model.arguments",
+                        arguments,
+                        f"{config.model.name} refuses them ({error})",
+                        "Mend them",
+                    )
+                ) from error
             if config.model.pretrained is not None:
                 _load_pretrained(module, config.model.pretrained)
             return module.to(comm.device, self.dtype)
@@ -220,6 +229,15 @@ class Run:
         with self.comm.agree(f"opening {self.run_dir}"):
             if self.is_writer:
                 if self.run_dir.exists() and any(self.run_dir.iterdir()):
+                    if not (self.run_dir / "config.yaml").exists():
+                        raise ConfigError(
+                            Fault(
+                                "--run_dir",
+                                self.run_dir,
+                                "it holds files, but no run",
+                                "Name a new directory",
+                            )
+                        )
                     aside = _free_name(self.run_dir)
                     self.run_dir.rename(aside)
                     logger.warning("%s holds a former run: moved to %s", self.run_dir, aside)
@@ -276,7 +294,9 @@ class Run:
         half = NUM_SHOWN_EXAMPLES // 2
         mine = []
         if self.comm.grid.sample_index == 0:
-            for i in dict.fromkeys(order[:half] + order[-half:]):
+            said = predictive.probabilities.argmax(-1).tolist()
+            surest = {said[i]: i for i in reversed(order)}.values()  # one of each class
+            for i in dict.fromkeys([*sorted(surest, key=order.index)[:half], *order[-half:]]):
                 x, y = self.test_set.fetch(slice(part.start + i, part.start + i + 1))
                 mine.append(
                     {
@@ -292,7 +312,9 @@ class Run:
         if not self.is_writer:
             return {}
         everyones.sort(key=lambda example: example["entropy"])
-        return {"surest": everyones[:half], "least_sure": everyones[-half:][::-1]}
+        surest = {int(e["probabilities"].argmax()): e for e in reversed(everyones)}
+        surest = sorted(surest.values(), key=lambda example: example["entropy"])
+        return {"surest": surest[:half], "least_sure": everyones[-half:][::-1]}
 
     def _summary(self, row: dict[str, Any], num_epochs: int, seconds: float) -> dict[str, Any]:
         grid, traffic = self.comm.grid, self.comm.traffic

@@ -79,15 +79,19 @@ def test_former_run_is_moved_aside_not_overwritten(digits, tmp_path):
     run_dir.mkdir()
     (run_dir / "precious").write_text("result")
     done = train(digits, run_dir, "--max_steps", "1")
+    assert done.returncode == 2 and "--run_dir" in done.stderr and "no run" in done.stderr
+    (run_dir / "config.yaml").write_text("seed: 0")
+    done = train(digits, run_dir, "--max_steps", "1")
     assert done.returncode == 0 and "moved to" in done.stderr
     assert (tmp_path / "run.1/precious").read_text() == "result"
     assert not (run_dir / "precious").exists()
 
 
 def test_missing_shards_are_prepared_or_their_remedy_is_named(tmp_path):
-    done = train(tmp_path / "made", tmp_path / "run", "--max_steps", "1")
+    prepare = ("--data.prepare", "data_prep/digits.py")
+    done = train(tmp_path / "made", tmp_path / "run", "--max_steps", "1", *prepare)
     assert done.returncode == 0 and (tmp_path / "made/manifest.json").exists()
-    done = train(tmp_path / "nowhere", tmp_path / "run2", "--data.prepare", "null")
+    done = train(tmp_path / "nowhere", tmp_path / "run2")  # not the shards that the config prepares
     assert done.returncode == 1 and "data_prep" in done.stderr and "Traceback" not in done.stderr
 
 
@@ -99,6 +103,8 @@ def test_missing_shards_are_prepared_or_their_remedy_is_named(tmp_path):
         (["--dtype", "float8"], ["dtype", "float8"]),
         (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
         (["--model.name", "hpc_bnn.models.Nothing"], ["--model.name", "Nothing", "package.module.Class"]),
+        (["--model.arguments", "{hiden: [3]}"], ["--model.arguments", "hiden"]),
+        (["--run_dir", ""], ["--run_dir", "runs/NAME"]),
         (["--grid.sample_size", "2"], ["--grid.sample_size 2", "has 1"]),
         (
             ["--num_samples", "0", "--kl_weight", "-1", "--posterior.init_std", "0", "--optimizer.learning_rate", "-3"],

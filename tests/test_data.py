@@ -70,11 +70,19 @@ def test_truncated_missing_flipped_and_foreign(shards):
         ShardDataset(shards, "train")
     with h5py.File(shards / "train-00000.h5") as file:
         place = file["x"].id.get_chunk_info(0).byte_offset
+    first = (shards / "train-00000.h5").read_bytes()
     flipped = bytearray((shards / "train-00000.h5").read_bytes())
     flipped[place + 20] ^= 4
     path.write_bytes(whole)
     (shards / "train-00000.h5").write_bytes(flipped)
-    with pytest.raises(DataError, match=r"train-00000\.h5 is missing or corrupt"):
+    with pytest.raises(DataError, match=r"train-00000\.h5 is not the file that the manifest describes"):
+        ShardDataset(shards, "train")
+    with h5py.File(shards / "train-00000.h5") as file, pytest.raises(OSError):
+        file["x"][()]  # HDF5's own checksum sees it too
+    with h5py.File(path, "r+") as file:
+        file["y"][0] = 5  # wrong data in a sound file of the same size
+    (shards / "train-00000.h5").write_bytes(first)
+    with pytest.raises(DataError, match=r"train-00001\.h5"):
         ShardDataset(shards, "train")
     (shards / "train-00000.h5").unlink()
     with pytest.raises(DataError, match=r"train-00000\.h5 is missing"):

@@ -267,7 +267,13 @@ class ShardDataset:
         try:
             num_bytes = path.stat().st_size
             if num_bytes != shard.num_bytes:
-                raise DataError(f"{path} has {num_bytes} bytes, the manifest says {shard.num_bytes}")
+                raise DataError(
+                    f"{path} has {num_bytes} bytes, the manifest says {shard.num_bytes}. Prepare the shards again"
+                )
+            if _sha256(path) != shard.sha256:
+                raise DataError(
+                    f"{path} is not the file that the manifest describes (SHA-256). Prepare the shards again"
+                )
             with h5py.File(path, "r") as file:
                 arrays = {name: file[name][()] for name in self.manifest.arrays}
         except (OSError, KeyError) as error:
