@@ -8,7 +8,7 @@ from torch import nn
 
 from hpc_bnn.errors import ConfigError
 from hpc_bnn.noise import Stream, keyed_generator, keyed_global_generator
-from hpc_bnn.posteriors import MeanFieldGaussian, StudentTPrior
+from hpc_bnn.posteriors import LowRankGaussian, MeanFieldGaussian, StudentTPrior
 from hpc_bnn.posteriors.estimators import BLOCK, ExampleNoise
 
 NETS = {
@@ -133,5 +133,7 @@ def test_noise_of_an_example_depends_on_its_place_alone():
 def test_combinations_that_make_no_sense_are_refused():
     with pytest.raises(ConfigError, match="mirrored pairs"):
         make("mlp", "flipout", antithetic=True)
+    with pytest.raises(ConfigError, match="independent weights"):
+        LowRankGaussian(NETS["mlp"][0](), estimator="flipout")
     with pytest.raises(ConfigError, match="Monte Carlo KL"):
         make("mlp", "local", prior=StudentTPrior())

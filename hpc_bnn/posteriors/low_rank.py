@@ -37,6 +37,16 @@ class LowRankGaussian(MeanFieldGaussian):
             raise ConfigError(
                 Fault("--posterior.rank", rank, "must be at least 1", "Use MeanFieldGaussian for none")
             )
+        estimator = options.get("estimator", "reparameterisation")
+        if estimator != "reparameterisation":
+            raise ConfigError(
+                Fault(
+                    "--posterior.estimator",
+                    estimator,
+                    "noise per example knows independent weights only",
+                    "Use reparameterisation with the low_rank family",
+                )
+            )
         self.rank = self._num_common_noise = rank
         super().__init__(module, **options)
         places = torch.arange(self.num_weights, device=self.factor.device)
