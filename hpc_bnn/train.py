@@ -67,7 +67,7 @@ class Run:
         self.config = config
         self.comm = comm
         self.is_writer = comm.grid.rank == 0
-        self.run_dir = Path(config.run_dir).absolute()
+        self.run_dir = Path(config.run_dir)
         self.dtype = torch.float64 if config.dtype == "float64" else torch.float32
         self.train_set, self.test_set = self._read_data()
         self.likelihood = Categorical(self.train_set.manifest.num_classes)
@@ -384,6 +384,7 @@ def _prepare_shards(script: str, directory: str) -> None:
 
 
 def _free_name(path: Path) -> Path:
+    path = path.absolute()  # "." has no name
     number = 1
     while (aside := path.with_name(f"{path.name}.{number}")).exists():
         number += 1
