@@ -9,6 +9,7 @@ import torch
 import yaml
 from conftest import REPOSITORY
 
+import hpc_bnn.models
 from hpc_bnn.cli import main
 from hpc_bnn.config import Config
 from hpc_bnn.errors import ConfigError
@@ -72,6 +73,43 @@ def test_dtypes(digits, tmp_path, dtype, stored):
     done = train(digits, tmp_path / "run", "--dtype", dtype, "--max_steps", "2")
     assert done.returncode == 0, done.stderr
     assert {t.dtype for t in load_model(tmp_path / "run").values()} == {stored}
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--posterior.family", "low_rank", "--posterior.rank", "2", "--posterior.prior", "laplace"],
+        ["--posterior.family", "ensemble", "--num_test_samples", "2"],
+        ["--posterior.family", "deterministic"],
+        ["--posterior.prior", "student_t", "--posterior.prior_std", "fan_in", "--chunk_size", "2"],
+        ["--posterior.estimator", "local", "--posterior.deterministic", "[5.*]"],
+    ],
+    ids=lambda flags: "-".join(flags[1::2]),
+)
+def test_families_priors_and_estimators(digits, tmp_path, flags):
+    shards = ["--data.shards", str(digits), "--run_dir", str(tmp_path / "run"), *QUICK, *flags]
+    assert main(["train", "--config", str(REPOSITORY / "configs/digits.yaml"), *shards]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert (
+        rows[1]["train/data_term"] < rows[0]["train/data_term"] and rows[1]["test/accuracy"] > 0.2
+    )  # chance is 0.1
+    names = set(load_model(tmp_path / "run"))
+    if "5.*" in str(flags):
+        assert {"5.weight", "3.weight.loc"} <= names
+
+
+def test_pretrained_network_is_the_start(digits, tmp_path):
+    net = hpc_bnn.models.MLP((1, 8, 8), 10, hidden=(128, 128))
+    torch.save(net.state_dict(), tmp_path / "net.pt")
+    flags = ["--model.pretrained", str(tmp_path / "net.pt"), "--posterior.prior_mean", "initial"]
+    flags += ["--posterior.init_std_relative", "0.1", "--optimizer.learning_rate", "1e-9", "--max_steps", "1"]
+    shards = ["--data.shards", str(digits), "--run_dir", str(tmp_path / "run"), *QUICK]
+    config = str(REPOSITORY / "configs/digits.yaml")
+    assert main(["train", "--config", config, *shards, *flags]) == 0
+    model = load_model(tmp_path / "run")
+    torch.testing.assert_close(model["1.weight.loc"], net[1].weight.detach(), rtol=0, atol=1e-6)
+    torch.save({"foreign": torch.zeros(3)}, tmp_path / "net.pt")
+    assert main(["train", "--config", config, *shards, *flags]) == 2
 
 
 def test_former_run_is_moved_aside_not_overwritten(digits, tmp_path):

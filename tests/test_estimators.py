@@ -61,6 +61,46 @@ def test_unbiased_and_of_less_variance(name, estimator):
     assert mine.var(0).sum() < 0.8 * reference.var(0).sum()
 
 
+@pytest.mark.parametrize("estimator", ["local", "flipout"])
+def test_gradient_equals_autograd_of_the_definition(estimator):
+    """With the same noise, through loc and log_scale, for two layers and two samples."""
+    posterior, x = make("mlp", estimator), inputs("mlp")
+    posterior.prepare_(x)
+    leaves = [p.detach().clone().requires_grad_() for p in posterior.parameters()]
+    loc, log_scale = (posterior.random.views(leaf) for leaf in leaves)
+    expected = 0.0
+    posterior.begin()
+    for sample in range(2):
+        generator = keyed_generator(0, Stream.NOISE, 0, sample)
+        posterior.draw_(sample, lambda s: keyed_generator(0, Stream.NOISE, 0, s))
+        posterior.module(x).sin().sum().backward()
+        posterior.accumulate_()
+        noise = ExampleNoise()
+        noise.begin_sample(generator)
+        eps = posterior.random.views(
+            torch.randn(posterior.num_weights, generator=generator, dtype=torch.float64)
+        )
+        h = x
+        for number, name in enumerate(("0", "2")):
+            mu, b = loc[f"{name}.weight"], loc[f"{name}.bias"]
+            sigma, sigma_b = log_scale[f"{name}.weight"].exp(), log_scale[f"{name}.bias"].exp()
+            if estimator == "local":
+                zeta = noise.draw(number, h, len(b))
+                h_new = h @ mu.T + b + (h**2 @ sigma.T**2 + sigma_b**2).sqrt() * zeta
+            else:
+                r, q = (
+                    noise.draw(2 * number + i, h, n, signs=True) for i, n in enumerate((h.shape[1], len(b)))
+                )
+                delta = sigma * eps[f"{name}.weight"]
+                h_new = h @ mu.T + b + sigma_b * eps[f"{name}.bias"] + ((h * r) @ delta.T) * q
+            h = h_new.tanh() if number == 0 else h_new
+        expected = expected + h.sin().sum()
+    posterior.finish_()
+    posterior.attach_gradients_()
+    for parameter, gradient in zip(posterior.parameters(), torch.autograd.grad(expected, leaves)):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-11, atol=1e-13)
+
+
 def test_local_draws_have_the_moments_of_the_weights():
     """Outputs of one linear layer: mean x mu, variance x^2 sigma^2, independent between examples."""
     with keyed_global_generator(0, Stream.INIT):
