@@ -293,6 +293,10 @@ class HorovodComm(GridComm):
             sets["sample"] = [hvd.ProcessSet(list(grid.sample_group(d))) for d in range(grid.data_size)]
         if 1 < grid.data_size < grid.world_size:
             sets["data"] = [hvd.ProcessSet(list(grid.data_group(s))) for s in range(grid.sample_size)]
+        if self.local_size == grid.world_size:
+            # Within a node look for work more often: a step of the digits on two ranks took 3.0 instead of 3.5 ms.
+            # Across nodes each look is a message to everyone: Horovod's default of 1 ms stays.
+            os.environ.setdefault("HOROVOD_CYCLE_TIME", "0.1")
         if hvd.is_initialized():
             hvd.shutdown()
         hvd.init(comm=self.world_comm, process_sets=sets["sample"] + sets["data"])
