@@ -249,6 +249,8 @@ class GridComm:
             return
         with _packed_buckets(tensors) as buckets:
             for flat in buckets:
+                if flat.numel() == 0:
+                    continue  # on all ranks of the group alike
                 for step in route:
                     self._count(flat)
                     self._reduce_(flat, step, operation)

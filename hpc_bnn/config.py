@@ -116,6 +116,8 @@ class Config:
     """Stop after so many optimizer steps, wherever the epoch is; the learning rate keeps its course."""
     test_every_epochs: int = 10
     """Evaluate on the held-out split after so many epochs, and at the end."""
+    objective: Literal["elbo", "log_predictive"] = "elbo"
+    """Data term: mean over samples of the log-likelihood, or log of the mean likelihood (the direct loss)."""
     kl_weight: float = 1.0
     """Factor of the KL; 1 is Bayes, below 1 a cold posterior."""
     grid: GridConfig = field(default_factory=GridConfig)

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,9 +21,13 @@ from .comm import GridComm
 from .errors import ConfigError, Fault, NonFiniteError
 from .likelihoods import Categorical
 from .noise import Stream, keyed_generator
+from .objectives import LogPredictive
 from .posteriors import Posterior, Tally
 
 logger = logging.getLogger(__name__)
+
+Use = Callable[[Tensor, Tensor | None], None]
+"""What is done with the log-likelihoods [c, B] of some samples, and the leaf [c, P] of a batched draw."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,10 @@ class VariationalStep:
         Key of the noise.
     kl_weight : float
         Factor of the KL; 1 is Bayes, below 1 a cold posterior.
+    objective : {"elbo", "log_predictive"}
+        Data term: the mean over samples of the negative log-likelihood, or the negative log of the mean
+        likelihood over *all* samples of the job (`hpc_bnn.objectives.LogPredictive`: two passes over the samples
+        and two more small collectives over the sample axis).
     autocast_dtype : torch.dtype, optional
         Run the network in this dtype where torch's autocast allows; weights, gradients and reductions
         stay in their own.
@@ -85,6 +93,7 @@ class VariationalStep:
         num_train_examples: int,
         seed: int = 0,
         kl_weight: float = 1.0,
+        objective: Literal["elbo", "log_predictive"] = "elbo",
         autocast_dtype: torch.dtype | None = None,
         chunk_size: int | Literal["auto"] = 1,
     ):
@@ -92,6 +101,15 @@ class VariationalStep:
         posterior.check_num_samples(num_samples)
         if chunk_size != "auto" and chunk_size < 1:
             raise ConfigError(Fault("--chunk_size", chunk_size, "must be auto or at least 1", "Try auto"))
+        if objective != "elbo" and not posterior.is_replicated:
+            raise ConfigError(
+                Fault(
+                    "--objective",
+                    objective,
+                    "the members of an ensemble train alone",
+                    "Use elbo, or another family",
+                )
+            )
         self.posterior = posterior
         self.likelihood = likelihood
         self.optimizer = optimizer
@@ -100,6 +118,7 @@ class VariationalStep:
         self.num_train_examples = num_train_examples
         self.seed = seed
         self.kl_weight = kl_weight
+        self.objective = objective
         self.autocast_dtype = autocast_dtype
         self.chunk_size = chunk_size
         self.num_steps = 0
@@ -151,13 +170,23 @@ class VariationalStep:
             mine = range(0)  # nothing to evaluate, and nobody waits for this rank
         scale = 1.0 / (self.num_samples * global_batch_size)
         if self.chunk_size == "auto":
-            self.chunk_size = self._measure_chunk_size(x, y, scale, mine)
+            self.chunk_size = self._measure_chunk_size(x, y, mine)
         if not self._is_prepared:
             posterior.prepare_(x)
             self._is_prepared = True
         posterior.begin(comm.grid.local_examples(global_batch_size).start)
-        for start in range(0, len(mine), self.chunk_size):
-            self._evaluate(mine[start : start + self.chunk_size], x, y, scale)
+        if self.objective == "elbo":
+            self._walk(mine, x, y, self._differentiate(lambda log_prob: scale))
+        else:
+            predictive = LogPredictive(len(x), posterior.reduced)
+            with torch.no_grad():
+                self._walk(mine, x, y, lambda log_prob, leaf: predictive.see(log_prob))
+            predictive.combine(comm)
+            posterior.batch_norms.begin()  # the second pass gives the statistics
+            share = 1.0 / global_batch_size
+            self._walk(mine, x, y, self._differentiate(lambda log_prob: share * predictive.weights(log_prob)))
+            is_first = comm.grid.sample_index == 0  # the same on all ranks of a sample group: it counts once
+            posterior.tally[Tally.DATA_TERM] = share * is_first * predictive.data_term(self.num_samples)
         posterior.finish_(self._prior_share)
         # NaN and infinity survive a sum. The flag travels with the gradient: no collective of its own.
         self._local_is_broken = ~posterior.reduced.sum().isfinite()
@@ -178,36 +207,55 @@ class VariationalStep:
     def _keyed(self, sample: int) -> torch.Generator:
         return keyed_generator(self.seed, Stream.NOISE, self.num_steps, sample, self.posterior.reduced.device)
 
-    def _evaluate(self, samples: Sequence[int], x: Tensor, y: Tensor, scale: float) -> None:
-        """Add the gradients of some samples to the posterior's buffer, batched where that works."""
-        if len(samples) > 1 and self._can_batch:
-            try:
-                self._evaluate_batched(samples, x, y, scale)
-                return
-            except torch.cuda.OutOfMemoryError:
-                raise
-            except (RuntimeError, ValueError, NotImplementedError) as error:
-                reason = str(error).splitlines()[0]
-            if self.comm.grid.rank == 0:
-                logger.warning(
-                    "samples are evaluated one after another: the module cannot be batched (%s)", reason
-                )
-            self._can_batch = False
-            self.posterior.forget_chunk_()
-        for sample in samples:
-            self._evaluate_one(sample, x, y, scale)
+    def _differentiate(self, weigh: Callable[[Tensor], Tensor | float]) -> Use:
+        """Return what folds in the gradient of -sum(weigh(l) * l) for l [c, B] of some samples."""
+        posterior = self.posterior
+        kl = self._prior_share, self.kl_weight / self.num_train_examples
 
-    def _evaluate_one(self, sample: int, x: Tensor, y: Tensor, scale: float) -> None:
+        def use(log_prob: Tensor, leaf: Tensor | None) -> None:
+            loss = -(weigh(log_prob.detach()) * log_prob).sum()
+            loss.backward()
+            if leaf is None:
+                posterior.accumulate_(*kl)
+            else:
+                posterior.accumulate_chunk_(leaf, *kl)
+            posterior.tally[Tally.DATA_TERM] += loss.detach()
+
+        return use
+
+    def _walk(self, samples: Sequence[int], x: Tensor, y: Tensor, use: Use) -> None:
+        """Evaluate samples, batched where that works, and hand on l [c, B]."""
+        size = self.chunk_size
+        for start in range(0, len(samples), size):
+            chunk = samples[start : start + size]
+            if len(chunk) > 1 and self._can_batch:
+                try:
+                    self._evaluate_batched(chunk, x, y, use)
+                    continue
+                except torch.cuda.OutOfMemoryError:
+                    raise
+                except (RuntimeError, ValueError, NotImplementedError) as error:
+                    self._fall_back(error)
+            for sample in chunk:
+                self._evaluate_one(sample, x, y, use)
+
+    def _fall_back(self, error: Exception) -> None:
+        if self.comm.grid.rank == 0:
+            reason = str(error).splitlines()[0]
+            logger.warning(
+                "samples are evaluated one after another: the module cannot be batched (%s)", reason
+            )
+        self._can_batch = False
+        self.posterior.forget_chunk_()
+
+    def _evaluate_one(self, sample: int, x: Tensor, y: Tensor, use: Use) -> None:
         posterior = self.posterior
         posterior.draw_(sample, self._keyed)
         with self._autocast(x.device):
             outputs = posterior.module(x)
-        loss = -scale * self.likelihood.log_prob(outputs.to(posterior.dtype), y).sum()
-        loss.backward()
-        posterior.accumulate_(self._prior_share, self.kl_weight / self.num_train_examples)
-        posterior.tally[Tally.DATA_TERM] += loss.detach()
+        use(self.likelihood.log_prob(outputs.to(posterior.dtype), y)[None], None)
 
-    def _evaluate_batched(self, samples: Sequence[int], x: Tensor, y: Tensor, scale: float) -> None:
+    def _evaluate_batched(self, samples: Sequence[int], x: Tensor, y: Tensor, use: Use) -> None:
         posterior = self.posterior
         posterior.check_batchable()
         weights = posterior.draw_chunk(samples, self._keyed)  # [c, P]
@@ -218,12 +266,10 @@ class VariationalStep:
         with self._autocast(x.device):
             outputs = torch.vmap(forward)(weights)  # [c, B, ...]
         targets = y.expand(len(samples), *y.shape).flatten(0, 1)
-        loss = -scale * self.likelihood.log_prob(outputs.to(posterior.dtype).flatten(0, 1), targets).sum()
-        loss.backward()
-        posterior.accumulate_chunk_(weights, self._prior_share, self.kl_weight / self.num_train_examples)
-        posterior.tally[Tally.DATA_TERM] += loss.detach()
+        log_prob = self.likelihood.log_prob(outputs.to(posterior.dtype).flatten(0, 1), targets)
+        use(log_prob.unflatten(0, (len(samples), -1)), weights)
 
-    def _measure_chunk_size(self, x: Tensor, y: Tensor, scale: float, mine: range) -> int:
+    def _measure_chunk_size(self, x: Tensor, y: Tensor, mine: range) -> int:
         """Return the chunk size with the least time per sample, of powers of two. Local.
 
         Measured on GPUs only: on CPUs walking over the samples is fastest, and a choice by the clock would
@@ -234,7 +280,7 @@ class VariationalStep:
         best, best_seconds, size = 1, float("inf"), 1
         while size <= len(mine):
             try:
-                seconds = min(self._seconds_per_sample(mine[:size], x, y, scale) for _ in range(3))
+                seconds = min(self._seconds_per_sample(mine[:size], x, y) for _ in range(3))
             except torch.cuda.OutOfMemoryError:
                 break
             if not self._can_batch:
@@ -244,11 +290,13 @@ class VariationalStep:
             size *= 2
         return best
 
-    def _seconds_per_sample(self, samples: Sequence[int], x: Tensor, y: Tensor, scale: float) -> float:
+    def _seconds_per_sample(self, samples: Sequence[int], x: Tensor, y: Tensor) -> float:
         self.posterior.begin()
         torch.cuda.synchronize(x.device)
         start = time.perf_counter()
-        self._evaluate(samples, x, y, scale)
+        former, self.chunk_size = self.chunk_size, len(samples)
+        self._walk(samples, x, y, self._differentiate(lambda log_prob: 1.0))
+        self.chunk_size = former
         torch.cuda.synchronize(x.device)
         return (time.perf_counter() - start) / len(samples)
 

@@ -85,6 +85,7 @@ class Run:
             num_train_examples=len(self.train_set),
             seed=config.seed,
             kl_weight=config.kl_weight,
+            objective=config.objective,
             autocast_dtype=torch.bfloat16 if config.dtype == "bfloat16" else None,
             chunk_size=config.chunk_size,
         )

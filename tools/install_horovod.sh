@@ -76,7 +76,12 @@ fi
 
 # One MPI library in the process, and a reduction that works. Rank 0 of 1: no launcher is needed.
 "$python" - <<'PY'
-from mpi4py import MPI
+import sys
+try:
+    from mpi4py import MPI
+except (ImportError, RuntimeError) as error:
+    sys.exit(f"install_horovod: mpi4py cannot load the library of this MPI ({error}): load the MPI module as a whole, "
+             "or add the directory of libmpi.so to LD_LIBRARY_PATH")
 import torch, horovod.torch as hvd
 hvd.init(comm=MPI.COMM_WORLD)
 libraries = {line.split()[-1] for line in open("/proc/self/maps") if "/libmpi.so" in line}
