@@ -34,7 +34,7 @@ __all__ = [*_HOMES, "__version__"]
 
 
 def __getattr__(name: str):
-    # Imported on first use: `hpc_bnn.grid` and `--help` need no torch.
+    # Imported on first use: `hpc_bnn.grid` needs no torch.
     if name in _HOMES:
         return getattr(import_module(f".{_HOMES[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

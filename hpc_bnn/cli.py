@@ -53,8 +53,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given = {argument.split("=")[0] for argument in (sys.argv[1:] if arguments is None else arguments)}
         return {"train": _train}[command](options, given)
     except HpcBnnError as error:
-        if is_first:
+        together = comm.wait_for_others(5.0)  # an error that only this rank saw must not leave them waiting
+        if is_first or not together:
             print(f"hpc-bnn: error: {error}", file=sys.stderr, flush=True)
+        if not together:
+            comm.abort(error.exit_code)
         return error.exit_code
 
 

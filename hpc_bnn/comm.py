@@ -7,7 +7,7 @@ Tensors travel through Horovod; Python objects (errors, file names, metadata) th
 `GridComm` itself is the one-process case: every collective over one rank is the identity. A library
 plugs in underneath by the few methods of a subclass whose names begin with an underscore.
 
-Neither mpi4py.MPI nor horovod is imported before `connect` is called, because importing the first
+Neither mpi4py.MPI nor horovod is imported before `world_size` or `connect` is called: importing the first
 starts MPI; a worker process that imports this module stays an ordinary process.
 """
 
@@ -136,11 +136,11 @@ class GridComm:
             return
         is_root = self.grid.rank == root
         state = optimizer.state_dict() if is_root else None
-        outline = self.broadcast_object(_map_tensors(state, lambda t: t.to("meta")), root)
+        outline = self.broadcast_object(_map_leaves(state, torch.Tensor, _Outline.of), root)
         if not is_root:
-            state = _map_tensors(outline, lambda t: torch.empty_like(t, device=self.device))
+            state = _map_leaves(outline, _Outline, lambda o: o.empty(self.device))
         tensors: list[torch.Tensor] = []
-        _map_tensors(state, tensors.append)
+        _map_leaves(state, torch.Tensor, tensors.append)
         self.broadcast_(tensors, root)
         if not is_root:
             optimizer.load_state_dict(state)
@@ -389,14 +389,12 @@ def connect(
         logger.info("one process: no communication, all samples and examples are computed here")
         return GridComm(Grid(1, sample_size, 0), choose_device(device, 0, _num_visible_gpus()))
     world = mpi.COMM_WORLD
-    _install_abort_hook(mpi)
+    _install_abort_hook()
     grid = Grid(world.size, sample_size, world.rank)
     hvd = _import_horovod(world)
     local_rank, local_size = _place_on_node(mpi)
     _set_num_threads(local_size)
-    comm = HorovodComm(
-        grid, choose_device(device, local_rank, _num_visible_gpus()), reduction, mpi=mpi, hvd=hvd
-    )
+    comm = HorovodComm(grid, _agree_on_device(world, device, local_rank), reduction, mpi=mpi, hvd=hvd)
     _check_one_rank_per_gpu(comm)
     return comm
 
@@ -434,15 +432,33 @@ def _running_mpi():
     return mpi if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized() else None
 
 
-def _wait_a_moment_for_the_others(seconds: float = 5.0) -> None:
+def _wait_a_moment_for_the_others() -> None:
     """At exit: let ranks that are a little behind finish. Bounded, because one of them may have failed."""
+    if _running_mpi() is not None and sys.modules["horovod.torch"].is_initialized():
+        wait_for_others(5.0)
+
+
+def wait_for_others(seconds: float) -> bool:
+    """Wait for all ranks to call this, at most some seconds; return whether they did. Collective."""
     mpi = _running_mpi()
-    if mpi is None or not sys.modules["horovod.torch"].is_initialized():
-        return
+    if mpi is None:
+        return True
     request = mpi.COMM_WORLD.Ibarrier()
     end = time.monotonic() + seconds
-    while not request.Test() and time.monotonic() < end:
+    while not request.Test():
+        if time.monotonic() > end:
+            return False
         time.sleep(0.01)
+    return True
+
+
+def abort(code: int) -> None:
+    """End the whole job with an exit code, from this rank alone. Local."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    mpi = _running_mpi()
+    if mpi is not None:
+        mpi.COMM_WORLD.Abort(code)
 
 
 def launched_rank() -> int:
@@ -577,6 +593,31 @@ def _import_horovod(world):
     return hvd
 
 
+def _agree_on_device(world, requested: str, local_rank: int) -> torch.device:
+    """Choose the device of this rank, or raise the same error on all. Collective over the world."""
+    device, faults = None, ()
+    try:
+        device = choose_device(requested, local_rank, _num_visible_gpus())
+    except ConfigError as error:
+        faults = error.faults
+    seen = world.allgather((faults, device and device.type, socket.gethostname()))
+    for rank, (theirs, _, host) in enumerate(seen):
+        if theirs:
+            raise ConfigError(f"rank {rank} on {host}: {theirs[0]}")
+    kinds = {kind: (rank, host) for rank, (_, kind, host) in reversed(list(enumerate(seen)))}
+    if len(kinds) > 1:
+        places = ", ".join(f"{kind} on rank {rank} ({host})" for kind, (rank, host) in sorted(kinds.items()))
+        raise ConfigError(
+            Fault(
+                "--device",
+                requested,
+                f"the ranks must compute on one kind of device, and there is {places}",
+                "Check the GPUs of that node, or use --device cpu",
+            )
+        )
+    return device
+
+
 def _check_one_rank_per_gpu(comm: HorovodComm) -> None:
     """Refuse two ranks on one GPU where NCCL would, warn elsewhere. Collective over the world."""
     uuid = None
@@ -595,19 +636,16 @@ def _check_one_rank_per_gpu(comm: HorovodComm) -> None:
         logger.warning("%s: right for a trial, slow for work. Start one rank per GPU of a node", text)
 
 
-def _install_abort_hook(mpi) -> None:
+def _install_abort_hook() -> None:
     """Let an exception of one rank end the job, as ``python -m mpi4py`` does."""
     former = sys.excepthook
 
-    def abort(kind, error, traceback):
+    def hook(kind, error, traceback):
         former(kind, error, traceback)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        if _running_mpi() is not None:
-            mpi.COMM_WORLD.Abort(1)
+        abort(1)
 
     if getattr(former, "__module__", None) != __name__:
-        sys.excepthook = abort
+        sys.excepthook = hook
 
 
 # --- packing -------------------------------------------------------------------------------------------
@@ -617,14 +655,30 @@ def _as_list(tensors: torch.Tensor | Sequence[torch.Tensor]) -> list[torch.Tenso
     return [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
 
 
-def _map_tensors(tree: Any, function: Callable[[torch.Tensor], Any]) -> Any:
-    """Apply a function to the tensors in nested dicts and lists."""
-    if isinstance(tree, torch.Tensor):
+@dataclass(frozen=True)
+class _Outline:
+    """What a tensor looks like; one on the CPU (a counter of an optimizer) stays there."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    is_cpu: bool
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> _Outline:
+        return cls(tensor.shape, tensor.dtype, tensor.device.type == "cpu")
+
+    def empty(self, device: torch.device) -> torch.Tensor:
+        return torch.empty(self.shape, dtype=self.dtype, device="cpu" if self.is_cpu else device)
+
+
+def _map_leaves(tree: Any, kind: type, function: Callable[[Any], Any]) -> Any:
+    """Apply a function to the leaves of a kind in nested dicts and lists."""
+    if isinstance(tree, kind):
         return function(tree)
     if isinstance(tree, dict):
-        return {key: _map_tensors(value, function) for key, value in tree.items()}
+        return {key: _map_leaves(value, kind, function) for key, value in tree.items()}
     if isinstance(tree, list):
-        return [_map_tensors(value, function) for value in tree]
+        return [_map_leaves(value, kind, function) for value in tree]
     return tree
 
 

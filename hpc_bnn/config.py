@@ -176,7 +176,38 @@ class Config:
         yield "posterior.rank", self.posterior.rank, self.posterior.rank >= 1, "at least 1", "Try 4"
         chunk = self.chunk_size
         yield "chunk_size", chunk, chunk == "auto" or chunk >= 1, "auto or at least 1", "Try auto"
-        family = self.posterior.family
+        posterior, family = self.posterior, self.posterior.family
+        if posterior.prior == "scale_mixture":
+            std = posterior.prior_std
+            yield "posterior.prior_std", std, std != "fan_in", "a number for scale_mixture", "Try 1.0"
+        if posterior.prior in ("scale_mixture", "student_t"):
+            mean = posterior.prior_mean
+            yield (
+                "posterior.prior_mean",
+                mean,
+                mean == 0,
+                f"0 for the {posterior.prior} prior",
+                "Use gaussian",
+            )
+        if posterior.estimator != "reparameterisation":
+            fits = (
+                family == "mean_field"
+                and posterior.prior in ("gaussian", "laplace")
+                and not posterior.antithetic
+            )
+            rule = (
+                "reparameterisation unless mean_field, with a gaussian or laplace prior, and not antithetic"
+            )
+            yield "posterior.estimator", posterior.estimator, fits, rule, "Use reparameterisation"
+        if family == "ensemble":
+            objective = self.objective
+            yield (
+                "objective",
+                objective,
+                objective == "elbo",
+                "elbo for an ensemble: members train alone",
+                "Use elbo",
+            )
         if family in ("mc_dropout", "ensemble"):
             std = self.posterior.prior_std
             yield "posterior.prior_std", std, std != "fan_in", f"a number for {family}", "Try 1.0"

@@ -35,9 +35,11 @@ class StepResult:
     """What one step measured, before its update; the same on all ranks."""
 
     nelbo: float
-    """Negative ELBO per example (nats): ``data_term + kl_weight * kl / num_train_examples``."""
+    """Objective per example (nats): ``data_term + kl_weight * kl / num_train_examples``; with the objective "elbo"
+    the negative ELBO."""
     data_term: float
-    """Mean over samples and examples of the negative log-likelihood (nats)."""
+    """Data term per example (nats): mean over samples of the negative log-likelihood, or the negative log
+    predictive, by objective."""
     kl: float
     """KL(q || prior) of all weights (nats)."""
 
@@ -128,7 +130,8 @@ class VariationalStep:
     def __call__(self, x: Tensor, y: Tensor, global_batch_size: int) -> StepResult:
         """Make one step. Collective over the world: one sum over each axis of extent above 1.
 
-        A module with BatchNorm adds three small sums over the data axis per layer and sample. A deep
+        The log predictive adds a maximum and a sum of B_local floats over the sample axis; a module with
+        BatchNorm three small sums over the data axis per layer and sample (five with two passes). A deep
         ensemble sums its gradient over the data axis only, and a few scalars over both.
 
         Parameters
@@ -166,13 +169,15 @@ class VariationalStep:
         posterior, comm = self.posterior, self.comm
         posterior.batch_norms.sum_over_data = lambda tensor: comm.sum_(tensor, "data")
         mine = comm.grid.local_samples(self.num_samples)
-        if len(x) == 0 and not posterior.batch_norms.layers:
+        counts_samples = posterior.kl_kind in ("Monte Carlo", "point") and self._prior_share > 0
+        if len(x) == 0 and not posterior.batch_norms.layers and not counts_samples:
             mine = range(0)  # nothing to evaluate, and nobody waits for this rank
         scale = 1.0 / (self.num_samples * global_batch_size)
         if self.chunk_size == "auto":
             self.chunk_size = self._measure_chunk_size(x, y, mine)
-        if not self._is_prepared:
+        if not self._is_prepared and len(x):
             posterior.prepare_(x)
+            self._warn_of_foreign_noise(x)
             self._is_prepared = True
         posterior.begin(comm.grid.local_examples(global_batch_size).start)
         if self.objective == "elbo":
@@ -196,6 +201,29 @@ class VariationalStep:
         else:  # the parameters of a sample belong to its data group
             comm.sum_(posterior.gradient, "data")
             comm.sum_(posterior.behind_gradient, "world")
+
+    def _warn_of_foreign_noise(self, x: Tensor) -> None:
+        """Say it when the module draws random numbers that are keyed by nothing."""
+        before = torch.get_rng_state()
+        self.posterior.begin()
+        self.posterior.draw_(0 if self.posterior.is_replicated else self._first_sample, self._keyed)
+        sum_over_data = self.posterior.batch_norms.sum_over_data
+        self.posterior.batch_norms.sum_over_data = lambda tensor: None  # a look, not a step: no collective
+        with torch.no_grad(), self._autocast(x.device):
+            self.posterior.module(x)
+        self.posterior.batch_norms.sum_over_data = sum_over_data
+        if not torch.equal(before, torch.get_rng_state()):
+            torch.set_rng_state(before)
+            logger.warning(
+                "the forward pass of %s draws from torch's global generator (a functional dropout, for example): "
+                "these numbers are not keyed by the sample, and the result depends on the process grid. "
+                "Use nn.Dropout layers",
+                type(self.posterior.module).__name__,
+            )
+
+    @property
+    def _first_sample(self) -> int:
+        return self.comm.grid.local_samples(self.num_samples).start
 
     # --- samples ------------------------------------------------------------------------------------
 

@@ -137,7 +137,7 @@ class Run:
                 seed=config.seed,
             )
         if posterior.is_replicated:
-            comm.broadcast_(list(posterior.state_dict().values()))
+            comm.broadcast_(list(posterior.parameters()))  # the buffers are keyed, and may be bool
         return posterior
 
     # --- the run ------------------------------------------------------------------------------------

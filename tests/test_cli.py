@@ -143,6 +143,14 @@ def test_missing_shards_are_prepared_or_their_remedy_is_named(tmp_path):
         (["--model.name", "hpc_bnn.models.Nothing"], ["--model.name", "Nothing", "package.module.Class"]),
         (["--model.arguments", "{hiden: [3]}"], ["--model.arguments", "hiden"]),
         (["--run_dir", ""], ["--run_dir", "runs/NAME"]),
+        (
+            ["--posterior.prior", "scale_mixture", "--posterior.prior_std", "fan_in", "--posterior.estimator", "local"],
+            ["--posterior.prior_std fan_in", "--posterior.estimator local"],
+        ),
+        (
+            ["--posterior.family", "ensemble", "--objective", "log_predictive"],
+            ["--objective log_predictive", "--num_test_samples 64"],
+        ),
         (["--grid.sample_size", "2"], ["--grid.sample_size 2", "has 1"]),
         (
             ["--num_samples", "0", "--kl_weight", "-1", "--posterior.init_std", "0", "--optimizer.learning_rate", "-3"],

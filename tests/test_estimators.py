@@ -177,3 +177,28 @@ def test_combinations_that_make_no_sense_are_refused():
         LowRankGaussian(NETS["mlp"][0](), estimator="flipout")
     with pytest.raises(ConfigError, match="Monte Carlo KL"):
         make("mlp", "local", prior=StudentTPrior())
+
+
+def test_tokens_folded_into_the_batch_are_seen(caplog):
+    """[B * T, in] has two dims as [B, in] has, but its rows are not the examples."""
+
+    class Fold(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 2).double()
+
+        def forward(self, x):
+            return self.layer(x.reshape(-1, 3))
+
+    posterior = MeanFieldGaussian(Fold(), estimator="local")
+    posterior.prepare_(inputs("tokens"))
+    assert "drawn once per sample" in caplog.text and not posterior._noisy._layers
+
+
+def test_mean_network_has_no_noise():
+    posterior, x = make("mlp", "local"), inputs("mlp")
+    posterior.prepare_(x)
+    net = posterior.use_mean_()
+    assert torch.equal(net(x), net(x))
+    posterior.begin()
+    assert "forward" in net[0].__dict__  # the next step has its estimator again

@@ -289,6 +289,7 @@ def test_batch_norm_equals_torch_for_one_sample(shape):
         leaf = x.clone().requires_grad_()
         if layer is mine:
             posterior.begin()
+            posterior.draw_(0, keyed)
         y = layer(leaf)
         (y * weight).sum().backward()
         grads.append((y.detach(), leaf.grad, layer.weight.grad, layer.bias.grad))
@@ -326,6 +327,34 @@ def test_running_statistics_take_one_step_towards_the_mean_over_samples():
     torch.testing.assert_close(net[1].running_mean, 0.1 * hidden.mean((0, 1)), rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(net[1].running_var, 0.9 + 0.1 * hidden.var(1).mean(0), rtol=1e-10, atol=1e-12)
     assert net[1].num_batches_tracked == 1
+
+
+def test_batch_norm_that_is_used_twice_or_frozen():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.frozen = nn.BatchNorm1d(3).double(), nn.BatchNorm1d(3).double()
+
+        def forward(self, x):
+            return self.frozen(self.norm(x) + self.norm(x + 4))
+
+    net = Twice()
+    net.frozen.eval()
+    posterior = DeterministicNetwork(net)
+    x = inputs(6, 3)
+    posterior.begin()
+    for sample in range(2):
+        posterior.draw_(sample, keyed)
+        net(x)
+    posterior.finish_(0.5)
+    posterior.attach_gradients_()
+    torch.testing.assert_close(net.norm.running_mean, 0.1 * (x.mean(0) + 2), rtol=1e-10, atol=1e-12)
+    assert net.frozen.running_mean.eq(0).all() and net.frozen.running_var.eq(1).all()
+    with posterior.evaluating():
+        assert not net.norm.training
+    assert net.norm.training and not net.frozen.training
+    with pytest.raises(ConfigError, match="track_running_stats"):
+        DeterministicNetwork(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3, track_running_stats=False)))
 
 
 # --- chunks --------------------------------------------------------------------------------------------

@@ -150,3 +150,20 @@ def test_a_rank_that_ends_early_does_not_take_horovod_from_the_others(mpirun, tm
     )
     done = mpirun(4, program, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+def test_an_error_on_which_the_ranks_did_not_agree_is_printed_and_ends_the_job(mpirun, tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import hpc_bnn.cli, hpc_bnn.comm, hpc_bnn.errors\n"
+        "from hpc_bnn.__main__ import run\n"
+        "def command(*_):\n"
+        "    comm = hpc_bnn.comm.connect(1, 'cpu')\n"
+        "    if comm.grid.rank == 1: raise hpc_bnn.errors.DataError('only here')\n"
+        "    comm.gather_objects(1)\n"
+        "hpc_bnn.cli._train = command\n"
+        "run()\n"
+    )
+    start = time.time()
+    done = mpirun(2, program, "train", "--config", "configs/digits.yaml", timeout=60)
+    assert done.returncode != 0 and "error: only here" in done.stderr and time.time() - start < 25

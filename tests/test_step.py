@@ -100,3 +100,23 @@ def test_autocast_keeps_weights_and_gradients_in_float32():
 def test_too_few_samples_are_refused():
     with pytest.raises(ConfigError, match="--num_samples 0"):
         make_step(num_samples=0)
+
+
+def test_noise_that_is_not_keyed_is_said(caplog):
+    class Functional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 3).double()
+
+        def forward(self, x):
+            return self.layer(F.dropout(x, 0.1, self.training))
+
+    posterior = MeanFieldGaussian(Functional())
+    optimizer = torch.optim.SGD(posterior.parameters(), lr=0.1)
+    step = VariationalStep(
+        posterior, Categorical(3), optimizer, GridComm(Grid()), num_samples=2, num_train_examples=10
+    )
+    x, y = batch()
+    step(x, y, len(x))
+    step(x, y, len(x))
+    assert caplog.text.count("torch's global generator") == 1

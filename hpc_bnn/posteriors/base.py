@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError, Fault
 from .batch_norm import BatchNorms
 from .dropout_layers import DropoutMasks
-from .flat import FlatLayout, take_gradients, tie
+from .flat import FlatLayout, eval_mode, take_gradients, tie
 from .select import Rule, split_weights
 
 KeyedGenerator = Callable[[int], torch.Generator]
@@ -172,6 +172,7 @@ class Posterior:
     def draw_(self, sample: int, keyed: KeyedGenerator) -> None:
         """Put the weights (and the dropout masks) of a global sample into the module. Local."""
         self.dropout.begin_sample(keyed(sample) if self.dropout.layers else None)
+        self.batch_norms.begin_sample()
 
     @torch.no_grad()
     def accumulate_(self, prior_share: float = 0.0, kl_weight: float = 0.0) -> None:
@@ -248,14 +249,9 @@ class Posterior:
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
         """Draw for a predictive: the module in evaluation mode, no gradients. Local."""
-        was_training = self.module.training
-        self.module.eval()
-        try:
-            with torch.no_grad():
-                self.begin()
-                yield
-        finally:
-            self.module.train(was_training)
+        with eval_mode(self.module), torch.no_grad():
+            self.begin()
+            yield
 
     @torch.no_grad()
     def use_mean_(self) -> nn.Module:

@@ -38,14 +38,16 @@ class BatchNorms:
         self.layers = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self.sum_over_data: SumOverData = lambda tensor: None
         self._sums: list[Tensor] = []
+        self._uses: list[int] = []
+        self._num_samples = 0
         for number, layer in enumerate(self.layers):
-            if layer.track_running_stats and layer.momentum is None:
+            if not layer.track_running_stats or layer.momentum is None:
                 raise ConfigError(
                     Fault(
                         "--model",
                         type(layer).__name__,
-                        "momentum=None (cumulative) is not supported",
-                        "Use 0.1",
+                        "track_running_stats=False and momentum=None are not supported",
+                        "Use momentum=0.1, or GroupNorm",
                     )
                 )
             layer.forward = types.MethodType(self._forward_of(number), layer)
@@ -56,22 +58,30 @@ class BatchNorms:
         return 2 * sum(layer.num_features for layer in self.layers)
 
     def begin(self) -> None:
-        """Begin an optimizer step. Local."""
+        """Begin a pass over the samples of an optimizer step. Local."""
+        self._uses = [0] * len(self.layers)
+        self._num_samples = 0
         self._sums = [
             torch.zeros(2, layer.num_features, dtype=_dtype(layer), device=_device(layer))
             for layer in self.layers
         ]
 
+    def begin_sample(self) -> None:
+        """Begin a sample. Local."""
+        self._num_samples += 1
+
     def write_statistics_(self, out: Tensor, share: float) -> None:
         """Write this rank's sums over samples of mean and variance, times a share, into [num_statistics]."""
         if self.layers:
-            torch.mul(torch.cat([s.reshape(-1) for s in self._sums]), share, out=out)
+            # A layer that a forward uses several times counts with the mean over its uses.
+            shares = [share * self._num_samples / max(uses, 1) for uses in self._uses]
+            torch.cat([s.reshape(-1) * own for s, own in zip(self._sums, shares)], out=out)
 
     @torch.no_grad()
     def update_running_(self, statistics: Tensor) -> None:
         """Move the running statistics towards the mean over all samples of the job. Local."""
         for layer, part in zip(self.layers, statistics.split([2 * m.num_features for m in self.layers])):
-            if layer.track_running_stats:
+            if layer.training:  # not one that the user has frozen
                 mean, variance = part.view(2, -1)
                 layer.running_mean.lerp_(mean.to(layer.running_mean.dtype), layer.momentum)
                 layer.running_var.lerp_(variance.to(layer.running_var.dtype), layer.momentum)
@@ -80,12 +90,13 @@ class BatchNorms:
     def _forward_of(self, number: int):
         def forward(layer: nn.Module, x: Tensor) -> Tensor:
             layer._check_input_dim(x)
-            if not layer.training and layer.track_running_stats:
+            if not layer.training:
                 return nn.functional.batch_norm(
                     x, layer.running_mean, layer.running_var, layer.weight, layer.bias, False, 0.0, layer.eps
                 )
             y, mean, variance, count = _Normalise.apply(x, layer.eps, self.sum_over_data)
-            if layer.training and self._sums:
+            if self._sums:
+                self._uses[number] += 1
                 with torch.no_grad():  # unbiased, as torch keeps it
                     self._sums[number][0] += mean
                     self._sums[number][1] += variance * (count / (count - 1).clamp_min(1))
@@ -138,7 +149,7 @@ class _Normalise(torch.autograd.Function):
 
 
 def _dtype(layer: nn.Module) -> torch.dtype:
-    return layer.running_mean.dtype if layer.track_running_stats else torch.get_default_dtype()
+    return layer.running_mean.dtype
 
 
 def _device(layer: nn.Module) -> torch.device:

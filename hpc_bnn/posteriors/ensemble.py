@@ -72,8 +72,19 @@ class DeepEnsemble(Posterior):
                     "Use GroupNorm or LayerNorm in an ensemble",
                 )
             )
+        fixed = _fixed_tensors(self.module)
         weights = []
         for module in modules:
+            theirs = _fixed_tensors(module)
+            if any(not torch.equal(fixed[name], theirs[name]) for name in fixed):
+                raise ConfigError(
+                    Fault(
+                        "--model",
+                        type(module).__name__,
+                        "members differ in frozen weights or buffers, which they would share",
+                        "Make those the same for all members, or trainable",
+                    )
+                )
             named = dict(module.named_parameters())
             weights.append(torch.cat([named[name].detach().reshape(-1) for name in self.point]))
         self._point_layout, names = self.point, list(self.point)
@@ -122,6 +133,9 @@ class DeepEnsemble(Posterior):
     def kl(self) -> Tensor:
         raise NotImplementedError("points have no KL")
 
+    def use_mean_(self) -> nn.Module:
+        raise NotImplementedError("an ensemble has no mean network")
+
     def check_num_samples(self, num_samples: int) -> None:
         if num_samples != self.num_members:
             raise ConfigError(
@@ -139,3 +153,9 @@ class DeepEnsemble(Posterior):
         for member, views in zip(self._indices, self._views):
             state |= {f"members.{member}.{name}": view for name, view in views.items()}
         return state | dict(self.module.named_buffers())
+
+
+def _fixed_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Return what training does not change: frozen parameters and buffers."""
+    frozen = {name: p.detach() for name, p in module.named_parameters() if not p.requires_grad}
+    return frozen | dict(module.named_buffers())

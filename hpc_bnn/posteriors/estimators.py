@@ -70,7 +70,11 @@ class ExampleNoise:
 
 
 def find_layers(
-    module: nn.Module, estimator: Estimator, random: set[int], call: Callable[[], object]
+    module: nn.Module,
+    estimator: Estimator,
+    random: set[int],
+    num_examples: int,
+    call: Callable[[], object],
 ) -> dict[str, nn.Module]:
     """Return the layers, by name, for which an estimator is exact; say which it leaves out. Local.
 
@@ -82,12 +86,14 @@ def find_layers(
         "local" or "flipout".
     random : set of int
         Identities of the random parameters.
+    num_examples : int
+        Size of the batch of that pass.
     call : callable
         Makes one forward pass of the module, which shows how its layers are used.
     """
-    uses: dict[nn.Module, list[int]] = {}
+    uses: dict[nn.Module, list[torch.Size]] = {}
     handles = [
-        layer.register_forward_hook(lambda layer, args, _: uses.setdefault(layer, []).append(args[0].ndim))
+        layer.register_forward_hook(lambda layer, args, _: uses.setdefault(layer, []).append(args[0].shape))
         for layer in module.modules()
         if isinstance(layer, _SUPPORTED["flipout"])
     ]
@@ -108,7 +114,8 @@ def find_layers(
             and own <= random
             and all(owners[key] == 1 for key in own)
             and len(uses.get(layer, ())) == 1
-            and (estimator == "flipout" or uses[layer] == [2])
+            and uses[layer][0][0] == num_examples  # dim 0 is the batch, not the tokens of all examples
+            and (estimator == "flipout" or len(uses[layer][0]) == 2)
             and getattr(layer, "groups", 1) == 1
             and getattr(layer, "padding_mode", "zeros") == "zeros"
         ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -41,6 +42,18 @@ class FlatLayout:
 
     def __len__(self) -> int:
         return len(self.shapes)
+
+
+@contextlib.contextmanager
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Put a module into evaluation mode, and each of its layers back into the mode that it had. Local."""
+    modes = [(layer, layer.training) for layer in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for layer, training in modes:
+            layer.training = training
 
 
 def tie(parameters: dict[str, nn.Parameter], views: dict[str, torch.Tensor]) -> None:

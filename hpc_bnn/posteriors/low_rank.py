@@ -27,7 +27,7 @@ class LowRankGaussian(MeanFieldGaussian):
     Attributes
     ----------
     factor : nn.Parameter
-        [R, P]; starts at a tenth of ``scale``, with signs that differ between its rows.
+        [R, P]; starts at a tenth of ``scale``, with signs that alternate at another pace in each row.
     """
 
     family = "low-rank Gaussian"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError, Fault
 from .base import KeyedGenerator, Posterior, Tally
 from .estimators import Estimator, ExampleNoise, find_layers, flipout_forward, local_forward, override_forward
-from .flat import take_gradients, tie
+from .flat import eval_mode, take_gradients, tie
 from .priors import GaussianPrior, Prior, gaussian_entropy
 from .select import Rule
 
@@ -114,6 +114,7 @@ class MeanFieldGaussian(Posterior):
     def begin(self, first_example: int = 0) -> None:
         super().begin(first_example)
         if self._noisy is not None:
+            self._noisy._switch_(on=True)
             self._noisy.noise.first_example = first_example
         torch.exp(self.log_scale, out=self._scale)
         self._pair = None
@@ -185,6 +186,8 @@ class MeanFieldGaussian(Posterior):
 
     @torch.no_grad()
     def use_mean_(self) -> nn.Module:
+        if self._noisy is not None:
+            self._noisy._switch_(on=False)
         self._weights.copy_(self.loc)
         return super().use_mean_()
 
@@ -258,13 +261,10 @@ class _NoisyLayers:
         """See in a forward pass which layers allow it, and take them over. Local."""
         posterior = self.posterior
         random = {id(p): name for name, p in posterior._named.items() if name in posterior.random.shapes}
-        was_training = posterior.module.training
-        posterior.module.eval()
-        with torch.no_grad():
+        with eval_mode(posterior.module), torch.no_grad():
             layers = find_layers(
-                posterior.module, posterior.estimator, set(random), lambda: posterior.module(x)
+                posterior.module, posterior.estimator, set(random), len(x), lambda: posterior.module(x)
             )
-        posterior.module.train(was_training)
         self._layers = list(layers.values())
         scales = posterior.random.views(posterior._scale)
         for number, layer in enumerate(self._layers):

@@ -144,7 +144,7 @@ def test_ensemble_members_train_alone_and_alike_on_every_grid(comm):
             {k.split(".", 2)[2]: v for k, v in state.items() if k.startswith(f"members.{member}.")}
         )
         members.append(torch.softmax(net(x), -1))
-    torch.testing.assert_close(predictive.probabilities, torch.stack(members).mean(0).detach())
+    torch.testing.assert_close(predictive.probabilities.float(), torch.stack(members).mean(0).detach())
 
 
 def test_an_ensemble_member_is_the_network_trained_without_the_others():
