@@ -209,13 +209,8 @@ class GridComm:
         digest = hashlib.sha256()
         for tensor in _as_list(tensors):
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-        group = {
-            "sample": self.grid.sample_group(),
-            "data": self.grid.data_group(),
-            "world": range(self.grid.world_size),
-        }[axis]
-        digests = self.gather_objects(digest.digest(), axis)
-        odd = [rank for rank, other in zip(group, digests) if other != digests[0]]
+        digests = self.gather_objects((self.grid.rank, digest.digest()), axis)
+        odd = [rank for rank, other in digests if other != digests[0][1]]
         # All ranks raise, also those of the groups that agree with themselves.
         odd = sorted({rank for ranks in self.gather_objects(odd) for rank in ranks})
         if odd:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -46,6 +47,12 @@ class ConfigError(HpcBnnError, ValueError):
 
     def __str__(self) -> str:
         return "\n".join(str(fault) for fault in self.faults)
+
+
+def check_positive(flag: str, value: float, example: float) -> None:
+    """Raise `ConfigError` unless a value is a positive, finite number; ``example`` is the remedy."""
+    if not (isinstance(value, (int, float)) and 0 < value < math.inf):
+        raise ConfigError(Fault(flag, value, "must be positive and finite", f"Try {example}"))
 
 
 def check_all(*checks: Callable[[], object]) -> None:

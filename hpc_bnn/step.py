@@ -206,7 +206,7 @@ class VariationalStep:
         """Say it when the module draws random numbers that are keyed by nothing."""
         before = torch.get_rng_state()
         self.posterior.begin()
-        self.posterior.draw_(0 if self.posterior.is_replicated else self._first_sample, self._keyed)
+        self.posterior.draw_(self.comm.grid.local_samples(self.num_samples)[0], self._keyed)
         sum_over_data = self.posterior.batch_norms.sum_over_data
         self.posterior.batch_norms.sum_over_data = lambda tensor: None  # a look, not a step: no collective
         with torch.no_grad(), self._autocast(x.device):
@@ -220,10 +220,6 @@ class VariationalStep:
                 "Use nn.Dropout layers",
                 type(self.posterior.module).__name__,
             )
-
-    @property
-    def _first_sample(self) -> int:
-        return self.comm.grid.local_samples(self.num_samples).start
 
     # --- samples ------------------------------------------------------------------------------------
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, Fault
+from ..errors import ConfigError, Fault, check_positive
 from ..noise import Stream, keyed_global_generator
 from .base import KeyedGenerator, Posterior, Tally
 from .flat import take_gradients, tie
@@ -54,10 +53,7 @@ class DeepEnsemble(Posterior):
         seed: int = 0,
         prior_std: float = 1.0,
     ):
-        if not (prior_std > 0 and math.isfinite(prior_std)):
-            raise ConfigError(
-                Fault("--posterior.prior_std", prior_std, "must be positive and finite", "Try 1.0")
-            )
+        check_positive("--posterior.prior_std", prior_std, 1.0)
         modules = []
         for member in members:
             with keyed_global_generator(seed, Stream.INIT, 0, member):
@@ -87,15 +83,14 @@ class DeepEnsemble(Posterior):
                 )
             named = dict(module.named_parameters())
             weights.append(torch.cat([named[name].detach().reshape(-1) for name in self.point]))
-        self._point_layout, names = self.point, list(self.point)
-        self._member_parameters = {name: self._named[name] for name in names}
+        self._member_parameters = {name: self._named[name] for name in self.point}
         self._point_parameters = []  # the members take the place of the point weights
         self.num_members = num_members
         self._indices = list(members)
         self.precision = prior_std**-2
         self._allocate(members=torch.stack(weights))
-        self._views = [self._point_layout.views(row) for row in self.members.detach()]
-        self._grads = [list(self._point_layout.views(row).values()) for row in self._gradients["members"]]
+        self._views = [self.point.views(row) for row in self.members.detach()]
+        self._grads = [list(self.point.views(row).values()) for row in self._gradients["members"]]
         tie(self._member_parameters, self._views[0])
 
     @torch.no_grad()

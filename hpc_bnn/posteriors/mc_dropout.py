@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, Fault
+from ..errors import ConfigError, Fault, check_positive
 from .base import Posterior
 
 
@@ -33,10 +32,7 @@ class MCDropout(Posterior):
     kl_kind = "closed form"
 
     def __init__(self, module: nn.Module, *, prior_std: float = 1.0):
-        if not (prior_std > 0 and math.isfinite(prior_std)):
-            raise ConfigError(
-                Fault("--posterior.prior_std", prior_std, "must be positive and finite", "Try 1.0")
-            )
+        check_positive("--posterior.prior_std", prior_std, 1.0)
         super().__init__(module)
         self._allocate()
         self.prior_std = prior_std

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, Fault
+from ..errors import ConfigError, Fault, check_positive
 from .base import KeyedGenerator, Posterior, Tally
 from .estimators import Estimator, ExampleNoise, find_layers, flipout_forward, local_forward, override_forward
 from .flat import eval_mode, take_gradients, tie
@@ -114,7 +114,7 @@ class MeanFieldGaussian(Posterior):
     def begin(self, first_example: int = 0) -> None:
         super().begin(first_example)
         if self._noisy is not None:
-            self._noisy._switch_(on=True)
+            self._noisy.begin_()
             self._noisy.noise.first_example = first_example
         torch.exp(self.log_scale, out=self._scale)
         self._pair = None
@@ -281,6 +281,11 @@ class _NoisyLayers:
             self._parameters |= {name: posterior._named[name] for name in names}
         self._switch_(on=True)
 
+    def begin_(self) -> None:
+        """Begin a step: take the layers over again where `use_mean_` gave them back. Local."""
+        if not self._is_on:
+            self._switch_(on=True)
+
     @property
     def needs_weights(self) -> bool:
         """Whether a draw of the weights is looked at; with local reparameterisation everywhere it is not."""
@@ -333,8 +338,7 @@ class _NoisyLayers:
 
 def _initial_log_scale(weights: Tensor, std: float, relative: float | None) -> Tensor:
     flag, value = ("init_std", std) if relative is None else ("init_std_relative", relative)
-    if not (value > 0 and math.isfinite(value)):
-        raise ConfigError(Fault(f"--posterior.{flag}", value, "must be positive and finite", "Try 0.01"))
+    check_positive(f"--posterior.{flag}", value, 0.01)
     if relative is None:
         return torch.full_like(weights, math.log(std))
     magnitude = weights.abs()

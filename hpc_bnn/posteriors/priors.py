@@ -19,7 +19,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, Fault
+from ..errors import ConfigError, Fault, check_positive
 from .flat import FlatLayout
 
 Scale = float | Literal["fan_in"]
@@ -80,10 +80,8 @@ class Prior:
 
     def _check_positive(self, **values: object) -> None:
         for name, value in values.items():
-            if value != "fan_in" and not (isinstance(value, (int, float)) and 0 < value < math.inf):
-                raise ConfigError(
-                    Fault(f"--posterior.prior_{name}", value, "must be positive and finite", "Try 1.0")
-                )
+            if value != "fan_in":
+                check_positive(f"--posterior.prior_{name}", value, 1.0)
 
 
 @dataclass(frozen=True)
