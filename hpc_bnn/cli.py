@@ -77,10 +77,12 @@ def _train(options: jsonargparse.Namespace, given: set[str]) -> int:
     with grid_comm.agree("drawing plots"):
         if run.is_writer:
             plots = write_plots(run.run_dir, examples)
-            print(
-                f"test accuracy {summary['test/accuracy']:.4f}, test NLL {summary['test/nll']:.4f} nats, "
-                f"{summary['seconds']:.1f} s\n{run.run_dir}/summary.json"
-            )
+            metrics = [
+                f"{name.replace('/', ' ')} {value:.4f}"
+                for name, value in summary.items()
+                if name.startswith("test/")
+            ]
+            print(f"{', '.join(metrics)}, {summary['seconds']:.1f} s\n{run.run_dir}/summary.json")
             for path in plots:
                 print(path)
     return 0

@@ -118,6 +118,24 @@ class GridComm:
         """Replace each tensor, in place, by its elementwise maximum over an axis (see `sum_`)."""
         self._reduce_all_(tensors, axis, "max")
 
+    def gather(self, tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
+        """Return the tensors of all ranks of an axis, one after another along dim 0, on each of them.
+
+        Collective over ``sample_comm`` or ``data_comm``, by ``axis``; it costs nothing over one rank.
+
+        Parameters
+        ----------
+        tensor : Tensor
+            [n, ...], float32 or float64; n may differ between ranks, the rest may not. Where an extent of the rest
+            is 0, nothing is exchanged.
+        axis : {"sample", "data"}
+            Over which ranks.
+        """
+        if not self._routes[axis] or 0 in tensor.shape[1:]:
+            return tensor
+        self._count(tensor)
+        return self._gather(tensor.detach().contiguous(), axis)
+
     def broadcast_(self, tensors: torch.Tensor | Sequence[torch.Tensor], root: int = 0) -> None:
         """Overwrite tensors with those of world rank ``root``. Collective over the world."""
         if self.grid.world_size == 1:
@@ -236,6 +254,9 @@ class GridComm:
     def _broadcast_(self, flat: torch.Tensor, root: int) -> None:
         raise NotImplementedError
 
+    def _gather(self, tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
+        raise NotImplementedError
+
     # --- shared -------------------------------------------------------------------------------------
 
     def _reduce_all_(self, tensors, axis: Axis, operation: Operation) -> None:
@@ -322,6 +343,11 @@ class HorovodComm(GridComm):
         self._hvd.broadcast_(buffer, root, name=name)
         if buffer is not flat:
             flat.copy_(buffer)
+
+    def _gather(self, tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
+        name = f"hpc_bnn.gather.{axis}.{tensor.dtype}.{tuple(tensor.shape[1:])}"
+        buffer = tensor.cpu() if self._through_host else tensor
+        return self._hvd.allgather(buffer, name=name, process_set=self._sets[axis]).to(tensor.device)
 
     def broadcast_object(self, value: Any, root: int = 0) -> Any:
         self.traffic.num_object_collectives += 1

@@ -79,6 +79,44 @@ class PosteriorConfig:
 
 
 @dataclass
+class LikelihoodConfig:
+    """What the network's outputs say about a target."""
+
+    name: Literal["auto", "categorical", "bernoulli", "gaussian", "student_t", "poisson", "implicit"] = "auto"
+    """Distribution of a target; auto: categorical for classes, otherwise gaussian; implicit for crps and energy."""
+    scale: float | Literal["learned", "heteroscedastic"] = "heteroscedastic"
+    """Scale of gaussian and student_t: a number (units of y), one learned per target, or an output of the network."""
+    init_scale: float = 1.0
+    """Start of a learned scale (units of y)."""
+    df: float = 4.0
+    """Degrees of freedom of student_t."""
+
+
+@dataclass
+class ObjectiveConfig:
+    """How the samples of the whole job make one data term."""
+
+    name: str = "elbo"
+    """elbo, log_predictive (the direct loss), moment_matched, crps, energy, or the import path of your own."""
+    fairness: float = 0.95
+    """Of crps and energy to the finite number of samples: 0 the ordinary score, 1 the fair, 0.95 almost fair."""
+    beta: float = 1.0
+    """Exponent of the energy score, above 0 and below 2; other than 1 is the beta-energy score."""
+    weights: str | None = None
+    """File (.npy) with the weights of the targets in crps and energy, such as cos(latitude) as [latitudes, 1]."""
+
+
+@dataclass
+class KlAnnealingConfig:
+    """How the factor of the KL comes up to kl_weight."""
+
+    schedule: Literal["constant", "linear", "cosine", "cyclical"] = "constant"
+    """constant: from the start; linear or cosine: up from 0; cyclical: up from 0 again and again."""
+    num_epochs: float = 10.0
+    """Epochs until kl_weight is reached; of cyclical: length of a cycle, which rises for its first half."""
+
+
+@dataclass
 class OptimizerConfig:
     """The optimizer and its learning rate."""
 
@@ -116,10 +154,11 @@ class Config:
     """Stop after so many optimizer steps, wherever the epoch is; the learning rate keeps its course."""
     test_every_epochs: int = 10
     """Evaluate on the held-out split after so many epochs, and at the end."""
-    objective: Literal["elbo", "log_predictive"] = "elbo"
-    """Data term: mean over samples of the log-likelihood, or log of the mean likelihood (the direct loss)."""
     kl_weight: float = 1.0
     """Factor of the KL; 1 is Bayes, below 1 a cold posterior."""
+    kl_annealing: KlAnnealingConfig = field(default_factory=KlAnnealingConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    likelihood: LikelihoodConfig = field(default_factory=LikelihoodConfig)
     grid: GridConfig = field(default_factory=GridConfig)
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -166,6 +205,7 @@ class Config:
             "0 or more and finite",
             "1 is Bayes",
         )
+        yield from self._objective_rules()
         scales = ("prior_std", "prior_df", "prior_narrow_std", "init_std", "init_std_relative")
         for name in scales:
             value = getattr(self.posterior, name)
@@ -200,11 +240,11 @@ class Config:
             )
             yield "posterior.estimator", posterior.estimator, fits, rule, "Use reparameterisation"
         if family == "ensemble":
-            objective = self.objective
+            name = self.objective.name
             yield (
-                "objective",
-                objective,
-                objective == "elbo",
+                "objective.name",
+                name,
+                name == "elbo",
                 "elbo for an ensemble: members train alone",
                 "Use elbo",
             )
@@ -222,3 +262,49 @@ class Config:
             )
         rate = self.optimizer.learning_rate
         yield "optimizer.learning_rate", rate, 0 < rate < math.inf, "positive and finite", "Try 1e-3"
+
+    def _objective_rules(self):
+        objective, likelihood = self.objective, self.likelihood
+        names = ("elbo", "log_predictive", "moment_matched", "crps", "energy")
+        yield (
+            "objective.name",
+            objective.name,
+            objective.name in names or "." in objective.name,
+            f"one of {', '.join(names)}, or package.module.name",
+            "Try elbo",
+        )
+        yield (
+            "objective.fairness",
+            objective.fairness,
+            0 <= objective.fairness <= 1,
+            "between 0 and 1",
+            "Try 0.95",
+        )
+        yield "objective.beta", objective.beta, 0 < objective.beta < 2, "above 0 and below 2", "Try 1"
+        if objective.name in ("crps", "energy"):
+            rule = f"implicit for {objective.name}, which scores the members"
+            yield (
+                "likelihood.name",
+                likelihood.name,
+                likelihood.name == "implicit",
+                rule,
+                "Use --likelihood.name implicit",
+            )
+            fits = self.num_samples > 1 or objective.fairness == 0
+            yield "num_samples", self.num_samples, fits, "2 or more for pairs", "Or --objective.fairness 0"
+        elif objective.name in names and likelihood.name == "implicit":
+            yield (
+                "likelihood.name",
+                "implicit",
+                False,
+                f"one with a density for {objective.name}",
+                "Try gaussian",
+            )
+        scale = likelihood.scale
+        fits = isinstance(scale, str) or 0 < scale < math.inf
+        yield "likelihood.scale", scale, fits, "positive and finite", "Try 1.0 or heteroscedastic"
+        for name in ("init_scale", "df"):
+            value = getattr(likelihood, name)
+            yield f"likelihood.{name}", value, 0 < value < math.inf, "positive and finite", "Try 1.0"
+        value = self.kl_annealing.num_epochs
+        yield "kl_annealing.num_epochs", value, 0 < value < math.inf, "positive and finite", "Try 10"

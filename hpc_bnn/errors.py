@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 
 class HpcBnnError(Exception):
@@ -53,6 +55,17 @@ def check_positive(flag: str, value: float, example: float) -> None:
     """Raise `ConfigError` unless a value is a positive, finite number; ``example`` is the remedy."""
     if not (isinstance(value, (int, float)) and 0 < value < math.inf):
         raise ConfigError(Fault(flag, value, "must be positive and finite", f"Try {example}"))
+
+
+def import_object(flag: str, path: str) -> Any:
+    """Return what ``package.module.name`` stands for, or raise a `ConfigError` that names the flag."""
+    module_path, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module_path), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            Fault(flag, path, f"it cannot be imported ({error})", "Give package.module.Class")
+        ) from error
 
 
 def check_all(*checks: Callable[[], object]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,9 +12,10 @@ from torchmetrics import Metric
 
 from .comm import GridComm
 from .data import ShardDataset
-from .likelihoods import Categorical
-from .metrics import classification_metrics
+from .likelihoods import Categorical, Likelihood
+from .metrics import classification_metrics, regression_metrics
 from .noise import Stream, keyed_generator
+from .objectives import LogMeanExp, Moments
 from .posteriors import Posterior
 
 
@@ -37,6 +39,53 @@ class ClassPredictive:
     def mutual_information(self) -> Tensor:
         """[B] entropy less expected entropy (nats): the epistemic part (Houlsby et al., 2011)."""
         return (self.entropy - self.expected_entropy).clamp_min(0)
+
+
+@dataclass(frozen=True)
+class ValuePredictive:
+    """Predictive of numbers over all samples of the job; B examples, targets [T, ...].
+
+    The total variance is the mean over samples of the likelihood's variance (aleatoric) and the variance over
+    samples of its mean (epistemic): the law of total variance.
+    """
+
+    mean: Tensor
+    """[B, T, ...] mean (units of y)."""
+    aleatoric_variance: Tensor
+    """[B, T, ...] mean over samples of the variance that the likelihood states."""
+    epistemic_variance: Tensor
+    """[B, T, ...] variance over samples of the mean that the likelihood states."""
+    log_prob: Tensor | None = None
+    """[B] log of the mean over samples of p(y | x, w_s) (nats), where y was given and has a density."""
+
+    @property
+    def variance(self) -> Tensor:
+        """[B, T, ...] total variance."""
+        return self.aleatoric_variance + self.epistemic_variance
+
+
+Predictive = ClassPredictive | ValuePredictive
+
+
+def _member_outputs(
+    posterior: Posterior, comm: GridComm, x: Tensor, num_samples: int, seed: int, batch_size: int
+) -> Iterator[tuple[range, Tensor]]:
+    """Yield (samples, outputs [c, B, ...] in float64) for the samples of this rank, one by one. Local.
+
+    A rank without samples (fewer than ranks of the sample axis) yields once, with c = 0: it learns the shape.
+    """
+
+    def keyed(sample: int) -> torch.Generator:
+        return keyed_generator(seed, Stream.PREDICTION, 0, sample, x.device)
+
+    posterior.check_num_samples(num_samples)
+    with posterior.evaluating():
+        mine = comm.grid.local_samples(num_samples)
+        for sample in mine or range(1):
+            posterior.draw_(sample, keyed)
+            outputs = torch.cat([posterior.module(part).double() for part in x.split(batch_size)])
+            samples = range(sample, sample + min(len(mine), 1))
+            yield samples, outputs[None][: len(samples)]
 
 
 @torch.no_grad()
@@ -68,31 +117,66 @@ def predict_classes(
     num_classes = likelihood.num_classes
     # p, p^2, entropy; in float64, because the variance is a small difference
     sums = torch.zeros(len(x), 2 * num_classes + 1, dtype=torch.float64, device=x.device)
-
-    def keyed(sample: int) -> torch.Generator:
-        return keyed_generator(seed, Stream.PREDICTION, 0, sample, x.device)
-
-    posterior.check_num_samples(num_samples)
-    with posterior.evaluating():
-        for sample in comm.grid.local_samples(num_samples):
-            posterior.draw_(sample, keyed)
-            for part, row in zip(x.split(batch_size), sums.split(batch_size)):
-                p = likelihood.probabilities(posterior.module(part).double())
-                row += torch.cat([p, p.square(), torch.special.entr(p).sum(-1, keepdim=True)], dim=-1)
+    for _, members in _member_outputs(posterior, comm, x, num_samples, seed, batch_size):
+        for outputs in members:
+            p = likelihood.probabilities(outputs)
+            sums += torch.cat([p, p.square(), torch.special.entr(p).sum(-1, keepdim=True)], dim=-1)
     comm.sum_(sums, "sample")
     mean, square, entropy = (sums / num_samples).split([num_classes, num_classes, 1], dim=-1)
     return ClassPredictive(mean, (square - mean.square()).clamp_min(0).sqrt(), entropy.squeeze(-1))
 
 
-def evaluate_classes(
+@torch.no_grad()
+def predict_values(
     posterior: Posterior,
-    likelihood: Categorical,
+    likelihood: Likelihood,
+    comm: GridComm,
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    num_samples: int,
+    seed: int = 0,
+    batch_size: int = 1024,
+) -> ValuePredictive:
+    """Return the predictive of this rank's examples over the samples of all ranks of its sample group.
+
+    Collective over ``sample_comm``: two sums, of 2 and 1 numbers per target; with targets y a maximum and a sum of
+    B numbers more.
+
+    Parameters
+    ----------
+    x, y : Tensor
+        [B, ...] inputs, and targets where their log-density is wanted; the same on all ranks of a sample group.
+    num_samples, seed, batch_size
+        As for `predict_classes`.
+    """
+    local_samples = comm.grid.local_samples(num_samples)
+    moments, density = (kind(x, local_samples, num_samples) for kind in (Moments, LogMeanExp))
+    has_density = y is not None and likelihood.has_density
+    for samples, members in _member_outputs(posterior, comm, x, num_samples, seed, batch_size):
+        form, outputs = (len(samples), len(x)), members.flatten(0, 1)
+        mean_and_variance = torch.stack([likelihood.mean(outputs), likelihood.variance(outputs)], dim=1)
+        moments.see(samples, mean_and_variance.unflatten(0, form))
+        if has_density:
+            targets = y.expand(len(samples), *y.shape).flatten(0, 1)
+            density.see(samples, likelihood.log_prob(outputs, targets).unflatten(0, form))
+    moments.combine(comm)
+    if has_density:
+        density.combine(comm)
+    return ValuePredictive(
+        moments.mean, moments.aleatoric, moments.epistemic, density.log_mean if has_density else None
+    )
+
+
+def evaluate_dataset(
+    posterior: Posterior,
+    likelihood: Likelihood,
     comm: GridComm,
     dataset: ShardDataset,
     *,
     num_samples: int,
     seed: int = 0,
-) -> tuple[dict[str, float], ClassPredictive, slice]:
+) -> tuple[dict[str, float], Predictive, slice]:
     """Evaluate a data set: each data group its part of the examples, each sample group all samples.
 
     Collective over the world.
@@ -101,18 +185,26 @@ def evaluate_classes(
     -------
     metrics : dict of str to float
         Of the whole data set; the same on all ranks.
-    predictive : ClassPredictive
+    predictive : ClassPredictive or ValuePredictive
         Of this rank's examples.
     part : slice
         Which examples of the data set those are.
     """
     part = comm.grid.local_examples(len(dataset))
     x, y = dataset.fetch(part)
-    predictive = predict_classes(posterior, likelihood, comm, x, num_samples=num_samples, seed=seed)
-    metrics = classification_metrics(likelihood.num_classes, x.device)
-    for metric in metrics.values():
+    options = {"num_samples": num_samples, "seed": seed}
+    if likelihood.num_classes is not None:
+        predictive = predict_classes(posterior, likelihood, comm, x, **options)
+        metrics = classification_metrics(likelihood.num_classes, x.device)
+        updates = dict.fromkeys(metrics, (predictive.probabilities, y))
+    else:
+        predictive = predict_values(posterior, likelihood, comm, x, y, **options)
+        metrics = regression_metrics(likelihood.has_density, x.device)
+        error = (predictive.mean.flatten(), likelihood.targets(y, predictive.mean).flatten())
+        updates = dict.fromkeys(metrics, error) | {"nll": (predictive.log_prob,)}
+    for name, metric in metrics.items():
         if len(y):
-            metric.update(predictive.probabilities, y)
+            metric.update(*updates[name])
     return compute_over_data_axis(metrics, comm), predictive, part
 
 

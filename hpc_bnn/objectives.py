@@ -1,65 +1,616 @@
 """Objectives: how the samples of the whole job make one data term (floor 4).
 
-With the log-likelihood l[s, b] of example b under sample s, and K samples in the job, an objective gives each
-(sample, example) a weight such that the gradient of the data term is ``-(1/B) sum_sb weight[s, b] grad l[s, b]``.
+An objective looks at a *statistic* t[s, b, ...] of each sample s and example b: its log-likelihood, or its
+prediction. It tells the derivative of the data term with respect to the statistics of this rank's samples, and the
+step differentiates those: the gradients are then summed over the job. Where the samples couple, what that
+derivative needs of the other samples is exchanged over the sample group without gradient, between a first pass
+over the samples and the gradient pass. No gradient travels through a collective.
 
-The negative ELBO has the weight 1/K: it is linear in the samples and needs nothing from the sample group. Where the
-weights couple the samples they are computed across the sample group without gradient, in a first pass, and no
-gradient travels through a collective.
+With K samples in the job, l the log-likelihood and f the predictions, the data term of one example is
+
+==================  =====================================================================  ===================
+name                data term                                                              exchanged per step
+==================  =====================================================================  ===================
+``elbo``            -(1/K) sum_s l[s]                                                      nothing
+``log_predictive``  -log (1/K) sum_s exp l[s]                                              2 B
+``moment_matched``  -log N(y; mean and variance of the predictive)                         3 B T
+``crps``            mean over targets of (1/K) sum|f_s - y| - (c/2) sum_st |f_s - f_t|     members: B T a sample
+``energy``          (1/K) sum ||f_s - y||^beta - (c/2) sum_st ||f_s - f_t||^beta           members: B T a sample
+==================  =====================================================================  ===================
+
+in floats of this rank, for B local examples of T targets.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .comm import GridComm
+from .config import ObjectiveConfig
+from .errors import ConfigError, Fault, import_object
+from .likelihoods import Implicit, Likelihood
+
+# --- the interface -------------------------------------------------------------------------------------
 
 
-class LogPredictive:
-    """Negative log of the *mean likelihood* over the samples: the direct loss. Two passes.
-
-    ``-log (1/K) sum_s exp l[s, b]``, the loss of the method's published code, where it is taken per rank and so
-    depends on the samples per rank; here over all samples of the job. The first pass, without gradient, gives
-    the normaliser of the responsibilities ``p_s / sum_s p_s``; the second weighs the gradients by them.
-
-    Collective over ``sample_comm``: 2 B floats per step (a maximum and a sum), whatever K and C are.
+class Coupling:
+    """What one step keeps of the samples of this rank; the methods are called in the order that they stand in.
 
     Parameters
     ----------
-    num_examples : int
-        Examples of this rank, B.
-    like : Tensor
-        Of the dtype and on the device of the log-likelihoods.
+    y : Tensor
+        [B, ...] targets of this rank's examples.
+    samples : range
+        Global indices of the samples of this rank.
+    num_samples : int
+        Samples in the whole job, K.
     """
 
-    def __init__(self, num_examples: int, like: Tensor):
-        self._max = like.new_full((num_examples,), -math.inf)  # of l[s, b] over the samples seen
-        self._sum = like.new_zeros(num_examples)  # of exp(l[s, b] - max)
+    def __init__(self, y: Tensor, samples: range, num_samples: int):
+        self.y, self.samples, self.num_samples = y, samples, num_samples
+        self.counts_group = samples.start == 0
+        """Whether this rank states what all ranks of its sample group know, so that it counts once."""
 
-    def see(self, log_prob: Tensor) -> None:
-        """Take in l [c, B] of some samples, in the first pass. Local."""
-        top = torch.maximum(self._max, log_prob.amax(0))
-        # -inf - -inf is NaN: a likelihood of exactly 0 under all samples stays 0
-        shift = torch.where(top.isinf(), 0, top)
-        self._sum = self._sum * torch.exp(self._max - shift) + torch.exp(log_prob - shift).sum(0)
+    def see(self, samples: Sequence[int], statistic: Tensor) -> None:
+        """Take in the statistic [c, B, ...] of some samples, without gradient. Local."""
+
+    def combine(self, comm: GridComm) -> None:
+        """Exchange what couples the samples. Collective over ``sample_comm``."""
+
+    def gradient(self, samples: Sequence[int], statistic: Tensor) -> Tensor:
+        """Return d(sum over examples of the data term) / d(statistic), [c, B, ...]. Local."""
+        raise NotImplementedError
+
+    def data_term(self) -> Tensor:
+        """Return a part of the sum over this rank's examples, such that the sample group sums to it. Local."""
+        raise NotImplementedError
+
+
+class Objective:
+    """What all objectives share.
+
+    Attributes
+    ----------
+    couples : bool
+        Whether the samples couple: then a rank that does not evaluate all its samples at once needs two passes.
+    """
+
+    name = ""
+    couples = True
+
+    def check(self, likelihood: Likelihood, num_samples: int) -> None:
+        """Raise `ConfigError` where the objective does not exist for a likelihood or so many samples. Local."""
+
+    def statistic(self, likelihood: Likelihood, outputs: Tensor, y: Tensor) -> Tensor:
+        """Return t [n, ...] of n examples from a network's outputs [n, ...] and targets [n, ...]. Local."""
+        raise NotImplementedError
+
+    def begin(self, y: Tensor, samples: range, num_samples: int) -> Coupling:
+        """Begin a step. Local."""
+        raise NotImplementedError
+
+    def _fault(self, likelihood: Likelihood, rule: str, remedy: str) -> ConfigError:
+        text = f"{self.name} with likelihood {type(likelihood).__name__}"
+        return ConfigError(Fault("--objective.name", text, rule, remedy))
+
+
+class _OfLogLikelihood(Objective):
+    def check(self, likelihood: Likelihood, num_samples: int) -> None:
+        if not likelihood.has_density:
+            raise self._fault(likelihood, "it has no density", "Use crps or energy, or another likelihood")
+
+    def statistic(self, likelihood: Likelihood, outputs: Tensor, y: Tensor) -> Tensor:
+        return likelihood.log_prob(outputs, y)
+
+
+# --- negative ELBO -------------------------------------------------------------------------------------
+
+
+class NegativeElbo(_OfLogLikelihood):
+    """Mean over samples of the negative log-likelihood; with the KL, the negative ELBO. One pass.
+
+    Linear in the samples: nothing is exchanged.
+    """
+
+    name = "elbo"
+    couples = False
+
+    def begin(self, y: Tensor, samples: range, num_samples: int) -> Coupling:
+        return _Mean(y, samples, num_samples)
+
+
+class _Mean(Coupling):
+    _sum: Tensor | float = 0.0
+
+    def gradient(self, samples: Sequence[int], statistic: Tensor) -> Tensor:
+        self._sum = self._sum - statistic.sum() / self.num_samples
+        return torch.full_like(statistic, -1.0 / self.num_samples)
+
+    def data_term(self) -> Tensor:
+        return torch.as_tensor(self._sum)
+
+
+# --- log predictive ------------------------------------------------------------------------------------
+
+
+class LogPredictive(_OfLogLikelihood):
+    """Negative log of the *mean likelihood* over the samples: the direct loss.
+
+    ``-log (1/K) sum_s exp l[s, b]``, the loss of the method's published code, where it is taken per rank and so
+    depends on the samples per rank; here over all samples of the job. Its gradient weighs each sample by its
+    responsibility ``p_s / sum_s p_s``.
+
+    Collective over ``sample_comm``: 2 B floats per step (a maximum and a sum), whatever K and C are.
+    """
+
+    name = "log_predictive"
+
+    def begin(self, y: Tensor, samples: range, num_samples: int) -> LogMeanExp:
+        return LogMeanExp(y, samples, num_samples)
+
+
+class LogMeanExp(Coupling):
+    """Running log-sum-exp of l[s, b] over samples: shifted by the largest, so that nothing under- or overflows."""
+
+    _max: Tensor | None = None  # [B] of l over the samples seen
+    _sum: Tensor | None = None  # [B] of exp(l - max)
+
+    def see(self, samples: Sequence[int], statistic: Tensor) -> None:
+        if self._max is None:
+            self._max = statistic.new_full(statistic.shape[1:], -math.inf)
+            self._sum = torch.zeros_like(self._max)
+        if len(statistic) == 0:
+            return
+        top = torch.maximum(self._max, statistic.amax(0))
+        shift = _finite(top)
+        self._sum = self._sum * torch.exp(self._max - shift) + torch.exp(statistic - shift).sum(0)
         self._max = top
 
     def combine(self, comm: GridComm) -> None:
-        """Make the normaliser log sum_s exp l[s, b] of the job, [B]. Collective over ``sample_comm``."""
+        if self._max is None:  # a rank without examples
+            return
         top = self._max.clone()
         comm.max_(top, "sample")
-        shift = torch.where(top.isinf(), 0, top)
-        self._sum *= torch.exp(self._max - shift)
+        self._shift = _finite(top)
+        self._sum *= torch.exp(self._max - self._shift)
         comm.sum_(self._sum, "sample")
-        self.log_normaliser = shift + self._sum.log()
+        self._log_sum = self._sum.log()
 
-    def weights(self, log_prob: Tensor) -> Tensor:
-        """Return the responsibilities [c, B] of some samples, in the second pass. Local."""
-        return torch.exp(log_prob - self.log_normaliser)
+    @property
+    def log_mean(self) -> Tensor:
+        """[B] log (1/K) sum_s exp l[s, b] of the job (nats)."""
+        return self._shift + self._log_sum - math.log(self.num_samples)
 
-    def data_term(self, num_samples: int) -> Tensor:
-        """Return the sum over this rank's examples of the data term (nats). Local."""
-        return -(self.log_normaliser - math.log(num_samples)).sum()
+    def gradient(self, samples: Sequence[int], statistic: Tensor) -> Tensor:
+        # The difference of the two large numbers first: it is exact.
+        return -torch.exp((statistic - self._shift) - self._log_sum)
+
+    def data_term(self) -> Tensor:
+        if self._max is None or not self.counts_group:
+            return torch.zeros(())
+        return -self.log_mean.sum()
+
+
+def _finite(top: Tensor) -> Tensor:
+    """A shift that may be subtracted: a likelihood of exactly 0 under all samples (-inf) stays 0, not NaN."""
+    return torch.where(top.isinf(), 0, top)
+
+
+# --- moment-matched Gaussian ---------------------------------------------------------------------------
+
+
+class MomentMatched(Objective):
+    """Negative log density of the Gaussian with the predictive's mean and variance, target by target.
+
+    The variance is the total one: the mean over samples of the likelihood's variance, and the variance over
+    samples of its mean (law of total variance, `Moments`). It is positive with one sample, too.
+
+    Collective over ``sample_comm``: 3 B T floats per step in two sums: of means and likelihood variances, then of
+    squared differences from the mean of the job, which keep their digits where the spread is small.
+    """
+
+    name = "moment_matched"
+
+    def check(self, likelihood: Likelihood, num_samples: int) -> None:
+        if not likelihood.has_variance:
+            raise self._fault(
+                likelihood,
+                "it needs a finite variance of the target",
+                "Use gaussian, student_t with df above 2, poisson or bernoulli",
+            )
+
+    def statistic(self, likelihood: Likelihood, outputs: Tensor, y: Tensor) -> Tensor:
+        """Return mean and variance of each target, [n, 2, num_targets, ...]."""
+        mean = likelihood.mean(outputs)
+        likelihood.targets(y, mean)  # the same shape
+        return torch.stack([mean, likelihood.variance(outputs)], dim=1)
+
+    def begin(self, y: Tensor, samples: range, num_samples: int) -> Coupling:
+        return _MomentMatchedCoupling(y, samples, num_samples)
+
+
+class Moments(Coupling):
+    """Running mean and variances of predictions over samples: statistic [c, B, 2, ...] of mean and variance.
+
+    Attributes
+    ----------
+    mean, aleatoric, epistemic : Tensor
+        [B, ...] after `combine`: mean of the predictive; mean over samples of the likelihood's variance;
+        variance over samples of its mean (divided by K). Their sum is the total variance.
+    """
+
+    _count = 0
+    _mean: Tensor | None = None
+    _square: Tensor | None = None  # sum of squared differences from the mean of the samples seen
+    _variance: Tensor | None = None
+
+    def see(self, samples: Sequence[int], statistic: Tensor) -> None:
+        # Chan, Golub, LeVeque, Algorithms for computing the sample variance, 1983
+        mean, variance = statistic.unbind(2)
+        if self._mean is None:
+            self._mean, self._square, self._variance = mean.new_zeros(3, *mean.shape[1:]).unbind(0)
+        if len(mean) == 0:
+            return
+        total = self._count + len(mean)
+        chunk_mean = mean.mean(0)
+        delta = chunk_mean - self._mean
+        self._square += (mean - chunk_mean).square().sum(0)
+        self._square += delta.square() * (self._count * len(mean) / total)
+        self._mean += delta * (len(mean) / total)
+        self._variance += variance.sum(0)
+        self._count = total
+
+    def combine(self, comm: GridComm) -> None:
+        if self._mean is None:  # a rank without examples
+            return
+        sums = torch.stack([self._mean * (self._count / self.num_samples), self._variance / self.num_samples])
+        comm.sum_(sums, "sample")
+        self.mean, self.aleatoric = sums.unbind(0)
+        square = self._square + self._count * (self._mean - self.mean).square()
+        comm.sum_(square, "sample")
+        self.epistemic = square / self.num_samples
+
+    @property
+    def total(self) -> Tensor:
+        """[B, ...] variance of the predictive."""
+        return self.aleatoric + self.epistemic
+
+
+class _MomentMatchedCoupling(Moments):
+    def combine(self, comm: GridComm) -> None:
+        super().combine(comm)
+        if self._mean is not None:
+            self._error = self.mean - self.y.view_as(self.mean)
+
+    def gradient(self, samples: Sequence[int], statistic: Tensor) -> Tensor:
+        by_mean = self._error / self.total
+        by_variance = 0.5 / self.total * (1 - by_mean * self._error)
+        by_mean = by_mean + 2 * by_variance * (statistic[:, :, 0] - self.mean)
+        return torch.stack([by_mean, by_variance.expand_as(by_mean)], dim=2) / self.num_samples
+
+    def data_term(self) -> Tensor:
+        if self._mean is None or not self.counts_group:
+            return torch.zeros(())
+        return 0.5 * (torch.log(2 * math.pi * self.total) + self._error.square() / self.total).sum()
+
+
+# --- objectives of all members -------------------------------------------------------------------------
+
+
+class Gathered(Objective):
+    """An objective of the statistics of *all* samples, given as one pure function.
+
+    Each rank of a sample group gathers the statistics of all samples for its examples, evaluates the function there,
+    and keeps the derivative for its own samples.
+
+    Collective over ``sample_comm``: one gather, B T floats per sample of this rank, for a statistic of T numbers.
+    Memory: K B T floats, and what the function needs.
+
+    Parameters
+    ----------
+    function : callable
+        ``function(statistics, y) -> loss``: statistics [K, B, ...] of all samples and targets y of the
+        examples to losses [B]; differentiable by autograd and free of randomness.
+    of : {"mean", "log_prob"} or callable
+        The statistic: predictions, log-likelihoods, or a function ``(likelihood, outputs [n, ...],
+        y [n, ...]) -> [n, ...]``.
+    name : str
+        For messages.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[Tensor, Tensor], Tensor],
+        of: str | Callable[[Likelihood, Tensor, Tensor], Tensor] = "mean",
+        name: str | None = None,
+    ):
+        self.function = function
+        self.of = of
+        self.name = name or getattr(function, "__name__", type(function).__name__)
+
+    def check(self, likelihood: Likelihood, num_samples: int) -> None:
+        if self.of == "log_prob" and not likelihood.has_density:
+            raise self._fault(likelihood, "it has no density", "Use another likelihood")
+
+    def statistic(self, likelihood: Likelihood, outputs: Tensor, y: Tensor) -> Tensor:
+        if self.of == "mean":
+            return likelihood.mean(outputs)
+        if self.of == "log_prob":
+            return likelihood.log_prob(outputs, y)
+        return self.of(likelihood, outputs, y)
+
+    def begin(self, y: Tensor, samples: range, num_samples: int) -> Coupling:
+        return _Members(self, y, samples, num_samples)
+
+    def evaluate(self, members: Tensor, y: Tensor, own: slice) -> tuple[Tensor, Tensor]:
+        """Return this rank's part of the sum of the losses, and its derivative for its own samples. Local.
+
+        Parameters
+        ----------
+        members : Tensor
+            [K, B, ...] statistics of all samples.
+        y : Tensor
+            [B, ...] targets.
+        own : slice
+            The samples of this rank.
+        """
+        with torch.enable_grad():
+            leaf = members.requires_grad_()
+            loss = self.function(leaf, y)
+            if loss.shape != members.shape[1:2]:
+                raise ConfigError(
+                    Fault(
+                        "--objective.name",
+                        self.name,
+                        f"the function must give one loss per example, {list(members.shape[1:2])}, "
+                        f"and gave {list(loss.shape)}",
+                        "Sum or average over samples and targets only",
+                    )
+                )
+            (gradient,) = torch.autograd.grad(loss.sum(), leaf)
+        part = loss.detach().sum() if own.start == 0 else loss.new_zeros(())
+        return part, gradient[own]
+
+
+class _Members(Coupling):
+    """Statistics of all samples, by sample."""
+
+    def __init__(self, objective: Gathered, y: Tensor, samples: range, num_samples: int):
+        super().__init__(y, samples, num_samples)
+        self.objective = objective
+        self._own: dict[int, Tensor] = {}
+        self._part = torch.zeros(())
+
+    def see(self, samples: Sequence[int], statistic: Tensor) -> None:
+        self._own.update(zip(samples, statistic))
+
+    def combine(self, comm: GridComm) -> None:
+        if not self._own or len(self.y) == 0:  # a rank without examples
+            return
+        own = torch.stack([self._own.pop(sample) for sample in self.samples])
+        members = comm.gather(own, "sample")
+        mine = slice(self.samples.start, self.samples.stop)
+        self._part, self._gradient = self.objective.evaluate(members, self.y, mine)
+
+    def gradient(self, samples: Sequence[int], statistic: Tensor) -> Tensor:
+        if len(self.y) == 0:
+            return torch.zeros_like(statistic)
+        first = self.samples.start
+        return self._gradient[samples[0] - first : samples[-1] + 1 - first]
+
+    def data_term(self) -> Tensor:
+        return self._part
+
+
+class _Score(Gathered):
+    """A proper scoring rule of the members, fair to their finite number in part or whole.
+
+    The factor of the pairs is ``c = (1 - (1 - fairness) / K) / (K (K - 1))``: with fairness 0 the
+    ordinary score (c = 1 / K^2), with 1 the fair one, unbiased in K (Ferro, 2014), between them the
+    almost fair one (Lang et al., AIFS-CRPS, 2024), whose members cannot grow apart for free.
+    """
+
+    def __init__(self, fairness: float = 0.95, weights: Tensor | None = None):
+        if not 0 <= fairness <= 1:
+            raise ConfigError(Fault("--objective.fairness", fairness, "must be between 0 and 1", "Try 0.95"))
+        super().__init__(self.score, "mean", self.name)
+        self.fairness = fairness
+        self.weights = weights
+        if weights is not None and not (weights.isfinite().all() and (weights >= 0).all() and weights.any()):
+            raise ConfigError(
+                Fault(
+                    "weights",
+                    f"of shape {list(weights.shape)}",
+                    "must be finite, 0 or more, and not all 0",
+                    "Use cos(latitude)",
+                )
+            )
+
+    def check(self, likelihood: Likelihood, num_samples: int) -> None:
+        if not isinstance(likelihood, Implicit):
+            raise self._fault(
+                likelihood,
+                "it scores the members and knows no noise of a likelihood",
+                "Use --likelihood.name implicit",
+            )
+        if num_samples < 2 and self.fairness > 0:
+            raise ConfigError(
+                Fault(
+                    "--num_samples",
+                    num_samples,
+                    f"{self.name} with fairness {self.fairness} compares pairs of samples",
+                    "Use 2 or more, or --objective.fairness 0",
+                )
+            )
+
+    def statistic(self, likelihood: Likelihood, outputs: Tensor, y: Tensor) -> Tensor:
+        likelihood.targets(y, outputs)  # the same shape
+        return outputs
+
+    def pair_factor(self, num_samples: int) -> float:
+        """Return c, the factor of half the sum over ordered pairs of samples."""
+        if num_samples == 1:
+            return 0.0  # a sample has no distance from itself
+        return (1 - (1 - self.fairness) / num_samples) / (num_samples * (num_samples - 1))
+
+    def location_weights(self, like: Tensor) -> Tensor:
+        """Return the weights [...] of the targets of an example, their mean 1, for members like [K, B, ...]."""
+        shape = like.shape[2:]
+        if self.weights is None:
+            return like.new_ones(shape)
+        try:
+            weights = self.weights.to(like).expand(shape)
+        except RuntimeError:
+            raise ConfigError(
+                Fault(
+                    "weights",
+                    f"of shape {list(self.weights.shape)}",
+                    f"must broadcast to the targets of an example, {list(shape)}",
+                    "Use [latitudes, 1] for targets [channels, latitudes, longitudes]",
+                )
+            ) from None
+        return weights / weights.mean()
+
+
+class Crps(_Score):
+    """Continuous ranked probability score of the members, mean over the targets of an example (units of y).
+
+    ``(1/K) sum_s |f_s - y| - (c/2) sum_st |f_s - f_t|`` (Gneiting and Raftery, 2007; c: see ``fairness``). The sum
+    over pairs comes from the sorted members, O(K log K) for each target.
+
+    Collective over ``sample_comm``: one gather of the members, B T floats per sample of this rank; the derivative is
+    local.
+
+    Parameters
+    ----------
+    fairness : float
+        0 the ordinary CRPS, 1 the fair one, 0.95 the almost fair one (α of AIFS-CRPS).
+    weights : Tensor, optional
+        Weights of the places of a field, such as cos(latitude) as [latitudes, 1]; they broadcast to the targets of
+        an example and are normalised to a mean of 1. Default: all alike.
+    """
+
+    name = "crps"
+
+    def score(self, members: Tensor, y: Tensor) -> Tensor:
+        """Return the CRPS [B] of members [K, B, ...] and targets [B, ...]: the definition, in O(K log K)."""
+        y = y.view(members.shape[1:])
+        num_samples = len(members)
+        rank = torch.arange(1 - num_samples, num_samples, 2, dtype=members.dtype, device=members.device)
+        centred = members - members.mean(0)  # keeps the digits of a small spread
+        pairs = torch.einsum("k,k...->...", rank, centred.sort(0).values)  # = half the sum over ordered pairs
+        per_target = (members - y).abs().mean(0) - self.pair_factor(num_samples) * pairs
+        return (per_target * self.location_weights(members)).flatten(1).mean(1)
+
+    def evaluate(self, members: Tensor, y: Tensor, own: slice) -> tuple[Tensor, Tensor]:
+        num_samples = len(members)
+        y = y.view(members.shape[1:])
+        mine = members[own]
+        # d/df_s of half the pairs: members below less members above; ties cancel
+        ordered = members.movedim(0, -1).sort(-1).values  # [B, ..., K]
+        places = mine.movedim(0, -1).contiguous()
+        below = torch.searchsorted(ordered, places)
+        not_above = torch.searchsorted(ordered, places, right=True)
+        side = (below + not_above - num_samples).movedim(-1, 0).to(members.dtype)
+        gradient = (mine - y).sign() / num_samples - self.pair_factor(num_samples) * side
+        part = self.score(members, y).sum() if own.start == 0 else members.new_zeros(())
+        weights = self.location_weights(members)
+        return part, gradient * (weights / weights.numel())
+
+
+class Energy(_Score):
+    """Energy score of the members over all targets of an example; with another ``beta`` than 1 the β-energy score.
+
+    ``(1/K) sum_s ||f_s - y||^beta - (c/2) sum_st ||f_s - f_t||^beta`` with the norm ``||d||^2 = sum_j w_j d_j^2``
+    (Gneiting and Raftery, 2007). Each rank compares its own members with all.
+
+    Collective over ``sample_comm``: one gather of the members, B T floats per sample of this rank; the derivative is
+    local.
+
+    Parameters
+    ----------
+    fairness, weights
+        As for `Crps`; the weights are the w of the norm, so that for one target the score is the CRPS.
+    beta : float
+        Exponent of the norm, above 0 and below 2.
+    """
+
+    name = "energy"
+
+    def __init__(self, fairness: float = 0.95, beta: float = 1.0, weights: Tensor | None = None):
+        super().__init__(fairness, weights)
+        if not 0 < beta < 2:
+            raise ConfigError(Fault("--objective.beta", beta, "must be above 0 and below 2", "Try 1"))
+        self.beta = beta
+
+    def _power(self, difference: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ||d||^beta [n, B] of d [n, B, ...], and its derivative by d."""
+        square = (difference.square() * weights).flatten(2).sum(2)
+        at_zero = square == 0  # no direction there: derivative 0, like that of |x|
+        square = square.masked_fill(at_zero, 1)
+        factor = (self.beta * square.pow(self.beta / 2 - 1)).masked_fill(at_zero, 0)
+        value = square.pow(self.beta / 2).masked_fill(at_zero, 0)
+        return value, difference * weights * factor.view(*factor.shape, *(1,) * (difference.ndim - 2))
+
+    def score(self, members: Tensor, y: Tensor) -> Tensor:
+        """Return the energy score [B] of members [K, B, ...] and targets [B, ...]."""
+        return self._parts(members, y, slice(0, len(members)))[0]
+
+    def _parts(self, members: Tensor, y: Tensor, own: slice) -> tuple[Tensor, Tensor]:
+        """Return the share [B] of some samples in the score, and the derivative of the whole by them."""
+        num_samples = len(members)
+        weights = self.location_weights(members)
+        values, gradients = self._power(members[own] - y.view(members.shape[1:]), weights)
+        loss, gradients = values.sum(0) / num_samples, gradients / num_samples
+        factor = self.pair_factor(num_samples)
+        for row, member in zip(gradients, members[own]):
+            values, slopes = self._power(member - members, weights)
+            loss = loss - 0.5 * factor * values.sum(0)
+            row -= factor * slopes.sum(0)
+        return loss, gradients
+
+    def evaluate(self, members: Tensor, y: Tensor, own: slice) -> tuple[Tensor, Tensor]:
+        loss, gradients = self._parts(members, y, own)
+        return loss.sum(), gradients
+
+
+# --- by name -------------------------------------------------------------------------------------------
+
+OBJECTIVES: dict[str, type[Objective]] = {
+    objective.name: objective for objective in (NegativeElbo, LogPredictive, MomentMatched, Crps, Energy)
+}
+
+
+def build_objective(config: ObjectiveConfig) -> Objective:
+    """Return the objective of a config. Local.
+
+    Raises
+    ------
+    ConfigError
+        The name is unknown, its class cannot be imported, or the file of weights cannot be read.
+    """
+    name = config.name
+    if name in ("crps", "energy"):
+        options = {"fairness": config.fairness, "weights": _read_weights(config.weights)}
+        return Crps(**options) if name == "crps" else Energy(beta=config.beta, **options)
+    if name in OBJECTIVES:
+        return OBJECTIVES[name]()
+    found = import_object("--objective.name", name)
+    objective = found() if isinstance(found, type) else found
+    return objective if isinstance(objective, Objective) else Gathered(objective)
+
+
+def _read_weights(path: str | None) -> Tensor | None:
+    if path is None:
+        return None
+    try:
+        return torch.from_numpy(np.load(path, allow_pickle=False)).double()
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(
+            Fault("--objective.weights", path, f"it cannot be read ({error})", "Write it with numpy.save")
+        ) from error

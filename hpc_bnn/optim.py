@@ -1,13 +1,17 @@
-"""Optimizers and learning-rate schedules, from torch (floor 4)."""
+"""Optimizers and learning-rate schedules, from torch, and the annealing of the KL (floor 4)."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
 
 from .config import OptimizerConfig
+from .errors import check_positive
 
 
 def build_optimizer(
@@ -19,3 +23,38 @@ def build_optimizer(
     if config.schedule == "cosine":
         return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=num_steps)
     return optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0, total_iters=0)
+
+
+@dataclass(frozen=True)
+class KlAnnealing:
+    """Factor of the KL as a function of the steps made so far: it comes up to ``weight``.
+
+    Call it with the number of steps, as `hpc_bnn.step.VariationalStep` does.
+
+    Parameters
+    ----------
+    weight : float
+        Factor that is reached; 1 is Bayes, below 1 a cold posterior.
+    schedule : {"constant", "linear", "cosine", "cyclical"}
+        From the start; up from 0 along a line (Sonderby et al., 2016) or half a cosine; or again and again: up from
+        0 in the first half of each cycle, constant in the second (Fu et al., Cyclical Annealing Schedule, 2019).
+    num_steps : float
+        Steps until ``weight`` is reached; of cyclical the length of a cycle.
+    """
+
+    weight: float = 1.0
+    schedule: Literal["constant", "linear", "cosine", "cyclical"] = "constant"
+    num_steps: float = 1.0
+
+    def __post_init__(self):
+        check_positive("--kl_annealing.num_epochs", self.num_steps, 10)
+
+    def __call__(self, num_steps: int) -> float:
+        done = num_steps / self.num_steps
+        if self.schedule == "cyclical":
+            return self.weight * min(2 * (done % 1.0), 1.0)
+        if self.schedule == "linear":
+            return self.weight * min(done, 1.0)
+        if self.schedule == "cosine":
+            return self.weight * 0.5 * (1 - math.cos(math.pi * min(done, 1.0)))
+        return self.weight

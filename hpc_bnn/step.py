@@ -18,16 +18,16 @@ import torch
 from torch import Tensor
 
 from .comm import GridComm
-from .errors import ConfigError, Fault, NonFiniteError
-from .likelihoods import Categorical
+from .errors import ConfigError, Fault, HpcBnnError, NonFiniteError
+from .likelihoods import Likelihood
 from .noise import Stream, keyed_generator
-from .objectives import LogPredictive
+from .objectives import Coupling, NegativeElbo, Objective
 from .posteriors import Posterior, Tally
 
 logger = logging.getLogger(__name__)
 
-Use = Callable[[Tensor, Tensor | None], None]
-"""What is done with the log-likelihoods [c, B] of some samples, and the leaf [c, P] of a batched draw."""
+Use = Callable[[Sequence[int], Tensor, Tensor | None], None]
+"""What is done with some samples: their statistic [c, B, ...], and the leaf [c, P] of a batched draw."""
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,14 @@ class StepResult:
     """What one step measured, before its update; the same on all ranks."""
 
     nelbo: float
-    """Objective per example (nats): ``data_term + kl_weight * kl / num_train_examples``; with the objective "elbo"
-    the negative ELBO."""
+    """Objective per example: ``data_term + kl_weight * kl / num_train_examples``; with the objective "elbo" and
+    ``kl_weight`` 1 the negative ELBO (nats)."""
     data_term: float
-    """Data term per example (nats): mean over samples of the negative log-likelihood, or the negative log
-    predictive, by objective."""
+    """Data term of the objective per example (nats; units of the target for a score)."""
     kl: float
     """KL(q || prior) of all weights (nats)."""
+    kl_weight: float = 1.0
+    """Factor of the KL at this step."""
 
 
 class VariationalStep:
@@ -51,7 +52,7 @@ class VariationalStep:
     ----------
     posterior : Posterior
         Wrapped network.
-    likelihood : Categorical
+    likelihood : Likelihood
         Likelihood of an example given the network's outputs.
     optimizer : torch.optim.Optimizer
         Over ``posterior.parameters()``.
@@ -60,15 +61,15 @@ class VariationalStep:
     num_samples : int
         Samples of the weights per step in the whole job, K; at least the extent of the sample axis.
     num_train_examples : int
-        Size of the training set, N: the KL per example is KL / N.
+        Size of the training set, N: the KL per example is KL / N, so that the objective is that of the whole
+        data set, divided by N, whatever the batch is.
     seed : int
         Key of the noise.
-    kl_weight : float
-        Factor of the KL; 1 is Bayes, below 1 a cold posterior.
-    objective : {"elbo", "log_predictive"}
-        Data term: the mean over samples of the negative log-likelihood, or the negative log of the mean
-        likelihood over *all* samples of the job (`hpc_bnn.objectives.LogPredictive`: two passes over the samples
-        and two more small collectives over the sample axis).
+    kl_weight : float or callable
+        Factor of the KL; 1 is Bayes, below 1 a cold posterior. A function of the number of steps made so far
+        anneals it (`hpc_bnn.optim.KlAnnealing`).
+    objective : Objective
+        How the samples make one data term (`hpc_bnn.objectives`); by default the negative ELBO.
     autocast_dtype : torch.dtype, optional
         Run the network in this dtype where torch's autocast allows; weights, gradients and reductions
         stay in their own.
@@ -82,20 +83,23 @@ class VariationalStep:
     ----------
     num_steps : int
         Steps made so far: part of the noise key, to be stored with a checkpoint.
+    num_passes : int
+        Forward passes over the samples in the last step on this rank: 2 where the objective couples the samples
+        and not all of them are evaluated at once, otherwise 1.
     """
 
     def __init__(
         self,
         posterior: Posterior,
-        likelihood: Categorical,
+        likelihood: Likelihood,
         optimizer: torch.optim.Optimizer,
         comm: GridComm,
         *,
         num_samples: int,
         num_train_examples: int,
         seed: int = 0,
-        kl_weight: float = 1.0,
-        objective: Literal["elbo", "log_predictive"] = "elbo",
+        kl_weight: float | Callable[[int], float] = 1.0,
+        objective: Objective | None = None,
         autocast_dtype: torch.dtype | None = None,
         chunk_size: int | Literal["auto"] = 1,
     ):
@@ -103,11 +107,13 @@ class VariationalStep:
         posterior.check_num_samples(num_samples)
         if chunk_size != "auto" and chunk_size < 1:
             raise ConfigError(Fault("--chunk_size", chunk_size, "must be auto or at least 1", "Try auto"))
-        if objective != "elbo" and not posterior.is_replicated:
+        objective = objective or NegativeElbo()
+        objective.check(likelihood, num_samples)
+        if objective.couples and not posterior.is_replicated:
             raise ConfigError(
                 Fault(
-                    "--objective",
-                    objective,
+                    "--objective.name",
+                    objective.name,
                     "the members of an ensemble train alone",
                     "Use elbo, or another family",
                 )
@@ -119,18 +125,19 @@ class VariationalStep:
         self.num_samples = num_samples
         self.num_train_examples = num_train_examples
         self.seed = seed
-        self.kl_weight = kl_weight
+        self.kl_weight = kl_weight if callable(kl_weight) else lambda num_steps: kl_weight
         self.objective = objective
         self.autocast_dtype = autocast_dtype
         self.chunk_size = chunk_size
         self.num_steps = 0
         self._can_batch = True
-        self._is_prepared = False
+        self._is_prepared = self._has_said_passes = False
+        self.num_passes = 0
 
     def __call__(self, x: Tensor, y: Tensor, global_batch_size: int) -> StepResult:
         """Make one step. Collective over the world: one sum over each axis of extent above 1.
 
-        The log predictive adds a maximum and a sum of B_local floats over the sample axis; a module with
+        An objective that couples the samples adds what its docstring says over the sample axis; a module with
         BatchNorm three small sums over the data axis per layer and sample (five with two passes). A deep
         ensemble sums its gradient over the data axis only, and a few scalars over both.
 
@@ -155,11 +162,12 @@ class VariationalStep:
         if tally[Tally.NUM_BROKEN]:
             self._raise_non_finite()
         posterior.attach_gradients_()
-        kl = posterior.add_kl_gradient_(self.kl_weight / self.num_train_examples).item()
+        kl_weight = self.kl_weight(self.num_steps)
+        kl = posterior.add_kl_gradient_(kl_weight / self.num_train_examples).item()
         self.optimizer.step()
         self.num_steps += 1
         data_term = tally[Tally.DATA_TERM]
-        return StepResult(data_term + self.kl_weight * kl / self.num_train_examples, data_term, kl)
+        return StepResult(data_term + kl_weight * kl / self.num_train_examples, data_term, kl, kl_weight)
 
     def accumulate_gradient_(self, x: Tensor, y: Tensor, global_batch_size: int) -> None:
         """Leave the job's sums in ``posterior.reduced``: gradient of the data term, statistics, tally.
@@ -172,7 +180,6 @@ class VariationalStep:
         counts_samples = posterior.kl_kind in ("Monte Carlo", "point") and self._prior_share > 0
         if len(x) == 0 and not posterior.batch_norms.layers and not counts_samples:
             mine = range(0)  # nothing to evaluate, and nobody waits for this rank
-        scale = 1.0 / (self.num_samples * global_batch_size)
         if self.chunk_size == "auto":
             self.chunk_size = self._measure_chunk_size(x, y, mine)
         if not self._is_prepared and len(x):
@@ -180,18 +187,10 @@ class VariationalStep:
             self._warn_of_foreign_noise(x)
             self._is_prepared = True
         posterior.begin(comm.grid.local_examples(global_batch_size).start)
-        if self.objective == "elbo":
-            self._walk(mine, x, y, self._differentiate(lambda log_prob: scale))
-        else:
-            predictive = LogPredictive(len(x), posterior.reduced)
-            with torch.no_grad():
-                self._walk(mine, x, y, lambda log_prob, leaf: predictive.see(log_prob))
-            predictive.combine(comm)
-            posterior.batch_norms.begin()  # the second pass gives the statistics
-            share = 1.0 / global_batch_size
-            self._walk(mine, x, y, self._differentiate(lambda log_prob: share * predictive.weights(log_prob)))
-            is_first = comm.grid.sample_index == 0  # the same on all ranks of a sample group: it counts once
-            posterior.tally[Tally.DATA_TERM] = share * is_first * predictive.data_term(self.num_samples)
+        samples = comm.grid.local_samples(self.num_samples)
+        coupling = self.objective.begin(y, samples, self.num_samples)
+        self._pass_over(mine, x, y, coupling, 1.0 / global_batch_size)
+        posterior.tally[Tally.DATA_TERM] = coupling.data_term() / global_batch_size
         posterior.finish_(self._prior_share)
         # NaN and infinity survive a sum. The flag travels with the gradient: no collective of its own.
         self._local_is_broken = ~posterior.reduced.sum().isfinite()
@@ -231,37 +230,82 @@ class VariationalStep:
     def _keyed(self, sample: int) -> torch.Generator:
         return keyed_generator(self.seed, Stream.NOISE, self.num_steps, sample, self.posterior.reduced.device)
 
-    def _differentiate(self, weigh: Callable[[Tensor], Tensor | float]) -> Use:
-        """Return what folds in the gradient of -sum(weigh(l) * l) for l [c, B] of some samples."""
-        posterior = self.posterior
-        kl = self._prior_share, self.kl_weight / self.num_train_examples
+    def _pass_over(self, mine: range, x: Tensor, y: Tensor, coupling: Coupling, share: float) -> None:
+        """Evaluate the samples of this rank and fold in the gradient of ``share`` times the data term.
 
-        def use(log_prob: Tensor, leaf: Tensor | None) -> None:
-            loss = -(weigh(log_prob.detach()) * log_prob).sum()
-            loss.backward()
+        Where the samples couple and one chunk holds all of this rank, its graph waits for the exchange: one
+        pass. Otherwise a pass without gradient goes before.
+        """
+        differentiate = self._differentiate(coupling, share)
+        self.num_passes = 1
+        if not self.objective.couples:
+            self._walk(mine, x, y, differentiate)
+            return
+        if len(mine) == 1 or (1 < len(mine) <= self.chunk_size and self._can_batch):
+
+            def use(samples: Sequence[int], statistic: Tensor, leaf: Tensor | None) -> None:
+                coupling.see(samples, statistic.detach())
+                coupling.combine(self.comm)
+                differentiate(samples, statistic, leaf)
+
+            whole = self._try_chunk(mine, x, y) if len(mine) > 1 else self._evaluate_one(mine[0], x, y)
+            if whole is not None:
+                use(mine, *whole)
+                return
+        self.num_passes = 2
+        self._say_two_passes(len(mine))
+        with torch.no_grad():
+            self._walk(mine, x, y, lambda samples, statistic, leaf: coupling.see(samples, statistic))
+        coupling.combine(self.comm)
+        self.posterior.batch_norms.begin()  # the second pass gives the statistics
+        self._walk(mine, x, y, differentiate)
+
+    def _say_two_passes(self, num_local_samples: int) -> None:
+        if self.comm.grid.rank == 0 and not self._has_said_passes:
+            remedy = f"--chunk_size {num_local_samples} makes it one, with the memory of that many"
+            logger.info(
+                "the objective %s couples the samples: two passes over the %d of this rank per step (%s)",
+                self.objective.name,
+                num_local_samples,
+                remedy if self._can_batch else "the module cannot be batched",
+            )
+        self._has_said_passes = True
+
+    def _differentiate(self, coupling: Coupling, share: float) -> Use:
+        """Return what folds in the gradient of ``share`` times the data term for some samples."""
+        posterior = self.posterior
+        kl = self._prior_share, self.kl_weight(self.num_steps) / self.num_train_examples
+
+        def use(samples: Sequence[int], statistic: Tensor, leaf: Tensor | None) -> None:
+            statistic.backward(share * coupling.gradient(samples, statistic.detach()))
             if leaf is None:
                 posterior.accumulate_(*kl)
             else:
                 posterior.accumulate_chunk_(leaf, *kl)
-            posterior.tally[Tally.DATA_TERM] += loss.detach()
 
         return use
 
     def _walk(self, samples: Sequence[int], x: Tensor, y: Tensor, use: Use) -> None:
-        """Evaluate samples, batched where that works, and hand on l [c, B]."""
+        """Evaluate samples, batched where that works, and hand on their statistics [c, B, ...]."""
         size = self.chunk_size
         for start in range(0, len(samples), size):
             chunk = samples[start : start + size]
-            if len(chunk) > 1 and self._can_batch:
-                try:
-                    self._evaluate_batched(chunk, x, y, use)
-                    continue
-                except torch.cuda.OutOfMemoryError:
-                    raise
-                except (RuntimeError, ValueError, NotImplementedError) as error:
-                    self._fall_back(error)
+            whole = self._try_chunk(chunk, x, y) if len(chunk) > 1 and self._can_batch else None
+            if whole is not None:
+                use(chunk, *whole)
+                continue
             for sample in chunk:
-                self._evaluate_one(sample, x, y, use)
+                use([sample], *self._evaluate_one(sample, x, y))
+
+    def _try_chunk(self, chunk: Sequence[int], x: Tensor, y: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return what `_evaluate_batched` does, or None from now on where the module cannot be batched."""
+        try:
+            return self._evaluate_batched(chunk, x, y)
+        except (torch.cuda.OutOfMemoryError, HpcBnnError):
+            raise
+        except (RuntimeError, ValueError, NotImplementedError) as error:
+            self._fall_back(error)
+            return None
 
     def _fall_back(self, error: Exception) -> None:
         if self.comm.grid.rank == 0:
@@ -272,14 +316,16 @@ class VariationalStep:
         self._can_batch = False
         self.posterior.forget_chunk_()
 
-    def _evaluate_one(self, sample: int, x: Tensor, y: Tensor, use: Use) -> None:
+    def _evaluate_one(self, sample: int, x: Tensor, y: Tensor) -> tuple[Tensor, None]:
+        """Return the statistic [1, B, ...] of a sample."""
         posterior = self.posterior
         posterior.draw_(sample, self._keyed)
         with self._autocast(x.device):
             outputs = posterior.module(x)
-        use(self.likelihood.log_prob(outputs.to(posterior.dtype), y)[None], None)
+        return self.objective.statistic(self.likelihood, outputs.to(posterior.dtype), y)[None], None
 
-    def _evaluate_batched(self, samples: Sequence[int], x: Tensor, y: Tensor, use: Use) -> None:
+    def _evaluate_batched(self, samples: Sequence[int], x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the statistics [c, B, ...] of some samples, and the leaf [c, P] of their weights."""
         posterior = self.posterior
         posterior.check_batchable()
         weights = posterior.draw_chunk(samples, self._keyed)  # [c, P]
@@ -290,8 +336,9 @@ class VariationalStep:
         with self._autocast(x.device):
             outputs = torch.vmap(forward)(weights)  # [c, B, ...]
         targets = y.expand(len(samples), *y.shape).flatten(0, 1)
-        log_prob = self.likelihood.log_prob(outputs.to(posterior.dtype).flatten(0, 1), targets)
-        use(log_prob.unflatten(0, (len(samples), -1)), weights)
+        outputs = outputs.to(posterior.dtype).flatten(0, 1)
+        statistic = self.objective.statistic(self.likelihood, outputs, targets)
+        return statistic.unflatten(0, (len(samples), len(y))), weights
 
     def _measure_chunk_size(self, x: Tensor, y: Tensor, mine: range) -> int:
         """Return the chunk size with the least time per sample, of powers of two. Local.
@@ -319,7 +366,8 @@ class VariationalStep:
         torch.cuda.synchronize(x.device)
         start = time.perf_counter()
         former, self.chunk_size = self.chunk_size, len(samples)
-        self._walk(samples, x, y, self._differentiate(lambda log_prob: 1.0))
+        some_gradient = NegativeElbo().begin(y, range(len(samples)), len(samples))
+        self._walk(samples, x, y, self._differentiate(some_gradient, 1.0))
         self.chunk_size = former
         torch.cuda.synchronize(x.device)
         return (time.perf_counter() - start) / len(samples)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import json
 import logging
@@ -27,15 +26,19 @@ from .comm import GridComm
 from .config import Config
 from .data import ShardDataset, global_batches
 from .data.shards import MANIFEST
-from .errors import ConfigError, DataError, Fault, check_all
-from .evaluate import ClassPredictive, evaluate_classes
+from .errors import ConfigError, DataError, Fault, check_all, import_object
+from .evaluate import ClassPredictive, Predictive, ValuePredictive, evaluate_dataset
 from .grid import Grid
-from .likelihoods import Categorical
-from .optim import build_optimizer
+from .likelihoods import Likelihood, build_likelihood
+from .objectives import Objective, build_objective
+from .optim import KlAnnealing, build_optimizer
 from .posteriors import Posterior, build_posterior
 from .step import VariationalStep
 
 logger = logging.getLogger(__name__)
+
+NUM_SHOWN_POINTS, NUM_SHOWN_TARGETS = 200, 256
+"""Test examples, and targets of each, kept for the picture of a predictive of numbers."""
 
 NUM_SHOWN_EXAMPLES = 12
 """Test examples kept for the picture of the predictive uncertainty: half the surest, half the least sure."""
@@ -70,7 +73,7 @@ class Run:
         self.run_dir = Path(config.run_dir)
         self.dtype = torch.float64 if config.dtype == "float64" else torch.float32
         self.train_set, self.test_set = self._read_data()
-        self.likelihood = Categorical(self.train_set.manifest.num_classes)
+        self.likelihood = self._build_likelihood()
         self.posterior = self._build_posterior()
         self.steps_per_epoch = -(-len(self.train_set) // config.global_batch_size)
         self.optimizer, self.schedule = build_optimizer(
@@ -84,8 +87,12 @@ class Run:
             num_samples=config.num_samples,
             num_train_examples=len(self.train_set),
             seed=config.seed,
-            kl_weight=config.kl_weight,
-            objective=config.objective,
+            kl_weight=KlAnnealing(
+                config.kl_weight,
+                config.kl_annealing.schedule,
+                config.kl_annealing.num_epochs * self.steps_per_epoch,
+            ),
+            objective=self._build_objective(),
             autocast_dtype=torch.bfloat16 if config.dtype == "bfloat16" else None,
             chunk_size=config.chunk_size,
         )
@@ -102,15 +109,21 @@ class Run:
                 ShardDataset(config.shards, split, comm.device, self.dtype)
                 for split in (config.train_split, config.test_split)
             )
-            if train_set.manifest.num_classes is None:
-                raise DataError("the targets are no classes; this version trains classifiers only")
         return train_set, test_set
+
+    def _build_likelihood(self) -> Likelihood:
+        manifest = self.train_set.manifest
+        return build_likelihood(self.config.likelihood, manifest.num_classes, manifest.arrays["y"].shape)
+
+    def _build_objective(self) -> Objective:
+        with self.comm.agree(f"making the objective {self.config.objective.name}"):
+            return build_objective(self.config.objective)
 
     def _build_posterior(self) -> Posterior:
         config, comm = self.config, self.comm
 
         def make_module() -> nn.Module:
-            network, arguments = _import_class(config.model.name), config.model.arguments
+            network, arguments = import_object("--model.name", config.model.name), config.model.arguments
             try:
                 module = network(
                     in_shape=self.train_set.in_shape, num_outputs=self.likelihood.num_outputs, **arguments
@@ -126,7 +139,7 @@ class Run:
                 ) from error
             if config.model.pretrained is not None:
                 _load_pretrained(module, config.model.pretrained)
-            return module.to(comm.device, self.dtype)
+            return self.likelihood.wrap(module).to(comm.device, self.dtype)
 
         with comm.agree(f"building {config.model.name}"):
             posterior = build_posterior(
@@ -208,13 +221,14 @@ class Run:
             "train/nelbo": nelbo_sum / num_examples,
             "train/data_term": data_sum / num_examples,
             "train/kl": result.kl,
+            "train/kl_weight": result.kl_weight,
             "learning_rate": self.schedule.get_last_lr()[0],
             "seconds": seconds,
             "examples_per_second": num_examples / seconds,
         }
 
-    def _evaluate(self) -> tuple[dict[str, float], ClassPredictive, slice]:
-        metrics, predictive, part = evaluate_classes(
+    def _evaluate(self) -> tuple[dict[str, float], Predictive, slice]:
+        metrics, predictive, part = evaluate_dataset(
             self.posterior,
             self.likelihood,
             self.comm,
@@ -264,7 +278,7 @@ class Run:
             if self.is_writer:
                 with open(self.run_dir / "metrics.jsonl", "a") as file:
                     file.write(json.dumps(row) + "\n")
-        if self.is_writer and "test/nll" in row:
+        if self.is_writer and any(name.startswith("test/") for name in row):
             progress.write(_one_line(row), file=sys.stderr)
 
     def _write_checkpoint(self, epoch: int) -> None:
@@ -289,7 +303,36 @@ class Run:
             return mine
         return {k: v for state in self.comm.gather_objects(mine, "sample") for k, v in state.items()}
 
-    def _show_examples(self, predictive: ClassPredictive, part: slice) -> dict[str, Any]:
+    def _show_examples(self, predictive: Predictive, part: slice) -> dict[str, Any]:
+        """Gather some test examples with their predictive on rank 0."""
+        if isinstance(predictive, ClassPredictive):
+            return self._show_classes(predictive, part)
+        return self._show_values(predictive, part)
+
+    def _show_values(self, predictive: ValuePredictive, part: slice) -> dict[str, Any]:
+        """Gather targets and predictive of evenly spread test examples of the job on rank 0, [n, targets]."""
+        every = -(-len(self.test_set) // NUM_SHOWN_POINTS)
+        mine = None
+        if self.comm.grid.sample_index == 0:
+            chosen = torch.tensor(
+                [i - part.start for i in range(part.start, part.stop) if i % every == 0]
+            ).long()
+            _, y = self.test_set.fetch(part)
+            columns = {
+                "y": self.likelihood.targets(y, predictive.mean),
+                "mean": predictive.mean,
+                "aleatoric_std": predictive.aleatoric_variance.sqrt(),
+                "epistemic_std": predictive.epistemic_variance.sqrt(),
+            }
+            mine = {
+                k: v[chosen.to(v.device)].flatten(1)[:, :NUM_SHOWN_TARGETS].cpu() for k, v in columns.items()
+            }
+        parts = [part for part in self.comm.gather_objects(mine) if part is not None]
+        return (
+            {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if self.is_writer else {}
+        )
+
+    def _show_classes(self, predictive: ClassPredictive, part: slice) -> dict[str, Any]:
         """Gather the surest and the least sure test examples of the job on rank 0."""
         order = predictive.entropy.argsort().tolist()
         half = NUM_SHOWN_EXAMPLES // 2
@@ -325,6 +368,8 @@ class Run:
             "num_steps": self.step.num_steps,
             "seconds": seconds,
             "num_samples": self.config.num_samples,
+            "objective": {"name": self.step.objective.name, "num_passes": self.step.num_passes},
+            "likelihood": type(self.likelihood).__name__,
             "posterior": {
                 "family": self.posterior.family,
                 "num_random_weights": self.posterior.num_weights,
@@ -346,16 +391,6 @@ class Run:
 
 
 # --- helpers -------------------------------------------------------------------------------------------
-
-
-def _import_class(path: str) -> type[nn.Module]:
-    module_path, _, name = path.rpartition(".")
-    try:
-        return getattr(importlib.import_module(module_path), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(
-            Fault("--model.name", path, f"it cannot be imported ({error})", "Give package.module.Class")
-        ) from error
 
 
 def _load_pretrained(module: nn.Module, path: str) -> None:
@@ -393,8 +428,8 @@ def _free_name(path: Path) -> Path:
 
 
 def _one_line(row: dict[str, Any]) -> str:
-    shown = ("train/nelbo", "train/kl", "test/accuracy", "test/nll")
-    values = "  ".join(f"{name} {row[name]:.4g}" for name in shown if name in row)
+    shown = ["train/nelbo", "train/kl", *(name for name in row if name.startswith("test/"))]
+    values = "  ".join(f"{name} {row[name]:.4g}" for name in shown)
     return f"epoch {row['epoch']:4d}  step {row['step']:6d}  {values}  {row['examples_per_second']:.0f} examples/s"
 
 

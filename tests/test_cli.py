@@ -148,8 +148,8 @@ def test_missing_shards_are_prepared_or_their_remedy_is_named(tmp_path):
             ["--posterior.prior_std fan_in", "--posterior.estimator local"],
         ),
         (
-            ["--posterior.family", "ensemble", "--objective", "log_predictive"],
-            ["--objective log_predictive", "--num_test_samples 64"],
+            ["--posterior.family", "ensemble", "--objective.name", "log_predictive"],
+            ["--objective.name log_predictive", "--num_test_samples 64"],
         ),
         (["--grid.sample_size", "2"], ["--grid.sample_size 2", "has 1"]),
         (

@@ -6,7 +6,7 @@ from sklearn.metrics import accuracy_score, log_loss
 from torch import nn
 
 from hpc_bnn import Categorical, Grid, GridComm, MeanFieldGaussian, ShardDataset
-from hpc_bnn.evaluate import evaluate_classes, predict_classes
+from hpc_bnn.evaluate import evaluate_dataset, predict_classes
 from hpc_bnn.noise import Stream, keyed_generator, keyed_global_generator
 
 
@@ -53,7 +53,7 @@ def test_metrics_equal_scikit_learn(digits):
         GridComm(Grid()),
         ShardDataset(digits, "test", dtype=torch.float64),
     )
-    metrics, predictive, part = evaluate_classes(posterior, Categorical(10), comm, dataset, num_samples=5)
+    metrics, predictive, part = evaluate_dataset(posterior, Categorical(10), comm, dataset, num_samples=5)
     assert part == slice(0, 359)
     _, y = dataset.fetch(part)
     p = predictive.probabilities.numpy()

@@ -28,7 +28,8 @@ def split_weights(
 ) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
     """Return the trainable parameters of a module by name: random ones, and deterministic ones.
 
-    Frozen parameters are in neither. A tied parameter appears once, under its first name; it is
+    Frozen parameters are in neither. Those that a layer names in its attribute ``point_parameters`` are always
+    deterministic. A tied parameter appears once, under its first name; it is
     deterministic when any of its places is.
 
     Parameters
@@ -47,7 +48,11 @@ def split_weights(
     names = {}  # id of a parameter -> all its names
     for name, parameter in module.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-    excluded: set[int] = set()
+    excluded = {
+        id(getattr(layer, name))
+        for layer in module.modules()
+        for name in getattr(layer, "point_parameters", ())
+    }
     for rule in deterministic:
         types = KINDS.get(rule) if isinstance(rule, str) else (rule,)
         if types is not None:

@@ -6,7 +6,7 @@ import torch
 from reference import make_problem, make_step
 
 from hpc_bnn import Categorical, Grid, GridComm, ShardDataset, write_shards
-from hpc_bnn.evaluate import evaluate_classes
+from hpc_bnn.evaluate import evaluate_dataset
 
 
 @pytest.mark.parametrize("num_examples", [31, 2], ids=["uneven", "fewer_than_ranks"])
@@ -20,8 +20,8 @@ def test_metrics_equal_those_of_one_process(comm, tmp_path_factory, num_examples
     dataset = ShardDataset(directory, "train", dtype=torch.float64)
     step = make_step(GridComm(Grid()))
     arguments = step.posterior, Categorical(3)
-    expected, _, _ = evaluate_classes(*arguments, GridComm(Grid()), dataset, num_samples=6)
-    got, predictive, part = evaluate_classes(*arguments, comm, dataset, num_samples=6)
+    expected, _, _ = evaluate_dataset(*arguments, GridComm(Grid()), dataset, num_samples=6)
+    got, predictive, part = evaluate_dataset(*arguments, comm, dataset, num_samples=6)
     assert got["accuracy"] == expected["accuracy"]
     assert got["nll"] == pytest.approx(expected["nll"], rel=1e-12)
     assert len(predictive.probabilities) == part.stop - part.start

@@ -1,112 +1,332 @@
-"""The log predictive over all samples of the job: exact on every grid."""
+"""Objectives: exact on every grid, against definitions of one line, with the communication that they state."""
 
 import math
 
 import pytest
 import torch
 from modules import NUM_CLASSES, make_examples, make_module
-from reference import GLOBAL_BATCH_SIZE, make_problem, make_step, relative_difference
+from reference import relative_difference
+from torch.distributions import Normal
 
-from hpc_bnn import Categorical, Grid, GridComm, MeanFieldGaussian, VariationalStep
+import hpc_bnn
+from hpc_bnn import (
+    Bernoulli,
+    Categorical,
+    Crps,
+    Energy,
+    Gathered,
+    Gaussian,
+    Grid,
+    GridComm,
+    Implicit,
+    LogPredictive,
+    MeanFieldGaussian,
+    MomentMatched,
+    NegativeElbo,
+    Poisson,
+    StudentT,
+    VariationalStep,
+    testing,
+)
 from hpc_bnn.errors import ConfigError
 from hpc_bnn.noise import Stream, keyed_generator
-from hpc_bnn.objectives import LogPredictive
-
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
+from hpc_bnn.objectives import LogMeanExp
 
 
-def by_definition(step, x, y):
-    """-log mean_s p(y | x, w_s), its mean over the batch, and the gradient, by autograd in one process."""
-    posterior = step.posterior
-    leaves = [p.detach().clone().requires_grad_() for p in posterior.parameters()]
-    log_probs = []
-    for sample in range(step.num_samples):
-        generator = keyed_generator(step.seed, Stream.NOISE, 0, sample)
-        eps = torch.randn(posterior.num_weights, dtype=x.dtype, generator=generator)
-        weights = posterior.random.views(leaves[0] + leaves[1].exp() * eps)
-        outputs = torch.func.functional_call(posterior.module, weights, (x,))
-        log_probs.append(step.likelihood.log_prob(outputs, y))
-    loss = (math.log(step.num_samples) - torch.logsumexp(torch.stack(log_probs), 0)).mean()
-    return loss, torch.cat(torch.autograd.grad(loss, leaves))
+def log_lik(likelihood):
+    """l[s, b] of outputs [K, B, ...]."""
+    return lambda outputs, y: torch.stack([likelihood.log_prob(o, y) for o in outputs])
 
 
-@pytest.mark.parametrize("chunk_size", [1, 3])
-@pytest.mark.parametrize("num_samples", [16, 5, "one per rank"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
-def test_loss_and_gradient_equal_the_definition(comm, dtype, num_samples, chunk_size):
-    num_samples = comm.grid.sample_size if num_samples == "one per rank" else num_samples
-    step = make_step(comm, dtype, num_samples, objective="log_predictive", chunk_size=chunk_size)
-    x, y = (t[:GLOBAL_BATCH_SIZE] for t in make_problem(dtype))
-    loss, gradient = by_definition(step, x, y)
-    part = comm.grid.local_examples(GLOBAL_BATCH_SIZE)
-    step.accumulate_gradient_(x[part], y[part], GLOBAL_BATCH_SIZE)
-    assert step.posterior.tally[0].item() == pytest.approx(loss.item(), rel=TOLERANCE[dtype])
-    assert relative_difference(step.posterior.gradient, gradient) < TOLERANCE[dtype]
+def elbo(likelihood):
+    return lambda outputs, y: -log_lik(likelihood)(outputs, y).mean()
 
 
-def test_it_is_not_the_negative_elbo(comm):
-    x, y = (t[:GLOBAL_BATCH_SIZE] for t in make_problem(torch.float64))
-    part = comm.grid.local_examples(GLOBAL_BATCH_SIZE)
+def log_predictive(likelihood):
+    return lambda f, y: -(torch.logsumexp(log_lik(likelihood)(f, y), 0) - math.log(len(f))).mean()
+
+
+def moment_matched(likelihood):
+    def loss(outputs, y):
+        mean = torch.stack([likelihood.mean(o) for o in outputs])
+        inner = torch.stack([likelihood.variance(o) for o in outputs]).mean(0)
+        total = inner + mean.var(0, correction=0)
+        return -Normal(mean.mean(0), total.sqrt()).log_prob(y.view_as(total).to(total)).sum(1).mean()
+
+    return loss
+
+
+def pair_factor(num_samples, fairness):
+    return (1 - (1 - fairness) / num_samples) / (num_samples * (num_samples - 1)) if num_samples > 1 else 0.0
+
+
+def crps(fairness, w):
+    def loss(f, y):
+        pairs = (f[:, None] - f[None]).abs().sum((0, 1))
+        score = (f - y).abs().mean(0) - 0.5 * pair_factor(len(f), fairness) * pairs
+        return (score * w / w.mean()).mean()
+
+    return loss
+
+
+def energy(fairness, beta, w):
+    def norm(d):
+        square = (d.square() * w / w.mean()).sum(-1)
+        return torch.where(square > 0, square.clamp_min(1e-300), 1.0).pow(beta / 2) * (square > 0)
+
+    def loss(f, y):
+        pairs = norm(f[:, None] - f[None]).sum((0, 1))
+        return (norm(f - y).mean(0) - 0.5 * pair_factor(len(f), fairness) * pairs).mean()
+
+    return loss
+
+
+def log_cosh(members, y):
+    """An objective of a user: couples the samples through their mean."""
+    return torch.log(torch.cosh(members.mean(0) - y)).sum(-1) + 0.1 * members.var(0, correction=0).sum(-1)
+
+
+W = torch.tensor([1.0, 0.5, 0.25], dtype=torch.float64)
+LIKELIHOODS = {
+    "categorical": Categorical(3),
+    "bernoulli": Bernoulli(2),
+    "poisson": Poisson(2),
+    "gaussian_fixed": Gaussian(2, scale=0.6),
+    "gaussian_learned": Gaussian(2, scale="learned", init_scale=0.8),
+    "gaussian_heteroscedastic": Gaussian(2),
+    "student_t": StudentT(2, df=3.5),
+}
+CASES = {
+    f"{objective.name}_{name}": (objective, likelihood, definition(likelihood))
+    for objective, definition in (
+        (NegativeElbo(), elbo),
+        (LogPredictive(), log_predictive),
+        (MomentMatched(), moment_matched),
+    )
+    for name, likelihood in LIKELIHOODS.items()
+    if likelihood.has_variance or objective.name != "moment_matched"
+}
+CASES |= {
+    f"crps_{fairness}": (Crps(fairness, w), Implicit(3), crps(fairness, w))
+    for fairness, w in ((0.0, torch.ones(3)), (0.95, W), (1.0, W))
+}
+CASES |= {
+    f"energy_{fairness}_{beta}": (Energy(fairness, beta, w), Implicit(3), energy(fairness, beta, w))
+    for fairness, beta, w in ((0.0, 1.0, torch.ones(3)), (0.95, 1.0, W), (1.0, 1.5, W), (0.95, 0.5, W))
+}
+CASES["own"] = (Gathered(log_cosh), Gaussian(2, scale=1.0), lambda f, y: log_cosh(f, y).mean())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_loss_and_gradient_equal_the_definition(comm, case):
+    objective, likelihood, definition = CASES[case]
+    needs_pairs = getattr(objective, "fairness", 0) > 0
+    counts = (16, 5, "one per rank") if comm.grid.sample_size > 1 or not needs_pairs else (16, 5)
+    testing.check_objective(comm, objective, definition, likelihood=likelihood, num_samples=counts)
+
+
+@pytest.mark.parametrize("wrong", ["loss", "gradient", "per rank"])
+def test_the_check_sees_what_is_wrong(comm, wrong):
+    class Wrong(LogPredictive):
+        def begin(self, y, samples, num_samples):
+            coupling = super().begin(y, samples, num_samples)
+            if wrong == "loss":
+                data_term = coupling.data_term
+                coupling.data_term = lambda: data_term() * (1 + 1e-4)
+            elif wrong == "gradient":
+                gradient = coupling.gradient
+                coupling.gradient = lambda samples, t: gradient(samples, t) * (1 + 1e-4 * samples[0])
+            else:  # what the published code does
+                combine = coupling.combine
+                coupling.combine = lambda comm: combine(GridComm(Grid()))
+            return coupling
+
+    likelihood = Categorical(3)
+    if wrong == "per rank" and comm.grid.sample_size == 1:
+        return testing.check_objective(comm, Wrong(), log_predictive(likelihood), likelihood=likelihood)
+    with pytest.raises(AssertionError, match="log_predictive differs from its definition"):
+        testing.check_objective(comm, Wrong(), log_predictive(likelihood), likelihood=likelihood)
+
+
+def make_step(comm, objective, likelihood, **options):
+    return testing.make_step(comm, objective, likelihood, torch.float64, **options)
+
+
+def take_step(step, num_examples=testing.NUM_EXAMPLES):
+    x, y = (t[:num_examples] for t in testing.make_examples(step.likelihood, torch.float64))
+    part = step.comm.grid.local_examples(num_examples)
+    return step(x[part], y[part], num_examples)
+
+
+def test_the_log_predictive_is_below_the_negative_elbo(comm):
     terms = [
-        make_step(comm, objective=name)(x[part], y[part], GLOBAL_BATCH_SIZE).data_term
-        for name in ("elbo", "log_predictive")
+        take_step(make_step(comm, objective, Categorical(3), num_samples=7)).data_term
+        for objective in (NegativeElbo(), LogPredictive())
     ]
     assert terms[1] < terms[0]  # Jensen
 
 
-def test_communication_is_two_floats_per_example(comm):
-    x, y = (t[:GLOBAL_BATCH_SIZE] for t in make_problem(torch.float64))
-    part = comm.grid.local_examples(GLOBAL_BATCH_SIZE)
-    traffic = []
-    for name in ("elbo", "log_predictive"):
-        step = make_step(comm, objective=name)
-        before = comm.traffic.num_collectives, comm.traffic.num_bytes
-        step(x[part], y[part], GLOBAL_BATCH_SIZE)
-        traffic.append((comm.traffic.num_collectives - before[0], comm.traffic.num_bytes - before[1]))
+@pytest.mark.parametrize(
+    "objective, likelihood, num_collectives, floats",
+    [
+        (LogPredictive(), Categorical(3), 2, lambda B, c: 2 * B),
+        (LogPredictive(), Gaussian(3), 2, lambda B, c: 2 * B),
+        (MomentMatched(), Gaussian(3), 2, lambda B, c: 3 * B * 3),
+        (Crps(), Implicit(3), 1, lambda B, c: c * B * 3),
+        (Energy(), Implicit(3), 1, lambda B, c: c * B * 3),
+        (Gathered(log_cosh), Gaussian(3), 1, lambda B, c: c * B * 3),
+    ],
+    ids=lambda value: getattr(value, "name", None),
+)
+@pytest.mark.parametrize("num_samples", [8, 16])
+@pytest.mark.parametrize("chunk_size", [1, 16])
+def test_communication_is_what_the_docstring_says(
+    comm, objective, likelihood, num_collectives, floats, num_samples, chunk_size
+):
+    step = make_step(comm, objective, likelihood, num_samples=num_samples, chunk_size=chunk_size)
+    gradient = step.posterior.reduced.numel()
+    axes = (comm.grid.sample_size > 1) + (comm.grid.data_size > 1)
+    before = comm.traffic.num_collectives, comm.traffic.num_bytes
+    take_step(step)
+    part = comm.grid.local_examples(testing.NUM_EXAMPLES)
+    num_local = len(comm.grid.local_samples(num_samples))
     has_group = comm.grid.sample_size > 1
-    assert traffic[1][0] - traffic[0][0] == 2 * has_group
-    assert traffic[1][1] - traffic[0][1] == 8 * 2 * (part.stop - part.start) * has_group
+    assert comm.traffic.num_collectives - before[0] == axes + num_collectives * has_group
+    extra = floats(part.stop - part.start, num_local) * has_group
+    assert comm.traffic.num_bytes - before[1] == 8 * (axes * gradient + extra)
 
 
-def test_more_data_groups_than_examples(comm):
-    x, y = make_problem(torch.float64)
-    alone, step = (make_step(c, objective="log_predictive") for c in (GridComm(Grid()), comm))
-    part = comm.grid.local_examples(1)
-    expected, got = alone(x[:1], y[:1], 1), step(x[:1][part], y[:1][part], 1)
-    assert got.nelbo == pytest.approx(expected.nelbo, rel=1e-12)
+@pytest.mark.parametrize(
+    "case", ["log_predictive_categorical", "crps_0.95", "moment_matched_gaussian_learned", "own"]
+)
+def test_more_data_groups_than_examples(comm, case):
+    objective, likelihood, _ = CASES[case]
+    alone, step = (make_step(c, objective, likelihood, num_samples=6) for c in (GridComm(Grid()), comm))
+    assert take_step(step, 1).nelbo == pytest.approx(take_step(alone, 1).nelbo, rel=1e-12)
+    assert relative_difference(step.posterior.loc, alone.posterior.loc) < 1e-12
+
+
+def test_one_pass_where_one_chunk_holds_the_samples_of_the_rank(comm):
+    mine = len(comm.grid.local_samples(8))
+    passes = {}
+    for chunk_size in (1, mine - 1, mine, 99):
+        if chunk_size:
+            step = make_step(comm, LogPredictive(), Categorical(3), num_samples=8, chunk_size=chunk_size)
+            take_step(step)
+            passes[chunk_size] = step.num_passes
+    assert passes == {size: 2 if size < mine else 1 for size in passes}
+    single = make_step(comm, LogPredictive(), Categorical(3), num_samples=comm.grid.sample_size)
+    take_step(single)
+    assert single.num_passes == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 def test_tiny_likelihoods_keep_their_digits(comm, dtype):
     """Log-likelihoods of -700 to -1000 nats: exp underflows, the shifted sum does not."""
-    like = torch.zeros((), dtype=dtype)
     log_probs = (
         -700 - 300 * torch.rand(6, 4, generator=keyed_generator(0, Stream.NOISE), dtype=torch.float64)
     ).to(dtype)
     log_probs[0, 3] = log_probs[1, 3] + 1
     mine = comm.grid.local_samples(6)
-    objective = LogPredictive(4, like)
+    coupling = LogMeanExp(torch.zeros(4), mine, 6)
     for sample in mine:
-        objective.see(log_probs[sample : sample + 1])
-    objective.combine(comm)
-    expected = torch.logsumexp(log_probs.double(), 0)
-    torch.testing.assert_close(
-        objective.log_normaliser.double(), expected, rtol=1e-6 if dtype == torch.float32 else 1e-14, atol=0
-    )
-    weights = objective.weights(log_probs[mine.start : mine.stop]).sum(0)
-    comm.sum_(weights, "sample")
-    torch.testing.assert_close(
-        weights, torch.ones_like(weights), rtol=2e-4 if dtype == torch.float32 else 1e-12, atol=0
-    )
+        coupling.see([sample], log_probs[sample : sample + 1])
+    coupling.combine(comm)
+    expected = torch.logsumexp(log_probs.double(), 0) - math.log(6)
+    accuracy = {torch.float32: 1e-6, torch.float64: 1e-14}[dtype]
+    torch.testing.assert_close(coupling.log_mean.double(), expected, rtol=accuracy, atol=0)
+    responsibilities = coupling.gradient(mine, log_probs[mine.start : mine.stop]).sum(0)
+    comm.sum_(responsibilities, "sample")
+    torch.testing.assert_close(responsibilities, -torch.ones(4, dtype=dtype), rtol=accuracy, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+def test_a_small_spread_on_a_large_mean_keeps_its_digits(comm, dtype):
+    """Predictions of 1000 with a spread of 0.01: the difference of squares would have no digit left in float32."""
+    f = 1000 + 0.01 * torch.randn(8, 5, 1, generator=keyed_generator(0, Stream.NOISE), dtype=torch.float64)
+    f = f.to(dtype)
+    mine = comm.grid.local_samples(8)
+    moments = hpc_bnn.objectives.Moments(torch.zeros(5), mine, 8)
+    for sample in mine:
+        part = f[sample : sample + 1]
+        moments.see([sample], torch.stack([part, torch.ones_like(part)], dim=2))
+    moments.combine(comm)
+    expected = f.double().var(0, correction=0)
+    tolerance = {torch.float32: 2e-2, torch.float64: 1e-9}[dtype]  # eps * 1000 / 0.01 of the spread
+    torch.testing.assert_close(moments.epistemic.double(), expected, rtol=tolerance, atol=0)
+    torch.testing.assert_close(moments.aleatoric, torch.ones(5, 1, dtype=dtype))
+
+
+@pytest.mark.parametrize("fairness", [0.0, 1.0])
+def test_scores_equal_scoringrules_on_gathered_samples(comm, fairness):
+    scoringrules = pytest.importorskip("scoringrules")
+    generator = keyed_generator(3, Stream.NOISE)
+    members = torch.randn(7, 4, 3, generator=generator, dtype=torch.float64)
+    y = torch.randn(4, 3, generator=generator, dtype=torch.float64)
+    mine = comm.grid.local_samples(7)
+    estimator = "fair" if fairness else "nrg"
+    expected = {
+        "crps": scoringrules.crps_ensemble(
+            y.numpy(), members.movedim(0, -1).numpy(), estimator=estimator
+        ).mean(1),
+        "energy": scoringrules.es_ensemble(y.numpy(), members.movedim(0, 1).numpy(), estimator=estimator),
+    }
+    for objective in (Crps(fairness), Energy(fairness)):
+        coupling = objective.begin(y, mine, 7)
+        coupling.see(mine, members[mine.start : mine.stop])
+        coupling.combine(comm)
+        total = coupling.data_term().clone()
+        comm.sum_(total, "sample")
+        assert total.item() == pytest.approx(expected[objective.name].sum(), rel=1e-12)
+
+
+def test_weights_of_latitudes_broadcast_over_a_field(comm):
+    """Members [K, B, channels, latitudes, longitudes], weights [latitudes, 1]."""
+    weights = torch.tensor([0.2, 0.9, 0.4], dtype=torch.float64).view(3, 1)
+    generator = keyed_generator(4, Stream.NOISE)
+    members = torch.randn(5, 2, 2, 3, 4, generator=generator, dtype=torch.float64)
+    y = torch.randn(2, 2, 3, 4, generator=generator, dtype=torch.float64)
+    mine = comm.grid.local_samples(5)
+    w = weights.expand(2, 3, 4).flatten()
+    flat, y_flat = members.flatten(2), y.flatten(1)
+    definitions = {"crps": crps(0.95, w), "energy": energy(0.95, 1.0, w)}
+    for objective in (Crps(weights=weights), Energy(weights=weights)):
+        coupling = objective.begin(y, mine, 5)
+        coupling.see(mine, members[mine.start : mine.stop])
+        coupling.combine(comm)
+        total = coupling.data_term().clone()
+        comm.sum_(total, "sample")
+        assert total.item() / 2 == pytest.approx(definitions[objective.name](flat, y_flat).item(), rel=1e-12)
+
+
+def test_an_objective_of_wrong_shape_is_refused(comm):
+    step = make_step(comm, Gathered(lambda f, y: (f - y).abs().mean(0)), Implicit(3), num_samples=4)
+    with pytest.raises(ConfigError, match="one loss per example"):
+        take_step(step)
+
+
+@pytest.mark.parametrize(
+    "objective, likelihood, num_samples, words",
+    [
+        (LogPredictive(), Implicit(2), 8, "no density"),
+        (MomentMatched(), Categorical(3), 8, "variance"),
+        (MomentMatched(), StudentT(2, df=2.0), 8, "variance"),
+        (Crps(), Gaussian(2), 8, "implicit"),
+        (Crps(), Implicit(2), 1, "--objective.fairness 0"),
+    ],
+)
+def test_what_does_not_exist_is_refused(objective, likelihood, num_samples, words):
+    with pytest.raises(ConfigError, match=words):
+        make_step(GridComm(Grid()), objective, likelihood, num_samples=num_samples)
 
 
 def test_ensembles_refuse_a_coupled_objective(comm):
-    step = make_step(comm)
+    step = make_step(comm, NegativeElbo(), Categorical(3), num_samples=8)
     step.posterior.is_replicated = False
     with pytest.raises(ConfigError, match="members of an ensemble"):
-        type(step)(
+        VariationalStep(
             step.posterior, step.likelihood, step.optimizer, comm,
-            num_samples=16, num_train_examples=9, objective="log_predictive",
+            num_samples=8, num_train_examples=9, objective=LogPredictive(),
         )  # fmt: skip
 
 
@@ -119,7 +339,7 @@ def test_two_passes_see_the_same_masks_and_keep_one_set_of_statistics(comm, name
         optimizer = torch.optim.SGD(posterior.parameters(), lr=0.05)
         step = VariationalStep(
             posterior, Categorical(NUM_CLASSES), optimizer, grid_comm,
-            num_samples=5, num_train_examples=100, objective="log_predictive",
+            num_samples=5, num_train_examples=100, objective=LogPredictive(),
         )  # fmt: skip
         part = grid_comm.grid.local_examples(11)
         for _ in range(2):
