@@ -51,14 +51,14 @@ def make_det(model, num_samples, device):
     return step
 
 
-def make_ours(model, num_samples, device, chunk_size=1, autocast_dtype=None, **options):
+def make_ours(model, num_samples, device, chunk_size=1, autocast_dtype=None, objective=None, **options):
     make, shape, num_classes = MODELS[model]
     posterior = hpc_bnn.MeanFieldGaussian(make().to(device), **options)
     optimizer = torch.optim.Adam(posterior.parameters(), lr=1e-3)
     step = hpc_bnn.VariationalStep(
         posterior, hpc_bnn.Categorical(num_classes), optimizer, hpc_bnn.GridComm(hpc_bnn.Grid(), device),
         num_samples=num_samples, num_train_examples=NUM_TRAIN_EXAMPLES, chunk_size=chunk_size,
-        autocast_dtype=autocast_dtype,
+        autocast_dtype=autocast_dtype, objective=objective,
     )  # fmt: skip
     x, y = torch.randn(*shape, device=device), torch.randint(0, num_classes, (shape[0],), device=device)
     return lambda: step(x, y, len(x))
@@ -116,6 +116,10 @@ VARIANTS = {
     "hpc_bnn": make_ours,
     "hpc_bnn antithetic": lambda m, s, d: make_ours(m, s, d, antithetic=True),
     "hpc_bnn chunk 8": lambda m, s, d: make_ours(m, s, d, chunk_size=8),
+    "hpc_bnn log_predictive": lambda m, s, d: make_ours(m, s, d, objective=hpc_bnn.LogPredictive()),
+    "hpc_bnn log_predictive chunk 8": lambda m, s, d: make_ours(
+        m, s, d, chunk_size=8, objective=hpc_bnn.LogPredictive()
+    ),
     "torch_blue": make_torch_blue,
     "torch_blue analytic": lambda m, s, d: make_torch_blue(m, s, d, analytic=True),
     "bayesian-torch": make_bayesian_torch,

@@ -512,7 +512,7 @@ class Crps(_Score):
         y = y.view(members.shape[1:])
         mine = members[own]
         # d/df_s of half the pairs: members below less members above; ties cancel
-        ordered = members.movedim(0, -1).sort(-1).values  # [B, ..., K]
+        ordered = members.movedim(0, -1).contiguous().sort(-1).values  # [B, ..., K]
         places = mine.movedim(0, -1).contiguous()
         below = torch.searchsorted(ordered, places)
         not_above = torch.searchsorted(ordered, places, right=True)

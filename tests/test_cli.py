@@ -4,12 +4,15 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from conftest import REPOSITORY
+from sklearn.datasets import load_diabetes
 
 import hpc_bnn.models
+from hpc_bnn import write_shards
 from hpc_bnn.cli import main
 from hpc_bnn.config import Config
 from hpc_bnn.errors import ConfigError
@@ -185,3 +188,58 @@ def test_help_shows_a_sentence_per_field():
 def test_console_command_is_the_module_under_mpi4py():
     done = subprocess.run(["hpc-bnn", "--version"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and done.stdout.startswith("hpc_bnn 0.")
+
+
+@pytest.fixture(scope="module")
+def diabetes(tmp_path_factory):
+    """Shards of scikit-learn's diabetes data: 442 patients, 10 features, one number to predict."""
+    x, y = load_diabetes(return_X_y=True)
+    y = ((y - y[:353].mean()) / y[:353].std()).astype(np.float32)
+    directory = tmp_path_factory.mktemp("data") / "diabetes"
+    splits = {"train": (x[:353].astype(np.float32), y[:353]), "test": (x[353:].astype(np.float32), y[353:])}
+    write_shards(directory, splits, name="diabetes", source="scikit-learn", licence="BSD-3-Clause")
+    return directory
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--likelihood.scale", "learned", "--objective.name", "log_predictive"],
+        ["--likelihood.scale", "0.8", "--objective.name", "moment_matched", "--chunk_size", "4"],
+        ["--likelihood.name", "student_t", "--kl_annealing.schedule", "cyclical"],
+        ["--likelihood.name", "implicit", "--objective.name", "crps"],
+        ["--likelihood.name", "implicit", "--objective.name", "energy", "--objective.beta", "0.5"],
+        ["--likelihood.name", "implicit", "--objective.name", "hpc_bnn.objectives.Crps"],
+    ],
+    ids=lambda flags: "-".join(flag for flag in flags if not flag.startswith("--")) or "default",
+)
+def test_regression_from_the_command_line(diabetes, tmp_path, flags):
+    run_dir = tmp_path / "run"
+    assert main([
+        "train", "--data.shards", str(diabetes), "--run_dir", str(run_dir), "--num_epochs", "40", "--num_samples", "4",
+        "--posterior.init_std", "0.05", "--optimizer.learning_rate", "3e-3", "--test_every_epochs", "40",
+        "--kl_weight", "0.1", *flags,
+    ]) == 0  # fmt: skip
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["test/rmse"] < 0.85  # the mean of the training targets has 1.0
+    assert ("test/nll" in summary) == ("implicit" not in flags)
+    coupled = "--objective.name" in flags
+    assert summary["objective"]["num_passes"] == (2 if coupled and "--chunk_size" not in flags else 1)
+    assert (run_dir / "plots/uncertainty.png").stat().st_size > 1000
+
+
+def test_faults_of_objective_and_likelihood_are_named_together(tmp_path, capsys):
+    code = main([
+        "train", "--run_dir", str(tmp_path / "run"), "--objective.name", "crsp", "--objective.fairness", "2",
+        "--likelihood.scale", "-1", "--kl_annealing.num_epochs", "0",
+    ])  # fmt: skip
+    said = capsys.readouterr().err
+    assert code == 2
+    for words in (
+        "--objective.name crsp",
+        "--objective.fairness 2",
+        "--likelihood.scale -1",
+        "--kl_annealing.num_epochs 0",
+    ):
+        assert words in said

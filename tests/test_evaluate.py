@@ -5,7 +5,7 @@ import torch
 from sklearn.metrics import accuracy_score, log_loss
 from torch import nn
 
-from hpc_bnn import Categorical, Grid, GridComm, MeanFieldGaussian, ShardDataset
+from hpc_bnn import Categorical, Gaussian, Grid, GridComm, MeanFieldGaussian, ShardDataset, predict_values
 from hpc_bnn.evaluate import evaluate_dataset, predict_classes
 from hpc_bnn.noise import Stream, keyed_generator, keyed_global_generator
 
@@ -61,3 +61,30 @@ def test_metrics_equal_scikit_learn(digits):
         accuracy_score(y, p.argmax(1)), rel=1e-7
     )  # float32 in torchmetrics
     assert metrics["nll"] == pytest.approx(log_loss(y, p), rel=1e-10)
+
+
+def test_total_variance_is_aleatoric_plus_epistemic():
+    """Law of total variance, against the variance of draws of y from the mixture over the samples."""
+    with keyed_global_generator(0, Stream.INIT):
+        net = nn.Linear(3, 4).double()
+    posterior, likelihood = MeanFieldGaussian(net, init_std=0.4), Gaussian(2)
+    generator = keyed_generator(0, Stream.DATA_ORDER)
+    x, y = (torch.randn(6, n, generator=generator, dtype=torch.float64) for n in (3, 2))
+    got = predict_values(posterior, likelihood, GridComm(Grid()), x, y, num_samples=9, seed=1, batch_size=4)
+    members = []
+    posterior.begin()
+    for sample in range(9):
+        posterior.draw_(sample, lambda s: keyed_generator(1, Stream.PREDICTION, 0, s))
+        members.append(posterior.module(x).detach())
+    loc, scale = torch.stack(members)[..., :2], torch.stack(members)[..., 2:].exp()
+    torch.testing.assert_close(got.mean, loc.mean(0), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(got.aleatoric_variance, scale.square().mean(0), rtol=1e-12, atol=0)
+    torch.testing.assert_close(got.epistemic_variance, loc.var(0, correction=0), rtol=1e-10, atol=0)
+    mixture = torch.distributions.MixtureSameFamily(
+        torch.distributions.Categorical(torch.ones(9, dtype=torch.float64)),
+        torch.distributions.Independent(
+            torch.distributions.Normal(loc.movedim(0, 1), scale.movedim(0, 1)), 1
+        ),
+    )
+    torch.testing.assert_close(got.variance, mixture.variance, rtol=1e-10, atol=0)
+    torch.testing.assert_close(got.log_prob, mixture.log_prob(y), rtol=1e-12, atol=0)

@@ -58,3 +58,15 @@ def test_the_example_gives_the_same_numbers_on_every_grid(mpirun):
 def test_files_named_in_the_readme_exist():
     for path in set(re.findall(r"\b(?:configs|data_prep|examples|jobscripts|tools)/[\w./-]+\w", README)):
         assert (REPOSITORY / path).exists(), path
+
+
+def test_the_objective_of_the_docs_is_exact_on_every_grid_of_four_ranks(mpirun, tmp_path):
+    """docs/objectives.md: the objective and its test, put into one file and run as it says."""
+    blocks = re.findall(
+        r"```python\n(.*?)```", (REPOSITORY / "docs/objectives.md").read_text(), flags=re.DOTALL
+    )
+    (tmp_path / "test_own.py").write_text("\n".join(blocks))
+    for num_ranks in (1, 4):
+        done = mpirun(num_ranks, "-m", "pytest", "-q", tmp_path / "test_own.py")
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.stdout.count("1 passed") == num_ranks

@@ -8,7 +8,15 @@ from torch import nn
 from torch.distributions import Normal, kl_divergence
 from torch.nn import functional as F
 
-from hpc_bnn import Categorical, GaussianPrior, Grid, GridComm, MeanFieldGaussian, VariationalStep
+from hpc_bnn import (
+    Categorical,
+    GaussianPrior,
+    Grid,
+    GridComm,
+    KlAnnealing,
+    MeanFieldGaussian,
+    VariationalStep,
+)
 from hpc_bnn.errors import ConfigError, NonFiniteError
 from hpc_bnn.noise import Stream, keyed_generator, keyed_global_generator
 
@@ -120,3 +128,33 @@ def test_noise_that_is_not_keyed_is_said(caplog):
     step(x, y, len(x))
     step(x, y, len(x))
     assert caplog.text.count("torch's global generator") == 1
+
+
+def test_kl_annealing_enters_the_step():
+    step = make_step(kl_weight=KlAnnealing(0.8, "linear", 4))
+    x, y = batch()
+    results = [step(x, y, len(x)) for _ in range(6)]
+    assert [r.kl_weight for r in results] == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 0.8])
+    for r in results:
+        assert r.nelbo == pytest.approx(r.data_term + r.kl_weight * r.kl / 50, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "schedule, expected",
+    [
+        ("constant", [2, 2, 2, 2, 2, 2]),
+        ("linear", [0, 0.5, 1, 1.5, 2, 2]),
+        ("cosine", [0, 1 - 0.5**0.5, 1, 1 + 0.5**0.5, 2, 2]),
+        ("cyclical", [0, 1, 2, 2, 0, 1]),
+    ],
+)
+def test_schedules_of_the_kl(schedule, expected):
+    annealing = KlAnnealing(2.0, schedule, 4)
+    assert [annealing(step) for step in range(6)] == pytest.approx(expected)
+
+
+def test_the_kl_is_scaled_by_the_number_of_training_examples():
+    x, y = batch()
+    step = make_step()
+    result = step(x, y, len(x))
+    assert result.nelbo - result.data_term == pytest.approx(result.kl / 50, rel=1e-12)

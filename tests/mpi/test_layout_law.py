@@ -6,7 +6,17 @@ import pytest
 import torch
 from reference import GLOBAL_BATCH_SIZE, make_problem, make_step, relative_difference, train
 
-from hpc_bnn import Categorical, Grid, GridComm, connect, predict_classes
+from hpc_bnn import (
+    Categorical,
+    Gaussian,
+    Grid,
+    GridComm,
+    NegativeElbo,
+    connect,
+    predict_classes,
+    predict_values,
+    testing,
+)
 from hpc_bnn.errors import NonFiniteError
 from hpc_bnn.noise import Stream, keyed_generator
 
@@ -130,3 +140,19 @@ def test_predictive_equals_that_of_one_process(comm, num_samples):
     torch.testing.assert_close(got.probabilities, expected.probabilities, rtol=1e-12, atol=1e-15)
     torch.testing.assert_close(got.std, expected.std, rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(got.entropy, expected.entropy, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("num_samples", [7, 1])
+def test_predictive_of_numbers_equals_that_of_one_process(comm, num_samples):
+    """Also with fewer samples than ranks of the sample axis."""
+    alone, here = (
+        testing.make_step(c, NegativeElbo(), Gaussian(2), torch.float64, num_samples=4)
+        for c in (GridComm(Grid()), comm)
+    )
+    x, y = testing.make_examples(alone.likelihood, torch.float64)
+    expected, got = (
+        predict_values(step.posterior, step.likelihood, step.comm, x, y, num_samples=num_samples)
+        for step in (alone, here)
+    )
+    for name in ("mean", "aleatoric_variance", "epistemic_variance", "log_prob"):
+        torch.testing.assert_close(getattr(got, name), getattr(expected, name), rtol=1e-11, atol=1e-14)

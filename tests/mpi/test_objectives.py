@@ -259,7 +259,8 @@ def test_a_small_spread_on_a_large_mean_keeps_its_digits(comm, dtype):
 
 @pytest.mark.parametrize("fairness", [0.0, 1.0])
 def test_scores_equal_scoringrules_on_gathered_samples(comm, fairness):
-    scoringrules = pytest.importorskip("scoringrules")
+    import scoringrules
+
     generator = keyed_generator(3, Stream.NOISE)
     members = torch.randn(7, 4, 3, generator=generator, dtype=torch.float64)
     y = torch.randn(4, 3, generator=generator, dtype=torch.float64)

@@ -1,0 +1,120 @@
+"""Log-densities, means and variances against torch.distributions; learned scales; what is refused."""
+
+import math
+
+import pytest
+import torch
+from torch import distributions as D
+from torch import nn
+
+from hpc_bnn import Bernoulli, Categorical, Gaussian, Implicit, MeanFieldGaussian, Poisson, StudentT
+from hpc_bnn.config import LikelihoodConfig
+from hpc_bnn.errors import ConfigError
+from hpc_bnn.likelihoods import build_likelihood
+from hpc_bnn.noise import Stream, keyed_generator
+
+
+def outputs_and_targets(num_outputs, num_targets, place=()):
+    generator = keyed_generator(1, Stream.NOISE)
+    f = torch.randn(5, num_outputs, *place, generator=generator, dtype=torch.float64)
+    return f, torch.randint(0, 2, (5, num_targets, *place), generator=generator).double()
+
+
+CASES = {
+    "bernoulli": (Bernoulli(2), lambda f: D.Bernoulli(logits=f)),
+    "poisson": (Poisson(2), lambda f: D.Poisson(f.exp())),
+    "gaussian_fixed": (Gaussian(2, scale=0.3), lambda f: D.Normal(f, 0.3)),
+    "gaussian": (Gaussian(2), lambda f: D.Normal(f[:, :2], f[:, 2:].exp())),
+    "student_t": (StudentT(2, df=3.5), lambda f: D.StudentT(3.5, f[:, :2], f[:, 2:].exp())),
+    "student_t_fixed": (StudentT(2, scale=0.3), lambda f: D.StudentT(4.0, f, 0.3)),
+}
+
+
+@pytest.mark.parametrize("place", [(), (3, 4)], ids=["vector", "field"])
+@pytest.mark.parametrize("case", CASES)
+def test_density_mean_and_variance_equal_torch_distributions(case, place):
+    likelihood, reference = CASES[case]
+    f, y = outputs_and_targets(likelihood.num_outputs, 2, place)
+    distribution = reference(f)
+    expected = distribution.log_prob(y).flatten(1).sum(1)
+    torch.testing.assert_close(likelihood.log_prob(f, y), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(likelihood.mean(f), distribution.mean.expand(y.shape), rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        likelihood.variance(f), distribution.variance.expand(y.shape), rtol=1e-12, atol=0
+    )
+
+
+@pytest.mark.parametrize("place", [(), (3, 4)], ids=["vector", "field"])
+def test_categorical_equals_torch_distributions(place):
+    f, _ = outputs_and_targets(3, 1, place)
+    y = torch.arange(5 * math.prod(place)).view(5, *place) % 3
+    distribution = D.Categorical(logits=f.movedim(1, -1))
+    expected = distribution.log_prob(y)
+    expected = expected.flatten(1).sum(1) if place else expected
+    torch.testing.assert_close(Categorical(3).log_prob(f, y), expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(Categorical(3).probabilities(f), distribution.probs.movedim(-1, 1))
+
+
+def test_targets_without_a_dim_are_one_target_and_no_shape_is_broadcast():
+    f, y = outputs_and_targets(2, 1)
+    assert torch.equal(Gaussian(1).log_prob(f, y), Gaussian(1).log_prob(f, y[:, 0]))
+    with pytest.raises(ConfigError, match="num_outputs = 4"):
+        Gaussian(2).log_prob(
+            torch.zeros(5, 4), torch.zeros(5)
+        )  # [5, 2] against [5] would broadcast in silence
+    with pytest.raises(ConfigError, match=r"likelihood\.wrap"):
+        Gaussian(2, scale="learned").log_prob(torch.zeros(5, 2), torch.zeros(5, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_learned_scale_is_a_point_and_finds_the_noise(dtype):
+    """Targets of noise 0.3 around a constant: maximum likelihood of the second kind gives the scale."""
+    from hpc_bnn import GaussianPrior, Grid, GridComm, VariationalStep
+
+    generator = keyed_generator(2, Stream.NOISE)
+    x = torch.ones(400, 1, dtype=dtype)
+    y = 2 + 0.3 * torch.randn(400, 1, generator=generator, dtype=torch.float64).to(dtype)
+    likelihood = Gaussian(1, scale="learned")
+    network = likelihood.wrap(nn.Linear(1, 1).to(dtype))
+    posterior = MeanFieldGaussian(network, prior=GaussianPrior(3.0), init_std=0.01, deterministic=())
+    assert posterior.num_weights == 2 and set(posterior.state_dict()) >= {"log_scale", "network.weight.loc"}
+    step = VariationalStep(
+        posterior, likelihood, torch.optim.Adam(posterior.parameters(), lr=0.03), GridComm(Grid()),
+        num_samples=4, num_train_examples=400,
+    )  # fmt: skip
+    for _ in range(400):
+        step(x, y, 400)
+    # the standard error of a scale from n examples is scale / sqrt(2 n)
+    learned = posterior.state_dict()["log_scale"].exp().item()
+    assert abs(learned - y.std().item()) < 4 * 0.3 / math.sqrt(2 * 400)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: Gaussian(2, scale=0.0), lambda: StudentT(2, df=-1.0), lambda: Gaussian(0)]
+)
+def test_what_cannot_be_is_refused(make):
+    with pytest.raises(ConfigError):
+        make()
+
+
+@pytest.mark.parametrize(
+    "name, num_classes, shape, kind",
+    [
+        ("auto", 7, (), Categorical),
+        ("auto", None, (3,), Gaussian),
+        ("student_t", None, (), StudentT),
+        ("poisson", None, (2,), Poisson),
+        ("bernoulli", 2, (), Bernoulli),
+        ("implicit", None, (2, 4, 5), Implicit),
+    ],
+)
+def test_built_from_a_config(name, num_classes, shape, kind):
+    likelihood = build_likelihood(LikelihoodConfig(name), num_classes, shape)
+    assert type(likelihood) is kind
+    assert likelihood.num_targets == (shape[0] if shape else 1)
+
+
+@pytest.mark.parametrize("name, num_classes", [("gaussian", 3), ("categorical", None)])
+def test_classes_and_numbers_are_not_mixed_up(name, num_classes):
+    with pytest.raises(ConfigError, match=r"--likelihood\.name"):
+        build_likelihood(LikelihoodConfig(name), num_classes, (2,))
