@@ -11,7 +11,7 @@ import jsonargparse
 
 from . import __version__, comm
 from .config import Config
-from .errors import ConfigError, HpcBnnError
+from .errors import ConfigError, DataError, HpcBnnError
 
 
 class _Parser(jsonargparse.ArgumentParser):
@@ -29,6 +29,9 @@ def build_parser() -> jsonargparse.ArgumentParser:
     train.add_argument("--config", action="config", help="YAML file; flags given after it override it.")
     train.add_class_arguments(Config, fail_untyped=True)
     commands.add_subcommand("train", train)
+    verify = _Parser(description="Compare the files of a shard directory with its manifest.")
+    verify.add_argument("shards", type=str, metavar="SHARD_DIR", help="Directory with a manifest.json.")
+    commands.add_subcommand("verify", verify)
     return parser
 
 
@@ -51,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = parsed.subcommand
         options = parser.instantiate(parsed)[command]
         given = {argument.split("=")[0] for argument in (sys.argv[1:] if arguments is None else arguments)}
-        return {"train": _train}[command](options, given)
+        return {"train": _train, "verify": _verify}[command](options, given)
     except HpcBnnError as error:
         together = comm.wait_for_others(5.0)  # an error that only this rank saw must not leave them waiting
         if is_first or not together:
@@ -85,4 +88,21 @@ def _train(options: jsonargparse.Namespace, given: set[str]) -> int:
             print(f"{', '.join(metrics)}, {summary['seconds']:.1f} s\n{run.run_dir}/summary.json")
             for path in plots:
                 print(path)
+    return 0
+
+
+def _verify(options: jsonargparse.Namespace, given: set[str]) -> int:
+    from tqdm import tqdm
+
+    from .data import Manifest, verify_shards
+
+    if comm.launched_rank() != 0:  # one process reads for all
+        return 0
+    problems = verify_shards(options.shards, lambda files: tqdm(files, unit="file", disable=None))
+    if problems:
+        raise DataError("\n".join(problems))
+    for split, shards in Manifest.read(options.shards).splits.items():
+        print(
+            f"{options.shards}: {split}, {sum(s.num_examples for s in shards)} examples in {len(shards)} files"
+        )
     return 0

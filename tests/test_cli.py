@@ -1,6 +1,8 @@
 """The command line in one process."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 
@@ -243,3 +245,14 @@ def test_faults_of_objective_and_likelihood_are_named_together(tmp_path, capsys)
         "--kl_annealing.num_epochs 0",
     ):
         assert words in said
+
+
+def test_verify_from_the_command_line(diabetes, tmp_path, capsys):
+    shutil.copytree(diabetes, tmp_path / "copy")
+    assert main(["verify", str(tmp_path / "copy")]) == 0
+    assert "train, 353 examples in 1 files" in capsys.readouterr().out
+    os.truncate(tmp_path / "copy/test-00000.h5", 100)
+    (tmp_path / "copy/notes.txt").write_text("mine")
+    assert main(["verify", str(tmp_path / "copy")]) == 1
+    said = capsys.readouterr().err
+    assert "test-00000.h5 is truncated: 100 bytes" in said and "notes.txt is foreign" in said

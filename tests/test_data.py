@@ -1,6 +1,8 @@
 """Shard directories and the order of examples."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 
@@ -10,7 +12,7 @@ import pytest
 import torch
 from conftest import REPOSITORY
 
-from hpc_bnn.data import Manifest, ShardDataset, epoch_order, global_batches, write_shards
+from hpc_bnn.data import Manifest, ShardDataset, epoch_order, global_batches, verify_shards, write_shards
 from hpc_bnn.errors import DataError
 
 FACTS = {"name": "toy", "source": "made by the test", "licence": "none"}
@@ -97,7 +99,7 @@ def test_truncated_missing_flipped_and_foreign(shards):
         ("{", "cannot be read"),
         ("[]", "not of format"),
         ('{"format": "hpc_bnn shards", "version": 99}', "not of format"),
-        ('{"format": "hpc_bnn shards", "version": 1}', "lacks or misstates"),
+        ('{"format": "hpc_bnn shards", "version": 2}', "changed after it was written"),
     ],
 )
 def test_bad_manifest(shards, text, message):
@@ -150,3 +152,81 @@ def test_digits_script_writes_once_and_verifiably(digits):
     images = {bytes(x.numpy()) for x, _ in zip(train._x, range(10**6))}
     overlap = sum(bytes(x.numpy()) in images for x in test._x)
     assert overlap == 0  # the digits hold no image twice, so a shared image would be leakage
+
+
+CORRUPTIONS = (
+    "truncate",
+    "flip",
+    "delete",
+    "swap",
+    "stale manifest",
+    "foreign",
+    "empty",
+    "flip the manifest",
+)
+
+
+def corrupt(directory, kind, rng, stale):
+    """Damage a shard directory at random; return the name of a file that verify must speak of."""
+    files = sorted(path for path in directory.iterdir() if path.suffix == ".h5")
+    path = files[rng.integers(len(files))]
+    if kind == "flip the manifest":
+        path, kind = directory / "manifest.json", "flip"
+    if kind == "truncate":
+        os.truncate(path, rng.integers(path.stat().st_size))
+    elif kind == "empty":
+        os.truncate(path, 0)
+    elif kind == "flip":
+        whole = bytearray(path.read_bytes())
+        whole[rng.integers(len(whole))] ^= 1 << int(rng.integers(8))
+        path.write_bytes(whole)
+    elif kind == "delete":
+        path.unlink()
+    elif kind == "swap":
+        other = files[(files.index(path) + 1 + rng.integers(len(files) - 1)) % len(files)]
+        first, second = path.read_bytes(), other.read_bytes()
+        path.write_bytes(second), other.write_bytes(first)
+    elif kind == "stale manifest":
+        path = directory / "manifest.json"
+        shutil.copy(stale / "manifest.json", path)
+    else:
+        path = directory / f"train-{rng.integers(90000, 99999)}.h5"
+        shutil.copy(files[0], path)
+    return path.name
+
+
+@pytest.mark.parametrize("kind", CORRUPTIONS)
+def test_every_corruption_is_found_and_no_wrong_data_are_read(kind, tmp_path):
+    """200 in all: found by verify, and reading gives the true data or an error."""
+    rng = np.random.default_rng([CORRUPTIONS.index(kind), 5])
+    sound, stale = tmp_path / "sound", tmp_path / "stale"
+    for directory, seed in ((sound, 0), (stale, 1)):  # of the same shapes, from other data
+        source = np.random.default_rng(seed)
+        splits = {
+            name: (source.normal(size=(n, 2, 6)).astype(np.float32), source.integers(0, 3, n))
+            for name, n in (("train", 50), ("test", 30))
+        }
+        write_shards(directory, splits, **FACTS, examples_per_shard=16)
+    assert verify_shards(sound) == []
+    truth = {split: ShardDataset(sound, split).fetch(slice(None)) for split in ("train", "test")}
+    for number in range(200 // len(CORRUPTIONS)):
+        directory = tmp_path / str(number)
+        shutil.copytree(sound, directory)
+        name = corrupt(directory, kind, rng, stale)
+        problems = verify_shards(directory)
+        assert problems, (kind, name)
+        assert kind == "stale manifest" or any(name in problem for problem in problems), (name, problems)
+        for split, expected in truth.items():
+            try:
+                got = ShardDataset(directory, split).fetch(slice(None))
+            except DataError:
+                continue
+            assert all(torch.equal(a, b) for a, b in zip(got, expected)), (kind, name, split)
+        shutil.rmtree(directory)
+
+
+def test_writing_again_leaves_no_file_of_the_former_preparation(tmp_path):
+    x, y = toy()
+    write_shards(tmp_path, {"train": (x, y)}, **FACTS, examples_per_shard=5)
+    write_shards(tmp_path, {"train": (x, y)}, **FACTS, examples_per_shard=12)
+    assert verify_shards(tmp_path) == [] and len(list(tmp_path.iterdir())) == 3

@@ -16,7 +16,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -27,7 +27,7 @@ import torch
 from ..errors import DataError
 
 FORMAT = "hpc_bnn shards"
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
 CHUNK_BYTES = 64 * 2**10
 """Aim for the size of an HDF5 chunk (bytes); a chunk holds whole examples, at least one."""
@@ -78,7 +78,8 @@ class Manifest:
         return sum(shard.num_examples for shard in self.splits[split])
 
     def to_json(self) -> str:
-        return json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=1)
+        content = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        return json.dumps(content | {"sha256": _sha256_of_json(content)}, indent=1)
 
     @classmethod
     def read(cls, directory: str | os.PathLike) -> Manifest:
@@ -87,7 +88,7 @@ class Manifest:
         Raises
         ------
         DataError
-            The file is missing, unreadable, or of another format or version.
+            The file is missing, unreadable, changed, or of another format or version.
         """
         path = Path(directory, MANIFEST)
         try:
@@ -99,13 +100,13 @@ class Manifest:
             ) from None
         except (OSError, ValueError) as error:
             raise DataError(f"{path} cannot be read ({error}). Prepare the shards again") from error
-        if not isinstance(raw, dict) or (raw.pop("format", None), raw.pop("version", None)) != (
-            FORMAT,
-            VERSION,
-        ):
+        if not isinstance(raw, dict) or (raw.get("format"), raw.get("version")) != (FORMAT, VERSION):
             raise DataError(
                 f"{path} is not of format '{FORMAT}', version {VERSION}. Prepare the shards again"
             )
+        if raw.pop("sha256", None) != _sha256_of_json(raw):
+            raise DataError(f"{path} was changed after it was written (SHA-256). Prepare the shards again")
+        del raw["format"], raw["version"]
         try:
             raw["arrays"] = {
                 name: ArraySpec(tuple(spec["shape"]), spec["dtype"]) for name, spec in raw["arrays"].items()
@@ -141,7 +142,7 @@ def write_shards(
     Parameters
     ----------
     directory : path
-        Created where it is missing. A manifest that stands there is removed first.
+        Created where it is missing. A manifest that stands there is removed first, with the files that it names.
     splits : dict of str to (x, y)
         Inputs [n, channels, ...] and targets [n, ...] of each split.
     name, source, licence : str
@@ -159,6 +160,11 @@ def write_shards(
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(DataError):  # the files of a former preparation
+        former = Manifest.read(directory)
+        (directory / MANIFEST).unlink()
+        for shard in (shard for shards in former.splits.values() for shard in shards):
+            (directory / shard.file).unlink(missing_ok=True)
     (directory / MANIFEST).unlink(missing_ok=True)
     x, y = splits[train_split]
     over = (0, *range(2, x.ndim))
@@ -212,12 +218,64 @@ def _replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def _sha256_of_json(content: dict) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(2**20):
             digest.update(block)
     return digest.hexdigest()
+
+
+# --- verifying -----------------------------------------------------------------------------------------
+
+
+def verify_shards(directory: str | os.PathLike, progress: Callable[[Iterable], Iterable] = iter) -> list[str]:
+    """Compare every file of a shard directory with its manifest; return what is wrong. Local.
+
+    Parameters
+    ----------
+    directory : path
+        Shard directory.
+    progress : callable
+        Wraps the files while they are read, for a progress bar.
+
+    Returns
+    -------
+    list of str
+        One sentence per problem: missing, truncated, changed and foreign files, files in each other's place, or
+        a manifest that cannot be used. Empty where all is well.
+    """
+    directory = Path(directory)
+    try:
+        manifest = Manifest.read(directory)
+    except DataError as error:
+        return [str(error)]
+    shards = [shard for shards in manifest.splits.values() for shard in shards]
+    owners = {shard.sha256: shard.file for shard in shards}
+    problems = []
+    for shard in progress(shards):
+        path = directory / shard.file
+        try:
+            num_bytes, found = path.stat().st_size, _sha256(path)
+        except OSError as error:
+            problems.append(f"{path} is missing or cannot be read ({error.strerror})")
+            continue
+        if found == shard.sha256:
+            continue
+        if found in owners:
+            problems.append(f"{path} holds what belongs to {owners[found]}")
+        elif num_bytes != shard.num_bytes:
+            what = "truncated" if num_bytes < shard.num_bytes else "too long"
+            problems.append(f"{path} is {what}: {num_bytes} bytes, the manifest says {shard.num_bytes}")
+        else:
+            problems.append(f"{path} was changed: its SHA-256 is not that of the manifest")
+    known = {MANIFEST, *(shard.file for shard in shards)}
+    foreign = sorted(path.name for path in directory.iterdir() if path.name not in known)
+    return problems + [f"{directory / name} is foreign: the manifest does not name it" for name in foreign]
 
 
 # --- reading -------------------------------------------------------------------------------------------
