@@ -5,15 +5,13 @@ Source: the test set of "Optical Recognition of Handwritten Digits" (E. Alpaydin
 Machine Learning Repository, as scikit-learn bundles it. Licence: CC BY 4.0 (UCI).
 """
 
-import argparse
 import hashlib
 import sys
-from pathlib import Path
 
 import numpy as np
+from common import make_parser, parse, report
 
-from hpc_bnn.data import Manifest, write_shards
-from hpc_bnn.errors import DataError
+from hpc_bnn.data import write_shards
 
 NUM_EXAMPLES = 1797
 SHA256 = "87ff0c9e40dc7e2c0e34e7257799c2e3f3aec1a016363bb11cad869ec428a826"  # of the pixels as uint8, then the labels as uint8
@@ -35,26 +33,7 @@ def load() -> tuple[np.ndarray, np.ndarray]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="shard directory to write")
-    parser.add_argument("--seed", type=int, default=0, help="of the split (default: %(default)s)")
-    parser.add_argument(
-        "--examples-per-shard", type=int, default=512, metavar="N", help="per file (default: %(default)s)"
-    )
-    parser.add_argument("--force", action="store_true", help="write again what is already there")
-    options = parser.parse_args()
-    if options.examples_per_shard < 1:
-        parser.error(f"--examples-per-shard {options.examples_per_shard}: must be at least 1")
-    if not options.force:
-        try:
-            Manifest.read(options.output)
-        except DataError:
-            pass
-        else:
-            print(f"{options.output} is already there (--force writes it again)")
-            return
+    options = parse(make_parser(__doc__, examples_per_shard=512))
     x, y = load()
     order = np.random.default_rng(options.seed).permutation(len(x))
     test, train = np.split(order, [len(x) // 5])  # a fifth is held out
@@ -67,8 +46,7 @@ def main() -> None:
         num_classes=10,
         examples_per_shard=options.examples_per_shard,
     )
-    for split, shards in manifest.splits.items():
-        print(f"{options.output}: {split}, {manifest.num_examples(split)} examples in {len(shards)} shards")
+    report(options.output, manifest)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY
+from conftest import REPOSITORY, SHARED_DATA
 
 from hpc_bnn.data import Manifest, ShardDataset, epoch_order, global_batches, verify_shards, write_shards
 from hpc_bnn.errors import DataError
@@ -230,3 +230,41 @@ def test_writing_again_leaves_no_file_of_the_former_preparation(tmp_path):
     write_shards(tmp_path, {"train": (x, y)}, **FACTS, examples_per_shard=5)
     write_shards(tmp_path, {"train": (x, y)}, **FACTS, examples_per_shard=12)
     assert verify_shards(tmp_path) == [] and len(list(tmp_path.iterdir())) == 3
+
+
+def prepare(script, *flags):
+    return subprocess.run(
+        [sys.executable, f"data_prep/{script}.py", *map(str, flags)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_mnist_from_its_files(tmp_path):
+    source = SHARED_DATA / "mnist"
+    if not source.exists():
+        pytest.skip("the shared data sets are not beside this clone")
+    done = prepare("mnist", "--source", source, "--output", tmp_path / "mnist", "--num-validation", 5000)
+    assert done.returncode == 0, done.stderr
+    assert verify_shards(tmp_path / "mnist") == []
+    manifest = Manifest.read(tmp_path / "mnist")
+    counts = {split: manifest.num_examples(split) for split in manifest.splits}
+    assert counts == {"train": 55_000, "test": 10_000, "validation": 5000}
+    labels = {split: ShardDataset(tmp_path / "mnist", split).fetch(slice(None))[1] for split in counts}
+    # counts of the digits as published
+    train = torch.cat([labels["train"], labels["validation"]]).bincount().tolist()
+    assert train == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
+    assert labels["test"].bincount().tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
+    assert np.isclose(manifest.mean[0] / 255, 0.1307, atol=5e-4)
+    assert np.isclose(manifest.std[0] / 255, 0.3081, atol=5e-4)
+    assert "already there" in prepare("mnist", "--source", source, "--output", tmp_path / "mnist").stdout
+
+
+def test_wrong_files_are_not_taken_for_mnist(tmp_path):
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(bytes(16 + 60_000 * 784))
+    done = prepare("mnist", "--source", tmp_path, "--output", tmp_path / "out")
+    assert done.returncode == 1 and "is not MNIST's" in done.stderr
+    done = prepare("mnist", "--source", tmp_path / "nowhere", "--output", tmp_path / "out")
+    assert done.returncode == 1 and "can be read" in done.stderr
+    assert not (tmp_path / "out").exists()
