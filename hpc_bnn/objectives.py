@@ -285,7 +285,7 @@ class _MomentMatchedCoupling(Moments):
     def combine(self, comm: GridComm) -> None:
         super().combine(comm)
         if self._mean is not None:
-            self._error = self.mean - self.y.view_as(self.mean)
+            self._error = self.mean - self.y.view_as(self.mean).to(self.mean)
 
     def gradient(self, samples: Sequence[int], statistic: Tensor) -> Tensor:
         by_mean = self._error / self.total
@@ -314,8 +314,9 @@ class Gathered(Objective):
     Parameters
     ----------
     function : callable
-        ``function(statistics, y) -> loss``: statistics [K, B, ...] of all samples and targets y of the
-        examples to losses [B]; differentiable by autograd and free of randomness.
+        ``function(statistics, y) -> loss``: statistics [K, B, ...] of all samples and targets y of the examples (in
+        shape and dtype of the predictions where those are the statistic) to losses [B]; differentiable by
+        autograd and free of randomness.
     of : {"mean", "log_prob"} or callable
         The statistic: predictions, log-likelihoods, or a function ``(likelihood, outputs [n, ...],
         y [n, ...]) -> [n, ...]``.
@@ -336,10 +337,14 @@ class Gathered(Objective):
     def check(self, likelihood: Likelihood, num_samples: int) -> None:
         if self.of == "log_prob" and not likelihood.has_density:
             raise self._fault(likelihood, "it has no density", "Use another likelihood")
+        if self.of == "mean" and likelihood.num_classes is not None:
+            raise self._fault(likelihood, "a class has no mean", 'Use Gathered(function, of="log_prob")')
 
     def statistic(self, likelihood: Likelihood, outputs: Tensor, y: Tensor) -> Tensor:
         if self.of == "mean":
-            return likelihood.mean(outputs)
+            mean = likelihood.mean(outputs)
+            likelihood.targets(y, mean)  # the same shape
+            return mean
         if self.of == "log_prob":
             return likelihood.log_prob(outputs, y)
         return self.of(likelihood, outputs, y)
@@ -394,8 +399,11 @@ class _Members(Coupling):
             return
         own = torch.stack([self._own.pop(sample) for sample in self.samples])
         members = comm.gather(own, "sample")
+        y = self.y
+        if self.objective.of == "mean":  # [B] becomes [B, 1]: a difference never broadcasts
+            y = y.view(members.shape[1:]).to(members.dtype)
         mine = slice(self.samples.start, self.samples.stop)
-        self._part, self._gradient = self.objective.evaluate(members, self.y, mine)
+        self._part, self._gradient = self.objective.evaluate(members, y, mine)
 
     def gradient(self, samples: Sequence[int], statistic: Tensor) -> Tensor:
         if len(self.y) == 0:
@@ -448,10 +456,6 @@ class _Score(Gathered):
                 )
             )
 
-    def statistic(self, likelihood: Likelihood, outputs: Tensor, y: Tensor) -> Tensor:
-        likelihood.targets(y, outputs)  # the same shape
-        return outputs
-
     def pair_factor(self, num_samples: int) -> float:
         """Return c, the factor of half the sum over ordered pairs of samples."""
         if num_samples == 1:
@@ -499,7 +503,6 @@ class Crps(_Score):
 
     def score(self, members: Tensor, y: Tensor) -> Tensor:
         """Return the CRPS [B] of members [K, B, ...] and targets [B, ...]: the definition, in O(K log K)."""
-        y = y.view(members.shape[1:])
         num_samples = len(members)
         rank = torch.arange(1 - num_samples, num_samples, 2, dtype=members.dtype, device=members.device)
         centred = members - members.mean(0)  # keeps the digits of a small spread
@@ -509,7 +512,6 @@ class Crps(_Score):
 
     def evaluate(self, members: Tensor, y: Tensor, own: slice) -> tuple[Tensor, Tensor]:
         num_samples = len(members)
-        y = y.view(members.shape[1:])
         mine = members[own]
         # d/df_s of half the pairs: members below less members above; ties cancel
         ordered = members.movedim(0, -1).contiguous().sort(-1).values  # [B, ..., K]
@@ -565,7 +567,7 @@ class Energy(_Score):
         """Return the share [B] of some samples in the score, and the derivative of the whole by them."""
         num_samples = len(members)
         weights = self.location_weights(members)
-        values, gradients = self._power(members[own] - y.view(members.shape[1:]), weights)
+        values, gradients = self._power(members[own] - y, weights)
         loss, gradients = values.sum(0) / num_samples, gradients / num_samples
         factor = self.pair_factor(num_samples)
         for row, member in zip(gradients, members[own]):

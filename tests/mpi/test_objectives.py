@@ -306,9 +306,27 @@ def test_an_objective_of_wrong_shape_is_refused(comm):
         take_step(step)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.int64], ids=str)
+@pytest.mark.parametrize(
+    "objective", [MomentMatched(), Crps(), Energy(), Gathered(log_cosh)], ids=lambda objective: objective.name
+)
+def test_targets_of_another_dtype_and_without_a_dim(comm, objective, dtype):
+    """Targets [B] of one number are [B, 1]; they come in the dtype of the file, not of the network."""
+    likelihood = Gaussian(1) if isinstance(objective, MomentMatched) else Implicit(1)
+    x = testing.make_examples(likelihood, torch.float32)[0]
+    y = (torch.arange(testing.NUM_EXAMPLES) % 5).to(dtype)
+    part = comm.grid.local_examples(testing.NUM_EXAMPLES)
+    terms = []
+    for targets in (y, y.float()[:, None]):
+        step = testing.make_step(comm, objective, likelihood, torch.float32, num_samples=8)
+        terms.append(step(x[part], targets[part], testing.NUM_EXAMPLES).data_term)
+    assert terms[0] == terms[1]
+
+
 @pytest.mark.parametrize(
     "objective, likelihood, num_samples, words",
     [
+        (Gathered(log_cosh), Categorical(3), 8, "no mean"),
         (LogPredictive(), Implicit(2), 8, "no density"),
         (MomentMatched(), Categorical(3), 8, "variance"),
         (MomentMatched(), StudentT(2, df=2.0), 8, "variance"),
