@@ -282,7 +282,7 @@ class Config:
         )
         yield "objective.beta", objective.beta, 0 < objective.beta < 2, "above 0 and below 2", "Try 1"
         if objective.name in ("crps", "energy"):
-            rule = f"implicit for {objective.name}, which scores the members"
+            rule = f"implicit for {objective.name}, which scores predictions of numbers, not classes"
             yield (
                 "likelihood.name",
                 likelihood.name,
