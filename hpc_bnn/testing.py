@@ -13,13 +13,14 @@ with ``mpirun -np 4 python -m mpi4py -m pytest FILE`` on all grids of four. A fa
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from .comm import GridComm, connect, world_size
+from .comm import GridComm, abort, connect, wait_for_others, world_size
 from .likelihoods import Bernoulli, Categorical, Likelihood, Poisson
 from .noise import Stream, keyed_generator, keyed_global_generator
 from .objectives import Objective
@@ -31,13 +32,22 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 
 @pytest.fixture
-def objective_is_exact() -> Callable[..., None]:
+def objective_is_exact(request: pytest.FixtureRequest) -> Callable[..., None]:
     """Give a function that compares an objective with its definition on every grid of the job (`check_objective`)."""
 
     def check(objective: Objective, reference: Callable[[Tensor, Tensor], Tensor], **options) -> None:
         ranks = world_size()
-        for sample_size in (size for size in range(1, ranks + 1) if ranks % size == 0):
-            check_objective(connect(sample_size, device="cpu"), objective, reference, **options)
+        try:
+            for sample_size in (size for size in range(1, ranks + 1) if ranks % size == 0):
+                check_objective(connect(sample_size, device="cpu"), objective, reference, **options)
+        except AssertionError:
+            raise  # on all ranks
+        except Exception:
+            if not wait_for_others(5.0):  # only here: pytest would catch it, and the others wait for ever
+                with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+                    traceback.print_exc()
+                    abort(1)
+            raise
 
     return check
 

@@ -70,3 +70,19 @@ def test_the_objective_of_the_docs_is_exact_on_every_grid_of_four_ranks(mpirun, 
         done = mpirun(num_ranks, "-m", "pytest", "-q", tmp_path / "test_own.py")
         assert done.returncode == 0, done.stdout + done.stderr
         assert done.stdout.count("1 passed") == num_ranks
+
+
+def test_an_objective_that_raises_on_one_rank_ends_its_test(mpirun, tmp_path):
+    (tmp_path / "test_raises.py").write_text(
+        "import hpc_bnn\n"
+        "from hpc_bnn.testing import objective_is_exact\n"
+        "def loss(members, y):\n"
+        "    is_uneven = members.shape[1] == 3\n"  # 13 examples on 4 ranks: 4, 3, 3, 3
+        "    if is_uneven: raise RuntimeError('deliberate fault')\n"
+        "    return (members.mean(0) - y).square().sum(-1)\n"
+        "def test_it(objective_is_exact):\n"
+        "    objective_is_exact(hpc_bnn.Gathered(loss), lambda f, y: loss(f, y).mean(),\n"
+        "                       likelihood=hpc_bnn.Implicit(2), num_samples=(5,))\n"
+    )
+    done = mpirun(4, "-m", "pytest", "-q", tmp_path, timeout=60)
+    assert done.returncode != 0 and "deliberate fault" in done.stderr
