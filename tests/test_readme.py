@@ -84,5 +84,5 @@ def test_an_objective_that_raises_on_one_rank_ends_its_test(mpirun, tmp_path):
         "    objective_is_exact(hpc_bnn.Gathered(loss), lambda f, y: loss(f, y).mean(),\n"
         "                       likelihood=hpc_bnn.Implicit(2), num_samples=(5,))\n"
     )
-    done = mpirun(4, "-m", "pytest", "-q", tmp_path, timeout=60)
+    done = mpirun(4, "-m", "pytest", "-q", tmp_path, timeout=240)
     assert done.returncode != 0 and "deliberate fault" in done.stderr
