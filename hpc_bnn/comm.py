@@ -126,15 +126,17 @@ class GridComm:
         Parameters
         ----------
         tensor : Tensor
-            [n, ...], float32 or float64; n may differ between ranks, the rest may not. Where an extent of the rest
+            [n, ...], of a floating-point dtype; n may differ between ranks, the rest may not. Where an extent of the rest
             is 0, nothing is exchanged.
         axis : {"sample", "data"}
             Over which ranks.
         """
         if not self._routes[axis] or 0 in tensor.shape[1:]:
             return tensor
-        self._count(tensor)
-        return self._gather(tensor.detach().contiguous(), axis)
+        is_half = tensor.dtype in (torch.bfloat16, torch.float16)
+        wide = tensor.detach().float() if is_half else tensor.detach()
+        self._count(wide)
+        return self._gather(wide.contiguous(), axis).to(tensor.dtype)
 
     def broadcast_(self, tensors: torch.Tensor | Sequence[torch.Tensor], root: int = 0) -> None:
         """Overwrite tensors with those of world rank ``root``. Collective over the world."""

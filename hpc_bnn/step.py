@@ -309,7 +309,7 @@ class VariationalStep:
 
     def _fall_back(self, error: Exception) -> None:
         if self.comm.grid.rank == 0:
-            reason = str(error).splitlines()[0]
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
             logger.warning(
                 "samples are evaluated one after another: the module cannot be batched (%s)", reason
             )

@@ -125,7 +125,7 @@ def test_loss_and_gradient_equal_the_definition(comm, case):
     testing.check_objective(comm, objective, definition, likelihood=likelihood, num_samples=counts)
 
 
-@pytest.mark.parametrize("wrong", ["loss", "gradient", "per rank"])
+@pytest.mark.parametrize("wrong", ["loss", "gradient", "nan", "per rank"])
 def test_the_check_sees_what_is_wrong(comm, wrong):
     class Wrong(LogPredictive):
         def begin(self, y, samples, num_samples):
@@ -136,6 +136,8 @@ def test_the_check_sees_what_is_wrong(comm, wrong):
             elif wrong == "gradient":
                 gradient = coupling.gradient
                 coupling.gradient = lambda samples, t: gradient(samples, t) * (1 + 1e-4 * samples[0])
+            elif wrong == "nan":
+                coupling.gradient = lambda samples, t: t * math.nan
             else:  # what the published code does
                 combine = coupling.combine
                 coupling.combine = lambda comm: combine(GridComm(Grid()))
