@@ -176,7 +176,7 @@ class VariationalStep:
         """
         posterior, comm = self.posterior, self.comm
         posterior.batch_norms.sum_over_data = lambda tensor: comm.sum_(tensor, "data")
-        mine = comm.grid.local_samples(self.num_samples)
+        mine = samples = comm.grid.local_samples(self.num_samples)
         counts_samples = posterior.kl_kind in ("Monte Carlo", "point") and self._prior_share > 0
         if len(x) == 0 and not posterior.batch_norms.layers and not counts_samples:
             mine = range(0)  # nothing to evaluate, and nobody waits for this rank
@@ -187,7 +187,6 @@ class VariationalStep:
             self._warn_of_foreign_noise(x)
             self._is_prepared = True
         posterior.begin(comm.grid.local_examples(global_batch_size).start)
-        samples = comm.grid.local_samples(self.num_samples)
         coupling = self.objective.begin(y, samples, self.num_samples)
         self._pass_over(mine, x, y, coupling, 1.0 / global_batch_size)
         posterior.tally[Tally.DATA_TERM] = coupling.data_term() / global_batch_size
@@ -242,15 +241,12 @@ class VariationalStep:
             self._walk(mine, x, y, differentiate)
             return
         if len(mine) == 1 or (1 < len(mine) <= self.chunk_size and self._can_batch):
-
-            def use(samples: Sequence[int], statistic: Tensor, leaf: Tensor | None) -> None:
-                coupling.see(samples, statistic.detach())
-                coupling.combine(self.comm)
-                differentiate(samples, statistic, leaf)
-
             whole = self._try_chunk(mine, x, y) if len(mine) > 1 else self._evaluate_one(mine[0], x, y)
             if whole is not None:
-                use(mine, *whole)
+                statistic, leaf = whole
+                coupling.see(mine, statistic.detach())
+                coupling.combine(self.comm)
+                differentiate(mine, statistic, leaf)
                 return
         self.num_passes = 2
         self._say_two_passes(len(mine))

@@ -314,19 +314,18 @@ class Run:
         every = -(-len(self.test_set) // NUM_SHOWN_POINTS)
         mine = None
         if self.comm.grid.sample_index == 0:
-            chosen = torch.tensor(
-                [i - part.start for i in range(part.start, part.stop) if i % every == 0]
-            ).long()
-            _, y = self.test_set.fetch(part)
+            chosen = slice(
+                -part.start % every, None, every
+            )  # of this rank's, those divisible by it in the job
+            _, y = self.test_set.fetch(slice(part.start + chosen.start, part.stop, every))
+            mean = predictive.mean[chosen]
             columns = {
-                "y": self.likelihood.targets(y, predictive.mean),
-                "mean": predictive.mean,
-                "aleatoric_std": predictive.aleatoric_variance.sqrt(),
-                "epistemic_std": predictive.epistemic_variance.sqrt(),
+                "y": self.likelihood.targets(y, mean),
+                "mean": mean,
+                "aleatoric_std": predictive.aleatoric_variance[chosen].sqrt(),
+                "epistemic_std": predictive.epistemic_variance[chosen].sqrt(),
             }
-            mine = {
-                k: v[chosen.to(v.device)].flatten(1)[:, :NUM_SHOWN_TARGETS].cpu() for k, v in columns.items()
-            }
+            mine = {k: v.flatten(1)[:, :NUM_SHOWN_TARGETS].cpu() for k, v in columns.items()}
         parts = [part for part in self.comm.gather_objects(mine) if part is not None]
         return (
             {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if self.is_writer else {}

@@ -160,12 +160,11 @@ def write_shards(
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(DataError):  # the files of a former preparation
-        former = Manifest.read(directory)
-        (directory / MANIFEST).unlink()
-        for shard in (shard for shards in former.splits.values() for shard in shards):
-            (directory / shard.file).unlink(missing_ok=True)
-    (directory / MANIFEST).unlink(missing_ok=True)
+    former = {}
+    with contextlib.suppress(DataError):
+        former = Manifest.read(directory).splits
+    for name in (MANIFEST, *(shard.file for shards in former.values() for shard in shards)):
+        (directory / name).unlink(missing_ok=True)
     x, y = splits[train_split]
     over = (0, *range(2, x.ndim))
     files = {}
