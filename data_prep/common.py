@@ -1,46 +1,173 @@
-"""What the scripts of data_prep share: their flags, when there is nothing to do, and what they say at the end."""
+"""What the scripts of data_prep share: their flags, splits, checksums, and how they run on one rank or many."""
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
-from hpc_bnn.data import Manifest
-from hpc_bnn.errors import DataError
+import numpy as np
+from tqdm import tqdm
+
+from hpc_bnn.cli import run_and_report
+from hpc_bnn.comm import GridComm, connect_for_files, finalize
+from hpc_bnn.data import Examples, Manifest, write_shards
+from hpc_bnn.data.manifest import sha256_of_file
+from hpc_bnn.errors import ConfigError, DataError, Fault
 
 
-def make_parser(doc: str, examples_per_shard: int) -> argparse.ArgumentParser:
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise ConfigError(f"{message}\nSee {self.prog} --help")
+
+
+def make_parser(doc: str) -> argparse.ArgumentParser:
     """Return a parser with the flags that all scripts have."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="shard directory to write")
     parser.add_argument("--seed", type=int, default=0, help="of the split (default: %(default)s)")
     parser.add_argument(
-        "--examples-per-shard",
-        type=int,
-        default=examples_per_shard,
-        metavar="N",
-        help="per file (default: %(default)s)",
+        "--examples-per-shard", type=int, metavar="N", help="per file (default: files of about 256 MiB)"
     )
+    parser.add_argument("--compression", choices=["gzip", "lzf"], help="of the files (default: none)")
     parser.add_argument("--force", action="store_true", help="write again what is already there")
     return parser
 
 
-def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Return the flags; exit where they cannot be, and where the shards are there already."""
-    options = parser.parse_args()
-    if options.examples_per_shard < 1:
-        parser.error(f"--examples-per-shard {options.examples_per_shard}: must be at least 1")
-    if not options.force:
-        try:
-            Manifest.read(options.output)
-        except DataError:
-            return options
-        print(f"{options.output} is already there (--force writes it again)")
-        parser.exit()
-    return options
+def add_source(parser: argparse.ArgumentParser, help: str, **options: Any) -> None:
+    """Add the flag ``--source``."""
+    parser.add_argument("--source", type=Path, required=True, help=help, **options)
 
 
-def report(directory: Path, manifest: Manifest) -> None:
-    """Say what was written."""
-    for split, shards in manifest.splits.items():
-        print(f"{directory}: {split}, {manifest.num_examples(split)} examples in {len(shards)} shards")
+def add_fractions(parser: argparse.ArgumentParser, validation: float, test: float) -> None:
+    """Add the flags ``--validation-fraction`` and ``--test-fraction``."""
+    for name, default in (("validation", validation), ("test", test)):
+        parser.add_argument(
+            f"--{name}-fraction",
+            type=float,
+            default=default,
+            metavar="F",
+            help=f"share of the split '{name}' (default: %(default)s)",
+        )
+
+
+def check(flag: str, value: object, fits: bool, rule: str, remedy: str) -> None:
+    """Raise `ConfigError` that names flag, value, rule and remedy unless ``fits``."""
+    if not fits:
+        raise ConfigError(Fault(flag, value, rule, remedy))
+
+
+def check_fractions(options: argparse.Namespace) -> dict[str, float]:
+    """Return the shares of train, validation and test; they are 1 together."""
+    shares = {"validation": options.validation_fraction, "test": options.test_fraction}
+    for name, value in shares.items():
+        check(f"--{name}-fraction", value, 0 <= value < 1, "must be at least 0 and below 1", "Try 0.2")
+    total = sum(shares.values())
+    check(
+        "--validation-fraction, --test-fraction", total, total < 1, "nothing is left to train on", "Try 0.2"
+    )
+    return {"train": 1 - total, **shares}
+
+
+def cut(num_items: int, shares: dict[str, float]) -> dict[str, range]:
+    """Cut ``range(num_items)`` into parts, in order, by their shares; parts of share 0 are left out."""
+    names, bounds = list(shares), np.round(np.cumsum([0, *shares.values()]) * num_items).astype(int)
+    parts = {name: range(a, b) for name, a, b in zip(names, bounds, bounds[1:]) if shares[name] > 0}
+    for name, part in parts.items():
+        check(
+            f"--{name}-fraction",
+            shares[name],
+            len(part) > 0,
+            f"of {num_items} nothing is left",
+            "Make it larger",
+        )
+    return parts
+
+
+def draw_split(num_items: int, shares: dict[str, float], seed: int) -> dict[str, np.ndarray]:
+    """Deal items at random to splits by their shares; the indices [n] of each, sorted."""
+    order = np.random.default_rng(seed).permutation(num_items)
+    return {name: np.sort(order[list(part)]) for name, part in cut(num_items, shares).items()}
+
+
+def checksums(*paths: Path) -> dict[str, str]:
+    """Return the SHA-256 of source files, for the key of a preparation; `DataError` where one cannot be read."""
+    try:
+        return {path.name: sha256_of_file(path) for path in paths}
+    except OSError as error:
+        raise DataError(f"--source: {error.filename} cannot be read ({error.strerror})") from error
+
+
+def check_digest(path: Path, content: bytes, expected: str, kind: str = "md5") -> None:
+    """Raise `DataError` unless the content of a source file has the published checksum."""
+    found = hashlib.new(kind, content).hexdigest()
+    if found != expected:
+        raise DataError(
+            f"--source: {path} is not the published file: {kind.upper()} {found}, expected {expected}. Fetch it again"
+        )
+
+
+def write(
+    comm: GridComm,
+    options: argparse.Namespace,
+    splits: dict[str, tuple[np.ndarray, np.ndarray] | Examples],
+    *,
+    key: Any,
+    **facts: Any,
+) -> None:
+    """Write the shards with a progress bar, resumably, and say what was written. Collective over the world.
+
+    ``key`` holds the checksums of the source; the flags are added here.
+    """
+    flags = {k: str(v) for k, v in vars(options).items() if k not in ("output", "force", "source")}
+
+    def progress(files: Iterable) -> Iterable:
+        hidden = None if comm.grid.rank == 0 else True  # None: off where stderr is no terminal
+        return tqdm(files, unit="file", desc="writing", disable=hidden)
+
+    manifest = write_shards(
+        options.output,
+        splits,
+        examples_per_shard=options.examples_per_shard,
+        compression=options.compression,
+        key=[key, flags],
+        comm=comm,
+        progress=progress,
+        **facts,
+    )
+    if comm.grid.rank == 0:
+        for split, shards in manifest.splits.items():
+            print(
+                f"{options.output}: {split}, {manifest.num_examples(split)} examples in {len(shards)} files"
+            )
+
+
+def run(parser: argparse.ArgumentParser, prepare: Callable[[argparse.Namespace, GridComm], None]) -> None:
+    """Run a script on one rank or many; an error on which all agree is said once, and ends it with exit code 1 or 2.
+
+    Nothing is done where the shards are there already.
+    """
+
+    def work() -> int:
+        options = parser.parse_args()
+        number = options.examples_per_shard
+        check("--examples-per-shard", number, number is None or number >= 1, "must be at least 1", "Try 1000")
+        comm = connect_for_files()
+        if not options.force:
+            try:
+                Manifest.read(options.output)
+            except DataError:
+                pass
+            else:
+                if comm.grid.rank == 0:
+                    print(f"{options.output} is already there (--force writes it again)")
+                return 0
+        prepare(options, comm)
+        return 0
+
+    code = run_and_report(parser.prog, work)
+    finalize()
+    sys.exit(code)

@@ -5,13 +5,14 @@ Source: the test set of "Optical Recognition of Handwritten Digits" (E. Alpaydin
 Machine Learning Repository, as scikit-learn bundles it. Licence: CC BY 4.0 (UCI).
 """
 
+import argparse
 import hashlib
-import sys
 
+import common
 import numpy as np
-from common import make_parser, parse, report
 
-from hpc_bnn.data import write_shards
+from hpc_bnn.comm import GridComm
+from hpc_bnn.errors import DataError
 
 NUM_EXAMPLES = 1797
 SHA256 = "87ff0c9e40dc7e2c0e34e7257799c2e3f3aec1a016363bb11cad869ec428a826"  # of the pixels as uint8, then the labels as uint8
@@ -21,33 +22,34 @@ def load() -> tuple[np.ndarray, np.ndarray]:
     """Return images [1797, 1, 8, 8] uint8 in 0..16 and labels [1797] int64, verified."""
     try:
         from sklearn.datasets import load_digits
-    except ImportError:
-        sys.exit("data_prep/digits.py needs scikit-learn: pip install scikit-learn")
+    except ImportError as error:
+        raise DataError("data_prep/digits.py needs scikit-learn: pip install scikit-learn") from error
     digits = load_digits()
     x = digits.images.astype(np.uint8)[:, None]
     y = digits.target.astype(np.int64)
     found = hashlib.sha256(x.tobytes() + y.astype(np.uint8).tobytes()).hexdigest()
     if len(x) != NUM_EXAMPLES or found != SHA256:
-        sys.exit(f"scikit-learn's digits are not the expected ones: {len(x)} examples, SHA-256 {found}")
+        raise DataError(
+            f"scikit-learn's digits are not the expected ones: {len(x)} examples, SHA-256 {found}"
+        )
     return x, y
 
 
-def main() -> None:
-    options = parse(make_parser(__doc__, examples_per_shard=512))
-    x, y = load()
-    order = np.random.default_rng(options.seed).permutation(len(x))
-    test, train = np.split(order, [len(x) // 5])  # a fifth is held out
-    manifest = write_shards(
-        options.output,
-        {"train": (x[train], y[train]), "test": (x[test], y[test])},
+def prepare(options: argparse.Namespace, comm: GridComm) -> None:
+    with comm.agree("reading the digits of scikit-learn"):
+        x, y = load()
+    parts = common.draw_split(len(x), {"test": 0.2, "train": 0.8}, options.seed)
+    common.write(
+        comm,
+        options,
+        {name: (x[parts[name]], y[parts[name]]) for name in ("train", "test")},
+        key=SHA256,
         name="digits",
         source="scikit-learn load_digits; Alpaydin and Kaynak, UCI Machine Learning Repository, 1998",
         licence="CC BY 4.0",
         num_classes=10,
-        examples_per_shard=options.examples_per_shard,
     )
-    report(options.output, manifest)
 
 
 if __name__ == "__main__":
-    main()
+    common.run(common.make_parser(__doc__), prepare)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jsonargparse
@@ -42,6 +42,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     printed once and end the job in order; any other exception is left to ``python -m mpi4py``, which
     prints it and aborts the job.
     """
+
+    def work() -> int:
+        parser = build_parser()
+        parsed = parser.parse_args(arguments)
+        command = parsed.subcommand
+        options = parser.instantiate(parsed)[command]
+        given = {argument.split("=")[0] for argument in (sys.argv[1:] if arguments is None else arguments)}
+        return {"train": _train, "verify": _verify}[command](options, given)
+
+    return run_and_report("hpc-bnn", work)
+
+
+def run_and_report(name: str, work: Callable[[], int]) -> int:
+    """Run a command on this rank; say once an error on which all ranks agree, and return the exit code.
+
+    Collective over the world. An error of `hpc_bnn.errors` that only this rank sees ends the job; any other
+    exception passes through.
+    """
     is_first = comm.launched_rank() == 0
     logging.basicConfig(
         level=logging.INFO if is_first else logging.ERROR,
@@ -49,16 +67,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         stream=sys.stderr,
     )
     try:
-        parser = build_parser()
-        parsed = parser.parse_args(arguments)
-        command = parsed.subcommand
-        options = parser.instantiate(parsed)[command]
-        given = {argument.split("=")[0] for argument in (sys.argv[1:] if arguments is None else arguments)}
-        return {"train": _train, "verify": _verify}[command](options, given)
+        return work()
     except HpcBnnError as error:
         together = comm.wait_for_others(5.0)  # an error that only this rank saw must not leave them waiting
         if is_first or not together:
-            print(f"hpc-bnn: error: {error}", file=sys.stderr, flush=True)
+            print(f"{name}: error: {error}", file=sys.stderr, flush=True)
         if not together:
             comm.abort(error.exit_code)
         return error.exit_code

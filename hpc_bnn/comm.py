@@ -17,6 +17,7 @@ import atexit
 import contextlib
 import hashlib
 import logging
+import math
 import os
 import socket
 import sys
@@ -25,6 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from .errors import CommunicationError, ConfigError, Fault, HpcBnnError, RankError
@@ -33,10 +35,21 @@ from .grid import Grid
 logger = logging.getLogger(__name__)
 
 Axis = Literal["sample", "data", "world"]
+ObjectAxis = Literal["sample", "data", "world", "node"]
 Operation = Literal["sum", "max"]
 
 BUCKET_BYTES = 256 * 2**20
 """Largest buffer that one reduction of a list of tensors packs (bytes)."""
+
+
+@dataclass(frozen=True)
+class NodeArray:
+    """An array that the ranks of a node share (`GridComm.node_array`)."""
+
+    array: np.ndarray
+    """The same memory on each rank of the node."""
+    publish: Callable[[], None]
+    """Let all ranks of the node see what any of them has written. Collective over ``node_comm``."""
 
 
 @dataclass
@@ -69,6 +82,8 @@ class GridComm:
         The communicators of the groups (None in a single process without MPI).
     sample_set, data_set : horovod.torch.ProcessSet or None
         The Horovod process sets of the same ranks (None for an axis of extent 1).
+    node_comm : mpi4py.MPI.Intracomm or None
+        The communicator of the ranks that share memory with this one.
     local_rank, local_size : int
         This rank among the ranks of its node, and their number.
     traffic : Traffic
@@ -76,7 +91,7 @@ class GridComm:
     """
 
     library = "none"
-    sample_comm = data_comm = world_comm = None
+    sample_comm = data_comm = world_comm = node_comm = None
     sample_set = data_set = None
     local_rank, local_size = 0, 1
 
@@ -138,14 +153,19 @@ class GridComm:
         self._count(wide)
         return self._gather(wide.contiguous(), axis).to(tensor.dtype)
 
-    def broadcast_(self, tensors: torch.Tensor | Sequence[torch.Tensor], root: int = 0) -> None:
-        """Overwrite tensors with those of world rank ``root``. Collective over the world."""
-        if self.grid.world_size == 1:
+    def broadcast_(
+        self, tensors: torch.Tensor | Sequence[torch.Tensor], root: int = 0, axis: Axis = "world"
+    ) -> None:
+        """Overwrite tensors with those of the rank with index ``root`` along an axis.
+
+        Collective over ``sample_comm``, ``data_comm`` or the world, by ``axis``.
+        """
+        if self._extents[axis] == 1:
             return
         with _packed_buckets(tensors) as buckets:
             for flat in buckets:
                 self._count(flat)
-                self._broadcast_(flat, root)
+                self._broadcast_(flat, root, axis)
 
     def broadcast_optimizer_state(self, optimizer: torch.optim.Optimizer, root: int = 0) -> None:
         """Overwrite the state of an optimizer with that of world rank ``root``. Collective over the world.
@@ -171,12 +191,31 @@ class GridComm:
         """Return the object of world rank ``root`` on all ranks. Collective over the world."""
         return value
 
-    def gather_objects(self, value: Any, axis: Axis = "world") -> list[Any]:
-        """Return the objects of all ranks of an axis, in rank order, on each of them. Collective."""
+    def gather_objects(self, value: Any, axis: ObjectAxis = "world") -> list[Any]:
+        """Return the objects of all ranks of an axis or node, in rank order, on each of them. Collective."""
         return [value]
 
     def barrier(self) -> None:
         """Wait for all ranks. Collective over the world."""
+
+    def node_array(self, shape: tuple[int, ...], dtype: np.dtype | str) -> NodeArray:
+        """Return a new array in memory that the ranks of a node share; alone, in ordinary memory.
+
+        Collective over ``node_comm``.
+
+        Parameters
+        ----------
+        shape : tuple of int
+            The same on each rank.
+        dtype : dtype
+            Of NumPy.
+
+        Raises
+        ------
+        CommunicationError
+            There is not that much shared memory.
+        """
+        return NodeArray(np.empty(shape, dtype), lambda: None)
 
     @contextlib.contextmanager
     def agree(self, doing: str) -> Iterator[None]:
@@ -253,7 +292,7 @@ class GridComm:
     def _reduce_(self, flat: torch.Tensor, axis: Axis, operation: Operation) -> None:
         raise NotImplementedError
 
-    def _broadcast_(self, flat: torch.Tensor, root: int) -> None:
+    def _broadcast_(self, flat: torch.Tensor, root: int, axis: Axis) -> None:
         raise NotImplementedError
 
     def _gather(self, tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
@@ -278,20 +317,107 @@ class GridComm:
         self.traffic.num_bytes += flat.numel() * flat.element_size()
 
 
-class HorovodComm(GridComm):
-    """The collectives of `GridComm` by Horovod (tensors) and mpi4py (objects)."""
+class MpiComm(GridComm):
+    """Objects and shared memory by mpi4py; tensors are left to a subclass.
 
-    library = "horovod"
+    Parameters
+    ----------
+    mpi : module
+        mpi4py.MPI.
+    node_size : int, optional
+        Largest number of ranks that share memory, to give each part of a node (a socket) its own copy.
+    """
 
-    def __init__(self, grid: Grid, device: torch.device, reduction: Literal["axes", "world"], mpi, hvd):
+    library = "mpi4py"
+
+    def __init__(
+        self,
+        grid: Grid,
+        device: torch.device | str = "cpu",
+        reduction: Literal["axes", "world"] = "axes",
+        *,
+        mpi,
+        node_size: int | None = None,
+    ):
         super().__init__(grid, device, reduction)
-        self._hvd = hvd
         self._mpi = mpi
         self.world_comm = mpi.COMM_WORLD
         self.sample_comm = self.world_comm.Split(color=grid.data_index, key=grid.sample_index)
         self.data_comm = self.world_comm.Split(color=grid.sample_index, key=grid.data_index)
-        self._object_comms = {"sample": self.sample_comm, "data": self.data_comm, "world": self.world_comm}
-        self.local_rank, self.local_size = _place_on_node(mpi)
+        self.node_comm = _split_by_node(mpi, node_size)
+        self.local_rank, self.local_size = self.node_comm.rank, self.node_comm.size
+        self._object_comms = {
+            "sample": self.sample_comm,
+            "data": self.data_comm,
+            "world": self.world_comm,
+            "node": self.node_comm,
+        }
+        self._windows = []
+
+    def broadcast_object(self, value: Any, root: int = 0) -> Any:
+        self.traffic.num_object_collectives += 1
+        return self.world_comm.bcast(value, root)
+
+    def gather_objects(self, value: Any, axis: ObjectAxis = "world") -> list[Any]:
+        self.traffic.num_object_collectives += 1
+        return self._object_comms[axis].allgather(value)
+
+    def barrier(self) -> None:
+        self.traffic.num_object_collectives += 1
+        self.world_comm.Barrier()
+
+    def node_array(self, shape: tuple[int, ...], dtype: np.dtype | str) -> NodeArray:
+        if self.local_size == 1:
+            return super().node_array(shape, dtype)
+        dtype = np.dtype(dtype)
+        num_bytes = math.prod(shape) * dtype.itemsize
+        try:
+            # The first rank of the node gives all of it.
+            mine = max(num_bytes, 1) if self.local_rank == 0 else 0
+            window = self._mpi.Win.Allocate_shared(mine, 1, comm=self.node_comm)
+        except self._mpi.Exception as error:
+            raise CommunicationError(
+                f"{num_bytes / 1e9:.2f} GB of shared memory cannot be had on {socket.gethostname()} ({error}). "
+                "Make /dev/shm larger, or use --data.reading group or rank"
+            ) from error
+        self._windows.append(window)
+        buffer, _ = window.Shared_query(0)
+        window.Lock_all()
+
+        def publish() -> None:
+            window.Sync()
+            self.node_comm.Barrier()
+            window.Sync()
+
+        return NodeArray(np.frombuffer(buffer, np.uint8, num_bytes).view(dtype).reshape(shape), publish)
+
+    def close(self) -> None:
+        self.barrier()
+        for window in self._windows:
+            window.Unlock_all()
+            window.Free()
+        self._windows.clear()
+        for comm in (self.sample_comm, self.data_comm, self.node_comm):
+            comm.Free()
+
+
+class HorovodComm(MpiComm):
+    """The collectives of `GridComm` by Horovod (tensors) and mpi4py (objects)."""
+
+    library = "horovod"
+
+    def __init__(
+        self,
+        grid: Grid,
+        device: torch.device,
+        reduction: Literal["axes", "world"],
+        *,
+        mpi,
+        hvd,
+        node_size: int | None = None,
+    ):
+        super().__init__(grid, device, reduction, mpi=mpi, node_size=node_size)
+        self._hvd = hvd
         self._start_horovod()
         self._operations = {"sum": hvd.Sum, "max": hvd.Max}
         self._through_host = self.device.type == "cuda" and not hvd.nccl_built()
@@ -330,6 +456,11 @@ class HorovodComm(GridComm):
         if grid.data_size > 1:
             self.data_set = sets["data"][grid.sample_index] if sets["data"] else world
         self._sets = {"sample": self.sample_set, "data": self.data_set, "world": world}
+        self._ranks = {
+            "sample": grid.sample_group(grid.data_index),
+            "data": grid.data_group(grid.sample_index),
+            "world": range(grid.world_size),
+        }
 
     def _reduce_(self, flat: torch.Tensor, axis: Axis, operation: Operation) -> None:
         # A stable name per buffer lets Horovod's response cache skip the negotiation.
@@ -339,10 +470,11 @@ class HorovodComm(GridComm):
         if buffer is not flat:
             flat.copy_(buffer)
 
-    def _broadcast_(self, flat: torch.Tensor, root: int) -> None:
-        name = f"hpc_bnn.broadcast.{flat.dtype}.{flat.numel()}"
+    def _broadcast_(self, flat: torch.Tensor, root: int, axis: Axis) -> None:
+        name = f"hpc_bnn.broadcast.{axis}.{flat.dtype}.{flat.numel()}"
         buffer = flat.cpu() if self._through_host and flat.is_cuda else flat
-        self._hvd.broadcast_(buffer, root, name=name)
+        # Horovod counts the root by its world rank, in a process set too.
+        self._hvd.broadcast_(buffer, self._ranks[axis][root], process_set=self._sets[axis], name=name)
         if buffer is not flat:
             flat.copy_(buffer)
 
@@ -351,31 +483,22 @@ class HorovodComm(GridComm):
         buffer = tensor.cpu() if self._through_host else tensor
         return self._hvd.allgather(buffer, name=name, process_set=self._sets[axis]).to(tensor.device)
 
-    def broadcast_object(self, value: Any, root: int = 0) -> Any:
-        self.traffic.num_object_collectives += 1
-        return self.world_comm.bcast(value, root)
-
-    def gather_objects(self, value: Any, axis: Axis = "world") -> list[Any]:
-        self.traffic.num_object_collectives += 1
-        return self._object_comms[axis].allgather(value)
-
-    def barrier(self) -> None:
-        self.traffic.num_object_collectives += 1
-        self.world_comm.Barrier()
-
     def close(self) -> None:
         self.barrier()
         if self._hvd.is_initialized():
             self._hvd.shutdown()
-        self.sample_comm.Free()
-        self.data_comm.Free()
+        super().close()
 
 
 # --- start and end -------------------------------------------------------------------------------------
 
 
 def connect(
-    sample_size: int = 1, device: str = "auto", reduction: Literal["axes", "world"] = "axes"
+    sample_size: int = 1,
+    device: str = "auto",
+    reduction: Literal["axes", "world"] = "axes",
+    *,
+    node_size: int | None = None,
 ) -> GridComm:
     """Join the process grid of this job. Collective over the world.
 
@@ -395,6 +518,8 @@ def connect(
         takes the CPU where there is no GPU.
     reduction : {"axes", "world"}
         See `GridComm`.
+    node_size : int, optional
+        See `MpiComm`.
 
     Returns
     -------
@@ -415,11 +540,31 @@ def connect(
     _install_abort_hook()
     grid = Grid(world.size, sample_size, world.rank)
     hvd = _import_horovod(world)
-    local_rank, local_size = _place_on_node(mpi)
+    node = _split_by_node(mpi)
+    local_rank, local_size = node.rank, node.size
+    node.Free()
     _set_num_threads(local_size)
-    comm = HorovodComm(grid, _agree_on_device(world, device, local_rank), reduction, mpi=mpi, hvd=hvd)
+    device = _agree_on_device(world, device, local_rank)
+    comm = HorovodComm(grid, device, reduction, mpi=mpi, hvd=hvd, node_size=node_size)
     _check_one_rank_per_gpu(comm)
     return comm
+
+
+def connect_for_files(node_size: int | None = None) -> GridComm:
+    """Join the ranks of this job for work on files: objects and shared memory, no tensors, no Horovod.
+
+    Collective over the world. All ranks stand along the data axis.
+
+    Parameters
+    ----------
+    node_size : int, optional
+        See `MpiComm`.
+    """
+    mpi = _start_mpi()
+    if mpi is None or mpi.COMM_WORLD.size == 1:
+        return GridComm(Grid(1, 1, 0))
+    _install_abort_hook()
+    return MpiComm(Grid(mpi.COMM_WORLD.size, 1, mpi.COMM_WORLD.rank), mpi=mpi, node_size=node_size)
 
 
 def world_size() -> int:
@@ -579,11 +724,14 @@ def _set_num_threads(local_size: int) -> None:
         torch.set_num_threads(max(1, cores if bound else cores // local_size))
 
 
-def _place_on_node(mpi) -> tuple[int, int]:
+def _split_by_node(mpi, node_size: int | None = None):
+    """Return the communicator of the ranks that share memory, in parts of at most ``node_size``. Collective."""
     node = mpi.COMM_WORLD.Split_type(mpi.COMM_TYPE_SHARED)
-    place = node.rank, node.size
+    if node_size is None:
+        return node
+    part = node.Split(color=node.rank // node_size, key=node.rank)
     node.Free()
-    return place
+    return part
 
 
 def _num_visible_gpus() -> int:

@@ -32,6 +32,26 @@ class DataConfig:
     """Name of the split to train on."""
     test_split: str = "test"
     """Name of the held-out split."""
+    reading: Literal["auto", "node", "group", "rank"] = "auto"
+    """node: read once into memory that the ranks of a node share; group: one rank of a sample group reads each batch
+    for all; rank: each reads its own; auto: node where the data fit, otherwise group."""
+    prefetch: int = 2
+    """Batches read ahead by a thread, from files or on the way to a GPU."""
+    drop_last: bool = False
+    """Leave out the last, smaller batch of an epoch; kept, it is exact as well."""
+
+
+@dataclass
+class AugmentationConfig:
+    """Random changes of the inputs in training."""
+
+    transforms: list[dict[str, Any]] = field(default_factory=list)
+    """In order, such as [{name: crop, padding: 4}, {name: flip}]: crop, flip, erase, mask, noise, mixup, or the import
+    path of your own, with arguments."""
+    views: Literal["per_sample", "per_group", "shared"] = "per_sample"
+    """Whether each sample sees its own view of a batch, each group of samples, or all the same."""
+    num_groups: int = 2
+    """Groups of samples with a view each, for per_group."""
 
 
 @dataclass
@@ -85,9 +105,10 @@ class LikelihoodConfig:
     name: Literal["auto", "categorical", "bernoulli", "gaussian", "student_t", "poisson", "implicit"] = "auto"
     """Distribution of a target; auto: categorical for classes, otherwise gaussian; implicit for crps and energy."""
     scale: float | Literal["learned", "heteroscedastic"] = "heteroscedastic"
-    """Scale of gaussian and student_t: a number (units of y), one learned per target, or an output of the network."""
+    """Scale of gaussian and student_t: a number (units of the targets, normalised where the shards have their
+    statistics), one learned per target, or an output of the network."""
     init_scale: float = 1.0
-    """Start of a learned scale (units of y)."""
+    """Start of a learned scale (in the same units)."""
     df: float = 4.0
     """Degrees of freedom of student_t."""
 
@@ -102,8 +123,9 @@ class ObjectiveConfig:
     """Of crps and energy to the finite number of samples: 0 the ordinary score, 1 the fair, 0.95 almost fair."""
     beta: float = 1.0
     """Exponent of the energy score, above 0 and below 2; other than 1 is the beta-energy score."""
-    weights: str | None = None
-    """File (.npy) with the weights of the targets in crps and energy, such as cos(latitude) as [latitudes, 1]."""
+    weights: str | None = "auto"
+    """Weights of the targets in crps and energy: auto takes those of the shards where they have any (such as
+    cos(latitude)), null none, a file (.npy) its array, such as [latitudes, 1]."""
 
 
 @dataclass
@@ -161,6 +183,7 @@ class Config:
     likelihood: LikelihoodConfig = field(default_factory=LikelihoodConfig)
     grid: GridConfig = field(default_factory=GridConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     posterior: PosteriorConfig = field(default_factory=PosteriorConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -206,6 +229,10 @@ class Config:
             "1 is Bayes",
         )
         yield from self._objective_rules()
+        groups, samples = self.augmentation.num_groups, self.num_samples
+        fits = self.augmentation.views != "per_group" or 1 <= groups <= samples
+        yield "augmentation.num_groups", groups, fits, f"between 1 and num_samples, {samples}", "Try 2"
+        yield "data.prefetch", self.data.prefetch, self.data.prefetch >= 0, "0 or more", "Try 2"
         scales = ("prior_std", "prior_df", "prior_narrow_std", "init_std", "init_std_relative")
         for name in scales:
             value = getattr(self.posterior, name)
@@ -292,6 +319,14 @@ class Config:
             )
             fits = self.num_samples > 1 or objective.fairness == 0
             yield "num_samples", self.num_samples, fits, "2 or more for pairs", "Or --objective.fairness 0"
+        elif objective.name in names and objective.weights not in ("auto", None):
+            yield (
+                "objective.weights",
+                objective.weights,
+                False,
+                f"left out for {objective.name}",
+                "Use crps or energy",
+            )
         elif objective.name in names and likelihood.name == "implicit":
             yield (
                 "likelihood.name",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -63,8 +64,24 @@ class ValuePredictive:
         """[B, T, ...] total variance."""
         return self.aleatoric_variance + self.epistemic_variance
 
+    def in_units(self, mean: Tensor, std: Tensor) -> ValuePredictive:
+        """Return the predictive of ``std * y + mean`` from that of y; they broadcast to [B, T, ...]."""
+        log_prob = self.log_prob
+        if log_prob is not None:
+            log_prob = log_prob - std.to(log_prob).expand(self.mean[:1].shape).log().sum()
+        square = std.square()
+        return ValuePredictive(
+            self.mean * std + mean,
+            self.aleatoric_variance * square,
+            self.epistemic_variance * square,
+            log_prob,
+        )
+
 
 Predictive = ClassPredictive | ValuePredictive
+
+BLOCK_BYTES = 256 * 2**20
+"""Bytes of inputs that `evaluate_dataset` reads at once on a rank."""
 
 
 def _member_outputs(
@@ -176,36 +193,51 @@ def evaluate_dataset(
     *,
     num_samples: int,
     seed: int = 0,
-) -> tuple[dict[str, float], Predictive, slice]:
+    see: Callable[[Tensor, Predictive, Tensor], None] | None = None,
+) -> dict[str, float]:
     """Evaluate a data set: each data group its part of the examples, each sample group all samples.
 
-    Collective over the world.
+    Collective over the world. Examples are read in blocks of bounded size; every block is one pass over the samples.
+
+    Parameters
+    ----------
+    dataset : ShardDataset
+        What is evaluated.
+    num_samples, seed
+        As for `predict_classes`.
+    see : callable, optional
+        Called with the global indices [B], the predictive, and the targets of every block of this rank; numbers in
+        units of y.
 
     Returns
     -------
     metrics : dict of str to float
         Of the whole data set; the same on all ranks.
-    predictive : ClassPredictive or ValuePredictive
-        Of this rank's examples.
-    part : slice
-        Which examples of the data set those are.
     """
-    part = comm.grid.local_examples(len(dataset))
-    x, y = dataset.fetch(part)
-    options = {"num_samples": num_samples, "seed": seed}
-    if likelihood.num_classes is not None:
-        predictive = predict_classes(posterior, likelihood, comm, x, **options)
-        metrics = classification_metrics(likelihood.num_classes, x.device)
-        updates = dict.fromkeys(metrics, (predictive.probabilities, y))
+    is_class = likelihood.num_classes is not None
+    if is_class:
+        metrics = classification_metrics(likelihood.num_classes, dataset.device)
     else:
-        predictive = predict_values(posterior, likelihood, comm, x, y, **options)
-        metrics = regression_metrics(likelihood.has_density, x.device)
-        error = (predictive.mean.flatten(), likelihood.targets(y, predictive.mean).flatten())
-        updates = dict.fromkeys(metrics, error) | {"nll": (predictive.log_prob,)}
-    for name, metric in metrics.items():
-        if len(y):
+        metrics = regression_metrics(likelihood.has_density, dataset.device)
+    part = torch.arange(len(dataset))[comm.grid.local_examples(len(dataset))]
+    block_size = max(1, BLOCK_BYTES // (math.prod(dataset.in_shape) * dataset.dtype.itemsize))
+    for examples in part.split(block_size) if len(part) else ():
+        x, y = dataset.fetch(examples)
+        if is_class:
+            predictive = predict_classes(posterior, likelihood, comm, x, num_samples=num_samples, seed=seed)
+            updates = dict.fromkeys(metrics, (predictive.probabilities, y))
+        else:
+            predictive = predict_values(posterior, likelihood, comm, x, y, num_samples=num_samples, seed=seed)
+            if dataset.target_scale:
+                predictive = predictive.in_units(*dataset.target_scale)
+            y = likelihood.targets(dataset.in_units(y), predictive.mean)
+            error = (predictive.mean.flatten(), y.flatten())
+            updates = dict.fromkeys(metrics, error) | {"nll": (predictive.log_prob,)}
+        for name, metric in metrics.items():
             metric.update(*updates[name])
-    return compute_over_data_axis(metrics, comm), predictive, part
+        if see:
+            see(examples, predictive, y)
+    return compute_over_data_axis(metrics, comm)
 
 
 def compute_over_data_axis(metrics: dict[str, Metric], comm: GridComm) -> dict[str, float]:

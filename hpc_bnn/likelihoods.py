@@ -35,11 +35,14 @@ class Likelihood:
         Whether `log_prob` exists.
     has_variance : bool
         Whether the variance of the target, given a sample, is positive and finite.
+    is_equivariant : bool
+        Whether it holds for shifted and rescaled targets as well, so that the network may see normalised ones.
     """
 
     num_classes: int | None = None
     has_density = True
     has_variance = True
+    is_equivariant = False
 
     def __init__(self, num_targets: int = 1):
         if num_targets < 1:
@@ -99,8 +102,12 @@ class Categorical(Likelihood):
         self.num_classes = self.num_outputs = num_classes
 
     def log_prob(self, outputs: Tensor, y: Tensor) -> Tensor:
-        """Return log p(y | outputs), [B], from logits [B, C, ...] and classes [B, ...]."""
-        return -_sum_targets(F.cross_entropy(outputs, y.long(), reduction="none"))
+        """Return log p(y | outputs), [B], from logits [B, C, ...] and classes [B, ...] of a whole-number dtype.
+
+        Targets [B, C, ...] of a floating-point dtype are class probabilities: the mean over them of log p.
+        """
+        y = y.to(outputs.dtype) if y.is_floating_point() else y.long()
+        return -_sum_targets(F.cross_entropy(outputs, y, reduction="none"))
 
     def probabilities(self, outputs: Tensor) -> Tensor:
         """Return class probabilities [B, C, ...] from logits [B, C, ...]."""
@@ -143,12 +150,15 @@ class LocationScale(Likelihood):
     num_targets : int
         Extent of dim 1 of the targets.
     scale : float, "learned" or "heteroscedastic"
-        A number fixes it (units of y). "learned": one scale per target, a point parameter that `wrap` adds
+        A number fixes it (units of the targets as the network sees them: of their standard deviation where the
+        shards are normalised). "learned": one scale per target, a point parameter that `wrap` adds
         to the network. "heteroscedastic": the network gives the logarithms of the scales behind the
         locations, [B, 2 num_targets, ...].
     init_scale : float
-        Start of a learned scale (units of y).
+        Start of a learned scale (in the same units).
     """
+
+    is_equivariant = True
 
     def __init__(
         self,
@@ -243,6 +253,7 @@ class Implicit(Likelihood):
     """
 
     has_density = has_variance = False
+    is_equivariant = True
 
     def log_prob(self, outputs: Tensor, y: Tensor) -> Tensor:
         raise ConfigError(

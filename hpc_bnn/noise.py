@@ -95,3 +95,55 @@ def keyed_global_generator(seed: int, stream: Stream, step: int = 0, index: int 
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive_seed(seed, stream, step, index))
         yield
+
+
+# --- numbers of many keys at once ----------------------------------------------------------------------
+
+
+def keyed_uniform(
+    seed: int, stream: Stream, step: int, indices: torch.Tensor, num: int, *, purpose: int = 0, first: int = 0
+) -> torch.Tensor:
+    """Return uniform numbers in [0, 1) for many indices at once: a counter-based generator. Local.
+
+    Number j of an index depends on the key alone: not on the other indices, their order, the device or the threads.
+    (SplitMix64 of a hash of the key and a counter; 24 random bits each.)
+
+    Parameters
+    ----------
+    seed, stream, step
+        Key, as for `derive_seed`.
+    indices : Tensor
+        [B] int64, such as global indices of examples.
+    num : int
+        Numbers per index.
+    purpose : int
+        A further part of the key.
+    first : int
+        Skip so many numbers of each index.
+
+    Returns
+    -------
+    Tensor
+        [B, num] float32 on the device of ``indices``.
+    """
+    key = _mix64(_mix64(_mix64(_mix64(seed & _MASK64) ^ stream) ^ step) ^ (purpose & _MASK64))
+    state = _mix64_of(indices ^ _signed(key))
+    counter = torch.arange(first, first + num, device=indices.device) * _signed(0x9E3779B97F4A7C15)
+    bits = _mix64_of(state[:, None] + counter)
+    return _shift_right(bits, 40).float() * 2.0**-24
+
+
+def _mix64_of(x: torch.Tensor) -> torch.Tensor:
+    """`_mix64` of each element; int64 arithmetic of torch wraps around."""
+    x = x + _signed(0x9E3779B97F4A7C15)
+    x = (x ^ _shift_right(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shift_right(x, 27)) * _signed(0x94D049BB133111EB)
+    return x ^ _shift_right(x, 31)
+
+
+def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(x: int) -> int:
+    return x - (1 << 64) if x >> 63 else x

@@ -28,6 +28,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from .comm import GridComm
@@ -423,12 +424,12 @@ class _Score(Gathered):
     almost fair one (Lang et al., AIFS-CRPS, 2024), whose members cannot grow apart for free.
     """
 
-    def __init__(self, fairness: float = 0.95, weights: Tensor | None = None):
+    def __init__(self, fairness: float = 0.95, weights: ArrayLike | None = None):
         if not 0 <= fairness <= 1:
             raise ConfigError(Fault("--objective.fairness", fairness, "must be between 0 and 1", "Try 0.95"))
         super().__init__(self.score, "mean", self.name)
         self.fairness = fairness
-        self.weights = weights
+        self.weights = weights = None if weights is None else torch.as_tensor(weights, dtype=torch.float64)
         if weights is not None and not (weights.isfinite().all() and (weights >= 0).all() and weights.any()):
             raise ConfigError(
                 Fault(
@@ -494,7 +495,7 @@ class Crps(_Score):
     ----------
     fairness : float
         0 the ordinary CRPS, 1 the fair one, 0.95 the almost fair one (α of AIFS-CRPS).
-    weights : Tensor, optional
+    weights : array, optional
         Weights of the places of a field, such as cos(latitude) as [latitudes, 1]; they broadcast to the targets of
         an example and are normalised to a mean of 1. Default: all alike.
     """
@@ -544,7 +545,7 @@ class Energy(_Score):
 
     name = "energy"
 
-    def __init__(self, fairness: float = 0.95, beta: float = 1.0, weights: Tensor | None = None):
+    def __init__(self, fairness: float = 0.95, beta: float = 1.0, weights: ArrayLike | None = None):
         super().__init__(fairness, weights)
         if not 0 < beta < 2:
             raise ConfigError(Fault("--objective.beta", beta, "must be above 0 and below 2", "Try 1"))
@@ -588,8 +589,15 @@ OBJECTIVES: dict[str, type[Objective]] = {
 }
 
 
-def build_objective(config: ObjectiveConfig) -> Objective:
+def build_objective(config: ObjectiveConfig, target_weights: list | None = None) -> Objective:
     """Return the objective of a config. Local.
+
+    Parameters
+    ----------
+    config : ObjectiveConfig
+        What is wanted.
+    target_weights : nested list, optional
+        What the weights "auto" stand for.
 
     Raises
     ------
@@ -598,7 +606,8 @@ def build_objective(config: ObjectiveConfig) -> Objective:
     """
     name = config.name
     if name in ("crps", "energy"):
-        options = {"fairness": config.fairness, "weights": _read_weights(config.weights)}
+        weights = target_weights if config.weights == "auto" else _read_weights(config.weights)
+        options = {"fairness": config.fairness, "weights": weights}
         return Crps(**options) if name == "crps" else Energy(beta=config.beta, **options)
     if name in OBJECTIVES:
         return OBJECTIVES[name]()
@@ -607,12 +616,12 @@ def build_objective(config: ObjectiveConfig) -> Objective:
     return objective if isinstance(objective, Objective) else Gathered(objective)
 
 
-def _read_weights(path: str | None) -> Tensor | None:
+def _read_weights(path: str | None) -> np.ndarray | None:
     if path is None:
         return None
     try:
-        return torch.from_numpy(np.load(path, allow_pickle=False)).double()
-    except (OSError, ValueError, TypeError) as error:
+        return np.load(path, allow_pickle=False).astype(np.float64)
+    except (OSError, EOFError, ValueError, TypeError) as error:
         raise ConfigError(
             Fault("--objective.weights", path, f"it cannot be read ({error})", "Write it with numpy.save")
         ) from error

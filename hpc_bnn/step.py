@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .comm import GridComm
+from .data.augment import SharedView
 from .errors import ConfigError, Fault, HpcBnnError, NonFiniteError
 from .likelihoods import Likelihood
 from .noise import Stream, keyed_generator
@@ -134,7 +135,7 @@ class VariationalStep:
         self._is_prepared = self._has_said_passes = False
         self.num_passes = 0
 
-    def __call__(self, x: Tensor, y: Tensor, global_batch_size: int) -> StepResult:
+    def __call__(self, x: Tensor | SharedView, y: Tensor, global_batch_size: int) -> StepResult:
         """Make one step. Collective over the world: one sum over each axis of extent above 1.
 
         An objective that couples the samples adds what its docstring says over the sample axis; a module with
@@ -143,9 +144,9 @@ class VariationalStep:
 
         Parameters
         ----------
-        x : Tensor
+        x : Tensor or Views
             [B_local, ...] inputs of this rank's part of the batch; B_local may be 0 and may differ
-            between data groups.
+            between data groups. `hpc_bnn.data.Augmentation` makes views, of which samples see different ones.
         y : Tensor
             [B_local, ...] targets.
         global_batch_size : int
@@ -169,12 +170,13 @@ class VariationalStep:
         data_term = tally[Tally.DATA_TERM]
         return StepResult(data_term + kl_weight * kl / self.num_train_examples, data_term, kl, kl_weight)
 
-    def accumulate_gradient_(self, x: Tensor, y: Tensor, global_batch_size: int) -> None:
+    def accumulate_gradient_(self, x: Tensor | SharedView, y: Tensor, global_batch_size: int) -> None:
         """Leave the job's sums in ``posterior.reduced``: gradient of the data term, statistics, tally.
 
         Collective over the world.
         """
         posterior, comm = self.posterior, self.comm
+        x = SharedView(x) if isinstance(x, Tensor) else x
         posterior.batch_norms.sum_over_data = lambda tensor: comm.sum_(tensor, "data")
         mine = samples = comm.grid.local_samples(self.num_samples)
         counts_samples = posterior.kl_kind in ("Monte Carlo", "point") and self._prior_share > 0
@@ -183,8 +185,8 @@ class VariationalStep:
         if self.chunk_size == "auto":
             self.chunk_size = self._measure_chunk_size(x, y, mine)
         if not self._is_prepared and len(x):
-            posterior.prepare_(x)
-            self._warn_of_foreign_noise(x)
+            posterior.prepare_(x.of(samples[0]))
+            self._warn_of_foreign_noise(x.of(samples[0]))
             self._is_prepared = True
         posterior.begin(comm.grid.local_examples(global_batch_size).start)
         coupling = self.objective.begin(y, samples, self.num_samples)
@@ -229,7 +231,7 @@ class VariationalStep:
     def _keyed(self, sample: int) -> torch.Generator:
         return keyed_generator(self.seed, Stream.NOISE, self.num_steps, sample, self.posterior.reduced.device)
 
-    def _pass_over(self, mine: range, x: Tensor, y: Tensor, coupling: Coupling, share: float) -> None:
+    def _pass_over(self, mine: range, x: SharedView, y: Tensor, coupling: Coupling, share: float) -> None:
         """Evaluate the samples of this rank and fold in the gradient of ``share`` times the data term.
 
         Where the samples couple and one chunk holds all of this rank, its graph waits for the exchange: one
@@ -281,7 +283,7 @@ class VariationalStep:
 
         return use
 
-    def _walk(self, samples: Sequence[int], x: Tensor, y: Tensor, use: Use) -> None:
+    def _walk(self, samples: Sequence[int], x: SharedView, y: Tensor, use: Use) -> None:
         """Evaluate samples, batched where that works, and hand on their statistics [c, B, ...]."""
         size = self.chunk_size
         for start in range(0, len(samples), size):
@@ -293,7 +295,7 @@ class VariationalStep:
             for sample in chunk:
                 use([sample], *self._evaluate_one(sample, x, y))
 
-    def _try_chunk(self, chunk: Sequence[int], x: Tensor, y: Tensor) -> tuple[Tensor, Tensor] | None:
+    def _try_chunk(self, chunk: Sequence[int], x: SharedView, y: Tensor) -> tuple[Tensor, Tensor] | None:
         """Return what `_evaluate_batched` does, or None from now on where the module cannot be batched."""
         try:
             return self._evaluate_batched(chunk, x, y)
@@ -312,31 +314,33 @@ class VariationalStep:
         self._can_batch = False
         self.posterior.forget_chunk_()
 
-    def _evaluate_one(self, sample: int, x: Tensor, y: Tensor) -> tuple[Tensor, None]:
+    def _evaluate_one(self, sample: int, x: SharedView, y: Tensor) -> tuple[Tensor, None]:
         """Return the statistic [1, B, ...] of a sample."""
         posterior = self.posterior
         posterior.draw_(sample, self._keyed)
         with self._autocast(x.device):
-            outputs = posterior.module(x)
+            outputs = posterior.module(x.of(sample))
         return self.objective.statistic(self.likelihood, outputs.to(posterior.dtype), y)[None], None
 
-    def _evaluate_batched(self, samples: Sequence[int], x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def _evaluate_batched(self, samples: Sequence[int], x: SharedView, y: Tensor) -> tuple[Tensor, Tensor]:
         """Return the statistics [c, B, ...] of some samples, and the leaf [c, P] of their weights."""
         posterior = self.posterior
         posterior.check_batchable()
         weights = posterior.draw_chunk(samples, self._keyed)  # [c, P]
 
-        def forward(flat: Tensor) -> Tensor:
-            return torch.func.functional_call(posterior.module, posterior.random.views(flat), (x,))
+        def forward(flat: Tensor, inputs: Tensor) -> Tensor:
+            return torch.func.functional_call(posterior.module, posterior.random.views(flat), (inputs,))
 
+        is_shared = len({x.number(sample) for sample in samples}) == 1
+        inputs = x.of(samples[0]) if is_shared else torch.stack([x.of(sample) for sample in samples])
         with self._autocast(x.device):
-            outputs = torch.vmap(forward)(weights)  # [c, B, ...]
+            outputs = torch.vmap(forward, (0, None if is_shared else 0))(weights, inputs)  # [c, B, ...]
         targets = y.expand(len(samples), *y.shape).flatten(0, 1)
         outputs = outputs.to(posterior.dtype).flatten(0, 1)
         statistic = self.objective.statistic(self.likelihood, outputs, targets)
         return statistic.unflatten(0, (len(samples), len(y))), weights
 
-    def _measure_chunk_size(self, x: Tensor, y: Tensor, mine: range) -> int:
+    def _measure_chunk_size(self, x: SharedView, y: Tensor, mine: range) -> int:
         """Return the chunk size with the least time per sample, of powers of two. Local.
 
         Measured on GPUs only: on CPUs walking over the samples is fastest, and a choice by the clock would
@@ -357,7 +361,7 @@ class VariationalStep:
             size *= 2
         return best
 
-    def _seconds_per_sample(self, samples: Sequence[int], x: Tensor, y: Tensor) -> float:
+    def _seconds_per_sample(self, samples: Sequence[int], x: SharedView, y: Tensor) -> float:
         self.posterior.begin()
         torch.cuda.synchronize(x.device)
         start = time.perf_counter()

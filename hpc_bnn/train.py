@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import os
@@ -24,24 +23,19 @@ from . import __version__
 from .checkpoint import checkpoint_path, save_checkpoint
 from .comm import GridComm
 from .config import Config
-from .data import ShardDataset, global_batches
-from .data.shards import MANIFEST
+from .data import BatchLoader, Manifest, ShardDataset
+from .data.augment import Augmentation, build_augmentation
 from .errors import ConfigError, DataError, Fault, check_all, import_object
-from .evaluate import ClassPredictive, Predictive, ValuePredictive, evaluate_dataset
+from .evaluate import evaluate_dataset
 from .grid import Grid
 from .likelihoods import Likelihood, build_likelihood
 from .objectives import Objective, build_objective
 from .optim import KlAnnealing, build_optimizer
 from .posteriors import Posterior, build_posterior
+from .shown import ShownClasses, ShownValues, shown_examples
 from .step import VariationalStep
 
 logger = logging.getLogger(__name__)
-
-NUM_SHOWN_POINTS, NUM_SHOWN_TARGETS = 200, 256
-"""Test examples, and targets of each, kept for the picture of a predictive of numbers."""
-
-NUM_SHOWN_EXAMPLES = 12
-"""Test examples kept for the picture of the predictive uncertainty: half the surest, half the least sure."""
 
 
 def check(config: Config, world_size: int) -> None:
@@ -72,12 +66,25 @@ class Run:
         self.is_writer = comm.grid.rank == 0
         self.run_dir = Path(config.run_dir)
         self.dtype = torch.float64 if config.dtype == "float64" else torch.float32
-        self.train_set, self.test_set = self._read_data()
+        self.manifest = self._read_manifest()
         self.likelihood = self._build_likelihood()
+        self.augmentation = self._build_augmentation()
+        self.train_set, self.test_set = (
+            self._open(split) for split in (config.data.train_split, config.data.test_split)
+        )
+        self.loader = BatchLoader(
+            self.train_set,
+            comm.grid,
+            config.global_batch_size,
+            config.seed,
+            drop_last=config.data.drop_last,
+            prefetch=config.data.prefetch,
+            with_partners=self.augmentation is not None and self.augmentation.needs_partners,
+        )
         self.posterior = self._build_posterior()
-        self.steps_per_epoch = -(-len(self.train_set) // config.global_batch_size)
+        steps_per_epoch = self.loader.num_batches
         self.optimizer, self.schedule = build_optimizer(
-            config.optimizer, self.posterior.parameters(), config.num_epochs * self.steps_per_epoch
+            config.optimizer, self.posterior.parameters(), config.num_epochs * steps_per_epoch
         )
         self.step = VariationalStep(
             self.posterior,
@@ -90,7 +97,7 @@ class Run:
             kl_weight=KlAnnealing(
                 config.kl_weight,
                 config.kl_annealing.schedule,
-                config.kl_annealing.num_epochs * self.steps_per_epoch,
+                config.kl_annealing.num_epochs * steps_per_epoch,
             ),
             objective=self._build_objective(),
             autocast_dtype=torch.bfloat16 if config.dtype == "bfloat16" else None,
@@ -99,25 +106,47 @@ class Run:
 
     # --- construction -------------------------------------------------------------------------------
 
-    def _read_data(self) -> tuple[ShardDataset, ShardDataset]:
+    def _read_manifest(self) -> Manifest:
+        """Read the manifest, after preparing the shards where it cannot be read and the config says how."""
         config, comm = self.config.data, self.comm
         with comm.agree(f"preparing {config.shards}"):
-            if self.is_writer and config.prepare and not Path(config.shards, MANIFEST).exists():
-                _prepare_shards(config.prepare, config.shards)
+            if self.is_writer and config.prepare:
+                try:
+                    Manifest.read(config.shards)
+                except DataError as error:
+                    logger.info("%s; running %s", error, config.prepare)
+                    _prepare_shards(config.prepare, config.shards)
         with comm.agree(f"reading {config.shards}"):
-            train_set, test_set = (
-                ShardDataset(config.shards, split, comm.device, self.dtype)
-                for split in (config.train_split, config.test_split)
-            )
-        return train_set, test_set
+            return Manifest.read(config.shards)
+
+    def _open(self, split: str) -> ShardDataset:
+        return ShardDataset(
+            self.config.data.shards,
+            split,
+            self.comm.device,
+            self.dtype,
+            comm=self.comm,
+            reading=self.config.data.reading,
+            normalises_targets=self.likelihood.is_equivariant,
+        )
 
     def _build_likelihood(self) -> Likelihood:
-        manifest = self.train_set.manifest
+        manifest = self.manifest
         return build_likelihood(self.config.likelihood, manifest.num_classes, manifest.arrays["y"].shape)
+
+    def _build_augmentation(self) -> Augmentation | None:
+        config = self.config
+        with self.comm.agree("making the augmentation"):
+            return build_augmentation(
+                config.augmentation,
+                num_samples=config.num_samples,
+                seed=config.seed,
+                num_classes=self.manifest.num_classes,
+            )
 
     def _build_objective(self) -> Objective:
         with self.comm.agree(f"making the objective {self.config.objective.name}"):
-            return build_objective(self.config.objective)
+            return build_objective(self.config.objective, self.manifest.target_weights)
 
     def _build_posterior(self) -> Posterior:
         config, comm = self.config, self.comm
@@ -126,7 +155,9 @@ class Run:
             network, arguments = import_object("--model.name", config.model.name), config.model.arguments
             try:
                 module = network(
-                    in_shape=self.train_set.in_shape, num_outputs=self.likelihood.num_outputs, **arguments
+                    in_shape=self.manifest.arrays["x"].shape,
+                    num_outputs=self.likelihood.num_outputs,
+                    **arguments,
                 )
             except (TypeError, ValueError, AttributeError) as error:
                 raise ConfigError(
@@ -168,7 +199,7 @@ class Run:
         config, comm = self.config, self.comm
         self._open_run_dir()
         start = time.perf_counter()
-        predictive = part = None
+        shown = None
         progress = tqdm(
             total=self._num_planned_steps(),
             unit="step",
@@ -181,14 +212,14 @@ class Run:
             if is_last or (epoch + 1) % config.test_every_epochs == 0:
                 axis = "world" if self.posterior.is_replicated else "data"
                 comm.check_replicas(list(self.posterior.parameters()), f"after epoch {epoch}", axis)
-                metrics, predictive, part = self._evaluate()
+                metrics, shown = self._evaluate()
                 row |= metrics
             self._write_row(row, progress)
             if is_last:
                 break
         progress.close()
         self._write_checkpoint(epoch + 1)
-        examples = self._show_examples(predictive, part)
+        examples = shown.gather()
         summary = self._summary(row, epoch + 1, time.perf_counter() - start)
         with comm.agree(f"writing {self.run_dir}"):
             if self.is_writer:
@@ -196,23 +227,22 @@ class Run:
         return summary, examples
 
     def _num_planned_steps(self) -> int:
-        planned = self.config.num_epochs * self.steps_per_epoch
+        planned = self.config.num_epochs * self.loader.num_batches
         return min(planned, self.config.max_steps or planned)
 
     def _train_epoch(self, epoch: int, progress: tqdm) -> dict[str, Any]:
-        config, grid = self.config, self.comm.grid
         start = time.perf_counter()
         nelbo_sum = data_sum = num_examples = 0
-        for batch in global_batches(len(self.train_set), config.global_batch_size, config.seed, epoch):
-            x, y = self.train_set.fetch(batch[grid.local_examples(len(batch))])
-            result = self.step(x, y, len(batch))
+        for batch in self.loader.epoch(epoch):
+            x, y = self.augmentation(batch, epoch) if self.augmentation else (batch.x, batch.y)
+            result = self.step(x, y, batch.num_examples)
             self.schedule.step()
-            nelbo_sum += result.nelbo * len(batch)
-            data_sum += result.data_term * len(batch)
-            num_examples += len(batch)
+            nelbo_sum += result.nelbo * batch.num_examples
+            data_sum += result.data_term * batch.num_examples
+            num_examples += batch.num_examples
             progress.update()
             progress.set_postfix(nelbo=f"{result.nelbo:.4f}", refresh=False)
-            if self.step.num_steps == config.max_steps:
+            if self.step.num_steps == self.config.max_steps:
                 break
         seconds = time.perf_counter() - start
         return {
@@ -227,16 +257,18 @@ class Run:
             "examples_per_second": num_examples / seconds,
         }
 
-    def _evaluate(self) -> tuple[dict[str, float], Predictive, slice]:
-        metrics, predictive, part = evaluate_dataset(
+    def _evaluate(self) -> tuple[dict[str, float], ShownClasses | ShownValues]:
+        shown = shown_examples(self.likelihood, self.comm, self.test_set)
+        metrics = evaluate_dataset(
             self.posterior,
             self.likelihood,
             self.comm,
             self.test_set,
             num_samples=self.config.num_test_samples,
             seed=self.config.seed,
+            see=shown.see,
         )
-        return {f"test/{name}": value for name, value in metrics.items()}, predictive, part
+        return {f"test/{name}": value for name, value in metrics.items()}, shown
 
     # --- what it writes -----------------------------------------------------------------------------
 
@@ -262,13 +294,14 @@ class Run:
                 )
         if self.is_writer:
             logger.info(
-                "grid %s, %d samples, %d examples per step, %s over %d weights, KL: %s, %s, %s",
+                "grid %s, %d samples, %d examples per step, %s over %d weights, KL: %s, reading %s, %s, %s",
                 self.comm.grid,
                 self.config.num_samples,
                 self.config.global_batch_size,
                 self.posterior.family,
                 self.posterior.num_weights,
                 self.posterior.kl_kind,
+                self.train_set.reading,
                 self.comm.device,
                 self.comm.library if self.comm.grid.world_size > 1 else "one process, no communication",
             )
@@ -303,62 +336,6 @@ class Run:
             return mine
         return {k: v for state in self.comm.gather_objects(mine, "sample") for k, v in state.items()}
 
-    def _show_examples(self, predictive: Predictive, part: slice) -> dict[str, Any]:
-        """Gather some test examples with their predictive on rank 0."""
-        if isinstance(predictive, ClassPredictive):
-            return self._show_classes(predictive, part)
-        return self._show_values(predictive, part)
-
-    def _show_values(self, predictive: ValuePredictive, part: slice) -> dict[str, Any]:
-        """Gather targets and predictive of evenly spread test examples of the job on rank 0, [n, targets]."""
-        every = -(-len(self.test_set) // NUM_SHOWN_POINTS)
-        mine = None
-        if self.comm.grid.sample_index == 0:
-            chosen = slice(
-                -part.start % every, None, every
-            )  # of this rank's, those divisible by it in the job
-            _, y = self.test_set.fetch(slice(part.start + chosen.start, part.stop, every))
-            mean = predictive.mean[chosen]
-            columns = {
-                "y": self.likelihood.targets(y, mean),
-                "mean": mean,
-                "aleatoric_std": predictive.aleatoric_variance[chosen].sqrt(),
-                "epistemic_std": predictive.epistemic_variance[chosen].sqrt(),
-            }
-            mine = {k: v.flatten(1)[:, :NUM_SHOWN_TARGETS].cpu() for k, v in columns.items()}
-        parts = [part for part in self.comm.gather_objects(mine) if part is not None]
-        return (
-            {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if self.is_writer else {}
-        )
-
-    def _show_classes(self, predictive: ClassPredictive, part: slice) -> dict[str, Any]:
-        """Gather the surest and the least sure test examples of the job on rank 0."""
-        order = predictive.entropy.argsort().tolist()
-        half = NUM_SHOWN_EXAMPLES // 2
-        mine = []
-        if self.comm.grid.sample_index == 0:
-            said = predictive.probabilities.argmax(-1).tolist()
-            surest = {said[i]: i for i in reversed(order)}.values()  # one of each class
-            for i in dict.fromkeys([*sorted(surest, key=order.index)[:half], *order[-half:]]):
-                x, y = self.test_set.fetch(slice(part.start + i, part.start + i + 1))
-                mine.append(
-                    {
-                        "x": x[0].cpu(),
-                        "y": int(y[0]),
-                        "probabilities": predictive.probabilities[i].cpu(),
-                        "std": predictive.std[i].cpu(),
-                        "entropy": float(predictive.entropy[i]),
-                        "mutual_information": float(predictive.mutual_information[i]),
-                    }
-                )
-        everyones = list(itertools.chain.from_iterable(self.comm.gather_objects(mine)))
-        if not self.is_writer:
-            return {}
-        everyones.sort(key=lambda example: example["entropy"])
-        surest = {int(e["probabilities"].argmax()): e for e in reversed(everyones)}
-        surest = sorted(surest.values(), key=lambda example: example["entropy"])
-        return {"surest": surest[:half], "least_sure": everyones[-half:][::-1]}
-
     def _summary(self, row: dict[str, Any], num_epochs: int, seconds: float) -> dict[str, Any]:
         grid, traffic = self.comm.grid, self.comm.traffic
         return {
@@ -369,6 +346,7 @@ class Run:
             "num_samples": self.config.num_samples,
             "objective": {"name": self.step.objective.name, "num_passes": self.step.num_passes},
             "likelihood": type(self.likelihood).__name__,
+            "reading": {"mode": self.train_set.reading, "num_bytes_of_rank_0": self.train_set.num_bytes_read},
             "posterior": {
                 "family": self.posterior.family,
                 "num_random_weights": self.posterior.num_weights,
@@ -409,7 +387,6 @@ def _load_pretrained(module: nn.Module, path: str) -> None:
 
 def _prepare_shards(script: str, directory: str) -> None:
     """Run a data_prep script as a process of its own, outside of this MPI job."""
-    logger.info("%s is not there: running %s", directory, script)
     launcher = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "HYDRA_", "MPI_", "SLURM_")
     environment = {k: v for k, v in os.environ.items() if not k.startswith(launcher)}
     command = [sys.executable, script, "--output", directory]

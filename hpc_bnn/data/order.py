@@ -14,12 +14,37 @@ def epoch_order(num_examples: int, seed: int, epoch: int) -> torch.Tensor:
     return torch.randperm(num_examples, generator=keyed_generator(seed, Stream.DATA_ORDER, epoch))
 
 
+def num_global_batches(num_examples: int, global_batch_size: int, drop_last: bool = False) -> int:
+    """Return the number of batches of an epoch. Local."""
+    return num_examples // global_batch_size if drop_last else -(-num_examples // global_batch_size)
+
+
 def global_batches(
-    num_examples: int, global_batch_size: int, seed: int, epoch: int
+    num_examples: int,
+    global_batch_size: int,
+    seed: int,
+    epoch: int,
+    *,
+    drop_last: bool = False,
+    first_batch: int = 0,
 ) -> Iterator[torch.Tensor]:
     """Yield the example indices of each global batch of an epoch. Local; equal on all ranks.
 
-    Nothing is dropped: the last batch may be smaller. A rank evaluates the part
-    ``batch[comm.grid.local_examples(len(batch))]``.
+    A rank evaluates the part ``batch[comm.grid.local_examples(len(batch))]``.
+
+    Parameters
+    ----------
+    num_examples : int
+        In the data set.
+    global_batch_size : int
+        Examples per batch in the whole job.
+    seed, epoch : int
+        Key of the order.
+    drop_last : bool
+        Leave out the last batch where it is smaller; otherwise it is kept, and sums with counts keep it exact.
+    first_batch : int
+        Begin with this batch, to go on in the middle of an epoch.
     """
-    yield from epoch_order(num_examples, seed, epoch).split(global_batch_size)
+    order = epoch_order(num_examples, seed, epoch)
+    number = num_global_batches(num_examples, global_batch_size, drop_last)
+    yield from order[: number * global_batch_size].split(global_batch_size)[first_batch:] if number else ()

@@ -1,0 +1,277 @@
+#!/usr/bin/env python3
+"""Write a table, a row per example, as HDF5 shards for regression or classification.
+
+x [features] holds columns of numbers as they are and columns of words one-hot, with the categories of the training
+split (channels 'column=category'). y [targets] holds numbers, or, with --classes, y is the place of the target's value
+among all its values, sorted; the map stands in the manifest's details. Empty fields, 'NA', 'NaN', '?' and what else pandas
+takes for missing, and infinite numbers, are missing values.
+
+A column is given by its name or its number: 0 is the first, -1 the last.
+
+A table of your own, its last column to predict, 10 % of the rows for validation and 20 % for test:
+
+  python data_prep/tabular.py --source diabetes.csv --target -1 --output data/diabetes
+
+A class, and a split of your own, a file with one of the words train, validation, test per row of the table:
+
+  python data_prep/tabular.py --source iris.csv --target species --classes --split-file iris_split.txt --output data/iris
+"""
+
+import argparse
+from pathlib import Path
+
+import common
+import numpy as np
+
+from hpc_bnn.comm import GridComm
+from hpc_bnn.errors import DataError
+
+SEPARATORS = {"tab": "\t", "semicolon": ";", "comma": ",", "whitespace": r"\s+"}
+SPLITS = ("train", "validation", "test")
+
+
+# --- the table -----------------------------------------------------------------------------------------
+
+
+def guess_separator(path: Path) -> str:
+    """Return the separator that the suffix or the first line tells."""
+    if path.suffix in (".tsv", ".tab"):
+        return "tab"
+    with open(path, encoding="utf-8") as file:
+        line = next((line for line in file if line.strip()), "")
+    return next((word for word, sign in SEPARATORS.items() if sign in line.strip()), "whitespace")
+
+
+def is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def read_table(options: argparse.Namespace):
+    """Return the source as a table of pandas, with texts as names of the columns."""
+    try:
+        import pandas
+    except ImportError as error:
+        raise DataError("data_prep/tabular.py needs pandas: pip install 'hpc_bnn[data_prep]'") from error
+    path = options.source
+    try:
+        separator = SEPARATORS[options.separator or guess_separator(path)]
+        how = {"sep": separator, "skipinitialspace": True, "encoding": "utf-8"}
+        has_header = options.header
+        if has_header is None:
+            first = pandas.read_csv(path, header=None, nrows=1, dtype=str, keep_default_na=False, **how)
+            has_header = not any(map(is_number, first.iloc[0]))
+        table = pandas.read_csv(
+            path, header=0 if has_header else None, na_values="?", low_memory=False, **how
+        )
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"--source {path}: it cannot be read as a table ({error}). Say how it is written by --separator, "
+            "--header or --no-header"
+        ) from error
+    if not isinstance(table.index, pandas.RangeIndex):
+        raise DataError(f"--source {path}: its rows have more fields than its header. Mend the header")
+    if len(table) == 0:
+        raise DataError(f"--source {path}: it has no rows below the header. Give --no-header if it has none")
+    table.columns = table.columns.map(str)
+    return table.replace([np.inf, -np.inf], np.nan)
+
+
+def find_column(flag: str, given: str, columns: list[str]) -> str:
+    """Return the name of a column that is given by name or number."""
+    if given in columns:
+        return given
+    number = int(given) if given.removeprefix("-").isdecimal() else len(columns)
+    common.check(
+        flag,
+        given,
+        -len(columns) <= number < len(columns),
+        f"no such column of {len(columns)}",
+        f"Choose of {', '.join(columns)}",
+    )
+    return columns[number]
+
+
+def choose_columns(options: argparse.Namespace, columns: list[str]) -> tuple[list[str], list[str]]:
+    """Return the names of the targets and of the features."""
+    targets = list(dict.fromkeys(find_column("--target", name, columns) for name in options.target))
+    if options.features is None:
+        features = [name for name in columns if name not in targets]
+    else:
+        features = list(dict.fromkeys(find_column("--features", name, columns) for name in options.features))
+    for name in targets:
+        common.check("--features", name, name not in features, "it is a target", "Leave it out")
+    rule = f"of the columns {', '.join(columns)} none is left as a feature"
+    common.check("--target", " ".join(options.target), features, rule, "Look at --separator")
+    rule = "a class is one column"
+    common.check("--target", " ".join(targets), len(targets) == 1 or not options.classes, rule, "Choose one")
+    return targets, features
+
+
+def complete_rows(table, missing: str) -> np.ndarray:
+    """Return whether a row [rows] has all its values; `DataError` where one has not and ``missing`` is "error"."""
+    is_missing = table.isna().to_numpy()
+    if missing == "error" and is_missing.any():
+        row, column = np.argwhere(is_missing)[0]
+        raise DataError(
+            f"--source: column '{table.columns[column]}' has no value in data row {row + 1} ({is_missing.sum()} "
+            "values are missing in all). Mend the file, or leave out such rows by --missing drop"
+        )
+    return ~is_missing.any(1)
+
+
+# --- splits --------------------------------------------------------------------------------------------
+
+
+def read_words(path: Path, num_rows: int) -> np.ndarray:
+    """Return the words [rows] of a split file."""
+    try:
+        words = np.array(path.read_text(encoding="utf-8").split(), dtype=str)
+    except (OSError, ValueError) as error:
+        raise DataError(f"--split-file {path}: it cannot be read ({error})") from error
+    common.check(
+        "--split-file",
+        path,
+        len(words) == num_rows,
+        f"it has {len(words)} words, and the table {num_rows} rows",
+        "Write one word per row of the table, none for its header",
+    )
+    for row in np.flatnonzero(~np.isin(words, SPLITS))[:1]:
+        rule = f"word {row + 1} is '{words[row]}'"
+        common.check("--split-file", path, False, rule, f"Write {', '.join(SPLITS)}")
+    return words
+
+
+def choose_rows(options: argparse.Namespace, kept: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the places of each split's examples among the rows that are kept [rows], sorted."""
+    if options.split_file is None:
+        return common.draw_split(int(kept.sum()), common.check_fractions(options), options.seed)
+    words = read_words(options.split_file, len(kept))[kept]
+    parts = {name: np.flatnonzero(words == name) for name in SPLITS if (words == name).any()}
+    common.check(
+        "--split-file", options.split_file, "train" in parts, "no row is left to train on", "Write train"
+    )
+    return parts
+
+
+# --- inputs and targets --------------------------------------------------------------------------------
+
+
+def encode_features(table, parts: dict[str, np.ndarray]) -> tuple[np.ndarray, list[str]]:
+    """Return inputs [rows, channels] float32, words one-hot, and the names of the channels."""
+    from pandas.api.types import is_numeric_dtype
+
+    arrays, names = [], []
+    for feature, column in table.items():
+        if is_numeric_dtype(column):
+            arrays.append(column.to_numpy(np.float32)[:, None])
+            names.append(feature)
+            continue
+        categories = sorted(column.iloc[parts["train"]].unique())
+        for row in np.flatnonzero(~column.isin(categories))[:1]:
+            raise DataError(
+                f"--source: column '{feature}' holds '{column.iloc[row]}' in data row {column.index[row] + 1}, and no "
+                "row of the training split does. Put such a row into it by --split-file, or leave out the column by "
+                "--features"
+            )
+        words = column.to_numpy(object)
+        arrays.append((words[:, None] == np.array(categories, dtype=object)).astype(np.float32))
+        names += [f"{feature}={category}" for category in categories]
+    return np.concatenate(arrays, axis=1), names
+
+
+def encode_classes(column) -> tuple[np.ndarray, dict[str, int]]:
+    """Return classes [rows] int64 and the class of each value, in sorted order."""
+    import pandas
+
+    y, values = pandas.factorize(column.convert_dtypes(), sort=True)
+    if len(values) < 2:
+        raise DataError(f"--target {column.name}: all rows have the same class {values[0]}. Choose another")
+    return y.astype(np.int64), {str(value): number for number, value in enumerate(values)}
+
+
+def encode_numbers(table) -> np.ndarray:
+    """Return targets [rows, targets] float32."""
+    from pandas.api.types import is_numeric_dtype
+
+    for target, column in table.items():
+        rule = f"it holds words such as '{column.iloc[0]}'"
+        common.check("--target", target, is_numeric_dtype(column), rule, "If it is a class, give --classes")
+    return table.to_numpy(np.float32)
+
+
+# --- the script ----------------------------------------------------------------------------------------
+
+
+def prepare(options: argparse.Namespace, comm: GridComm) -> None:
+    facts, said = {}, []
+    with comm.agree(f"reading {options.source}"):
+        sums = [common.checksums(path) for path in (options.source, options.split_file) if path is not None]
+        table = read_table(options)
+        targets, features = choose_columns(options, list(table.columns))
+        table = table[targets + features]
+        kept = complete_rows(table, options.missing)
+        if not kept.all():
+            said.append(f"{np.sum(~kept)} of {len(kept)} rows have missing values: left out")
+        parts, table = choose_rows(options, kept), table[kept]
+        x, names = encode_features(table[features], parts)
+        if len(names) > len(features):
+            said.append(f"one-hot: {', '.join(sorted(set(features) - set(names)))}; {len(names)} inputs")
+        if options.classes:
+            y, classes = encode_classes(table[targets[0]])
+            facts = {"num_classes": len(classes), "details": {"classes": classes}}
+        else:
+            y = encode_numbers(table[targets])
+    for line in said if comm.grid.rank == 0 else ():
+        print(f"{options.source.name}: {line}")
+    common.write(
+        comm,
+        argparse.Namespace(**{**vars(options), "split_file": None}),  # its checksum stands in the key
+        {name: (x[part], y[part]) for name, part in parts.items()},
+        key=sums,
+        name=options.name or options.source.stem,
+        source=options.source_text or options.source.name,
+        licence=options.licence,
+        channels={"x": names} if options.classes else {"x": names, "y": targets},
+        **facts,
+    )
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the script's flags."""
+    parser = common.make_parser(__doc__)
+    common.add_source(parser, "the table, as text", metavar="FILE")
+    add = parser.add_argument
+    add("--separator", choices=SEPARATORS, help="of the fields (default: as suffix or first line tell)")
+    add(
+        "--header",
+        action=argparse.BooleanOptionalAction,
+        help="whether the first line holds the names of the columns (default: it does if none is a number)",
+    )
+    add("--target", nargs="+", required=True, metavar="COLUMN", help="to predict")
+    add("--features", nargs="+", metavar="COLUMN", help="inputs (default: all other columns)")
+    add("--classes", action="store_true", help="the target is a class (default: targets are numbers)")
+    add(
+        "--missing",
+        choices=["error", "drop"],
+        default="error",
+        help="where a value is missing: stop, or leave out the row (default: %(default)s)",
+    )
+    common.add_fractions(parser, validation=0.1, test=0.2)
+    add(
+        "--split-file",
+        type=Path,
+        metavar="FILE",
+        help="text file with one word per row of the table: train, validation or test; in place of the fractions",
+    )
+    add("--name", help="of the data set (default: the file's stem)")
+    add("--source-text", metavar="TEXT", help="where the data come from (default: the file's name)")
+    add("--licence", default="not stated", metavar="TEXT", help="of the data (default: '%(default)s')")
+    return parser
+
+
+if __name__ == "__main__":
+    common.run(make_parser(), prepare)

@@ -1,0 +1,394 @@
+"""Augmentation: keyed by (seed, epoch, example, view), on batched tensors, on their device.
+
+A *view* is one augmented version of a batch. The K samples of a step may all see the same view (``shared``), each its
+own (``per_sample``), or share one within groups of samples (``per_group``, the scheme of the paper, where a group is
+what one GPU holds). Which view a sample sees, and what a view looks like, depends on neither rank nor grid.
+
+Inputs are normalised when they come here: 0 is the mean of a channel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..config import AugmentationConfig
+from ..errors import ConfigError, Fault, import_object
+from ..grid import share
+from ..noise import Stream, keyed_uniform
+from .loader import Batch
+
+ViewKind = Literal["per_sample", "per_group", "shared"]
+
+
+class ExampleRandom:
+    """Random numbers of the examples of a batch, for one transform of one view.
+
+    Each call returns new numbers; those of an example do not depend on which others are in the batch.
+
+    Parameters
+    ----------
+    seed, epoch : int
+        Key.
+    examples : Tensor
+        [B] global indices of the examples.
+    view, transform : int
+        Key: number of the view, and place of the transform in the list.
+    """
+
+    def __init__(self, seed: int, epoch: int, examples: Tensor, view: int, transform: int):
+        self._key = (seed, Stream.AUGMENTATION, epoch, examples)
+        self._purpose = (transform << 32) + view
+        self._num_drawn = 0
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Return numbers [B, *shape] in [0, 1)."""
+        num = math.prod(shape)
+        numbers = keyed_uniform(*self._key, num, purpose=self._purpose, first=self._num_drawn)
+        self._num_drawn += num
+        return numbers.view(-1, *shape)
+
+    def normal(self, *shape: int) -> Tensor:
+        """Return standard normal numbers [B, *shape] (Box and Muller, 1958)."""
+        num = math.prod(shape)
+        radius, angle = self.uniform(2, -(-num // 2)).unbind(1)
+        radius, angle = (-2 * torch.log1p(-radius)).sqrt(), 2 * math.pi * angle
+        return torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)[:, :num].reshape(-1, *shape)
+
+
+Transform = Callable[[Tensor, ExampleRandom], Tensor]
+"""From inputs [B, channels, ...] and their random numbers to inputs of the same shape."""
+
+
+# --- transforms ----------------------------------------------------------------------------------------
+
+
+class Crop:
+    """Shift an image [C, H, W] by up to ``padding`` pixels in both directions; what comes in from outside is 0."""
+
+    def __init__(self, padding: int = 4):
+        _check("padding", padding, padding >= 1, "at least 1", "Try 4")
+        self.padding = padding
+
+    def __call__(self, x: Tensor, random: ExampleRandom) -> Tensor:
+        height, width = x.shape[-2:]
+        shift = (random.uniform(2) * (2 * self.padding + 1)).long()  # [B, 2] in 0..2 padding
+        rows, columns = (
+            shift[:, i, None] + torch.arange(n, device=x.device) for i, n in enumerate((height, width))
+        )
+        padded = F.pad(x, [self.padding] * 4).permute(0, 2, 3, 1)  # [B, H + 2p, W + 2p, C]
+        batch = torch.arange(len(x), device=x.device)[:, None, None]
+        return padded[batch, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+class Flip:
+    """Mirror an image or field left to right with some probability."""
+
+    def __init__(self, probability: float = 0.5):
+        self.probability = _probability(probability)
+
+    def __call__(self, x: Tensor, random: ExampleRandom) -> Tensor:
+        chosen = random.uniform(1) < self.probability
+        return torch.where(chosen.view(-1, *(1,) * (x.ndim - 1)), x.flip(-1), x)
+
+
+class Erase:
+    """Set a rectangle of an image [C, H, W] to 0 with some probability (Zhong et al., 2017).
+
+    Parameters
+    ----------
+    probability : float
+        Of a rectangle.
+    min_area, max_area : float
+        Bounds of its area, as shares of the image.
+    max_aspect : float
+        Its height is at most so many times its width, and the reverse.
+    """
+
+    def __init__(
+        self,
+        probability: float = 0.5,
+        min_area: float = 0.02,
+        max_area: float = 0.33,
+        max_aspect: float = 3.0,
+    ):
+        self.probability = _probability(probability)
+        _check("max_area", max_area, 0 < min_area <= max_area <= 1, "min_area or more, at most 1", "Try 0.33")
+        _check("max_aspect", max_aspect, max_aspect >= 1, "at least 1", "Try 3")
+        self.min_area, self.max_area, self.max_aspect = min_area, max_area, max_aspect
+
+    def __call__(self, x: Tensor, random: ExampleRandom) -> Tensor:
+        u = random.uniform(5)
+        area = self.min_area + u[:, 0] * (self.max_area - self.min_area)
+        root = torch.exp((u[:, 1] - 0.5) * math.log(self.max_aspect))  # of the aspect
+        height, width = x.shape[-2:]
+        rows = _stretch(height, (area.sqrt() * root * height).round(), u[:, 2])
+        columns = _stretch(width, (area.sqrt() / root * width).round(), u[:, 3])
+        chosen = u[:, 4] < self.probability
+        inside = rows[:, None, :, None] & columns[:, None, None, :] & chosen[:, None, None, None]
+        return x.masked_fill(inside, 0)
+
+
+class Mask:
+    """Set a stretch of a series [C, length] to 0 in all channels, with some probability.
+
+    Parameters
+    ----------
+    probability : float
+        Of a stretch.
+    max_share : float
+        Its length is uniform up to this share of the series.
+    """
+
+    def __init__(self, probability: float = 0.5, max_share: float = 0.2):
+        self.probability, self.max_share = _probability(probability), _probability(max_share)
+
+    def __call__(self, x: Tensor, random: ExampleRandom) -> Tensor:
+        u = random.uniform(3)
+        within = _stretch(x.shape[-1], (u[:, 0] * self.max_share * x.shape[-1]).ceil(), u[:, 1])
+        within &= (u[:, 2] < self.probability)[:, None]
+        return x.masked_fill(within.view(len(x), *(1,) * (x.ndim - 2), -1), 0)
+
+
+def _stretch(extent: int, length: Tensor, place: Tensor) -> Tensor:
+    """Return which of ``extent`` positions lie in a stretch of a length [B], at a place [B] in [0, 1): [B, extent]."""
+    length = length.clamp(1, extent)
+    start = (place * (extent - length + 1)).floor()
+    positions = torch.arange(extent, device=length.device)
+    return (positions >= start[:, None]) & (positions < (start + length)[:, None])
+
+
+class Noise:
+    """Add normal noise: jitter for series, perturbation for fields.
+
+    Parameters
+    ----------
+    std : float
+        In standard deviations of a channel over the training split.
+    """
+
+    def __init__(self, std: float = 0.05):
+        _check("std", std, 0 < std < math.inf, "positive and finite", "Try 0.05")
+        self.std = std
+
+    def __call__(self, x: Tensor, random: ExampleRandom) -> Tensor:
+        return torch.add(x, random.normal(*x.shape[1:]).to(x.dtype), alpha=self.std)
+
+
+class Mixup:
+    """Mix each example with the one at the mirrored position of the global batch (Zhang et al., 2018).
+
+    ``x = w x1 + (1 - w) x2`` with w from Beta(alpha, alpha), keyed by the example; targets are mixed likewise, classes as
+    probabilities. All samples see the same mixture, whatever the views are, so that they share their targets, which
+    objectives that couple the samples need.
+    """
+
+    def __init__(self, alpha: float = 0.2):
+        _check("alpha", alpha, 0 < alpha < math.inf, "positive and finite", "Try 0.2")
+        self.alpha = alpha
+        # Quantiles of Beta(alpha, alpha) below 1/2: with t = s^(1/alpha) the density is bounded.
+        s = np.linspace(0, 0.5**alpha, 4097)
+        density = (1 - s ** (1 / alpha)) ** (alpha - 1)
+        cumulated = np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2)])
+        self._table = torch.from_numpy(
+            np.interp(np.linspace(0, 1, 4097), cumulated / cumulated[-1], s) ** (1 / alpha)
+        )
+
+    def weights(self, random: ExampleRandom) -> Tensor:
+        """Return w [B], float64."""
+        u, side = random.uniform(2).double().unbind(1)
+        place = u * (len(self._table) - 1)
+        below = place.long().clamp(max=len(self._table) - 2)
+        table = self._table.to(u.device)
+        w = torch.lerp(table[below], table[below + 1], place - below)
+        return torch.where(side < 0.5, w, 1 - w)
+
+    def mix(self, batch: Batch, random: ExampleRandom, num_classes: int | None) -> tuple[Tensor, Tensor]:
+        """Return the mixed inputs [B, ...] and targets [B, ...] or class probabilities [B, C]."""
+        other_x, other_y = batch.partners
+        y = batch.y
+        if num_classes is not None:
+            y, other_y = (F.one_hot(t.long(), num_classes).to(batch.x.dtype) for t in (y, other_y))
+        w = self.weights(random)
+
+        def mixed(a: Tensor, b: Tensor) -> Tensor:
+            return torch.lerp(b, a, w.to(a.dtype).view(-1, *(1,) * (a.ndim - 1)))
+
+        return mixed(batch.x, other_x), mixed(y.to(batch.x.dtype), other_y.to(batch.x.dtype))
+
+
+TRANSFORMS: dict[str, type] = {
+    kind.__name__.lower(): kind for kind in (Crop, Flip, Erase, Mask, Noise, Mixup)
+}
+
+
+# --- views ---------------------------------------------------------------------------------------------
+
+
+class SharedView:
+    """Inputs that all samples see alike."""
+
+    def __init__(self, x: Tensor):
+        self._x = x
+        self.device = x.device
+
+    def __len__(self) -> int:
+        return len(self._x)
+
+    def number(self, sample: int) -> int:
+        """Return which view a sample sees."""
+        return 0
+
+    def of(self, sample: int) -> Tensor:
+        """Return the inputs [B, ...] that a sample sees."""
+        return self._x
+
+
+class Views(SharedView):
+    """Inputs of which samples see different views, made when they are asked for; the last one is kept."""
+
+    def __init__(self, x: Tensor, number: Callable[[int], int], make: Callable[[Tensor, int], Tensor]):
+        super().__init__(x)
+        self._number, self._make = number, make
+        self._last: tuple[int, Tensor] | None = None
+
+    def number(self, sample: int) -> int:
+        return self._number(sample)
+
+    def of(self, sample: int) -> Tensor:
+        number = self.number(sample)
+        if self._last is None or self._last[0] != number:
+            self._last = None  # before the next one is made: one view in memory
+            self._last = number, self._make(self._x, number)
+        return self._last[1]
+
+
+class Augmentation:
+    """What happens to the batches of a run. Local.
+
+    Parameters
+    ----------
+    transforms : sequence
+        Transforms in order: functions ``transform(x, random)``; a `Mixup` acts on the batch before all others.
+    kind : {"per_sample", "per_group", "shared"}
+        Which samples see the same view.
+    num_samples : int
+        Samples per step in the whole job, K.
+    num_groups : int
+        Groups of samples with one view each, with ``per_group``.
+    seed : int
+        Key.
+    num_classes : int, optional
+        Number of classes where targets are classes.
+    """
+
+    def __init__(
+        self,
+        transforms: Sequence[Transform | Mixup],
+        kind: ViewKind = "per_sample",
+        *,
+        num_samples: int,
+        num_groups: int = 1,
+        seed: int = 0,
+        num_classes: int | None = None,
+    ):
+        self._mixups = [(i, t) for i, t in enumerate(transforms) if isinstance(t, Mixup)]
+        self._transforms = [(i, t) for i, t in enumerate(transforms) if not isinstance(t, Mixup)]
+        if len(self._mixups) > 1:
+            raise ConfigError(
+                Fault("--augmentation.transforms", "mixup, mixup", "one mixup is possible", "Drop one")
+            )
+        self.seed, self.num_classes = seed, num_classes
+        groups = {"shared": 1, "per_sample": num_samples, "per_group": num_groups}[kind]
+        self._numbers = [g for g in range(groups) for _ in share(num_samples, groups, g)]
+
+    @property
+    def needs_partners(self) -> bool:
+        """Whether a batch has to bring the examples of the mirrored positions."""
+        return bool(self._mixups)
+
+    def __call__(self, batch: Batch, epoch: int) -> tuple[Views, Tensor]:
+        """Return the views of a batch, and its targets."""
+        x, y = batch.x, batch.y
+        for place, mixup in self._mixups:
+            random = ExampleRandom(self.seed, epoch, batch.examples, 0, place)
+            x, y = mixup.mix(batch, random, self.num_classes)
+
+        def make(x: Tensor, view: int) -> Tensor:
+            for place, transform in self._transforms:
+                shape = x.shape
+                x = transform(x, ExampleRandom(self.seed, epoch, batch.examples, view, place))
+                if x.shape != shape:
+                    raise ConfigError(
+                        Fault(
+                            "--augmentation.transforms",
+                            type(transform).__name__,
+                            f"it makes inputs {list(x.shape)} of inputs {list(shape)}",
+                            "Keep the shape",
+                        )
+                    )
+            return x
+
+        return Views(x, self._numbers.__getitem__, make), y
+
+
+def build_augmentation(
+    config: AugmentationConfig, *, num_samples: int, seed: int, num_classes: int | None
+) -> Augmentation | None:
+    """Return the augmentation of a config, None where it has no transforms. Local.
+
+    Raises
+    ------
+    ConfigError
+        A transform is unknown, or refuses its arguments.
+    """
+    transforms = [_build_transform(dict(entry)) for entry in config.transforms]
+    if not transforms:
+        return None
+    return Augmentation(
+        transforms,
+        config.views,
+        num_samples=num_samples,
+        num_groups=config.num_groups,
+        seed=seed,
+        num_classes=num_classes,
+    )
+
+
+def _build_transform(entry: dict[str, Any]) -> Transform | Mixup:
+    name = entry.pop("name", None)
+    if not isinstance(name, str) or not (name in TRANSFORMS or "." in name):
+        rule = f"its name must be one of {', '.join(TRANSFORMS)}, or package.module.name"
+        raise ConfigError(Fault("--augmentation.transforms", name, rule, "Try {name: flip}"))
+    found = TRANSFORMS.get(name) or import_object("--augmentation.transforms", name)
+    if not isinstance(found, type) and not entry:
+        return found
+    try:
+        return found(**entry)
+    except ConfigError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            Fault(
+                "--augmentation.transforms",
+                {"name": name, **entry},
+                f"it refuses them ({error})",
+                "Mend them",
+            )
+        ) from error
+
+
+def _check(name: str, value: object, fits: bool, rule: str, remedy: str) -> None:
+    if not fits:
+        raise ConfigError(Fault("--augmentation.transforms", f"{name}: {value}", f"must be {rule}", remedy))
+
+
+def _probability(value: float) -> float:
+    _check("probability", value, 0 <= value <= 1, "between 0 and 1", "Try 0.5")
+    return value

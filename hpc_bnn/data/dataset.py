@@ -1,0 +1,229 @@
+"""One split of a shard directory, as the ranks of a job read it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from ..comm import GridComm
+from ..errors import ConfigError, Fault
+from ..grid import Grid
+from .files import SplitFiles
+from .manifest import Manifest, torch_dtype
+
+Reading = Literal["auto", "node", "group", "rank"]
+
+MEMORY_SHARE = 0.5
+"""Share of the free memory of a node that a split may take with the reading "auto"."""
+
+
+class ShardDataset:
+    """One split of a shard directory: read as it is stored, normalised on the device when fetched.
+
+    Parameters
+    ----------
+    directory : path
+        Shard directory.
+    split : str
+        Name of the split.
+    device : torch.device
+        Where the examples are delivered.
+    dtype : torch.dtype
+        Floating-point dtype of the inputs, and of targets that are numbers.
+    comm : GridComm, optional
+        The ranks that read together; construction is then collective over the world.
+    reading : {"auto", "node", "group", "rank"}
+        How the bytes reach the ranks:
+
+        - ``node``: the ranks of a node read the split into memory that they share, each file once.
+        - ``group``: the first rank of a sample group reads the examples of a batch, the others receive them over
+          ``sample_comm``; `fetch` is then collective over it.
+        - ``rank``: each rank reads the examples of its batches from the files.
+        - ``auto``: ``node`` where the split takes at most half of the free memory on each node; otherwise ``group``, or
+          ``rank`` where a sample group is one rank.
+    normalises_targets : bool
+        Whether targets are delivered with mean 0 and standard deviation 1 where the manifest has their statistics.
+
+    Attributes
+    ----------
+    manifest : Manifest
+    reading : str
+        The reading that is used, never "auto".
+
+    Raises
+    ------
+    DataError
+        The split or a file is missing, truncated, corrupt, or not what the manifest says. An error that only one
+        rank sees while it fetches is raised there, and has to end the job.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        split: str,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        *,
+        comm: GridComm | None = None,
+        reading: Reading = "auto",
+        normalises_targets: bool = True,
+    ):
+        self._comm = comm or GridComm(Grid(1, 1, 0))
+        with self._comm.agree(f"opening {directory}"):
+            self._files = SplitFiles(directory, split)
+        self.manifest: Manifest = self._files.manifest
+        self.device, self.dtype = torch.device(device), dtype
+        self.reading = self._choose(reading)
+        self._memory = self._read_into_memory() if self.reading == "node" else None
+        self._x_scale = _Scale(self.manifest, "x", self.device, dtype)
+        has_scale = normalises_targets and "y" in self.manifest.statistics
+        self._y_scale = _Scale(self.manifest, "y", self.device, dtype) if has_scale else None
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    @property
+    def in_shape(self) -> tuple[int, ...]:
+        """Shape of one input."""
+        return self.manifest.arrays["x"].shape
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the examples of the split, as they are stored."""
+        return len(self) * self._bytes_per_example
+
+    @property
+    def _bytes_per_example(self) -> int:
+        return sum(spec.num_bytes for spec in self.manifest.arrays.values())
+
+    @property
+    def num_bytes_read(self) -> int:
+        """Bytes that this rank has read from the file system so far."""
+        return self._files.num_bytes_read
+
+    @property
+    def target_scale(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Mean and standard deviation of the targets per channel, [1, channels, 1, ...], where they are normalised."""
+        return (self._y_scale.mean, self._y_scale.std) if self._y_scale else None
+
+    # --- examples -----------------------------------------------------------------------------------
+
+    def fetch(self, indices: torch.Tensor | slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return normalised inputs [B, ...] and targets [B, ...] of some examples.
+
+        Collective over ``sample_comm`` with the reading ``group``, otherwise local.
+        """
+        if isinstance(indices, slice):
+            indices = torch.arange(*indices.indices(len(self)))
+        return self.deliver(self.read(indices))
+
+    def read(self, indices: torch.Tensor) -> torch.Tensor:
+        """Return the bytes of some examples, for `deliver`. Local, also in a thread of its own.
+
+        A rank that receives them from another returns memory to receive them in.
+        """
+        indices = indices.cpu().numpy()
+        buffer = torch.empty(len(indices) * self._bytes_per_example, dtype=torch.uint8)
+        x, y = (array.numpy() for array in self._split(buffer))
+        if self._memory is not None:
+            np.take(self._memory[0], indices, axis=0, out=x)
+            np.take(self._memory[1], indices, axis=0, out=y)
+        elif self.reading == "rank" or self._comm.grid.sample_index == 0:
+            self._files.read(indices, x, y)
+        return buffer.pin_memory() if self.device.type == "cuda" else buffer
+
+    def deliver(self, buffer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return inputs and targets from what `read` gave: received, on the device, normalised.
+
+        Collective over ``sample_comm`` with the reading ``group``, otherwise local.
+        """
+        buffer = buffer.to(self.device, non_blocking=True)
+        if self.reading == "group":
+            self._comm.broadcast_(buffer, root=0, axis="sample")
+        x, y = self._split(buffer)
+        y = y.to(self.dtype) if y.is_floating_point() or self._y_scale else y
+        return self._x_scale.normalise(x.to(self.dtype)), self._y_scale.normalise(y) if self._y_scale else y
+
+    def in_units(self, y: torch.Tensor) -> torch.Tensor:
+        """Return targets [B, ...], as they are delivered, in units of y."""
+        return self._y_scale.undo(y) if self._y_scale else y
+
+    # --- memory -------------------------------------------------------------------------------------
+
+    def _choose(self, reading: Reading) -> Reading:
+        """Return the reading that "auto" stands for; the same on all ranks."""
+        if reading not in ("auto", "node", "group", "rank"):
+            raise ConfigError(
+                Fault("--data.reading", reading, "must be auto, node, group or rank", "Leave it at auto")
+            )
+        has_groups = self._comm.grid.sample_size > 1
+        if reading != "auto":
+            return "rank" if reading == "group" and not has_groups else reading
+        free = min(self._comm.gather_objects(_free_memory_bytes(self._comm.local_size > 1)))
+        if self.num_bytes <= MEMORY_SHARE * free:
+            return "node"
+        return "group" if has_groups else "rank"
+
+    def _read_into_memory(self) -> tuple[np.ndarray, np.ndarray]:
+        """Read the whole split, each file by one rank of the node. Collective over the world."""
+        comm = self._comm
+        shared = [
+            comm.node_array((len(self), *spec.shape), spec.dtype) for spec in self.manifest.arrays.values()
+        ]
+        with comm.agree(f"reading {self._files.directory}"):
+            for number in range(comm.local_rank, len(self._files.shards), comm.local_size):
+                self._files.read_shard(number, *(one.array for one in shared))
+        for one in shared:
+            one.publish()
+        return shared[0].array, shared[1].array
+
+    def _split(self, buffer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return views x and y [B, ...] of a buffer of bytes; the wider items come first, so that all are aligned."""
+        num_examples = len(buffer) // self._bytes_per_example
+        dtypes = {name: torch_dtype(spec.dtype) for name, spec in self.manifest.arrays.items()}
+        arrays, start = {}, 0
+        for name in sorted(dtypes, key=lambda name: -dtypes[name].itemsize):
+            spec = self.manifest.arrays[name]
+            stop = start + num_examples * spec.num_bytes
+            arrays[name] = buffer[start:stop].view(dtypes[name]).view(num_examples, *spec.shape)
+            start = stop
+        return arrays["x"], arrays["y"]
+
+
+class _Scale:
+    """Mean and standard deviation that broadcast over a batch [B, channels, ...] or [B]."""
+
+    def __init__(self, manifest: Manifest, name: str, device: torch.device, dtype: torch.dtype):
+        statistics, num_dims = manifest.statistics[name], len(manifest.arrays[name].shape)
+        form = (1, -1) + (1,) * (num_dims - 1) if num_dims else (1,)
+        std = torch.tensor(statistics.std, dtype=dtype, device=device)
+        self.mean = torch.tensor(statistics.mean, dtype=dtype, device=device).view(form)
+        self.std = torch.where(std > 0, std, 1).view(form)
+
+    def normalise(self, values: torch.Tensor) -> torch.Tensor:
+        return (values - self.mean) / self.std
+
+    def undo(self, values: torch.Tensor) -> torch.Tensor:
+        return values * self.std + self.mean
+
+
+def _free_memory_bytes(is_shared: bool) -> float:
+    """Memory that this process may still take; of shared memory where a node has several ranks."""
+    limits = [float("inf")]
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        limits.append(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")))
+    with contextlib.suppress(OSError, ValueError):  # of a batch job; "max" where it has no limit
+        group = Path("/sys/fs/cgroup", Path("/proc/self/cgroup").read_text().partition("::/")[2].strip())
+        used = int((group / "memory.current").read_text())
+        limits.append(int((group / "memory.max").read_text()) - used)
+    if is_shared:
+        with contextlib.suppress(OSError):
+            room = os.statvfs("/dev/shm")
+            limits.append(room.f_bavail * room.f_frsize)
+    return max(0, min(limits))

@@ -1,0 +1,185 @@
+"""The manifest of a shard directory: what stands in it, and how it is known to be sound.
+
+::
+
+    DIR/manifest.json        format, arrays, splits, statistics, source, licence, SHA-256 of each file
+    DIR/train-00000.h5       datasets x [n, ...], y [n, ...], crc32 [n]; chunks of whole examples, fletcher32
+    DIR/test-00000.h5
+
+Every file has its SHA-256 in the manifest, every example its CRC-32 in its file; the SHA-256 of those stands in the
+manifest, too, so that a reader can check each example that it takes without reading the whole file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import zlib
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..errors import DataError
+
+FORMAT = "hpc_bnn shards"
+VERSION = 3
+MANIFEST = "manifest.json"
+PREPARATION = ".preparation"
+"""Directory of what is known of the finished files while a preparation goes on."""
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """One array of a data set."""
+
+    shape: tuple[int, ...]
+    """Shape of one example."""
+    dtype: str
+    """Name of the NumPy dtype as stored."""
+    channels: tuple[str, ...] = ()
+    """Names of the channels (first dim of an example), where they have any."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of one example."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Mean and standard deviation over the training split per channel (first dim of an example)."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """One file of a split."""
+
+    file: str
+    num_examples: int
+    num_bytes: int
+    sha256: str
+    crc_sha256: str
+    """SHA-256 of the file's dataset crc32 (bytes of little-endian uint32)."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Description of a shard directory."""
+
+    name: str
+    """Name of the data set."""
+    source: str
+    """Where the data come from."""
+    licence: str
+    """Under which terms."""
+    arrays: dict[str, ArraySpec]
+    """x (inputs) and y (targets)."""
+    splits: dict[str, tuple[ShardFile, ...]]
+    """Files of each split, in order."""
+    statistics: dict[str, Statistics]
+    """Of x, and of y where the targets are numbers that the network shall see normalised."""
+    num_classes: int | None = None
+    """Number of classes where y is a class."""
+    target_weights: list | None = None
+    """Weights of the targets in a score or a mean error, as nested lists that broadcast to an example of y."""
+    details: dict[str, Any] = field(default_factory=dict)
+    """What else the preparation wants known, such as the lead time."""
+
+    def num_examples(self, split: str) -> int:
+        """Number of examples of a split."""
+        return sum(shard.num_examples for shard in self.splits[split])
+
+    @property
+    def shards(self) -> list[ShardFile]:
+        """All files."""
+        return [shard for shards in self.splits.values() for shard in shards]
+
+    def to_json(self) -> str:
+        """Return the text of the file, with its own SHA-256."""
+        content = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        return json.dumps(content | {"sha256": sha256_of_json(content)}, indent=1)
+
+    @classmethod
+    def read(cls, directory: str | os.PathLike) -> Manifest:
+        """Read DIR/manifest.json. Local.
+
+        Raises
+        ------
+        DataError
+            The file is missing, unreadable, changed, or of another format or version.
+        """
+        path = Path(directory, MANIFEST)
+        try:
+            raw = json.loads(path.read_text())
+        except FileNotFoundError:
+            if path.with_name(PREPARATION).exists():
+                raise DataError(
+                    f"{path} is not there: the preparation was interrupted. Run it again: it goes on where it stopped"
+                ) from None
+            raise DataError(
+                f"{path} is not there: no shard directory. "
+                "Write it with a script of data_prep/, for example python data_prep/digits.py --output DIR"
+            ) from None
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path} cannot be read ({error}). Prepare the shards again") from error
+        if not isinstance(raw, dict) or (raw.get("format"), raw.get("version")) != (FORMAT, VERSION):
+            raise DataError(
+                f"{path} is not of format '{FORMAT}', version {VERSION}. Prepare the shards again"
+            )
+        if raw.pop("sha256", None) != sha256_of_json(raw):
+            raise DataError(f"{path} was changed after it was written (SHA-256). Prepare the shards again")
+        del raw["format"], raw["version"]
+        try:
+            raw["arrays"] = {
+                name: ArraySpec(tuple(spec["shape"]), spec["dtype"], tuple(spec["channels"]))
+                for name, spec in raw["arrays"].items()
+            }
+            raw["splits"] = {
+                split: tuple(ShardFile(**shard) for shard in shards)
+                for split, shards in raw["splits"].items()
+            }
+            raw["statistics"] = {
+                name: Statistics(tuple(s["mean"]), tuple(s["std"])) for name, s in raw["statistics"].items()
+            }
+            return cls(**raw)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DataError(
+                f"{path} lacks or misstates a field ({error}). Prepare the shards again"
+            ) from error
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """Return the dtype of torch for a NumPy dtype's name; `DataError` where there is none."""
+    try:
+        return torch.from_numpy(np.empty(0, name)).dtype
+    except TypeError as error:
+        raise DataError(f"an array of dtype {name} cannot become a tensor: {error}") from error
+
+
+def sha256_of_json(content: dict) -> str:
+    """Return the SHA-256 of nested dicts, lists, numbers and strings."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def sha256_of_file(path: Path) -> str:
+    """Return the SHA-256 of a file, read in blocks of 1 MiB."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def crc32_of_examples(x: np.ndarray, y: np.ndarray, rows: Iterable[int]) -> np.ndarray:
+    """Return the CRC-32 of the bytes of some examples, x and then y, of C-contiguous arrays [n, ...]."""
+    x, y = (array.reshape(len(array), math.prod(array.shape[1:])).view(np.uint8) for array in (x, y))
+    return np.array([zlib.crc32(y[row], zlib.crc32(x[row])) for row in rows], dtype="<u4")

@@ -1,0 +1,346 @@
+"""Writing shard directories: atomic, resumable, in parallel over the ranks of a job.
+
+A file is written under a temporary name, synced and renamed, and only then recorded in ``.preparation/``; the manifest
+comes last. So a directory with a manifest is complete, and a half-written file is never taken for a whole one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from ..comm import GridComm
+from ..errors import ConfigError, DataError, Fault
+from ..grid import Grid
+from .manifest import (
+    MANIFEST,
+    PREPARATION,
+    ArraySpec,
+    Manifest,
+    ShardFile,
+    Statistics,
+    crc32_of_examples,
+    sha256_of_file,
+    sha256_of_json,
+    torch_dtype,
+)
+
+CHUNK_BYTES = 4 * 2**10
+"""Aim for the size of an HDF5 chunk (bytes), a page; a chunk holds whole examples, at least one. Small, so that an
+example can be read at random without its neighbours."""
+SHARD_BYTES = 256 * 2**20
+"""Aim for the size of a file (bytes) where the number of examples per file is not given."""
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Examples that are made when they are written, for sets larger than memory.
+
+    Parameters
+    ----------
+    num_examples : int
+        How many.
+    read : callable
+        ``read(start, stop)`` returns inputs x [n, channels, ...] and targets y [n, ...] as NumPy arrays; any rank may
+        ask for any part.
+    """
+
+    num_examples: int
+    read: Callable[[int, int], tuple[np.ndarray, np.ndarray]]
+
+
+def write_shards(
+    directory: str | os.PathLike,
+    splits: dict[str, tuple[np.ndarray, np.ndarray] | Examples],
+    *,
+    name: str,
+    source: str,
+    licence: str,
+    num_classes: int | None = None,
+    examples_per_shard: int | None = None,
+    train_split: str = "train",
+    normalise_targets: bool | None = None,
+    target_weights: np.ndarray | None = None,
+    channels: dict[str, Iterable[str]] | None = None,
+    details: dict[str, Any] | None = None,
+    compression: str | None = None,
+    key: Any = None,
+    comm: GridComm | None = None,
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> Manifest:
+    """Write a shard directory. Collective over the world of ``comm``: each rank writes files of its own.
+
+    Parameters
+    ----------
+    directory : path
+        Created where it is missing; on a file system that all ranks see. A former preparation that stands there is
+        removed, or continued where ``key`` says so.
+    splits : dict of str to (x, y) or Examples
+        Inputs [n, channels, ...] and targets [n, ...] of each split, the same on each rank.
+    name, source, licence : str
+        See `Manifest`.
+    num_classes : int, optional
+        Number of classes where y is a class.
+    examples_per_shard : int, optional
+        Examples per file; by default about 256 MiB.
+    train_split : str
+        The split that the statistics come from, and no other.
+    normalise_targets : bool, optional
+        Whether the network shall see targets of mean 0 and standard deviation 1 per channel; metrics stay in units of
+        y. By default where y has a floating-point dtype.
+    target_weights : array, optional
+        Weights of the targets that broadcast to an example of y, such as cos(latitude) as [latitudes, 1].
+    channels : dict of str to names, optional
+        Names of the channels of x and y.
+    details : dict, optional
+        What else shall be known, of plain numbers, strings and lists.
+    compression : str, optional
+        HDF5 filter such as "gzip"; compressed examples are smaller on disk and slower to read.
+    key : optional
+        Anything that ``json`` takes and that fixes the content (checksums of the source, flags). A preparation that
+        was interrupted is continued by one with the same key; without a key it begins anew.
+    comm : GridComm, optional
+        The ranks that write (`hpc_bnn.comm.connect_for_files`).
+    progress : callable
+        Wraps this rank's files while they are written, for a progress bar.
+
+    Returns
+    -------
+    Manifest
+        The same on each rank.
+
+    Raises
+    ------
+    DataError
+        The examples are not what they should be, or hold a value that is not finite; on all ranks.
+    """
+    comm = comm or GridComm(Grid(1, 1, 0))
+    directory = Path(directory)
+    sources = {split: _as_examples(examples) for split, examples in splits.items()}
+    with comm.agree("looking at the first example"):
+        arrays = _look(sources, train_split, channels or {}, num_classes)
+        if examples_per_shard is None:
+            examples_per_shard = max(1, SHARD_BYTES // sum(spec.num_bytes for spec in arrays.values()))
+        if examples_per_shard < 1:
+            raise ConfigError(
+                Fault("examples_per_shard", examples_per_shard, "must be at least 1", "Try 1000")
+            )
+    if normalise_targets is None:
+        normalise_targets = np.issubdtype(np.dtype(arrays["y"].dtype), np.floating)
+    plan = {
+        "key": key,
+        "name": name,
+        "arrays": {array: asdict(spec) for array, spec in arrays.items()},
+        "splits": {split: examples.num_examples for split, examples in sources.items()},
+        "options": [num_classes, examples_per_shard, train_split, normalise_targets, compression],
+    }
+    with comm.agree(f"opening {directory}"):
+        if comm.grid.rank == 0:
+            _open(directory, plan)
+    tasks = [
+        _Task(split, number, start, min(start + examples_per_shard, examples.num_examples))
+        for split, examples in sources.items()
+        for number, start in enumerate(range(0, examples.num_examples, examples_per_shard))
+    ]
+    with comm.agree(f"writing {directory}"):
+        # The statistics of x, and of y where they are wanted
+        wanted = ("x", "y") if normalise_targets else ("x",)
+        mine = [
+            _finish(
+                task,
+                sources[task.split],
+                directory,
+                arrays,
+                wanted * (task.split == train_split),
+                compression,
+            )
+            for task in progress(tasks[comm.grid.rank :: comm.grid.world_size])
+        ]
+    records = {r["file"]["file"]: r for rank in comm.gather_objects(mine) for r in rank}
+    files = {split: [records[task.file] for task in tasks if task.split == split] for split in sources}
+    manifest = Manifest(
+        name=name,
+        source=source,
+        licence=licence,
+        arrays=arrays,
+        splits={split: tuple(ShardFile(**r["file"]) for r in of_split) for split, of_split in files.items()},
+        statistics={a: _statistics([r["moments"][a] for r in files[train_split]]) for a in wanted},
+        num_classes=num_classes,
+        target_weights=None if target_weights is None else np.asarray(target_weights).tolist(),
+        details=details or {},
+    )
+    with comm.agree(f"writing {directory / MANIFEST}"):
+        if comm.grid.rank == 0:
+            _write_text(directory / MANIFEST, manifest.to_json())
+            shutil.rmtree(directory / PREPARATION)
+    return manifest
+
+
+# --- the plan ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A file to write."""
+
+    split: str
+    number: int
+    start: int
+    stop: int
+
+    @property
+    def file(self) -> str:
+        return f"{self.split}-{self.number:05d}.h5"
+
+
+def _as_examples(examples: tuple[np.ndarray, np.ndarray] | Examples) -> Examples:
+    if isinstance(examples, Examples):
+        return examples
+    x, y = examples
+    if len(x) != len(y):
+        raise DataError(f"there are {len(x)} inputs x and {len(y)} targets y: as many as examples are needed")
+    return Examples(len(x), lambda start, stop: (x[start:stop], y[start:stop]))
+
+
+def _look(
+    sources: dict[str, Examples],
+    train_split: str,
+    channels: dict[str, Iterable[str]],
+    num_classes: int | None,
+) -> dict[str, ArraySpec]:
+    if train_split not in sources or sources[train_split].num_examples == 0:
+        raise DataError(f"the split '{train_split}' has no examples: statistics come from it")
+    for split in sources:
+        if not split.replace("_", "").replace("-", "").isalnum():
+            raise DataError(f"a split is named '{split}': use letters, digits, - and _")
+    arrays = {}
+    for name, array in zip("xy", sources[train_split].read(0, 1)):
+        names = tuple(channels.get(name, ()))
+        if names and len(names) != array.shape[1]:
+            raise DataError(f"{name} has {array.shape[1]} channels and {len(names)} names")
+        arrays[name] = ArraySpec(array.shape[1:], str(array.dtype), names)
+        torch_dtype(arrays[name].dtype)
+    if arrays["x"].shape == ():
+        raise DataError("an input x is a single number: give it a channel, x of shape [n, 1]")
+    if num_classes is not None and np.dtype(arrays["y"].dtype).kind not in "iu":
+        raise DataError(f"classes y have dtype {arrays['y'].dtype}: they must be whole numbers")
+    return arrays
+
+
+def _open(directory: Path, plan: dict) -> None:
+    """Make the directory ready: keep an interrupted preparation of the same plan, remove any other."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for unfinished in directory.glob(".*.h5.*"):  # of a process that was killed
+        unfinished.unlink()
+    # The plan alone says what the files hold, in this format
+    plan = json.loads(json.dumps(plan | {"digest": sha256_of_json(plan)}))
+    notes = directory / PREPARATION / "plan.json"
+    former = None
+    with contextlib.suppress(OSError, ValueError):
+        former = json.loads(notes.read_text())
+    if plan["key"] is not None and former == plan and not (directory / MANIFEST).exists():
+        return
+    doomed = {MANIFEST}
+    with contextlib.suppress(DataError):
+        doomed |= {shard.file for shard in Manifest.read(directory).shards}
+    doomed |= {path.name.removesuffix(".json") for path in notes.parent.glob("*.h5.json")}
+    for file in doomed:
+        (directory / file).unlink(missing_ok=True)
+    shutil.rmtree(notes.parent, ignore_errors=True)
+    notes.parent.mkdir()
+    _write_text(notes, json.dumps(plan))
+
+
+# --- one file ------------------------------------------------------------------------------------------
+
+
+def _finish(
+    task: _Task,
+    examples: Examples,
+    directory: Path,
+    arrays: dict[str, ArraySpec],
+    wanted: Iterable[str],
+    compression: str | None,
+) -> dict[str, Any]:
+    """Write a file unless a former preparation has finished it; return what is known of it."""
+    path, notes = directory / task.file, directory / PREPARATION / f"{task.file}.json"
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        record = json.loads(notes.read_text())
+        if sha256_of_file(path) == record["file"]["sha256"]:
+            return record
+    x, y = (np.ascontiguousarray(array) for array in examples.read(task.start, task.stop))
+    found = {"x": x, "y": y}
+    for name, array in found.items():
+        expected = ((task.stop - task.start, *arrays[name].shape), arrays[name].dtype)
+        if (array.shape, str(array.dtype)) != expected:
+            raise DataError(
+                f"{task.split}, examples {task.start} to {task.stop - 1}: {name} is {array.dtype} {array.shape}, "
+                f"and {expected[1]} {expected[0]} is expected"
+            )
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            row = task.start + int(np.argmin(np.isfinite(array).reshape(len(array), -1).all(1)))
+            raise DataError(f"{task.split}, example {row}: {name} holds a value that is not finite")
+    crc32 = crc32_of_examples(x, y, range(len(x)))
+    with _replacing(path) as temporary:
+        with h5py.File(temporary, "w", libver="earliest") as file:
+            for name, array in {**found, "crc32": crc32}.items():
+                length = min(len(array), max(1, CHUNK_BYTES // max(array[:1].nbytes, 1)))
+                chunks = (length, *array.shape[1:])
+                filters = {"fletcher32": True, "compression": compression, "shuffle": bool(compression)}
+                file.create_dataset(name, data=array, chunks=chunks, **filters)
+        num_bytes, sha256 = temporary.stat().st_size, sha256_of_file(temporary)
+    file = ShardFile(task.file, len(x), num_bytes, sha256, hashlib.sha256(crc32.tobytes()).hexdigest())
+    record = {"file": asdict(file), "moments": {name: _moments(found[name]) for name in wanted}}
+    _write_text(notes, json.dumps(record))
+    return record
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Write a file under a temporary name; sync and rename it when the block succeeds."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_text(path: Path, text: str) -> None:
+    with _replacing(path) as temporary:
+        temporary.write_text(text)
+
+
+# --- statistics ----------------------------------------------------------------------------------------
+
+
+def _moments(array: np.ndarray) -> dict[str, Any]:
+    """Return number, mean and sum of squared differences per channel of examples [n, channels, ...] or [n]."""
+    flat = array.reshape(len(array), array.shape[1] if array.ndim > 1 else 1, -1)
+    mean = flat.mean(axis=(0, 2), dtype=np.float64)
+    squares = sum(np.square(example - mean[:, None]).sum(axis=1) for example in flat)
+    return {"count": flat.shape[0] * flat.shape[2], "mean": mean.tolist(), "squares": squares.tolist()}
+
+
+def _statistics(moments: list[dict[str, Any]]) -> Statistics:
+    """Join the moments of all files, in order (Chan, Golub, LeVeque, 1979)."""
+    count, mean, squares = 0, 0.0, 0.0
+    for part in moments:
+        shift = np.array(part["mean"]) - mean
+        total = count + part["count"]
+        squares = squares + np.array(part["squares"]) + shift**2 * (count * part["count"] / total)
+        mean = mean + shift * (part["count"] / total)
+        count = total
+    return Statistics(tuple(mean.tolist()), tuple(np.sqrt(squares / count).tolist()))
