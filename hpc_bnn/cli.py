@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import socket
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jsonargparse
+from tqdm import tqdm
 
 from . import __version__, comm
 from .config import Config
@@ -32,6 +34,14 @@ def build_parser() -> jsonargparse.ArgumentParser:
     verify = _Parser(description="Compare the files of a shard directory with its manifest.")
     verify.add_argument("shards", type=str, metavar="SHARD_DIR", help="Directory with a manifest.json.")
     commands.add_subcommand("verify", verify)
+    stage = _Parser(description="Copy a shard directory to local storage, once per node of the job.")
+    stage.add_argument("source", type=str, metavar="SRC", help="Shard directory that all nodes see.")
+    stage.add_argument("destination", type=str, metavar="DST", help="Directory on storage of the node.")
+    stage.add_argument(
+        "--verify", type=bool, default=True, help="Compare SHA-256, not only sizes (default: true)."
+    )
+    stage.add_argument("--clean", action="store_true", help="Remove DST from every node instead.")
+    commands.add_subcommand("stage", stage)
     return parser
 
 
@@ -49,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = parsed.subcommand
         options = parser.instantiate(parsed)[command]
         given = {argument.split("=")[0] for argument in (sys.argv[1:] if arguments is None else arguments)}
-        return {"train": _train, "verify": _verify}[command](options, given)
+        return {"train": _train, "verify": _verify, "stage": _stage}[command](options, given)
 
     return run_and_report("hpc-bnn", work)
 
@@ -105,8 +115,6 @@ def _train(options: jsonargparse.Namespace, given: set[str]) -> int:
 
 
 def _verify(options: jsonargparse.Namespace, given: set[str]) -> int:
-    from tqdm import tqdm
-
     from .data import Manifest, verify_shards
 
     if comm.launched_rank() != 0:  # one process reads for all
@@ -117,5 +125,31 @@ def _verify(options: jsonargparse.Namespace, given: set[str]) -> int:
     for split, shards in Manifest.read(options.shards).splits.items():
         print(
             f"{options.shards}: {split}, {sum(s.num_examples for s in shards)} examples in {len(shards)} files"
+        )
+    return 0
+
+
+def _stage(options: jsonargparse.Namespace, given: set[str]) -> int:
+    from .data import stage_shards, unstage_shards
+
+    ranks = comm.connect_for_files()
+    is_first, host = ranks.grid.rank == 0, socket.gethostname()
+    if options.clean:
+        stays = unstage_shards(options.destination, ranks)
+        if ranks.local_rank == 0:
+            kept = f" (not of it, and kept: {', '.join(stays)})" if stays else ""
+            print(f"{host}: {options.destination} removed{kept}")
+        return 0
+    staged = stage_shards(
+        options.source,
+        options.destination,
+        ranks,
+        verify=options.verify,
+        progress=lambda files: tqdm(files, unit="file", desc="staging", disable=None if is_first else True),
+    )
+    if ranks.local_rank == 0:
+        print(
+            f"{host}: {options.destination}, {staged.num_copied} files copied ({staged.num_bytes_read / 1e6:.1f} MB), "
+            f"{staged.num_kept} kept"
         )
     return 0

@@ -687,6 +687,8 @@ def _start_mpi():
     """Import and thereby start mpi4py.MPI; None where there is none and one process needs none."""
     launched = _launched_ranks()
     _be_gentle_when_oversubscribed()
+    # Shared memory needs no network; Open MPI's UCX prints an error for each window where it has no device.
+    os.environ.setdefault("OMPI_MCA_osc", "^ucx")
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py found no MPI library

@@ -1,11 +1,22 @@
 """The predictive in one process, against references."""
 
+import numpy as np
 import pytest
 import torch
 from sklearn.metrics import accuracy_score, log_loss
 from torch import nn
 
-from hpc_bnn import Categorical, Gaussian, Grid, GridComm, MeanFieldGaussian, ShardDataset, predict_values
+from hpc_bnn import (
+    Categorical,
+    Gaussian,
+    Grid,
+    GridComm,
+    MeanFieldGaussian,
+    ShardDataset,
+    evaluate,
+    predict_values,
+    write_shards,
+)
 from hpc_bnn.evaluate import evaluate_dataset, predict_classes
 from hpc_bnn.noise import Stream, keyed_generator, keyed_global_generator
 
@@ -47,16 +58,21 @@ def test_modules_are_evaluated_in_eval_mode_and_put_back():
     assert posterior.module.training
 
 
-def test_metrics_equal_scikit_learn(digits):
+def test_metrics_equal_scikit_learn(digits, monkeypatch):
     posterior, comm, dataset = (
         make_posterior(),
         GridComm(Grid()),
         ShardDataset(digits, "test", dtype=torch.float64),
     )
-    metrics, predictive, part = evaluate_dataset(posterior, Categorical(10), comm, dataset, num_samples=5)
-    assert part == slice(0, 359)
-    _, y = dataset.fetch(part)
-    p = predictive.probabilities.numpy()
+    seen = []
+    monkeypatch.setattr(evaluate, "BLOCK_BYTES", 100 * 64 * 8)  # four blocks
+    metrics = evaluate_dataset(
+        posterior, Categorical(10), comm, dataset, num_samples=5, see=lambda *block: seen.append(block)
+    )
+    assert [len(examples) for examples, _, _ in seen] == [100, 100, 100, 59]
+    assert torch.cat([examples for examples, _, _ in seen]).tolist() == list(range(359))
+    _, y = dataset.fetch(slice(None))
+    p = torch.cat([predictive.probabilities for _, predictive, _ in seen]).numpy()
     assert metrics["accuracy"] == pytest.approx(
         accuracy_score(y, p.argmax(1)), rel=1e-7
     )  # float32 in torchmetrics
@@ -88,3 +104,39 @@ def test_total_variance_is_aleatoric_plus_epistemic():
     )
     torch.testing.assert_close(got.variance, mixture.variance, rtol=1e-10, atol=0)
     torch.testing.assert_close(got.log_prob, mixture.log_prob(y), rtol=1e-12, atol=0)
+
+
+def test_metrics_are_in_units_of_y_where_the_network_sees_normalised_targets(tmp_path):
+    """Against a network whose last layer is rescaled by hand, on the same shards read without normalisation."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(40, 3)).astype(np.float64)
+    y = np.stack([300 + 20 * x[:, 0], -5 + 0.1 * x[:, 1] + 0.01 * rng.normal(size=40)], axis=1)
+    write_shards(tmp_path, {"train": (x, y)}, name="toy", source="test", licence="none")
+    normalised, plain = (
+        ShardDataset(tmp_path, "train", dtype=torch.float64, normalises_targets=on) for on in (True, False)
+    )
+    mean, std = (part.squeeze(0) for part in normalised.target_scale)
+    torch.testing.assert_close(mean, torch.from_numpy(y.mean(0)))
+    torch.testing.assert_close(std, torch.from_numpy(y.std(0)))
+    assert plain.target_scale is None and torch.equal(plain.fetch(slice(None))[1], torch.from_numpy(y))
+
+    class InUnits(nn.Module):
+        def __init__(self, net):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x):
+            loc, log_scale = self.net(x).chunk(2, dim=1)
+            return torch.cat([loc * std + mean, log_scale + std.log()], dim=1)
+
+    def make_net():
+        with keyed_global_generator(0, Stream.INIT):
+            return nn.Linear(3, 4).double()
+
+    got, expected = (
+        evaluate_dataset(
+            MeanFieldGaussian(net, init_std=0.3), Gaussian(2), GridComm(Grid()), data, num_samples=5
+        )
+        for net, data in ((make_net(), normalised), (InUnits(make_net()), plain))
+    )
+    assert got == pytest.approx(expected, rel=1e-9) and got["rmse"] > 1

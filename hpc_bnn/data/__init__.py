@@ -1,23 +1,29 @@
 """Training data: HDF5 shards, the order of examples, reading, augmentation (floor 3)."""
 
+from .augment import Augmentation
 from .dataset import ShardDataset
 from .loader import Batch, BatchLoader
 from .manifest import ArraySpec, Manifest, Statistics
 from .order import epoch_order, global_batches, num_global_batches
+from .stage import Staged, stage_shards, unstage_shards
 from .verify import verify_shards
 from .writer import Examples, write_shards
 
 __all__ = [
     "ArraySpec",
+    "Augmentation",
     "Batch",
     "BatchLoader",
     "Examples",
     "Manifest",
     "ShardDataset",
+    "Staged",
     "Statistics",
     "epoch_order",
     "global_batches",
     "num_global_batches",
+    "stage_shards",
+    "unstage_shards",
     "verify_shards",
     "write_shards",
 ]

@@ -181,7 +181,7 @@ def write_shards(
     )
     with comm.agree(f"writing {directory / MANIFEST}"):
         if comm.grid.rank == 0:
-            _write_text(directory / MANIFEST, manifest.to_json())
+            write_text(directory / MANIFEST, manifest.to_json())
             shutil.rmtree(directory / PREPARATION)
     return manifest
 
@@ -258,7 +258,7 @@ def _open(directory: Path, plan: dict) -> None:
         (directory / file).unlink(missing_ok=True)
     shutil.rmtree(notes.parent, ignore_errors=True)
     notes.parent.mkdir()
-    _write_text(notes, json.dumps(plan))
+    write_text(notes, json.dumps(plan))
 
 
 # --- one file ------------------------------------------------------------------------------------------
@@ -291,7 +291,7 @@ def _finish(
             row = task.start + int(np.argmin(np.isfinite(array).reshape(len(array), -1).all(1)))
             raise DataError(f"{task.split}, example {row}: {name} holds a value that is not finite")
     crc32 = crc32_of_examples(x, y, range(len(x)))
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         with h5py.File(temporary, "w", libver="earliest") as file:
             for name, array in {**found, "crc32": crc32}.items():
                 length = min(len(array), max(1, CHUNK_BYTES // max(array[:1].nbytes, 1)))
@@ -301,12 +301,12 @@ def _finish(
         num_bytes, sha256 = temporary.stat().st_size, sha256_of_file(temporary)
     file = ShardFile(task.file, len(x), num_bytes, sha256, hashlib.sha256(crc32.tobytes()).hexdigest())
     record = {"file": asdict(file), "moments": {name: _moments(found[name]) for name in wanted}}
-    _write_text(notes, json.dumps(record))
+    write_text(notes, json.dumps(record))
     return record
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """Write a file under a temporary name; sync and rename it when the block succeeds."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -318,8 +318,9 @@ def _replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def _write_text(path: Path, text: str) -> None:
-    with _replacing(path) as temporary:
+def write_text(path: Path, text: str) -> None:
+    """Write a small file atomically."""
+    with replacing(path) as temporary:
         temporary.write_text(text)
 
 

@@ -9,9 +9,11 @@ import sys
 import traceback
 
 import pytest
-from mpi4py import MPI
 
 from hpc_bnn import comm as comm_module
+
+comm_module.world_size()  # starts MPI with the settings of hpc_bnn
+from mpi4py import MPI  # noqa: E402
 
 WORLD = MPI.COMM_WORLD
 TEST_SECONDS = 60

@@ -20,8 +20,11 @@ def test_metrics_equal_those_of_one_process(comm, tmp_path_factory, num_examples
     dataset = ShardDataset(directory, "train", dtype=torch.float64)
     step = make_step(GridComm(Grid()))
     arguments = step.posterior, Categorical(3)
-    expected, _, _ = evaluate_dataset(*arguments, GridComm(Grid()), dataset, num_samples=6)
-    got, predictive, part = evaluate_dataset(*arguments, comm, dataset, num_samples=6)
+    expected = evaluate_dataset(*arguments, GridComm(Grid()), dataset, num_samples=6)
+    seen = []
+    got = evaluate_dataset(
+        *arguments, comm, dataset, num_samples=6, see=lambda examples, *_: seen.extend(examples.tolist())
+    )
     assert got["accuracy"] == expected["accuracy"]
     assert got["nll"] == pytest.approx(expected["nll"], rel=1e-12)
-    assert len(predictive.probabilities) == part.stop - part.start
+    assert seen == list(range(num_examples))[comm.grid.local_examples(num_examples)]

@@ -1,0 +1,153 @@
+"""Copying a shard directory to the local storage of every node, once per node."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import socket
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..comm import GridComm
+from ..errors import ConfigError, DataError, Fault
+from .manifest import MANIFEST, Manifest, ShardFile, sha256_of_file
+from .writer import replacing, write_text
+
+BLOCK_BYTES = 8 * 2**20
+"""Bytes that are copied at once."""
+
+
+@dataclass(frozen=True)
+class Staged:
+    """What `stage_shards` did on this rank's node."""
+
+    num_copied: int
+    """Files copied."""
+    num_kept: int
+    """Files that were there already, and sound."""
+    num_bytes_read: int
+    """Bytes read from the source by the ranks of the node."""
+
+
+def stage_shards(
+    source: str | os.PathLike,
+    destination: str | os.PathLike,
+    comm: GridComm,
+    *,
+    verify: bool = True,
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> Staged:
+    """Copy a shard directory to local storage, once per node. Collective over the world.
+
+    The ranks of a node share the files among them. An interrupted copy goes on where it stopped; the manifest comes
+    last, so that a directory with a manifest is complete.
+
+    Parameters
+    ----------
+    source : path
+        Shard directory that all ranks see.
+    destination : path
+        Directory on storage of the node; made where it is missing.
+    comm : GridComm
+        The ranks of the job (`hpc_bnn.comm.connect_for_files`).
+    verify : bool
+        Compare the SHA-256 of every file, copied or kept, with the manifest; otherwise only sizes.
+    progress : callable
+        Wraps this rank's files, for a progress bar.
+
+    Raises
+    ------
+    DataError
+        The source is not sound, or there is too little space; on all ranks, with the node that saw it.
+    """
+    source, destination = Path(source), Path(destination)
+    with comm.agree(f"reading {source}"):
+        if source.resolve() == destination.resolve():
+            raise ConfigError(Fault("DST", destination, "it is SRC itself", "Name a directory on the node"))
+        manifest = Manifest.read(source) if comm.grid.rank == 0 else None
+        text = (source / MANIFEST).read_text() if comm.grid.rank == 0 else None
+    text, manifest = comm.broadcast_object((text, manifest))
+    # Large files first, dealt round: the ranks of the node have about the same to do
+    files = sorted(manifest.shards, key=lambda shard: -shard.num_bytes)[comm.local_rank :: comm.local_size]
+    with comm.agree(f"opening {destination}"):
+        destination.mkdir(parents=True, exist_ok=True)
+        if comm.local_rank == 0:
+            _clear(destination, text, manifest)
+    missing = sum(shard.num_bytes for shard in files if not _has_size(destination / shard.file, shard))
+    missing = sum(comm.gather_objects(missing, "node"))
+    with comm.agree(f"staging to {destination}"):
+        free = shutil.disk_usage(destination).free
+        if missing > free:
+            raise DataError(
+                f"{missing / 1e9:.2f} GB are to be copied and {free / 1e9:.2f} GB are free on "
+                f"{socket.gethostname()}. Stage to a larger file system, or train with --data.shards {source}"
+            )
+        copied = [shard for shard in progress(files) if _bring(shard, source, destination, verify)]
+    with comm.agree(f"writing {destination / MANIFEST}"):
+        if comm.local_rank == 0:
+            write_text(destination / MANIFEST, text)
+    mine = (len(copied), len(files) - len(copied), sum(shard.num_bytes for shard in copied))
+    return Staged(*map(sum, zip(*comm.gather_objects(mine, "node"))))
+
+
+def unstage_shards(destination: str | os.PathLike, comm: GridComm) -> list[str]:
+    """Remove a staged shard directory from every node; files that are not of it stay. Collective over the world.
+
+    Returns
+    -------
+    list of str
+        Names of what stays, on this rank's node.
+    """
+    destination = Path(destination)
+    with comm.agree(f"removing {destination}"):
+        if comm.local_rank == 0 and destination.exists():
+            with contextlib.suppress(DataError):
+                for file in (MANIFEST, *(shard.file for shard in Manifest.read(destination).shards)):
+                    (destination / file).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # not empty
+                destination.rmdir()
+    with comm.agree(f"looking at {destination}"):  # after the first rank of the node
+        return sorted(path.name for path in destination.iterdir()) if destination.exists() else []
+
+
+def _clear(destination: Path, text: str, manifest: Manifest) -> None:
+    """Remove what an earlier data set, or a process that was killed, has left."""
+    path = destination / MANIFEST
+    if path.exists() and path.read_text() == text:
+        return
+    doomed = {MANIFEST, *(unfinished.name for unfinished in destination.glob(".*.h5.*"))}
+    with contextlib.suppress(DataError):
+        doomed |= {shard.file for shard in Manifest.read(destination).shards}
+    for file in doomed - {shard.file for shard in manifest.shards}:
+        (destination / file).unlink(missing_ok=True)
+
+
+def _has_size(path: Path, shard: ShardFile) -> bool:
+    try:
+        return path.stat().st_size == shard.num_bytes
+    except OSError:
+        return False
+
+
+def _bring(shard: ShardFile, source: Path, destination: Path, verify: bool) -> bool:
+    """Make sure that a file is at the destination; return whether it was copied."""
+    target = destination / shard.file
+    if _has_size(target, shard) and (not verify or sha256_of_file(target) == shard.sha256):
+        return False
+    digest = hashlib.sha256()
+    with replacing(target) as temporary:
+        try:
+            with open(source / shard.file, "rb") as file, open(temporary, "wb") as copy:
+                while block := file.read(BLOCK_BYTES):
+                    digest.update(block)
+                    copy.write(block)
+        except FileNotFoundError as error:
+            raise DataError(f"{error.filename} is missing. Prepare the shards again") from error
+        if not _has_size(temporary, shard) or (verify and digest.hexdigest() != shard.sha256):
+            raise DataError(
+                f"{source / shard.file} is not the file that the manifest describes. See hpc-bnn verify {source}"
+            )
+    return True
