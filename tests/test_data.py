@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 
 import h5py
 import numpy as np
@@ -12,8 +13,17 @@ import pytest
 import torch
 from conftest import REPOSITORY, SHARED_DATA
 
-from hpc_bnn.data import Manifest, ShardDataset, epoch_order, global_batches, verify_shards, write_shards
-from hpc_bnn.errors import DataError, RankError
+from hpc_bnn import Grid
+from hpc_bnn.data import (
+    BatchLoader,
+    Manifest,
+    ShardDataset,
+    epoch_order,
+    global_batches,
+    verify_shards,
+    write_shards,
+)
+from hpc_bnn.errors import ConfigError, DataError, RankError
 
 FACTS = {"name": "toy", "source": "made by the test", "licence": "none"}
 
@@ -54,6 +64,89 @@ def test_files_are_chunked_by_whole_examples_with_checksums(shards):
     manifest = Manifest.read(shards)
     assert manifest.num_examples("train") == 23 and manifest.licence == "none"
     assert [shard.num_examples for shard in manifest.splits["train"]] == [10, 10, 3]
+
+
+@pytest.mark.parametrize("compression", [None, "gzip"])
+@pytest.mark.parametrize("length", [5, 3000], ids=["whole_chunks", "chunks_of_one"])
+def test_examples_read_one_by_one_equal_those_in_memory(tmp_path, compression, length):
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(23, 2, length)).astype(np.float32), rng.normal(size=(23, 70)).astype(np.float32)
+    write_shards(tmp_path, {"train": (x, y)}, **FACTS, examples_per_shard=10, compression=compression)
+    memory, files = (ShardDataset(tmp_path, "train", reading=reading) for reading in ("node", "rank"))
+    for indices in (torch.tensor([22, 0, 11, 3, 3]), torch.arange(23), torch.tensor([], dtype=torch.int64)):
+        for a, b in zip(memory.fetch(indices), files.fetch(indices)):
+            assert torch.equal(a, b) and len(a) == len(indices)
+    assert memory.num_bytes_read == sum(path.stat().st_size for path in tmp_path.glob("*.h5"))
+    if length == 3000 and compression is None:
+        before = files.num_bytes_read
+        files.fetch(
+            torch.tensor([7, 8])
+        )  # two chunks of one x, one chunk of the ten y; each ends in fletcher32
+        assert files.num_bytes_read - before == 2 * (2 * length * 4 + 4) + (10 * 70 * 4 + 4)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "float64", "float16"])
+def test_inputs_of_any_dtype(tmp_path, dtype):
+    x = (
+        np.random.default_rng(0).integers(0, 200, (9, 3, 5)).astype(dtype)
+    )  # 45 bytes of uint8: y is not aligned
+    write_shards(tmp_path, {"train": (x, np.arange(9))}, **FACTS, normalise_targets=False)
+    for reading in ("node", "rank"):
+        got, y = ShardDataset(tmp_path, "train", reading=reading, dtype=torch.float64).fetch(slice(1, 4))
+        wide = x.astype(np.float64)
+        expected = (wide - wide.mean((0, 2))[:, None]) / wide.std((0, 2))[:, None]
+        np.testing.assert_allclose(got.numpy(), expected[1:4], rtol=1e-9)
+        assert y.tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("where", ["x", "y", "crc32", "index"])
+def test_every_flipped_byte_is_found_when_examples_are_read_one_by_one(tmp_path, where):
+    """Not by a checksum of the whole file, which is not read: by those of the examples, HDF5's, and the manifest's."""
+    x, y = np.random.default_rng(0).normal(size=(6, 1, 700)).astype(np.float32), np.arange(6)
+    write_shards(tmp_path, {"train": (x, y)}, **FACTS)
+    path = tmp_path / "train-00000.h5"
+    truth = ShardDataset(tmp_path, "train").fetch(slice(None))
+    with h5py.File(path) as file:
+        if where == "index":  # object headers, B-trees: whatever is no chunk
+            taken = [
+                file[name].id.get_chunk_info(i)
+                for name in file
+                for i in range(file[name].id.get_num_chunks())
+            ]
+            inside = {b for c in taken for b in range(c.byte_offset, c.byte_offset + c.size)}
+            places = [b for b in range(path.stat().st_size) if b not in inside][::7]
+        else:
+            chunk = file[where].id.get_chunk_info(0)
+            places = range(chunk.byte_offset, chunk.byte_offset + chunk.size - 4)  # without fletcher32
+            places = places[:: max(1, chunk.size // 40)]
+    whole, found = path.read_bytes(), 0
+    for place in places:
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1 :])
+        try:
+            got = ShardDataset(tmp_path, "train", reading="rank").fetch(slice(None))
+        except DataError:
+            found += 1
+            continue
+        assert all(torch.equal(a, b) for a, b in zip(got, truth)), place
+    assert found == len(places) or (where == "index" and found > 10)
+
+
+def test_an_error_of_the_reading_thread_arrives(shards):
+    dataset = ShardDataset(shards, "train", reading="rank")
+    loader = BatchLoader(dataset, Grid(), 10, seed=0)
+    batches = loader.epoch(0)
+    next(batches)
+    os.truncate(shards / "train-00002.h5", 100)
+    dataset._files.close()
+    with pytest.raises(DataError, match=r"train-00002\.h5"):
+        list(loader.epoch(1))
+    batches.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("read-ahead")]
+
+
+def test_a_batch_that_drop_last_leaves_nothing_of(shards):
+    with pytest.raises(ConfigError, match="--global_batch_size 24: the split has 23 examples"):
+        BatchLoader(ShardDataset(shards, "train"), Grid(), 24, seed=0, drop_last=True)
 
 
 def test_constant_channel_is_not_divided_by_zero(tmp_path):
@@ -219,11 +312,12 @@ def test_every_corruption_is_found_and_no_wrong_data_are_read(kind, tmp_path):
         assert problems, (kind, name)
         assert kind == "stale manifest" or any(name in problem for problem in problems), (name, problems)
         for split, expected in truth.items():
-            try:
-                got = ShardDataset(directory, split).fetch(slice(None))
-            except DataError:
-                continue
-            assert all(torch.equal(a, b) for a, b in zip(got, expected)), (kind, name, split)
+            for reading in ("node", "rank"):
+                try:
+                    got = ShardDataset(directory, split, reading=reading).fetch(slice(None))
+                except DataError:
+                    continue
+                assert all(torch.equal(a, b) for a, b in zip(got, expected)), (kind, name, split, reading)
         shutil.rmtree(directory)
 
 
