@@ -147,7 +147,8 @@ class ShardDataset:
             self._comm.broadcast_(buffer, root=0, axis="sample")
         x, y = self._split(buffer)
         y = y.to(self.dtype) if y.is_floating_point() or self._y_scale else y
-        return self._x_scale.normalise(x.to(self.dtype)), self._y_scale.normalise(y) if self._y_scale else y
+        # The buffer is this batch's own: no copy
+        return self._x_scale.normalise_(x.to(self.dtype)), self._y_scale.normalise_(y) if self._y_scale else y
 
     def in_units(self, y: torch.Tensor) -> torch.Tensor:
         """Return targets [B, ...], as they are delivered, in units of y."""
@@ -205,8 +206,8 @@ class _Scale:
         self.mean = torch.tensor(statistics.mean, dtype=dtype, device=device).view(form)
         self.std = torch.where(std > 0, std, 1).view(form)
 
-    def normalise(self, values: torch.Tensor) -> torch.Tensor:
-        return (values - self.mean) / self.std
+    def normalise_(self, values: torch.Tensor) -> torch.Tensor:
+        return values.sub_(self.mean).div_(self.std)
 
     def undo(self, values: torch.Tensor) -> torch.Tensor:
         return values * self.std + self.mean
