@@ -88,6 +88,22 @@ def test_dtypes(digits, tmp_path, dtype, stored):
         ["--posterior.family", "deterministic"],
         ["--posterior.prior", "student_t", "--posterior.prior_std", "fan_in", "--chunk_size", "2"],
         ["--posterior.estimator", "local", "--posterior.deterministic", "[5.*]"],
+        [
+            "--augmentation.transforms",
+            "[{name: crop, padding: 1}]",
+            "--augmentation.views",
+            "per_group",
+            "--chunk_size",
+            "2",
+        ],
+        [
+            "--augmentation.transforms",
+            "[{name: mixup}]",
+            "--data.reading",
+            "rank",
+            "--data.drop_last",
+            "true",
+        ],
     ],
     ids=lambda flags: "-".join(flags[1::2]),
 )
@@ -157,6 +173,12 @@ def test_missing_shards_are_prepared_or_their_remedy_is_named(tmp_path):
             ["--objective.name log_predictive", "--num_test_samples 64"],
         ),
         (["--grid.sample_size", "2"], ["--grid.sample_size 2", "has 1"]),
+        (
+            ["--augmentation.views", "per_group", "--augmentation.num_groups", "9", "--data.prefetch", "-1"],
+            ["--augmentation.num_groups 9", "--data.prefetch -1"],
+        ),
+        (["--augmentation.transforms", "[{name: flop}]"], ["--augmentation.transforms flop", "flip"]),
+        (["--objective.weights", "w.npy"], ["--objective.weights w.npy", "elbo"]),
         (
             ["--num_samples", "0", "--kl_weight", "-1", "--posterior.init_std", "0", "--optimizer.learning_rate", "-3"],
             ["--num_samples 0", "--kl_weight -1", "--posterior.init_std 0", "--optimizer.learning_rate -3"],
@@ -245,6 +267,18 @@ def test_faults_of_objective_and_likelihood_are_named_together(tmp_path, capsys)
         "--kl_annealing.num_epochs 0",
     ):
         assert words in said
+
+
+def test_stage_from_the_command_line(diabetes, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    assert main(["stage", str(diabetes), str(copy)]) == 0
+    assert "2 files copied" in capsys.readouterr().out
+    assert main(["stage", str(diabetes), str(copy)]) == 0
+    assert "0 files copied (0.0 MB), 2 kept" in capsys.readouterr().out
+    assert main(["verify", str(copy)]) == 0
+    assert main(["stage", str(diabetes), str(copy), "--clean"]) == 0 and not copy.exists()
+    assert main(["stage", str(tmp_path / "nowhere"), str(copy)]) == 1
+    assert "data_prep" in capsys.readouterr().err
 
 
 def test_verify_from_the_command_line(diabetes, tmp_path, capsys):

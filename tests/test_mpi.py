@@ -1,8 +1,10 @@
 """Start the tests of tests/mpi on 1, 2, 3 and 4 ranks, and jobs that fail on purpose."""
 
 import json
+import shutil
 import time
 
+import h5py
 import pytest
 import torch
 from conftest import REPOSITORY
@@ -96,15 +98,20 @@ def train(mpirun, num_ranks, sample_size, digits, run_dir, *flags):
 
 
 def test_layout_law_through_the_command_line(mpirun, digits, tmp_path):
-    """The whole way: shards, order, init, five steps, evaluation, checkpoint; float64, uneven samples."""
+    """The whole way: shards, order, views, init, five steps, evaluation, checkpoint; float64, uneven samples."""
     flags = ("--dtype", "float64", "--max_steps", "5", "--num_samples", "16", "--num_test_samples", "5")
+    flags += ("--augmentation.transforms", "[{name: crop, padding: 1}, {name: noise}, {name: mixup}]")
     summaries, models = zip(
         *(
-            train(mpirun, ranks, sample_size, digits, tmp_path / f"{ranks}-{sample_size}", *flags)
-            for ranks, sample_size in ((1, 1), (4, 2), (3, 3))
+            train(
+                mpirun, ranks, sample_size, digits, tmp_path / f"{ranks}-{sample_size}", *flags,
+                "--data.reading", reading,
+            )
+            for ranks, sample_size, reading in ((1, 1, "auto"), (4, 2, "group"), (3, 3, "node"))
         )
-    )
+    )  # fmt: skip
     assert [s["grid"]["data_size"] for s in summaries] == [1, 2, 1]
+    assert [s["reading"]["mode"] for s in summaries] == ["node", "group", "node"]
     for summary, model in zip(summaries[1:], models[1:]):
         assert summary["test/accuracy"] == summaries[0]["test/accuracy"]
         assert summary["test/nll"] == pytest.approx(summaries[0]["test/nll"], rel=1e-12)
@@ -127,6 +134,26 @@ def test_wrong_grid_is_said_once_and_ends_in_order(mpirun, digits, tmp_path):
     assert done.returncode == 2
     assert done.stderr.count("--grid.sample_size 3") == 1 and done.stderr.count("--num_epochs 0") == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("reading", ["group", "rank", "node"])
+def test_a_shard_that_is_damaged_ends_the_job_with_one_message(mpirun, digits, tmp_path, reading):
+    shutil.copytree(digits, tmp_path / "digits")
+    path = tmp_path / "digits/train-00000.h5"
+    with h5py.File(path) as file:
+        chunk = file["x"].id.get_chunk_info(3)
+    whole = bytearray(path.read_bytes())
+    whole[chunk.byte_offset + 5] ^= 2
+    path.write_bytes(whole)
+    start = time.time()
+    done = mpirun(4, "-m", "hpc_bnn", "train", "--config", "configs/digits.yaml", "--data.shards", tmp_path / "digits",
+                  "--data.reading", reading, "--grid.sample_size", 2, "--run_dir", tmp_path / "run")  # fmt: skip
+    assert done.returncode != 0 and time.time() - start < 30
+    assert "train-00000.h5" in done.stderr and "Traceback" not in done.stderr
+    if reading == "node":
+        assert done.stderr.count("hpc-bnn: error") == 1
+    else:
+        assert "corrupt" in done.stderr
 
 
 def test_unwritable_run_dir_on_rank_0_ends_all_ranks(mpirun, digits, tmp_path):
