@@ -54,6 +54,28 @@ def add_fractions(parser: argparse.ArgumentParser, validation: float, test: floa
         )
 
 
+def add_facts(parser: argparse.ArgumentParser) -> None:
+    """Add the flags ``--name``, ``--source-text`` and ``--licence``."""
+    parser.add_argument("--name", help="of the data set (default: as known, or the file's)")
+    parser.add_argument(
+        "--source-text",
+        metavar="TEXT",
+        help="where the data come from (default: as known, or the file's name)",
+    )
+    parser.add_argument("--licence", metavar="TEXT", help="of the data (default: as known, or 'not stated')")
+
+
+def state_facts(
+    options: argparse.Namespace, name: str, source: str, licence: str = "not stated"
+) -> dict[str, str]:
+    """Return name, source and licence for the manifest: as the flags say, or as given."""
+    return {
+        "name": options.name or name,
+        "source": options.source_text or source,
+        "licence": options.licence or licence,
+    }
+
+
 def check(flag: str, value: object, fits: bool, rule: str, remedy: str) -> None:
     """Raise `ConfigError` that names flag, value, rule and remedy unless ``fits``."""
     if not fits:
@@ -93,17 +115,17 @@ def draw_split(num_items: int, shares: dict[str, float], seed: int) -> dict[str,
     return {name: np.sort(order[list(part)]) for name, part in cut(num_items, shares).items()}
 
 
-def checksums(*paths: Path) -> dict[str, str]:
+def checksums(*paths: Path) -> list[str]:
     """Return the SHA-256 of source files, for the key of a preparation; `DataError` where one cannot be read."""
     try:
-        return {path.name: sha256_of_file(path) for path in paths}
+        return [sha256_of_file(path) for path in paths]
     except OSError as error:
-        raise DataError(f"--source: {error.filename} cannot be read ({error.strerror})") from error
+        raise DataError(f"{error.filename} cannot be read ({error.strerror})") from error
 
 
 def check_digest(path: Path, content: bytes, expected: str, kind: str = "md5") -> None:
     """Raise `DataError` unless the content of a source file has the published checksum."""
-    found = hashlib.new(kind, content).hexdigest()
+    found = hashlib.new(kind, content, usedforsecurity=False).hexdigest()
     if found != expected:
         raise DataError(
             f"--source: {path} is not the published file: {kind.upper()} {found}, expected {expected}. Fetch it again"
@@ -118,11 +140,15 @@ def write(
     key: Any,
     **facts: Any,
 ) -> None:
-    """Write the shards with a progress bar, resumably, and say what was written. Collective over the world.
+    """Write the shards with a progress bar, and say what was written. Collective over the world.
 
-    ``key`` holds the checksums of the source; the flags are added here.
+    ``key`` holds the checksums of the source, for an interrupted preparation to go on; the flags are added here. None
+    where the content of the source is not known.
     """
-    flags = {k: str(v) for k, v in vars(options).items() if k not in ("output", "force", "source")}
+    # Where files lie does not matter: their checksums are in the key
+    flags = {
+        k: str(v) for k, v in vars(options).items() if k not in ("output", "force", "source", "split_file")
+    }
 
     def progress(files: Iterable) -> Iterable:
         hidden = None if comm.grid.rank == 0 else True  # None: off where stderr is no terminal
@@ -133,7 +159,7 @@ def write(
         splits,
         examples_per_shard=options.examples_per_shard,
         compression=options.compression,
-        key=[key, flags],
+        key=None if key is None else [key, flags],
         comm=comm,
         progress=progress,
         **facts,

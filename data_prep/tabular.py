@@ -18,6 +18,8 @@ A class, and a split of your own, a file with one of the words train, validation
 """
 
 import argparse
+import logging
+import warnings
 from pathlib import Path
 
 import common
@@ -25,6 +27,8 @@ import numpy as np
 
 from hpc_bnn.comm import GridComm
 from hpc_bnn.errors import DataError
+
+logger = logging.getLogger(__name__)  # on the first rank alone
 
 SEPARATORS = {"tab": "\t", "semicolon": ";", "comma": ",", "whitespace": r"\s+"}
 SPLITS = ("train", "validation", "test")
@@ -57,23 +61,22 @@ def read_table(options: argparse.Namespace):
     except ImportError as error:
         raise DataError("data_prep/tabular.py needs pandas: pip install 'hpc_bnn[data_prep]'") from error
     path = options.source
+    too_long = pandas.errors.ParserWarning  # rows of more fields than the header
     try:
-        separator = SEPARATORS[options.separator or guess_separator(path)]
-        how = {"sep": separator, "skipinitialspace": True, "encoding": "utf-8"}
-        has_header = options.header
-        if has_header is None:
-            first = pandas.read_csv(path, header=None, nrows=1, dtype=str, keep_default_na=False, **how)
-            has_header = not any(map(is_number, first.iloc[0]))
-        table = pandas.read_csv(
-            path, header=0 if has_header else None, na_values="?", low_memory=False, **how
-        )
-    except (OSError, ValueError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", too_long)
+            how = {"sep": SEPARATORS[options.separator or guess_separator(path)], "skipinitialspace": True}
+            header = options.header
+            if header is None:
+                first = pandas.read_csv(path, header=None, nrows=1, dtype=str, keep_default_na=False, **how)
+                header = not any(map(is_number, first.iloc[0]))
+            how |= {"header": 0 if header else None, "index_col": False, "low_memory": False}
+            table = pandas.read_csv(path, na_values="?", **how)
+    except (OSError, ValueError, too_long) as error:
         raise DataError(
             f"--source {path}: it cannot be read as a table ({error}). Say how it is written by --separator, "
             "--header or --no-header"
         ) from error
-    if not isinstance(table.index, pandas.RangeIndex):
-        raise DataError(f"--source {path}: its rows have more fields than its header. Mend the header")
     if len(table) == 0:
         raise DataError(f"--source {path}: it has no rows below the header. Give --no-header if it has none")
     table.columns = table.columns.map(str)
@@ -105,7 +108,7 @@ def choose_columns(options: argparse.Namespace, columns: list[str]) -> tuple[lis
     for name in targets:
         common.check("--features", name, name not in features, "it is a target", "Leave it out")
     rule = f"of the columns {', '.join(columns)} none is left as a feature"
-    common.check("--target", " ".join(options.target), features, rule, "Look at --separator")
+    common.check("--target", " ".join(options.target), len(features) > 0, rule, "Look at --separator")
     rule = "a class is one column"
     common.check("--target", " ".join(targets), len(targets) == 1 or not options.classes, rule, "Choose one")
     return targets, features
@@ -120,7 +123,10 @@ def complete_rows(table, missing: str) -> np.ndarray:
             f"--source: column '{table.columns[column]}' has no value in data row {row + 1} ({is_missing.sum()} "
             "values are missing in all). Mend the file, or leave out such rows by --missing drop"
         )
-    return ~is_missing.any(1)
+    kept = ~is_missing.any(1)
+    if not kept.all():
+        logger.info("%d of %d rows have missing values: left out", np.sum(~kept), len(kept))
+    return kept
 
 
 # --- splits --------------------------------------------------------------------------------------------
@@ -139,9 +145,9 @@ def read_words(path: Path, num_rows: int) -> np.ndarray:
         f"it has {len(words)} words, and the table {num_rows} rows",
         "Write one word per row of the table, none for its header",
     )
-    for row in np.flatnonzero(~np.isin(words, SPLITS))[:1]:
-        rule = f"word {row + 1} is '{words[row]}'"
-        common.check("--split-file", path, False, rule, f"Write {', '.join(SPLITS)}")
+    is_split = np.isin(words, SPLITS)
+    rule = f"word {is_split.argmin() + 1} is '{words[is_split.argmin()]}'"
+    common.check("--split-file", path, is_split.all(), rule, f"Write {', '.join(SPLITS)}")
     return words
 
 
@@ -171,15 +177,17 @@ def encode_features(table, parts: dict[str, np.ndarray]) -> tuple[np.ndarray, li
             names.append(feature)
             continue
         categories = sorted(column.iloc[parts["train"]].unique())
-        for row in np.flatnonzero(~column.isin(categories))[:1]:
+        unknown = column[~column.isin(categories)]
+        if len(unknown):
             raise DataError(
-                f"--source: column '{feature}' holds '{column.iloc[row]}' in data row {column.index[row] + 1}, and no "
+                f"--source: column '{feature}' holds '{unknown.iloc[0]}' in data row {unknown.index[0] + 1}, and no "
                 "row of the training split does. Put such a row into it by --split-file, or leave out the column by "
                 "--features"
             )
         words = column.to_numpy(object)
         arrays.append((words[:, None] == np.array(categories, dtype=object)).astype(np.float32))
         names += [f"{feature}={category}" for category in categories]
+        logger.info("column '%s' is one-hot, %d categories", feature, len(categories))
     return np.concatenate(arrays, axis=1), names
 
 
@@ -207,34 +215,25 @@ def encode_numbers(table) -> np.ndarray:
 
 
 def prepare(options: argparse.Namespace, comm: GridComm) -> None:
-    facts, said = {}, []
     with comm.agree(f"reading {options.source}"):
-        sums = [common.checksums(path) for path in (options.source, options.split_file) if path is not None]
+        sums = common.checksums(*(path for path in (options.source, options.split_file) if path is not None))
         table = read_table(options)
         targets, features = choose_columns(options, list(table.columns))
         table = table[targets + features]
         kept = complete_rows(table, options.missing)
-        if not kept.all():
-            said.append(f"{np.sum(~kept)} of {len(kept)} rows have missing values: left out")
         parts, table = choose_rows(options, kept), table[kept]
-        x, names = encode_features(table[features], parts)
-        if len(names) > len(features):
-            said.append(f"one-hot: {', '.join(sorted(set(features) - set(names)))}; {len(names)} inputs")
         if options.classes:
             y, classes = encode_classes(table[targets[0]])
             facts = {"num_classes": len(classes), "details": {"classes": classes}}
         else:
-            y = encode_numbers(table[targets])
-    for line in said if comm.grid.rank == 0 else ():
-        print(f"{options.source.name}: {line}")
+            y, facts = encode_numbers(table[targets]), {}
+        x, names = encode_features(table[features], parts)
     common.write(
         comm,
-        argparse.Namespace(**{**vars(options), "split_file": None}),  # its checksum stands in the key
+        options,
         {name: (x[part], y[part]) for name, part in parts.items()},
         key=sums,
-        name=options.name or options.source.stem,
-        source=options.source_text or options.source.name,
-        licence=options.licence,
+        **common.state_facts(options, options.source.stem, options.source.name),
         channels={"x": names} if options.classes else {"x": names, "y": targets},
         **facts,
     )
@@ -267,9 +266,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="text file with one word per row of the table: train, validation or test; in place of the fractions",
     )
-    add("--name", help="of the data set (default: the file's stem)")
-    add("--source-text", metavar="TEXT", help="where the data come from (default: the file's name)")
-    add("--licence", default="not stated", metavar="TEXT", help="of the data (default: '%(default)s')")
+    common.add_facts(parser)
     return parser
 
 

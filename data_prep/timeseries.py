@@ -28,7 +28,9 @@ Four days of the transformer's seven series -> its oil temperature of the next d
 """
 
 import argparse
-from dataclasses import dataclass
+import logging
+import warnings
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,9 @@ import common
 import numpy as np
 
 from hpc_bnn.comm import GridComm
-from hpc_bnn.errors import DataError
+from hpc_bnn.errors import ConfigError, DataError, Fault
+
+logger = logging.getLogger(__name__)  # on the first rank alone
 
 ETT = "Zhou et al., Informer, AAAI 2021; github.com/zhouhaoyi/ETDataset, commit 1d16c8f, ETT-small/"
 OPSD = "Open Power System Data, Time series, from ENTSO-E Transparency and the German TSOs"
@@ -74,10 +78,9 @@ class Series:
     """Values [rows, channels] float32, the targets first; not finite where one is missing."""
     names: list[str]
     """Names of the channels."""
-
-    def first(self, num_rows: int) -> "Series":
-        """Return the first rows."""
-        return Series(self.times[:num_rows], self.values[:num_rows], self.names)
+    num_targets: int
+    time: str
+    """Name of the column of times."""
 
 
 # --- the table -----------------------------------------------------------------------------------------
@@ -89,13 +92,13 @@ def read_csv(path: Path, **how: Any):
         import pandas
     except ImportError as error:
         raise DataError("data_prep/timeseries.py needs pandas: pip install 'hpc_bnn[data_prep]'") from error
+    too_long = pandas.errors.ParserWarning  # rows of more fields than the header
     try:
-        table = pandas.read_csv(path, **how)
-    except (OSError, ValueError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", too_long)
+            return pandas.read_csv(path, index_col=False, low_memory=False, **how)
+    except (OSError, ValueError, too_long) as error:
         raise DataError(f"--source {path}: it cannot be read as CSV ({error}). Look at its lines") from error
-    if not isinstance(table.index, pandas.RangeIndex):
-        raise DataError(f"--source {path}: its rows have more fields than its header. Mend the header")
-    return table
 
 
 def read_series(options: argparse.Namespace) -> Series:
@@ -110,17 +113,20 @@ def read_series(options: argparse.Namespace) -> Series:
             common.check(flag, name, name in columns, "no such column", f"Choose of {', '.join(columns)}")
             fits = flag == "--time" or name != time
             common.check(flag, name, fits, "it is the time column", "--calendar makes inputs of it")
-    table = read_csv(options.source, dtype={time: str}, low_memory=False)
+    table = read_csv(options.source, dtype={time: str})
     times = parse_times(table[time], options.time_format)
-    features = options.features
+    features, targets = options.features, list(dict.fromkeys(options.targets))
     if features == ["all"]:
-        features = [name for name in table.select_dtypes("number") if name != time]
-    names = list(dict.fromkeys([*options.targets, *features]))
+        features = list(table.select_dtypes("number"))
+        words = [name for name in columns if name not in (time, *targets, *features)]
+        if words:
+            logger.info("--features all leaves out the columns that are not numbers: %s", ", ".join(words))
+    names = list(dict.fromkeys([*targets, *features]))
     values = [parse_numbers(table[name], times) for name in names]
     for kind in options.calendar:
         values += calendar(times, kind)
         names += [f"{kind}_sin", f"{kind}_cos"]
-    return Series(times, np.column_stack(values).astype(np.float32), names)
+    return Series(times, np.column_stack(values).astype(np.float32), names, len(targets), time)
 
 
 def parse_times(texts, time_format: str) -> np.ndarray:
@@ -130,7 +136,8 @@ def parse_times(texts, time_format: str) -> np.ndarray:
     try:
         times = pandas.to_datetime(texts, utc=True, errors="coerce", format=time_format)
     except ValueError as error:
-        common.check("--time-format", time_format, False, f"no such format ({error})", "Try '%d.%m.%Y %H:%M'")
+        rule = f"it is no format ({error})"
+        raise ConfigError(Fault("--time-format", time_format, rule, "Try '%d.%m.%Y %H:%M'")) from error
     if times.isna().any():
         row = int(times.isna().argmax())
         raise DataError(
@@ -186,11 +193,7 @@ def describe(options: argparse.Namespace, sha256: str, num_rows: int) -> dict[st
     name, source, licence, expected = KNOWN.get(sha256, (path.stem, path.name, "not stated", num_rows))
     if num_rows != expected:
         raise DataError(f"--source {path}: {num_rows} rows of {name} were read, expected {expected}")
-    return {
-        "name": options.name or name,
-        "source": options.source_text or source,
-        "licence": options.licence or licence,
-    }
+    return common.state_facts(options, name, source, licence)
 
 
 # --- windows -------------------------------------------------------------------------------------------
@@ -240,24 +243,37 @@ def check_complete(series: Series, step: np.timedelta64) -> None:
     if len(irregular):
         before, after = series.times[irregular[0] - 1 : irregular[0] + 1]
         raise DataError(
-            f"--time: {iso(after)} comes after {iso(before)}, and the step is {step / np.timedelta64(1, 's'):g} s "
+            f"--time {series.time}: {iso(after)} comes after {iso(before)}, and the step is "
+            f"{step / np.timedelta64(1, 's'):g} s "
             f"({len(irregular)} irregular steps in all). {MISSING}"
         )
 
 
 def find_windows(
-    series: Series, step: np.timedelta64, part: range, stride: int, options: argparse.Namespace
-) -> tuple[np.ndarray, int]:
-    """Return the first rows [n] of the windows of a split, and how many are left out for what is missing."""
+    series: Series, step: np.timedelta64, name: str, part: range, options: argparse.Namespace
+) -> np.ndarray:
+    """Return the first rows [n] of the windows of a split that touch nothing missing."""
     window, horizon = options.window, options.horizon
+    rule = f"the split '{name}' has {len(part)} rows, and a window with its horizon has {window + horizon}"
+    common.check("--window", window, len(part) >= window + horizon, rule, "Try less, or another split")
+    stride = options.stride if name == "train" else 1
     starts = np.arange(part.start, part.stop - window - horizon + 1, stride)
     missing = ~np.isfinite(series.values)
     bad = (
         any_flag(missing.any(1), starts, starts + window)
-        | any_flag(missing[:, : len(options.targets)].any(1), starts + window, starts + window + horizon)
+        | any_flag(missing[:, : series.num_targets].any(1), starts + window, starts + window + horizon)
         | any_flag(is_irregular(series.times, step), starts + 1, starts + window + horizon)
     )
-    return starts[~bad], int(bad.sum())
+    if bad.all():
+        raise DataError(f"--missing drop: no window of the split '{name}' is left. Mend the file")
+    if bad.any():
+        logger.info(
+            "%s: %d of %d windows touch missing values or irregular steps: left out",
+            name,
+            bad.sum(),
+            len(bad),
+        )
+    return starts[~bad]
 
 
 def any_flag(flags: np.ndarray, first: np.ndarray, stop: np.ndarray) -> np.ndarray:
@@ -268,7 +284,7 @@ def any_flag(flags: np.ndarray, first: np.ndarray, stop: np.ndarray) -> np.ndarr
 
 def cut_windows(series: Series, starts: np.ndarray, options: argparse.Namespace) -> common.Examples:
     """Return examples x [n, channels, window] and y [n, targets, horizon], cut when they are written."""
-    window, horizon, num_targets = options.window, options.horizon, len(options.targets)
+    window, horizon, num_targets = options.window, options.horizon, series.num_targets
 
     def read(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         rows = starts[start:stop, None] + np.arange(window + horizon)
@@ -283,44 +299,30 @@ def cut_windows(series: Series, starts: np.ndarray, options: argparse.Namespace)
 
 
 def prepare(options: argparse.Namespace, comm: GridComm) -> None:
-    options.targets = list(dict.fromkeys(options.targets))
     for flag in ("window", "horizon", "stride"):
         value = getattr(options, flag)
         common.check(f"--{flag}", value, value >= 1, "must be at least 1", "Try 1")
-    said = []
     with comm.agree(f"reading {options.source}"):
         sums = common.checksums(options.source)
         series = read_series(options)
-        facts = describe(options, sums[options.source.name], len(series.times))
-        parts = split_rows(options, len(series.times))
-        num_rows = max(part.stop for part in parts.values())
-        if num_rows < len(series.times):
-            said.append(f"the last {len(series.times) - num_rows} rows are in no split and left out")
-        series = series.first(num_rows)
+        num_rows = len(series.times)
+        facts = describe(options, sums[0], num_rows)
+        parts = split_rows(options, num_rows)
+        num_used = max(part.stop for part in parts.values())
+        if num_used < num_rows:
+            logger.info("the last %d of %d rows are in no split: left out", num_rows - num_used, num_rows)
+            series = replace(series, times=series.times[:num_used], values=series.values[:num_used])
         step = common_step(series.times)
         if options.missing == "error":
             check_complete(series, step)
-        splits = {}
-        for name, part in parts.items():
-            needed = options.window + options.horizon
-            rule = f"the split '{name}' has {len(part)} rows, and a window with its horizon has {needed}"
-            common.check("--window", options.window, len(part) >= needed, rule, "Try less, or another split")
-            stride = options.stride if name == "train" else 1
-            starts, num_bad = find_windows(series, step, part, stride, options)
-            if num_bad:
-                said.append(f"{name}, {num_bad} windows touch missing values or irregular steps: left out")
-            if len(starts) == 0:
-                raise DataError(f"--missing drop: no window of the split '{name}' is left. Mend the file")
-            splits[name] = cut_windows(series, starts, options)
-    for line in said if comm.grid.rank == 0 else ():
-        print(f"{options.source.name}: {line}")
+        starts = {name: find_windows(series, step, name, part, options) for name, part in parts.items()}
     common.write(
         comm,
         options,
-        splits,
+        {name: cut_windows(series, first, options) for name, first in starts.items()},
         key=sums,
         **facts,
-        channels={"x": series.names, "y": options.targets},
+        channels={"x": series.names, "y": series.names[: series.num_targets]},
         details={
             "window": options.window,
             "horizon": options.horizon,
@@ -376,9 +378,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="where a value is missing or a step of time irregular: stop, or leave out the windows that touch it "
         "(default: %(default)s)",
     )
-    add("--name", help="of the data set (default: the file's stem)")
-    add("--source-text", metavar="TEXT", help="where the data come from (default: the file's name)")
-    add("--licence", metavar="TEXT", help="of the data (default: 'not stated')")
+    common.add_facts(parser)
     return parser
 
 

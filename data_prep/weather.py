@@ -19,8 +19,7 @@ monthly means (2 times) of ECMWF. Of other data state the --licence.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +28,7 @@ import numpy as np
 
 from hpc_bnn.comm import GridComm
 from hpc_bnn.data import Examples
-from hpc_bnn.errors import ConfigError, DataError, Fault
+from hpc_bnn.errors import DataError
 
 if TYPE_CHECKING:
     import xarray
@@ -98,29 +97,31 @@ class Fields:
     def num_members(self) -> int:
         return len(self.coordinate("member")) or 1
 
-    def read(self, channels: list[Channel], first: int, stop: int) -> np.ndarray:
-        """Return fields [times, members, channels, latitudes, longitudes] float32 of the times first..stop-1."""
+    def read(self, channels: list[Channel], times: range, members: range) -> np.ndarray:
+        """Return fields [times, members, channels, latitudes, longitudes] float32."""
         grid = len(self.coordinate("latitude")), len(self.coordinate("longitude"))
-        fields = np.empty((stop - first, self.num_members, len(channels), *grid), np.float32)
+        fields = np.empty((len(times), len(members), len(channels), *grid), np.float32)
         for variable in {channel.variable for channel in channels}:
             rows = [row for row, channel in enumerate(channels) if channel.variable == variable]
-            positions = [channels[row].position for row in rows]
-            end = 0
+            levels = [channels[row].position for row in rows]
+            stop = 0
             for array in self.arrays[variable]:
-                begin, end = end, end + array.sizes[self.dims["time"]]
-                a, b = max(first, begin), min(stop, end)
+                start, stop = stop, stop + array.sizes[self.dims["time"]]
+                a, b = max(times.start, start), min(times.stop, stop)
                 if a < b:
-                    values = self._load(array, slice(a - begin, b - begin), positions)
-                    fields[a - first : b - first, :, rows] = values
+                    values = self._load(array, range(a - start, b - start), members, levels)
+                    fields[a - times.start : b - times.start, :, rows] = values
         return fields
 
-    def _load(self, array: xarray.DataArray, times: slice, positions: list[int]) -> np.ndarray:
+    def _load(self, array: xarray.DataArray, times: range, members: range, levels: list[int]) -> np.ndarray:
         """Return values [times, members, levels, latitudes, longitudes] of one file."""
-        order = [self.dims[role] for role in ("time", "member", "level", "latitude", "longitude")]
-        array = array.isel({self.dims["time"]: times})
-        if self.dims["level"] in array.dims:
-            array = array.isel({self.dims["level"]: positions})
-        return array.expand_dims([dim for dim in order if dim not in array.dims]).transpose(*order).values
+        part = {
+            self.dims["time"]: slice(times.start, times.stop),
+            self.dims["member"]: slice(members.start, members.stop),
+            self.dims["level"]: levels,
+        }
+        order = [*part, self.dims["latitude"], self.dims["longitude"]]
+        return array.variable.isel(part, missing_dims="ignore").set_dims(order).values
 
 
 # --- opening the source --------------------------------------------------------------------------------
@@ -142,7 +143,9 @@ def open_file(path: Path) -> xarray.Dataset:
             if is_grib
             else "Is it a NetCDF file, and whole? NetCDF-4 needs netcdf4: pip install 'hpc_bnn[data_prep]'"
         )
-        raise DataError(f"--source: {path} cannot be opened ({str(error).splitlines()[0]}). {remedy}") from error
+        raise DataError(
+            f"--source: {path} cannot be opened ({str(error).splitlines()[0]}). {remedy}"
+        ) from error
 
 
 def find_dims(datasets: list[xarray.Dataset], options: argparse.Namespace) -> dict[str, str]:
@@ -169,6 +172,11 @@ def join(datasets: list[xarray.Dataset], dims: dict[str, str]) -> Fields:
     arrays: dict[str, list[xarray.DataArray]] = {}
     flipped = False
     for dataset in datasets:
+        if not needed <= set(dataset.sizes):
+            raise DataError(
+                f"--source: a file has the dims {', '.join(map(str, dataset.sizes))} only. "
+                f"All files must have {', '.join(sorted(needed))}"
+            )
         latitudes = dataset[dims["latitude"]].values
         if latitudes[0] < latitudes[-1]:
             dataset = dataset.isel({dims["latitude"]: slice(None, None, -1)})
@@ -184,70 +192,100 @@ def join(datasets: list[xarray.Dataset], dims: dict[str, str]) -> Fields:
     return Fields(arrays, dims, flipped)
 
 
-def check_alike(fields: Fields, variables: Iterable[str]) -> None:
-    """Raise `DataError` unless the variables have no other dims, and one grid, one time axis and the same members."""
-    first = next(iter(variables := list(variables)))
-    for variable in variables:
-        for array in fields.arrays[variable]:
-            other = [str(dim) for dim in array.dims if dim not in fields.dims.values()]
-            if other:
-                raise DataError(
-                    f"--source: {variable} has the dims {', '.join(map(str, array.dims))}. "
-                    f"Select one entry of {', '.join(other)} first, or name them with --member-dim or --level-dim"
-                )
-            for role in ("latitude", "longitude", "member", "level"):
-                name, reference = fields.dims[role], variable if role == "level" else first
-                found = array[name].values if name in array.dims else np.empty(0)
-                if not np.array_equal(found, fields.coordinate(role, reference)):
-                    raise DataError(f"--source: {name} of {variable} differs from that of {reference}, or between files")
-        if not np.array_equal(fields.coordinate("time", variable), fields.coordinate("time", first)):
-            raise DataError(f"--source: {variable} and {first} have different times. Give files of the same times")
-    latitudes = fields.coordinate("latitude", first)
-    if not (np.diff(latitudes) < 0).all() or np.abs(latitudes).max() > 90:
-        raise DataError(f"--source: {fields.dims['latitude']} does not run from pole to pole in degrees. Sort it first")
-
-
 def choose(flag: str, names: list[str], levels: list[float] | None, fields: Fields) -> list[Channel]:
     """Return the channels that names such as "t" (the chosen levels) or "t@850" stand for."""
     channels = []
     for name in names:
         variable, _, level = name.partition("@")
-        there = ", ".join(fields.arrays)
-        common.check(flag, name, variable in fields.arrays, "the source has no such field", f"It has {there}")
-        positions = {f"{value:g}": i for i, value in enumerate(fields.coordinate("level", variable))}
-        wanted = [level] if level else [f"{value:g}" for value in levels or ()] if positions else [""]
-        for chosen in wanted or positions:
+        known = variable in fields.arrays
+        common.check(flag, name, known, "the source has no such field", f"It has {', '.join(fields.arrays)}")
+        there = [f"{value:g}" for value in fields.coordinate("level", variable)]
+        if level:
+            wanted = [level]
+        elif there:
+            wanted = [f"{value:g}" for value in levels] if levels else there
+        else:
+            wanted = [""]
+        for chosen in wanted:
             common.check(
                 flag if level else "--levels",
                 name if level else chosen,
-                chosen in (positions or [""]),
+                chosen in (there or [""]),
                 f"{variable} has no such level",
-                f"It has {', '.join(positions) or 'none'}",
+                f"It has {', '.join(there) or 'none'}",
             )
-            channels.append(Channel(variable, chosen, positions.get(chosen, 0)))
+            channels.append(Channel(variable, chosen, there.index(chosen) if there else 0))
     return channels
+
+
+def check_alike(fields: Fields) -> None:
+    """Raise `DataError` unless all variables have one grid, one time axis, the same members and no other dims."""
+    for variable, arrays in fields.arrays.items():
+        for array in arrays:
+            other = [str(dim) for dim in array.dims if dim not in fields.dims.values()]
+            if other:
+                raise DataError(
+                    f"--source: {variable} has the dims {', '.join(map(str, array.dims))}. Select one entry of "
+                    f"{', '.join(other)} first, or say what they are with --member-dim or --level-dim"
+                )
+            for role in ("latitude", "longitude", "member", "level"):
+                dim, alike = fields.dims[role], variable if role == "level" else None
+                values = array[dim].values if dim in array.dims else np.empty(0)
+                if not np.array_equal(values, fields.coordinate(role, alike)):
+                    raise DataError(
+                        f"--source: {variable} has {dim} unlike other fields. Choose --variables alike"
+                    )
+        if not np.array_equal(fields.coordinate("time", variable), fields.coordinate("time")):
+            raise DataError(
+                f"--source: {variable} has times unlike other fields. Give files of the same times"
+            )
+    latitudes = fields.coordinate("latitude")
+    if not (np.diff(latitudes) < 0).all() or np.abs(latitudes).max() > 90:
+        raise DataError(
+            f"--source: {fields.dims['latitude']} is not sorted, or not in degrees. Mend it first"
+        )
+
+
+def open_source(options: argparse.Namespace) -> tuple[Fields, list[Channel], list[Channel]]:
+    """Return the fields that are asked for, and the channels of inputs and targets."""
+    datasets = [open_file(path) for path in options.source]
+    fields = join(datasets, find_dims(datasets, options))
+    names = options.variables or list(fields.arrays)
+    inputs = choose("--variables", names, options.levels, fields)
+    targets = choose("--targets", options.targets or names, options.levels, fields)
+    useful = not options.levels or any(channel.level for channel in inputs + targets)
+    common.check("--levels", options.levels, useful, "no chosen field has levels", "Leave it out")
+    used = dict.fromkeys(channel.variable for channel in inputs + targets)
+    fields = replace(fields, arrays={variable: fields.arrays[variable] for variable in used})
+    check_alike(fields)
+    return fields, inputs, targets
 
 
 # --- pairs of inputs and targets -----------------------------------------------------------------------
 
 
 def find_segments(times: np.ndarray) -> tuple[np.ndarray, Any]:
-    """Number the stretches of time [times] between gaps, steps over 1.5 times the median; return them and the median."""
+    """Return the number of the stretch without a gap that each time lies in [times], and the median step.
+
+    A gap is a step of more than 1.5 times the median, so that months of 28 to 31 days are none.
+    """
     steps = np.diff(times)
-    if steps.dtype == object:  # of a calendar that is not the usual one
+    if steps.dtype == object:  # datetimes of a calendar that NumPy does not know
         steps = steps.astype("timedelta64[us]")
-    if not (steps > 0 * steps[:1]).all():
-        raise DataError("--source: the times do not increase. Sort the files by time, and remove what is there twice")
+    if len(steps) == 0 or not (steps > 0 * steps).all():
+        raise DataError(
+            "--source: the times must be two or more, and increase. Remove what is there twice, and sort the rest"
+        )
     median = np.sort(steps)[len(steps) // 2]
-    return np.cumsum(np.concatenate([[0], steps > 1.5 * median])), median
+    return np.cumsum(np.concatenate([[0], steps > 1.5 * median])).astype(int), median
 
 
 def find_complete(fields: Fields, channels: list[Channel], comm: GridComm) -> np.ndarray:
     """Return whether no value is missing, as [times, members]. Collective over the world."""
-    num_times = len(fields.coordinate("time"))
+    num_times, members = len(fields.coordinate("time")), range(fields.num_members)
     with comm.agree("looking for missing values"):
         mine = {
-            time: ~np.isnan(fields.read(channels, time, time + 1)[0]).any(axis=(1, 2, 3))
+            time: ~np.isnan(fields.read(channels, range(time, time + 1), members)[0]).any(axis=(1, 2, 3))
             for time in range(comm.grid.rank, num_times, comm.grid.world_size)
         }
     complete = {time: row for part in comm.gather_objects(mine) for time, row in part.items()}
@@ -257,15 +295,15 @@ def find_complete(fields: Fields, channels: list[Channel], comm: GridComm) -> np
 def find_pairs(
     part: range, segments: np.ndarray, inputs: np.ndarray, targets: np.ndarray, history: int, lead: int
 ) -> np.ndarray:
-    """Return [n, 2], the newest input time and the member of each pair inside a part.
+    """Return [n, 2]: newest input time and member of each pair that lies inside a part and crosses no gap.
 
-    ``inputs`` and ``targets`` [times, members] say which fields are complete.
+    ``inputs`` and ``targets`` [times, members] say which fields may be used.
     """
     times = np.arange(part.start + history - 1, part.stop - lead)
     times = times[segments[times - history + 1] == segments[times + lead]]
-    usable = targets[times + lead].copy()
+    usable = targets[times + lead]
     for age in range(history):
-        usable &= inputs[times - age]
+        usable = usable & inputs[times - age]
     rows, members = np.nonzero(usable)
     return np.stack([times[rows], members], axis=1)
 
@@ -273,16 +311,160 @@ def find_pairs(
 def make_examples(
     fields: Fields, pairs: np.ndarray, inputs: list[Channel], targets: list[Channel], history: int, lead: int
 ) -> Examples:
-    """Return examples that are read when they are written: x [n, channels, latitudes, longitudes] and y likewise."""
+    """Return examples x [n, channels, latitudes, longitudes] and y likewise, read when they are written."""
+
+    def select(
+        channels: list[Channel], ages: list[int], times: np.ndarray, members: np.ndarray
+    ) -> np.ndarray:
+        block = range(times[0] - max(ages), times[-1] - min(ages) + 1)
+        group = range(members.min(), members.max() + 1)
+        values = fields.read(channels, block, group)
+        chosen = [values[times - age - block.start, members - group.start] for age in ages]
+        for age, array in zip(ages, chosen):
+            missing = np.argwhere(np.isnan(array).any(axis=(2, 3)))
+            if len(missing):
+                row, channel = missing[0]
+                moment = text(fields.coordinate("time")[times[row] - age])
+                raise DataError(
+                    f"--source: {channels[channel]} lacks values at {moment}. "
+                    "--missing drop leaves out such examples"
+                )
+        return np.concatenate(chosen, axis=1)
 
     def read(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         times, members = pairs[start:stop].T
-        first, last = times[0], times[-1]
-        past = load(inputs, first - history + 1, last + 1)
-        x = [past[times - first + step, members] for step in range(history)]
-        y = load(targets, first + lead, last + lead + 1)[times - first, members]
-        for name, array in (("inputs", x), ("targets", [y])):
-            for step, values in enumerate(array): ...
-        return np.concatenate(x, axis=1), y
+        ages = list(reversed(range(history)))
+        return select(inputs, ages, times, members), select(targets, [-lead], times, members)
 
     return Examples(len(pairs), read)
+
+
+def text(time: Any) -> str:
+    """Return a time as text, to the second where it is a date."""
+    return str(time.astype("datetime64[s]") if isinstance(time, np.datetime64) else time)
+
+
+# --- the script ----------------------------------------------------------------------------------------
+
+
+def split_pairs(
+    options: argparse.Namespace, parts: dict[str, range], segments: np.ndarray, *complete: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Return the pairs of each split; `ConfigError` where there are none."""
+    history, lead = options.history, options.lead
+    pairs = {
+        name: find_pairs(part, segments, *complete, history=history, lead=lead)
+        for name, part in parts.items()
+    }
+    for name, part in parts.items():
+        common.check(
+            "--validation-fraction, --test-fraction",
+            f"{options.validation_fraction:g}, {options.test_fraction:g}",
+            len(pairs[name]) > 0,
+            f"the {len(part)} times of '{name}' hold no example of --history {history} and --lead {lead}",
+            "Give this split more times, or a fraction of 0",
+        )
+    return pairs
+
+
+def describe(fields: Fields, options: argparse.Namespace, parts: dict[str, range]) -> dict[str, Any]:
+    """Return what the manifest tells of the fields."""
+    times = fields.coordinate("time")
+    segments, step = find_segments(times)
+    details = {
+        "history": options.history,
+        "lead": options.lead,
+        "latitudes": fields.coordinate("latitude").tolist(),
+        "longitudes": fields.coordinate("longitude").tolist(),
+        "latitudes_flipped": fields.flipped,
+        "members": fields.num_members,
+        "units": {name: str(arrays[0].attrs.get("units", "")) for name, arrays in fields.arrays.items()},
+        "times": {name: [text(times[part[0]]), text(times[part[-1]])] for name, part in parts.items()},
+        "gaps": int(segments[-1]),
+    }
+    if isinstance(step, np.timedelta64):
+        details["lead_seconds"] = float(options.lead * step / np.timedelta64(1, "s"))
+    return details
+
+
+def identify(options: argparse.Namespace, sums: list[str]) -> dict[str, str]:
+    """Return name, source and licence: as the flags say, or of a known file."""
+    files = ", ".join(path.name for path in options.source)
+    unknown = (options.source[0].stem, files, "not stated")
+    return common.state_facts(options, *(KNOWN.get(sums[0], unknown) if len(sums) == 1 else unknown))
+
+
+def prepare(options: argparse.Namespace, comm: GridComm) -> None:
+    history, lead = options.history, options.lead
+    common.check("--history", history, history >= 1, "must be at least 1", "Try 2")
+    common.check("--lead", lead, lead >= 0, "must not be negative", "Try 1")
+    shares = common.check_fractions(options)
+    with comm.agree("opening the source"):
+        sums = common.checksums(*options.source)
+        fields, inputs, targets = open_source(options)
+        segments, _ = find_segments(fields.coordinate("time"))
+    parts = common.cut(len(segments), shares)
+    if options.missing == "drop":
+        complete = [find_complete(fields, channels, comm) for channels in (inputs, targets)]
+    else:
+        complete = [np.ones((len(segments), fields.num_members), bool)] * 2
+    pairs = split_pairs(options, parts, segments, *complete)
+    weights = np.cos(np.deg2rad(fields.coordinate("latitude").astype(np.float64))).clip(0)
+    ages = [f" t-{age}" if age else "" for age in reversed(range(history))]
+    common.write(
+        comm,
+        options,
+        {split: make_examples(fields, p, inputs, targets, history, lead) for split, p in pairs.items()},
+        key=sums,
+        **identify(options, sums),
+        target_weights=(weights / weights.mean())[:, None],
+        channels={
+            "x": [f"{channel}{age}" for age in ages for channel in inputs],
+            "y": [str(channel) for channel in targets],
+        },
+        details=describe(fields, options, parts),
+    )
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = common.make_parser(__doc__)
+    common.add_source(parser, "NetCDF or GRIB files", nargs="+", metavar="FILE")
+    parser.add_argument(
+        "--variables",
+        nargs="+",
+        metavar="NAME",
+        help="inputs, as VAR or VAR@LEVEL (default: all with time, latitude and longitude)",
+    )
+    parser.add_argument(
+        "--targets", nargs="+", metavar="NAME", help="as VAR or VAR@LEVEL (default: the inputs)"
+    )
+    parser.add_argument(
+        "--levels", nargs="+", type=float, metavar="VALUE", help="of each VAR without @LEVEL (default: all)"
+    )
+    parser.add_argument(
+        "--history", type=int, default=1, metavar="N", help="input time steps (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--lead",
+        type=int,
+        default=1,
+        metavar="N",
+        help="time steps from the newest input to the target (default: %(default)s)",
+    )
+    for role, usual in ROLES.items():
+        parser.add_argument(
+            f"--{role}-dim", metavar="DIM", help=f"name of the dim (default: the first of {', '.join(usual)})"
+        )
+    common.add_fractions(parser, validation=0.1, test=0.1)
+    parser.add_argument(
+        "--missing",
+        choices=["error", "drop"],
+        default="error",
+        help="what to do where values are missing: stop, or leave out the examples (default: %(default)s)",
+    )
+    common.add_facts(parser)
+    return parser
+
+
+if __name__ == "__main__":
+    common.run(make_parser(), prepare)

@@ -1,0 +1,271 @@
+#!/usr/bin/env python3
+"""Write arrays as HDF5 shards: from NumPy files, or from any map-style dataset of PyTorch.
+
+Source: each of --train, --validation and --test is a SPEC, one of
+
+    FILE.npz        with the keys --x and --y, where {split} stands for train, validation or test; read into memory
+    X.npy,Y.npy     two files, of which only what is written is held in memory
+    package.module.NAME     a torch.utils.data.Dataset, or a callable that returns one, with items (x, y)
+
+Where --validation or --test is not given, --validation-fraction and --test-fraction of the training examples, chosen
+by --seed, are held out for it. x is written as [n, channels, ...]: floating-point numbers as float32, others as they
+are. y is written as classes int64 [n] with --classes, otherwise as numbers float32 [n, targets] or [n, channels, ...].
+State the --licence of the data.
+
+    python data_prep/arrays.py --train cifar10_jpeg.npz --test cifar10_jpeg.npz --x "{split}_jpeg" --y "{split}_labels" \\
+        --encoded "{split}_offsets" --classes 10 --validation-fraction 0.1 --output data/cifar10_jpeg
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import sys
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import common
+import numpy as np
+
+from hpc_bnn.comm import GridComm
+from hpc_bnn.data import Examples
+from hpc_bnn.errors import DataError, import_object
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Examples that are read by their numbers."""
+
+    flag: str
+    """The flag and SPEC, for messages."""
+    num_examples: int
+    read: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+    """Returns x and y of some examples, as they are in the source."""
+    files: tuple[Path, ...] = ()
+    """What they come from, if from files."""
+
+
+# --- kinds of SPEC -------------------------------------------------------------------------------------
+
+
+def open_source(split: str, spec: str, options: argparse.Namespace) -> Source:
+    """Return the examples that a SPEC stands for."""
+    flag = f"--{split} {spec}"
+    if spec.endswith(".npz"):
+        return open_npz(flag, Path(spec), split, options)
+    encoded = options.encoded
+    common.check("--encoded", encoded, encoded is None, f"{flag} is no .npz file", "Leave it out")
+    if "," in spec or spec.endswith(".npy"):
+        paths = tuple(Path(path) for path in spec.split(","))
+        common.check(f"--{split}", spec, len(paths) == 2, "two files are needed", "Give X.npy,Y.npy")
+        x, y = (load(flag, path) for path in paths)
+        check_lengths(flag, x.shape, y.shape)
+        return Source(flag, len(x), lambda rows: (x[rows], y[rows]), paths)
+    return open_dataset(flag, import_object(f"--{split}", spec))
+
+
+def load(flag: str, path: Path) -> Any:
+    """Return the array of an .npy file, as a memory map, or the arrays of an .npz file."""
+    try:
+        found = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"{flag}: {path} cannot be read as NumPy's arrays of numbers ({error})") from error
+    if isinstance(found, np.ndarray) == (path.suffix == ".npz"):
+        raise DataError(
+            f"{flag}: {path} is one array where its name says .npz, or the reverse. Name it rightly"
+        )
+    return found
+
+
+def open_npz(flag: str, path: Path, split: str, options: argparse.Namespace) -> Source:
+    """Return the examples of an .npz file, whose arrays are read into memory."""
+    archive = load(flag, path)
+
+    def get(option: str, key: str) -> np.ndarray:
+        key = key.replace("{split}", split)
+        common.check(option, key, key in archive, f"{flag} has no such key", f"It has {', '.join(archive)}")
+        try:
+            return archive[key]
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise DataError(f"{flag}: '{key}' cannot be read as an array of numbers ({error})") from error
+
+    x, y = get("--x", options.x), get("--y", options.y)
+    if options.encoded is None:
+        check_lengths(flag, x.shape, y.shape)
+        return Source(flag, len(x), lambda rows: (x[rows], y[rows]), (path,))
+    offsets = get("--encoded", options.encoded).astype(np.int64)
+    check_lengths(flag, offsets[1:].shape, y.shape)
+    if (np.diff(offsets) < 0).any() or offsets[0] < 0 or offsets[-1] > len(x):
+        raise DataError(f"{flag}: the offsets do not increase within the {len(x)} bytes of '{options.x}'")
+
+    def read(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        images = [decode(flag, row, x[offsets[row] : offsets[row + 1]]) for row in rows]
+        return stack(flag, images), y[rows]
+
+    return Source(flag, len(y), read, (path,))
+
+
+def decode(flag: str, row: int, content: np.ndarray) -> np.ndarray:
+    """Return an encoded image as [3, height, width] uint8."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise DataError("data_prep/arrays.py needs Pillow: pip install 'hpc_bnn[data_prep]'") from error
+    try:
+        return np.asarray(Image.open(io.BytesIO(content.tobytes())).convert("RGB")).transpose(2, 0, 1)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise DataError(f"{flag}, example {row}: the image cannot be decoded ({error})") from error
+
+
+def open_dataset(flag: str, found: Any) -> Source:
+    """Return the examples of a dataset, or of what a class or a function returns."""
+    dataset = found() if isinstance(found, type) or not hasattr(found, "__getitem__") else found
+    if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
+        raise DataError(f"{flag}: {type(dataset).__name__} is no map-style dataset, with a length and items")
+
+    def read(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        items = [dataset[int(row)] for row in rows]
+        for row, item in zip(rows, items):
+            if not isinstance(item, (tuple, list)) or len(item) != 2:
+                raise DataError(f"{flag}, example {row}: an item must be a pair (x, y)")
+        return stack(flag, [x for x, _ in items]), stack(flag, [y for _, y in items])
+
+    return Source(flag, len(dataset), read)
+
+
+def stack(flag: str, arrays: list) -> np.ndarray:
+    """Return arrays as one [n, ...]."""
+    arrays = [np.asarray(array) for array in arrays]
+    shapes = sorted({array.shape for array in arrays})
+    if len(shapes) > 1:
+        raise DataError(f"{flag}: examples have different shapes, such as {shapes[0]} and {shapes[-1]}")
+    return np.stack(arrays)
+
+
+def check_lengths(flag: str, inputs: tuple[int, ...], targets: tuple[int, ...]) -> None:
+    """Raise `DataError` unless arrays of these shapes hold equally many examples."""
+    if not inputs or inputs[:1] != targets[:1]:
+        raise DataError(f"{flag}: x is {inputs} and y {targets}: as many inputs as targets are needed")
+
+
+# --- shards --------------------------------------------------------------------------------------------
+
+
+def arrange_inputs(flag: str, x: np.ndarray, options: argparse.Namespace) -> np.ndarray:
+    """Return inputs as [n, channels, ...], floating-point ones as float32."""
+    if options.channels_last:
+        shape = x.shape
+        common.check("--channels-last", shape, x.ndim >= 3, "x must be [n, ..., channels]", "Leave it out")
+        x = np.moveaxis(x, -1, 1)
+    if options.add_channel:
+        x = x[:, None]
+    if x.dtype.kind not in "biuf":
+        raise DataError(f"{flag}: x has dtype {x.dtype}: numbers are needed")
+    return x.astype(np.float32) if x.dtype.kind == "f" else x
+
+
+def arrange_targets(flag: str, y: np.ndarray, rows: np.ndarray, num_classes: int | None) -> np.ndarray:
+    """Return targets as classes [n] int64, checked, or as numbers [n, ...] float32."""
+    if y.dtype.kind not in "biuf":
+        raise DataError(f"{flag}: y has dtype {y.dtype}: numbers are needed")
+    if num_classes is None:
+        return (y[:, None] if y.ndim == 1 else y).astype(np.float32)
+    if y.shape[1:] not in ((), (1,)):
+        raise DataError(f"{flag}: y of an example has shape {y.shape[1:]}. --classes needs one number")
+    y = y.reshape(len(y))
+    wrong = np.flatnonzero(~((y >= 0) & (y < num_classes) & (y == np.floor(y))))
+    if len(wrong):
+        raise DataError(
+            f"{flag}, example {rows[wrong[0]]}: y is {y[wrong[0]]}, and --classes {num_classes} "
+            f"allows 0 to {num_classes - 1}"
+        )
+    return y.astype(np.int64)
+
+
+def make_examples(source: Source, rows: np.ndarray, options: argparse.Namespace) -> Examples:
+    """Return the examples of some rows, read when they are written."""
+
+    def read(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        part = rows[start:stop]
+        x, y = source.read(part)
+        return arrange_inputs(source.flag, x, options), arrange_targets(source.flag, y, part, options.classes)
+
+    return Examples(len(rows), read)
+
+
+def check_flags(options: argparse.Namespace) -> dict[str, float]:
+    """Return the shares of the training examples that the splits take."""
+    classes = options.classes
+    common.check("--classes", classes, classes is None or classes >= 2, "must be at least 2", "Try 10")
+    shares = common.check_fractions(options)
+    for split in ("validation", "test"):
+        share, spec = shares[split], getattr(options, split)
+        rule = f"--{split} {spec} is given, too"
+        common.check(f"--{split}-fraction", share, share == 0 or spec is None, rule, "Give one of them")
+    return shares
+
+
+def prepare(options: argparse.Namespace, comm: GridComm) -> None:
+    shares = check_flags(options)
+    sys.path.append(os.getcwd())  # of the user's own modules
+    with comm.agree("opening the source"):
+        sources = {
+            split: open_source(split, getattr(options, split), options)
+            for split in SPLITS
+            if getattr(options, split) is not None
+        }
+        for source in sources.values():
+            if source.num_examples == 0:
+                raise DataError(f"{source.flag}: it holds no example")
+        key = common.checksums(*(path for source in sources.values() for path in source.files))
+    if not all(source.files for source in sources.values()):
+        key = None  # what a dataset holds is not known: nothing is continued
+    train = sources["train"]
+    rows = {split: np.arange(source.num_examples) for split, source in sources.items()}
+    rows |= common.draw_split(train.num_examples, shares, options.seed)
+    first = train.files[0] if train.files else None
+    common.write(
+        comm,
+        options,
+        {s: make_examples(sources.get(s, train), rows[s], options) for s in SPLITS if s in rows},
+        key=key,
+        **common.state_facts(
+            options, first.stem if first else options.train, first.name if first else options.train
+        ),
+        num_classes=options.classes,
+    )
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = common.make_parser(__doc__)
+    parser.add_argument("--train", required=True, metavar="SPEC", help="training examples")
+    parser.add_argument("--validation", metavar="SPEC", help="validation examples")
+    parser.add_argument("--test", metavar="SPEC", help="test examples")
+    common.add_fractions(parser, validation=0.0, test=0.0)
+    parser.add_argument(
+        "--x", metavar="KEY", default="x", help="inputs in a .npz file (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--y", metavar="KEY", default="y", help="targets in a .npz file (default: %(default)s)"
+    )
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument(
+        "--encoded",
+        metavar="KEY",
+        help="x holds JPEG or PNG files end to end, image i from byte KEY[i] to KEY[i + 1]; written as [n, 3, H, W]",
+    )
+    kind.add_argument("--channels-last", action="store_true", help="x is [n, ..., channels]")
+    kind.add_argument("--add-channel", action="store_true", help="x has no channels: make them one")
+    parser.add_argument("--classes", type=int, metavar="N", help="y is a class in 0..N-1")
+    common.add_facts(parser)
+    return parser
+
+
+if __name__ == "__main__":
+    common.run(make_parser(), prepare)
