@@ -59,7 +59,8 @@ class ModelConfig:
     """The network, an ordinary nn.Module."""
 
     name: str = "hpc_bnn.models.MLP"
-    """Import path of the class; it is called with in_shape, num_outputs and arguments."""
+    """Import path of the class; it is called with in_shape, num_outputs and arguments, and with places (extents of
+    the targets behind their channels) where it takes them."""
     arguments: dict[str, Any] = field(default_factory=dict)
     """Further keyword arguments of the class."""
     pretrained: str | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import os
@@ -153,12 +154,12 @@ class Run:
 
         def make_module() -> nn.Module:
             network, arguments = import_object("--model.name", config.model.name), config.model.arguments
+            shapes = {"in_shape": self.manifest.arrays["x"].shape, "num_outputs": self.likelihood.num_outputs}
+            places = self.manifest.arrays["y"].shape[1:]
             try:
-                module = network(
-                    in_shape=self.manifest.arrays["x"].shape,
-                    num_outputs=self.likelihood.num_outputs,
-                    **arguments,
-                )
+                if places and "places" in inspect.signature(network).parameters:
+                    shapes["places"] = places
+                module = network(**shapes, **arguments)
             except (TypeError, ValueError, AttributeError) as error:
                 raise ConfigError(
                     Fault(

@@ -1,0 +1,98 @@
+"""Real data, from the script to a trained network: one epoch on the shards of every script."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import REPOSITORY, SHARED_DATA
+from torch import nn
+
+from hpc_bnn.cli import main
+
+
+class FieldNet(nn.Sequential):
+    """A network for fields, periodic in nothing: [B, channels, H, W] -> [B, num_outputs, H, W]."""
+
+    def __init__(self, in_shape, num_outputs):
+        super().__init__(
+            nn.Conv2d(in_shape[0], 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, num_outputs, 3, padding=1)
+        )
+
+
+FORECAST = ("--model.arguments", "{hidden: [32]}")
+FIELDS = ("--model.name", f"{__name__}.FieldNet", "--likelihood.name", "implicit", "--objective.name", "crps")
+CASES = {
+    "mnist": ("mnist", ["--source", "mnist", "--num-validation", 5000], ["--global_batch_size", 500]),
+    "cifar10": (
+        "arrays",
+        ["--train", "cifar10/cifar10_train_first4000_lossless.npz", "--x", "images", "--y", "labels",
+         "--channels-last", "--classes", 10, "--test-fraction", 0.2],
+        ["--augmentation.transforms", "[{name: crop}, {name: flip}]"],
+    ),
+    "cifar10_jpeg": (
+        "arrays",
+        ["--train", "cifar10/cifar10_jpeg.npz", "--test", "cifar10/cifar10_jpeg.npz", "--x", "{split}_jpeg",
+         "--y", "{split}_labels", "--encoded", "{split}_offsets", "--classes", 10],
+        ["--global_batch_size", 1000],
+    ),
+    "ETTh1": (
+        "timeseries",
+        ["--source", "ett/ETTh1.csv", "--targets", "OT", "--features", "all", "--window", 96, "--horizon", 24,
+         "--split-rows", 8640, 2880, 2880, "--stride", 4],
+        FORECAST,
+    ),
+    "ETTh2_table": (
+        "tabular",
+        ["--source", "ett/ETTh2.csv", "--target", "OT", "--features", "HUFL", "HULL", "MUFL", "MULL", "LUFL", "LULL"],
+        FORECAST,
+    ),
+    "electricity_load": (
+        "timeseries",
+        ["--source", "electricity_load/opsd_de_2019_60min.csv", "--time", "utc_timestamp",
+         "--targets", "DE_load_actual_entsoe_transparency", "--window", 504, "--horizon", 168,
+         "--calendar", "hour", "weekday", "--stride", 4],
+        FORECAST,
+    ),
+    "era5_t2m": ("weather", ["--source", "weather/era5_t2m_uk_2019-03.nc", "--history", 2, "--lead", 6], FIELDS),
+    "era5_members": (
+        "weather",
+        ["--source", "weather/era5_levels_members_2017-01.nc", "--validation-fraction", 0, "--test-fraction", 0.5],
+        FIELDS,
+    ),
+    "era_interim": (
+        "weather",
+        ["--source", "weather/eraint_uvz.nc", "--validation-fraction", 0, "--test-fraction", 0],
+        (*FIELDS, "--data.test_split", "train"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_epoch_on_the_shards_of_a_real_source(case, tmp_path):
+    if not SHARED_DATA.exists():
+        pytest.skip("the shared data sets are not beside this clone")
+    script, flags, training = CASES[case]
+    flags = [str(SHARED_DATA / f) if (SHARED_DATA / str(f)).exists() else str(f) for f in flags]
+    command = [sys.executable, f"data_prep/{script}.py", *flags, "--output", str(tmp_path / "shards")]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert main(["verify", str(tmp_path / "shards")]) == 0
+    common = ["--data.shards", tmp_path / "shards", "--run_dir", tmp_path / "run", "--num_samples", 2]
+    common += ["--num_epochs", 1, "--num_test_samples", 4, "--posterior.init_std", 0.01, "--kl_weight", 0.1]
+    common += ["--optimizer.learning_rate", 3e-3]
+    assert main(["train", *map(str, common), *map(str, training)]) == 0
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    manifest = json.loads((tmp_path / "shards/manifest.json").read_text())
+    num_train = sum(shard["num_examples"] for shard in manifest["splits"]["train"])
+    batch = (
+        int(training[training.index("--global_batch_size") + 1]) if "--global_batch_size" in training else 128
+    )
+    assert summary["num_steps"] == -(-num_train // batch)
+    if manifest["num_classes"]:
+        assert summary["test/accuracy"] > 0.153  # chance, and five standard errors of 800 images
+    else:
+        spread = max(manifest["statistics"]["y"]["std"])
+        assert 0 < summary["test/rmse"] < 3 * spread
+        if case == "era_interim":
+            assert len(manifest["target_weights"]) == 241
