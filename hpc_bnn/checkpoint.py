@@ -1,39 +1,246 @@
-"""Checkpoints: no rank and no grid in them, so that any grid can take them up (floor 6)."""
+"""Checkpoints: no rank and no grid in them, so that any grid can take them up (floor 6).
+
+::
+
+    RUN_DIR/checkpoints/step-00000100.pt      parameters, optimizer, place in the run; for torch.load(weights_only=True)
+    RUN_DIR/checkpoints/step-00000100.json    its step, metric, size and SHA-256
+
+Both are written under temporary names, synced and renamed, the note last: a checkpoint without a note, or unlike its
+note, is no checkpoint.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import io
+import json
+import logging
+import math
 import os
+import pickle
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-FORMAT_VERSION = 1
+from .comm import GridComm
+from .errors import DataError
+from .posteriors import Posterior
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 2
 
 
-def checkpoint_path(run_dir: str | os.PathLike, num_steps: int) -> Path:
-    """Return RUN_DIR/checkpoints/step-NNNNNNNN.pt."""
-    return Path(run_dir, "checkpoints", f"step-{num_steps:08d}.pt")
+@dataclass(frozen=True)
+class Note:
+    """What is known of a checkpoint without reading it."""
+
+    file: str
+    step: int
+    metric: float | None
+    """Of the evaluation at this step, less is better; None where there was none."""
+    num_bytes: int
+    sha256: str
 
 
-def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint under a temporary name, sync it, rename it. Local: one rank calls it.
+class CheckpointStore:
+    """The checkpoints of a run: the newest ones and the best one are kept. Local: one rank owns it.
 
     Parameters
     ----------
-    path : Path
-        Where it shall stand; its directory is made.
-    state : dict
-        ``"model"`` maps parameter names to tensors; the rest are plain numbers, strings, dicts and
-        tensors, so that ``torch.load(path, weights_only=True)`` reads it.
+    directory : path
+        Made where it is missing.
+    keep_last : int
+        Newest checkpoints to keep, at least 1; the one with the least metric stays besides.
+    asynchronous : bool
+        Write in a thread; the state is copied to the CPU first. An error is raised by the next `save` or `close`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+
+    def __init__(self, directory: str | os.PathLike, keep_last: int = 2, asynchronous: bool = False):
+        self.directory = Path(directory)
+        self.keep_last = keep_last
+        self._writer = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
+        self._pending: Future | None = None
+
+    def save(self, state: dict[str, Any], step: int, metric: float | None = None) -> None:
+        """Write a checkpoint and remove those that are not kept.
+
+        Parameters
+        ----------
+        state : dict
+            Nested dicts and lists of tensors, numbers and strings, so that ``torch.load(path, weights_only=True)`` reads it.
+        step : int
+            Optimizer steps made so far; names the file.
+        metric : float, optional
+            Less is better.
+        """
+        if self._writer is None:
+            self._write(state, step, metric)
+            return
+        self._finish()
+        self._pending = self._writer.submit(self._write, _copied(state), step, metric)
+
+    def close(self) -> None:
+        """Wait for what is being written."""
+        if self._writer is not None:
+            try:
+                self._finish()
+            finally:
+                self._writer.shutdown()
+
+    def notes(self) -> list[Note]:
+        """Return the notes of all checkpoints, the newest first."""
+        found = []
+        for path in self.directory.glob("step-*.json"):
+            with contextlib.suppress(OSError, ValueError, TypeError):
+                found.append(Note(**json.loads(path.read_text())))
+        return sorted(found, key=lambda note: -note.step)
+
+    def load_newest(self) -> dict[str, Any] | None:
+        """Return the newest sound state, on the CPU, and say loudly which ones are not; None where there is none."""
+        for note in self.notes():
+            try:
+                return self.load(note)
+            except DataError as error:
+                logger.error("%s: the one before it is used", error)
+        return None
+
+    def load(self, note: Note) -> dict[str, Any]:
+        """Return the state of a checkpoint, on the CPU.
+
+        Raises
+        ------
+        DataError
+            It is missing, changed, or of another format.
+        """
+        path = self.directory / note.file
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise DataError(f"the checkpoint {path} cannot be read ({error.strerror})") from error
+        if len(content) != note.num_bytes or hashlib.sha256(content).hexdigest() != note.sha256:
+            raise DataError(f"the checkpoint {path} is damaged (SHA-256)")
+        try:
+            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        except (RuntimeError, pickle.UnpicklingError) as error:
+            raise DataError(f"the checkpoint {path} cannot be loaded ({error})") from error
+        if state.get("format_version") != FORMAT_VERSION:
+            raise DataError(f"the checkpoint {path} is of another version of hpc_bnn")
+        return state
+
+    def _finish(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def _write(self, state: dict[str, Any], step: int, metric: float | None) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        buffer = io.BytesIO()
+        torch.save({"format_version": FORMAT_VERSION, **state}, buffer)
+        content = buffer.getvalue()
+        path = self.directory / f"step-{step:08d}.pt"
+        metric = metric if metric is not None and math.isfinite(metric) else None
+        note = Note(path.name, step, metric, len(content), hashlib.sha256(content).hexdigest())
+        write_atomically(path, content)
+        write_atomically(path.with_suffix(".json"), json.dumps(asdict(note)).encode())
+        self._prune()
+
+    def _prune(self) -> None:
+        notes = self.notes()
+        measured = [note for note in notes if note.metric is not None]
+        best = min(measured, key=lambda note: (note.metric, note.step), default=None)
+        for note in notes[self.keep_last :]:
+            if note != best:
+                path = self.directory / note.file
+                path.with_suffix(".json").unlink(
+                    missing_ok=True
+                )  # first: the rest is no checkpoint without it
+                path.unlink(missing_ok=True)
+        known = {note.file for note in notes}
+        for path in self.directory.iterdir():  # left by a process that was killed
+            if path.name.startswith(".step-") or (path.suffix == ".pt" and path.name not in known):
+                path.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file under a temporary name, sync it, rename it. Local."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
-            torch.save({"format_version": FORMAT_VERSION, **state}, file)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _copied(tree: Any) -> Any:
+    """Return nested dicts and lists with copies of their tensors on the CPU."""
+    if isinstance(tree, Tensor):
+        return tree.detach().to("cpu", copy=True)
+    if isinstance(tree, dict):
+        return {key: _copied(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_copied(value) for value in tree]
+    return tree
+
+
+# --- the state of the job ------------------------------------------------------------------------------
+
+
+def gather_state(posterior: Posterior, optimizer: torch.optim.Optimizer, comm: GridComm) -> dict[str, Any]:
+    """Return the parameters and the optimizer's state of the whole job, with views of what is there.
+
+    Collective over ``sample_comm`` for an ensemble, whose members are spread over it; otherwise local.
+    """
+    mine = {"model": posterior.state_dict(), "optimizer": optimizer.state_dict()}
+    if posterior.is_replicated:
+        return mine
+    parts = comm.gather_objects(_copied(mine), "sample")
+    model = {name: tensor for part in parts for name, tensor in part["model"].items()}
+    return {"model": model, "optimizer": _join([part["optimizer"] for part in parts])}
+
+
+def restore_state(
+    state: dict[str, Any], posterior: Posterior, optimizer: torch.optim.Optimizer, comm: GridComm
+) -> None:
+    """Take over what `gather_state` returned, on any grid. Local.
+
+    Raises
+    ------
+    ConfigError
+        The network is another one.
+    """
+    model, of_optimizer = state["model"], state["optimizer"]
+    if not posterior.is_replicated:
+        mine = posterior.state_dict().keys()
+        members = posterior.members
+        start = comm.grid.local_samples(posterior.num_members).start
+        model = {name: tensor for name, tensor in model.items() if name in mine}
+        of_optimizer = _rows(of_optimizer, slice(start, start + len(members)), posterior.num_members)
+    posterior.load_state_dict(model)
+    optimizer.load_state_dict(of_optimizer)
+
+
+def _join(trees: list[Any]) -> Any:
+    """Join the optimizer states of the members: rows of tensors one after another, the rest is the same."""
+    first = trees[0]
+    if isinstance(first, Tensor) and first.ndim:
+        return torch.cat(trees)
+    if isinstance(first, dict):
+        return {key: _join([tree[key] for tree in trees]) for key in first}
+    return first
+
+
+def _rows(tree: Any, rows: slice, num_rows: int) -> Any:
+    if isinstance(tree, Tensor) and tree.ndim and len(tree) == num_rows:
+        return tree[rows]
+    if isinstance(tree, dict):
+        return {key: _rows(value, rows, num_rows) for key, value in tree.items()}
+    return tree

@@ -81,7 +81,7 @@ def run_and_report(name: str, work: Callable[[], int]) -> int:
     except HpcBnnError as error:
         together = comm.wait_for_others(5.0)  # an error that only this rank saw must not leave them waiting
         if is_first or not together:
-            print(f"{name}: error: {error}", file=sys.stderr, flush=True)
+            print(f"{name}: {error.label}: {error}", file=sys.stderr, flush=True)
         if not together:
             comm.abort(error.exit_code)
         return error.exit_code

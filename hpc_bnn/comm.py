@@ -173,18 +173,25 @@ class GridComm:
 
         The other ranks need no state of their own: a new optimizer is filled.
         """
-        if self.grid.world_size == 1:
-            return
         is_root = self.grid.rank == root
-        state = optimizer.state_dict() if is_root else None
-        outline = self.broadcast_object(_map_leaves(state, torch.Tensor, _Outline.of), root)
-        if not is_root:
-            state = _map_leaves(outline, _Outline, lambda o: o.empty(self.device))
-        tensors: list[torch.Tensor] = []
-        _map_leaves(state, torch.Tensor, tensors.append)
-        self.broadcast_(tensors, root)
+        state = self.broadcast_tree(optimizer.state_dict() if is_root else None, root)
         if not is_root:
             optimizer.load_state_dict(state)
+
+    def broadcast_tree(self, tree: Any, root: int = 0) -> Any:
+        """Return the nested dicts and lists of world rank ``root`` on all ranks. Collective over the world.
+
+        Tensors travel as such; they come out on this rank's device, those from the CPU on the CPU.
+        """
+        if self.grid.world_size == 1:
+            return tree
+        outline = self.broadcast_object(_map_leaves(tree, torch.Tensor, _Outline.of), root)
+        if self.grid.rank != root:
+            tree = _map_leaves(outline, _Outline, lambda o: o.empty(self.device))
+        tensors: list[torch.Tensor] = []
+        _map_leaves(tree, torch.Tensor, tensors.append)
+        self.broadcast_(tensors, root)
+        return tree
 
     # --- Python objects ---------------------------------------------------------------------------
 

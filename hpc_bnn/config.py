@@ -143,12 +143,48 @@ class KlAnnealingConfig:
 class OptimizerConfig:
     """The optimizer and its learning rate."""
 
-    name: Literal["Adam", "AdamW", "SGD"] = "Adam"
-    """Class of torch.optim."""
+    name: str = "Adam"
+    """Class of torch.optim, such as Adam, AdamW or SGD, or the import path of another."""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """Further keyword arguments of the class, such as {momentum: 0.9}."""
     learning_rate: float = 1e-3
-    """Learning rate at the start."""
-    schedule: Literal["constant", "cosine"] = "cosine"
-    """Course of the learning rate over num_epochs; cosine ends at 0."""
+    """Learning rate after the warm-up."""
+    warmup_epochs: float = 0.0
+    """Epochs in which the learning rate rises from 0."""
+    schedule: Literal["constant", "cosine", "step"] = "cosine"
+    """Course of the learning rate over num_epochs; cosine ends at 0; step: times decay every decay_every_epochs."""
+    decay: float = 0.1
+    """Factor of a step of the learning rate."""
+    decay_every_epochs: float = 30.0
+    """Epochs between steps of the learning rate."""
+    max_gradient_norm: float | None = None
+    """Scale the gradient of the job down to this norm where it is larger."""
+
+
+@dataclass
+class CheckpointConfig:
+    """When the state of the run is written, and how much of it is kept."""
+
+    every_epochs: int = 1
+    """Write after so many epochs; at the end and when the run is stopped in any case."""
+    every_steps: int | None = None
+    """Write after so many steps besides, within an epoch."""
+    keep_last: int = 2
+    """Newest checkpoints to keep; the best one stays besides."""
+    metric: str = "auto"
+    """Metric of the evaluation that makes a checkpoint the best, less is better; auto: test/nll or test/rmse."""
+    asynchronous: bool = False
+    """Write in a thread while training goes on, from a copy in memory."""
+
+
+@dataclass
+class EarlyStoppingConfig:
+    """When a run ends before num_epochs because it no longer improves."""
+
+    patience: int | None = None
+    """Evaluations without improvement after which the run ends; null: never."""
+    min_change: float = 0.0
+    """Least change of the metric (that of the checkpoints) that counts as an improvement."""
 
 
 @dataclass
@@ -173,6 +209,10 @@ class Config:
     """Examples per step in the whole job."""
     num_epochs: int = 10
     """Passes over the training split."""
+    max_seconds: float | None = None
+    """Stop with a checkpoint and exit code 75 when the run has taken so long (seconds)."""
+    resume: bool = False
+    """Go on from the newest sound checkpoint in run_dir, on any grid; without one begin."""
     max_steps: int | None = None
     """Stop after so many optimizer steps, wherever the epoch is; the learning rate keeps its course."""
     test_every_epochs: int = 10
@@ -188,6 +228,8 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     posterior: PosteriorConfig = field(default_factory=PosteriorConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
 
     def to_dict(self) -> dict[str, Any]:
         """Return nested plain dicts."""
@@ -288,8 +330,32 @@ class Config:
                 f"num_samples, {members}: the members",
                 "Set both",
             )
-        rate = self.optimizer.learning_rate
-        yield "optimizer.learning_rate", rate, 0 < rate < math.inf, "positive and finite", "Try 1e-3"
+        yield from self._optimizer_rules()
+        yield from self._checkpoint_rules()
+
+    def _optimizer_rules(self):
+        optimizer = self.optimizer
+        for name, example in (("learning_rate", 1e-3), ("decay", 0.1), ("decay_every_epochs", 30)):
+            value = getattr(optimizer, name)
+            yield f"optimizer.{name}", value, 0 < value < math.inf, "positive and finite", f"Try {example}"
+        value = optimizer.warmup_epochs
+        rule = f"0 or more and below num_epochs, {self.num_epochs}"
+        yield "optimizer.warmup_epochs", value, 0 <= value < max(self.num_epochs, 1), rule, "Try 1"
+        norm = optimizer.max_gradient_norm
+        fits = norm is None or 0 < norm < math.inf
+        yield "optimizer.max_gradient_norm", norm, fits, "positive and finite", "Try 1.0, or leave it out"
+
+    def _checkpoint_rules(self):
+        for group, name in (
+            ("checkpoint", "every_epochs"),
+            ("checkpoint", "every_steps"),
+            ("checkpoint", "keep_last"),
+            ("early_stopping", "patience"),
+        ):
+            value = getattr(getattr(self, group), name)
+            yield f"{group}.{name}", value, value is None or value >= 1, "at least 1", "Try 1"
+        seconds = self.max_seconds
+        yield "max_seconds", seconds, seconds is None or seconds > 0, "positive", "Leave it out for no limit"
 
     def _objective_rules(self):
         objective, likelihood = self.objective, self.likelihood

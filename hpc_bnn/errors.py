@@ -13,6 +13,8 @@ class HpcBnnError(Exception):
     """Base of every error that hpc_bnn raises on purpose."""
 
     exit_code = 1
+    label = "error"
+    """What a message on the terminal begins with."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,13 @@ def check_all(*checks: Callable[[], object]) -> None:
 
 class DataError(HpcBnnError):
     """A shard directory is missing, incomplete, corrupt or of another format."""
+
+
+class Interrupted(HpcBnnError):
+    """A run stopped before its end, with a checkpoint, because it was told to or its time was over."""
+
+    exit_code = 75  # EX_TEMPFAIL: try again
+    label = "stopped"
 
 
 class CommunicationError(HpcBnnError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,18 +12,49 @@ import torch
 from torch import nn
 
 from .config import OptimizerConfig
-from .errors import check_positive
+from .errors import ConfigError, Fault, check_positive, import_object
 
 
 def build_optimizer(
-    config: OptimizerConfig, parameters: Iterable[nn.Parameter], num_steps: int
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """Return the optimizer and the schedule of its learning rate over ``num_steps``. Local."""
-    # The prior is the decay of the weights: AdamW's own would pull the scales as well.
-    optimizer = getattr(torch.optim, config.name)(parameters, lr=config.learning_rate, weight_decay=0.0)
+    config: OptimizerConfig, parameters: Iterable[nn.Parameter], num_epochs: int, steps_per_epoch: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
+    """Return the optimizer and the schedule of its learning rate. Local.
+
+    Raises
+    ------
+    ConfigError
+        The optimizer is unknown, or refuses its arguments.
+    """
+    # The prior is the decay of the weights: an optimizer's own would pull the scales as well.
+    path = config.name if "." in config.name else f"torch.optim.{config.name}"
+    make = import_object("--optimizer.name", path)
+    arguments = config.arguments
+    try:
+        if "weight_decay" in inspect.signature(make).parameters:
+            arguments = {"weight_decay": 0.0, **arguments}
+        optimizer = make(parameters, lr=config.learning_rate, **arguments)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            Fault("--optimizer.arguments", arguments, f"{config.name} refuses them ({error})", "Mend them")
+        ) from error
+
+    def factor(num_steps: int) -> float:
+        return learning_rate_factor(config, num_steps / steps_per_epoch, num_epochs)
+
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def learning_rate_factor(config: OptimizerConfig, epochs: float, num_epochs: int) -> float:
+    """Return the learning rate after some epochs, as a multiple of ``config.learning_rate``. Local."""
+    warmup = config.warmup_epochs
+    if epochs < warmup:
+        return epochs / warmup
     if config.schedule == "cosine":
-        return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=num_steps)
-    return optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0, total_iters=0)
+        done = (epochs - warmup) / max(num_epochs - warmup, 1e-9)
+        return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+    if config.schedule == "step":
+        return config.decay ** math.floor(epochs / config.decay_every_epochs + 1e-9)
+    return 1.0
 
 
 @dataclass(frozen=True)

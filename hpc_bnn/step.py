@@ -44,6 +44,8 @@ class StepResult:
     """KL(q || prior) of all weights (nats)."""
     kl_weight: float = 1.0
     """Factor of the KL at this step."""
+    wants_stop: bool = False
+    """Whether some rank of the job wants to stop after this step (`VariationalStep.wants_stop`)."""
 
 
 class VariationalStep:
@@ -74,6 +76,8 @@ class VariationalStep:
     autocast_dtype : torch.dtype, optional
         Run the network in this dtype where torch's autocast allows; weights, gradients and reductions
         stay in their own.
+    max_gradient_norm : float, optional
+        Scale the gradient of the job (of each member of an ensemble), the KL's part included, down to this norm.
     chunk_size : int or "auto"
         Samples that a rank evaluates at once, batched by ``torch.vmap``. Memory grows with it, not with the
         number of samples. 1 walks over the samples, which is fastest on CPUs and for large networks; "auto"
@@ -84,6 +88,9 @@ class VariationalStep:
     ----------
     num_steps : int
         Steps made so far: part of the noise key, to be stored with a checkpoint.
+    wants_stop : bool
+        Set it on any rank, for example in a signal handler: the result of the next step tells all ranks, so that they
+        stop together. It travels with the gradient.
     num_passes : int
         Forward passes over the samples in the last step on this rank: 2 where the objective couples the samples
         and not all of them are evaluated at once, otherwise 1.
@@ -102,6 +109,7 @@ class VariationalStep:
         kl_weight: float | Callable[[int], float] = 1.0,
         objective: Objective | None = None,
         autocast_dtype: torch.dtype | None = None,
+        max_gradient_norm: float | None = None,
         chunk_size: int | Literal["auto"] = 1,
     ):
         comm.grid.check_num_samples(num_samples)
@@ -129,8 +137,10 @@ class VariationalStep:
         self.kl_weight = kl_weight if callable(kl_weight) else lambda num_steps: kl_weight
         self.objective = objective
         self.autocast_dtype = autocast_dtype
+        self.max_gradient_norm = max_gradient_norm
         self.chunk_size = chunk_size
         self.num_steps = 0
+        self.wants_stop = False
         self._can_batch = True
         self._is_prepared = self._has_said_passes = False
         self.num_passes = 0
@@ -165,10 +175,13 @@ class VariationalStep:
         posterior.attach_gradients_()
         kl_weight = self.kl_weight(self.num_steps)
         kl = posterior.add_kl_gradient_(kl_weight / self.num_train_examples).item()
+        if self.max_gradient_norm is not None:
+            posterior.clip_gradient_(self.max_gradient_norm)
         self.optimizer.step()
         self.num_steps += 1
         data_term = tally[Tally.DATA_TERM]
-        return StepResult(data_term + kl_weight * kl / self.num_train_examples, data_term, kl, kl_weight)
+        nelbo = data_term + kl_weight * kl / self.num_train_examples
+        return StepResult(nelbo, data_term, kl, kl_weight, tally[Tally.NUM_STOPS] > 0)
 
     def accumulate_gradient_(self, x: Tensor | SharedView, y: Tensor, global_batch_size: int) -> None:
         """Leave the job's sums in ``posterior.reduced``: gradient of the data term, statistics, tally.
@@ -196,6 +209,7 @@ class VariationalStep:
         # NaN and infinity survive a sum. The flag travels with the gradient: no collective of its own.
         self._local_is_broken = ~posterior.reduced.sum().isfinite()
         posterior.tally[Tally.NUM_BROKEN] = self._local_is_broken
+        posterior.tally[Tally.NUM_STOPS] = self.wants_stop
         if posterior.is_replicated:
             comm.sum_(posterior.reduced, "world")
         else:  # the parameters of a sample belong to its data group

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import logging
 import os
 import pickle
 import platform
+import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +26,12 @@ from torch import nn
 from tqdm import tqdm
 
 from . import __version__
-from .checkpoint import checkpoint_path, save_checkpoint
+from .checkpoint import CheckpointStore, gather_state, restore_state, write_atomically
 from .comm import GridComm
 from .config import Config
 from .data import BatchLoader, Manifest, ShardDataset
 from .data.augment import Augmentation, build_augmentation
-from .errors import ConfigError, DataError, Fault, check_all, import_object
+from .errors import ConfigError, DataError, Fault, Interrupted, check_all, import_object
 from .evaluate import evaluate_dataset
 from .grid import Grid
 from .likelihoods import Likelihood, build_likelihood
@@ -34,7 +39,7 @@ from .objectives import Objective, build_objective
 from .optim import KlAnnealing, build_optimizer
 from .posteriors import Posterior, build_posterior
 from .shown import ShownClasses, ShownValues, shown_examples
-from .step import VariationalStep
+from .step import StepResult, VariationalStep
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +90,7 @@ class Run:
         self.posterior = self._build_posterior()
         steps_per_epoch = self.loader.num_batches
         self.optimizer, self.schedule = build_optimizer(
-            config.optimizer, self.posterior.parameters(), config.num_epochs * steps_per_epoch
+            config.optimizer, self.posterior.parameters(), config.num_epochs, steps_per_epoch
         )
         self.step = VariationalStep(
             self.posterior,
@@ -102,8 +107,15 @@ class Run:
             ),
             objective=self._build_objective(),
             autocast_dtype=torch.bfloat16 if config.dtype == "bfloat16" else None,
+            max_gradient_norm=config.optimizer.max_gradient_norm,
             chunk_size=config.chunk_size,
         )
+        self.checkpoints = CheckpointStore(
+            self.run_dir / "checkpoints", config.checkpoint.keep_last, config.checkpoint.asynchronous
+        )
+        self.place = _Place()
+        self._why_stopped: str | None = None
+        self._begun = time.perf_counter()
 
     # --- construction -------------------------------------------------------------------------------
 
@@ -197,66 +209,109 @@ class Run:
         examples : dict
             Test examples with their predictive, for a picture (on rank 0, elsewhere empty).
         """
-        config, comm = self.config, self.comm
         self._open_run_dir()
-        start = time.perf_counter()
-        shown = None
+        with self._watching_signals():
+            row, shown = self._train_epochs()
+        self.checkpoints.close()
+        if shown is None:  # the run was complete already
+            metrics, shown = self._evaluate()
+            row = row | metrics
+        examples = shown.gather()
+        summary = self._summary(row)
+        with self.comm.agree(f"writing {self.run_dir}"):
+            if self.is_writer:
+                text = json.dumps(summary, indent=1) + "\n"
+                write_atomically(self.run_dir / "summary.json", text.encode())
+        return summary, examples
+
+    def _train_epochs(self) -> tuple[dict[str, Any], ShownClasses | ShownValues | None]:
+        """Train to the end of the run; return the last row, and what its evaluation has shown."""
+        row, shown, before = self.place.row, None, self.place.run_seconds
         progress = tqdm(
             total=self._num_planned_steps(),
+            initial=self.step.num_steps,
             unit="step",
             disable=None if self.is_writer else True,  # None: off where stderr is no terminal
             desc="train",
         )
-        for epoch in range(config.num_epochs):
-            row = self._train_epoch(epoch, progress)
-            is_last = epoch + 1 == config.num_epochs or self.step.num_steps == config.max_steps
-            if is_last or (epoch + 1) % config.test_every_epochs == 0:
-                axis = "world" if self.posterior.is_replicated else "data"
-                comm.check_replicas(list(self.posterior.parameters()), f"after epoch {epoch}", axis)
-                metrics, shown = self._evaluate()
-                row |= metrics
-            self._write_row(row, progress)
-            if is_last:
-                break
-        progress.close()
-        self._write_checkpoint(epoch + 1)
-        examples = shown.gather()
-        summary = self._summary(row, epoch + 1, time.perf_counter() - start)
-        with comm.agree(f"writing {self.run_dir}"):
-            if self.is_writer:
-                (self.run_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-        return summary, examples
+        with progress:
+            while not self._is_over():
+                self._train_epoch(progress)
+                row, shown = self._finish_epoch(progress)
+                self.place.run_seconds = before + time.perf_counter() - self._begun
+                if self._is_over() or row["epoch"] % self.config.checkpoint.every_epochs == 0:
+                    self._write_checkpoint(row.get(self._metric_name))
+        return row, shown
+
+    def _is_over(self) -> bool:
+        """Whether the epochs, the steps or the patience are used up."""
+        place, patience = self.place, self.config.early_stopping.patience
+        return (
+            place.epoch >= self.config.num_epochs
+            or self.step.num_steps == self.config.max_steps
+            or (patience is not None and place.num_without_improvement >= patience)
+        )
 
     def _num_planned_steps(self) -> int:
         planned = self.config.num_epochs * self.loader.num_batches
         return min(planned, self.config.max_steps or planned)
 
-    def _train_epoch(self, epoch: int, progress: tqdm) -> dict[str, Any]:
-        start = time.perf_counter()
-        nelbo_sum = data_sum = num_examples = 0
-        for batch in self.loader.epoch(epoch):
-            x, y = self.augmentation(batch, epoch) if self.augmentation else (batch.x, batch.y)
+    def _train_epoch(self, progress: tqdm) -> None:
+        """Train to the end of the epoch that the run is in; raise `Interrupted` where some rank wants to stop."""
+        place, config = self.place, self.config
+        start, before, in_run = time.perf_counter(), place.seconds, place.run_seconds
+        for batch in self.loader.epoch(place.epoch, place.num_batches):
+            x, y = self.augmentation(batch, place.epoch) if self.augmentation else (batch.x, batch.y)
+            if config.max_seconds is not None and time.perf_counter() - self._begun > config.max_seconds:
+                self._stop("--max_seconds is over")
             result = self.step(x, y, batch.num_examples)
             self.schedule.step()
-            nelbo_sum += result.nelbo * batch.num_examples
-            data_sum += result.data_term * batch.num_examples
-            num_examples += batch.num_examples
+            place.add(result, batch.num_examples)
+            seconds = time.perf_counter() - start
+            place.seconds, place.run_seconds = before + seconds, in_run + seconds
             progress.update()
             progress.set_postfix(nelbo=f"{result.nelbo:.4f}", refresh=False)
-            if self.step.num_steps == self.config.max_steps:
+            if result.wants_stop:
+                self._write_checkpoint()
+                self.checkpoints.close()
+                why = next(filter(None, self.comm.gather_objects(self._why_stopped)), "a signal")
+                raise Interrupted(
+                    f"after step {self.step.num_steps}: {why}. The same command with --resume true goes on from there"
+                )
+            if self.step.num_steps == config.max_steps:
                 break
-        seconds = time.perf_counter() - start
-        return {
-            "epoch": epoch + 1,
+            every = config.checkpoint.every_steps
+            if every and self.step.num_steps % every == 0 and place.num_batches < self.loader.num_batches:
+                self._write_checkpoint()
+
+    def _finish_epoch(self, progress: tqdm) -> tuple[dict[str, Any], ShownClasses | ShownValues | None]:
+        """Close the epoch: evaluate where it is time, write the row, and go to the next one."""
+        place, shown = self.place, None
+        row = {
+            "epoch": place.epoch + 1,
             "step": self.step.num_steps,
-            "train/nelbo": nelbo_sum / num_examples,
-            "train/data_term": data_sum / num_examples,
-            "train/kl": result.kl,
-            "train/kl_weight": result.kl_weight,
+            **place.means(),
             "learning_rate": self.schedule.get_last_lr()[0],
-            "seconds": seconds,
-            "examples_per_second": num_examples / seconds,
         }
+        is_whole = place.num_batches == self.loader.num_batches  # not where --max_steps ended it
+        if is_whole:
+            place.next_epoch()
+        is_planned = row["epoch"] % self.config.test_every_epochs == 0
+        if self._is_over() or is_planned:
+            axis = "world" if self.posterior.is_replicated else "data"
+            self.comm.check_replicas(list(self.posterior.parameters()), f"after epoch {row['epoch']}", axis)
+            metrics, shown = self._evaluate()
+            row |= metrics
+            if is_whole and is_planned:
+                place.judge(row.get(self._metric_name), self.config.early_stopping.min_change)
+        place.row = row
+        self._write_row(row, progress)
+        return row, shown
+
+    @property
+    def _metric_name(self) -> str:
+        name = self.config.checkpoint.metric
+        return name if name != "auto" else ("test/nll" if self.likelihood.has_density else "test/rmse")
 
     def _evaluate(self) -> tuple[dict[str, float], ShownClasses | ShownValues]:
         shown = shown_examples(self.likelihood, self.comm, self.test_set)
@@ -274,25 +329,20 @@ class Run:
     # --- what it writes -----------------------------------------------------------------------------
 
     def _open_run_dir(self) -> None:
+        """Make the run directory and begin, or go on from the newest checkpoint in it."""
+        state = None
         with self.comm.agree(f"opening {self.run_dir}"):
             if self.is_writer:
-                if self.run_dir.exists() and any(self.run_dir.iterdir()):
-                    if not (self.run_dir / "config.yaml").exists():
-                        raise ConfigError(
-                            Fault(
-                                "--run_dir",
-                                self.run_dir,
-                                "it holds files, but no run",
-                                "Name a new directory",
-                            )
-                        )
-                    aside = _free_name(self.run_dir)
-                    self.run_dir.rename(aside)
-                    logger.warning("%s holds a former run: moved to %s", self.run_dir, aside)
-                self.run_dir.mkdir(parents=True, exist_ok=True)
-                (self.run_dir / "config.yaml").write_text(
-                    yaml.safe_dump(self.config.to_dict(), sort_keys=False)
-                )
+                state = self.checkpoints.load_newest() if self.config.resume else None
+                if state is None:
+                    self._make_run_dir()
+                else:
+                    self._say_differences(state["config"])
+                    _keep_rows(self.run_dir / "metrics.jsonl", state["place"]["epoch"])
+        state = self.comm.broadcast_tree(state)
+        if state is not None:
+            with self.comm.agree("restoring the checkpoint"):
+                self._restore(state)
         if self.is_writer:
             logger.info(
                 "grid %s, %d samples, %d examples per step, %s over %d weights, KL: %s, reading %s, %s, %s",
@@ -315,35 +365,82 @@ class Run:
         if self.is_writer and any(name.startswith("test/") for name in row):
             progress.write(_one_line(row), file=sys.stderr)
 
-    def _write_checkpoint(self, epoch: int) -> None:
-        path = checkpoint_path(self.run_dir, self.step.num_steps)
+    def _make_run_dir(self) -> None:
+        """Move a former run aside, make the directory and write the config."""
+        if self.run_dir.exists() and any(self.run_dir.iterdir()):
+            if not (self.run_dir / "config.yaml").exists():
+                raise ConfigError(
+                    Fault("--run_dir", self.run_dir, "it holds files, but no run", "Name a new directory")
+                )
+            aside = _free_name(self.run_dir)
+            self.run_dir.rename(aside)
+            logger.warning("%s holds a former run: moved to %s", self.run_dir, aside)
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        text = yaml.safe_dump(self.config.to_dict(), sort_keys=False)
+        (self.run_dir / "config.yaml").write_text(text)
+
+    def _say_differences(self, former: dict[str, Any]) -> None:
+        """Say what of the config is not as it was when the checkpoint was written."""
+        mine = _flat(self.config.to_dict())
+        for name, value in _flat(former).items():
+            if mine.get(name) != value and not name.startswith(("run_dir", "resume", "max_seconds", "grid.")):
+                logger.warning("--%s is %s; the checkpoint was written with %s", name, mine.get(name), value)
+
+    def _write_checkpoint(self, metric: float | None = None) -> None:
+        """Write the state of the job. Collective over the world."""
         state = {
-            "model": self._whole_model(),
+            **gather_state(self.posterior, self.optimizer, self.comm),
             "schedule": self.schedule.state_dict(),
-            "epoch": epoch,
-            "step": self.step.num_steps,
+            "num_steps": self.step.num_steps,
+            "place": asdict(self.place),
             "config": self.config.to_dict(),
         }
-        if self.posterior.is_replicated:  # an ensemble's is spread over the ranks
-            state["optimizer"] = self.optimizer.state_dict()
-        with self.comm.agree(f"writing {path}"):
+        with self.comm.agree(f"writing a checkpoint to {self.checkpoints.directory}"):
             if self.is_writer:
-                save_checkpoint(path, state)
+                self.checkpoints.save(state, self.step.num_steps, metric)
 
-    def _whole_model(self) -> dict[str, torch.Tensor]:
-        """Return the parameters of the whole job by name. Collective over ``sample_comm``."""
-        mine = {name: tensor.cpu() for name, tensor in self.posterior.state_dict().items()}
-        if self.posterior.is_replicated:
-            return mine
-        return {k: v for state in self.comm.gather_objects(mine, "sample") for k, v in state.items()}
+    def _restore(self, state: dict[str, Any]) -> None:
+        restore_state(state, self.posterior, self.optimizer, self.comm)
+        self.schedule.load_state_dict(state["schedule"])
+        self.step.num_steps = state["num_steps"]
+        self.place = _Place(**state["place"])
+        if self.is_writer:
+            logger.info(
+                "going on from the checkpoint of step %d: epoch %d, batch %d",
+                self.step.num_steps,
+                self.place.epoch + 1,
+                self.place.num_batches + 1,
+            )
 
-    def _summary(self, row: dict[str, Any], num_epochs: int, seconds: float) -> dict[str, Any]:
+    # --- stopping -----------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _watching_signals(self) -> Iterator[None]:
+        """Let SIGUSR1 and SIGTERM stop all ranks with a checkpoint after the step that they come in."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def handle(received: int, _) -> None:
+            self._stop(signal.Signals(received).name)
+
+        former = {number: signal.signal(number, handle) for number in (signal.SIGUSR1, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in former.items():
+                signal.signal(number, handler)
+
+    def _stop(self, why: str) -> None:
+        self._why_stopped, self.step.wants_stop = why, True
+
+    def _summary(self, row: dict[str, Any]) -> dict[str, Any]:
         grid, traffic = self.comm.grid, self.comm.traffic
         return {
             **{name: value for name, value in row.items() if name.startswith(("train/", "test/"))},
-            "num_epochs": num_epochs,
+            "num_epochs": self.place.epoch,
             "num_steps": self.step.num_steps,
-            "seconds": seconds,
+            "seconds": self.place.run_seconds,
             "num_samples": self.config.num_samples,
             "objective": {"name": self.step.objective.name, "num_passes": self.step.num_passes},
             "likelihood": type(self.likelihood).__name__,
@@ -366,6 +463,67 @@ class Run:
             "device": str(self.comm.device),
             "versions": _versions(),
         }
+
+
+# --- the place in a run --------------------------------------------------------------------------------
+
+
+@dataclass
+class _Place:
+    """How far a run has come, of plain numbers: with parameters and optimizer all that a checkpoint needs."""
+
+    epoch: int = 0
+    """Epochs that are complete."""
+    num_batches: int = 0
+    """Batches of the epoch that is not."""
+    nelbo_sum: float = 0.0
+    data_sum: float = 0.0
+    num_examples: int = 0
+    seconds: float = 0.0
+    """Time in the epoch (seconds)."""
+    kl: float = 0.0
+    kl_weight: float = 1.0
+    run_seconds: float = 0.0
+    """Time in the run (seconds)."""
+    best_metric: float | None = None
+    num_without_improvement: int = 0
+    """Evaluations since the best one."""
+    row: dict[str, Any] = field(default_factory=dict)
+    """Of the last complete epoch."""
+
+    def add(self, result: StepResult, num_examples: int) -> None:
+        """Take in a step."""
+        self.num_batches += 1
+        self.nelbo_sum += result.nelbo * num_examples
+        self.data_sum += result.data_term * num_examples
+        self.num_examples += num_examples
+        self.kl, self.kl_weight = result.kl, result.kl_weight
+
+    def means(self) -> dict[str, float]:
+        """Return what a row of metrics says of the epoch."""
+        return {
+            "train/nelbo": self.nelbo_sum / self.num_examples,
+            "train/data_term": self.data_sum / self.num_examples,
+            "train/kl": self.kl,
+            "train/kl_weight": self.kl_weight,
+            "seconds": self.seconds,
+            "examples_per_second": self.num_examples / self.seconds,
+        }
+
+    def next_epoch(self) -> None:
+        """Go to the beginning of the next epoch."""
+        self.epoch += 1
+        self.num_batches = self.num_examples = 0
+        self.nelbo_sum = self.data_sum = self.seconds = 0.0
+
+    def judge(self, metric: float | None, min_change: float) -> None:
+        """Take in the metric of an evaluation, less is better."""
+        if metric is None:
+            return
+        if self.best_metric is None or metric < self.best_metric - min_change:
+            self.best_metric, self.num_without_improvement = metric, 0
+        else:
+            self.num_without_improvement += 1
 
 
 # --- helpers -------------------------------------------------------------------------------------------
@@ -394,6 +552,22 @@ def _prepare_shards(script: str, directory: str) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise DataError(f"{' '.join(command)} ended with exit code {done.returncode}: {done.stderr.strip()}")
+
+
+def _keep_rows(path: Path, num_epochs: int) -> None:
+    """Keep the rows of complete epochs: a run that goes on writes those behind again."""
+    rows = path.read_text().splitlines() if path.exists() else []
+    kept = [row for row in rows if json.loads(row)["epoch"] <= num_epochs]
+    write_atomically(path, "".join(f"{row}\n" for row in kept).encode())
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested dicts as one, with dotted names."""
+    flat = {}
+    for name, value in tree.items():
+        is_group = isinstance(value, dict) and name != "arguments"
+        flat |= _flat(value, f"{prefix}{name}.") if is_group else {prefix + name: value}
+    return flat
 
 
 def _free_name(path: Path) -> Path:

@@ -59,7 +59,7 @@ def test_resolved_config_reproduces_the_run(digits, tmp_path):
 
 
 def load_model(run_dir):
-    (path,) = (run_dir / "checkpoints").glob("*.pt")
+    path = max((run_dir / "checkpoints").glob("*.pt"))
     return torch.load(path, weights_only=True)["model"]
 
 

@@ -91,7 +91,7 @@ def train(mpirun, num_ranks, sample_size, digits, run_dir, *flags):
         "--grid.sample_size", sample_size, "--run_dir", run_dir, *flags,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    (checkpoint,) = (run_dir / "checkpoints").glob("*.pt")
+    checkpoint = max((run_dir / "checkpoints").glob("*.pt"))
     return json.loads((run_dir / "summary.json").read_text()), torch.load(checkpoint, weights_only=True)[
         "model"
     ]
@@ -194,3 +194,68 @@ def test_an_error_on_which_the_ranks_did_not_agree_is_printed_and_ends_the_job(m
     start = time.time()
     done = mpirun(2, program, "train", "--config", "configs/digits.yaml", timeout=60)
     assert done.returncode != 0 and "error: only here" in done.stderr and time.time() - start < 25
+
+
+@pytest.mark.parametrize("family", ["mean_field", "ensemble"])
+def test_a_run_goes_on_across_grids(mpirun, digits, tmp_path, family):
+    """4 x 1, 2 x 2, 1 x 1, 3 x 1 against the uninterrupted 1 x 1, stopped in the middle of epochs; float64."""
+    flags = (
+        "--dtype",
+        "float64",
+        "--num_samples",
+        "6",
+        "--num_test_samples",
+        "6",
+        "--posterior.family",
+        family,
+    )
+    expected, whole = train(mpirun, 1, 1, digits, tmp_path / "whole", *flags, "--max_steps", "40")
+    for (ranks, sample_size), steps in zip(((4, 4), (4, 2), (1, 1), (3, 3)), (9, 23, 30, 40)):
+        summary, model = train(
+            mpirun, ranks, sample_size, digits, tmp_path / "parts", *flags, "--max_steps", steps, "--resume", "true",
+        )  # fmt: skip
+    assert summary["num_steps"] == expected["num_steps"] == 40
+    assert summary["test/nll"] == pytest.approx(expected["test/nll"], rel=1e-10)
+    assert summary["train/nelbo"] == pytest.approx(expected["train/nelbo"], rel=1e-10)
+    assert model.keys() == whole.keys()
+    for name, value in model.items():
+        assert (value - whole[name]).norm() <= 1e-11 * whole[name].norm(), name  # 40 steps: rounding adds up
+
+
+def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(mpirun, digits, tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, signal, sys, threading\n"
+        "import hpc_bnn.comm\n"
+        "from hpc_bnn.__main__ import run\n"
+        "if hpc_bnn.comm.launched_rank() == 1:\n"
+        "    threading.Timer(8, os.kill, (os.getpid(), signal.SIGUSR1)).start()\n"
+        "run()\n"
+    )
+    done = mpirun(2, program, "train", "--config", "configs/digits.yaml", "--data.shards", digits, "--grid.sample_size", 2,
+                  "--num_epochs", 100000, "--run_dir", tmp_path / "run", timeout=100)  # fmt: skip
+    assert done.returncode == 75, done.stderr
+    assert done.stderr.count("hpc-bnn: stopped: after step") == 1 and "SIGUSR1" in done.stderr
+    assert len(list((tmp_path / "run/checkpoints").glob("*.pt"))) >= 1
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_all_ranks_and_keeps_the_last(mpirun, digits, tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, hpc_bnn.checkpoint as c\n"
+        "from hpc_bnn.__main__ import run\n"
+        "write, calls = c.write_atomically, []\n"
+        "def full(path, content):\n"
+        "    calls.append(path)\n"
+        "    if len(calls) > 4 and path.suffix == '.pt': raise OSError(28, 'No space left on device')\n"
+        "    write(path, content)\n"
+        "c.write_atomically = full\n"
+        "run()\n"
+    )
+    start = time.time()
+    done = mpirun(2, program, "train", "--config", "configs/digits.yaml", "--data.shards", digits, "--grid.sample_size", 2,
+                  "--num_epochs", 20, "--run_dir", tmp_path / "run")  # fmt: skip
+    assert done.returncode == 1 and time.time() - start < 40
+    assert done.stderr.count("No space left on device") == 1 and "writing a checkpoint" in done.stderr
+    names = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
+    assert names == ["step-00000023.json", "step-00000023.pt", "step-00000046.json", "step-00000046.pt"]

@@ -27,7 +27,9 @@ class Tally(enum.IntEnum):
     """Data term of the objective (nats per example)."""
     NUM_BROKEN = 1
     """Ranks whose gradient is not finite."""
-    CROSS_ENTROPY = 2
+    NUM_STOPS = 2
+    """Ranks that want to stop after this step."""
+    CROSS_ENTROPY = 3
     """-(1/K) sum over samples of log prior(w_s) (nats), for a Monte Carlo KL."""
 
 
@@ -214,6 +216,11 @@ class Posterior:
             parameter.grad = self._gradients[name]
         if self.batch_norms.layers and self.module.training:
             self.batch_norms.update_running_(self._statistics)
+
+    @torch.no_grad()
+    def clip_gradient_(self, max_norm: float) -> None:
+        """Scale the whole gradient down to a norm of at most ``max_norm``. Local: it is the same on all replicas."""
+        torch.nn.utils.clip_grad_norm_(list(self.parameters()), max_norm)
 
     @torch.no_grad()
     def add_kl_gradient_(self, weight: float) -> Tensor:

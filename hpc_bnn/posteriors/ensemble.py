@@ -125,6 +125,13 @@ class DeepEnsemble(Posterior):
         self._gradients["members"].add_(self.members, alpha=weight * self.precision)
         return self.tally[Tally.CROSS_ENTROPY].clone()
 
+    @torch.no_grad()
+    def clip_gradient_(self, max_norm: float) -> None:
+        """Scale the gradient of each member down: they train alone. Local."""
+        gradient = self._gradients["members"]
+        norms = torch.linalg.vector_norm(gradient, dim=1, keepdim=True)
+        gradient.mul_((max_norm / (norms + 1e-6)).clamp(max=1))
+
     def kl(self) -> Tensor:
         raise NotImplementedError("points have no KL")
 

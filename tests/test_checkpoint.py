@@ -1,0 +1,214 @@
+"""Checkpoints: atomic, checked, pruned; and runs that go on from them, in one process."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import REPOSITORY
+
+from hpc_bnn import checkpoint
+from hpc_bnn.checkpoint import CheckpointStore
+from hpc_bnn.cli import main
+from hpc_bnn.config import OptimizerConfig
+from hpc_bnn.errors import DataError
+from hpc_bnn.optim import learning_rate_factor
+
+
+def state(step):
+    return {
+        "model": {"w": torch.full((1000,), float(step))},
+        "place": {"epoch": step, "row": {}},
+        "list": [step],
+    }
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_the_newest_and_the_best_are_kept(tmp_path, asynchronous):
+    store = CheckpointStore(tmp_path, keep_last=2, asynchronous=asynchronous)
+    for step, metric in enumerate([3.0, 1.0, None, float("nan"), 2.0, None]):
+        store.save(state(step), step, metric)
+    store.close()
+    assert [(note.step, note.metric) for note in store.notes()] == [(5, None), (4, 2.0), (1, 1.0)]
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json"] * 3 + [".pt"] * 3
+    newest = store.load_newest()
+    assert newest["place"]["epoch"] == 5 and torch.equal(newest["model"]["w"], torch.full((1000,), 5.0))
+
+
+def test_an_asynchronous_write_keeps_what_the_state_was(tmp_path):
+    store, tensor = CheckpointStore(tmp_path, asynchronous=True), torch.zeros(1_000_000)
+    store.save({"w": tensor}, 0)
+    tensor.add_(1)
+    store.close()
+    assert store.load_newest()["w"].sum() == 0
+
+
+def test_an_error_of_an_asynchronous_write_arrives(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    store = CheckpointStore(tmp_path / "file/checkpoints", asynchronous=True)
+    store.save(state(0), 0)
+    with pytest.raises(OSError):
+        store.close()
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "delete", "note"])
+def test_the_one_before_a_damaged_checkpoint_is_used_and_said(tmp_path, damage, caplog):
+    store = CheckpointStore(tmp_path)
+    for step in (10, 20):
+        store.save(state(step), step)
+    path = tmp_path / "step-00000020.pt"
+    whole = path.read_bytes()
+    if damage == "truncate":
+        path.write_bytes(whole[:-100])
+    elif damage == "flip":
+        path.write_bytes(whole[:2000] + bytes([whole[2000] ^ 1]) + whole[2001:])
+    elif damage == "delete":
+        path.unlink()
+    else:
+        path.with_suffix(".json").write_text("{")
+    assert store.load_newest()["place"]["epoch"] == 10
+    assert damage == "note" or (
+        "step-00000020.pt" in caplog.text and "the one before it is used" in caplog.text
+    )
+    for path in tmp_path.glob("*.pt"):
+        path.write_bytes(b"")
+    assert store.load_newest() is None
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_no_litter(tmp_path, monkeypatch):
+    store = CheckpointStore(tmp_path, keep_last=1)
+    store.save(state(1), 1)
+
+    def full(number):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        store.save(state(2), 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001.json", "step-00000001.pt"]
+    assert store.load_newest()["place"]["epoch"] == 1
+
+
+def test_foreign_objects_are_not_unpickled(tmp_path):
+    store = CheckpointStore(tmp_path)
+    store.save({"object": REPOSITORY}, 1)  # a pathlib.Path: code of another module would be called
+    (note,) = store.notes()
+    with pytest.raises(DataError, match="cannot be loaded"):
+        store.load(note)
+
+
+# --- runs ----------------------------------------------------------------------------------------------
+
+FLAGS = ("--num_epochs", "4", "--num_test_samples", "4", "--num_samples", "2", "--dtype", "float64")
+
+
+def train(digits, run_dir, *flags):
+    config = str(REPOSITORY / "configs/digits.yaml")
+    common = ["--config", config, "--data.shards", str(digits), "--run_dir", str(run_dir), *FLAGS]
+    return main(["train", *common, *map(str, flags)])
+
+
+def result(run_dir):
+    """Return the newest checkpoint's tensors, and the rows without times."""
+    state = CheckpointStore(run_dir / "checkpoints").load_newest()
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    timeless = [{k: v for k, v in row.items() if k not in ("seconds", "examples_per_second")} for row in rows]
+    return state["model"], state["optimizer"], timeless
+
+
+def assert_same(a, b):
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, (dict, list)):
+        assert len(a) == len(b)
+        for key in a if isinstance(a, dict) else range(len(a)):
+            assert_same(a[key], b[key])
+    else:
+        assert a == b
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--augmentation.transforms", "[{name: noise}]", "--kl_annealing.schedule", "linear"],
+        ["--posterior.family", "ensemble", "--num_test_samples", "2", "--optimizer.name", "AdamW"],
+        ["--posterior.family", "deterministic", "--optimizer.name", "SGD", "--optimizer.arguments", "{momentum: 0.9}"],
+        ["--optimizer.warmup_epochs", "1.5", "--optimizer.max_gradient_norm", "5", "--checkpoint.asynchronous", "true"],
+        ["--objective.name", "log_predictive", "--optimizer.schedule", "step", "--optimizer.decay_every_epochs", "1"],
+    ],
+    ids=lambda flags: flags[1].split(".")[-1][:20],
+)  # fmt: skip
+def test_a_run_that_is_interrupted_anywhere_equals_the_uninterrupted_one_bit_for_bit(digits, tmp_path, flags):
+    flags = [*flags, "--test_every_epochs", "2"]
+    assert train(digits, tmp_path / "whole", *flags) == 0
+    for steps in (7, 23, 31, 70):  # in an epoch of 23 steps, at its end, twice in the middle of others
+        assert train(digits, tmp_path / "parts", *flags, "--max_steps", steps, "--resume", "true") == 0
+    assert train(digits, tmp_path / "parts", *flags, "--resume", "true") == 0
+    (*whole, rows), (*parts, other_rows) = result(tmp_path / "whole"), result(tmp_path / "parts")
+    assert_same(whole, parts)
+    for row, other in zip(rows, other_rows, strict=True):  # a stop evaluates besides
+        assert_same(row, {name: other[name] for name in row})
+
+
+def test_a_complete_run_is_evaluated_again_and_not_trained(digits, tmp_path):
+    assert train(digits, tmp_path) == 0
+    first = json.loads((tmp_path / "summary.json").read_text())
+    assert train(digits, tmp_path, "--resume", "true") == 0
+    second = json.loads((tmp_path / "summary.json").read_text())
+    assert second["num_steps"] == first["num_steps"] and second["test/nll"] == first["test/nll"]
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
+
+
+def test_a_longer_run_goes_on_and_says_what_differs(digits, tmp_path, caplog):
+    assert train(digits, tmp_path, "--num_epochs", 2) == 0
+    assert train(digits, tmp_path, "--num_epochs", 3, "--resume", "true") == 0
+    assert "--num_epochs is 3; the checkpoint was written with 2" in caplog.text
+    assert json.loads((tmp_path / "summary.json").read_text())["num_epochs"] == 3
+
+
+def test_another_network_is_refused(digits, tmp_path, capsys):
+    assert train(digits, tmp_path, "--max_steps", 2) == 0
+    assert train(digits, tmp_path, "--resume", "true", "--model.arguments", "{hidden: [7]}") == 2
+    assert "in the checkpoint" in capsys.readouterr().err
+
+
+def test_early_stopping(digits, tmp_path):
+    flags = ("--test_every_epochs", 1, "--early_stopping.patience", 2, "--early_stopping.min_change", 9)
+    assert train(digits, tmp_path, "--num_epochs", 50, *flags) == 0
+    assert json.loads((tmp_path / "summary.json").read_text())["num_epochs"] == 3
+
+
+def test_max_seconds_stops_with_a_checkpoint(digits, tmp_path, capsys):
+    assert train(digits, tmp_path, "--max_seconds", 1e-9) == 75
+    assert "stopped: after step 1: --max_seconds is over" in capsys.readouterr().err
+    assert not (tmp_path / "summary.json").exists()
+    assert train(digits, tmp_path, "--resume", "true") == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM], ids=["SIGUSR1", "SIGTERM"])
+def test_a_signal_stops_with_a_checkpoint_and_code_75(digits, tmp_path, number):
+    command = [sys.executable, "-m", "mpi4py", "-m", "hpc_bnn", "train", "--config", "configs/digits.yaml"]
+    command += ["--data.shards", str(digits), "--run_dir", str(tmp_path), "--num_epochs", "100000"]
+    job = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "metrics.jsonl").exists():
+        time.sleep(0.1)
+        assert job.poll() is None
+    os.kill(job.pid, number)
+    error = job.communicate(timeout=60)[1]
+    assert job.returncode == 75 and f"{number.name}" in error and "--resume true" in error
+    assert CheckpointStore(tmp_path / "checkpoints").load_newest()["num_steps"] > 0
+
+
+def test_learning_rates():
+    def course(**options):
+        config = OptimizerConfig(**options)
+        return [round(learning_rate_factor(config, epochs, 10), 6) for epochs in (0, 1, 2, 6, 10)]
+
+    assert course(schedule="constant") == [1, 1, 1, 1, 1]
+    assert course(schedule="cosine") == [1, 0.975528, 0.904508, 0.345492, 0]
+    assert course(schedule="cosine", warmup_epochs=2) == [0, 0.5, 1, 0.5, 0]
+    assert course(schedule="step", decay=0.5, decay_every_epochs=2) == [1, 1, 0.5, 0.125, 0.03125]
