@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import LikelihoodConfig
-from .errors import ConfigError, Fault, check_positive
+from .errors import ConfigError, DataError, Fault, check_positive
 
 
 class Likelihood:
@@ -65,6 +65,22 @@ class Likelihood:
         """Return the variance of y given the outputs of a sample, like `mean`: the aleatoric part."""
         raise NotImplementedError
 
+    support = "finite numbers"
+    """Which targets there are, for messages."""
+
+    def fits(self, y: Tensor) -> Tensor:
+        """Return for each element of y whether it is in the support. Local."""
+        return y.isfinite()
+
+    def check_targets(self, y: Tensor) -> None:
+        """Raise `DataError` where a target [B, ...] lies outside the support. Local."""
+        wrong = ~self.fits(y)
+        if wrong.any():
+            raise DataError(
+                f"a target is {y[wrong][0].item():g}, and the likelihood {type(self).__name__} is for {self.support}. "
+                "Look at the data, or use another --likelihood.name"
+            )
+
     def targets(self, y: Tensor, like: Tensor) -> Tensor:
         """Return y in the shape and dtype of predictions; a silent broadcast would be another model.
 
@@ -100,6 +116,10 @@ class Categorical(Likelihood):
     def __init__(self, num_classes: int):
         super().__init__()
         self.num_classes = self.num_outputs = num_classes
+        self.support = f"classes 0 to {num_classes - 1}, or their probabilities"
+
+    def fits(self, y: Tensor) -> Tensor:
+        return (y >= 0) & (y <= (1 if y.is_floating_point() else self.num_classes - 1))
 
     def log_prob(self, outputs: Tensor, y: Tensor) -> Tensor:
         """Return log p(y | outputs), [B], from logits [B, C, ...] and classes [B, ...] of a whole-number dtype.
@@ -117,6 +137,11 @@ class Categorical(Likelihood):
 class Bernoulli(Likelihood):
     """Independent yes-no targets; the outputs are logits."""
 
+    support = "0, 1, and probabilities between them"
+
+    def fits(self, y: Tensor) -> Tensor:
+        return (y >= 0) & (y <= 1)
+
     def log_prob(self, outputs: Tensor, y: Tensor) -> Tensor:
         y = self.targets(y, outputs)
         return -_sum_targets(F.binary_cross_entropy_with_logits(outputs, y, reduction="none"))
@@ -130,6 +155,11 @@ class Bernoulli(Likelihood):
 
 class Poisson(Likelihood):
     """Independent counts; the outputs are logarithms of the rates."""
+
+    support = "whole numbers from 0 on"
+
+    def fits(self, y: Tensor) -> Tensor:
+        return (y >= 0) & (y == y.floor())
 
     def log_prob(self, outputs: Tensor, y: Tensor) -> Tensor:
         y = self.targets(y, outputs)

@@ -198,6 +198,7 @@ class VariationalStep:
         if self.chunk_size == "auto":
             self.chunk_size = self._measure_chunk_size(x, y, mine)
         if not self._is_prepared and len(x):
+            self.likelihood.check_targets(y)
             posterior.prepare_(x.of(samples[0]))
             self._warn_of_foreign_noise(x.of(samples[0]))
             self._is_prepared = True

@@ -7,9 +7,20 @@ import torch
 from torch import distributions as D
 from torch import nn
 
-from hpc_bnn import Bernoulli, Categorical, Gaussian, Implicit, MeanFieldGaussian, Poisson, StudentT
+from hpc_bnn import (
+    Bernoulli,
+    Categorical,
+    Gaussian,
+    Grid,
+    GridComm,
+    Implicit,
+    MeanFieldGaussian,
+    Poisson,
+    StudentT,
+    VariationalStep,
+)
 from hpc_bnn.config import LikelihoodConfig
-from hpc_bnn.errors import ConfigError
+from hpc_bnn.errors import ConfigError, DataError
 from hpc_bnn.likelihoods import build_likelihood
 from hpc_bnn.noise import Stream, keyed_generator
 
@@ -118,3 +129,28 @@ def test_built_from_a_config(name, num_classes, shape, kind):
 def test_classes_and_numbers_are_not_mixed_up(name, num_classes):
     with pytest.raises(ConfigError, match=r"--likelihood\.name"):
         build_likelihood(LikelihoodConfig(name), num_classes, (2,))
+
+
+@pytest.mark.parametrize(
+    "likelihood, good, bad",
+    [
+        (Poisson(), [0.0, 3.0], [-1.0, 1.5]),
+        (Bernoulli(), [0.0, 0.3, 1.0], [-0.1, 1.1, float("nan")]),
+        (Gaussian(), [-1e30, 2.0], [float("inf"), float("nan")]),
+        (Categorical(3), [0, 2], [-1, 3]),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_targets_outside_the_support_are_refused(likelihood, good, bad):
+    likelihood.check_targets(torch.tensor(good))
+    for value in bad:
+        with pytest.raises(
+            DataError, match=f"a target is {value:g}, and the likelihood {type(likelihood).__name__}"
+        ):
+            likelihood.check_targets(torch.tensor([*good, value]))
+    net = torch.nn.Linear(1, likelihood.num_outputs)
+    posterior = MeanFieldGaussian(net)
+    step = VariationalStep(posterior, likelihood, torch.optim.SGD(posterior.parameters(), lr=0.1), GridComm(Grid()),
+                           num_samples=1, num_train_examples=2)  # fmt: skip
+    with pytest.raises(DataError, match="a target is"):
+        step(torch.ones(2, 1), torch.tensor([good[0], bad[0]]), 2)
