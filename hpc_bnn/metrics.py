@@ -35,11 +35,66 @@ class NegativeLogLikelihood(Metric):
         return self.total / self.count
 
 
+class BrierScore(Metric):
+    """Mean over examples of the squared distance of the class probabilities from the truth, between 0 and 2."""
+
+    full_state_update = False
+
+    def __init__(self):
+        super().__init__()
+        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, probabilities: Tensor, y: Tensor) -> None:
+        """Take in probabilities [B, C] and classes [B]."""
+        p = probabilities.double()
+        of_truth = p.gather(1, y.long().unsqueeze(1)).sum()
+        self.total += p.square().sum() - 2 * of_truth + len(y)
+        self.count += len(y)
+
+    def compute(self) -> Tensor:
+        return self.total / self.count
+
+
+class ExpectedCalibrationError(Metric):
+    """Mean distance of confidence and accuracy over bins of equal width (Naeini et al., 2015; Guo et al., 2017).
+
+    Parameters
+    ----------
+    num_bins : int
+        Bins of the confidence, the largest class probability.
+    """
+
+    full_state_update = False
+
+    def __init__(self, num_bins: int = 15):
+        super().__init__()
+        self.num_bins = num_bins
+        for name in ("confidence", "correct", "count"):
+            self.add_state(name, torch.zeros(num_bins, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, probabilities: Tensor, y: Tensor) -> None:
+        """Take in probabilities [B, C] and classes [B]."""
+        confidence, said = probabilities.double().max(1)
+        place = (confidence * self.num_bins).ceil().long().clamp(1, self.num_bins) - 1
+        for state, value in (
+            (self.confidence, confidence),
+            (self.correct, (said == y).double()),
+            (self.count, torch.ones_like(confidence)),
+        ):
+            state.index_add_(0, place, value)
+
+    def compute(self) -> Tensor:
+        return (self.confidence - self.correct).abs().sum() / self.count.sum()
+
+
 def classification_metrics(num_classes: int, device: torch.device) -> dict[str, Metric]:
     """Return the metrics of a class predictive [B, C] by name; update them with (probabilities, y)."""
     metrics = {
         "accuracy": MulticlassAccuracy(num_classes, average="micro"),
         "nll": NegativeLogLikelihood(),
+        "brier": BrierScore(),
+        "ece": ExpectedCalibrationError(),
     }
     return {name: metric.to(device) for name, metric in metrics.items()}
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, log_loss
 from torch import nn
+from torchmetrics.classification import MulticlassCalibrationError
 
 from hpc_bnn import (
     Categorical,
@@ -77,6 +78,9 @@ def test_metrics_equal_scikit_learn(digits, monkeypatch):
         accuracy_score(y, p.argmax(1)), rel=1e-7
     )  # float32 in torchmetrics
     assert metrics["nll"] == pytest.approx(log_loss(y, p), rel=1e-10)
+    assert metrics["brier"] == pytest.approx(np.square(p - np.eye(10)[y]).sum(1).mean(), rel=1e-12)
+    reference = MulticlassCalibrationError(num_classes=10, n_bins=15)(torch.from_numpy(p).double(), y)
+    assert metrics["ece"] == pytest.approx(reference.item(), rel=1e-5)
 
 
 def test_total_variance_is_aleatoric_plus_epistemic():

@@ -156,3 +156,44 @@ def test_predictive_of_numbers_equals_that_of_one_process(comm, num_samples):
     )
     for name in ("mean", "aleatoric_variance", "epistemic_variance", "log_prob"):
         torch.testing.assert_close(getattr(got, name), getattr(expected, name), rtol=1e-11, atol=1e-14)
+
+
+def test_the_norm_of_the_jobs_gradient_is_clipped(comm):
+    """Not that of a rank's: with SGD a clipped step has exactly the length of the norm."""
+    lengths, ends = [], []
+    for max_norm in (None, 0.05):
+        for grid in (GridComm(Grid()), comm):
+            step = make_step(grid, max_gradient_norm=max_norm)
+            step.optimizer = torch.optim.SGD(step.posterior.parameters(), lr=1.0)
+            before = [p.detach().clone() for p in step.posterior.parameters()]
+            x, y = make_problem(torch.float64)
+            mine = torch.arange(GLOBAL_BATCH_SIZE)[grid.grid.local_examples(GLOBAL_BATCH_SIZE)]
+            step(x[mine], y[mine], GLOBAL_BATCH_SIZE)
+            moved = [p.detach() - b for p, b in zip(step.posterior.parameters(), before)]
+            lengths.append(torch.cat([m.flatten() for m in moved]).norm().item())
+            ends.append(torch.cat([p.detach().flatten() for p in step.posterior.parameters()]))
+    assert lengths[0] == pytest.approx(lengths[1], rel=1e-12) and lengths[0] > 0.1
+    assert lengths[2:] == pytest.approx([0.05, 0.05], rel=1e-4)
+    assert relative_difference(ends[3], ends[2]) < 1e-12
+
+
+def test_a_rank_that_wants_to_stop_tells_all_with_the_next_step(comm):
+    step = make_step(comm)
+    x, y = make_problem(torch.float64)
+    mine = torch.arange(GLOBAL_BATCH_SIZE)[comm.grid.local_examples(GLOBAL_BATCH_SIZE)]
+    assert not step(x[mine], y[mine], GLOBAL_BATCH_SIZE).wants_stop
+    step.wants_stop = comm.grid.rank == comm.grid.world_size - 1
+    before = comm.traffic.num_collectives, comm.traffic.num_object_collectives
+    assert step(x[mine], y[mine], GLOBAL_BATCH_SIZE).wants_stop
+    made = comm.traffic.num_collectives - before[0]
+    assert made == sum(extent > 1 for extent in (comm.grid.sample_size, comm.grid.data_size))
+    assert comm.traffic.num_object_collectives == before[1]
+
+
+def test_a_tree_of_tensors_reaches_all_ranks(comm):
+    mine = comm.grid.rank
+    tree = {"a": [torch.full((3,), mine), {"b": torch.tensor(float(mine))}], "n": mine, "none": None}
+    got = comm.broadcast_tree(tree if mine == comm.grid.world_size - 1 else None, comm.grid.world_size - 1)
+    root = comm.grid.world_size - 1
+    assert got["a"][0].tolist() == [root] * 3 and got["a"][1]["b"].item() == root
+    assert got["n"] == root and got["none"] is None
