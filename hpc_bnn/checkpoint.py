@@ -110,6 +110,17 @@ class CheckpointStore:
                 logger.error("%s: the one before it is used", error)
         return None
 
+    def load_best(self) -> dict[str, Any] | None:
+        """Return the state with the least metric, on the CPU; None where no checkpoint has one.
+
+        Raises
+        ------
+        DataError
+            It is damaged.
+        """
+        note = _best(self.notes())
+        return None if note is None else self.load(note)
+
     def load(self, note: Note) -> dict[str, Any]:
         """Return the state of a checkpoint, on the CPU.
 
@@ -152,8 +163,7 @@ class CheckpointStore:
 
     def _prune(self) -> None:
         notes = self.notes()
-        measured = [note for note in notes if note.metric is not None]
-        best = min(measured, key=lambda note: (note.metric, note.step), default=None)
+        best = _best(notes)
         for note in notes[self.keep_last :]:
             if note != best:
                 path = self.directory / note.file
@@ -165,6 +175,11 @@ class CheckpointStore:
         for path in self.directory.iterdir():  # left by a process that was killed
             if path.name.startswith(".step-") or (path.suffix == ".pt" and path.name not in known):
                 path.unlink(missing_ok=True)
+
+
+def _best(notes: list[Note]) -> Note | None:
+    measured = [note for note in notes if note.metric is not None]
+    return min(measured, key=lambda note: (note.metric, note.step), default=None)
 
 
 def write_atomically(path: Path, content: bytes) -> None:

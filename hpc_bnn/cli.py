@@ -6,7 +6,8 @@ import logging
 import socket
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import jsonargparse
 from tqdm import tqdm
@@ -31,6 +32,16 @@ def build_parser() -> jsonargparse.ArgumentParser:
     train.add_argument("--config", action="config", help="YAML file; flags given after it override it.")
     train.add_class_arguments(Config, fail_untyped=True)
     commands.add_subcommand("train", train)
+    evaluate = _Parser(description="Evaluate a trained network with all samples of all ranks.")
+    evaluate.add_argument(
+        "run", type=str, metavar="RUN_DIR", help="Directory of the run; flags override its config."
+    )
+    evaluate.add_argument("--config", action="config", help="By default RUN_DIR/config.yaml.")
+    evaluate.add_argument(
+        "--which", type=Literal["newest", "best"], default="newest", help="Checkpoint (default: newest)."
+    )
+    evaluate.add_class_arguments(Config, fail_untyped=True)
+    commands.add_subcommand("evaluate", evaluate)
     verify = _Parser(description="Compare the files of a shard directory with its manifest.")
     verify.add_argument("shards", type=str, metavar="SHARD_DIR", help="Directory with a manifest.json.")
     commands.add_subcommand("verify", verify)
@@ -54,12 +65,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
 
     def work() -> int:
+        words = list(sys.argv[1:] if arguments is None else arguments)
+        given = {word.split("=")[0] for word in words}
+        if words[:1] == ["evaluate"] and len(words) > 1 and not words[1].startswith("-"):
+            words[2:2] = ["--config", str(Path(words[1], "config.yaml"))]  # flags behind it override it
         parser = build_parser()
-        parsed = parser.parse_args(arguments)
+        parsed = parser.parse_args(words)
         command = parsed.subcommand
         options = parser.instantiate(parsed)[command]
-        given = {argument.split("=")[0] for argument in (sys.argv[1:] if arguments is None else arguments)}
-        return {"train": _train, "verify": _verify, "stage": _stage}[command](options, given)
+        commands = {"train": _train, "evaluate": _evaluate, "verify": _verify, "stage": _stage}
+        return commands[command](options, given)
 
     return run_and_report("hpc-bnn", work)
 
@@ -91,11 +106,7 @@ def _train(options: jsonargparse.Namespace, given: set[str]) -> int:
     from .report import write_plots
     from .train import Run, check
 
-    values = options.as_dict()
-    values.pop("config", None)
-    config = Config(**values)
-    if "--data.shards" in given and "--data.prepare" not in given:
-        config.data.prepare = None  # the script of the config file belongs to the shards of the config file
+    config = _make_config(options, given)
     check(config, comm.world_size())  # before the first collective
     grid_comm = comm.connect(config.grid.sample_size, config.device, config.grid.reduction)
     run = Run(config, grid_comm)
@@ -111,6 +122,34 @@ def _train(options: jsonargparse.Namespace, given: set[str]) -> int:
             print(f"{', '.join(metrics)}, {summary['seconds']:.1f} s\n{run.run_dir}/summary.json")
             for path in plots:
                 print(path)
+    return 0
+
+
+def _make_config(options: jsonargparse.Namespace, given: set[str]) -> Config:
+    values = options.as_dict()
+    for name in ("config", "run", "which"):
+        values.pop(name, None)
+    config = Config(**values)
+    if "--data.shards" in given and "--data.prepare" not in given:
+        config.data.prepare = None  # the script of the config file belongs to the shards of the config file
+    return config
+
+
+def _evaluate(options: jsonargparse.Namespace, given: set[str]) -> int:
+    from .train import Run, check
+
+    config = _make_config(options, given)
+    config.run_dir, num_ranks = options.run, comm.world_size()
+    if "--grid.sample_size" not in given:  # the samples over as many ranks as there are samples for
+        sizes = [size for size in range(1, num_ranks + 1) if num_ranks % size == 0]
+        config.grid.sample_size = max(size for size in sizes if size <= max(config.num_samples, 1))
+    check(config, num_ranks)
+    grid_comm = comm.connect(config.grid.sample_size, config.device, config.grid.reduction)
+    run = Run(config, grid_comm)
+    result = run.evaluate(options.which)
+    if run.is_writer:
+        print("\n".join(f"{name} {value}" for name, value in result.items()))
+        print(run.run_dir / "evaluation.json")
     return 0
 
 

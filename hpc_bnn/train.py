@@ -224,6 +224,40 @@ class Run:
                 write_atomically(self.run_dir / "summary.json", text.encode())
         return summary, examples
 
+    def evaluate(self, which: str = "newest") -> dict[str, Any]:
+        """Evaluate the newest or the best checkpoint on the test split, and write RUN_DIR/evaluation.json.
+
+        Returns
+        -------
+        dict
+            Metrics, and what they are of; the same on all ranks.
+        """
+        state, store = None, self.checkpoints
+        with self.comm.agree(f"reading {store.directory}"):
+            if self.is_writer:
+                state = store.load_best() if which == "best" else store.load_newest()
+                if state is None:
+                    raise DataError(
+                        f"{store.directory} holds no sound checkpoint with which to evaluate ({which})"
+                    )
+        state = self.comm.broadcast_tree(state)
+        with self.comm.agree("restoring the checkpoint"):
+            self._restore(state)
+        metrics, _ = self._evaluate()
+        config = self.config
+        result = {
+            **metrics,
+            "checkpoint": f"step {self.step.num_steps}",
+            "num_test_samples": config.num_test_samples,
+            "data": f"{config.data.shards}, {config.data.test_split}",
+        }
+        with self.comm.agree(f"writing {self.run_dir}"):
+            if self.is_writer:
+                write_atomically(
+                    self.run_dir / "evaluation.json", (json.dumps(result, indent=1) + "\n").encode()
+                )
+        return result
+
     def _train_epochs(self) -> tuple[dict[str, Any], ShownClasses | ShownValues | None]:
         """Train to the end of the run; return the last row, and what its evaluation has shown."""
         row, shown, before = self.place.row, None, self.place.run_seconds
@@ -343,6 +377,13 @@ class Run:
         if state is not None:
             with self.comm.agree("restoring the checkpoint"):
                 self._restore(state)
+            if self.is_writer:
+                logger.info(
+                    "going on from the checkpoint of step %d: epoch %d, batch %d",
+                    self.step.num_steps,
+                    self.place.epoch + 1,
+                    self.place.num_batches + 1,
+                )
         if self.is_writer:
             logger.info(
                 "grid %s, %d samples, %d examples per step, %s over %d weights, KL: %s, reading %s, %s, %s",
@@ -404,13 +445,6 @@ class Run:
         self.schedule.load_state_dict(state["schedule"])
         self.step.num_steps = state["num_steps"]
         self.place = _Place(**state["place"])
-        if self.is_writer:
-            logger.info(
-                "going on from the checkpoint of step %d: epoch %d, batch %d",
-                self.step.num_steps,
-                self.place.epoch + 1,
-                self.place.num_batches + 1,
-            )
 
     # --- stopping -----------------------------------------------------------------------------------
 

@@ -212,3 +212,22 @@ def test_learning_rates():
     assert course(schedule="cosine") == [1, 0.975528, 0.904508, 0.345492, 0]
     assert course(schedule="cosine", warmup_epochs=2) == [0, 0.5, 1, 0.5, 0]
     assert course(schedule="step", decay=0.5, decay_every_epochs=2) == [1, 1, 0.5, 0.125, 0.03125]
+
+
+def test_evaluation_of_the_newest_and_the_best_checkpoint(digits, tmp_path, capsys):
+    assert train(digits, tmp_path, "--test_every_epochs", 1, "--checkpoint.keep_last", 1) == 0
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    best = min(rows, key=lambda row: row["test/nll"])
+    for which, row in (("newest", rows[-1]), ("best", best)):
+        assert main(["evaluate", str(tmp_path), "--which", which]) == 0
+        found = json.loads((tmp_path / "evaluation.json").read_text())
+        assert found["checkpoint"] == f"step {row['step']}"
+        assert {name: found[name] for name in row if name.startswith("test/")} == {
+            name: value for name, value in row.items() if name.startswith("test/")
+        }
+    assert main(["evaluate", str(tmp_path), "--num_test_samples", "9", "--data.test_split", "train"]) == 0
+    assert json.loads((tmp_path / "evaluation.json").read_text())["num_test_samples"] == 9
+    for path in (tmp_path / "checkpoints").iterdir():
+        path.unlink()
+    assert main(["evaluate", str(tmp_path)]) == 1
+    assert "holds no sound checkpoint" in capsys.readouterr().err

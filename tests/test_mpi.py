@@ -220,6 +220,10 @@ def test_a_run_goes_on_across_grids(mpirun, digits, tmp_path, family):
     assert model.keys() == whole.keys()
     for name, value in model.items():
         assert (value - whole[name]).norm() <= 1e-11 * whole[name].norm(), name  # 40 steps: rounding adds up
+    done = mpirun(2, "-m", "hpc_bnn", "evaluate", tmp_path / "parts")
+    assert done.returncode == 0, done.stderr
+    evaluated = json.loads((tmp_path / "parts/evaluation.json").read_text())
+    assert evaluated["test/nll"] == pytest.approx(summary["test/nll"], rel=1e-12)
 
 
 def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(mpirun, digits, tmp_path):
