@@ -142,13 +142,10 @@ def load(
 
 
 def prepare(options: argparse.Namespace, comm: GridComm) -> None:
-    held_out = options.num_validation
-    common.check("--num-validation", held_out, 0 <= held_out < 50_000, "must be in 0..49999", "Try 5000")
+    parts = common.hold_out(options, 50_000)
     with comm.agree("reading CIFAR-10"):
         x, y = load(options.source)
         key = common.checksums(*find_files(options.source))
-    share = held_out / 50_000
-    parts = common.draw_split(50_000, {"validation": share, "train": 1 - share}, options.seed)
     parts["test"] = np.arange(50_000, 60_000)
     common.write(
         comm,
@@ -167,13 +164,7 @@ def prepare(options: argparse.Namespace, comm: GridComm) -> None:
 def make_parser() -> argparse.ArgumentParser:
     parser = common.make_parser(__doc__)
     common.add_source(parser, "archive or directory as above", metavar="PATH")
-    parser.add_argument(
-        "--num-validation",
-        type=int,
-        default=0,
-        metavar="N",
-        help="training images held out as the split 'validation', chosen by --seed (default: %(default)s)",
-    )
+    common.add_num_validation(parser)
     return parser
 
 

@@ -115,6 +115,25 @@ def draw_split(num_items: int, shares: dict[str, float], seed: int) -> dict[str,
     return {name: np.sort(order[list(part)]) for name, part in cut(num_items, shares).items()}
 
 
+def add_num_validation(parser: argparse.ArgumentParser) -> None:
+    """Add the flag ``--num-validation``."""
+    parser.add_argument(
+        "--num-validation",
+        type=int,
+        default=0,
+        metavar="N",
+        help="training images held out as the split 'validation', chosen by --seed (default: %(default)s)",
+    )
+
+
+def hold_out(options: argparse.Namespace, num_train: int) -> dict[str, np.ndarray]:
+    """Return the indices of the splits train and, with ``--num-validation``, validation."""
+    number = options.num_validation
+    check("--num-validation", number, 0 <= number < num_train, f"must be in 0..{num_train - 1}", "Try 5000")
+    share = number / num_train
+    return draw_split(num_train, {"validation": share, "train": 1 - share}, options.seed)
+
+
 def checksums(*paths: Path) -> list[str]:
     """Return the SHA-256 of source files, for the key of a preparation; `DataError` where one cannot be read."""
     try:

@@ -39,13 +39,10 @@ def read_idx(directory: Path, name: str) -> np.ndarray:
 
 
 def prepare(options: argparse.Namespace, comm: GridComm) -> None:
-    held_out = options.num_validation
-    common.check("--num-validation", held_out, 0 <= held_out < 60_000, "must be in 0..59999", "Try 5000")
+    parts = common.hold_out(options, 60_000)
     with comm.agree("reading MNIST"):
         arrays = [read_idx(options.source, name) for name in FILES]
     x, y, x_test, y_test = (a[:, None] if a.ndim == 3 else a.astype(np.int64) for a in arrays)
-    share = held_out / len(x)
-    parts = common.draw_split(len(x), {"validation": share, "train": 1 - share}, options.seed)
     splits = {name: (x[part], y[part]) for name, part in sorted(parts.items())}
     common.write(
         comm,
@@ -62,11 +59,5 @@ def prepare(options: argparse.Namespace, comm: GridComm) -> None:
 if __name__ == "__main__":
     parser = common.make_parser(__doc__)
     common.add_source(parser, "directory of the four IDX files", metavar="DIR")
-    parser.add_argument(
-        "--num-validation",
-        type=int,
-        default=0,
-        metavar="N",
-        help="training images held out as the split 'validation', chosen by --seed (default: %(default)s)",
-    )
+    common.add_num_validation(parser)
     common.run(parser, prepare)

@@ -9,6 +9,8 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Augmentation": "data",
+    "BatchLoader": "data",
     "Bernoulli": "likelihoods",
     "Categorical": "likelihoods",
     "Config": "config",
@@ -18,6 +20,7 @@ _HOMES = {
     "DeterministicNetwork": "posteriors",
     "Energy": "objectives",
     "evaluate_dataset": "evaluate",
+    "Examples": "data",
     "Gathered": "objectives",
     "Gaussian": "likelihoods",
     "GaussianPrior": "posteriors",

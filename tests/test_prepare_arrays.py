@@ -14,14 +14,12 @@ import tracemalloc
 import h5py
 import numpy as np
 import pytest
-from conftest import REPOSITORY, SHARED_DATA
+from conftest import SHARED_DATA
+from preparation import check_statistics, prepare, shared, stored
 
-from hpc_bnn.comm import GridComm
-from hpc_bnn.data import Manifest, verify_shards
+from hpc_bnn.data import verify_shards
 from hpc_bnn.errors import ConfigError, DataError, HpcBnnError
-from hpc_bnn.grid import Grid
 
-sys.path.insert(0, str(REPOSITORY / "data_prep"))
 pytest.importorskip("xarray")
 pytest.importorskip("PIL")
 import arrays
@@ -29,40 +27,6 @@ import cifar10
 import weather
 import xarray
 from PIL import Image
-
-
-def prepare(script, output, *flags):
-    """Run a script in this process; return the manifest and x, y of each split."""
-    options = script.make_parser().parse_args(["--output", str(output), *map(str, flags)])
-    script.prepare(options, GridComm(Grid(1, 1, 0)))
-    return stored(output)
-
-
-def stored(directory):
-    """Return the manifest, and x and y of each split as they stand in the files."""
-    manifest, splits = Manifest.read(directory), {}
-    for split, shards in manifest.splits.items():
-        parts = []
-        for shard in shards:
-            with h5py.File(directory / shard.file) as file:
-                parts.append((file["x"][()], file["y"][()]))
-        splits[split] = tuple(np.concatenate(pair) for pair in zip(*parts))
-    return manifest, splits
-
-
-def shared(*path):
-    source = SHARED_DATA.joinpath(*path)
-    if not source.exists():
-        pytest.skip("the shared data sets are not beside this clone")
-    return source
-
-
-def check_statistics(found, array):
-    """Compare statistics with those of an array [n, channels, ...]."""
-    dims = (0, *range(2, array.ndim))
-    np.testing.assert_allclose(found.mean, array.mean(dims, dtype=np.float64), rtol=1e-7, atol=1e-7)
-    np.testing.assert_allclose(found.std, array.std(dims, dtype=np.float64), rtol=1e-6)
-
 
 # --- weather -------------------------------------------------------------------------------------------
 
@@ -93,8 +57,8 @@ def test_two_ranks_write_the_temperature_of_the_file(mpirun, tmp_path):
         assert np.array_equal(y, part[7:, None])
         begin += num_times
     assert begin == len(raw) and len(manifest.splits["train"]) == 6
-    check_statistics(manifest.statistics["x"], splits["train"][0])
-    check_statistics(manifest.statistics["y"], splits["train"][1])
+    check_statistics(manifest, splits["train"][0])
+    check_statistics(manifest, y=splits["train"][1])
     assert manifest.arrays["x"].channels == ("t2m t-1", "t2m")
     weights = np.array(manifest.target_weights)
     assert weights.shape == (33, 1) and np.isclose(weights.mean(), 1)
@@ -356,7 +320,7 @@ def test_two_ranks_decode_the_images_of_the_file(mpirun, tmp_path):
     assert y.dtype == np.int64 and np.array_equal(y, raw["test_labels"]) and manifest.num_classes == 10
     labels = np.concatenate([splits["train"][1], splits["validation"][1]])
     assert np.bincount(labels).tolist() == [300] * 10  # each run of ten is balanced
-    check_statistics(manifest.statistics["x"], splits["train"][0])
+    check_statistics(manifest, splits["train"][0])
 
 
 def test_held_out_images_are_dealt_by_the_seed_and_no_statistics_come_from_them(tmp_path):
@@ -388,7 +352,7 @@ def test_held_out_images_are_dealt_by_the_seed_and_no_statistics_come_from_them(
     }
     assert sorted(row for part in rows.values() for row in part) == list(range(4000))
     assert all(np.array_equal(y, labels[rows[split]]) for split, (_, y) in splits.items())
-    check_statistics(manifest.statistics["x"], images[rows["train"]].transpose(0, 3, 1, 2))
+    check_statistics(manifest, images[rows["train"]].transpose(0, 3, 1, 2))
     wild = images.copy()
     wild[rows["test"] + rows["validation"]] = 255
     np.savez(tmp_path / "wild.npz", images=wild, labels=labels)
@@ -417,8 +381,8 @@ def test_pairs_of_npy_files_become_numbers(tmp_path):
     found = np.concatenate([splits["train"][0], held[0]])[order, 0]
     assert np.array_equal(found, x[np.argsort(y)].astype(np.float32))
     assert np.array_equal(splits["test"][0][:, 0], (x[:9] * 100).astype(np.float32))
-    check_statistics(manifest.statistics["x"], splits["train"][0])
-    check_statistics(manifest.statistics["y"], splits["train"][1])
+    check_statistics(manifest, splits["train"][0])
+    check_statistics(manifest, y=splits["train"][1])
 
 
 def test_npy_files_stay_on_disk(tmp_path):
@@ -718,7 +682,7 @@ def test_the_script_writes_60000_images_with_two_ranks(mpirun, tmp_path):
     }
     assert sorted(rows["train"] + rows["validation"]) == list(range(50_000))
     assert all(np.array_equal(splits[split][1], labels[rows[split]]) for split in rows)
-    check_statistics(manifest.statistics["x"], splits["train"][0])
+    check_statistics(manifest, splits["train"][0])
     assert manifest.num_classes == 10 and manifest.details["classes"][6] == "frog"
     assert set(manifest.statistics) == {"x"} and manifest.arrays["x"].channels == ("red", "green", "blue")
     shutil.rmtree(source)

@@ -6,72 +6,25 @@ import hashlib
 import json
 import logging
 import math
-import subprocess
-import sys
 from datetime import datetime, timedelta, timezone
 
-import h5py
 import numpy as np
+import preparation
 import pytest
-from conftest import REPOSITORY, SHARED_DATA
+from preparation import check_statistics, shared, start, stored
 from sklearn.datasets import load_diabetes, load_iris, load_wine
 
-from hpc_bnn.comm import GridComm
 from hpc_bnn.data import Manifest, verify_shards
 from hpc_bnn.errors import ConfigError, DataError
-from hpc_bnn.grid import Grid
 
-sys.path.insert(0, str(REPOSITORY / "data_prep"))
 pytest.importorskip("pandas")
 import tabular
 import timeseries
 
 
-def start(script, *flags):
-    """Run a script in a process of its own."""
-    return subprocess.run(
-        [sys.executable, f"data_prep/{script}.py", *map(str, flags)],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-
-
 def prepare(script, source, output, *flags):
-    """Run a script in this process; return the manifest and x, y of each split."""
-    options = script.make_parser().parse_args(
-        ["--source", str(source), "--output", str(output), *map(str, flags)]
-    )
-    script.prepare(options, GridComm(Grid(1, 1, 0)))
-    return stored(output)
-
-
-def stored(directory):
-    """Return the manifest, and x and y of each split as they stand in the files."""
-    manifest, splits = Manifest.read(directory), {}
-    for split, shards in manifest.splits.items():
-        parts = []
-        for shard in shards:
-            with h5py.File(directory / shard.file) as file:
-                parts.append((file["x"][()], file["y"][()]))
-        splits[split] = tuple(np.concatenate(arrays) for arrays in zip(*parts))
-    return manifest, splits
-
-
-def check_statistics(manifest, x, y):
-    """Compare the statistics of x [n, channels, ...] and y with those of the manifest."""
-    for found, array in ((manifest.statistics["x"], x), (manifest.statistics["y"], y)):
-        dims = (0, *range(2, array.ndim))
-        np.testing.assert_allclose(found.mean, array.mean(dims, dtype=np.float64), rtol=1e-9, atol=1e-9)
-        np.testing.assert_allclose(found.std, array.std(dims, dtype=np.float64), rtol=1e-9, atol=1e-9)
-
-
-def shared(*path):
-    source = SHARED_DATA.joinpath(*path)
-    if not source.exists():
-        pytest.skip("the shared data sets are not beside this clone")
-    return source
+    """Run a script in this process on a source; return the manifest and x, y of each split."""
+    return preparation.prepare(script, output, "--source", source, *flags)
 
 
 def write_rows(path, header, rows, separator=","):
