@@ -16,6 +16,7 @@ from hpc_bnn.cli import run_and_report
 from hpc_bnn.comm import GridComm, connect_for_files, finalize
 from hpc_bnn.data import Examples, Manifest, write_shards
 from hpc_bnn.data.manifest import sha256_of_file
+from hpc_bnn.data.writer import sha256_of_key
 from hpc_bnn.errors import ConfigError, DataError, Fault
 
 
@@ -168,6 +169,13 @@ def write(
     flags = {
         k: str(v) for k, v in vars(options).items() if k not in ("output", "force", "source", "split_file")
     }
+    key = None if key is None else [key, flags]
+    with comm.agree(f"looking at {options.output}"):
+        is_there = not options.force and _is_there(options.output, key)
+    if any(comm.gather_objects(is_there)):
+        if comm.grid.rank == 0:
+            print(f"{options.output} is already there (--force writes it again)")
+        return
 
     def progress(files: Iterable) -> Iterable:
         hidden = None if comm.grid.rank == 0 else True  # None: off where stderr is no terminal
@@ -178,7 +186,7 @@ def write(
         splits,
         examples_per_shard=options.examples_per_shard,
         compression=options.compression,
-        key=None if key is None else [key, flags],
+        key=key,
         comm=comm,
         progress=progress,
         **facts,
@@ -190,27 +198,26 @@ def write(
             )
 
 
-def run(parser: argparse.ArgumentParser, prepare: Callable[[argparse.Namespace, GridComm], None]) -> None:
-    """Run a script on one rank or many; an error on which all agree is said once, and ends it with exit code 1 or 2.
+def _is_there(directory: Path, key: Any) -> bool:
+    """Whether the shards of a key stand in a directory; `ConfigError` where others do."""
+    try:
+        former = Manifest.read(directory)
+    except DataError:
+        return False
+    same = key is not None and former.key_sha256 == sha256_of_key(key)
+    rule = f"it holds shards of {former.name} that were prepared from another source or with other flags"
+    check("--output", directory, same, rule, "Name another directory, or write it anew with --force")
+    return True
 
-    Nothing is done where the shards are there already.
-    """
+
+def run(parser: argparse.ArgumentParser, prepare: Callable[[argparse.Namespace, GridComm], None]) -> None:
+    """Run a script on one rank or many; an error on which all agree is said once, and ends it with exit code 1 or 2."""
 
     def work() -> int:
         options = parser.parse_args()
         number = options.examples_per_shard
         check("--examples-per-shard", number, number is None or number >= 1, "must be at least 1", "Try 1000")
-        comm = connect_for_files()
-        if not options.force:
-            try:
-                Manifest.read(options.output)
-            except DataError:
-                pass
-            else:
-                if comm.grid.rank == 0:
-                    print(f"{options.output} is already there (--force writes it again)")
-                return 0
-        prepare(options, comm)
+        prepare(options, connect_for_files())
         return 0
 
     code = run_and_report(parser.prog, work)

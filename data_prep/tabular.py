@@ -37,11 +37,11 @@ SPLITS = ("train", "validation", "test")
 # --- the table -----------------------------------------------------------------------------------------
 
 
-def guess_separator(path: Path) -> str:
+def guess_separator(path: Path, encoding: str) -> str:
     """Return the separator that the suffix or the first line tells."""
     if path.suffix in (".tsv", ".tab"):
         return "tab"
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding=encoding) as file:
         line = next((line for line in file if line.strip()), "")
     return next((word for word, sign in SEPARATORS.items() if sign in line.strip()), "whitespace")
 
@@ -65,17 +65,18 @@ def read_table(options: argparse.Namespace):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", too_long)
-            how = {"sep": SEPARATORS[options.separator or guess_separator(path)], "skipinitialspace": True}
+            how = {"sep": SEPARATORS[options.separator or guess_separator(path, options.encoding)]}
+            how |= {"skipinitialspace": True, "decimal": options.decimal, "encoding": options.encoding}
             header = options.header
             if header is None:
                 first = pandas.read_csv(path, header=None, nrows=1, dtype=str, keep_default_na=False, **how)
                 header = not any(map(is_number, first.iloc[0]))
             how |= {"header": 0 if header else None, "index_col": False, "low_memory": False}
             table = pandas.read_csv(path, na_values="?", **how)
-    except (OSError, ValueError, too_long) as error:
+    except (OSError, ValueError, LookupError, too_long) as error:
         raise DataError(
             f"--source {path}: it cannot be read as a table ({error}). Say how it is written by --separator, "
-            "--header or --no-header"
+            "--encoding, --header or --no-header"
         ) from error
     if len(table) == 0:
         raise DataError(f"--source {path}: it has no rows below the header. Give --no-header if it has none")
@@ -196,9 +197,25 @@ def encode_classes(column) -> tuple[np.ndarray, dict[str, int]]:
     import pandas
 
     y, values = pandas.factorize(column.convert_dtypes(), sort=True)
+    if column.dtype.kind == "f" and (column % 1 != 0).any():
+        raise DataError(
+            f"--target {column.name}: it holds numbers such as {column[column % 1 != 0].iloc[0]}, no classes. "
+            "Leave out --classes"
+        )
     if len(values) < 2:
         raise DataError(f"--target {column.name}: all rows have the same class {values[0]}. Choose another")
     return y.astype(np.int64), {str(value): number for number, value in enumerate(values)}
+
+
+def check_classes(target: str, y: np.ndarray, classes: dict[str, int], parts: dict[str, np.ndarray]) -> None:
+    """Raise `DataError` where the training split lacks a class."""
+    lacking = sorted(set(classes.values()) - set(y[parts["train"]]))
+    if lacking:
+        names = [name for name, number in classes.items() if number in lacking]
+        raise DataError(
+            f"--target {target}: no row of the training split has the class {names[0]} ({len(lacking)} classes are "
+            "lacking there). Leave out such rows, or put one into it by --split-file"
+        )
 
 
 def encode_numbers(table) -> np.ndarray:
@@ -224,6 +241,7 @@ def prepare(options: argparse.Namespace, comm: GridComm) -> None:
         parts, table = choose_rows(options, kept), table[kept]
         if options.classes:
             y, classes = encode_classes(table[targets[0]])
+            check_classes(targets[0], y, classes, parts)
             facts = {"num_classes": len(classes), "details": {"classes": classes}}
         else:
             y, facts = encode_numbers(table[targets]), {}
@@ -250,6 +268,8 @@ def make_parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         help="whether the first line holds the names of the columns (default: it does if none is a number)",
     )
+    add("--decimal", default=".", metavar="SIGN", help="of numbers: '.' or ',' (default: %(default)s)")
+    add("--encoding", default="utf-8", metavar="NAME", help="of the text (default: %(default)s)")
     add("--target", nargs="+", required=True, metavar="COLUMN", help="to predict")
     add("--features", nargs="+", metavar="COLUMN", help="inputs (default: all other columns)")
     add("--classes", action="store_true", help="the target is a class (default: targets are numbers)")

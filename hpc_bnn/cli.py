@@ -176,8 +176,8 @@ def _stage(options: jsonargparse.Namespace, given: set[str]) -> int:
     if options.clean:
         stays = unstage_shards(options.destination, ranks)
         if ranks.local_rank == 0:
-            kept = f" (not of it, and kept: {', '.join(stays)})" if stays else ""
-            print(f"{host}: {options.destination} removed{kept}")
+            kept = f"; kept, as not of it: {', '.join(stays)}" if stays else ""
+            print(f"{host}: nothing that was staged is left in {options.destination}{kept}")
         return 0
     staged = stage_shards(
         options.source,

@@ -104,7 +104,8 @@ class LikelihoodConfig:
     """What the network's outputs say about a target."""
 
     name: Literal["auto", "categorical", "bernoulli", "gaussian", "student_t", "poisson", "implicit"] = "auto"
-    """Distribution of a target; auto: categorical for classes, otherwise gaussian; implicit for crps and energy."""
+    """Distribution of a target; auto: implicit for the objectives crps and energy, otherwise categorical for classes
+    and gaussian for numbers."""
     scale: float | Literal["learned", "heteroscedastic"] = "heteroscedastic"
     """Scale of gaussian and student_t: a number (units of the targets, normalised where the shards have their
     statistics), one learned per target, or an output of the network."""
@@ -380,7 +381,7 @@ class Config:
             yield (
                 "likelihood.name",
                 likelihood.name,
-                likelihood.name == "implicit",
+                likelihood.name in ("auto", "implicit"),
                 rule,
                 "Use --likelihood.name implicit",
             )

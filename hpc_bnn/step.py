@@ -190,6 +190,11 @@ class VariationalStep:
         """
         posterior, comm = self.posterior, self.comm
         x = SharedView(x) if isinstance(x, Tensor) else x
+        if x.num_samples not in (None, self.num_samples):
+            rule = f"the views are made for {x.num_samples} samples"
+            raise ConfigError(
+                Fault("--num_samples", self.num_samples, rule, "Make them for as many as the step has")
+            )
         posterior.batch_norms.sum_over_data = lambda tensor: comm.sum_(tensor, "data")
         mine = samples = comm.grid.local_samples(self.num_samples)
         counts_samples = posterior.kl_kind in ("Monte Carlo", "point") and self._prior_share > 0

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -144,17 +144,16 @@ class Run:
         )
 
     def _build_likelihood(self) -> Likelihood:
-        manifest = self.manifest
-        return build_likelihood(self.config.likelihood, manifest.num_classes, manifest.arrays["y"].shape)
+        config, manifest = self.config.likelihood, self.manifest
+        if config.name == "auto" and self.config.objective.name in ("crps", "energy"):
+            config = replace(config, name="implicit")
+        return build_likelihood(config, manifest.num_classes, manifest.arrays["y"].shape)
 
     def _build_augmentation(self) -> Augmentation | None:
         config = self.config
         with self.comm.agree("making the augmentation"):
             return build_augmentation(
-                config.augmentation,
-                num_samples=config.num_samples,
-                seed=config.seed,
-                num_classes=self.manifest.num_classes,
+                config.augmentation, self.manifest, num_samples=config.num_samples, seed=config.seed
             )
 
     def _build_objective(self) -> Objective:

@@ -6,8 +6,9 @@ import pytest
 import torch
 from scipy import stats
 
+from hpc_bnn import Categorical, Grid, GridComm, MeanFieldGaussian, VariationalStep
 from hpc_bnn.config import AugmentationConfig
-from hpc_bnn.data import Augmentation, Batch
+from hpc_bnn.data import ArraySpec, Augmentation, Batch, Manifest
 from hpc_bnn.data.augment import Crop, Erase, ExampleRandom, Flip, Mask, Mixup, Noise, build_augmentation
 from hpc_bnn.errors import ConfigError
 from hpc_bnn.noise import Stream, keyed_uniform
@@ -175,6 +176,12 @@ def test_samples_of_a_group_see_the_same_view(kind, groups):
     assert len(views) == 3 and torch.equal(views.of(5), seen[5])  # made again: the same
 
 
+def about(x, y=()):
+    """A manifest of examples of these shapes."""
+    arrays = {"x": ArraySpec(x, "float32"), "y": ArraySpec(y, "float32")}
+    return Manifest("toy", "test", "none", arrays, {}, {})
+
+
 def scaled(x, random):
     """A user's transform."""
     return x * random.uniform(1, 1, 1)
@@ -198,11 +205,11 @@ def test_transforms_by_name_and_import_path():
             {"name": f"{__name__}.Halve", "factor": 0.5},
         ]
     )
-    augmentation = build_augmentation(config, num_samples=2, seed=0, num_classes=None)
+    augmentation = build_augmentation(config, about((1, 4, 4)), num_samples=2, seed=0)
     batch = Batch(torch.ones(6, 1, 4, 4), torch.zeros(6), torch.arange(6), 6)
     out = augmentation(batch, epoch=0)[0].of(1)
     assert out.shape == (6, 1, 4, 4) and out.max() <= 0.5 and out.std() > 0.01
-    assert build_augmentation(AugmentationConfig(), num_samples=2, seed=0, num_classes=None) is None
+    assert build_augmentation(AugmentationConfig(), about((1, 4, 4)), num_samples=2, seed=0) is None
 
 
 @pytest.mark.parametrize(
@@ -211,19 +218,59 @@ def test_transforms_by_name_and_import_path():
         ({"name": "cropp"}, ["cropp", "crop, flip"]),
         ({"padding": 3}, ["None", "Try {name: flip}"]),
         ({"name": "crop", "pad": 3}, ["pad", "Mend"]),
-        ({"name": "crop", "padding": 0}, ["padding: 0", "at least 1"]),
+        ({"name": "crop", "padding": 0}, ["padding: 0", "whole number from 1 on"]),
         ({"name": "flip", "probability": 2}, ["probability: 2", "between 0 and 1"]),
+        ({"name": "flip", "probability": "high"}, ["probability: high", "a number between 0 and 1"]),
+        ({"name": "crop", "padding": 1.5}, ["padding: 1.5", "whole number"]),
+        ({"name": "mask"}, ["mask", "series [channels, length]", "[1, 8, 8]"]),
         ({"name": "hpc_bnn.nowhere.Thing"}, ["hpc_bnn.nowhere.Thing", "cannot be imported"]),
     ],
 )
 def test_wrong_transforms_are_named(entry, words):
     with pytest.raises(ConfigError) as caught:
-        build_augmentation(AugmentationConfig(transforms=[entry]), num_samples=2, seed=0, num_classes=None)
+        build_augmentation(AugmentationConfig(transforms=[entry]), about((1, 8, 8)), num_samples=2, seed=0)
     assert all(word in str(caught.value) for word in ["--augmentation.transforms", *words]), caught.value
 
 
-def test_a_transform_must_keep_the_shape():
-    augmentation = Augmentation([lambda x, random: x[..., 1:]], num_samples=2)
+def in_place(x, random):
+    return x.mul_(2)
+
+
+@pytest.mark.parametrize(
+    "transform, words",
+    [
+        (lambda x, random: x[..., 1:], "Keep shape and dtype"),
+        (lambda x, random: x.double(), "Keep shape and dtype"),
+        (lambda x, random: None, "returns NoneType"),
+        (in_place, "in_place: it changes its inputs in place"),
+    ],
+)
+def test_a_transform_returns_new_inputs_alike(transform, words):
+    augmentation = Augmentation([transform], num_samples=2)
     batch = Batch(torch.ones(6, 1, 4), torch.zeros(6), torch.arange(6), 6)
-    with pytest.raises(ConfigError, match="Keep the shape"):
+    with pytest.raises(ConfigError, match=words):
         augmentation(batch, epoch=0)[0].of(0)
+
+
+@pytest.mark.parametrize("name", ["flip", "crop"])
+def test_inputs_are_not_moved_where_their_targets_have_places(name):
+    config = AugmentationConfig(transforms=[{"name": name}])
+    with pytest.raises(ConfigError, match="would move the inputs"):
+        build_augmentation(config, about((3, 8, 8), (2, 8, 8)), num_samples=2, seed=0)
+    assert build_augmentation(config, about((3, 8, 8), (2,)), num_samples=2, seed=0) is not None
+
+
+def test_views_and_mixup_are_used_as_they_are_meant():
+    batch = Batch(torch.ones(6, 1, 4), torch.zeros(6, dtype=torch.int64), torch.arange(6), 6)
+    with pytest.raises(ConfigError, match="with_partners"):
+        Augmentation([Mixup()], num_samples=2, num_classes=3)(batch, 0)
+    with pytest.raises(ConfigError, match="persample"):
+        Augmentation([Noise()], "persample", num_samples=2)
+    with pytest.raises(ConfigError, match="num_groups 3"):
+        Augmentation([Noise()], "per_group", num_samples=2, num_groups=3)
+    views, y = Augmentation([Noise()], num_samples=4)(batch, 0)
+    posterior = MeanFieldGaussian(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2)))
+    step = VariationalStep(posterior, Categorical(2), torch.optim.SGD(posterior.parameters(), 0.1), GridComm(Grid()),
+                           num_samples=2, num_train_examples=6)  # fmt: skip
+    with pytest.raises(ConfigError, match="made for 4 samples"):
+        step(views, y, 6)

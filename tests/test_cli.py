@@ -232,7 +232,7 @@ def diabetes(tmp_path_factory):
         ["--likelihood.scale", "learned", "--objective.name", "log_predictive"],
         ["--likelihood.scale", "0.8", "--objective.name", "moment_matched", "--chunk_size", "4"],
         ["--likelihood.name", "student_t", "--kl_annealing.schedule", "cyclical"],
-        ["--likelihood.name", "implicit", "--objective.name", "crps"],
+        ["--objective.name", "crps"],
         ["--likelihood.name", "implicit", "--objective.name", "energy", "--objective.beta", "0.5"],
         ["--likelihood.name", "implicit", "--objective.name", "hpc_bnn.objectives.Crps"],
     ],
@@ -247,7 +247,7 @@ def test_regression_from_the_command_line(diabetes, tmp_path, flags):
     ]) == 0  # fmt: skip
     summary = json.loads((run_dir / "summary.json").read_text())
     assert summary["test/rmse"] < 0.85  # the mean of the training targets has 1.0
-    assert ("test/nll" in summary) == ("implicit" not in flags)
+    assert ("test/nll" in summary) == ("implicit" not in flags and "crps" not in flags)
     coupled = "--objective.name" in flags
     assert summary["objective"]["num_passes"] == (2 if coupled and "--chunk_size" not in flags else 1)
     assert (run_dir / "plots/uncertainty.png").stat().st_size > 1000
@@ -276,6 +276,12 @@ def test_stage_from_the_command_line(diabetes, tmp_path, capsys):
     assert main(["stage", str(diabetes), str(copy)]) == 0
     assert "0 files copied (0.0 MB), 2 kept" in capsys.readouterr().out
     assert main(["verify", str(copy)]) == 0
+    for source, destination in ((copy, diabetes), (diabetes, diabetes), (diabetes, diabetes / "sub")):
+        flags = ["--clean"] if destination == diabetes else []
+        assert main(["stage", str(source), str(destination), *flags]) == 2  # not staged there: not removed
+    assert main(["verify", str(diabetes)]) == 0
+    (copy / "manifest.json").unlink()
+    assert main(["verify", str(copy)]) == 1 and "Stage again" in capsys.readouterr().err
     assert main(["stage", str(diabetes), str(copy), "--clean"]) == 0 and not copy.exists()
     assert main(["stage", str(tmp_path / "nowhere"), str(copy)]) == 1
     assert "data_prep" in capsys.readouterr().err

@@ -149,6 +149,47 @@ def test_a_batch_that_drop_last_leaves_nothing_of(shards):
         BatchLoader(ShardDataset(shards, "train"), Grid(), 24, seed=0, drop_last=True)
 
 
+@pytest.mark.parametrize("label", [-1, 23])
+def test_labels_outside_the_classes_are_refused(tmp_path, label):
+    x, y = toy()
+    y[13] = label
+    with pytest.raises(DataError, match=rf"train, example 13: class {label} is not in 0\.\.22"):
+        write_shards(tmp_path, {"train": (x, y)}, **FACTS, num_classes=23, examples_per_shard=5)
+
+
+@pytest.mark.parametrize("weights", [[1.0, 2.0], [[-1.0], [2.0], [1.0]], [[0.0], [0.0], [0.0]]])
+def test_weights_that_do_not_fit_the_targets_are_refused(tmp_path, weights):
+    y = np.ones((23, 1, 3, 4), np.float32)
+    with pytest.raises(DataError, match="target_weights"):
+        write_shards(tmp_path, {"train": (toy()[0], y)}, **FACTS, target_weights=weights)
+
+
+def test_tensors_and_lists_are_written_too(tmp_path):
+    x, y = toy()
+    write_shards(tmp_path, {"train": (torch.from_numpy(x), y.tolist())}, **FACTS)
+    assert ShardDataset(tmp_path, "train", normalises_targets=False).fetch([3, 1])[1].tolist() == [3, 1]
+
+
+@pytest.mark.parametrize("reading", ["node", "rank"])
+@pytest.mark.parametrize("indices", [[-1], [23], [True] * 23, [0.5]])
+def test_examples_that_are_not_there_are_not_fetched(shards, reading, indices):
+    with pytest.raises(IndexError, match="whole numbers from 0 to 22"):
+        ShardDataset(shards, "train", reading=reading).fetch(torch.tensor(indices))
+
+
+def test_a_loader_refuses_what_it_cannot_do(shards):
+    dataset = ShardDataset(shards, "train")
+    for options, words in (
+        ({"global_batch_size": 0}, "--global_batch_size 0"),
+        ({"global_batch_size": 4, "prefetch": -1}, "--data.prefetch -1"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            BatchLoader(dataset, Grid(), seed=0, **options)
+    for first in (-1, 7):
+        with pytest.raises(ConfigError, match="an epoch has 6 batches"):
+            next(BatchLoader(dataset, Grid(), 4, seed=0).epoch(0, first))
+
+
 def test_constant_channel_is_not_divided_by_zero(tmp_path):
     x, y = toy()
     x[:, 1] = 4
@@ -242,6 +283,9 @@ def test_digits_script_writes_once_and_verifiably(digits):
         cwd=REPOSITORY, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert "already there" in again.stdout
+    other = prepare("digits", "--output", digits, "--seed", 1)
+    assert other.returncode == 2 and "prepared from another source or with other flags" in other.stderr
+    assert Manifest.read(digits) == manifest
     assert json.loads((digits / "manifest.json").read_text())["source"].startswith("scikit-learn")
     train, test = (ShardDataset(digits, split) for split in ("train", "test"))
     images = {bytes(x.numpy()) for x in train.fetch(slice(None))[0]}
@@ -354,7 +398,9 @@ def test_mnist_from_its_files(tmp_path):
     assert labels["test"].bincount().tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
     assert np.isclose(manifest.statistics["x"].mean[0] / 255, 0.1307, atol=5e-4)
     assert np.isclose(manifest.statistics["x"].std[0] / 255, 0.3081, atol=5e-4)
-    assert "already there" in prepare("mnist", "--source", source, "--output", tmp_path / "mnist").stdout
+    flags = ("--source", source, "--output", tmp_path / "mnist")
+    assert "already there" in prepare("mnist", *flags, "--num-validation", 5000).stdout
+    assert "with other flags" in prepare("mnist", *flags).stderr
 
 
 def test_wrong_files_are_not_taken_for_mnist(tmp_path):

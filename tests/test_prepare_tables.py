@@ -491,3 +491,38 @@ def test_two_ranks_write_the_table_that_one_writes(tmp_path, mpirun):
     assert done.returncode == 0, done.stderr
     assert Manifest.read(tmp_path / "two") == alone and verify_shards(tmp_path / "two") == []
     assert str(tmp_path) not in json.dumps((tmp_path / "two" / "manifest.json").read_text())
+
+
+def test_classes_are_classes_and_stand_in_the_training_split(tmp_path):
+    table = tmp_path / "table.csv"
+    table.write_text("a,b\n" + "\n".join(f"{i},{i / 7}" for i in range(1, 30)))
+    with pytest.raises(DataError, match="no classes"):
+        prepare(tabular, table, tmp_path / "out", "--target", "b", "--classes")
+    table.write_text("a,b\n" + "\n".join(f"{i},{i % 2 + (i == 5)}" for i in range(10)))
+    split = tmp_path / "split.txt"
+    split.write_text("\n".join("test" if i == 5 else "train" for i in range(10)))
+    with pytest.raises(DataError, match="no row of the training split has the class 2"):
+        prepare(tabular, table, tmp_path / "out", "--target", "b", "--classes", "--split-file", split)
+
+
+def test_decimal_commas_and_other_encodings(tmp_path):
+    table = tmp_path / "table.csv"
+    table.write_bytes("größe;y\n0,5;1,5\n2,5;-0,25\n1;2\n4;3\n".encode("latin-1"))
+    with pytest.raises(DataError, match="--encoding"):
+        prepare(tabular, table, tmp_path / "out", "--target", "y")
+    flags = (
+        "--target",
+        "y",
+        "--decimal",
+        ",",
+        "--encoding",
+        "latin-1",
+        "--test-fraction",
+        0,
+        "--validation-fraction",
+        0,
+    )
+    manifest, splits = prepare(tabular, table, tmp_path / "out", *flags)
+    assert splits["train"][0].tolist() == [[0.5], [2.5], [1.0], [4.0]]
+    assert splits["train"][1].tolist() == [[1.5], [-0.25], [2.0], [3.0]]
+    assert manifest.arrays["x"].channels == ("größe",)

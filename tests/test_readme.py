@@ -86,3 +86,16 @@ def test_an_objective_that_raises_on_one_rank_ends_its_test(mpirun, tmp_path):
     )
     done = mpirun(4, "-m", "pytest", "-q", tmp_path, timeout=240)
     assert done.returncode != 0 and "deliberate fault" in done.stderr
+
+
+def test_the_loop_of_the_docs_gives_the_same_number_on_every_grid(mpirun, tmp_path):
+    (block,) = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs/data.md").read_text(), flags=re.DOTALL)
+    numbers = []
+    for num_ranks, sample_size in ((1, 1), (4, 2)):
+        program = tmp_path / f"{num_ranks}" / "loop.py"
+        program.parent.mkdir()
+        program.write_text(block.replace('"own_shards"', repr(str(program.parent / "own_shards"))))
+        done = mpirun(num_ranks, program, sample_size)
+        assert done.returncode == 0, done.stderr
+        numbers.append(re.search(r"x \d.*: ([\d.]+)", done.stdout).group(1))
+    assert numbers[0] == numbers[1]

@@ -23,6 +23,7 @@ from ..errors import ConfigError, Fault, import_object
 from ..grid import share
 from ..noise import Stream, keyed_uniform
 from .loader import Batch
+from .manifest import Manifest
 
 ViewKind = Literal["per_sample", "per_group", "shared"]
 
@@ -72,8 +73,11 @@ Transform = Callable[[Tensor, ExampleRandom], Tensor]
 class Crop:
     """Shift an image [C, H, W] by up to ``padding`` pixels in both directions; what comes in from outside is 0."""
 
+    num_dims, moves = 3, True
+
     def __init__(self, padding: int = 4):
-        _check("padding", padding, padding >= 1, "at least 1", "Try 4")
+        fits = isinstance(padding, int) and padding >= 1
+        _check("padding", padding, fits, "a whole number from 1 on", "Try 4")
         self.padding = padding
 
     def __call__(self, x: Tensor, random: ExampleRandom) -> Tensor:
@@ -88,7 +92,9 @@ class Crop:
 
 
 class Flip:
-    """Mirror an image or field left to right with some probability."""
+    """Mirror an image [C, H, W] left to right with some probability."""
+
+    num_dims, moves = 3, True
 
     def __init__(self, probability: float = 0.5):
         self.probability = _probability(probability)
@@ -110,6 +116,8 @@ class Erase:
     max_aspect : float
         Its height is at most so many times its width, and the reverse.
     """
+
+    num_dims = 3
 
     def __init__(
         self,
@@ -145,6 +153,8 @@ class Mask:
     max_share : float
         Its length is uniform up to this share of the series.
     """
+
+    num_dims = 2
 
     def __init__(self, probability: float = 0.5, max_share: float = 0.2):
         self.probability, self.max_share = _probability(probability), _probability(max_share)
@@ -211,6 +221,10 @@ class Mixup:
 
     def mix(self, batch: Batch, random: ExampleRandom, num_classes: int | None) -> tuple[Tensor, Tensor]:
         """Return the mixed inputs [B, ...] and targets [B, ...] or class probabilities [B, C]."""
+        if batch.partners is None or (num_classes is None and not batch.y.is_floating_point()):
+            rule = "it needs the mirrored examples of a batch, and for classes their number"
+            remedy = "Give BatchLoader with_partners=True, and Augmentation num_classes"
+            raise ConfigError(Fault("mixup", f"targets {batch.y.dtype}", rule, remedy))
         other_x, other_y = batch.partners
         y = batch.y
         if num_classes is not None:
@@ -234,6 +248,9 @@ TRANSFORMS: dict[str, type] = {
 class SharedView:
     """Inputs that all samples see alike."""
 
+    num_samples: int | None = None
+    """Samples per step that the views are for; None: any number."""
+
     def __init__(self, x: Tensor):
         self._x = x
         self.device = x.device
@@ -253,13 +270,14 @@ class SharedView:
 class Views(SharedView):
     """Inputs of which samples see different views, made when they are asked for; the last one is kept."""
 
-    def __init__(self, x: Tensor, number: Callable[[int], int], make: Callable[[Tensor, int], Tensor]):
+    def __init__(self, x: Tensor, numbers: Sequence[int], make: Callable[[Tensor, int], Tensor]):
         super().__init__(x)
-        self._number, self._make = number, make
+        self._numbers, self._make = numbers, make
+        self.num_samples = len(numbers)
         self._last: tuple[int, Tensor] | None = None
 
     def number(self, sample: int) -> int:
-        return self._number(sample)
+        return self._numbers[sample]
 
     def of(self, sample: int) -> Tensor:
         number = self.number(sample)
@@ -300,6 +318,15 @@ class Augmentation:
     ):
         self._mixups = [(i, t) for i, t in enumerate(transforms) if isinstance(t, Mixup)]
         self._transforms = [(i, t) for i, t in enumerate(transforms) if not isinstance(t, Mixup)]
+        if kind not in ("per_sample", "per_group", "shared"):
+            raise ConfigError(
+                Fault(
+                    "--augmentation.views", kind, "must be per_sample, per_group or shared", "Try per_sample"
+                )
+            )
+        if kind == "per_group" and not 1 <= num_groups <= num_samples:
+            rule = f"must be between 1 and num_samples, {num_samples}"
+            raise ConfigError(Fault("--augmentation.num_groups", num_groups, rule, "Try 2"))
         if len(self._mixups) > 1:
             raise ConfigError(
                 Fault("--augmentation.transforms", "mixup, mixup", "one mixup is possible", "Drop one")
@@ -320,44 +347,60 @@ class Augmentation:
             random = ExampleRandom(self.seed, epoch, batch.examples, 0, place)
             x, y = mixup.mix(batch, random, self.num_classes)
 
-        def make(x: Tensor, view: int) -> Tensor:
+        def make(inputs: Tensor, view: int) -> Tensor:
+            x, version = inputs, inputs._version
             for place, transform in self._transforms:
-                shape = x.shape
-                x = transform(x, ExampleRandom(self.seed, epoch, batch.examples, view, place))
-                if x.shape != shape:
-                    raise ConfigError(
-                        Fault(
-                            "--augmentation.transforms",
-                            type(transform).__name__,
-                            f"it makes inputs {list(x.shape)} of inputs {list(shape)}",
-                            "Keep the shape",
-                        )
+                before = x
+                x = transform(before, ExampleRandom(self.seed, epoch, batch.examples, view, place))
+                rule = None
+                if inputs._version != version:
+                    rule, remedy = (
+                        "it changes its inputs in place, which other samples see, too",
+                        "Return new ones",
                     )
+                elif not isinstance(x, Tensor):
+                    rule, remedy = f"it returns {type(x).__name__}", "Return a tensor"
+                elif (x.shape, x.dtype) != (before.shape, before.dtype):
+                    rule = f"it makes {x.dtype} {list(x.shape)} of {before.dtype} {list(before.shape)}"
+                    remedy = "Keep shape and dtype"
+                if rule:
+                    name = getattr(transform, "__name__", type(transform).__name__)
+                    raise ConfigError(Fault("--augmentation.transforms", name, rule, remedy))
             return x
 
-        return Views(x, self._numbers.__getitem__, make), y
+        return Views(x, self._numbers, make), y
 
 
 def build_augmentation(
-    config: AugmentationConfig, *, num_samples: int, seed: int, num_classes: int | None
+    config: AugmentationConfig, manifest: Manifest, *, num_samples: int, seed: int
 ) -> Augmentation | None:
-    """Return the augmentation of a config, None where it has no transforms. Local.
+    """Return the augmentation of a config for a data set, None where it has no transforms. Local.
 
     Raises
     ------
     ConfigError
-        A transform is unknown, or refuses its arguments.
+        A transform is unknown, refuses its arguments, or does not suit the data.
     """
     transforms = [_build_transform(dict(entry)) for entry in config.transforms]
     if not transforms:
         return None
+    x, y = manifest.arrays["x"].shape, manifest.arrays["y"].shape
+    for transform in transforms:
+        name, num_dims = type(transform).__name__.lower(), getattr(transform, "num_dims", len(x))
+        kind = {2: "series [channels, length]", 3: "images [channels, height, width]"}.get(num_dims)
+        if num_dims != len(x):
+            rule = f"it is for {kind}, and an input is {list(x)}"
+            raise ConfigError(Fault("--augmentation.transforms", name, rule, "Leave it out"))
+        if getattr(transform, "moves", False) and len(y) > 1:
+            rule = f"it would move the inputs {list(x)} and not the targets {list(y)}"
+            raise ConfigError(Fault("--augmentation.transforms", name, rule, "Leave it out"))
     return Augmentation(
         transforms,
         config.views,
         num_samples=num_samples,
         num_groups=config.num_groups,
         seed=seed,
-        num_classes=num_classes,
+        num_classes=manifest.num_classes,
     )
 
 
@@ -390,5 +433,6 @@ def _check(name: str, value: object, fits: bool, rule: str, remedy: str) -> None
 
 
 def _probability(value: float) -> float:
-    _check("probability", value, 0 <= value <= 1, "between 0 and 1", "Try 0.5")
+    fits = isinstance(value, (int, float)) and 0 <= value <= 1
+    _check("probability", value, fits, "a number between 0 and 1", "Try 0.5")
     return value

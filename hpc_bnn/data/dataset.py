@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -113,13 +114,19 @@ class ShardDataset:
 
     # --- examples -----------------------------------------------------------------------------------
 
-    def fetch(self, indices: torch.Tensor | slice) -> tuple[torch.Tensor, torch.Tensor]:
+    def fetch(self, indices: torch.Tensor | Sequence[int] | slice) -> tuple[torch.Tensor, torch.Tensor]:
         """Return normalised inputs [B, ...] and targets [B, ...] of some examples.
 
         Collective over ``sample_comm`` with the reading ``group``, otherwise local.
         """
         if isinstance(indices, slice):
             indices = torch.arange(*indices.indices(len(self)))
+        indices = torch.as_tensor(indices)
+        is_whole = indices.dtype in (torch.int64, torch.int32) or len(indices) == 0
+        if not is_whole or (len(indices) and not (indices.min() >= 0 and indices.max() < len(self))):
+            raise IndexError(
+                f"examples are fetched by whole numbers from 0 to {len(self) - 1}, not {indices}"
+            )
         return self.deliver(self.read(indices))
 
     def read(self, indices: torch.Tensor) -> torch.Tensor:

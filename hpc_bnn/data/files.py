@@ -48,7 +48,10 @@ class SplitFiles:
         self.directory = Path(directory)
         self.manifest = Manifest.read(directory)
         if split not in self.manifest.splits:
-            raise DataError(f"{directory} has the splits {', '.join(self.manifest.splits)}, not '{split}'")
+            raise DataError(
+                f"{directory} has the splits {', '.join(self.manifest.splits)}, not '{split}'. Name another with "
+                "--data.train_split or --data.test_split, or prepare one (--test-fraction)"
+            )
         self.shards = self.manifest.splits[split]
         self.starts = np.cumsum([0, *(shard.num_examples for shard in self.shards)])
         self.num_bytes_read = 0
@@ -76,7 +79,7 @@ class SplitFiles:
             _check_size(path, len(image), shard)
             if hashlib.sha256(image).hexdigest() != shard.sha256:
                 raise DataError(
-                    f"{path} is not the file that the manifest describes (SHA-256). Prepare the shards again"
+                    f"{path} is not the file that the manifest describes (SHA-256). Stage or prepare the shards again"
                 )
             with h5py.File(h5py.h5f.open_file_image(image)) as file:
                 part = slice(self.starts[number], self.starts[number + 1])
@@ -108,7 +111,7 @@ def _naming(path: Path) -> Iterator[None]:
         yield
     except (OSError, KeyError, RuntimeError, ValueError, TypeError) as error:
         raise DataError(
-            f"{path} is missing or corrupt ({error}). Prepare or stage the shards again"
+            f"{path} is missing or corrupt ({error}). Stage or prepare the shards again"
         ) from error
 
 
@@ -125,7 +128,7 @@ class _OpenShard:
         self.crc32 = self.file["crc32"][()]
         if hashlib.sha256(self.crc32.tobytes()).hexdigest() != shard.crc_sha256:
             raise DataError(
-                f"{path} is not the file that the manifest describes (checksums). Prepare the shards again"
+                f"{path} is not the file that the manifest describes (checksums). Stage or prepare the shards again"
             )
         self.whole = {
             name: dataset[()]
@@ -179,7 +182,7 @@ def _origin(dataset: h5py.Dataset, chunk: int) -> tuple[int, ...]:
 def _check_size(path: Path, num_bytes: int, shard: ShardFile) -> None:
     if num_bytes != shard.num_bytes:
         raise DataError(
-            f"{path} has {num_bytes} bytes, the manifest says {shard.num_bytes}. Prepare or stage the shards again"
+            f"{path} has {num_bytes} bytes, the manifest says {shard.num_bytes}. Stage or prepare the shards again"
         )
 
 

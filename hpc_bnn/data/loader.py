@@ -67,6 +67,12 @@ class BatchLoader:
         prefetch: int = 2,
         with_partners: bool = False,
     ):
+        for flag, value, least in (
+            ("--global_batch_size", global_batch_size, 1),
+            ("--data.prefetch", prefetch, 0),
+        ):
+            if value < least:
+                raise ConfigError(Fault(flag, value, f"must be at least {least}", f"Try {least + 1}"))
         self.dataset, self.grid = dataset, grid
         self.global_batch_size, self.seed, self.drop_last = global_batch_size, seed, drop_last
         self.prefetch, self.with_partners = prefetch, with_partners
@@ -80,6 +86,15 @@ class BatchLoader:
 
     def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
         """Yield the batches of an epoch, from ``first_batch`` on: an interrupted epoch goes on where it stopped."""
+        if not 0 <= first_batch <= self.num_batches:
+            raise ConfigError(
+                Fault(
+                    "first_batch",
+                    first_batch,
+                    f"an epoch has {self.num_batches} batches",
+                    "Begin with one of them",
+                )
+            )
         batches = global_batches(
             len(self.dataset),
             self.global_batch_size,

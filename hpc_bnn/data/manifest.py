@@ -32,6 +32,8 @@ VERSION = 3
 MANIFEST = "manifest.json"
 PREPARATION = ".preparation"
 """Directory of what is known of the finished files while a preparation goes on."""
+STAGED = ".staged"
+"""Mark of a directory that was staged: the names of its files."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,8 @@ class Manifest:
     """Weights of the targets in a score or a mean error, as nested lists that broadcast to an example of y."""
     details: dict[str, Any] = field(default_factory=dict)
     """What else the preparation wants known, such as the lead time."""
+    key_sha256: str | None = None
+    """SHA-256 of the key of the preparation: of what fixes the content."""
 
     def num_examples(self, split: str) -> int:
         """Number of examples of a split."""
@@ -121,6 +125,8 @@ class Manifest:
         try:
             raw = json.loads(path.read_text())
         except FileNotFoundError:
+            if path.with_name(STAGED).exists():
+                raise DataError(f"{path} is not there: the staging was interrupted. Stage again") from None
             if path.with_name(PREPARATION).exists():
                 raise DataError(
                     f"{path} is not there: the preparation was interrupted. Run it again: it goes on where it stopped"
@@ -130,13 +136,15 @@ class Manifest:
                 "Write it with a script of data_prep/, for example python data_prep/digits.py --output DIR"
             ) from None
         except (OSError, ValueError) as error:
-            raise DataError(f"{path} cannot be read ({error}). Prepare the shards again") from error
+            raise DataError(f"{path} cannot be read ({error}). Stage or prepare the shards again") from error
         if not isinstance(raw, dict) or (raw.get("format"), raw.get("version")) != (FORMAT, VERSION):
             raise DataError(
-                f"{path} is not of format '{FORMAT}', version {VERSION}. Prepare the shards again"
+                f"{path} is not of format '{FORMAT}', version {VERSION}. Stage or prepare the shards again"
             )
         if raw.pop("sha256", None) != sha256_of_json(raw):
-            raise DataError(f"{path} was changed after it was written (SHA-256). Prepare the shards again")
+            raise DataError(
+                f"{path} was changed after it was written (SHA-256). Stage or prepare the shards again"
+            )
         del raw["format"], raw["version"]
         try:
             raw["arrays"] = {
@@ -153,7 +161,7 @@ class Manifest:
             return cls(**raw)
         except (KeyError, TypeError, AttributeError) as error:
             raise DataError(
-                f"{path} lacks or misstates a field ({error}). Prepare the shards again"
+                f"{path} lacks or misstates a field ({error}). Stage or prepare the shards again"
             ) from error
 
 

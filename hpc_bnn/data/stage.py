@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import shutil
 import socket
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from ..comm import GridComm
 from ..errors import ConfigError, DataError, Fault
-from .manifest import MANIFEST, Manifest, ShardFile, sha256_of_file
+from .manifest import MANIFEST, STAGED, Manifest, ShardFile, sha256_of_file
 from .writer import replacing, write_text
 
 BLOCK_BYTES = 8 * 2**20
@@ -43,7 +44,7 @@ def stage_shards(
     """Copy a shard directory to local storage, once per node. Collective over the world.
 
     The ranks of a node share the files among them. An interrupted copy goes on where it stopped; the manifest comes
-    last, so that a directory with a manifest is complete.
+    last, so that a directory with a manifest is complete. What was staged is marked, and nothing else is replaced.
 
     Parameters
     ----------
@@ -65,8 +66,10 @@ def stage_shards(
     """
     source, destination = Path(source), Path(destination)
     with comm.agree(f"reading {source}"):
-        if source.resolve() == destination.resolve():
-            raise ConfigError(Fault("DST", destination, "it is SRC itself", "Name a directory on the node"))
+        here, there = source.resolve(), destination.resolve()
+        if here == there or here in there.parents or there in here.parents:
+            rule = "it is SRC itself, in it, or around it"
+            raise ConfigError(Fault("DST", destination, rule, "Name a directory on the node"))
         manifest = Manifest.read(source) if comm.grid.rank == 0 else None
         text = (source / MANIFEST).read_text() if comm.grid.rank == 0 else None
     text, manifest = comm.broadcast_object((text, manifest))
@@ -75,7 +78,7 @@ def stage_shards(
     with comm.agree(f"opening {destination}"):
         destination.mkdir(parents=True, exist_ok=True)
         if comm.local_rank == 0:
-            _clear(destination, text, manifest)
+            _prepare(destination, text, manifest)
     missing = sum(shard.num_bytes for shard in files if not _has_size(destination / shard.file, shard))
     missing = sum(comm.gather_objects(missing, "node"))
     with comm.agree(f"staging to {destination}"):
@@ -100,28 +103,44 @@ def unstage_shards(destination: str | os.PathLike, comm: GridComm) -> list[str]:
     -------
     list of str
         Names of what stays, on this rank's node.
+
+    Raises
+    ------
+    ConfigError
+        The directory holds shards that were not staged.
     """
     destination = Path(destination)
     with comm.agree(f"removing {destination}"):
         if comm.local_rank == 0 and destination.exists():
-            with contextlib.suppress(DataError):
-                for file in (MANIFEST, *(shard.file for shard in Manifest.read(destination).shards)):
-                    (destination / file).unlink(missing_ok=True)
+            _remove_staged(destination)
             with contextlib.suppress(OSError):  # not empty
                 destination.rmdir()
     with comm.agree(f"looking at {destination}"):  # after the first rank of the node
         return sorted(path.name for path in destination.iterdir()) if destination.exists() else []
 
 
-def _clear(destination: Path, text: str, manifest: Manifest) -> None:
-    """Remove what an earlier data set, or a process that was killed, has left."""
-    path = destination / MANIFEST
+def _prepare(destination: Path, text: str, manifest: Manifest) -> None:
+    """Remove an earlier data set that was staged here, and mark the place."""
+    path, mark = destination / MANIFEST, destination / STAGED
     if path.exists() and path.read_text() == text:
         return
-    doomed = {MANIFEST, *(unfinished.name for unfinished in destination.glob(".*.h5.*"))}
-    with contextlib.suppress(DataError):
-        doomed |= {shard.file for shard in Manifest.read(destination).shards}
-    for file in doomed - {shard.file for shard in manifest.shards}:
+    files = [shard.file for shard in manifest.shards]
+    _remove_staged(destination, but=files)
+    write_text(mark, json.dumps(files))
+
+
+def _remove_staged(destination: Path, but: Iterable[str] = ()) -> None:
+    """Remove the files of a staged directory, and what a process that was killed has left; refuse any other."""
+    mark = destination / STAGED
+    if not mark.exists():
+        if any(destination.glob("*.h5")) or (destination / MANIFEST).exists():
+            rule = "it holds shards that hpc-bnn stage has not put there"
+            raise ConfigError(
+                Fault("DST", destination, rule, "Name another directory, or remove them yourself")
+            )
+        return
+    doomed = {MANIFEST, *json.loads(mark.read_text()), *(path.name for path in destination.glob(".*.h5.*"))}
+    for file in (*(doomed - set(but)), STAGED):  # the mark last
         (destination / file).unlink(missing_ok=True)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from ..errors import DataError
-from .manifest import MANIFEST, Manifest, sha256_of_file
+from .manifest import MANIFEST, STAGED, Manifest, sha256_of_file
 
 
 def verify_shards(directory: str | os.PathLike, progress: Callable[[Iterable], Iterable] = iter) -> list[str]:
@@ -50,6 +50,8 @@ def verify_shards(directory: str | os.PathLike, progress: Callable[[Iterable], I
             problems.append(f"{path} is {what}: {num_bytes} bytes, the manifest says {shard.num_bytes}")
         else:
             problems.append(f"{path} was changed: its SHA-256 is not that of the manifest")
-    known = {MANIFEST, *(shard.file for shard in shards)}
+    known = {MANIFEST, STAGED, *(shard.file for shard in shards)}
     foreign = sorted(path.name for path in directory.iterdir() if path.name not in known)
-    return problems + [f"{directory / name} is foreign: the manifest does not name it" for name in foreign]
+    return problems + [
+        f"{directory / name} is foreign: the manifest does not name it. Remove it" for name in foreign
+    ]

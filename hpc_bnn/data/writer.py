@@ -131,6 +131,7 @@ def write_shards(
         arrays = _look(sources, train_split, channels or {}, num_classes)
         if examples_per_shard is None:
             examples_per_shard = max(1, SHARD_BYTES // sum(spec.num_bytes for spec in arrays.values()))
+        _check_weights(target_weights, arrays["y"])
         if examples_per_shard < 1:
             raise ConfigError(
                 Fault("examples_per_shard", examples_per_shard, "must be at least 1", "Try 1000")
@@ -162,6 +163,7 @@ def write_shards(
                 directory,
                 arrays,
                 wanted * (task.split == train_split),
+                num_classes,
                 compression,
             )
             for task in progress(tasks[comm.grid.rank :: comm.grid.world_size])
@@ -178,12 +180,18 @@ def write_shards(
         num_classes=num_classes,
         target_weights=None if target_weights is None else np.asarray(target_weights).tolist(),
         details=details or {},
+        key_sha256=sha256_of_key(key),
     )
     with comm.agree(f"writing {directory / MANIFEST}"):
         if comm.grid.rank == 0:
             write_text(directory / MANIFEST, manifest.to_json())
             shutil.rmtree(directory / PREPARATION)
     return manifest
+
+
+def sha256_of_key(key: Any) -> str | None:
+    """Return what a manifest holds of the key of its preparation."""
+    return None if key is None else sha256_of_json({"key": key})
 
 
 # --- the plan ------------------------------------------------------------------------------------------
@@ -206,7 +214,7 @@ class _Task:
 def _as_examples(examples: tuple[np.ndarray, np.ndarray] | Examples) -> Examples:
     if isinstance(examples, Examples):
         return examples
-    x, y = examples
+    x, y = (np.asarray(array) for array in examples)
     if len(x) != len(y):
         raise DataError(f"there are {len(x)} inputs x and {len(y)} targets y: as many as examples are needed")
     return Examples(len(x), lambda start, stop: (x[start:stop], y[start:stop]))
@@ -235,6 +243,21 @@ def _look(
     if num_classes is not None and np.dtype(arrays["y"].dtype).kind not in "iu":
         raise DataError(f"classes y have dtype {arrays['y'].dtype}: they must be whole numbers")
     return arrays
+
+
+def _check_weights(weights: np.ndarray | None, y: ArraySpec) -> None:
+    if weights is None:
+        return
+    weights = np.asarray(weights)
+    try:
+        np.broadcast_to(weights, y.shape)
+    except ValueError:
+        raise DataError(
+            f"target_weights have shape {weights.shape} and do not broadcast to targets {y.shape}: "
+            "give [latitudes, 1] for [channels, latitudes, longitudes]"
+        ) from None
+    if not (np.isfinite(weights).all() and (weights >= 0).all() and weights.any()):
+        raise DataError("target_weights must be finite, 0 or more, and not all 0")
 
 
 def _open(directory: Path, plan: dict) -> None:
@@ -270,6 +293,7 @@ def _finish(
     directory: Path,
     arrays: dict[str, ArraySpec],
     wanted: Iterable[str],
+    num_classes: int | None,
     compression: str | None,
 ) -> dict[str, Any]:
     """Write a file unless a former preparation has finished it; return what is known of it."""
@@ -290,6 +314,10 @@ def _finish(
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             row = task.start + int(np.argmin(np.isfinite(array).reshape(len(array), -1).all(1)))
             raise DataError(f"{task.split}, example {row}: {name} holds a value that is not finite")
+    wrong = (y < 0) | (y >= num_classes) if num_classes is not None else np.zeros(len(y), bool)
+    if wrong.any():
+        row = task.start + int(np.argmax(wrong.reshape(len(y), -1).any(1)))
+        raise DataError(f"{task.split}, example {row}: class {y[wrong][0]} is not in 0..{num_classes - 1}")
     crc32 = crc32_of_examples(x, y, range(len(x)))
     with replacing(path) as temporary:
         with h5py.File(temporary, "w", libver="earliest") as file:
