@@ -116,7 +116,7 @@ def decode(flag: str, row: int, content: np.ndarray) -> np.ndarray:
     try:
         from PIL import Image
     except ImportError as error:
-        raise DataError("data_prep/arrays.py needs Pillow: pip install 'hpc_bnn[data_prep]'") from error
+        raise DataError("data_prep/arrays.py needs Pillow: pip install 'hpc_bnn[data]'") from error
     try:
         return np.asarray(Image.open(io.BytesIO(content.tobytes())).convert("RGB")).transpose(2, 0, 1)
     except (OSError, ValueError, SyntaxError) as error:

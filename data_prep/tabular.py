@@ -59,7 +59,7 @@ def read_table(options: argparse.Namespace):
     try:
         import pandas
     except ImportError as error:
-        raise DataError("data_prep/tabular.py needs pandas: pip install 'hpc_bnn[data_prep]'") from error
+        raise DataError("data_prep/tabular.py needs pandas: pip install 'hpc_bnn[data]'") from error
     path = options.source
     too_long = pandas.errors.ParserWarning  # rows of more fields than the header
     try:

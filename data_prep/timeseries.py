@@ -91,7 +91,7 @@ def read_csv(path: Path, **how: Any):
     try:
         import pandas
     except ImportError as error:
-        raise DataError("data_prep/timeseries.py needs pandas: pip install 'hpc_bnn[data_prep]'") from error
+        raise DataError("data_prep/timeseries.py needs pandas: pip install 'hpc_bnn[data]'") from error
     too_long = pandas.errors.ParserWarning  # rows of more fields than the header
     try:
         with warnings.catch_warnings():

@@ -132,7 +132,7 @@ def open_file(path: Path) -> xarray.Dataset:
     try:
         import xarray
     except ImportError as error:
-        raise DataError("data_prep/weather.py needs xarray: pip install 'hpc_bnn[data_prep]'") from error
+        raise DataError("data_prep/weather.py needs xarray: pip install 'hpc_bnn[data]'") from error
     with open(path, "rb") as file:
         is_grib = file.read(4) == b"GRIB"
     try:
@@ -141,7 +141,7 @@ def open_file(path: Path) -> xarray.Dataset:
         remedy = (
             "For GRIB install cfgrib (pip install cfgrib), or convert the file to NetCDF with grib_to_netcdf"
             if is_grib
-            else "Is it a NetCDF file, and whole? NetCDF-4 needs netcdf4: pip install 'hpc_bnn[data_prep]'"
+            else "Is it a NetCDF file, and whole? NetCDF-4 needs netcdf4: pip install 'hpc_bnn[data]'"
         )
         raise DataError(
             f"--source: {path} cannot be opened ({str(error).splitlines()[0]}). {remedy}"

@@ -11,22 +11,19 @@ import sys
 import tarfile
 import tracemalloc
 
+import arrays
+import cifar10
 import h5py
 import numpy as np
 import pytest
+import weather
+import xarray
 from conftest import SHARED_DATA
+from PIL import Image
 from preparation import check_statistics, prepare, shared, stored
 
 from hpc_bnn.data import verify_shards
 from hpc_bnn.errors import ConfigError, DataError, HpcBnnError
-
-pytest.importorskip("xarray")
-pytest.importorskip("PIL")
-import arrays
-import cifar10
-import weather
-import xarray
-from PIL import Image
 
 # --- weather -------------------------------------------------------------------------------------------
 
@@ -109,7 +106,6 @@ def test_members_are_examples_of_one_split(tmp_path):
 @pytest.mark.filterwarnings("ignore::xarray.SerializationWarning")
 def test_packed_fields_of_two_months(tmp_path):
     source = shared("weather", "eraint_uvz.nc")
-    netcdf = pytest.importorskip("netCDF4")
     flags = ("--validation-fraction", 0, "--test-fraction", 0, "--source", source)
     manifest, splits = prepare(weather, tmp_path / "a", *flags)
     x, y = splits["train"]
@@ -186,7 +182,6 @@ def test_no_example_reaches_over_a_gap(tmp_path):
 
 
 def test_a_calendar_without_leap_days(tmp_path):
-    pytest.importorskip("cftime")
     times = xarray.date_range("2020-02-20", periods=20, calendar="noleap", use_cftime=True)
     source = write_fields(tmp_path / "a.nc", fields(TIMES[:20]).assign_coords(valid_time=times))
     manifest, _ = prepare(weather, tmp_path / "a", "--source", source, "--lead", 1)

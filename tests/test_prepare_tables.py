@@ -11,15 +11,13 @@ from datetime import datetime, timedelta, timezone
 import numpy as np
 import preparation
 import pytest
+import tabular
+import timeseries
 from preparation import check_statistics, shared, start, stored
 from sklearn.datasets import load_diabetes, load_iris, load_wine
 
 from hpc_bnn.data import Manifest, verify_shards
 from hpc_bnn.errors import ConfigError, DataError
-
-pytest.importorskip("pandas")
-import tabular
-import timeseries
 
 
 def prepare(script, source, output, *flags):

