@@ -14,6 +14,7 @@ import tracemalloc
 import arrays
 import cifar10
 import h5py
+import netCDF4
 import numpy as np
 import pytest
 import weather
@@ -111,7 +112,7 @@ def test_packed_fields_of_two_months(tmp_path):
     x, y = splits["train"]
     assert x.shape == y.shape == (1, 9, 241, 480) and "lead_seconds" not in manifest.details
     assert manifest.arrays["y"].channels[:4] == ("z@200", "z@500", "z@850", "u@200")
-    with netcdf.Dataset(source) as file:
+    with netCDF4.Dataset(source) as file:
         file.set_auto_maskandscale(False)
         for number, name in enumerate("zuv"):
             packed = file[name]
