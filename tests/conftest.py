@@ -11,6 +11,7 @@ REPOSITORY = Path(__file__).parents[1]
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
 
 collect_ignore = ["mpi"]
+sys.path.insert(0, str(REPOSITORY / "data_prep"))  # the scripts are imported by their names
 
 
 @pytest.fixture(scope="session")

@@ -12,8 +12,6 @@ from hpc_bnn.comm import GridComm
 from hpc_bnn.data import Manifest
 from hpc_bnn.grid import Grid
 
-sys.path.insert(0, str(REPOSITORY / "data_prep"))
-
 
 def start(script, *flags):
     """Run a script in a process of its own."""
