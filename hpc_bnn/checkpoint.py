@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .atomic import write_atomically
 from .comm import GridComm
 from .errors import DataError
 from .posteriors import Posterior
@@ -158,7 +159,7 @@ class CheckpointStore:
         metric = metric if metric is not None and math.isfinite(metric) else None
         note = Note(path.name, step, metric, len(content), hashlib.sha256(content).hexdigest())
         write_atomically(path, content)
-        write_atomically(path.with_suffix(".json"), json.dumps(asdict(note)).encode())
+        write_atomically(path.with_suffix(".json"), json.dumps(asdict(note)))
         self._prune()
 
     def _prune(self) -> None:
@@ -180,19 +181,6 @@ class CheckpointStore:
 def _best(notes: list[Note]) -> Note | None:
     measured = [note for note in notes if note.metric is not None]
     return min(measured, key=lambda note: (note.metric, note.step), default=None)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name, sync it, rename it. Local."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _copied(tree: Any) -> Any:

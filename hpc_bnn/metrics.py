@@ -12,8 +12,8 @@ from torchmetrics import MeanAbsoluteError, MeanSquaredError, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 
-class NegativeLogLikelihood(Metric):
-    """Mean over examples of -log p(y | x) (nats), from class probabilities or log-densities; sums in float64."""
+class _MeanOverExamples(Metric):
+    """A sum over examples in float64, and their number."""
 
     full_state_update = False
 
@@ -21,6 +21,13 @@ class NegativeLogLikelihood(Metric):
         super().__init__()
         self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def compute(self) -> Tensor:
+        return self.total / self.count
+
+
+class NegativeLogLikelihood(_MeanOverExamples):
+    """Mean over examples of -log p(y | x) (nats), from class probabilities or log-densities."""
 
     def update(self, predictive: Tensor, y: Tensor | None = None) -> None:
         """Take in probabilities [B, C] and classes [B], or log-densities [B]."""
@@ -31,19 +38,9 @@ class NegativeLogLikelihood(Metric):
         self.total -= log_prob.sum()
         self.count += len(predictive)
 
-    def compute(self) -> Tensor:
-        return self.total / self.count
 
-
-class BrierScore(Metric):
+class BrierScore(_MeanOverExamples):
     """Mean over examples of the squared distance of the class probabilities from the truth, between 0 and 2."""
-
-    full_state_update = False
-
-    def __init__(self):
-        super().__init__()
-        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, probabilities: Tensor, y: Tensor) -> None:
         """Take in probabilities [B, C] and classes [B]."""
@@ -51,9 +48,6 @@ class BrierScore(Metric):
         of_truth = p.gather(1, y.long().unsqueeze(1)).sum()
         self.total += p.square().sum() - 2 * of_truth + len(y)
         self.count += len(y)
-
-    def compute(self) -> Tensor:
-        return self.total / self.count
 
 
 class ExpectedCalibrationError(Metric):

@@ -26,7 +26,8 @@ from torch import nn
 from tqdm import tqdm
 
 from . import __version__
-from .checkpoint import CheckpointStore, gather_state, restore_state, write_atomically
+from .atomic import write_atomically
+from .checkpoint import CheckpointStore, gather_state, restore_state
 from .comm import GridComm
 from .config import Config
 from .data import BatchLoader, Manifest, ShardDataset
@@ -211,7 +212,7 @@ class Run:
         self._open_run_dir()
         with self._watching_signals():
             row, shown = self._train_epochs()
-        self.checkpoints.close()
+        self._close_checkpoints()
         if shown is None:  # the run was complete already
             metrics, shown = self._evaluate()
             row = row | metrics
@@ -220,7 +221,7 @@ class Run:
         with self.comm.agree(f"writing {self.run_dir}"):
             if self.is_writer:
                 text = json.dumps(summary, indent=1) + "\n"
-                write_atomically(self.run_dir / "summary.json", text.encode())
+                write_atomically(self.run_dir / "summary.json", text)
         return summary, examples
 
     def evaluate(self, which: str = "newest") -> dict[str, Any]:
@@ -252,9 +253,7 @@ class Run:
         }
         with self.comm.agree(f"writing {self.run_dir}"):
             if self.is_writer:
-                write_atomically(
-                    self.run_dir / "evaluation.json", (json.dumps(result, indent=1) + "\n").encode()
-                )
+                write_atomically(self.run_dir / "evaluation.json", json.dumps(result, indent=1) + "\n")
         return result
 
     def _train_epochs(self) -> tuple[dict[str, Any], ShownClasses | ShownValues | None]:
@@ -278,10 +277,10 @@ class Run:
 
     def _is_over(self) -> bool:
         """Whether the epochs, the steps or the patience are used up."""
-        place, patience = self.place, self.config.early_stopping.patience
+        place, config, patience = self.place, self.config, self.config.early_stopping.patience
         return (
-            place.epoch >= self.config.num_epochs
-            or self.step.num_steps == self.config.max_steps
+            place.epoch >= config.num_epochs
+            or (config.max_steps is not None and self.step.num_steps >= config.max_steps)
             or (patience is not None and place.num_without_improvement >= patience)
         )
 
@@ -306,7 +305,7 @@ class Run:
             progress.set_postfix(nelbo=f"{result.nelbo:.4f}", refresh=False)
             if result.wants_stop:
                 self._write_checkpoint()
-                self.checkpoints.close()
+                self._close_checkpoints()
                 why = next(filter(None, self.comm.gather_objects(self._why_stopped)), "a signal")
                 raise Interrupted(
                     f"after step {self.step.num_steps}: {why}. The same command with --resume true goes on from there"
@@ -371,6 +370,7 @@ class Run:
                     self._make_run_dir()
                 else:
                     self._say_differences(state["config"])
+                    self._write_config()
                     _keep_rows(self.run_dir / "metrics.jsonl", state["place"]["epoch"])
         state = self.comm.broadcast_tree(state)
         if state is not None:
@@ -416,8 +416,11 @@ class Run:
             self.run_dir.rename(aside)
             logger.warning("%s holds a former run: moved to %s", self.run_dir, aside)
         self.run_dir.mkdir(parents=True, exist_ok=True)
+        self._write_config()
+
+    def _write_config(self) -> None:
         text = yaml.safe_dump(self.config.to_dict(), sort_keys=False)
-        (self.run_dir / "config.yaml").write_text(text)
+        write_atomically(self.run_dir / "config.yaml", text)
 
     def _say_differences(self, former: dict[str, Any]) -> None:
         """Say what of the config is not as it was when the checkpoint was written."""
@@ -438,6 +441,11 @@ class Run:
         with self.comm.agree(f"writing a checkpoint to {self.checkpoints.directory}"):
             if self.is_writer:
                 self.checkpoints.save(state, self.step.num_steps, metric)
+
+    def _close_checkpoints(self) -> None:
+        """Wait for what is being written. Collective over the world."""
+        with self.comm.agree(f"writing a checkpoint to {self.checkpoints.directory}"):
+            self.checkpoints.close()
 
     def _restore(self, state: dict[str, Any]) -> None:
         restore_state(state, self.posterior, self.optimizer, self.comm)
@@ -591,7 +599,7 @@ def _keep_rows(path: Path, num_epochs: int) -> None:
     """Keep the rows of complete epochs: a run that goes on writes those behind again."""
     rows = path.read_text().splitlines() if path.exists() else []
     kept = [row for row in rows if json.loads(row)["epoch"] <= num_epochs]
-    write_atomically(path, "".join(f"{row}\n" for row in kept).encode())
+    write_atomically(path, "".join(f"{row}\n" for row in kept))
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

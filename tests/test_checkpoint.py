@@ -11,7 +11,6 @@ import pytest
 import torch
 from conftest import REPOSITORY
 
-from hpc_bnn import checkpoint
 from hpc_bnn.checkpoint import CheckpointStore
 from hpc_bnn.cli import main
 from hpc_bnn.config import OptimizerConfig
@@ -86,7 +85,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_no_litter(tmp_path, monkeypa
     def full(number):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
         store.save(state(2), 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001.json", "step-00000001.pt"]

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY, SHARED_DATA
+from preparation import start as prepare
 
 from hpc_bnn import Grid
 from hpc_bnn.data import (
@@ -370,15 +371,6 @@ def test_writing_again_leaves_no_file_of_the_former_preparation(tmp_path):
     write_shards(tmp_path, {"train": (x, y)}, **FACTS, examples_per_shard=5)
     write_shards(tmp_path, {"train": (x, y)}, **FACTS, examples_per_shard=12)
     assert verify_shards(tmp_path) == [] and len(list(tmp_path.iterdir())) == 3
-
-
-def prepare(script, *flags):
-    return subprocess.run(
-        [sys.executable, f"data_prep/{script}.py", *map(str, flags)],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-    )
 
 
 def test_mnist_from_its_files(tmp_path):

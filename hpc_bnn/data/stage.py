@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..atomic import replacing, write_atomically
 from ..comm import GridComm
 from ..errors import ConfigError, DataError, Fault
 from .manifest import MANIFEST, STAGED, Manifest, ShardFile, sha256_of_file
-from .writer import replacing, write_text
 
 BLOCK_BYTES = 8 * 2**20
 """Bytes that are copied at once."""
@@ -91,7 +91,7 @@ def stage_shards(
         copied = [shard for shard in progress(files) if _bring(shard, source, destination, verify)]
     with comm.agree(f"writing {destination / MANIFEST}"):
         if comm.local_rank == 0:
-            write_text(destination / MANIFEST, text)
+            write_atomically(destination / MANIFEST, text)
     mine = (len(copied), len(files) - len(copied), sum(shard.num_bytes for shard in copied))
     return Staged(*map(sum, zip(*comm.gather_objects(mine, "node"))))
 
@@ -126,7 +126,7 @@ def _prepare(destination: Path, text: str, manifest: Manifest) -> None:
         return
     files = [shard.file for shard in manifest.shards]
     _remove_staged(destination, but=files)
-    write_text(mark, json.dumps(files))
+    write_atomically(mark, json.dumps(files))
 
 
 def _remove_staged(destination: Path, but: Iterable[str] = ()) -> None:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import h5py
 import numpy as np
 
+from ..atomic import replacing, write_atomically
 from ..comm import GridComm
 from ..errors import ConfigError, DataError, Fault
 from ..grid import Grid
@@ -184,7 +185,7 @@ def write_shards(
     )
     with comm.agree(f"writing {directory / MANIFEST}"):
         if comm.grid.rank == 0:
-            write_text(directory / MANIFEST, manifest.to_json())
+            write_atomically(directory / MANIFEST, manifest.to_json())
             shutil.rmtree(directory / PREPARATION)
     return manifest
 
@@ -281,7 +282,7 @@ def _open(directory: Path, plan: dict) -> None:
         (directory / file).unlink(missing_ok=True)
     shutil.rmtree(notes.parent, ignore_errors=True)
     notes.parent.mkdir()
-    write_text(notes, json.dumps(plan))
+    write_atomically(notes, json.dumps(plan))
 
 
 # --- one file ------------------------------------------------------------------------------------------
@@ -329,27 +330,8 @@ def _finish(
         num_bytes, sha256 = temporary.stat().st_size, sha256_of_file(temporary)
     file = ShardFile(task.file, len(x), num_bytes, sha256, hashlib.sha256(crc32.tobytes()).hexdigest())
     record = {"file": asdict(file), "moments": {name: _moments(found[name]) for name in wanted}}
-    write_text(notes, json.dumps(record))
+    write_atomically(notes, json.dumps(record))
     return record
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Write a file under a temporary name; sync and rename it when the block succeeds."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file atomically."""
-    with replacing(path) as temporary:
-        temporary.write_text(text)
 
 
 # --- statistics ----------------------------------------------------------------------------------------
