@@ -229,11 +229,14 @@ def test_a_run_goes_on_across_grids(mpirun, digits, tmp_path, family):
 def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(mpirun, digits, tmp_path):
     program = tmp_path / "program.py"
     program.write_text(
-        "import os, signal, sys, threading\n"
+        "import os, signal, sys, threading, time\n"
         "import hpc_bnn.comm\n"
         "from hpc_bnn.__main__ import run\n"
+        "def signal_after_the_first_epoch():\n"
+        "    while not os.path.exists(sys.argv[-1] + '/metrics.jsonl'): time.sleep(0.1)\n"
+        "    os.kill(os.getpid(), signal.SIGUSR1)\n"
         "if hpc_bnn.comm.launched_rank() == 1:\n"
-        "    threading.Timer(8, os.kill, (os.getpid(), signal.SIGUSR1)).start()\n"
+        "    threading.Thread(target=signal_after_the_first_epoch, daemon=True).start()\n"
         "run()\n"
     )
     done = mpirun(2, program, "train", "--config", "configs/digits.yaml", "--data.shards", digits, "--grid.sample_size", 2,

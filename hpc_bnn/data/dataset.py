@@ -127,7 +127,7 @@ class ShardDataset:
             raise IndexError(
                 f"examples are fetched by whole numbers from 0 to {len(self) - 1}, not {indices}"
             )
-        return self.deliver(self.read(indices))
+        return self.deliver(self.read(indices.long()))
 
     def read(self, indices: torch.Tensor) -> torch.Tensor:
         """Return the bytes of some examples, for `deliver`. Local, also in a thread of its own.
