@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from .atomic import write_atomically
-from .comm import GridComm
+from .comm import GridComm, map_leaves
 from .errors import DataError
 from .posteriors import Posterior
 
@@ -168,9 +168,8 @@ class CheckpointStore:
         for note in notes[self.keep_last :]:
             if note != best:
                 path = self.directory / note.file
-                path.with_suffix(".json").unlink(
-                    missing_ok=True
-                )  # first: the rest is no checkpoint without it
+                # The note first: the rest is no checkpoint without it
+                path.with_suffix(".json").unlink(missing_ok=True)
                 path.unlink(missing_ok=True)
         known = {note.file for note in notes}
         for path in self.directory.iterdir():  # left by a process that was killed
@@ -185,13 +184,7 @@ def _best(notes: list[Note]) -> Note | None:
 
 def _copied(tree: Any) -> Any:
     """Return nested dicts and lists with copies of their tensors on the CPU."""
-    if isinstance(tree, Tensor):
-        return tree.detach().to("cpu", copy=True)
-    if isinstance(tree, dict):
-        return {key: _copied(value) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [_copied(value) for value in tree]
-    return tree
+    return map_leaves(tree, Tensor, lambda tensor: tensor.detach().to("cpu", copy=True))
 
 
 # --- the state of the job ------------------------------------------------------------------------------
@@ -242,8 +235,5 @@ def _join(trees: list[Any]) -> Any:
 
 
 def _rows(tree: Any, rows: slice, num_rows: int) -> Any:
-    if isinstance(tree, Tensor) and tree.ndim and len(tree) == num_rows:
-        return tree[rows]
-    if isinstance(tree, dict):
-        return {key: _rows(value, rows, num_rows) for key, value in tree.items()}
-    return tree
+    """Return optimizer states of the members with some rows of the tensors that have one per member."""
+    return map_leaves(tree, Tensor, lambda t: t[rows] if t.ndim and len(t) == num_rows else t)

@@ -185,11 +185,11 @@ class GridComm:
         """
         if self.grid.world_size == 1:
             return tree
-        outline = self.broadcast_object(_map_leaves(tree, torch.Tensor, _Outline.of), root)
+        outline = self.broadcast_object(map_leaves(tree, torch.Tensor, _Outline.of), root)
         if self.grid.rank != root:
-            tree = _map_leaves(outline, _Outline, lambda o: o.empty(self.device))
+            tree = map_leaves(outline, _Outline, lambda o: o.empty(self.device))
         tensors: list[torch.Tensor] = []
-        _map_leaves(tree, torch.Tensor, tensors.append)
+        map_leaves(tree, torch.Tensor, tensors.append)
         self.broadcast_(tensors, root)
         return tree
 
@@ -856,14 +856,14 @@ class _Outline:
         return torch.empty(self.shape, dtype=self.dtype, device="cpu" if self.is_cpu else device)
 
 
-def _map_leaves(tree: Any, kind: type, function: Callable[[Any], Any]) -> Any:
+def map_leaves(tree: Any, kind: type, function: Callable[[Any], Any]) -> Any:
     """Apply a function to the leaves of a kind in nested dicts and lists."""
     if isinstance(tree, kind):
         return function(tree)
     if isinstance(tree, dict):
-        return {key: _map_leaves(value, kind, function) for key, value in tree.items()}
+        return {key: map_leaves(value, kind, function) for key, value in tree.items()}
     if isinstance(tree, list):
-        return [_map_leaves(value, kind, function) for value in tree]
+        return [map_leaves(value, kind, function) for value in tree]
     return tree
 
 

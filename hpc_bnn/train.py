@@ -310,7 +310,7 @@ class Run:
                 raise Interrupted(
                     f"after step {self.step.num_steps}: {why}. The same command with --resume true goes on from there"
                 )
-            if self.step.num_steps == config.max_steps:
+            if self._is_over():
                 break
             every = config.checkpoint.every_steps
             if every and self.step.num_steps % every == 0 and place.num_batches < self.loader.num_batches:

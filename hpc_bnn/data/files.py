@@ -137,7 +137,7 @@ class _OpenShard:
             for name, dataset in self.datasets.items()
             if manifest.arrays[name].num_bytes <= SMALL_BYTES
         }
-        read = [self.file["crc32"], *(self.datasets[name] for name in self.whole)]
+        read = [checks, *(self.datasets[name] for name in self.whole)]
         self.num_bytes_at_opening = sum(dataset.id.get_storage_size() for dataset in read)
 
     def read(self, indices: np.ndarray, rows: np.ndarray, x: np.ndarray, y: np.ndarray) -> int:
