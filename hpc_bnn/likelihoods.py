@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from .config import LikelihoodConfig
 from .errors import ConfigError, DataError, Fault, check_positive
+from .mixtures import BernoulliMixture, GaussianMixture, Members, Mixture, PoissonMixture, StudentTMixture
 
 
 class Likelihood:
@@ -64,6 +65,18 @@ class Likelihood:
     def variance(self, outputs: Tensor) -> Tensor:
         """Return the variance of y given the outputs of a sample, like `mean`: the aleatoric part."""
         raise NotImplementedError
+
+    def mixture(self, outputs: Tensor) -> Mixture | None:
+        """Return the predictive of every target by itself, from the outputs of all samples [K, B, num_outputs, ...].
+
+        None where a likelihood has nothing to say: the predictive then has no quantiles and no CRPS.
+        """
+        return None
+
+    @property
+    def has_mixture(self) -> bool:
+        """Whether `mixture` is there."""
+        return type(self).mixture is not Likelihood.mixture
 
     support = "finite numbers"
     """Which targets there are, for messages."""
@@ -152,6 +165,9 @@ class Bernoulli(Likelihood):
     def variance(self, outputs: Tensor) -> Tensor:
         return torch.sigmoid(outputs) * torch.sigmoid(-outputs)
 
+    def mixture(self, outputs: Tensor) -> Mixture:
+        return BernoulliMixture(torch.sigmoid(outputs))
+
 
 class Poisson(Likelihood):
     """Independent counts; the outputs are logarithms of the rates."""
@@ -170,6 +186,9 @@ class Poisson(Likelihood):
 
     def variance(self, outputs: Tensor) -> Tensor:
         return outputs.exp()
+
+    def mixture(self, outputs: Tensor) -> Mixture:
+        return PoissonMixture(outputs.exp())
 
 
 class LocationScale(Likelihood):
@@ -228,6 +247,11 @@ class LocationScale(Likelihood):
     def mean(self, outputs: Tensor) -> Tensor:
         return self._split(outputs)[0]
 
+    def _loc_and_scale(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return locations and scales [K, B, num_targets, ...] from the outputs of all samples."""
+        loc, log_scale = self._split(outputs.flatten(0, 1))
+        return loc.unflatten(0, outputs.shape[:2]), log_scale.exp().unflatten(0, outputs.shape[:2])
+
 
 class Gaussian(LocationScale):
     """Independent Gaussian targets; parameters as for `LocationScale`."""
@@ -239,6 +263,9 @@ class Gaussian(LocationScale):
 
     def variance(self, outputs: Tensor) -> Tensor:
         return torch.exp(2 * self._split(outputs)[1])
+
+    def mixture(self, outputs: Tensor) -> Mixture:
+        return GaussianMixture(*self._loc_and_scale(outputs))
 
 
 class StudentT(LocationScale):
@@ -275,6 +302,9 @@ class StudentT(LocationScale):
         factor = self.df / (self.df - 2) if self.has_variance else math.inf
         return factor * torch.exp(2 * self._split(outputs)[1])
 
+    def mixture(self, outputs: Tensor) -> Mixture:
+        return StudentTMixture(*self._loc_and_scale(outputs), df=self.df)
+
 
 class Implicit(Likelihood):
     """No density: the outputs themselves are the members of the predictive.
@@ -295,6 +325,9 @@ class Implicit(Likelihood):
 
     def variance(self, outputs: Tensor) -> Tensor:
         return torch.zeros_like(outputs)
+
+    def mixture(self, outputs: Tensor) -> Mixture:
+        return Members(outputs)
 
 
 class LearnedScale(nn.Module):
