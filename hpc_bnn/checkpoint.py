@@ -30,6 +30,7 @@ from torch import Tensor
 from .atomic import write_atomically
 from .comm import GridComm, map_leaves
 from .errors import DataError
+from .optim import JobOptimizer
 from .posteriors import Posterior
 
 logger = logging.getLogger(__name__)
@@ -190,22 +191,34 @@ def _copied(tree: Any) -> Any:
 # --- the state of the job ------------------------------------------------------------------------------
 
 
-def gather_state(posterior: Posterior, optimizer: torch.optim.Optimizer, comm: GridComm) -> dict[str, Any]:
+def gather_state(posterior: Posterior, optimizer: JobOptimizer, comm: GridComm) -> dict[str, Any]:
     """Return the parameters and the optimizer's state of the whole job, with views of what is there.
 
-    Collective over ``sample_comm`` for an ensemble, whose members are spread over it; otherwise local.
+    Collective over ``sample_comm`` for an ensemble, whose members are spread over it, and for an optimizer whose state
+    is; otherwise local.
     """
-    mine = {"model": posterior.state_dict(), "optimizer": optimizer.state_dict()}
-    if posterior.is_replicated:
-        return mine
-    parts = comm.gather_objects(_copied(mine), "sample")
-    model = {name: tensor for part in parts for name, tensor in part["model"].items()}
-    return {"model": model, "optimizer": _join([part["optimizer"] for part in parts])}
+    model = posterior.state_dict()
+    if not posterior.is_replicated:
+        parts = comm.gather_objects(_copied(model), "sample")
+        model = {name: tensor for part in parts for name, tensor in part.items()}
+    return {"model": model, "optimizer": optimizer.state_dict()}
 
 
-def restore_state(
-    state: dict[str, Any], posterior: Posterior, optimizer: torch.optim.Optimizer, comm: GridComm
-) -> None:
+def restore_model(model: dict[str, Tensor], posterior: Posterior) -> None:
+    """Take over the parameters of a state that `gather_state` returned, on any grid. Local.
+
+    Raises
+    ------
+    ConfigError
+        The network is another one.
+    """
+    if not posterior.is_replicated:
+        mine = posterior.state_dict().keys()
+        model = {name: tensor for name, tensor in model.items() if name in mine}
+    posterior.load_state_dict(model)
+
+
+def restore_state(state: dict[str, Any], posterior: Posterior, optimizer: JobOptimizer) -> None:
     """Take over what `gather_state` returned, on any grid. Local.
 
     Raises
@@ -213,27 +226,5 @@ def restore_state(
     ConfigError
         The network is another one.
     """
-    model, of_optimizer = state["model"], state["optimizer"]
-    if not posterior.is_replicated:
-        mine = posterior.state_dict().keys()
-        members = posterior.members
-        start = comm.grid.local_samples(posterior.num_members).start
-        model = {name: tensor for name, tensor in model.items() if name in mine}
-        of_optimizer = _rows(of_optimizer, slice(start, start + len(members)), posterior.num_members)
-    posterior.load_state_dict(model)
-    optimizer.load_state_dict(of_optimizer)
-
-
-def _join(trees: list[Any]) -> Any:
-    """Join the optimizer states of the members: rows of tensors one after another, the rest is the same."""
-    first = trees[0]
-    if isinstance(first, Tensor) and first.ndim:
-        return torch.cat(trees)
-    if isinstance(first, dict):
-        return {key: _join([tree[key] for tree in trees]) for key in first}
-    return first
-
-
-def _rows(tree: Any, rows: slice, num_rows: int) -> Any:
-    """Return optimizer states of the members with some rows of the tensors that have one per member."""
-    return map_leaves(tree, Tensor, lambda t: t[rows] if t.ndim and len(t) == num_rows else t)
+    restore_model(state["model"], posterior)
+    optimizer.load_state_dict(state["optimizer"])

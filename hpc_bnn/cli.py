@@ -6,15 +6,20 @@ import logging
 import socket
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import jsonargparse
 from tqdm import tqdm
 
 from . import __version__, comm
 from .config import Config
-from .errors import ConfigError, DataError, HpcBnnError
+from .errors import ConfigError, DataError, HpcBnnError, check_all
+from .grid import Grid
+
+if TYPE_CHECKING:
+    from .experiment import Experiment
 
 
 class _Parser(jsonargparse.ArgumentParser):
@@ -40,8 +45,31 @@ def build_parser() -> jsonargparse.ArgumentParser:
     evaluate.add_argument(
         "--which", type=Literal["newest", "best"], default="newest", help="Checkpoint (default: newest)."
     )
+    evaluate.add_argument(
+        "--ood_shards",
+        type=str | None,
+        help="Foreign examples: how well does the uncertainty tell them (AUROC)?",
+    )
+    evaluate.add_argument("--ood_split", type=str, default="test", help="Split of the foreign examples.")
     evaluate.add_class_arguments(Config, fail_untyped=True)
     commands.add_subcommand("evaluate", evaluate)
+    predict = _Parser(description="Write the predictive of a trained network to an HDF5 file.")
+    predict.add_argument(
+        "run", type=str, metavar="RUN_DIR", help="Directory of the run; flags override its config."
+    )
+    predict.add_argument("--config", action="config", help="By default RUN_DIR/config.yaml.")
+    predict.add_argument(
+        "--which", type=Literal["newest", "best"], default="newest", help="Checkpoint (default: newest)."
+    )
+    predict.add_argument("--shards", type=str | None, help="Shard directory (default: that of the run).")
+    predict.add_argument("--split", type=str | None, help="Split of it (default: the test split of the run).")
+    predict.add_argument("--output", type=str, required=True, help="HDF5 file to write.")
+    predict.add_argument(
+        "--quantiles", type=list[float], default=[0.05, 0.25, 0.5, 0.75, 0.95], help="Levels; [] for none."
+    )
+    predict.add_argument("--members", type=bool, default=False, help="Write every sample as well.")
+    predict.add_class_arguments(Config, fail_untyped=True)
+    commands.add_subcommand("predict", predict)
     verify = _Parser(description="Compare the files of a shard directory with its manifest.")
     verify.add_argument("shards", type=str, metavar="SHARD_DIR", help="Directory with a manifest.json.")
     commands.add_subcommand("verify", verify)
@@ -67,13 +95,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def work() -> int:
         words = list(sys.argv[1:] if arguments is None else arguments)
         given = {word.split("=")[0] for word in words}
-        if words[:1] == ["evaluate"] and len(words) > 1 and not words[1].startswith("-"):
+        if words[:1] in (["evaluate"], ["predict"]) and len(words) > 1 and not words[1].startswith("-"):
             words[2:2] = ["--config", str(Path(words[1], "config.yaml"))]  # flags behind it override it
         parser = build_parser()
         parsed = parser.parse_args(words)
         command = parsed.subcommand
         options = parser.instantiate(parsed)[command]
-        commands = {"train": _train, "evaluate": _evaluate, "verify": _verify, "stage": _stage}
+        commands = {"train": _train, "evaluate": _evaluate, "predict": _predict}
+        commands |= {"verify": _verify, "stage": _stage}
         return commands[command](options, given)
 
     return run_and_report("hpc-bnn", work)
@@ -104,13 +133,15 @@ def run_and_report(name: str, work: Callable[[], int]) -> int:
 
 def _train(options: jsonargparse.Namespace, given: set[str]) -> int:
     from .report import write_plots
-    from .train import Run, check
+    from .train import Run, StopRequest, check
 
-    config = _make_config(options, given)
-    check(config, comm.world_size())  # before the first collective
-    grid_comm = comm.connect(config.grid.sample_size, config.device, config.grid.reduction)
-    run = Run(config, grid_comm)
-    summary, examples = run.train()
+    stop = StopRequest()
+    with stop.watching_signals():  # a signal during the start counts
+        config = _make_config(options, given)
+        check(config, comm.world_size())  # before the first collective
+        grid_comm = _connect(config)
+        run = Run(config, grid_comm, stop)
+        summary, examples = run.train()
     with grid_comm.agree("drawing plots"):
         if run.is_writer:
             plots = write_plots(run.run_dir, examples)
@@ -127,29 +158,65 @@ def _train(options: jsonargparse.Namespace, given: set[str]) -> int:
 
 def _make_config(options: jsonargparse.Namespace, given: set[str]) -> Config:
     values = options.as_dict()
-    for name in ("config", "run", "which"):
-        values.pop(name, None)
-    config = Config(**values)
+    config = Config(**{name: values[name] for name in (field.name for field in fields(Config))})
     if "--data.shards" in given and "--data.prepare" not in given:
         config.data.prepare = None  # the script of the config file belongs to the shards of the config file
     return config
 
 
-def _evaluate(options: jsonargparse.Namespace, given: set[str]) -> int:
-    from .train import Run, check
+def _connect(config: Config) -> comm.GridComm:
+    grid = config.grid
+    return comm.connect(grid.sample_size, config.device, grid.reduction, grid.compression)
+
+
+def _open_run(options: jsonargparse.Namespace, given: set[str]) -> Experiment:
+    """Return the experiment of RUN_DIR with the parameters of a checkpoint. Collective over the world."""
+    from .experiment import Experiment
 
     config = _make_config(options, given)
-    config.run_dir, num_ranks = options.run, comm.world_size()
+    config.run_dir, num_ranks, num_samples = options.run, comm.world_size(), max(config.num_test_samples, 1)
     if "--grid.sample_size" not in given:  # the samples over as many ranks as there are samples for
         sizes = [size for size in range(1, num_ranks + 1) if num_ranks % size == 0]
-        config.grid.sample_size = max(size for size in sizes if size <= max(config.num_samples, 1))
-    check(config, num_ranks)
-    grid_comm = comm.connect(config.grid.sample_size, config.device, config.grid.reduction)
-    run = Run(config, grid_comm)
-    result = run.evaluate(options.which)
-    if run.is_writer:
-        print("\n".join(f"{name} {value}" for name, value in result.items()))
-        print(run.run_dir / "evaluation.json")
+        config.grid.sample_size = max(size for size in sizes if size <= num_samples)
+    check_all(config.check, lambda: Grid(num_ranks, config.grid.sample_size).check_num_samples(num_samples))
+    return Experiment.of_run(config, _connect(config), options.which)
+
+
+def _evaluate(options: jsonargparse.Namespace, given: set[str]) -> int:
+    from .evaluate import out_of_distribution_auroc
+
+    experiment = _open_run(options, given)
+    tested = experiment.evaluate(experiment.open_to_test())
+    ood = {}
+    if options.ood_shards is not None:
+        foreign = experiment.uncertainties(experiment.open(options.ood_split, options.ood_shards))
+        ood = out_of_distribution_auroc(tested.evaluation.uncertainties, foreign)
+    with experiment.comm.agree(f"writing {experiment.run_dir}"):
+        if experiment.is_writer:
+            path = experiment.write_evaluation(tested, experiment.num_steps, ood)
+            print(
+                "\n".join(f"{name} {value:.6g}" for name, value in (tested.evaluation.metrics | ood).items())
+            )
+            print(path)
+    return 0
+
+
+def _predict(options: jsonargparse.Namespace, given: set[str]) -> int:
+    from .predict import predict_run
+
+    options.data.shards = options.shards or options.data.shards
+    if options.shards is not None:
+        given = given | {"--data.shards"}
+    experiment = _open_run(options, given)
+    path = predict_run(
+        experiment,
+        options.split or experiment.config.data.test_split,
+        options.output,
+        quantiles=options.quantiles,
+        with_members=options.members,
+    )
+    if experiment.is_writer:
+        print(path)
     return 0
 
 

@@ -30,8 +30,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from .compression import Compression, decode, encode, encoded_bytes
 from .errors import CommunicationError, ConfigError, Fault, HpcBnnError, RankError
-from .grid import Grid
+from .grid import Grid, share
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +62,8 @@ class Traffic:
     """Tensor collectives that this rank took part in."""
     num_bytes: int = 0
     """Bytes of the tensors that it gave to them."""
+    seconds: float = 0.0
+    """Time in them, waiting for the other ranks included (seconds)."""
     num_object_collectives: int = 0
     """Collectives of Python objects (start, checks, errors; never in a training step)."""
 
@@ -76,6 +79,8 @@ class GridComm:
         Device of this rank.
     reduction : {"axes", "world"}
         How `sum_` over the world goes: over the sample group and then over the data group, or at once.
+    compression : {"none", "fp16", "bf16"}
+        What `sum_` and `reduce_scatter` send where they are asked to compress.
 
     Attributes
     ----------
@@ -97,9 +102,14 @@ class GridComm:
     local_rank, local_size = 0, 1
 
     def __init__(
-        self, grid: Grid, device: torch.device | str = "cpu", reduction: Literal["axes", "world"] = "axes"
+        self,
+        grid: Grid,
+        device: torch.device | str = "cpu",
+        reduction: Literal["axes", "world"] = "axes",
+        compression: Compression = "none",
     ):
         self.grid = grid
+        self.compression = compression
         self.device = torch.device(device)
         self.traffic = Traffic()
         self._extents = {"sample": grid.sample_size, "data": grid.data_size, "world": grid.world_size}
@@ -112,7 +122,13 @@ class GridComm:
 
     # --- tensors --------------------------------------------------------------------------------
 
-    def sum_(self, tensors: torch.Tensor | Sequence[torch.Tensor], axis: Axis = "world") -> None:
+    def sum_(
+        self,
+        tensors: torch.Tensor | Sequence[torch.Tensor],
+        axis: Axis = "world",
+        *,
+        compressed: bool = False,
+    ) -> None:
         """Replace each tensor, in place, by its sum over an axis.
 
         A list is packed into few large buffers, one reduction each, not one per tensor; a single
@@ -127,8 +143,36 @@ class GridComm:
             The same shapes and dtypes in the same order on each rank.
         axis : {"sample", "data", "world"}
             Over which ranks.
+        compressed : bool
+            Send the numbers as ``compression`` says, half the bytes for rounding to 11 or 8 bits: each rank
+            sums its part of the numbers of all others, not in halves, and sends the sums around. All ranks get the same.
         """
-        self._reduce_all_(tensors, axis, "sum")
+        if compressed and self.compression != "none":
+            self._sum_compressed_(tensors, axis)
+        else:
+            self._reduce_all_(tensors, axis, "sum")
+
+    def reduce_scatter(self, flat: torch.Tensor, axis: Axis, *, compressed: bool = False) -> torch.Tensor:
+        """Return this rank's share (`hpc_bnn.grid.share`) of the sum of flat tensors [n] over an axis.
+
+        Collective over ``sample_comm``, ``data_comm`` or the world, by ``axis``; over one rank the tensor itself.
+
+        Parameters
+        ----------
+        flat : Tensor
+            [n], of float32 or float64, alike on each rank.
+        axis : {"sample", "data", "world"}
+            Over which ranks.
+        compressed : bool
+            As for `sum_`.
+        """
+        if self._extents[axis] == 1:
+            return flat
+        flat = flat.detach()
+        if not compressed or self.compression == "none":
+            with self._counted(flat):
+                return self._reduce_scatter(flat, axis)
+        return self._scatter_compressed(flat, axis)
 
     def max_(self, tensors: torch.Tensor | Sequence[torch.Tensor], axis: Axis = "world") -> None:
         """Replace each tensor, in place, by its elementwise maximum over an axis (see `sum_`)."""
@@ -151,8 +195,8 @@ class GridComm:
             return tensor
         is_half = tensor.dtype in (torch.bfloat16, torch.float16)
         wide = tensor.detach().float() if is_half else tensor.detach()
-        self._count(wide)
-        return self._gather(wide.contiguous(), axis).to(tensor.dtype)
+        with self._counted(wide):
+            return self._gather(wide.contiguous(), axis).to(tensor.dtype)
 
     def broadcast_(
         self, tensors: torch.Tensor | Sequence[torch.Tensor], root: int = 0, axis: Axis = "world"
@@ -165,8 +209,8 @@ class GridComm:
             return
         with _packed_buckets(tensors) as buckets:
             for flat in buckets:
-                self._count(flat)
-                self._broadcast_(flat, root, axis)
+                with self._counted(flat):
+                    self._broadcast_(flat, root, axis)
 
     def broadcast_optimizer_state(self, optimizer: torch.optim.Optimizer, root: int = 0) -> None:
         """Overwrite the state of an optimizer with that of world rank ``root``. Collective over the world.
@@ -306,6 +350,13 @@ class GridComm:
     def _gather(self, tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
         raise NotImplementedError
 
+    def _reduce_scatter(self, flat: torch.Tensor, axis: Axis) -> torch.Tensor:
+        raise NotImplementedError
+
+    def _all_to_all(self, flat: torch.Tensor, counts: list[int], axis: Axis) -> torch.Tensor:
+        """Return what the ranks of the axis sent here, one after another, of parts with these lengths."""
+        raise NotImplementedError
+
     # --- shared -------------------------------------------------------------------------------------
 
     def _reduce_all_(self, tensors, axis: Axis, operation: Operation) -> None:
@@ -317,12 +368,42 @@ class GridComm:
                 if flat.numel() == 0:
                     continue  # on all ranks of the group alike
                 for step in route:
-                    self._count(flat)
-                    self._reduce_(flat, step, operation)
+                    with self._counted(flat):
+                        self._reduce_(flat, step, operation)
 
-    def _count(self, flat: torch.Tensor) -> None:
+    def _sum_compressed_(self, tensors, axis: Axis) -> None:
+        for step in self._routes[axis]:
+            extent = self._extents[step]
+            with _packed_buckets(tensors) as buckets:
+                for flat in buckets:
+                    part = encode(self._scatter_compressed(flat, step), self.compression)
+                    with self._counted(part):
+                        parts = self._gather(part, step)
+                    lengths = [encoded_bytes(len(share(len(flat), extent, rank))) for rank in range(extent)]
+                    decoded = [
+                        decode(content, self.compression, flat.dtype) for content in parts.split(lengths)
+                    ]
+                    torch.cat(decoded, out=flat)
+
+    def _scatter_compressed(self, flat: torch.Tensor, axis: Axis) -> torch.Tensor:
+        """Return this rank's share of the sum: what travels is halves, what is added is not."""
+        extent = self._extents[axis]
+        parts = flat.split([len(share(len(flat), extent, rank)) for rank in range(extent)])
+        encoded = [encode(part, self.compression) for part in parts]
+        packed = torch.cat(encoded)
+        with self._counted(packed):
+            received = self._all_to_all(packed, [len(part) for part in encoded], axis)
+        contents = received.view(extent, -1)
+        return sum(decode(content, self.compression, flat.dtype) for content in contents)
+
+    @contextlib.contextmanager
+    def _counted(self, tensor: torch.Tensor) -> Iterator[None]:
+        """Count a collective of this tensor."""
+        start = time.perf_counter()
+        yield
         self.traffic.num_collectives += 1
-        self.traffic.num_bytes += flat.numel() * flat.element_size()
+        self.traffic.num_bytes += tensor.numel() * tensor.element_size()
+        self.traffic.seconds += time.perf_counter() - start
 
 
 class MpiComm(GridComm):
@@ -343,11 +424,12 @@ class MpiComm(GridComm):
         grid: Grid,
         device: torch.device | str = "cpu",
         reduction: Literal["axes", "world"] = "axes",
+        compression: Compression = "none",
         *,
         mpi,
         node_size: int | None = None,
     ):
-        super().__init__(grid, device, reduction)
+        super().__init__(grid, device, reduction, compression)
         self._mpi = mpi
         self.world_comm = mpi.COMM_WORLD
         self.sample_comm = self.world_comm.Split(color=grid.data_index, key=grid.sample_index)
@@ -419,12 +501,13 @@ class HorovodComm(MpiComm):
         grid: Grid,
         device: torch.device,
         reduction: Literal["axes", "world"],
+        compression: Compression = "none",
         *,
         mpi,
         hvd,
         node_size: int | None = None,
     ):
-        super().__init__(grid, device, reduction, mpi=mpi, node_size=node_size)
+        super().__init__(grid, device, reduction, compression, mpi=mpi, node_size=node_size)
         self._hvd = hvd
         self._start_horovod()
         self._operations = {"sum": hvd.Sum, "max": hvd.Max}
@@ -495,6 +578,20 @@ class HorovodComm(MpiComm):
         buffer = tensor.cpu() if self._through_host else tensor
         return self._hvd.allgather(buffer, name=name, process_set=self._sets[axis]).to(tensor.device)
 
+    def _reduce_scatter(self, flat: torch.Tensor, axis: Axis) -> torch.Tensor:
+        name = f"hpc_bnn.reduce_scatter.{axis}.{flat.dtype}.{flat.numel()}"
+        buffer = flat.cpu() if self._through_host else flat
+        return self._hvd.reducescatter(buffer, name=name, op=self._hvd.Sum, process_set=self._sets[axis]).to(
+            flat.device
+        )
+
+    def _all_to_all(self, flat: torch.Tensor, counts: list[int], axis: Axis) -> torch.Tensor:
+        name = f"hpc_bnn.all_to_all.{axis}.{flat.dtype}.{flat.numel()}"
+        buffer = flat.cpu() if self._through_host else flat
+        splits = torch.tensor(counts, dtype=torch.int32)
+        received, _ = self._hvd.alltoall(buffer, splits, name=name, process_set=self._sets[axis])
+        return received.to(flat.device)
+
     def close(self) -> None:
         self.barrier()
         if self._hvd.is_initialized():
@@ -509,6 +606,7 @@ def connect(
     sample_size: int = 1,
     device: str = "auto",
     reduction: Literal["axes", "world"] = "axes",
+    compression: Compression = "none",
     *,
     node_size: int | None = None,
 ) -> GridComm:
@@ -530,6 +628,8 @@ def connect(
         takes the CPU where there is no GPU.
     reduction : {"axes", "world"}
         See `GridComm`.
+    compression : {"none", "fp16", "bf16"}
+        What the sum of the gradient sends; other sums are never compressed.
     node_size : int, optional
         See `MpiComm`.
 
@@ -557,7 +657,7 @@ def connect(
     node.Free()
     _set_num_threads(local_size)
     device = _agree_on_device(world, device, local_rank)
-    comm = HorovodComm(grid, device, reduction, mpi=mpi, hvd=hvd, node_size=node_size)
+    comm = HorovodComm(grid, device, reduction, compression, mpi=mpi, hvd=hvd, node_size=node_size)
     _check_one_rank_per_gpu(comm)
     return comm
 

@@ -17,6 +17,9 @@ class GridConfig:
     """Ranks along the sample axis; must divide the number of ranks of the job."""
     reduction: Literal["axes", "world"] = "axes"
     """Sum gradients over the sample group and then the data group (axes), or over all ranks at once (world)."""
+    compression: Literal["none", "fp16", "bf16"] = "none"
+    """Send gradients in half the bytes, rounded to 11 bits of a scaled float16 or to 8 of bfloat16; results then depend
+    on the grid to that rounding."""
 
 
 @dataclass
@@ -160,6 +163,8 @@ class OptimizerConfig:
     """Epochs between steps of the learning rate."""
     max_gradient_norm: float | None = None
     """Scale the gradient of the job down to this norm where it is larger."""
+    sharded: bool = False
+    """Divide the optimizer's state over the ranks of the sample group (ZeRO stage 1): less memory, the same numbers."""
 
 
 @dataclass
@@ -216,6 +221,8 @@ class Config:
     """Go on from the newest sound checkpoint in run_dir, on any grid; without one begin."""
     max_steps: int | None = None
     """Stop after so many optimizer steps, wherever the epoch is; the learning rate keeps its course."""
+    tensorboard: bool = False
+    """Write the metrics of each epoch for TensorBoard, too, to run_dir/tensorboard."""
     test_every_epochs: int = 10
     """Evaluate on the held-out split after so many epochs, and at the end."""
     kl_weight: float = 1.0

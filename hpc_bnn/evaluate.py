@@ -5,23 +5,45 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics.functional.classification import binary_auroc
 
 from .comm import GridComm
 from .data import ShardDataset
+from .grid import share
 from .likelihoods import Categorical, Likelihood
-from .metrics import classification_metrics, regression_metrics
+from .metrics import (
+    BrierScore,
+    ChannelMean,
+    ExpectedCalibrationError,
+    NegativeLogLikelihood,
+    PitHistogram,
+    adaptive_calibration_error,
+)
+from .mixtures import Mixture
 from .noise import Stream, keyed_generator
 from .objectives import LogMeanExp, Moments
 from .posteriors import Posterior
 
 
+class _Rows:
+    """A dataclass of tensors with a row for each example."""
+
+    def rows(self, start: int, stop: int):
+        """Return the predictive of some examples."""
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        cut = {name: part[start:stop] for name, part in parts.items() if isinstance(part, Tensor)}
+        return replace(self, **cut)
+
+
 @dataclass(frozen=True)
-class ClassPredictive:
+class ClassPredictive(_Rows):
     """Predictive of some examples over all samples of the job; B examples, C classes."""
 
     probabilities: Tensor
@@ -30,6 +52,8 @@ class ClassPredictive:
     """[B, C] standard deviation over samples of the class probabilities."""
     expected_entropy: Tensor
     """[B] mean over samples of the entropy (nats): the aleatoric part."""
+    members: Tensor | None = None
+    """[B, K, C] class probabilities of each sample, where they were asked for."""
 
     @property
     def entropy(self) -> Tensor:
@@ -43,7 +67,7 @@ class ClassPredictive:
 
 
 @dataclass(frozen=True)
-class ValuePredictive:
+class ValuePredictive(_Rows):
     """Predictive of numbers over all samples of the job; B examples, targets [T, ...].
 
     The total variance is the mean over samples of the likelihood's variance (aleatoric) and the variance over
@@ -58,6 +82,14 @@ class ValuePredictive:
     """[B, T, ...] variance over samples of the mean that the likelihood states."""
     log_prob: Tensor | None = None
     """[B] log of the mean over samples of p(y | x, w_s) (nats), where y was given and has a density."""
+    mixture: Mixture | None = None
+    """The samples' distributions of each target, where they were asked for and the likelihood has them."""
+    members: Tensor | None = None
+    """[B, K, T, ...] mean of each sample, where they were asked for."""
+
+    def rows(self, start: int, stop: int) -> ValuePredictive:
+        mixture = self.mixture and self.mixture.rows(start, stop)
+        return replace(super().rows(start, stop), mixture=mixture)
 
     @property
     def variance(self) -> Tensor:
@@ -75,13 +107,15 @@ class ValuePredictive:
             self.aleatoric_variance * square,
             self.epistemic_variance * square,
             log_prob,
+            self.mixture and self.mixture.in_units(mean, std),
+            None if self.members is None else self.members * std[:, None] + mean[:, None],
         )
 
 
 Predictive = ClassPredictive | ValuePredictive
 
-BLOCK_BYTES = 256 * 2**20
-"""Bytes of inputs that `evaluate_dataset` reads at once on a rank."""
+BLOCK_BYTES = 128 * 2**20
+"""Bytes of inputs, and of outputs of all samples, that a rank takes up at once."""
 
 
 def _member_outputs(
@@ -115,10 +149,11 @@ def predict_classes(
     num_samples: int,
     seed: int = 0,
     batch_size: int = 1024,
+    keep_members: bool = False,
 ) -> ClassPredictive:
     """Return the predictive of this rank's examples over the samples of all ranks of its sample group.
 
-    Collective over ``sample_comm``: one sum of [B, 2 C + 1].
+    Collective over ``sample_comm``: one sum of [B, 2 C + 1]; a gather of [K, B, C] to keep the members.
 
     Parameters
     ----------
@@ -130,17 +165,22 @@ def predict_classes(
         Key of the samples.
     batch_size : int
         Examples per forward pass on this rank.
+    keep_members : bool
+        Whether the probabilities of each sample are kept as well.
     """
     num_classes = likelihood.num_classes
     # p, p^2, entropy; in float64, because the variance is a small difference
     sums = torch.zeros(len(x), 2 * num_classes + 1, dtype=torch.float64, device=x.device)
-    for _, members in _member_outputs(posterior, comm, x, num_samples, seed, batch_size):
-        for outputs in members:
-            p = likelihood.probabilities(outputs)
-            sums += torch.cat([p, p.square(), torch.special.entr(p).sum(-1, keepdim=True)], dim=-1)
+    kept = []
+    for _, outputs in _member_outputs(posterior, comm, x, num_samples, seed, batch_size):
+        p = likelihood.probabilities(outputs.flatten(0, 1)).unflatten(0, outputs.shape[:2])
+        parts = torch.cat([p, p.square(), torch.special.entr(p).sum(-1, keepdim=True)], dim=-1)
+        sums += parts.sum(0)
+        kept += [p] if keep_members else []
     comm.sum_(sums, "sample")
     mean, square, entropy = (sums / num_samples).split([num_classes, num_classes, 1], dim=-1)
-    return ClassPredictive(mean, (square - mean.square()).clamp_min(0).sqrt(), entropy.squeeze(-1))
+    members = comm.gather(torch.cat(kept), "sample").movedim(0, 1) if keep_members else None
+    return ClassPredictive(mean, (square - mean.square()).clamp_min(0).sqrt(), entropy.squeeze(-1), members)
 
 
 @torch.no_grad()
@@ -154,11 +194,12 @@ def predict_values(
     num_samples: int,
     seed: int = 0,
     batch_size: int = 1024,
+    keep_members: bool = False,
 ) -> ValuePredictive:
     """Return the predictive of this rank's examples over the samples of all ranks of its sample group.
 
     Collective over ``sample_comm``: two sums, of 2 and 1 numbers per target; with targets y a maximum and a sum of
-    B numbers more.
+    B numbers more; a gather of the outputs of all samples to keep the members.
 
     Parameters
     ----------
@@ -166,10 +207,13 @@ def predict_values(
         [B, ...] inputs, and targets where their log-density is wanted; the same on all ranks of a sample group.
     num_samples, seed, batch_size
         As for `predict_classes`.
+    keep_members : bool
+        Whether the distribution of each sample is kept as well: for quantiles, PIT and CRPS.
     """
     local_samples = comm.grid.local_samples(num_samples)
     moments, density = (kind(x, local_samples, num_samples) for kind in (Moments, LogMeanExp))
     has_density = y is not None and likelihood.has_density
+    kept = []
     for samples, members in _member_outputs(posterior, comm, x, num_samples, seed, batch_size):
         form, outputs = (len(samples), len(x)), members.flatten(0, 1)
         mean_and_variance = torch.stack([likelihood.mean(outputs), likelihood.variance(outputs)], dim=1)
@@ -177,12 +221,81 @@ def predict_values(
         if has_density:
             targets = y.expand(len(samples), *y.shape).flatten(0, 1)
             density.see(samples, likelihood.log_prob(outputs, targets).unflatten(0, form))
+        kept += [members] if keep_members else []
     moments.combine(comm)
     if has_density:
         density.combine(comm)
-    return ValuePredictive(
+    predictive = ValuePredictive(
         moments.mean, moments.aleatoric, moments.epistemic, density.log_mean if has_density else None
     )
+    if not keep_members:
+        return predictive
+    outputs = comm.gather(torch.cat(kept), "sample")  # [K, B, ...]
+    means = likelihood.mean(outputs.flatten(0, 1)).unflatten(0, outputs.shape[:2])
+    return replace(predictive, mixture=likelihood.mixture(outputs), members=means.movedim(0, 1))
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some examples of a data set, and what the job says about them; numbers in units of y."""
+
+    examples: Tensor
+    """[B] their global indices."""
+    predictive: Predictive
+    y: Tensor | None
+    """[B, ...] their targets, where they were asked for."""
+
+
+def predict_dataset(
+    posterior: Posterior,
+    likelihood: Likelihood,
+    comm: GridComm,
+    dataset: ShardDataset,
+    *,
+    num_samples: int,
+    seed: int = 0,
+    keep_members: bool = False,
+    with_targets: bool = True,
+) -> Iterator[Block]:
+    """Yield the predictive of a data set in blocks of bounded size: each data group its part of the examples.
+
+    Collective over ``sample_comm``; data groups may have different numbers of blocks. Each block is one pass over the
+    samples.
+    """
+    is_class = likelihood.num_classes is not None
+    part = torch.arange(len(dataset))[comm.grid.local_examples(len(dataset))]
+    num_bytes = math.prod(dataset.in_shape) * dataset.dtype.itemsize
+    if keep_members:
+        places = math.prod(dataset.manifest.arrays["y"].shape[1:])
+        num_bytes = max(num_bytes, 8 * num_samples * likelihood.num_outputs * places)
+    options = {"num_samples": num_samples, "seed": seed, "keep_members": keep_members}
+    for examples in part.split(max(1, BLOCK_BYTES // num_bytes)) if len(part) else ():
+        x, y = dataset.fetch(examples)
+        y = y if with_targets else None
+        if is_class:
+            yield Block(examples, predict_classes(posterior, likelihood, comm, x, **options), y)
+            continue
+        predictive = predict_values(posterior, likelihood, comm, x, y, **options)
+        if dataset.target_scale:
+            predictive = predictive.in_units(*dataset.target_scale)
+        if with_targets:
+            y = likelihood.targets(dataset.in_units(y), predictive.mean)
+        yield Block(examples, predictive, y)
+
+
+# --- evaluation ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a data set says about a posterior; the same on all ranks."""
+
+    metrics: dict[str, float]
+    """Of the whole data set, in units of y."""
+    curves: dict[str, Any]
+    """What a picture needs: for classes "reliability"; for numbers "pit", and "channels" with their metrics."""
+    uncertainties: dict[str, Tensor]
+    """[N] uncertainties of each example, in the order of the data set: see `uncertainties_of`."""
 
 
 def evaluate_dataset(
@@ -194,10 +307,12 @@ def evaluate_dataset(
     num_samples: int,
     seed: int = 0,
     see: Callable[[Tensor, Predictive, Tensor], None] | None = None,
-) -> dict[str, float]:
+) -> Evaluation:
     """Evaluate a data set: each data group its part of the examples, each sample group all samples.
 
     Collective over the world. Examples are read in blocks of bounded size; every block is one pass over the samples.
+    The ranks of a sample group share the work on its scores; sums and counts are then summed over the world, never
+    means.
 
     Parameters
     ----------
@@ -208,43 +323,225 @@ def evaluate_dataset(
     see : callable, optional
         Called with the global indices [B], the predictive, and the targets of every block of this rank; numbers in
         units of y.
-
-    Returns
-    -------
-    metrics : dict of str to float
-        Of the whole data set; the same on all ranks.
     """
     is_class = likelihood.num_classes is not None
-    if is_class:
-        metrics = classification_metrics(likelihood.num_classes, dataset.device)
-    else:
-        metrics = regression_metrics(likelihood.has_density, dataset.device)
-    part = torch.arange(len(dataset))[comm.grid.local_examples(len(dataset))]
-    block_size = max(1, BLOCK_BYTES // (math.prod(dataset.in_shape) * dataset.dtype.itemsize))
-    for examples in part.split(block_size) if len(part) else ():
-        x, y = dataset.fetch(examples)
-        if is_class:
-            predictive = predict_classes(posterior, likelihood, comm, x, num_samples=num_samples, seed=seed)
-            updates = dict.fromkeys(metrics, (predictive.probabilities, y))
-        else:
-            predictive = predict_values(posterior, likelihood, comm, x, y, num_samples=num_samples, seed=seed)
-            if dataset.target_scale:
-                predictive = predictive.in_units(*dataset.target_scale)
-            y = likelihood.targets(dataset.in_units(y), predictive.mean)
-            error = (predictive.mean.flatten(), y.flatten())
-            updates = dict.fromkeys(metrics, error) | {"nll": (predictive.log_prob,)}
-        for name, metric in metrics.items():
-            metric.update(*updates[name])
+    scores = (_ClassScores if is_class else _ValueScores)(likelihood, dataset, num_samples)
+    blocks = predict_dataset(
+        posterior, likelihood, comm, dataset, num_samples=num_samples, seed=seed, keep_members=not is_class
+    )
+    for block in blocks:
+        mine = share(len(block.examples), comm.grid.sample_size, comm.grid.sample_index)
+        if mine:
+            start, stop = mine.start, mine.stop
+            scores.see(block.examples[start:stop], block.predictive.rows(start, stop), block.y[start:stop])
         if see:
-            see(examples, predictive, y)
-    return compute_over_data_axis(metrics, comm)
-
-
-def compute_over_data_axis(metrics: dict[str, Metric], comm: GridComm) -> dict[str, float]:
-    """Sum the states of metrics over the data axis, then compute. Collective over ``data_comm``."""
-    states = [state for metric in metrics.values() for state in metric.metric_state.values()]
-    assert all(isinstance(state, Tensor) for state in states), "only states that are sums can be reduced"
-    comm.sum_(states, "data")
+            see(block.examples, block.predictive, block.y)
+    scores.combine(comm)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # a rank without examples has no update of its own
-        return {name: metric.compute().item() for name, metric in metrics.items()}
+        return Evaluation(scores.compute(), scores.curves(), scores.uncertainties)
+
+
+def uncertainties_of(predictive: Predictive, unit: Tensor | None = None) -> dict[str, Tensor]:
+    """Return scalar uncertainties [B] of examples: the larger, the less the job knows. Local.
+
+    Parameters
+    ----------
+    predictive : ClassPredictive or ValuePredictive
+        For classes entropy and mutual information (nats); for numbers the means over targets of the total and the
+        epistemic standard deviation.
+    unit : Tensor, optional
+        By which standard deviations are divided first, so that targets of different units can be averaged.
+    """
+    if isinstance(predictive, ClassPredictive):
+        return {"entropy": predictive.entropy, "mutual_information": predictive.mutual_information}
+    unit = 1.0 if unit is None else unit
+    parts = {"std": predictive.variance, "epistemic_std": predictive.epistemic_variance}
+    return {name: (variance.sqrt() / unit).flatten(1).mean(1) for name, variance in parts.items()}
+
+
+def uncertainties_of_dataset(
+    posterior: Posterior,
+    likelihood: Likelihood,
+    comm: GridComm,
+    dataset: ShardDataset,
+    *,
+    num_samples: int,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Return `uncertainties_of` all examples of a data set, [N]; its targets are not looked at. Collective over the world."""
+    columns = _Columns()
+    unit = dataset.target_scale and dataset.target_scale[1]
+    for block in predict_dataset(
+        posterior, likelihood, comm, dataset, num_samples=num_samples, seed=seed, with_targets=False
+    ):
+        if comm.grid.sample_index == 0:
+            columns.see(block.examples, uncertainties_of(block.predictive, unit))
+    return columns.gather(comm, UNCERTAINTIES[likelihood.num_classes is not None])
+
+
+def out_of_distribution_auroc(inside: dict[str, Tensor], outside: dict[str, Tensor]) -> dict[str, float]:
+    """Return how well each uncertainty tells foreign examples from those of the data, as an AUROC. Local.
+
+    0.5: not at all; 1: every foreign example is less certain than every one of the data.
+    """
+    found = {}
+    for name, values in inside.items():
+        both = torch.cat([values, outside[name]])
+        is_outside = torch.arange(len(both)) >= len(values)
+        # By ranks, which keep the order of float64; binary_auroc would take numbers outside of [0, 1] for logits
+        _, ranks = both.unique(return_inverse=True)
+        found[f"ood_auroc/{name}"] = binary_auroc(ranks.double() / len(both), is_outside.long()).item()
+    return found
+
+
+UNCERTAINTIES = {True: ("entropy", "mutual_information"), False: ("std", "epistemic_std")}
+"""Names of what `uncertainties_of` returns, for classes and for numbers."""
+
+INTERVALS = (0.5, 0.9, 0.95)
+"""Central intervals of which coverage and width are measured."""
+
+
+class _Columns:
+    """Numbers of every example of the job."""
+
+    def __init__(self):
+        self._seen: list[Tensor] = []
+
+    def see(self, examples: Tensor, columns: dict[str, Tensor]) -> None:
+        """Take in columns [B] of examples that no other rank takes in. Local."""
+        parts = [examples.to(next(iter(columns.values())).device), *columns.values()]
+        self._seen.append(torch.stack([part.double() for part in parts], dim=1).cpu())
+
+    def gather(self, comm: GridComm, names: tuple[str, ...]) -> dict[str, Tensor]:
+        """Return the columns [N] of all examples, in their order, on the CPU. Collective over the world."""
+        mine = torch.cat([torch.zeros(0, 1 + len(names), dtype=torch.float64), *self._seen])
+        for axis in ("sample", "data"):
+            mine = comm.gather(mine.to(comm.device), axis)
+        mine = mine.cpu()
+        ordered = mine[mine[:, 0].argsort()]
+        return dict(zip(names, ordered[:, 1:].unbind(1)))
+
+
+class _Scores:
+    """Metrics of a data set in the making."""
+
+    columns: tuple[str, ...]
+
+    def __init__(self, likelihood: Likelihood, dataset: ShardDataset, num_samples: int):
+        self.metrics: dict[str, Metric] = {}
+        self._columns = _Columns()
+
+    def _add(self, device: torch.device, **metrics: Metric) -> None:
+        self.metrics |= {name: metric.set_dtype(torch.float64).to(device) for name, metric in metrics.items()}
+
+    def see(self, examples: Tensor, predictive: Predictive, y: Tensor) -> None:
+        """Take in examples that no other rank takes in. Local."""
+        raise NotImplementedError
+
+    def combine(self, comm: GridComm) -> None:
+        """Sum the states of the metrics, gather the columns. Collective over the world."""
+        states = [state for metric in self.metrics.values() for state in metric.metric_state.values()]
+        assert all(isinstance(state, Tensor) for state in states), "only states that are sums can be reduced"
+        comm.sum_(states)
+        self.gathered = self._columns.gather(comm, self.columns)
+
+    def compute(self) -> dict[str, float]:
+        return {name: metric.compute().item() for name, metric in self.metrics.items()}
+
+    def curves(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    @property
+    def uncertainties(self) -> dict[str, Tensor]:
+        return {name: self.gathered[name] for name in self.columns if name in sum(UNCERTAINTIES.values(), ())}
+
+
+class _ClassScores(_Scores):
+    columns = (*UNCERTAINTIES[True], "confidence", "correct")
+
+    def __init__(self, likelihood: Likelihood, dataset: ShardDataset, num_samples: int):
+        super().__init__(likelihood, dataset, num_samples)
+        self._add(
+            dataset.device,
+            accuracy=MulticlassAccuracy(likelihood.num_classes, average="micro"),
+            nll=NegativeLogLikelihood(),
+            brier=BrierScore(),
+            ece=ExpectedCalibrationError(),
+        )
+
+    def see(self, examples: Tensor, predictive: ClassPredictive, y: Tensor) -> None:
+        for metric in self.metrics.values():
+            metric.update(predictive.probabilities, y)
+        confidence, said = predictive.probabilities.max(1)
+        columns = {"confidence": confidence, "correct": said == y}
+        self._columns.see(examples, uncertainties_of(predictive) | columns)
+
+    def compute(self) -> dict[str, float]:
+        adaptive = adaptive_calibration_error(self.gathered["confidence"], self.gathered["correct"])
+        return super().compute() | {"adaptive_ece": adaptive}
+
+    def curves(self) -> dict[str, Any]:
+        return {"reliability": self.metrics["ece"].curve()}
+
+
+class _ValueScores(_Scores):
+    columns = UNCERTAINTIES[False]
+
+    def __init__(self, likelihood: Likelihood, dataset: ShardDataset, num_samples: int):
+        super().__init__(likelihood, dataset, num_samples)
+        self._unit = dataset.target_scale and dataset.target_scale[1]
+        self._names = dataset.manifest.arrays["y"].channels
+        self._num_samples = num_samples
+        weights = dataset.manifest.target_weights
+        weights = None if weights is None else torch.tensor(weights, dtype=torch.float64)
+        count = likelihood.num_targets
+        means = {name: ChannelMean(count, weights) for name in ("mae", "crps", "fair_crps")}
+        roots = {name: ChannelMean(count, weights, is_root=True) for name in ("rmse", "spread")}
+        widths = {_percent("width", level): ChannelMean(count, weights) for level in INTERVALS}
+        nll = {"nll": NegativeLogLikelihood()} if likelihood.has_density else {}
+        self._add(dataset.device, **roots, **means, **nll, **widths, pit=PitHistogram(weights))
+        self._has_mixture = likelihood.has_mixture
+
+    def see(self, examples: Tensor, predictive: ValuePredictive, y: Tensor) -> None:
+        metrics, mixture, y = self.metrics, predictive.mixture, y.double()
+        error = predictive.mean - y
+        metrics["rmse"].update(error.square())
+        metrics["mae"].update(error.abs())
+        # The variance that the squared error of the mean has if y is like one more sample (Fortin et al., 2014)
+        count = self._num_samples
+        factor = (count + 1) / (count - 1) if count > 1 else 0.0
+        metrics["spread"].update(predictive.aleatoric_variance + factor * predictive.epistemic_variance)
+        if predictive.log_prob is not None:
+            metrics["nll"].update(predictive.log_prob)
+        if mixture is not None:
+            for name, score in zip(("crps", "fair_crps"), mixture.crps(y)):
+                metrics[name].update(score)
+            metrics["pit"].update(*mixture.pit(y))
+            for level in INTERVALS:
+                low, high = (mixture.quantile(end) for end in ((1 - level) / 2, (1 + level) / 2))
+                metrics[_percent("width", level)].update(high - low)
+        self._columns.see(examples, uncertainties_of(predictive, self._unit))
+
+    def compute(self) -> dict[str, float]:
+        values = super().compute()
+        values["spread_skill"] = values.pop("spread") / values["rmse"] if values["rmse"] else math.nan
+        pit = self.metrics["pit"]
+        values["calibration_error"] = values.pop("pit")
+        values |= {_percent("coverage", level): pit.coverage(level) for level in INTERVALS}
+        return {name: value for name, value in values.items() if math.isfinite(value) or name == "nll"}
+
+    def curves(self) -> dict[str, Any]:
+        means = {
+            n: metric.by_channel() for n, metric in self.metrics.items() if isinstance(metric, ChannelMean)
+        }
+        spread = means.pop("spread")
+        means["spread_skill"] = [s / r if r else math.nan for s, r in zip(spread, means["rmse"])]
+        means = {n: values for n, values in means.items() if all(map(math.isfinite, values))}
+        names = list(self._names) or [str(number) for number in range(len(spread))]
+        pit = {"pit": self.metrics["pit"].curve()} if self._has_mixture else {}
+        return {**pit, "channels": {"name": names, **means}}
+
+
+def _percent(name: str, level: float) -> str:
+    return f"{name}_{100 * level:.0f}"

@@ -8,8 +8,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torchmetrics import MeanAbsoluteError, MeanSquaredError, Metric
-from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics import Metric
+
+NUM_BINS = 15
+"""Bins of the confidence in calibration errors."""
+
+NUM_PIT_BINS = 200
+"""Bins of the PIT; central intervals of 50, 90 and 95 % end at their edges."""
 
 
 class _MeanOverExamples(Metric):
@@ -61,7 +66,7 @@ class ExpectedCalibrationError(Metric):
 
     full_state_update = False
 
-    def __init__(self, num_bins: int = 15):
+    def __init__(self, num_bins: int = NUM_BINS):
         super().__init__()
         self.num_bins = num_bins
         for name in ("confidence", "correct", "count"):
@@ -81,24 +86,122 @@ class ExpectedCalibrationError(Metric):
     def compute(self) -> Tensor:
         return (self.confidence - self.correct).abs().sum() / self.count.sum()
 
+    def curve(self) -> dict[str, list[float]]:
+        """Return the reliability diagram: of each bin that is not empty its mean confidence, accuracy and count."""
+        is_used = self.count > 0
+        count = self.count[is_used]
+        return {
+            "confidence": (self.confidence[is_used] / count).tolist(),
+            "accuracy": (self.correct[is_used] / count).tolist(),
+            "count": count.tolist(),
+        }
 
-def classification_metrics(num_classes: int, device: torch.device) -> dict[str, Metric]:
-    """Return the metrics of a class predictive [B, C] by name; update them with (probabilities, y)."""
-    metrics = {
-        "accuracy": MulticlassAccuracy(num_classes, average="micro"),
-        "nll": NegativeLogLikelihood(),
-        "brier": BrierScore(),
-        "ece": ExpectedCalibrationError(),
-    }
-    return {name: metric.to(device) for name, metric in metrics.items()}
 
+def adaptive_calibration_error(confidence: Tensor, correct: Tensor, num_bins: int = NUM_BINS) -> float:
+    """Return the calibration error over bins of equal *count* of the confidence (Nguyen and O'Connor, 2015). Local.
 
-def regression_metrics(has_density: bool, device: torch.device) -> dict[str, Metric]:
-    """Return the metrics of a predictive of numbers by name.
-
-    Update "rmse" and "mae" with (mean, y), all targets flattened, and "nll" with the log-densities [B].
+    Parameters
+    ----------
+    confidence, correct : Tensor
+        [N] largest class probability, and whether its class is right, of all examples in the order of the data set:
+        equal confidences stay in it.
     """
-    metrics = {"rmse": MeanSquaredError(squared=False), "mae": MeanAbsoluteError()}
-    if has_density:
-        metrics["nll"] = NegativeLogLikelihood()
-    return {name: metric.set_dtype(torch.float64).to(device) for name, metric in metrics.items()}
+    order = confidence.argsort(stable=True)
+    difference = (confidence.double() - correct.double())[order]
+    return sum(part.sum().abs().item() for part in difference.tensor_split(num_bins)) / len(order)
+
+
+# --- numbers -------------------------------------------------------------------------------------------
+
+
+class ChannelMean(Metric):
+    """Mean over examples and places of a quantity of every target, by channel and of all together.
+
+    Parameters
+    ----------
+    num_channels : int
+        Extent of dim 1 of the targets.
+    weights : Tensor, optional
+        Weights of the targets of an example; they broadcast to [channels, ...].
+    is_root : bool
+        Whether the root of the mean is meant.
+    """
+
+    full_state_update = False
+
+    def __init__(self, num_channels: int, weights: Tensor | None = None, is_root: bool = False):
+        super().__init__()
+        self.weights, self.is_root = weights, is_root
+        for name in ("total", "count"):
+            self.add_state(name, torch.zeros(num_channels, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, values: Tensor) -> None:
+        """Take in values [B, channels, ...]."""
+        shape, count = values.shape[1:], len(self.total)
+        values = values.double().flatten(1).unflatten(1, (count, -1))  # [B, channels, places]
+        weights = _expanded(self.weights, shape, values).reshape(count, -1)
+        self.total += (values * weights).sum((0, 2))
+        self.count += len(values) * weights.sum(1)
+
+    def _finish(self, mean: Tensor) -> Tensor:
+        return mean.sqrt() if self.is_root else mean
+
+    def compute(self) -> Tensor:
+        return self._finish(self.total.sum() / self.count.sum())
+
+    def by_channel(self) -> list[float]:
+        return self._finish(self.total / self.count).tolist()
+
+
+def _expanded(weights: Tensor | None, shape: torch.Size, like: Tensor) -> Tensor:
+    """Return weights of targets, 1 where there are none, in a shape."""
+    return (like.new_ones(()) if weights is None else weights.to(like)).expand(shape)
+
+
+class PitHistogram(Metric):
+    """Where observations lie in their predictives: histogram of the probability integral transform.
+
+    Coverage of central intervals and calibration follow from it, because the edges of the bins hold all levels.
+
+    Parameters
+    ----------
+    weights : Tensor, optional
+        As for `ChannelMean`.
+    """
+
+    full_state_update = False
+
+    def __init__(self, weights: Tensor | None = None):
+        super().__init__()
+        self.weights = weights
+        self.add_state("mass", torch.zeros(NUM_PIT_BINS, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, low: Tensor, high: Tensor) -> None:
+        """Take in the intervals of `hpc_bnn.mixtures.Mixture.pit`, [B, channels, ...] each."""
+        low, high = low.double() * NUM_PIT_BINS, high.double() * NUM_PIT_BINS
+        weights = _expanded(self.weights, low.shape, low)
+        is_point = high - low < 1e-9
+        place = low[is_point].long().clamp(0, NUM_PIT_BINS - 1)
+        self.mass.index_add_(0, place, weights[is_point])
+        low, high, weights = low[~is_point], high[~is_point], weights[~is_point]
+        if len(low):
+            for number in range(NUM_PIT_BINS):
+                inside = high.clamp(max=number + 1) - low.clamp(min=number)
+                self.mass[number] += (weights * inside.clamp_min(0) / (high - low)).sum()
+
+    def compute(self) -> Tensor:
+        """Return the mean absolute distance of the PIT's distribution function from the level, over 199 levels.
+
+        The mean absolute calibration error of Kuleshov, Fenner, Ermon (2018), of quantiles.
+        """
+        level = torch.arange(1, NUM_PIT_BINS, dtype=torch.float64, device=self.mass.device) / NUM_PIT_BINS
+        return ((self.mass / self.mass.sum()).cumsum(0)[:-1] - level).abs().mean()
+
+    def coverage(self, level: float) -> float:
+        """Return the share of observations in the central interval of a level, such as 0.9."""
+        skipped = round((1 - level) / 2 * NUM_PIT_BINS)
+        return (self.mass[skipped : NUM_PIT_BINS - skipped].sum() / self.mass.sum()).item()
+
+    def curve(self, num_bins: int = 20) -> list[float]:
+        """Return the shares of coarser bins; 1 / num_bins each where calibration is perfect."""
+        return (self.mass / self.mass.sum()).view(num_bins, -1).sum(1).tolist()

@@ -4,21 +4,248 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from .comm import GridComm, map_leaves
 from .config import OptimizerConfig
 from .errors import ConfigError, Fault, check_positive, import_object
+from .grid import share
+from .posteriors import Posterior
+
+ELEMENTWISE = (
+    "Adam",
+    "AdamW",
+    "SGD",
+    "RMSprop",
+    "Adagrad",
+    "Adadelta",
+    "Adamax",
+    "NAdam",
+    "RAdam",
+    "Rprop",
+    "ASGD",
+)
+"""Optimizers of torch that treat every number by itself, so that they may see parameters flat or in parts."""
+
+
+class JobOptimizer:
+    """The optimizer of a job: sums the gradient over the ranks, and updates the parameters on each of them.
+
+    This class: every rank updates all parameters, which are the same on all replicas.
+
+    Parameters
+    ----------
+    optimizer : torch.optim.Optimizer
+        Over ``posterior.parameters()`` or ``posterior.weight_parameters()``.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, posterior: Posterior, comm: GridComm):
+        self.optimizer, self.posterior, self.comm = optimizer, posterior, comm
+
+    @staticmethod
+    def of(optimizer: torch.optim.Optimizer, posterior: Posterior, comm: GridComm) -> JobOptimizer:
+        """Return the optimizer of the job that suits a posterior."""
+        kind = JobOptimizer if posterior.is_replicated else MemberOptimizer
+        return kind(optimizer, posterior, comm)
+
+    def reduce_(self) -> None:
+        """Sum the gradient of the data term and what stands behind it over the job. Collective over the world."""
+        posterior, comm = self.posterior, self.comm
+        if comm.compression != "none":
+            comm.sum_(posterior.gradient, compressed=True)
+            comm.sum_(posterior.behind_gradient)
+        else:
+            comm.sum_(posterior.reduced)
+
+    def clip_(self, max_norm: float) -> None:
+        """Scale the gradient of the job (of each member of an ensemble) down to a norm of at most ``max_norm``.
+
+        Local, where a subclass does not say otherwise; as all that follows.
+        """
+        self.posterior.clip_gradient_(max_norm)
+
+    def step(self) -> None:
+        """Update the parameters."""
+        self.optimizer.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the job, in the form of torch for all its parameters: nothing of the grid is in it."""
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` returned, on this or another grid. Local."""
+        self.optimizer.load_state_dict(state)
+
+
+class MemberOptimizer(JobOptimizer):
+    """The optimizer of a deep ensemble: each rank updates its own members."""
+
+    def reduce_(self) -> None:
+        """See `JobOptimizer.reduce_`: the gradient of a member is summed over its data group. Collective over the world."""
+        self.comm.sum_(self.posterior.gradient, "data", compressed=True)
+        self.comm.sum_(self.posterior.behind_gradient)
+
+    @property
+    def _is_stacked(self) -> bool:
+        """Whether one parameter holds all members of this rank, as rows; otherwise there are some for each member."""
+        (group,) = self.optimizer.param_groups
+        return len(group["params"]) == 1 and group["params"][0].shape == self.posterior.members.shape
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `JobOptimizer.state_dict`. Collective over ``sample_comm``."""
+        mine = map_leaves(self.optimizer.state_dict(), Tensor, lambda t: t.detach().to("cpu", copy=True))
+        parts = self.comm.gather_objects(mine, "sample")
+        if self._is_stacked:
+            return _join(parts)
+        states = [part["state"][number] for part in parts for number in sorted(part["state"])]
+        (group,) = mine["param_groups"]
+        count = sum(len(part["param_groups"][0]["params"]) for part in parts)
+        return {"state": dict(enumerate(states)), "param_groups": [group | {"params": list(range(count))}]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        posterior, count = self.posterior, self.posterior.num_members
+        mine = self.comm.grid.local_samples(count)
+        if self._is_stacked:
+            rows = slice(mine.start, mine.stop)
+            state = map_leaves(state, Tensor, lambda t: t[rows] if t.ndim and len(t) == count else t)
+        else:
+            (group,) = state["param_groups"]
+            each = len(group["params"]) // posterior.num_members
+            numbers = range(mine.start * each, mine.stop * each)
+            states = {i: state["state"][n] for i, n in enumerate(numbers) if n in state["state"]}
+            state = {"state": states, "param_groups": [group | {"params": list(range(len(numbers)))}]}
+        self.optimizer.load_state_dict(state)
+
+
+def _join(trees: list[Any]) -> Any:
+    """Join the optimizer states of the members: rows of tensors one after another, the rest is the same."""
+    first = trees[0]
+    if isinstance(first, Tensor) and first.ndim:
+        return torch.cat(trees)
+    if isinstance(first, dict):
+        return {key: _join([tree[key] for tree in trees]) for key in first}
+    return first
+
+
+class ShardedOptimizer(JobOptimizer):
+    """Optimizer state in parts over the sample group: ZeRO stage 1 (Rajbhandari et al., 2020).
+
+    Each rank of a sample group receives its part of the gradient (reduce-scatter), sums it over its data group, which
+    holds the same part, updates its part of the parameters, and the parts are gathered. The numbers are those of the
+    unsharded optimizer. Mean-field doubles the parameters, so that Adam keeps four numbers per weight: they are divided by
+    the extent of the sample axis.
+
+    Parameters
+    ----------
+    make : callable
+        Makes the optimizer of a list of parameters: ``lambda parameters: torch.optim.Adam(parameters, lr=1e-3)``. It
+        has to treat every number by itself.
+    posterior : Posterior
+        With the same parameters on all ranks.
+    comm : GridComm
+        The process grid.
+
+    Raises
+    ------
+    ConfigError
+        The posterior is an ensemble, or the optimizer looks at whole tensors.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
+        posterior: Posterior,
+        comm: GridComm,
+    ):
+        if not posterior.is_replicated:
+            rule = (
+                "an ensemble has its members, and their optimizer states, spread over the sample axis already"
+            )
+            raise ConfigError(Fault("--optimizer.sharded", True, rule, "Leave it out"))
+        mine = share(len(posterior.flat), comm.grid.sample_size, comm.grid.sample_index)
+        self._part = slice(mine.start, mine.stop)
+        self._parameter = nn.Parameter(posterior.flat[self._part])
+        optimizer = make([self._parameter])
+        _check_elementwise(optimizer)
+        super().__init__(optimizer, posterior, comm)
+
+    def reduce_(self) -> None:
+        """See `JobOptimizer.reduce_`; only this rank's part of the gradient is then that of the job."""
+        posterior, comm = self.posterior, self.comm
+        part = comm.reduce_scatter(posterior.gradient, "sample", compressed=True)
+        comm.sum_(part, "data", compressed=True)
+        posterior.gradient[self._part] = part
+        comm.sum_(posterior.behind_gradient)
+
+    def clip_(self, max_norm: float) -> None:
+        """See `JobOptimizer.clip_`. Collective over ``sample_comm``: one number."""
+        part = self.posterior.gradient[self._part]
+        square = torch.linalg.vector_norm(part.double()).square()
+        self.comm.sum_(square, "sample")
+        part.mul_((max_norm / (square.sqrt() + 1e-6)).clamp(max=1))
+
+    def step(self) -> None:
+        """Update the parameters. Collective over ``sample_comm``."""
+        self._parameter.grad = self.posterior.gradient[self._part]
+        self.optimizer.step()
+        self.posterior.flat.copy_(self.comm.gather(self._parameter.detach(), "sample"))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as the unsharded optimizer has it. Collective over ``sample_comm``."""
+        mine, shapes = self.optimizer.state_dict(), self._shapes()
+        state: dict[int, dict[str, Any]] = {
+            number: {} for number in range(len(shapes) if mine["state"] else 0)
+        }
+        for key, value in mine["state"].get(0, {}).items():
+            if not isinstance(value, Tensor):
+                parts = [value] * len(shapes)
+            elif value.ndim == 0:  # a counter of its own for each: optimizers count in place
+                parts = [value.clone() for _ in shapes]
+            else:
+                whole = self.comm.gather(value, "sample")
+                lengths = [shape.numel() for shape in shapes]
+                parts = [part.view(shape) for part, shape in zip(whole.split(lengths), shapes)]
+            for number, part in enumerate(parts):
+                state[number][key] = part
+        group = mine["param_groups"][0] | {"params": list(range(len(shapes)))}
+        return {"state": state, "param_groups": [group]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        mine: dict[str, Any] = {}
+        for key, value in state["state"].get(0, {}).items():
+            mine[key] = value
+            if isinstance(value, Tensor) and value.ndim:
+                slots = [state["state"][number][key] for number in range(len(self._shapes()))]
+                mine[key] = torch.cat([slot.reshape(-1) for slot in slots])[self._part]
+        group = state["param_groups"][0] | {"params": [0]}
+        self.optimizer.load_state_dict({"state": {0: mine} if mine else {}, "param_groups": [group]})
+
+    def _shapes(self) -> list[torch.Size]:
+        return [parameter.shape for parameter in self.posterior.parameters()]
+
+
+def _check_elementwise(optimizer: torch.optim.Optimizer) -> None:
+    kind = type(optimizer)
+    if kind.__name__ not in ELEMENTWISE or not kind.__module__.startswith("torch.optim"):
+        rule = (
+            f"its state can be divided for {', '.join(ELEMENTWISE)} only, which treat every number by itself"
+        )
+        raise ConfigError(
+            Fault("--optimizer.sharded", kind.__name__, rule, "Leave it out, or use --optimizer.name AdamW")
+        )
 
 
 def build_optimizer(
-    config: OptimizerConfig, parameters: Iterable[nn.Parameter], num_epochs: int, steps_per_epoch: int
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
+    config: OptimizerConfig, posterior: Posterior, comm: GridComm, num_epochs: int, steps_per_epoch: int
+) -> tuple[JobOptimizer, torch.optim.lr_scheduler.LambdaLR]:
     """Return the optimizer and the schedule of its learning rate. Local.
+
+    Optimizers of torch that treat every number by itself see the parameters flat, others a tensor per weight.
 
     Raises
     ------
@@ -27,21 +254,35 @@ def build_optimizer(
     """
     # The prior is the decay of the weights: an optimizer's own would pull the scales as well.
     path = config.name if "." in config.name else f"torch.optim.{config.name}"
-    make = import_object("--optimizer.name", path)
+    kind = import_object("--optimizer.name", path)
     arguments = config.arguments
-    try:
-        if "weight_decay" in inspect.signature(make).parameters:
-            arguments = {"weight_decay": 0.0, **arguments}
-        optimizer = make(parameters, lr=config.learning_rate, **arguments)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(
-            Fault("--optimizer.arguments", arguments, f"{config.name} refuses them ({error})", "Mend them")
-        ) from error
+    if "weight_decay" in inspect.signature(kind).parameters:
+        arguments = {"weight_decay": 0.0, **arguments}
+
+    def make(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        try:
+            return kind(parameters, lr=config.learning_rate, **arguments)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                Fault(
+                    "--optimizer.arguments",
+                    config.arguments,
+                    f"{config.name} refuses them ({error})",
+                    "Mend them",
+                )
+            ) from error
+
+    if config.sharded:
+        optimizer: JobOptimizer = ShardedOptimizer(make, posterior, comm)
+    else:
+        is_flat = path in [f"torch.optim.{name}" for name in ELEMENTWISE]
+        parameters = posterior.parameters() if is_flat else posterior.weight_parameters()
+        optimizer = JobOptimizer.of(make(parameters), posterior, comm)
 
     def factor(num_steps: int) -> float:
         return learning_rate_factor(config, num_steps / steps_per_epoch, num_epochs)
 
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer.optimizer, factor)
 
 
 def learning_rate_factor(config: OptimizerConfig, epochs: float, num_epochs: int) -> float:

@@ -23,6 +23,7 @@ from .errors import ConfigError, Fault, HpcBnnError, NonFiniteError
 from .likelihoods import Likelihood
 from .noise import Stream, keyed_generator
 from .objectives import Coupling, NegativeElbo, Objective
+from .optim import JobOptimizer
 from .posteriors import Posterior, Tally
 
 logger = logging.getLogger(__name__)
@@ -57,8 +58,8 @@ class VariationalStep:
         Wrapped network.
     likelihood : Likelihood
         Likelihood of an example given the network's outputs.
-    optimizer : torch.optim.Optimizer
-        Over ``posterior.parameters()``.
+    optimizer : torch.optim.Optimizer or hpc_bnn.optim.JobOptimizer
+        Over ``posterior.parameters()``; or `hpc_bnn.optim.ShardedOptimizer`.
     comm : GridComm
         The process grid.
     num_samples : int
@@ -100,7 +101,7 @@ class VariationalStep:
         self,
         posterior: Posterior,
         likelihood: Likelihood,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | JobOptimizer,
         comm: GridComm,
         *,
         num_samples: int,
@@ -129,7 +130,8 @@ class VariationalStep:
             )
         self.posterior = posterior
         self.likelihood = likelihood
-        self.optimizer = optimizer
+        is_of_job = isinstance(optimizer, JobOptimizer)
+        self.optimizer = optimizer if is_of_job else JobOptimizer.of(optimizer, posterior, comm)
         self.comm = comm
         self.num_samples = num_samples
         self.num_train_examples = num_train_examples
@@ -176,7 +178,7 @@ class VariationalStep:
         kl_weight = self.kl_weight(self.num_steps)
         kl = posterior.add_kl_gradient_(kl_weight / self.num_train_examples).item()
         if self.max_gradient_norm is not None:
-            posterior.clip_gradient_(self.max_gradient_norm)
+            self.optimizer.clip_(self.max_gradient_norm)
         self.optimizer.step()
         self.num_steps += 1
         data_term = tally[Tally.DATA_TERM]
@@ -216,11 +218,7 @@ class VariationalStep:
         self._local_is_broken = ~posterior.reduced.sum().isfinite()
         posterior.tally[Tally.NUM_BROKEN] = self._local_is_broken
         posterior.tally[Tally.NUM_STOPS] = self.wants_stop
-        if posterior.is_replicated:
-            comm.sum_(posterior.reduced, "world")
-        else:  # the parameters of a sample belong to its data group
-            comm.sum_(posterior.gradient, "data")
-            comm.sum_(posterior.behind_gradient, "world")
+        self.optimizer.reduce_()
 
     def _warn_of_foreign_noise(self, x: Tensor) -> None:
         """Say it when the module draws random numbers that are keyed by nothing."""

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import json
 import logging
-import os
-import pickle
 import platform
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -22,24 +18,21 @@ from typing import Any
 import h5py
 import torch
 import yaml
-from torch import nn
 from tqdm import tqdm
 
 from . import __version__
 from .atomic import write_atomically
-from .checkpoint import CheckpointStore, gather_state, restore_state
-from .comm import GridComm
+from .checkpoint import gather_state, restore_state
+from .comm import GridComm, Traffic
 from .config import Config
-from .data import BatchLoader, Manifest, ShardDataset
+from .data import BatchLoader, Manifest
 from .data.augment import Augmentation, build_augmentation
-from .errors import ConfigError, DataError, Fault, Interrupted, check_all, import_object
-from .evaluate import evaluate_dataset
+from .data.manifest import MANIFEST
+from .errors import ConfigError, DataError, Fault, Interrupted, check_all
+from .experiment import Experiment, Tested, read_or_prepare
 from .grid import Grid
-from .likelihoods import Likelihood, build_likelihood
 from .objectives import Objective, build_objective
 from .optim import KlAnnealing, build_optimizer
-from .posteriors import Posterior, build_posterior
-from .shown import ShownClasses, ShownValues, shown_examples
 from .step import StepResult, VariationalStep
 
 logger = logging.getLogger(__name__)
@@ -53,7 +46,7 @@ def check(config: Config, world_size: int) -> None:
     )
 
 
-class Run:
+class Run(Experiment):
     """A training run on the process grid: data, model, step, and what it writes.
 
     Collective over the world, in construction and in every method.
@@ -64,20 +57,17 @@ class Run:
         The run, as `check` approves it.
     comm : GridComm
         The process grid.
+    stop : StopRequest, optional
+        On any rank it ends the run with a checkpoint after the step that it comes in; by default signals, from the
+        beginning of `train` on.
     """
 
-    def __init__(self, config: Config, comm: GridComm):
+    def __init__(self, config: Config, comm: GridComm, stop: StopRequest | None = None):
         check(config, comm.grid.world_size)
-        self.config = config
-        self.comm = comm
-        self.is_writer = comm.grid.rank == 0
-        self.run_dir = Path(config.run_dir)
-        self.dtype = torch.float64 if config.dtype == "float64" else torch.float32
-        self.manifest = self._read_manifest()
-        self.likelihood = self._build_likelihood()
+        super().__init__(config, comm, read_or_prepare(config.data, comm))
         self.augmentation = self._build_augmentation()
         self.train_set, self.test_set = (
-            self._open(split) for split in (config.data.train_split, config.data.test_split)
+            self.open(split) for split in (config.data.train_split, config.data.test_split)
         )
         self.loader = BatchLoader(
             self.train_set,
@@ -88,10 +78,9 @@ class Run:
             prefetch=config.data.prefetch,
             with_partners=self.augmentation is not None and self.augmentation.needs_partners,
         )
-        self.posterior = self._build_posterior()
         steps_per_epoch = self.loader.num_batches
         self.optimizer, self.schedule = build_optimizer(
-            config.optimizer, self.posterior.parameters(), config.num_epochs, steps_per_epoch
+            config.optimizer, self.posterior, comm, config.num_epochs, steps_per_epoch
         )
         self.step = VariationalStep(
             self.posterior,
@@ -111,44 +100,13 @@ class Run:
             max_gradient_norm=config.optimizer.max_gradient_norm,
             chunk_size=config.chunk_size,
         )
-        self.checkpoints = CheckpointStore(
-            self.run_dir / "checkpoints", config.checkpoint.keep_last, config.checkpoint.asynchronous
-        )
         self.place = _Place()
-        self._why_stopped: str | None = None
+        self.stop = stop or StopRequest()
+        self._writer_of_board = self._find_board()
+        self._board = None
         self._begun = time.perf_counter()
 
     # --- construction -------------------------------------------------------------------------------
-
-    def _read_manifest(self) -> Manifest:
-        """Read the manifest, after preparing the shards where it cannot be read and the config says how."""
-        config, comm = self.config.data, self.comm
-        with comm.agree(f"preparing {config.shards}"):
-            if self.is_writer and config.prepare:
-                try:
-                    Manifest.read(config.shards)
-                except DataError as error:
-                    logger.info("%s; running %s", error, config.prepare)
-                    _prepare_shards(config.prepare, config.shards)
-        with comm.agree(f"reading {config.shards}"):
-            return Manifest.read(config.shards)
-
-    def _open(self, split: str) -> ShardDataset:
-        return ShardDataset(
-            self.config.data.shards,
-            split,
-            self.comm.device,
-            self.dtype,
-            comm=self.comm,
-            reading=self.config.data.reading,
-            normalises_targets=self.likelihood.is_equivariant,
-        )
-
-    def _build_likelihood(self) -> Likelihood:
-        config, manifest = self.config.likelihood, self.manifest
-        if config.name == "auto" and self.config.objective.name in ("crps", "energy"):
-            config = replace(config, name="implicit")
-        return build_likelihood(config, manifest.num_classes, manifest.arrays["y"].shape)
 
     def _build_augmentation(self) -> Augmentation | None:
         config = self.config
@@ -160,42 +118,6 @@ class Run:
     def _build_objective(self) -> Objective:
         with self.comm.agree(f"making the objective {self.config.objective.name}"):
             return build_objective(self.config.objective, self.manifest.target_weights)
-
-    def _build_posterior(self) -> Posterior:
-        config, comm = self.config, self.comm
-
-        def make_module() -> nn.Module:
-            network, arguments = import_object("--model.name", config.model.name), config.model.arguments
-            shapes = {"in_shape": self.manifest.arrays["x"].shape, "num_outputs": self.likelihood.num_outputs}
-            places = self.manifest.arrays["y"].shape[1:]
-            try:
-                if places and "places" in inspect.signature(network).parameters:
-                    shapes["places"] = places
-                module = network(**shapes, **arguments)
-            except (TypeError, ValueError, AttributeError) as error:
-                raise ConfigError(
-                    Fault(
-                        "--model.arguments",
-                        arguments,
-                        f"{config.model.name} refuses them ({error})",
-                        "Mend them",
-                    )
-                ) from error
-            if config.model.pretrained is not None:
-                _load_pretrained(module, config.model.pretrained)
-            return self.likelihood.wrap(module).to(comm.device, self.dtype)
-
-        with comm.agree(f"building {config.model.name}"):
-            posterior = build_posterior(
-                config.posterior,
-                make_module,
-                num_samples=config.num_samples,
-                local_samples=comm.grid.local_samples(config.num_samples),
-                seed=config.seed,
-            )
-        if posterior.is_replicated:
-            comm.broadcast_(list(posterior.parameters()))  # the buffers are keyed, and may be bool
-        return posterior
 
     # --- the run ------------------------------------------------------------------------------------
 
@@ -210,55 +132,25 @@ class Run:
             Test examples with their predictive, for a picture (on rank 0, elsewhere empty).
         """
         self._open_run_dir()
-        with self._watching_signals():
-            row, shown = self._train_epochs()
+        with self.stop.watching_signals():
+            row, tested = self._train_epochs()
         self._close_checkpoints()
-        if shown is None:  # the run was complete already
-            metrics, shown = self._evaluate()
-            row = row | metrics
-        examples = shown.gather()
+        if tested is None:  # the run was complete already
+            tested = self.evaluate(self.test_set)
+            row = row | _prefixed(tested)
+        examples = tested.shown.gather()
         summary = self._summary(row)
         with self.comm.agree(f"writing {self.run_dir}"):
             if self.is_writer:
+                self.write_evaluation(tested, self.step.num_steps)
                 text = json.dumps(summary, indent=1) + "\n"
                 write_atomically(self.run_dir / "summary.json", text)
         return summary, examples
 
-    def evaluate(self, which: str = "newest") -> dict[str, Any]:
-        """Evaluate the newest or the best checkpoint on the test split, and write RUN_DIR/evaluation.json.
-
-        Returns
-        -------
-        dict
-            Metrics, and what they are of; the same on all ranks.
-        """
-        state, store = None, self.checkpoints
-        with self.comm.agree(f"reading {store.directory}"):
-            if self.is_writer:
-                state = store.load_best() if which == "best" else store.load_newest()
-                if state is None:
-                    raise DataError(
-                        f"{store.directory} holds no sound checkpoint with which to evaluate ({which})"
-                    )
-        state = self.comm.broadcast_tree(state)
-        with self.comm.agree("restoring the checkpoint"):
-            self._restore(state)
-        metrics, _ = self._evaluate()
-        config = self.config
-        result = {
-            **metrics,
-            "checkpoint": f"step {self.step.num_steps}",
-            "num_test_samples": config.num_test_samples,
-            "data": f"{config.data.shards}, {config.data.test_split}",
-        }
-        with self.comm.agree(f"writing {self.run_dir}"):
-            if self.is_writer:
-                write_atomically(self.run_dir / "evaluation.json", json.dumps(result, indent=1) + "\n")
-        return result
-
-    def _train_epochs(self) -> tuple[dict[str, Any], ShownClasses | ShownValues | None]:
-        """Train to the end of the run; return the last row, and what its evaluation has shown."""
-        row, shown, before = self.place.row, None, self.place.run_seconds
+    def _train_epochs(self) -> tuple[dict[str, Any], Tested | None]:
+        """Train to the end of the run; return the last row, and its evaluation."""
+        row, tested, before = self.place.row, None, self.place.run_seconds
+        self._first_step = self.step.num_steps
         progress = tqdm(
             total=self._num_planned_steps(),
             initial=self.step.num_steps,
@@ -269,11 +161,11 @@ class Run:
         with progress:
             while not self._is_over():
                 self._train_epoch(progress)
-                row, shown = self._finish_epoch(progress)
+                row, tested = self._finish_epoch(progress)
                 self.place.run_seconds = before + time.perf_counter() - self._begun
                 if self._is_over() or row["epoch"] % self.config.checkpoint.every_epochs == 0:
                     self._write_checkpoint(row.get(self._metric_name))
-        return row, shown
+        return row, tested
 
     def _is_over(self) -> bool:
         """Whether the epochs, the steps or the patience are used up."""
@@ -295,18 +187,25 @@ class Run:
         for batch in self.loader.epoch(place.epoch, place.num_batches):
             x, y = self.augmentation(batch, place.epoch) if self.augmentation else (batch.x, batch.y)
             if config.max_seconds is not None and time.perf_counter() - self._begun > config.max_seconds:
-                self._stop("--max_seconds is over")
+                self.stop.why = "--max_seconds is over"
+            self.step.wants_stop = self.stop.why is not None
+            traffic = replace(self.comm.traffic)
             result = self.step(x, y, batch.num_examples)
             self.schedule.step()
             place.add(result, batch.num_examples)
+            place.add_traffic(traffic, self.comm.traffic)
             seconds = time.perf_counter() - start
             place.seconds, place.run_seconds = before + seconds, in_run + seconds
             progress.update()
-            progress.set_postfix(nelbo=f"{result.nelbo:.4f}", refresh=False)
+            rate = place.num_examples / place.seconds
+            progress.set_postfix_str(
+                f"nelbo {result.nelbo:.4f}, {rate:.0f} examples/s, {self._samples_per_second():.0f} samples/s",
+                refresh=False,
+            )
             if result.wants_stop:
                 self._write_checkpoint()
                 self._close_checkpoints()
-                why = next(filter(None, self.comm.gather_objects(self._why_stopped)), "a signal")
+                why = next(filter(None, self.comm.gather_objects(self.stop.why)), "a signal")
                 raise Interrupted(
                     f"after step {self.step.num_steps}: {why}. The same command with --resume true goes on from there"
                 )
@@ -316,13 +215,14 @@ class Run:
             if every and self.step.num_steps % every == 0 and place.num_batches < self.loader.num_batches:
                 self._write_checkpoint()
 
-    def _finish_epoch(self, progress: tqdm) -> tuple[dict[str, Any], ShownClasses | ShownValues | None]:
+    def _finish_epoch(self, progress: tqdm) -> tuple[dict[str, Any], Tested | None]:
         """Close the epoch: evaluate where it is time, write the row, and go to the next one."""
-        place, shown = self.place, None
+        place, tested = self.place, None
         row = {
             "epoch": place.epoch + 1,
             "step": self.step.num_steps,
             **place.means(),
+            "samples_per_second": self._samples_per_second(),
             "learning_rate": self.schedule.get_last_lr()[0],
         }
         is_whole = place.num_batches == self.loader.num_batches  # not where --max_steps ended it
@@ -332,31 +232,22 @@ class Run:
         if self._is_over() or is_planned:
             axis = "world" if self.posterior.is_replicated else "data"
             self.comm.check_replicas(list(self.posterior.parameters()), f"after epoch {row['epoch']}", axis)
-            metrics, shown = self._evaluate()
-            row |= metrics
+            tested = self.evaluate(self.test_set)
+            row |= _prefixed(tested)
             if is_whole and is_planned:
                 place.judge(row.get(self._metric_name), self.config.early_stopping.min_change)
         place.row = row
         self._write_row(row, progress)
-        return row, shown
+        return row, tested
+
+    def _samples_per_second(self) -> float:
+        """Weight samples of the job per second of this epoch."""
+        return self.config.num_samples * self.place.num_batches / self.place.seconds
 
     @property
     def _metric_name(self) -> str:
         name = self.config.checkpoint.metric
         return name if name != "auto" else ("test/nll" if self.likelihood.has_density else "test/rmse")
-
-    def _evaluate(self) -> tuple[dict[str, float], ShownClasses | ShownValues]:
-        shown = shown_examples(self.likelihood, self.comm, self.test_set)
-        metrics = evaluate_dataset(
-            self.posterior,
-            self.likelihood,
-            self.comm,
-            self.test_set,
-            num_samples=self.config.num_test_samples,
-            seed=self.config.seed,
-            see=shown.see,
-        )
-        return {f"test/{name}": value for name, value in metrics.items()}, shown
 
     # --- what it writes -----------------------------------------------------------------------------
 
@@ -369,9 +260,12 @@ class Run:
                 if state is None:
                     self._make_run_dir()
                 else:
+                    self._check_data()
                     self._say_differences(state["config"])
                     self._write_config()
                     _keep_rows(self.run_dir / "metrics.jsonl", state["place"]["epoch"])
+                if self._writer_of_board is not None:
+                    self._board = self._writer_of_board(str(self.run_dir / "tensorboard"))
         state = self.comm.broadcast_tree(state)
         if state is not None:
             with self.comm.agree("restoring the checkpoint"):
@@ -402,8 +296,30 @@ class Run:
             if self.is_writer:
                 with open(self.run_dir / "metrics.jsonl", "a") as file:
                     file.write(json.dumps(row) + "\n")
+                if self._board is not None:
+                    for name, value in row.items():
+                        self._board.add_scalar(name, value, row["step"])
+                    self._board.flush()
         if self.is_writer and any(name.startswith("test/") for name in row):
-            progress.write(_one_line(row), file=sys.stderr)
+            done = self.step.num_steps - self._first_step
+            per_step = (time.perf_counter() - self._begun) / max(done, 1)
+            left = tqdm.format_interval(per_step * (self._num_planned_steps() - self.step.num_steps))
+            line = _one_line(row) + ("" if self._is_over() else f"  {left} left")
+            progress.write(line, file=sys.stderr)
+
+    def _find_board(self) -> type | None:
+        """Return the class that writes for TensorBoard, where the config wants it. Collective over the world."""
+        if not self.config.tensorboard:
+            return None
+        with self.comm.agree("importing tensorboard"):
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                rule = f"the package tensorboard is not there ({error})"
+                raise ConfigError(
+                    Fault("--tensorboard", True, rule, "pip install 'hpc_bnn[tensorboard]', or leave it out")
+                ) from error
+        return SummaryWriter
 
     def _make_run_dir(self) -> None:
         """Move a former run aside, make the directory and write the config."""
@@ -416,7 +332,18 @@ class Run:
             self.run_dir.rename(aside)
             logger.warning("%s holds a former run: moved to %s", self.run_dir, aside)
         self.run_dir.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.run_dir / MANIFEST, self.manifest.to_json())
         self._write_config()
+
+    def _check_data(self) -> None:
+        """Raise `DataError` where the shards are not those that the run began with."""
+        former, now = Manifest.read(self.run_dir), self.manifest
+        for name in ("arrays", "splits", "statistics", "num_classes", "target_weights"):
+            if getattr(former, name) != getattr(now, name):
+                raise DataError(
+                    f"{self.config.data.shards} is not what the run began with: {name} of the manifest differ. "
+                    "Go on with the former shards, or begin another run_dir"
+                )
 
     def _write_config(self) -> None:
         text = yaml.safe_dump(self.config.to_dict(), sort_keys=False)
@@ -448,32 +375,10 @@ class Run:
             self.checkpoints.close()
 
     def _restore(self, state: dict[str, Any]) -> None:
-        restore_state(state, self.posterior, self.optimizer, self.comm)
+        restore_state(state, self.posterior, self.optimizer)
         self.schedule.load_state_dict(state["schedule"])
         self.step.num_steps = state["num_steps"]
         self.place = _Place(**state["place"])
-
-    # --- stopping -----------------------------------------------------------------------------------
-
-    @contextlib.contextmanager
-    def _watching_signals(self) -> Iterator[None]:
-        """Let SIGUSR1 and SIGTERM stop all ranks with a checkpoint after the step that they come in."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def handle(received: int, _) -> None:
-            self._stop(signal.Signals(received).name)
-
-        former = {number: signal.signal(number, handle) for number in (signal.SIGUSR1, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in former.items():
-                signal.signal(number, handler)
-
-    def _stop(self, why: str) -> None:
-        self._why_stopped, self.step.wants_stop = why, True
 
     def _summary(self, row: dict[str, Any]) -> dict[str, Any]:
         grid, traffic = self.comm.grid, self.comm.traffic
@@ -500,10 +405,43 @@ class Run:
                 "library": self.comm.library,
                 "num_collectives": traffic.num_collectives,
                 "num_bytes": traffic.num_bytes,
+                "seconds": traffic.seconds,
             },
             "device": str(self.comm.device),
             "versions": _versions(),
         }
+
+
+# --- stopping ------------------------------------------------------------------------------------------
+
+
+class StopRequest:
+    """The wish of this rank to stop; all ranks stop together after the next step.
+
+    Attributes
+    ----------
+    why : str or None
+        Set it to stop.
+    """
+
+    why: str | None = None
+
+    @contextlib.contextmanager
+    def watching_signals(self) -> Iterator[None]:
+        """Take SIGUSR1 and SIGTERM as the wish to stop. Local; elsewhere than in the main thread it does nothing."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def handle(received: int, _) -> None:
+            self.why = signal.Signals(received).name
+
+        former = {number: signal.signal(number, handle) for number in (signal.SIGUSR1, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in former.items():
+                signal.signal(number, handler)
 
 
 # --- the place in a run --------------------------------------------------------------------------------
@@ -524,6 +462,10 @@ class _Place:
     """Time in the epoch (seconds)."""
     kl: float = 0.0
     kl_weight: float = 1.0
+    num_collectives: int = 0
+    num_bytes: int = 0
+    communication_seconds: float = 0.0
+    """Of rank 0 in the steps of the epoch, waiting for others included."""
     run_seconds: float = 0.0
     """Time in the run (seconds)."""
     best_metric: float | None = None
@@ -540,6 +482,12 @@ class _Place:
         self.num_examples += num_examples
         self.kl, self.kl_weight = result.kl, result.kl_weight
 
+    def add_traffic(self, before: Traffic, after: Traffic) -> None:
+        """Take in what a step has sent."""
+        self.num_collectives += after.num_collectives - before.num_collectives
+        self.num_bytes += after.num_bytes - before.num_bytes
+        self.communication_seconds += after.seconds - before.seconds
+
     def means(self) -> dict[str, float]:
         """Return what a row of metrics says of the epoch."""
         return {
@@ -549,13 +497,16 @@ class _Place:
             "train/kl_weight": self.kl_weight,
             "seconds": self.seconds,
             "examples_per_second": self.num_examples / self.seconds,
+            "collectives_per_step": self.num_collectives / self.num_batches,
+            "bytes_per_step": self.num_bytes / self.num_batches,
+            "communication_share": self.communication_seconds / self.seconds,
         }
 
     def next_epoch(self) -> None:
         """Go to the beginning of the next epoch."""
         self.epoch += 1
-        self.num_batches = self.num_examples = 0
-        self.nelbo_sum = self.data_sum = self.seconds = 0.0
+        self.num_batches = self.num_examples = self.num_collectives = self.num_bytes = 0
+        self.nelbo_sum = self.data_sum = self.seconds = self.communication_seconds = 0.0
 
     def judge(self, metric: float | None, min_change: float) -> None:
         """Take in the metric of an evaluation, less is better."""
@@ -567,32 +518,11 @@ class _Place:
             self.num_without_improvement += 1
 
 
+def _prefixed(tested: Tested) -> dict[str, float]:
+    return {f"test/{name}": value for name, value in tested.evaluation.metrics.items()}
+
+
 # --- helpers -------------------------------------------------------------------------------------------
-
-
-def _load_pretrained(module: nn.Module, path: str) -> None:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        module.load_state_dict(state)
-    except (OSError, RuntimeError, pickle.UnpicklingError, TypeError, AttributeError) as error:
-        raise ConfigError(
-            Fault(
-                "--model.pretrained",
-                path,
-                f"not a state_dict of this network ({error})",
-                "Save net.state_dict()",
-            )
-        ) from error
-
-
-def _prepare_shards(script: str, directory: str) -> None:
-    """Run a data_prep script as a process of its own, outside of this MPI job."""
-    launcher = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "HYDRA_", "MPI_", "SLURM_")
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(launcher)}
-    command = [sys.executable, script, "--output", directory]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise DataError(f"{' '.join(command)} ended with exit code {done.returncode}: {done.stderr.strip()}")
 
 
 def _keep_rows(path: Path, num_epochs: int) -> None:

@@ -115,7 +115,8 @@ def result(run_dir):
     """Return the newest checkpoint's tensors, and the rows without times."""
     state = CheckpointStore(run_dir / "checkpoints").load_newest()
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    timeless = [{k: v for k, v in row.items() if k not in ("seconds", "examples_per_second")} for row in rows]
+    times = ("seconds", "examples_per_second", "samples_per_second", "communication_share")
+    timeless = [{k: v for k, v in row.items() if k not in times} for row in rows]
     return state["model"], state["optimizer"], timeless
 
 
@@ -220,12 +221,12 @@ def test_evaluation_of_the_newest_and_the_best_checkpoint(digits, tmp_path, caps
     for which, row in (("newest", rows[-1]), ("best", best)):
         assert main(["evaluate", str(tmp_path), "--which", which]) == 0
         found = json.loads((tmp_path / "evaluation.json").read_text())
-        assert found["checkpoint"] == f"step {row['step']}"
-        assert {name: found[name] for name in row if name.startswith("test/")} == {
+        assert found["num_steps"] == row["step"]
+        assert {f"test/{name}": value for name, value in found["metrics"].items()} == {
             name: value for name, value in row.items() if name.startswith("test/")
         }
     assert main(["evaluate", str(tmp_path), "--num_test_samples", "9", "--data.test_split", "train"]) == 0
-    assert json.loads((tmp_path / "evaluation.json").read_text())["num_test_samples"] == 9
+    assert json.loads((tmp_path / "evaluation.json").read_text())["num_samples"] == 9
     for path in (tmp_path / "checkpoints").iterdir():
         path.unlink()
     assert main(["evaluate", str(tmp_path)]) == 1

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ..comm import GridComm
-from ..errors import ConfigError, Fault
+from ..errors import ConfigError, DataError, Fault
 from ..grid import Grid
 from .files import SplitFiles
 from .manifest import Manifest, torch_dtype
@@ -49,6 +49,9 @@ class ShardDataset:
           ``rank`` where a sample group is one rank.
     normalises_targets : bool
         Whether targets are delivered with mean 0 and standard deviation 1 where the manifest has their statistics.
+    scaling : Manifest, optional
+        Whose statistics normalise; by default those of this directory. A network wants those of the data that it
+        was trained on.
 
     Attributes
     ----------
@@ -73,17 +76,21 @@ class ShardDataset:
         comm: GridComm | None = None,
         reading: Reading = "auto",
         normalises_targets: bool = True,
+        scaling: Manifest | None = None,
     ):
         self._comm = comm or GridComm(Grid(1, 1, 0))
         with self._comm.agree(f"opening {directory}"):
             self._files = SplitFiles(directory, split)
+            if scaling is not None:
+                _check_alike(scaling, self._files.manifest, directory)
         self.manifest: Manifest = self._files.manifest
         self.device, self.dtype = torch.device(device), dtype
         self.reading = self._choose(reading)
         self._memory = self._read_into_memory() if self.reading == "node" else None
-        self._x_scale = _Scale(self.manifest, "x", self.device, dtype)
-        has_scale = normalises_targets and "y" in self.manifest.statistics
-        self._y_scale = _Scale(self.manifest, "y", self.device, dtype) if has_scale else None
+        scaling = scaling or self.manifest
+        self._x_scale = _Scale(scaling, "x", self.device, dtype)
+        has_scale = normalises_targets and "y" in scaling.statistics
+        self._y_scale = _Scale(scaling, "y", self.device, dtype) if has_scale else None
 
     def __len__(self) -> int:
         return len(self._files)
@@ -201,6 +208,19 @@ class ShardDataset:
             arrays[name] = buffer[start:stop].view(dtypes[name]).view(num_examples, *spec.shape)
             start = stop
         return arrays["x"], arrays["y"]
+
+
+def _check_alike(scaling: Manifest, manifest: Manifest, directory: str | os.PathLike) -> None:
+    """Raise `DataError` where examples have another form than those that the statistics are of."""
+    for name, spec in manifest.arrays.items():
+        expected = scaling.arrays[name]
+        if name == "y" and manifest.num_classes != scaling.num_classes:
+            continue  # foreign classes: their examples can be predicted, not scored
+        if (spec.shape, spec.channels) != (expected.shape, expected.channels):
+            raise DataError(
+                f"{directory}: {name} is {list(spec.shape)} {list(spec.channels)} per example, and the network was "
+                f"trained on {list(expected.shape)} {list(expected.channels)}. Prepare the shards in the same way"
+            )
 
 
 class _Scale:

@@ -60,6 +60,8 @@ class Posterior:
 
     Attributes
     ----------
+    flat : Tensor
+        [number of parameters] memory of all parameters; ``gradient`` that of their gradients, in the same order.
     reduced : Tensor
         Gradient of all parameters, statistics of BatchNorm layers, tally: what one collective sums.
     tally : Tensor
@@ -117,7 +119,7 @@ class Posterior:
             slots["points"] = torch.cat(points)
         lengths = [slot.numel() for slot in slots.values()]
         num_statistics = self.batch_norms.num_statistics
-        flat = torch.cat([slot.reshape(-1) for slot in slots.values()])
+        self.flat = flat = torch.cat([slot.reshape(-1) for slot in slots.values()])
         self.reduced = flat.new_zeros(len(flat) + num_statistics + len(Tally))
         gradients, self._statistics, self.tally = self.reduced.split([len(flat), num_statistics, len(Tally)])
         self.behind_gradient = self.reduced[len(flat) :]
@@ -131,6 +133,7 @@ class Posterior:
         if points:
             tie(self._named, self.point.views(self.points.detach()))
             self._point_grads = list(self.point.views(self._gradients["points"]).values())
+        self._weight_parameters: dict[str, nn.Parameter] = {}
 
     @property
     def num_weights(self) -> int:
@@ -148,6 +151,20 @@ class Posterior:
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the same with their names, for example ``loc``, ``log_scale``, ``points``."""
         yield from self._parameters.items()
+
+    def weight_parameters(self) -> Iterator[nn.Parameter]:
+        """Yield a parameter for each weight of the module and slot instead, for an optimizer that looks at whole tensors.
+
+        Such as LAMB, which scales the step of each tensor by its norm. They are views of what `parameters` yields.
+        """
+        if not self._weight_parameters:
+            views = self._views({name: p.detach() for name, p in self._parameters.items()})
+            self._weight_parameters = {name: nn.Parameter(view) for name, view in views.items()}
+        yield from self._weight_parameters.values()
+
+    def _views(self, slots: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return views of slots (parameters or their gradients) by the names of weights."""
+        return self.point.views(slots["points"]) if "points" in slots else {}
 
     # --- one step ---------------------------------------------------------------------------------
 
@@ -214,6 +231,9 @@ class Posterior:
         """After the sum over the job: attach gradients to parameters, update BatchNorm statistics. Local."""
         for name, parameter in self._parameters.items():
             parameter.grad = self._gradients[name]
+        if self._weight_parameters:
+            for name, gradient in self._views(self._gradients).items():
+                self._weight_parameters[name].grad = gradient
         if self.batch_norms.layers and self.module.training:
             self.batch_norms.update_running_(self._statistics)
 
@@ -274,10 +294,8 @@ class Posterior:
         A point weight keeps its name; a random weight ``NAME`` is there as ``NAME.loc``,
         ``NAME.log_scale`` and so on, by family. The tensors are views.
         """
-        state = {}
-        if self._point_parameters:
-            state |= self.point.views(self.points.detach())
-        return state | dict(self.module.named_buffers())
+        views = self._views({name: parameter.detach() for name, parameter in self._parameters.items()})
+        return views | dict(self.module.named_buffers())
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:

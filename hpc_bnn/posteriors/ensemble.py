@@ -89,15 +89,15 @@ class DeepEnsemble(Posterior):
         self._indices = list(members)
         self.precision = prior_std**-2
         self._allocate(members=torch.stack(weights))
-        self._views = [self.point.views(row) for row in self.members.detach()]
+        self._member_views = [self.point.views(row) for row in self.members.detach()]
         self._grads = [list(self.point.views(row).values()) for row in self._gradients["members"]]
-        tie(self._member_parameters, self._views[0])
+        tie(self._member_parameters, self._member_views[0])
 
     @torch.no_grad()
     def draw_(self, sample: int, keyed: KeyedGenerator) -> None:
         super().draw_(sample, keyed)
         self._current = self._indices.index(sample)
-        tie(self._member_parameters, self._views[self._current])
+        tie(self._member_parameters, self._member_views[self._current])
 
     @torch.no_grad()
     def begin(self, first_example: int = 0) -> None:
@@ -149,12 +149,12 @@ class DeepEnsemble(Posterior):
                 )
             )
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return ``members.K.NAME`` for the members of this rank, and the module's buffers."""
-        state = {}
-        for member, views in zip(self._indices, self._views):
-            state |= {f"members.{member}.{name}": view for name, view in views.items()}
-        return state | dict(self.module.named_buffers())
+    def _views(self, slots: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return views by ``members.K.NAME``, for the members of this rank."""
+        views = {}
+        for member, row in zip(self._indices, slots["members"]):
+            views |= {f"members.{member}.{name}": view for name, view in self.point.views(row).items()}
+        return views
 
 
 def _fixed_tensors(module: nn.Module) -> dict[str, Tensor]:

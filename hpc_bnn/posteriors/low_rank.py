@@ -92,8 +92,8 @@ class LowRankGaussian(MeanFieldGaussian):
         gram = whitened @ whitened.T  # [R, R]
         return gaussian_entropy(log_scale) + 0.5 * torch.logdet(gram + torch.eye(len(gram)).to(gram))
 
-    def state_dict(self) -> dict[str, Tensor]:
-        state = super().state_dict()
-        for row, values in enumerate(self.factor.detach()):
-            state |= {f"{name}.factor.{row}": view for name, view in self.random.views(values).items()}
-        return state
+    def _views(self, slots: dict[str, Tensor]) -> dict[str, Tensor]:
+        views = super()._views(slots)
+        for row, values in enumerate(slots["factor"]):
+            views |= {f"{name}.factor.{row}": view for name, view in self.random.views(values).items()}
+        return views

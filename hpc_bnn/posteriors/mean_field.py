@@ -234,11 +234,11 @@ class MeanFieldGaussian(Posterior):
 
     # --- state --------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Tensor]:
-        loc, log_scale = (self.random.views(p.detach()) for p in (self.loc, self.log_scale))
-        state = {f"{name}.loc": value for name, value in loc.items()}
-        state |= {f"{name}.log_scale": value for name, value in log_scale.items()}
-        return state | super().state_dict()
+    def _views(self, slots: dict[str, Tensor]) -> dict[str, Tensor]:
+        loc, log_scale = (self.random.views(slots[slot]) for slot in ("loc", "log_scale"))
+        views = {f"{name}.loc": value for name, value in loc.items()}
+        views |= {f"{name}.log_scale": value for name, value in log_scale.items()}
+        return views | super()._views(slots)
 
 
 class _NoisyLayers:

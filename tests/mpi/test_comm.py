@@ -5,6 +5,7 @@ import torch
 
 from hpc_bnn import comm as comm_module
 from hpc_bnn.errors import CommunicationError, ConfigError, DataError, RankError
+from hpc_bnn.grid import share
 
 
 def test_communicators_and_process_sets_are_the_groups_of_the_grid(comm, world):
@@ -40,6 +41,71 @@ def test_sums_run_over_the_right_ranks(comm):
         top = torch.tensor([float(grid.rank), -float(grid.rank)])
         comm.max_(top, axis)
         assert top.tolist() == [max(group), -min(group)]
+
+
+@pytest.mark.parametrize("count", [37, 8, 3, 1])
+def test_reduce_scatter_gives_each_rank_its_share_of_the_sum(comm, count):
+    for axis, group, index in (
+        ("sample", comm.grid.sample_group(), comm.grid.sample_index),
+        ("data", comm.grid.data_group(), comm.grid.data_index),
+    ):
+        flat = torch.arange(1.0, count + 1, dtype=torch.float64) * 10**comm.grid.rank
+        part = comm.reduce_scatter(flat, axis)
+        mine = share(count, len(group), index)
+        expected = torch.arange(1.0, count + 1, dtype=torch.float64) * sum(10.0**rank for rank in group)
+        assert torch.equal(part, expected[mine.start : mine.stop])
+        assert flat[0] == 10**comm.grid.rank  # untouched
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("compression", "tolerance"), [("fp16", 2**-11), ("bf16", 2**-8)])
+def test_compressed_sums_are_the_same_everywhere_and_right_to_the_bits_that_travel(
+    sample_size, compression, tolerance, dtype
+):
+    comm = comm_module.connect(sample_size, "cpu", "axes", compression)
+    plain = comm_module.connect(sample_size, "cpu")
+    generator = torch.Generator().manual_seed(comm.grid.rank)
+    flat = torch.randn(1001, generator=generator, dtype=dtype)
+    flat *= torch.logspace(0, -8, 1001)  # as gradients are: of many sizes
+    exact, got, untouched = flat.clone(), flat.clone(), flat.clone()
+    plain.sum_(exact)
+    traffic = comm.traffic.num_bytes
+    comm.sum_(got, compressed=True)
+    comm.check_replicas(got, "the sum")
+    if comm.grid.world_size == 1:
+        assert torch.equal(got, flat)
+        return
+    # Each number travels twice per axis; the errors are those of the addends
+    num_axes = (comm.grid.sample_size > 1) + (comm.grid.data_size > 1)
+    size = flat.abs()
+    plain.sum_(size)
+    assert ((got - exact).abs() <= 3 * num_axes * tolerance * size + 1e-11 * num_axes).all()
+    assert relative_error(got, exact) > tolerance / 100  # its mirror: it is rounded
+    # halves of all numbers and of the own share, and the scales
+    assert comm.traffic.num_bytes - traffic <= num_axes * (
+        2 * 1001 * 1.5 + 2 + 4 * (comm.grid.world_size + 1)
+    )
+    comm.sum_(untouched)
+    torch.testing.assert_close(untouched, exact, rtol=1e-6, atol=1e-9)  # only where it is asked for
+    part = comm.reduce_scatter(flat, "sample", compressed=True)
+    mine = share(1001, comm.grid.sample_size, comm.grid.sample_index)
+    of_group = flat.clone()
+    plain.sum_(of_group, "sample")
+    assert relative_error(part, of_group[mine.start : mine.stop]) < 2 * tolerance
+
+
+def relative_error(got, exact):
+    return ((got - exact).norm() / exact.norm()).item()
+
+
+def test_a_compressed_nan_is_not_lost(sample_size):
+    comm = comm_module.connect(sample_size, "cpu", "axes", "fp16")
+    for bad in (float("nan"), float("inf")):
+        flat = torch.ones(9)
+        if comm.grid.rank == comm.grid.world_size - 1:
+            flat[4] = bad
+        comm.sum_(flat, compressed=True)
+        assert not flat.isfinite().all()
 
 
 def test_both_reductions_give_the_same_sum(sample_size, world):

@@ -20,11 +20,11 @@ def test_metrics_equal_those_of_one_process(comm, tmp_path_factory, num_examples
     dataset = ShardDataset(directory, "train", dtype=torch.float64)
     step = make_step(GridComm(Grid()))
     arguments = step.posterior, Categorical(3)
-    expected = evaluate_dataset(*arguments, GridComm(Grid()), dataset, num_samples=6)
+    expected = evaluate_dataset(*arguments, GridComm(Grid()), dataset, num_samples=6).metrics
     seen = []
     got = evaluate_dataset(
         *arguments, comm, dataset, num_samples=6, see=lambda examples, *_: seen.extend(examples.tolist())
-    )
+    ).metrics
     assert got["accuracy"] == expected["accuracy"]
     assert got == pytest.approx(expected, rel=1e-12) and {"nll", "brier", "ece"} <= got.keys()
     assert seen == list(range(num_examples))[comm.grid.local_examples(num_examples)]

@@ -19,6 +19,7 @@ from hpc_bnn import (
 )
 from hpc_bnn.errors import NonFiniteError
 from hpc_bnn.noise import Stream, keyed_generator
+from hpc_bnn.optim import JobOptimizer
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-5}  # float32: 1e-5 per step, five steps
 
@@ -164,7 +165,8 @@ def test_the_norm_of_the_jobs_gradient_is_clipped(comm):
     for max_norm in (None, 0.05):
         for grid in (GridComm(Grid()), comm):
             step = make_step(grid, max_gradient_norm=max_norm)
-            step.optimizer = torch.optim.SGD(step.posterior.parameters(), lr=1.0)
+            optimizer = torch.optim.SGD(step.posterior.parameters(), lr=1.0)
+            step.optimizer = JobOptimizer.of(optimizer, step.posterior, grid)
             before = [p.detach().clone() for p in step.posterior.parameters()]
             x, y = make_problem(torch.float64)
             mine = torch.arange(GLOBAL_BATCH_SIZE)[grid.grid.local_examples(GLOBAL_BATCH_SIZE)]
