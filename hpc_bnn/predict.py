@@ -72,7 +72,7 @@ def predict_run(
     if bad:
         raise ConfigError(Fault("--quantiles", bad[0], "must be between 0 and 1", "Try 0.05"))
     quantiles = quantiles if experiment.likelihood.num_classes or experiment.likelihood.has_mixture else ()
-    with comm.agree(f"opening {path}"):
+    with comm.agree(f"opening {path}"), _as_data_error(path):
         if comm.grid.rank == 0:
             if path.exists():
                 raise ConfigError(

@@ -2,9 +2,12 @@
 
 import numpy as np
 import pytest
+import scipy.stats
+import scoringrules
 import torch
-from sklearn.metrics import accuracy_score, log_loss
+from sklearn.metrics import accuracy_score, log_loss, roc_auc_score
 from torch import nn
+from torchmetrics import MeanSquaredError
 from torchmetrics.classification import MulticlassCalibrationError
 
 from hpc_bnn import (
@@ -18,7 +21,8 @@ from hpc_bnn import (
     predict_values,
     write_shards,
 )
-from hpc_bnn.evaluate import evaluate_dataset, predict_classes
+from hpc_bnn.evaluate import evaluate_dataset, out_of_distribution_auroc, predict_classes
+from hpc_bnn.metrics import adaptive_calibration_error
 from hpc_bnn.noise import Stream, keyed_generator, keyed_global_generator
 
 
@@ -144,3 +148,92 @@ def test_metrics_are_in_units_of_y_where_the_network_sees_normalised_targets(tmp
         for net, data in ((make_net(), normalised), (InUnits(make_net()), plain))
     )
     assert got.metrics == pytest.approx(expected.metrics, rel=1e-9) and got.metrics["rmse"] > 1
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_metrics_of_numbers_equal_the_references_on_gathered_predictions(tmp_path, weighted):
+    """scoringrules, torchmetrics and numpy on the components of all samples, in units of y, by channel and together."""
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(30, 3))
+    y = rng.normal(size=(30, 2, 4)) * np.array([[3.0], [200.0]]) + x[:, :1, None]
+    weights = np.array([0.5, 1.0, 1.5, 1.0]) if weighted else None
+    facts = {"name": "toy", "source": "test", "licence": "none", "channels": {"y": ["t", "z"]}}
+    write_shards(tmp_path, {"train": (x, y)}, target_weights=weights, **facts)
+    dataset = ShardDataset(tmp_path, "train", dtype=torch.float64)
+    with keyed_global_generator(0, Stream.INIT):
+        net = nn.Sequential(nn.Linear(3, 16), nn.Unflatten(1, (4, 4))).double()
+    posterior, likelihood, comm = MeanFieldGaussian(net, init_std=0.2), Gaussian(2), GridComm(Grid())
+    evaluation = evaluate_dataset(posterior, likelihood, comm, dataset, num_samples=6)
+    got, channels = evaluation.metrics, evaluation.curves["channels"]
+
+    outputs, (inputs, _) = [], dataset.fetch(slice(None))
+    posterior.begin()
+    for sample in range(6):
+        posterior.draw_(sample, lambda s: keyed_generator(0, Stream.PREDICTION, 0, s))
+        outputs.append(posterior.module(inputs).detach())
+    mean, std = (part.numpy() for part in dataset.target_scale)
+    outputs = torch.stack(outputs, -1).numpy()  # [B, 2 * channels, places, K]
+    loc, scale = outputs[:, :2] * std[..., None] + mean[..., None], np.exp(outputs[:, 2:]) * std[..., None]
+    error = loc.mean(-1) - y
+
+    def average(values):
+        return np.average(values, axis=-1, weights=weights).mean(0)  # by channel
+
+    def check(name, values, root=False):
+        by_channel = average(values)
+        finish = np.sqrt if root else (lambda value: value)
+        np.testing.assert_allclose(channels[name], finish(by_channel), rtol=1e-9)
+        assert got[name] == pytest.approx(float(finish(by_channel.mean())), rel=1e-9)
+
+    assert channels["name"] == ["t", "z"]
+    check("rmse", error**2, root=True)
+    check("mae", np.abs(error))
+    check("crps", scoringrules.crps_mixnorm(y, loc, scale))
+    spread = (scale**2).mean(-1) + 7 / 5 * loc.var(-1)
+    assert got["spread_skill"] == pytest.approx(np.sqrt(average(spread).mean()) / got["rmse"], rel=1e-9)
+    if not weighted:
+        predicted, true = torch.from_numpy(loc.mean(-1)), torch.from_numpy(y)
+        assert got["rmse"] == pytest.approx(MeanSquaredError(squared=False)(predicted, true).item(), rel=1e-5)
+    cdf = scipy.stats.norm(loc, scale).cdf(y[..., None]).mean(-1)
+    spans = np.broadcast_to(1.0 if weights is None else weights, cdf.shape)
+    for level in (0.5, 0.9, 0.95):
+        inside = (cdf >= (1 - level) / 2) & (cdf < (1 + level) / 2)
+        expected = np.average(inside, weights=spans)
+        assert got[f"coverage_{100 * level:.0f}"] == pytest.approx(expected, rel=1e-9)
+        ends = [quantile_of_mixture(loc, scale, end) for end in ((1 - level) / 2, (1 + level) / 2)]
+        assert got[f"width_{100 * level:.0f}"] == pytest.approx(average(ends[1] - ends[0]).mean(), rel=1e-6)
+    levels = np.arange(1, 200) / 200
+    reached = np.array([np.average(cdf < level, weights=spans) for level in levels])
+    assert got["calibration_error"] == pytest.approx(np.abs(reached - levels).mean(), rel=1e-9)
+    histogram = np.histogram(cdf, bins=np.linspace(0, 1, 21), weights=spans)[0]
+    np.testing.assert_allclose(evaluation.curves["pit"], histogram / spans.sum(), atol=1e-12)
+
+
+def quantile_of_mixture(loc, scale, level):
+    """Bisection on the distribution function, [..., K] -> [...]."""
+    low, high = (loc - 9 * scale).min(-1), (loc + 9 * scale).max(-1)
+    for _ in range(80):
+        middle = (low + high) / 2
+        is_below = scipy.stats.norm(loc, scale).cdf(middle[..., None]).mean(-1) < level
+        low, high = np.where(is_below, middle, low), np.where(is_below, high, middle)
+    return low
+
+
+def test_adaptive_calibration_error_has_bins_of_equal_count():
+    rng = np.random.default_rng(0)
+    confidence = rng.beta(8, 2, 150)
+    correct = rng.uniform(size=150) < confidence**2
+    order = np.argsort(confidence)
+    bins = [order[i : i + 10] for i in range(0, 150, 10)]
+    expected = sum(abs(correct[b].mean() - confidence[b].mean()) for b in bins) / 15
+    got = adaptive_calibration_error(torch.from_numpy(confidence), torch.from_numpy(correct))
+    assert got == pytest.approx(expected, rel=1e-12) and got > 0.05
+
+
+def test_auroc_equals_scikit_learn_and_knows_ties():
+    rng = np.random.default_rng(0)
+    inside, outside = rng.normal(size=50).round(1), rng.normal(1.0, size=30).round(1)
+    got = out_of_distribution_auroc(*({"entropy": torch.from_numpy(values)} for values in (inside, outside)))
+    truth = np.repeat([0, 1], [50, 30])
+    expected = roc_auc_score(truth, np.concatenate([inside, outside]))
+    assert got == {"ood_auroc/entropy": pytest.approx(expected, rel=1e-6)}

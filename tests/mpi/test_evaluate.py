@@ -1,12 +1,28 @@
 """Metrics of the job, not means of the ranks' metrics."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from reference import make_problem, make_step
+from torch import nn
 
-from hpc_bnn import Categorical, Grid, GridComm, ShardDataset, write_shards
-from hpc_bnn.evaluate import evaluate_dataset
+from hpc_bnn import (
+    Bernoulli,
+    Categorical,
+    Gaussian,
+    Grid,
+    GridComm,
+    Implicit,
+    MeanFieldGaussian,
+    Poisson,
+    ShardDataset,
+    StudentT,
+    write_shards,
+)
+from hpc_bnn.evaluate import evaluate_dataset, out_of_distribution_auroc, uncertainties_of_dataset
+from hpc_bnn.noise import Stream, keyed_global_generator
 
 
 @pytest.mark.parametrize("num_examples", [31, 2], ids=["uneven", "fewer_than_ranks"])
@@ -28,3 +44,100 @@ def test_metrics_equal_those_of_one_process(comm, tmp_path_factory, num_examples
     assert got["accuracy"] == expected["accuracy"]
     assert got == pytest.approx(expected, rel=1e-12) and {"nll", "brier", "ece"} <= got.keys()
     assert seen == list(range(num_examples))[comm.grid.local_examples(num_examples)]
+
+
+LIKELIHOODS = {
+    "gaussian": Gaussian(4),
+    "student_t": StudentT(4, df=5.0),
+    "poisson": Poisson(4),
+    "bernoulli": Bernoulli(4),
+    "implicit": Implicit(4),
+    "categorical": Categorical(3),
+}
+
+
+def write_field_shards(directory, likelihood, num_examples=23):
+    """Write inputs [6] and targets [4, 2, 3] that suit a likelihood, with weights of their rows; a split is foreign."""
+    rng = np.random.default_rng(3)
+    x, foreign = rng.normal(size=(num_examples, 6)), 5 + 5 * rng.normal(size=(9, 6))
+    y = rng.normal(size=(num_examples, 4, 2, 3)) * np.array([1, 10, 100, 1000])[:, None, None]
+    if isinstance(likelihood, Poisson):
+        y = rng.poisson(3, y.shape).astype(float)
+    if isinstance(likelihood, Bernoulli):
+        y = (y > 0).astype(float)
+    weights = [[0.5], [1.5]]
+    facts = {"target_weights": weights}
+    if likelihood.num_classes:
+        y, facts = rng.integers(0, 3, num_examples), {"num_classes": 3}
+    splits = {"train": (x, y), "foreign": (foreign, y[:9])}
+    write_shards(directory, splits, name="toy", source="test", licence="none", **facts)
+
+
+class ToField(nn.Module):
+    """A linear network onto fields [outputs, 2, 3], or onto classes."""
+
+    def __init__(self, likelihood):
+        super().__init__()
+        self.form = (likelihood.num_outputs,) if likelihood.num_classes else (likelihood.num_outputs, 2, 3)
+        self.linear = nn.Linear(6, math.prod(self.form)).double()
+
+    def forward(self, x):
+        return self.linear(x).unflatten(1, self.form)
+
+
+@pytest.mark.parametrize("name", LIKELIHOODS)
+def test_all_metrics_curves_and_uncertainties_equal_those_of_one_process(comm, tmp_path_factory, name):
+    likelihood = LIKELIHOODS[name]
+    directory = comm.broadcast_object(str(tmp_path_factory.mktemp("shards")) if comm.grid.rank == 0 else None)
+    with comm.agree("writing"):
+        if comm.grid.rank == 0:
+            write_field_shards(directory, likelihood)
+    with keyed_global_generator(0, Stream.INIT):
+        posterior = MeanFieldGaussian(ToField(likelihood), init_std=0.3)
+    results = []
+    for one in (GridComm(Grid()), comm):
+        data = ShardDataset(
+            directory, "train", dtype=torch.float64, normalises_targets=likelihood.is_equivariant
+        )
+        foreign = ShardDataset(directory, "foreign", dtype=torch.float64)
+        evaluation = evaluate_dataset(posterior, likelihood, one, data, num_samples=5)
+        outside = uncertainties_of_dataset(posterior, likelihood, one, foreign, num_samples=5)
+        auroc = out_of_distribution_auroc(evaluation.uncertainties, outside)
+        results.append((evaluation, outside, auroc))
+    (expected, expected_outside, expected_auroc), (got, outside, auroc) = results
+    tolerance = 1e-8  # of quantiles, which are found by iteration; of what is a sum 1e-10
+    for metric, value in expected.metrics.items():
+        assert got.metrics[metric] == pytest.approx(value, rel=tolerance if "width" in metric else 1e-10), (
+            metric
+        )
+    flat = [flatten(evaluation.curves) for evaluation in (got, expected)]
+    assert flat[0] == pytest.approx(flat[1], rel=tolerance, abs=1e-13)
+    for a, b in ((got.uncertainties, expected.uncertainties), (outside, expected_outside)):
+        assert a.keys() == b.keys()
+        for key, value in b.items():
+            torch.testing.assert_close(a[key], value, rtol=1e-10, atol=1e-12)
+    assert auroc == pytest.approx(expected_auroc)
+    names = {"accuracy", "nll", "brier", "ece", "adaptive_ece"}
+    if not likelihood.num_classes:
+        names = {
+            "rmse",
+            "mae",
+            "crps",
+            "fair_crps",
+            "spread_skill",
+            "calibration_error",
+            "coverage_90",
+            "width_90",
+        }
+        assert auroc["ood_auroc/epistemic_std"] > 0.9  # linear networks disagree far from the data
+        assert len(got.curves["channels"]["crps"]) == 4 and sum(got.curves["pit"]) == pytest.approx(1)
+    assert names <= got.metrics.keys() and ("nll" in got.metrics) == likelihood.has_density
+
+
+def flatten(tree):
+    """Return the numbers of nested dicts and lists."""
+    if isinstance(tree, dict):
+        tree = list(tree.values())
+    if isinstance(tree, list):
+        return [number for part in tree for number in flatten(part)]
+    return [tree] if isinstance(tree, (int, float)) else []
