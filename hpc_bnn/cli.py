@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import jsonargparse
 from tqdm import tqdm
@@ -17,27 +17,23 @@ from . import __version__, comm
 from .config import Config
 from .errors import ConfigError, DataError, HpcBnnError, check_all
 from .grid import Grid
+from .parsing import Parser, check_together
 
 if TYPE_CHECKING:
     from .experiment import Experiment
 
 
-class _Parser(jsonargparse.ArgumentParser):
-    def error(self, message: str, *args: Any, **kwargs: Any):
-        raise ConfigError(f"{message}\nSee {self.prog} --help")
-
-
 def build_parser() -> jsonargparse.ArgumentParser:
     """Return the parser of ``hpc-bnn``."""
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = _Parser(prog="hpc-bnn", description="Bayesian neural networks by sampling parallelism.")
+    parser = Parser(prog="hpc-bnn", description="Bayesian neural networks by sampling parallelism.")
     parser.add_argument("--version", action="version", version=f"hpc_bnn {__version__}")
     commands = parser.add_subcommands()
-    train = _Parser(description="Train a Bayesian network on the process grid.")
+    train = Parser(description="Train a Bayesian network on the process grid.")
     train.add_argument("--config", action="config", help="YAML file; flags given after it override it.")
     train.add_class_arguments(Config, fail_untyped=True)
     commands.add_subcommand("train", train)
-    evaluate = _Parser(description="Evaluate a trained network with all samples of all ranks.")
+    evaluate = Parser(description="Evaluate a trained network with all samples of all ranks.")
     evaluate.add_argument(
         "run", type=str, metavar="RUN_DIR", help="Directory of the run; flags override its config."
     )
@@ -53,7 +49,7 @@ def build_parser() -> jsonargparse.ArgumentParser:
     evaluate.add_argument("--ood_split", type=str, default="test", help="Split of the foreign examples.")
     evaluate.add_class_arguments(Config, fail_untyped=True)
     commands.add_subcommand("evaluate", evaluate)
-    predict = _Parser(description="Write the predictive of a trained network to an HDF5 file.")
+    predict = Parser(description="Write the predictive of a trained network to an HDF5 file.")
     predict.add_argument(
         "run", type=str, metavar="RUN_DIR", help="Directory of the run; flags override its config."
     )
@@ -70,10 +66,10 @@ def build_parser() -> jsonargparse.ArgumentParser:
     predict.add_argument("--members", type=bool, default=False, help="Write every sample as well.")
     predict.add_class_arguments(Config, fail_untyped=True)
     commands.add_subcommand("predict", predict)
-    verify = _Parser(description="Compare the files of a shard directory with its manifest.")
+    verify = Parser(description="Compare the files of a shard directory with its manifest.")
     verify.add_argument("shards", type=str, metavar="SHARD_DIR", help="Directory with a manifest.json.")
     commands.add_subcommand("verify", verify)
-    stage = _Parser(description="Copy a shard directory to local storage, once per node of the job.")
+    stage = Parser(description="Copy a shard directory to local storage, once per node of the job.")
     stage.add_argument("source", type=str, metavar="SRC", help="Shard directory that all nodes see.")
     stage.add_argument("destination", type=str, metavar="DST", help="Directory on storage of the node.")
     stage.add_argument(
@@ -98,7 +94,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if words[:1] in (["evaluate"], ["predict"]) and len(words) > 1 and not words[1].startswith("-"):
             words[2:2] = ["--config", str(Path(words[1], "config.yaml"))]  # flags behind it override it
         parser = build_parser()
-        parsed = parser.parse_args(words)
+        try:
+            parsed = parser.parse_args(words)
+        except ConfigError:
+            _say_all_faults(parser, words)
+            raise
         command = parsed.subcommand
         options = parser.instantiate(parsed)[command]
         commands = {"train": _train, "evaluate": _evaluate, "predict": _predict}
@@ -106,6 +106,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return commands[command](options, given)
 
     return run_and_report("hpc-bnn", work)
+
+
+def _say_all_faults(parser: Parser, words: list[str]) -> None:
+    """Raise one error with all that is wrong, where a command takes a config. Local."""
+    from .train import check
+
+    command = words[0] if words else None
+    if command in ("train", "evaluate", "predict"):
+        known = set(parser._subcommands_action.choices[command]._option_string_actions)
+        check_together(words[1:], known, lambda config: check(config, comm.world_size()))
 
 
 def run_and_report(name: str, work: Callable[[], int]) -> int:

@@ -21,6 +21,7 @@ from .checkpoint import CheckpointStore, restore_model
 from .comm import GridComm
 from .config import Config, DataConfig
 from .data import Manifest, ShardDataset
+from .data.manifest import MANIFEST
 from .errors import ConfigError, DataError, Fault, import_object
 from .evaluate import Evaluation, evaluate_dataset, uncertainties_of_dataset
 from .likelihoods import Likelihood, build_likelihood
@@ -77,6 +78,8 @@ class Experiment:
             There is no sound checkpoint, or no manifest of the data.
         """
         with comm.agree(f"reading {config.run_dir}"):
+            if not Path(config.run_dir, MANIFEST).exists():
+                raise DataError(f"{config.run_dir} holds no run ({MANIFEST} is missing). Train one there")
             manifest = Manifest.read(config.run_dir)
         experiment = cls(config, comm, manifest)
         experiment.restore(which)

@@ -193,6 +193,38 @@ def test_wrong_requests_are_named_and_nothing_is_written(digits, tmp_path, flags
     assert "Traceback" not in error and not (tmp_path / "run").exists()
 
 
+def test_unknown_keys_wrong_types_and_broken_rules_are_named_all_at_once(tmp_path, capsys):
+    path = tmp_path / "bad.yaml"
+    path.write_text(
+        "num_samples: eight\ndata: {shards: x, nonsense: 3}\nkl_weight: -3\noptimizer: {learning_rate: 0.01}\n"
+        "posterior: {family: mean_feld, deterministic: norm}\nmodel: {arguments: {deep: {er: 1}}}\n"
+    )
+    flags = [
+        "--num_epochs",
+        "many",
+        "--optimizer.learning_rte=3",
+        "--grid.sample_size",
+        "3",
+        "--dtype",
+        "float64",
+    ]
+    assert main(["train", "--config", str(path), *flags]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    expected = [
+        "--num_samples eight: must be a whole number. The default is 8",
+        "--data.nonsense 3: there is no such field",
+        "--posterior.family mean_feld: must be one of mean_field, low_rank",
+        "--posterior.deterministic norm: must be a list such as [a, b]",
+        "--num_epochs many: must be a whole number",
+        "--optimizer.learning_rte 3: there is no such field. Did you mean --optimizer.learning_rate?",
+        "--kl_weight -3.0: must be 0 or more",
+        "--grid.sample_size 3: sample_size x data_size",
+    ]
+    assert len(lines) == len(expected)
+    for line, text in zip(lines, expected):
+        assert text in line
+
+
 def test_faults_of_values_and_of_the_grid_come_together():
     config = Config(num_epochs=0)
     config.grid.sample_size = 3
