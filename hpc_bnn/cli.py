@@ -66,6 +66,12 @@ def build_parser() -> jsonargparse.ArgumentParser:
     predict.add_argument("--members", type=bool, default=False, help="Write every sample as well.")
     predict.add_class_arguments(Config, fail_untyped=True)
     commands.add_subcommand("predict", predict)
+    report = Parser(description="Write one self-contained HTML page about a run, or several side by side.")
+    report.add_argument("runs", type=str, nargs="+", metavar="RUN_DIR", help="Directories of runs.")
+    report.add_argument(
+        "--output", type=str | None, help="HTML file (default: report.html with the run or runs)."
+    )
+    commands.add_subcommand("report", report)
     verify = Parser(description="Compare the files of a shard directory with its manifest.")
     verify.add_argument("shards", type=str, metavar="SHARD_DIR", help="Directory with a manifest.json.")
     commands.add_subcommand("verify", verify)
@@ -102,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = parsed.subcommand
         options = parser.instantiate(parsed)[command]
         commands = {"train": _train, "evaluate": _evaluate, "predict": _predict}
-        commands |= {"verify": _verify, "stage": _stage}
+        commands |= {"report": _report, "verify": _verify, "stage": _stage}
         return commands[command](options, given)
 
     return run_and_report("hpc-bnn", work)
@@ -142,7 +148,7 @@ def run_and_report(name: str, work: Callable[[], int]) -> int:
 
 
 def _train(options: jsonargparse.Namespace, given: set[str]) -> int:
-    from .report import write_plots
+    from .plots import write_plots
     from .train import Run, StopRequest, check
 
     stop = StopRequest()
@@ -227,6 +233,14 @@ def _predict(options: jsonargparse.Namespace, given: set[str]) -> int:
     )
     if experiment.is_writer:
         print(path)
+    return 0
+
+
+def _report(options: jsonargparse.Namespace, given: set[str]) -> int:
+    from .report import write_report
+
+    if comm.launched_rank() == 0:
+        print(write_report(options.runs, options.output))
     return 0
 
 

@@ -1,155 +1,291 @@
-"""Pictures of a run (floor 7)."""
+"""One self-contained HTML page about one run, or several side by side (floor 7). Local: no MPI, no network."""
 
 from __future__ import annotations
 
+import base64
+import html
+import io
 import json
 import logging
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import jinja2
+import yaml
+
+from . import __version__, plots
+from .atomic import write_atomically
+from .errors import ConfigError, DataError, Fault
+
 logger = logging.getLogger(__name__)
 
-LABELS = {"test/nll": "NLL (nats per example)", "test/accuracy": "accuracy", "test/rmse": "RMSE (units of y)"}
+IDEALS = {"accuracy": 1.0, "spread_skill": 1.0, "coverage_50": 0.5, "coverage_90": 0.9, "coverage_95": 0.95}
+"""What the best value of a metric is, where it is not the least."""
+
+NO_BEST = ("width_50", "width_90", "width_95")
+"""Metrics that are neither good nor bad by themselves."""
+
+MAX_CHANNELS = 24
+"""Channels that are listed; more are drawn only."""
 
 
-def write_plots(run_dir: str | Path, examples: dict[str, Any]) -> list[Path]:
-    """Draw RUN_DIR/plots/curves.png and uncertainty.png. Local: rank 0 calls it.
+@dataclass(frozen=True)
+class RunRecord:
+    """What a run directory holds."""
+
+    label: str
+    config: dict[str, Any]
+    rows: list[dict[str, Any]]
+    """Of metrics.jsonl, one per epoch."""
+    summary: dict[str, Any]
+    """Empty where the run has not ended."""
+    evaluation: dict[str, Any]
+    """Of evaluation.json; empty where there was none."""
+    pictures: dict[str, bytes]
+    """PNG files of plots/, by name."""
+
+    @classmethod
+    def read(cls, directory: str | Path, label: str) -> RunRecord:
+        """Read a run directory, also one of a run that goes on or was interrupted.
+
+        Raises
+        ------
+        ConfigError
+            It holds no run.
+        DataError
+            A file cannot be read.
+        """
+        directory = Path(directory)
+        if not (directory / "config.yaml").exists():
+            remedy = "Name the --run_dir of hpc-bnn train"
+            raise ConfigError(Fault("RUN_DIR", directory, "it holds no run (no config.yaml)", remedy))
+        try:
+            config = yaml.safe_load((directory / "config.yaml").read_text())
+            summary, evaluation = (
+                json.loads(path.read_text()) if (path := directory / name).exists() else {}
+                for name in ("summary.json", "evaluation.json")
+            )
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise DataError(f"{directory} cannot be read ({error})") from error
+        pictures = {path.stem: path.read_bytes() for path in sorted(directory.glob("plots/*.png"))}
+        return cls(label, config, plots.read_rows(directory), summary, evaluation, pictures)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The newest metrics of the test split."""
+        if self.evaluation:
+            return self.evaluation["metrics"]
+        tested = [row for row in self.rows if any(name.startswith("test/") for name in row)]
+        last = tested[-1] if tested else {}
+        return {name[5:]: value for name, value in last.items() if name.startswith("test/")}
+
+
+def write_report(run_dirs: Sequence[str | Path], output: str | Path | None = None) -> Path:
+    """Write the page.
 
     Parameters
     ----------
-    run_dir : path
-        Run directory with a metrics.jsonl.
-    examples : dict
-        Test examples with their predictive, as `hpc_bnn.train.Run.train` returns them.
+    run_dirs : sequence of path
+        One run, or several to compare.
+    output : path, optional
+        By default report.html in the run directory; for several runs in the directory that they share.
 
     Returns
     -------
-    list of Path
-        The files; empty where matplotlib is not installed, which is said.
+    path : Path
     """
-    try:
-        import matplotlib
+    paths = [Path(run_dir) for run_dir in run_dirs]
+    names = [path.resolve().name for path in paths]
+    labels = names if len(set(names)) == len(names) else [str(path) for path in paths]
+    records = [RunRecord.read(path, label) for path, label in zip(paths, labels)]
+    if output is None:
+        output = (paths[0] if len(paths) == 1 else _shared_parent(paths)) / "report.html"
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("hpc_bnn", "templates"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template("report.html.j2").render(
+        title=", ".join(labels),
+        records=records,
+        version=__version__,
+        now=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        metrics=_metric_table(records),
+        facts=_fact_table(records),
+        differences=_differences(records),
+        channels=[(record.label, _channel_table(record)) for record in records if _channel_table(record)],
+        figures=_figures(records),
+        examples=[(r.label, _png(r.pictures["uncertainty"])) for r in records if "uncertainty" in r.pictures],
+        configs=[(record.label, yaml.safe_dump(record.config, sort_keys=False)) for record in records],
+    )
+    output = Path(output)
+    write_atomically(output, page)
+    return output
 
-        matplotlib.use("Agg")
-    except ImportError:
-        logger.warning("no plots: matplotlib is not installed (pip install 'hpc_bnn[plots]')")
-        return []
-    directory = Path(run_dir, "plots")
-    directory.mkdir(exist_ok=True)
-    rows = [json.loads(line) for line in Path(run_dir, "metrics.jsonl").read_text().splitlines()]
-    return [
-        _plot_curves(rows, directory / "curves.png"),
-        (_plot_uncertainty if "surest" in examples else _plot_values)(
-            examples, directory / "uncertainty.png"
-        ),
+
+def _shared_parent(paths: list[Path]) -> Path:
+    parents = {path.resolve().parent for path in paths}
+    return parents.pop() if len(parents) == 1 else Path()
+
+
+# --- tables --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a table: what it says of each run."""
+
+    name: str
+    cells: list[str]
+    best: frozenset[int] = frozenset()
+    """Runs with the best value."""
+    hint: str = ""
+
+
+def _metric_table(records: list[RunRecord]) -> list[Line]:
+    names = list(dict.fromkeys(name for record in records for name in record.metrics))
+    lines = []
+    for name in names:
+        values = [record.metrics.get(name) for record in records]
+        lines.append(
+            Line(name, [_number(value) for value in values], _best(name, values), plots.LABELS.get(name, ""))
+        )
+    return lines
+
+
+def _best(name: str, values: list[float | None]) -> frozenset[int]:
+    """Return the runs whose value is best, where there are several to choose from."""
+    found = {i: v for i, v in enumerate(values) if v is not None and math.isfinite(v)}
+    if len(set(found.values())) < 2 or name in NO_BEST:
+        return frozenset()
+    ideal = 1.0 if name.startswith("ood_auroc/") else IDEALS.get(name, -math.inf)
+    distance = {i: v if ideal == -math.inf else abs(v - ideal) for i, v in found.items()}
+    least = min(distance.values())
+    return frozenset(i for i, value in distance.items() if value == least)
+
+
+def _fact_table(records: list[RunRecord]) -> list[Line]:
+    columns = [_facts(record) for record in records]
+    names = list(dict.fromkeys(name for column in columns for name in column))
+    return [Line(name, [column.get(name, "–") for column in columns]) for name in names]
+
+
+def _facts(record: RunRecord) -> dict[str, str]:
+    """Return what is worth knowing of a run beside its metrics."""
+    config, summary, rows = record.config, record.summary, record.rows
+    last = rows[-1] if rows else {}
+    facts = {"state": "complete" if summary else "not complete: it goes on, or was interrupted"}
+    if rows:
+        facts["epochs, steps"] = f"{last['epoch']}, {last['step']}"
+    facts["posterior, prior"] = f"{config['posterior']['family']}, {config['posterior']['prior']}"
+    facts["objective"] = config["objective"]["name"]
+    facts["samples per step, in tests"] = f"{config['num_samples']}, {config['num_test_samples']}"
+    facts["global batch"] = f"{config['global_batch_size']} examples"
+    facts["network"] = config["model"]["name"]
+    facts["shards"] = config["data"]["shards"]
+    if summary:
+        grid, posterior, sent = summary["grid"], summary["posterior"], summary["communication"]
+        facts["random weights"] = f"{posterior['num_random_weights']:,}"
+        facts["grid (samples x data)"] = f"{grid['sample_size']} x {grid['data_size']} ranks"
+        facts["device"] = summary["device"]
+        facts["time of training"] = f"{summary['seconds']:.1f} s"
+        facts["collectives of rank 0"] = f"{sent['num_collectives']:,}, {sent['num_bytes'] / 1e6:,.1f} MB"
+    trained = rows[1:] or rows  # the first epoch warms up
+    for name, label, form in (
+        ("examples_per_second", "examples per second", "{:,.0f}"),
+        ("samples_per_second", "weight samples per second", "{:,.1f}"),
+        ("collectives_per_step", "collectives per step", "{:.3g}"),
+        ("bytes_per_step", "bytes per step of a rank", "{:,.0f}"),
+        ("communication_share", "share of time in collectives", "{:.1%}"),
+    ):
+        values = sorted(row[name] for row in trained if name in row)
+        if values:
+            facts[f"{label} (median)"] = form.format(values[len(values) // 2])
+    if summary:
+        facts["versions"] = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
+    return facts
+
+
+def _differences(records: list[RunRecord]) -> list[Line]:
+    """Return the fields of the configs that are not the same in all runs."""
+    flat = [_flat(record.config) for record in records]
+    names = [
+        name for name in dict.fromkeys(n for one in flat for n in one) if name not in ("run_dir", "resume")
     ]
+    lines = [Line(f"--{name}", [str(one.get(name, "–")) for one in flat]) for name in names]
+    return [line for line in lines if len(set(line.cells)) > 1]
 
 
-def _plot_curves(rows: list[dict[str, Any]], path: Path) -> Path:
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= (
+            _flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {prefix + name: value}
+        )
+    return flat
+
+
+def _channel_table(record: RunRecord) -> list[list[str]]:
+    """Return the metrics of each channel, with a line of titles; nothing for one channel or many."""
+    channels = record.evaluation.get("curves", {}).get("channels", {})
+    if not 2 <= len(channels.get("name", ())) <= MAX_CHANNELS:
+        return []
+    lines = [list(channels)]
+    for number in range(len(channels["name"])):
+        values = [column[number] for column in channels.values()]
+        lines.append([value if isinstance(value, str) else _number(value) for value in values])
+    return lines
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"
+
+
+# --- figures -------------------------------------------------------------------------------------------
+
+
+def _figures(records: list[RunRecord]) -> list[tuple[str, str, str]]:
+    """Return title, picture as a data URL, and caption of each figure that the runs have something for."""
+    if not plots.has_matplotlib():
+        logger.warning("a page without figures: matplotlib is not installed (pip install 'hpc_bnn[plots]')")
+        return []
+    found = []
+    for title, draw, caption in (
+        ("Training", plots.training_figure, "Objective, data term and KL of every epoch."),
+        ("Test", plots.test_figure, "Metrics of the predictive over all samples, on the held-out split."),
+        (
+            "Calibration",
+            plots.calibration_figure,
+            "Classes: accuracy against confidence, a bin's size by its examples; on the diagonal confidence is right. "
+            "Numbers: histogram of the probability integral transform; flat is right, a hump says that intervals are "
+            "too wide, a bowl too narrow, a slope that the mean is biased.",
+        ),
+        ("Channels", plots.channels_figure, "Metrics of numbers by channel, such as lead time."),
+        (
+            "Time and communication",
+            plots.time_figure,
+            "Throughput of the job, and the share of an epoch that rank 0 spends in collectives, waiting included.",
+        ),
+    ):
+        figure = draw(records)
+        if figure is not None:
+            found.append((title, _svg(figure, title), caption))
+    return found
+
+
+def _svg(figure: Any, name: str) -> str:
     from matplotlib import pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    epochs = [row["epoch"] for row in rows]
-    marker = "o" if len(rows) == 1 else None
-    left.plot(epochs, [row["train/nelbo"] for row in rows], marker=marker, label="objective")
-    left.plot(epochs, [row["train/data_term"] for row in rows], marker=marker, label="data term")
-    left.set(xlabel="epoch", ylabel="per example", title="training")
-    if min(min(row["train/nelbo"], row["train/data_term"]) for row in rows) > 0:
-        left.set_yscale("log")
-    left.legend()
-    tested = [row for row in rows if any(name.startswith("test/") for name in row)]
-    epochs = [row["epoch"] for row in tested]
-    right.set(xlabel="epoch", title="test, predictive over all samples")
-    shown = [name for name in ("test/nll", "test/accuracy", "test/rmse") if name in tested[-1]]
-    twin = right.twinx()
-    twin.set_axis_off() if len(shown) == 1 else None
-    for axes, name, style in zip((right, twin), shown, ("o-", "s--")):
-        axes.plot(
-            epochs, [row[name] for row in tested], style, color=f"C{2 + (axes is twin)}", label=LABELS[name]
-        )
-        axes.set_ylabel(LABELS[name])
-    lines = right.get_lines() + twin.get_lines()
-    right.legend(lines, [line.get_label() for line in lines], loc="center right")
-    figure.savefig(path, dpi=120)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Title": html.escape(name)})
     plt.close(figure)
-    return path
+    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _plot_uncertainty(examples: dict[str, Any], path: Path) -> Path:
-    from matplotlib import pyplot as plt
-
-    columns = examples["surest"] + examples["least_sure"]
-    figure, axes = plt.subplots(
-        2, len(columns), figsize=(1.45 * len(columns), 3.6), layout="constrained", squeeze=False
-    )
-    for number, (example, (top, bottom)) in enumerate(zip(columns, axes.T)):
-        p, std = example["probabilities"].float().numpy(), example["std"].float().numpy()
-        _show_image(top, example["x"].float())
-        top.set_title(
-            f"true {example['y']}, says {int(p.argmax())}\nH {example['entropy']:.2f} nats", fontsize=8
-        )
-        bottom.bar(range(len(p)), p, yerr=std, color="C0", error_kw={"elinewidth": 0.8})
-        bottom.set_ylim(0, 1.05)
-        bottom.set_xticks(range(0, len(p), max(1, len(p) // 5)))
-        bottom.set_xlabel("class", fontsize=8)
-        bottom.tick_params(labelsize=6)
-        if number:
-            bottom.set_yticklabels([])
-    axes[1, 0].set_ylabel("probability ± std\nover samples", fontsize=8)
-    figure.suptitle(
-        f"test examples: the {len(examples['surest'])} surest of different classes and the {len(examples['least_sure'])} least sure "
-        "by entropy H of the predictive",
-        fontsize=10,
-    )
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-    return path
-
-
-def _plot_values(examples: dict[str, Any], path: Path) -> Path:
-    """Draw predicted against true values, or for several targets each example's band of two standard deviations."""
-    from matplotlib import pyplot as plt
-
-    y, mean, aleatoric, epistemic = (
-        examples[name].double().numpy() for name in ("y", "mean", "aleatoric_std", "epistemic_std")
-    )
-    total = (aleatoric**2 + epistemic**2) ** 0.5
-    if y.shape[1] == 1:
-        figure, axes = plt.subplots(figsize=(5, 4.2), layout="constrained")
-        axes.errorbar(y[:, 0], mean[:, 0], 2 * total[:, 0], fmt="o", ms=3, lw=0.6, label="± 2 std, total")
-        axes.errorbar(
-            y[:, 0], mean[:, 0], 2 * epistemic[:, 0], fmt="none", lw=1.8, color="C3", label="epistemic part"
-        )
-        axes.axline((y.mean(), y.mean()), slope=1, color="gray", lw=0.8)
-        axes.set(xlabel="true", ylabel="predicted", title="test examples")
-        axes.legend()
-    else:
-        rows = range(0, len(y), -(-len(y) // 6))
-        figure, panels = plt.subplots(2, 3, figsize=(11, 5), layout="constrained", sharex=True)
-        places = range(y.shape[1])
-        for axes, row in zip(panels.flat, rows):
-            for std, alpha, label in ((total, 0.25, "± 2 std, total"), (epistemic, 0.5, "epistemic part")):
-                low, high = mean[row] - 2 * std[row], mean[row] + 2 * std[row]
-                axes.fill_between(places, low, high, color="C0", alpha=alpha, lw=0, label=label)
-            axes.plot(places, mean[row], color="C0", label="mean")
-            axes.plot(places, y[row], color="black", lw=1, label="true")
-        panels.flat[0].legend(fontsize=7)
-        figure.supxlabel("target")
-        figure.suptitle("test examples")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-    return path
-
-
-def _show_image(axes, x) -> None:
-    """Show an example [C, H, W] as an image, anything else as a curve."""
-    axes.set_xticks([])
-    axes.set_yticks([])
-    if x.ndim == 3 and min(x.shape[1:]) > 1:
-        x = x[:3] if x.shape[0] >= 3 else x[:1]
-        low, high = x.min(), x.max()
-        image = ((x - low) / (high - low if high > low else math.inf)).permute(1, 2, 0)
-        axes.imshow(image.numpy(), cmap="gray_r")
-    else:
-        axes.plot(x.reshape(-1).numpy())
+def _png(content: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(content).decode()

@@ -1,0 +1,150 @@
+"""``hpc-bnn report``: one page that needs nothing else."""
+
+import base64
+import json
+import shutil
+import subprocess
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hpc_bnn import write_shards
+from hpc_bnn.cli import main
+
+REPOSITORY = Path(__file__).parent.parent
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+class Page(HTMLParser):
+    """What a page shows, and what it would load."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.loads, self.titles, self.rows, self._in = [], [], [], None
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.loads += [value for name, value in attributes if name in ("src", "href", "action", "data")]
+        assert tag not in ("script", "link", "iframe", "object"), tag
+        if tag == "tr":
+            self.rows.append([])
+        self._in = tag
+
+    def handle_data(self, data):
+        if self._in == "h2":
+            self.titles.append(data)
+        if self._in in ("td", "th") and self.rows:
+            self.rows[-1].append(data.strip())
+        self._in = None
+
+    def row(self, name):
+        return next(row for row in self.rows if row and row[0] == name)
+
+
+@pytest.fixture(scope="module")
+def runs(digits, tmp_path_factory):
+    """Two runs of classes, one of numbers with three channels, and one that was interrupted."""
+    directory, rng = tmp_path_factory.mktemp("runs"), np.random.default_rng(0)
+    common = ["--num_samples", "2", "--num_test_samples", "8", "--test_every_epochs", "1"]
+    config = ["train", "--config", str(REPOSITORY / "configs/digits.yaml"), "--data.shards", str(digits)]
+    for seed in (0, 1):
+        flags = ["--num_epochs", "3", "--seed", str(seed), "--run_dir", str(directory / f"digits{seed}")]
+        assert main([*config, *common, *flags]) == 0
+    x = rng.normal(size=(80, 2))
+    y = x @ rng.normal(size=(2, 3)) * [1, 10, 1000] + rng.normal(size=(80, 3))
+    facts = {"name": "toy", "source": "test", "licence": "none", "channels": {"y": ["t2m", "z500", "u & v"]}}
+    write_shards(directory / "shards", {"train": (x, y), "test": (x[:20], y[:20])}, **facts)
+    flags = [
+        "--data.shards",
+        str(directory / "shards"),
+        "--num_epochs",
+        "4",
+        "--run_dir",
+        str(directory / "numbers"),
+    ]
+    assert main(["train", *common, *flags]) == 0
+    flags = ["--max_seconds", "1e-9", "--run_dir", str(directory / "stopped")]
+    assert main([*config, *common, *flags]) == 75
+    return directory
+
+
+def check_page(path):
+    page = Page(path.read_text())
+    assert page.loads, "a page has pictures"
+    for source in page.loads:
+        kind, _, content = source.partition(";base64,")
+        content = base64.b64decode(content, validate=True)
+        if kind == "data:image/svg+xml":
+            assert ElementTree.fromstring(content).tag.endswith("svg")
+            assert b'href="http' not in content and b"@import" not in content
+        else:
+            assert kind == "data:image/png" and content.startswith(b"\x89PNG")
+    return page
+
+
+def test_a_run_of_classes(runs, capsys):
+    assert main(["report", str(runs / "digits0")]) == 0
+    assert str(runs / "digits0" / "report.html") in capsys.readouterr().out
+    page = check_page(runs / "digits0" / "report.html")
+    assert {"Test metrics", "Training", "Test", "Calibration", "Time and communication", "Examples"} <= set(
+        page.titles
+    )
+    assert "What differs" not in page.titles and "Channels" not in page.titles
+    summary = json.loads((runs / "digits0" / "summary.json").read_text())
+    assert page.row("nll")[1] == f"{summary['test/nll']:.4g}"
+    assert page.row("grid (samples x data)")[1] == "1 x 1 ranks"
+
+
+def test_runs_side_by_side(runs, tmp_path):
+    names = [str(runs / name) for name in ("digits0", "digits1", "numbers", "stopped")]
+    assert main(["report", *names, "--output", str(tmp_path / "all.html")]) == 0
+    page = check_page(tmp_path / "all.html")
+    assert {"What differs", "By channel", "Channels"} <= set(page.titles)
+    assert page.row("--seed")[1:5] == ["0", "1", "0", "0"]
+    nll = page.row("nll")
+    assert nll[3] != "–" and nll[4] == "–"
+    assert page.row("accuracy")[3:5] == ["–", "–"]
+    assert page.row("state")[4].startswith("not complete")
+    assert page.row("u & v")[0] == "u & v"  # escaped in the file, and read back
+    evaluation = json.loads((runs / "numbers" / "evaluation.json").read_text())
+    rmse = evaluation["curves"]["channels"]["rmse"]
+    header = next(row for row in page.rows if row[:1] == ["name"])
+    assert page.row("z500")[header.index("rmse")] == f"{rmse[1]:.4g}"
+    text = (tmp_path / "all.html").read_text()
+    assert text.count('class="best"') >= 3
+
+
+def test_names_cannot_break_the_page_and_the_default_place_is_shared(runs, tmp_path):
+    odd = tmp_path / "<script>alert(1)</script>".replace("/", "_")
+    shutil.copytree(runs / "digits0", odd)
+    shutil.copytree(runs / "digits1", tmp_path / "other")
+    with open(odd / "metrics.jsonl", "a") as file:
+        file.write('{"epoch": 4, "tra')  # a run that was killed while it wrote
+    assert main(["report", str(odd), str(tmp_path / "other")]) == 0
+    page = check_page(tmp_path / "report.html")
+    assert page.row("epochs, steps")[1].startswith("3,")
+
+
+def test_what_is_no_run_is_named(tmp_path, capsys):
+    assert main(["report", str(tmp_path)]) == 2
+    assert "it holds no run" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
+def test_a_browser_shows_it(runs, tmp_path):
+    """The browser lays the page out offline, with all of its pictures."""
+    path = tmp_path / "report.html"
+    assert main(["report", str(runs / "digits0"), str(runs / "numbers"), "--output", str(path)]) == 0
+    check = "<script>document.title = [...document.images].map(i => i.naturalWidth > 50).join()</script>"
+    probe = tmp_path / "probe.html"
+    probe.write_text(
+        path.read_text().replace("</body>", f"{check}</body>")
+    )
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000", "--dump-dom"]
+    done = subprocess.run([CHROMIUM, *flags, probe.as_uri()], capture_output=True, text=True, timeout=120)
+    title = done.stdout.partition("<title>")[2].partition("</title>")[0]
+    num_pictures = len(check_page(path).loads)
+    assert title == ",".join(["true"] * num_pictures)
