@@ -58,7 +58,7 @@ class Mixture:
 
     def quantile(self, level: float) -> Tensor:
         """Return the quantile of a level between 0 and 1, [n, targets, ...]."""
-        raise NotImplementedError
+        return self._by_chunks(lambda part: (part._quantile(level),))[0]
 
     def crps(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """Return the CRPS of the mixture and the fair CRPS, [n, targets, ...] (units of y).
@@ -67,14 +67,33 @@ class Mixture:
         the fair one Y and Y' never are of the same component, so that its expectation does not depend on K (Ferro,
         2014); it is NaN for K = 1.
         """
-        distance, pairs, own_pairs = self._distances(y)
+        distance, pairs, own_pairs = self._by_chunks(lambda part, y: part._distances(y), y)
         count = self.num_components
         fair = (pairs - own_pairs) / (count * (count - 1)) if count > 1 else torch.full_like(pairs, math.nan)
         return distance - 0.5 * pairs / count**2, distance - 0.5 * fair
 
+    def _by_chunks(self, function: Callable[..., tuple[Tensor, ...]], *fields: Tensor) -> tuple[Tensor, ...]:
+        """Apply a function to parts of the targets that fit into the cache of a core (a quarter of the time)."""
+        shape = self.components[0].shape[1:]
+        flat = [component.flatten(1) for component in self.components]
+        fields = tuple(field.expand(shape).flatten() for field in fields)
+        size = flat[0].shape[1] if flat[0].is_cuda else CHUNK_ELEMENTS // self.num_components
+        parts = [
+            function(self._of(*chunk[: len(flat)]), *(field[0] for field in chunk[len(flat) :]))
+            for chunk in zip(*(t.split(max(size, 1), dim=-1) for t in (*flat, *(f[None] for f in fields))))
+        ]
+        return tuple(torch.cat(columns).view(shape) for columns in zip(*parts))
+
+    def _quantile(self, level: float) -> Tensor:
+        raise NotImplementedError
+
     def _distances(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return E|Y - y|, the sum of E|Y_i - Y_j'| over ordered pairs of components, and that of the pairs i = j."""
         raise NotImplementedError
+
+
+CHUNK_ELEMENTS = 2**16
+"""Numbers of a component tensor that are worked on at once on a CPU."""
 
 
 class Members(Mixture):
@@ -94,7 +113,7 @@ class Members(Mixture):
         members, num_ranks = self.components[0], self.num_components + 1
         return (members < y).sum(0) / num_ranks, ((members <= y).sum(0) + 1) / num_ranks
 
-    def quantile(self, level: float) -> Tensor:
+    def _quantile(self, level: float) -> Tensor:
         count = self.num_components
         place = min(max(level * (count + 1) - 1, 0), count - 1)
         low = int(place)
@@ -119,7 +138,7 @@ class GaussianMixture(Mixture):
         loc, scale = self.components
         return self._standard_cdf((z - loc) / scale).mean(0)
 
-    def quantile(self, level: float) -> Tensor:
+    def _quantile(self, level: float) -> Tensor:
         loc, scale = self.components
         of_components = loc + scale * self._standard_quantile(level)
         low, high = of_components.amin(0), of_components.amax(0)
@@ -225,7 +244,7 @@ class PoissonMixture(Mixture):
         reach = 8 * rate.sqrt() + 25
         return (rate - reach).amin(0).floor().clamp_min(0), (rate + reach).amax(0).ceil()
 
-    def quantile(self, level: float) -> Tensor:
+    def _quantile(self, level: float) -> Tensor:
         low, high = self._range()  # the quantile is the least k with F(k) >= level
         while bool((low < high).any()):
             middle = ((low + high) / 2).floor()
@@ -258,7 +277,7 @@ class BernoulliMixture(Mixture):
         none = 1 - self.components[0].mean(0)
         return torch.where(y <= 0, 0, none), self.cdf(y)
 
-    def quantile(self, level: float) -> Tensor:
+    def _quantile(self, level: float) -> Tensor:
         none = 1 - self.components[0].mean(0)
         return (none < level).to(none)
 

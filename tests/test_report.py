@@ -140,9 +140,7 @@ def test_a_browser_shows_it(runs, tmp_path):
     assert main(["report", str(runs / "digits0"), str(runs / "numbers"), "--output", str(path)]) == 0
     check = "<script>document.title = [...document.images].map(i => i.naturalWidth > 50).join()</script>"
     probe = tmp_path / "probe.html"
-    probe.write_text(
-        path.read_text().replace("</body>", f"{check}</body>")
-    )
+    probe.write_text(path.read_text().replace("</body>", f"{check}</body>"))
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000", "--dump-dom"]
     done = subprocess.run([CHROMIUM, *flags, probe.as_uri()], capture_output=True, text=True, timeout=120)
     title = done.stdout.partition("<title>")[2].partition("</title>")[0]
