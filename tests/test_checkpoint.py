@@ -2,15 +2,18 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY
 
+from hpc_bnn import write_shards
 from hpc_bnn.checkpoint import CheckpointStore
 from hpc_bnn.cli import main
 from hpc_bnn.config import OptimizerConfig
@@ -138,6 +141,8 @@ def assert_same(a, b):
         ["--posterior.family", "ensemble", "--num_test_samples", "2", "--optimizer.name", "AdamW"],
         ["--posterior.family", "deterministic", "--optimizer.name", "SGD", "--optimizer.arguments", "{momentum: 0.9}"],
         ["--optimizer.warmup_epochs", "1.5", "--optimizer.max_gradient_norm", "5", "--checkpoint.asynchronous", "true"],
+        ["--optimizer.name", "pytorch_optimizer.Lamb", "--optimizer.sharded", "false"],
+        ["--optimizer.sharded", "true", "--grid.compression", "bf16"],
         ["--objective.name", "log_predictive", "--optimizer.schedule", "step", "--optimizer.decay_every_epochs", "1"],
     ],
     ids=lambda flags: flags[1].split(".")[-1][:20],
@@ -201,6 +206,50 @@ def test_a_signal_stops_with_a_checkpoint_and_code_75(digits, tmp_path, number):
     error = job.communicate(timeout=60)[1]
     assert job.returncode == 75 and f"{number.name}" in error and "--resume true" in error
     assert CheckpointStore(tmp_path / "checkpoints").load_newest()["num_steps"] > 0
+
+
+def test_a_signal_during_the_start_stops_after_the_first_step(digits, tmp_path):
+    script = tmp_path / "prepare.py"
+    script.write_text(
+        "import shutil, sys, time, pathlib\n"
+        f"pathlib.Path({str(tmp_path / 'started')!r}).touch(); time.sleep(2)\n"
+        f"shutil.copytree({str(digits)!r}, sys.argv[sys.argv.index('--output') + 1])\n"
+    )
+    command = [sys.executable, "-m", "mpi4py", "-m", "hpc_bnn", "train", "--config", "configs/digits.yaml"]
+    command += ["--data.shards", str(tmp_path / "shards"), "--data.prepare", str(script)]
+    command += ["--run_dir", str(tmp_path / "run")]
+    job = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "started").exists():
+        time.sleep(0.05)
+        assert job.poll() is None
+    os.kill(job.pid, signal.SIGTERM)
+    error = job.communicate(timeout=60)[1]
+    assert job.returncode == 75 and "after step 1: SIGTERM" in error
+    assert CheckpointStore(tmp_path / "run/checkpoints").load_newest()["num_steps"] == 1
+
+
+def test_a_run_does_not_go_on_with_other_data(digits, tmp_path, capsys):
+    shutil.copytree(digits, tmp_path / "shards")
+    assert train(tmp_path / "shards", tmp_path / "run", "--max_steps", 2) == 0
+    assert train(digits, tmp_path / "run", "--max_steps", 3, "--resume", "true") == 0  # a copy is the same
+    shutil.rmtree(tmp_path / "shards")
+    x = np.zeros((50, 1, 8, 8), np.uint8)
+    facts = {"name": "other", "source": "test", "licence": "none", "num_classes": 10}
+    splits = {"train": (x, np.arange(50) % 10), "test": (x, np.arange(50) % 10)}
+    write_shards(tmp_path / "shards", splits, **facts)
+    assert train(tmp_path / "shards", tmp_path / "run", "--resume", "true") == 1
+    assert "is not what the run began with: splits" in capsys.readouterr().err
+
+
+def test_tensorboard_reads_the_metrics(digits, tmp_path):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    assert train(digits, tmp_path, "--tensorboard", "true", "--test_every_epochs", 2) == 0
+    events = reader.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    for name in ("train/nelbo", "examples_per_second"):
+        seen = [(event.step, event.value) for event in events.Scalars(name)]
+        assert seen == [(row["step"], pytest.approx(row[name], rel=1e-6)) for row in rows]
+    assert [event.step for event in events.Scalars("test/nll")] == [46, 92]
 
 
 def test_learning_rates():

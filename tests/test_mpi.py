@@ -136,21 +136,32 @@ def test_wrong_grid_is_said_once_and_ends_in_order(mpirun, digits, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("reading", ["group", "rank", "node"])
-def test_a_shard_that_is_damaged_ends_the_job_with_one_message(mpirun, digits, tmp_path, reading):
+@pytest.mark.parametrize(
+    ("reading", "fault"),
+    [
+        ("group", "flipped"),
+        ("rank", "flipped"),
+        ("node", "flipped"),
+        ("group", "vanished"),
+        ("node", "vanished"),
+    ],
+)
+def test_a_shard_that_is_damaged_or_gone_ends_the_job_with_one_message(
+    mpirun, digits, tmp_path, reading, fault
+):
     shutil.copytree(digits, tmp_path / "digits")
     path = tmp_path / "digits/train-00000.h5"
     with h5py.File(path) as file:
         chunk = file["x"].id.get_chunk_info(3)
     whole = bytearray(path.read_bytes())
     whole[chunk.byte_offset + 5] ^= 2
-    path.write_bytes(whole)
+    path.write_bytes(whole) if fault == "flipped" else path.unlink()
     start = time.time()
     done = mpirun(4, "-m", "hpc_bnn", "train", "--config", "configs/digits.yaml", "--data.shards", tmp_path / "digits",
                   "--data.reading", reading, "--grid.sample_size", 2, "--run_dir", tmp_path / "run")  # fmt: skip
     assert done.returncode != 0 and time.time() - start < 30
     assert "train-00000.h5" in done.stderr and "Traceback" not in done.stderr
-    if reading == "node":
+    if reading == "node" or fault == "vanished":
         assert done.stderr.count("hpc-bnn: error") == 1
     else:
         assert "corrupt" in done.stderr
@@ -210,9 +221,12 @@ def test_a_run_goes_on_across_grids(mpirun, digits, tmp_path, family):
         family,
     )
     expected, whole = train(mpirun, 1, 1, digits, tmp_path / "whole", *flags, "--max_steps", "40")
+    is_sharded = "true" if family == "mean_field" else "false"  # with and without is the same, too
     for (ranks, sample_size), steps in zip(((4, 4), (4, 2), (1, 1), (3, 3)), (9, 23, 30, 40)):
+        sharded = is_sharded if ranks == 4 else "false"
         summary, model = train(
             mpirun, ranks, sample_size, digits, tmp_path / "parts", *flags, "--max_steps", steps, "--resume", "true",
+            "--optimizer.sharded", sharded,
         )  # fmt: skip
     assert summary["num_steps"] == expected["num_steps"] == 40
     assert summary["test/nll"] == pytest.approx(expected["test/nll"], rel=1e-10)
@@ -223,7 +237,7 @@ def test_a_run_goes_on_across_grids(mpirun, digits, tmp_path, family):
     done = mpirun(2, "-m", "hpc_bnn", "evaluate", tmp_path / "parts")
     assert done.returncode == 0, done.stderr
     evaluated = json.loads((tmp_path / "parts/evaluation.json").read_text())
-    assert evaluated["test/nll"] == pytest.approx(summary["test/nll"], rel=1e-12)
+    assert evaluated["metrics"]["nll"] == pytest.approx(summary["test/nll"], rel=1e-12)
 
 
 def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(mpirun, digits, tmp_path):
