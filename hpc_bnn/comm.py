@@ -44,6 +44,10 @@ BUCKET_BYTES = 256 * 2**20
 """Largest buffer that one reduction of a list of tensors packs (bytes)."""
 
 
+SHARE_BUCKET_BYTES = 16 * 2**20
+"""Largest buffer of a sum or gather by shares (bytes): memory that it needs besides."""
+
+
 @dataclass(frozen=True)
 class NodeArray:
     """An array that the ranks of a node share (`GridComm.node_array`)."""
@@ -80,7 +84,7 @@ class GridComm:
     reduction : {"axes", "world"}
         How `sum_` over the world goes: over the sample group and then over the data group, or at once.
     compression : {"none", "fp16", "bf16"}
-        What `sum_` and `reduce_scatter` send where they are asked to compress.
+        What `sum_` and `reduce_scatter_` send where they are asked to compress.
 
     Attributes
     ----------
@@ -152,27 +156,58 @@ class GridComm:
         else:
             self._reduce_all_(tensors, axis, "sum")
 
-    def reduce_scatter(self, flat: torch.Tensor, axis: Axis, *, compressed: bool = False) -> torch.Tensor:
-        """Return this rank's share (`hpc_bnn.grid.share`) of the sum of flat tensors [n] over an axis.
+    def reduce_scatter_(self, flat: torch.Tensor, axis: Axis, *, compressed: bool = False) -> torch.Tensor:
+        """Sum flat tensors [n] over an axis, each rank its share (`hpc_bnn.grid.share`), and return a view of it.
 
-        Collective over ``sample_comm``, ``data_comm`` or the world, by ``axis``; over one rank the tensor itself.
+        In place; what is not this rank's share is left as it was. In buckets, so that little memory is needed besides.
+
+        Collective over ``sample_comm``, ``data_comm`` or the world, by ``axis``; it costs nothing over one rank.
 
         Parameters
         ----------
         flat : Tensor
-            [n], of float32 or float64, alike on each rank.
+            [n], contiguous, of float32 or float64, alike on each rank.
         axis : {"sample", "data", "world"}
             Over which ranks.
         compressed : bool
             As for `sum_`.
         """
-        if self._extents[axis] == 1:
-            return flat
         flat = flat.detach()
-        if not compressed or self.compression == "none":
-            with self._counted(flat):
-                return self._reduce_scatter(flat, axis)
-        return self._scatter_compressed(flat, axis)
+        shares, index = self._shares(len(flat), axis)
+        for spans in _bucket_spans(shares, flat.element_size()):
+            parts, mine = [flat[span.start : span.stop] for span in spans], spans[index]
+            if compressed and self.compression != "none":
+                encoded = [encode(part, self.compression) for part in parts]
+                packed = torch.cat(encoded)
+                with self._counted(packed):
+                    received = self._all_to_all(packed, [len(part) for part in encoded], axis)
+                contents = received.view(len(spans), -1)
+                result = sum(decode(content, self.compression, flat.dtype) for content in contents)
+            else:
+                packed = torch.cat(parts)
+                with self._counted(packed):
+                    result = self._reduce_scatter(packed, axis)
+            flat[mine.start : mine.stop] = result
+        return flat[shares[index].start : shares[index].stop]
+
+    def gather_shares_(self, flat: torch.Tensor, axis: Axis, *, compressed: bool = False) -> None:
+        """Overwrite the shares of the other ranks of an axis with what they have there (see `reduce_scatter_`).
+
+        Collective over ``sample_comm``, ``data_comm`` or the world, by ``axis``. With ``compressed`` the own share is
+        rounded as the others see it.
+        """
+        flat = flat.detach()
+        shares, index = self._shares(len(flat), axis)
+        is_compressed = compressed and self.compression != "none"
+        for spans in _bucket_spans(shares, flat.element_size()):
+            part = flat[spans[index].start : spans[index].stop]
+            part = encode(part, self.compression) if is_compressed else part
+            with self._counted(part):
+                gathered = self._gather(part, axis)
+            lengths = [encoded_bytes(len(span)) if is_compressed else len(span) for span in spans]
+            for span, content in zip(spans, gathered.split(lengths)):
+                content = decode(content, self.compression, flat.dtype) if is_compressed else content
+                flat[span.start : span.stop] = content
 
     def max_(self, tensors: torch.Tensor | Sequence[torch.Tensor], axis: Axis = "world") -> None:
         """Replace each tensor, in place, by its elementwise maximum over an axis (see `sum_`)."""
@@ -373,28 +408,16 @@ class GridComm:
 
     def _sum_compressed_(self, tensors, axis: Axis) -> None:
         for step in self._routes[axis]:
-            extent = self._extents[step]
             with _packed_buckets(tensors) as buckets:
                 for flat in buckets:
-                    part = encode(self._scatter_compressed(flat, step), self.compression)
-                    with self._counted(part):
-                        parts = self._gather(part, step)
-                    lengths = [encoded_bytes(len(share(len(flat), extent, rank))) for rank in range(extent)]
-                    decoded = [
-                        decode(content, self.compression, flat.dtype) for content in parts.split(lengths)
-                    ]
-                    torch.cat(decoded, out=flat)
+                    self.reduce_scatter_(flat, step, compressed=True)
+                    self.gather_shares_(flat, step, compressed=True)
 
-    def _scatter_compressed(self, flat: torch.Tensor, axis: Axis) -> torch.Tensor:
-        """Return this rank's share of the sum: what travels is halves, what is added is not."""
-        extent = self._extents[axis]
-        parts = flat.split([len(share(len(flat), extent, rank)) for rank in range(extent)])
-        encoded = [encode(part, self.compression) for part in parts]
-        packed = torch.cat(encoded)
-        with self._counted(packed):
-            received = self._all_to_all(packed, [len(part) for part in encoded], axis)
-        contents = received.view(extent, -1)
-        return sum(decode(content, self.compression, flat.dtype) for content in contents)
+    def _shares(self, count: int, axis: Axis) -> tuple[list[range], int]:
+        """Return the shares of all ranks of an axis, and this rank's place among them."""
+        grid = self.grid
+        index = {"sample": grid.sample_index, "data": grid.data_index, "world": grid.rank}[axis]
+        return [share(count, self._extents[axis], rank) for rank in range(self._extents[axis])], index
 
     @contextlib.contextmanager
     def _counted(self, tensor: torch.Tensor) -> Iterator[None]:
@@ -965,6 +988,15 @@ def map_leaves(tree: Any, kind: type, function: Callable[[Any], Any]) -> Any:
     if isinstance(tree, list):
         return [map_leaves(value, kind, function) for value in tree]
     return tree
+
+
+def _bucket_spans(shares: list[range], item_bytes: int) -> Iterator[list[range]]:
+    """Yield parts of shares, one of each, that fill a buffer of `SHARE_BUCKET_BYTES` together; nothing for one share."""
+    if len(shares) == 1:
+        return
+    length = max(1, SHARE_BUCKET_BYTES // item_bytes // len(shares))
+    for offset in range(0, len(shares[0]), length):  # the first is the longest
+        yield [s[offset : offset + length] for s in shares]
 
 
 @contextlib.contextmanager

@@ -177,9 +177,8 @@ class ShardedOptimizer(JobOptimizer):
     def reduce_(self) -> None:
         """See `JobOptimizer.reduce_`; only this rank's part of the gradient is then that of the job."""
         posterior, comm = self.posterior, self.comm
-        part = comm.reduce_scatter(posterior.gradient, "sample", compressed=True)
+        part = comm.reduce_scatter_(posterior.gradient, "sample", compressed=True)
         comm.sum_(part, "data", compressed=True)
-        posterior.gradient[self._part] = part
         comm.sum_(posterior.behind_gradient)
 
     def clip_(self, max_norm: float) -> None:
@@ -193,7 +192,7 @@ class ShardedOptimizer(JobOptimizer):
         """Update the parameters. Collective over ``sample_comm``."""
         self._parameter.grad = self.posterior.gradient[self._part]
         self.optimizer.step()
-        self.posterior.flat.copy_(self.comm.gather(self._parameter.detach(), "sample"))
+        self.comm.gather_shares_(self.posterior.flat, "sample")
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as the unsharded optimizer has it. Collective over ``sample_comm``."""

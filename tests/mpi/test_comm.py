@@ -43,18 +43,25 @@ def test_sums_run_over_the_right_ranks(comm):
         assert top.tolist() == [max(group), -min(group)]
 
 
+@pytest.mark.parametrize("bucket_bytes", [2**20, 100])
 @pytest.mark.parametrize("count", [37, 8, 3, 1])
-def test_reduce_scatter_gives_each_rank_its_share_of_the_sum(comm, count):
+def test_reduce_scatter_gives_each_rank_its_share_of_the_sum(comm, count, bucket_bytes, monkeypatch):
+    monkeypatch.setattr(comm_module, "SHARE_BUCKET_BYTES", bucket_bytes)
     for axis, group, index in (
         ("sample", comm.grid.sample_group(), comm.grid.sample_index),
         ("data", comm.grid.data_group(), comm.grid.data_index),
     ):
         flat = torch.arange(1.0, count + 1, dtype=torch.float64) * 10**comm.grid.rank
-        part = comm.reduce_scatter(flat, axis)
+        before = flat.clone()
+        part = comm.reduce_scatter_(flat, axis).clone()
         mine = share(count, len(group), index)
         expected = torch.arange(1.0, count + 1, dtype=torch.float64) * sum(10.0**rank for rank in group)
         assert torch.equal(part, expected[mine.start : mine.stop])
-        assert flat[0] == 10**comm.grid.rank  # untouched
+        flat[mine.start : mine.stop] = before[mine.start : mine.stop]
+        assert torch.equal(flat, before)  # the rest is untouched
+        flat[mine.start : mine.stop] = part
+        comm.gather_shares_(flat, axis)
+        assert torch.equal(flat, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -87,7 +94,7 @@ def test_compressed_sums_are_the_same_everywhere_and_right_to_the_bits_that_trav
     )
     comm.sum_(untouched)
     torch.testing.assert_close(untouched, exact, rtol=1e-6, atol=1e-9)  # only where it is asked for
-    part = comm.reduce_scatter(flat, "sample", compressed=True)
+    part = comm.reduce_scatter_(flat.clone(), "sample", compressed=True)
     mine = share(1001, comm.grid.sample_size, comm.grid.sample_index)
     of_group = flat.clone()
     plain.sum_(of_group, "sample")
