@@ -44,8 +44,10 @@ BUCKET_BYTES = 256 * 2**20
 """Largest buffer that one reduction of a list of tensors packs (bytes)."""
 
 
-SHARE_BUCKET_BYTES = 16 * 2**20
-"""Largest buffer of a sum or gather by shares (bytes): memory that it needs besides."""
+SHARE_BUCKET_BYTES = 4 * 2**20
+"""Smallest buffer of a sum or gather by shares (bytes): memory that it needs besides. At most `SHARE_BUCKETS` are used."""
+
+SHARE_BUCKETS = 32
 
 
 @dataclass(frozen=True)
@@ -991,10 +993,11 @@ def map_leaves(tree: Any, kind: type, function: Callable[[Any], Any]) -> Any:
 
 
 def _bucket_spans(shares: list[range], item_bytes: int) -> Iterator[list[range]]:
-    """Yield parts of shares, one of each, that fill a buffer of `SHARE_BUCKET_BYTES` together; nothing for one share."""
+    """Yield parts of shares, one of each, that together fill a buffer; nothing for one share."""
     if len(shares) == 1:
         return
-    length = max(1, SHARE_BUCKET_BYTES // item_bytes // len(shares))
+    num_bytes = sum(len(s) for s in shares) * item_bytes
+    length = max(1, max(SHARE_BUCKET_BYTES, num_bytes // SHARE_BUCKETS) // item_bytes // len(shares))
     for offset in range(0, len(shares[0]), length):  # the first is the longest
         yield [s[offset : offset + length] for s in shares]
 

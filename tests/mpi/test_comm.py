@@ -47,6 +47,10 @@ def test_sums_run_over_the_right_ranks(comm):
 @pytest.mark.parametrize("count", [37, 8, 3, 1])
 def test_reduce_scatter_gives_each_rank_its_share_of_the_sum(comm, count, bucket_bytes, monkeypatch):
     monkeypatch.setattr(comm_module, "SHARE_BUCKET_BYTES", bucket_bytes)
+    before = comm.traffic.num_collectives
+    comm.reduce_scatter_(torch.zeros(37, dtype=torch.float64), "sample")
+    num_buckets = 1 if bucket_bytes > 1000 else 4
+    assert comm.traffic.num_collectives - before == num_buckets * (comm.grid.sample_size > 1)
     for axis, group, index in (
         ("sample", comm.grid.sample_group(), comm.grid.sample_index),
         ("data", comm.grid.data_group(), comm.grid.data_index),

@@ -1,0 +1,210 @@
+"""Shifted-window transformer for fields on a latitude-longitude grid."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Swin(nn.Module):
+    """U-shaped SWIN transformer from fields to fields, periodic in longitude.
+
+    Attention within windows that shift by half their size from block to block (Liu et al., Swin Transformer, 2021), in
+    stages of half the resolution and twice the width each, and back up with skip connections (Cao et al., Swin-Unet,
+    2021). Windows that shift over the date line see both sides of it; over a pole nothing is seen.
+
+    Parameters
+    ----------
+    in_shape : sequence of int
+        Channels (variables and levels), latitudes and longitudes of a field.
+    num_outputs : int
+        Channels of the output.
+    places : sequence of int
+        Latitudes and longitudes of the output: those of the input.
+    patch : int
+        Side of a square patch (grid points).
+    dim : int
+        Width of the first stage; a multiple of its heads.
+    depths : sequence of int
+        Blocks of each stage on the way down; all but the last are there again on the way up.
+    heads : sequence of int
+        Attention heads of each stage.
+    window : sequence of int
+        Latitudes and longitudes of a window (patches).
+    mlp_ratio : float
+        Width of the hidden layer of a block, in multiples of its dim.
+    dropout : float
+        Rate of the dropout layers behind attention and MLP (for MC dropout).
+
+    Notes
+    -----
+    Longitudes must be a multiple of ``patch * window[1] * 2 ** (stages - 1)``; latitudes are repeated at the southern edge
+    until they are one of ``patch * window[0] * 2 ** (stages - 1)``, and cut off at the end.
+    """
+
+    def __init__(
+        self,
+        in_shape: Sequence[int],
+        num_outputs: int,
+        places: Sequence[int] = (),
+        patch: int = 4,
+        dim: int = 96,
+        depths: Sequence[int] = (2, 2, 6),
+        heads: Sequence[int] = (3, 6, 12),
+        window: Sequence[int] = (4, 8),
+        mlp_ratio: float = 4.0,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        channels, rows, columns = in_shape
+        if tuple(places or (rows, columns)) != (rows, columns):
+            raise ValueError(f"Swin: the targets have places {tuple(places)}, the inputs {(rows, columns)}")
+        if len(heads) != len(depths) or any((dim << i) % h for i, h in enumerate(heads)):
+            raise ValueError(f"Swin: heads={tuple(heads)} must divide dim={dim}, doubled from stage to stage")
+        coarsest = patch << (len(depths) - 1)
+        if columns % (coarsest * window[1]):
+            raise ValueError(
+                f"Swin: {columns} longitudes must be a multiple of patch * window[1] * 2 ** (stages - 1) = {coarsest * window[1]}"
+            )
+        self.patch = patch
+        self.shape = (rows, columns)
+        self.num_padded = -rows % (coarsest * window[0])
+        size = ((rows + self.num_padded) // patch, columns // patch)
+
+        def stage(index: int) -> nn.Sequential:
+            here = (size[0] >> index, size[1] >> index)
+            blocks = (
+                SwinBlock(dim << index, heads[index], here, tuple(window), bool(i % 2), mlp_ratio, dropout)
+                for i in range(depths[index])
+            )
+            return nn.Sequential(*blocks)
+
+        stages = range(len(depths))
+        self.embed = nn.Linear(channels * patch * patch, dim)
+        self.down = nn.ModuleList(stage(i) for i in stages)
+        self.merge = nn.ModuleList(PatchMerging(dim << i) for i in stages[:-1])
+        self.expand = nn.ModuleList(PatchExpanding(dim << (i + 1)) for i in stages[:-1])
+        self.fuse = nn.ModuleList(nn.Linear(2 * (dim << i), dim << i) for i in stages[:-1])
+        self.up = nn.ModuleList(stage(i) for i in stages[:-1])
+        self.norm = nn.LayerNorm(dim)
+        self.head = nn.Linear(dim, num_outputs * patch * patch)
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, channels, rows, columns] -> [B, num_outputs, rows, columns]
+        patch = self.patch
+        if self.num_padded:
+            x = torch.cat([x, x[:, :, -1:].expand(-1, -1, self.num_padded, -1)], dim=2)
+        x = x.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # [B, C, H, p, W, p]
+        x = self.embed(x.permute(0, 2, 4, 1, 3, 5).flatten(3))  # [B, H, W, dim]
+        skips = []
+        for stage, merge in itertools.zip_longest(self.down, self.merge):
+            x = stage(x)
+            if merge is not None:
+                skips.append(x)
+                x = merge(x)
+        for index in reversed(range(len(self.up))):
+            x = self.fuse[index](torch.cat([self.expand[index](x), skips[index]], dim=-1))
+            x = self.up[index](x)
+        x = self.head(self.norm(x)).unflatten(3, (-1, patch, patch))  # [B, H, W, outputs, p, p]
+        x = x.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+        return x[:, :, : self.shape[0]]
+
+
+class SwinBlock(nn.Module):
+    """Pre-norm block with attention within windows of [B, H, W, dim]."""
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        size: tuple[int, int],
+        window: tuple[int, int],
+        is_shifted: bool,
+        mlp_ratio: float,
+        dropout: float,
+    ):
+        super().__init__()
+        self.heads, self.window = heads, window
+        # A window that spans an axis has nothing to shift there
+        self.shift = tuple(w // 2 if is_shifted and w < s else 0 for w, s in zip(window, size))
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        hidden = int(mlp_ratio * dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
+        self.dropout1, self.dropout2 = nn.Dropout(dropout), nn.Dropout(dropout)
+        height, width = window
+        self.position_bias = nn.Parameter(0.02 * torch.randn((2 * height - 1) * (2 * width - 1), heads))
+        self.register_buffer("_offsets", _offsets(height, width), persistent=False)
+        self.register_buffer("_mask", self._polar_mask(size), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.dropout1(self._attend(self.norm1(x)))
+        return x + self.dropout2(self.mlp(self.norm2(x)))
+
+    def _attend(self, x: Tensor) -> Tensor:
+        (height, width), shift = self.window, self.shift
+        if any(shift):
+            x = x.roll((-shift[0], -shift[1]), (1, 2))
+        windows = x.unflatten(2, (-1, width)).unflatten(1, (-1, height))  # [B, rows, h, columns, w, dim]
+        form = windows.shape
+        windows = windows.transpose(2, 3).flatten(3, 4)  # [B, rows, columns, h w, dim]
+        q, k, v = self.qkv(windows).unflatten(-1, (3, self.heads, -1)).movedim(-3, 0).transpose(-3, -2)
+        bias = self.position_bias[self._offsets].movedim(-1, 0)  # [heads, h w, h w]
+        if self._mask is not None:
+            bias = bias + self._mask.to(bias.dtype)  # [rows, 1, heads, h w, h w]
+        attended = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=bias
+        )  # [B, rows, columns, heads, h w, dim / heads]
+        attended = self.proj(attended.transpose(-3, -2).flatten(-2))
+        x = attended.unflatten(3, (height, width)).transpose(2, 3).reshape(form).flatten(3, 4).flatten(1, 2)
+        return x.roll(shift, (1, 2)) if any(shift) else x
+
+    def _polar_mask(self, size: tuple[int, int]) -> Tensor | None:
+        """Return what keeps rows from both poles apart in the last windows, [rows, 1, 1, h w, h w]."""
+        (height, width), shift = self.window, self.shift[0]
+        if shift == 0:
+            return None
+        region = torch.zeros(size[0])
+        region[-shift:] = 1  # came from the other pole by the shift
+        region = region.view(-1, height, 1).expand(-1, -1, width).flatten(1)  # [rows, h w]
+        is_apart = region[:, :, None] != region[:, None, :]
+        return torch.zeros(is_apart.shape).masked_fill(is_apart, -100.0)[:, None, None]
+
+
+def _offsets(height: int, width: int) -> Tensor:
+    """Return for each pair of places of a window the number of their offset, [h w, h w]."""
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    rows, columns = rows.flatten(), columns.flatten()
+    down = rows[:, None] - rows[None] + height - 1
+    right = columns[:, None] - columns[None] + width - 1
+    return down * (2 * width - 1) + right
+
+
+class PatchMerging(nn.Module):
+    """Half the resolution, twice the width: [B, H, W, dim] -> [B, H/2, W/2, 2 dim]."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * dim)
+        self.reduce = nn.Linear(4 * dim, 2 * dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).transpose(2, 3).flatten(3)
+        return self.reduce(self.norm(x))
+
+
+class PatchExpanding(nn.Module):
+    """Twice the resolution, half the width: [B, H, W, dim] -> [B, 2 H, 2 W, dim / 2]."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.widen = nn.Linear(dim, 2 * dim, bias=False)
+        self.norm = nn.LayerNorm(dim // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.widen(x).unflatten(3, (2, 2, -1))  # [B, H, W, 2, 2, dim / 2]
+        return self.norm(x.transpose(2, 3).flatten(3, 4).flatten(1, 2))
