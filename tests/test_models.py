@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+import yaml
+from conftest import REPOSITORY
 
-from hpc_bnn.models import MLP, ViT
+from hpc_bnn.models import MLP, ResNet, Swin, ViT
 
 
 def test_mlp_shapes_and_options():
@@ -30,3 +32,78 @@ def test_vit_sees_where_a_patch_is():
 def test_vit_that_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="30 x 32 must be a multiple of patch=4"):
         ViT((3, 30, 32), 10)
+
+
+def make_swin(rows=16, columns=32, **options):
+    torch.manual_seed(0)
+    options = {"patch": 2, "dim": 8, "depths": (2, 2), "heads": (2, 2), "window": (2, 4), **options}
+    return Swin((3, rows, columns), 2, (rows, columns), **options).double().eval()
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(16, 32), (13, 16), (33, 64)])
+def test_swin_gives_fields_of_any_height(rows, columns):
+    net = make_swin(rows, columns)
+    assert net(torch.randn(2, 3, rows, columns, dtype=torch.float64)).shape == (2, 2, rows, columns)
+
+
+def test_swin_has_no_seam_at_the_date_line():
+    """Fields that are turned about the earth by whole coarse windows give turned outputs; by less they do not."""
+    net, x = make_swin(), torch.randn(1, 3, 16, 32, dtype=torch.float64)
+    turned = net(x.roll(16, 3))
+    torch.testing.assert_close(turned, net(x).roll(16, 3), rtol=1e-10, atol=1e-12)
+    assert not torch.allclose(net(x.roll(2, 3)), net(x).roll(2, 3), rtol=1e-3)
+
+
+def reach(net, row, column):
+    """Return which input places an output place depends on, [rows, columns]."""
+    x = torch.randn(1, 3, *net.shape, dtype=torch.float64, requires_grad=True)
+    net(x)[0, :, row, column].sum().backward()
+    return x.grad[0].abs().sum(0) > 1e-12
+
+
+def test_swin_windows_shift_over_the_date_line_and_not_over_the_poles():
+    net = make_swin(depths=(2,), heads=(2,))
+    north_west = reach(net, 0, 0)
+    assert north_west[0, -1] and north_west[0, 1], "both sides of the date line are neighbours"
+    assert not north_west[-2:].any(), "the poles are not"
+    unshifted = make_swin(depths=(1,), heads=(2,))
+    assert not reach(unshifted, 0, 0)[0, -1] and reach(unshifted, 0, 0).sum() == 4 * 8  # one window
+
+
+def test_swin_counts_and_full_size():
+    net = make_swin()
+    block = 3 * 8 * 9 + 8 * 9 + 32 * 9 + 8 * 33 + 4 * 8 + 3 * 7 * 2
+    wide = 3 * 16 * 17 + 16 * 17 + 64 * 17 + 16 * 65 + 4 * 16 + 3 * 7 * 2
+    between = 2 * 32 + 32 * 16 + 16 * 32 + 2 * 8 + 8 * 17
+    assert sum(p.numel() for p in net.parameters()) == 4 * block + 2 * wide + between + 8 * 13 + 2 * 8 + 8 * 9
+    with torch.device("meta"):
+        config = yaml.safe_load((REPOSITORY / "configs/era5_swin.yaml").read_text())["model"]["arguments"]
+        full = Swin((69, 721, 1440), 2 * 69, (721, 1440), **config)
+    assert sum(p.numel() for p in full.parameters()) > 200e6
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"columns": 24}, "24 longitudes"), ({"dim": 9}, "heads"), ({"depths": (2, 2, 2)}, "heads")],
+)
+def test_swin_that_does_not_fit_is_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        make_swin(**options)
+
+
+def test_resnet_shapes_and_normalisations():
+    group, batch = (ResNet((3, 16, 16), 5, width=8, depths=(1, 1), norm=norm) for norm in ("group", "batch"))
+    x = torch.randn(4, 3, 16, 16)
+    assert group(x).shape == batch(x).shape == (4, 5)
+    torch.testing.assert_close(group(x)[:2], group(x[:2]))  # an example alone
+    assert not torch.allclose(batch(x)[:2], batch(x[:2]))
+    counts = [8 * 3 * 9, 2 * 8 * 8 * 9, 16 * 8 * 9 + 16 * 16 * 9 + 16 * 8, 2 * (8 + 8 + 8 + 16 + 16), 5 * 17]
+    assert sum(p.numel() for p in group.parameters()) == sum(counts)
+    with pytest.raises(ValueError, match="width=12"):
+        ResNet((3, 16, 16), 5, width=12)
+
+
+def test_mlp_dropout_layers():
+    net = MLP((4,), 2, hidden=(8, 8), dropout=0.3)
+    assert [layer.p for layer in net if isinstance(layer, torch.nn.Dropout)] == [0.3, 0.3]
+    assert not any(isinstance(layer, torch.nn.Dropout) for layer in MLP((4,), 2))
