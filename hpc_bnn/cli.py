@@ -33,14 +33,7 @@ def build_parser() -> jsonargparse.ArgumentParser:
     train.add_argument("--config", action="config", help="YAML file; flags given after it override it.")
     train.add_class_arguments(Config, fail_untyped=True)
     commands.add_subcommand("train", train)
-    evaluate = Parser(description="Evaluate a trained network with all samples of all ranks.")
-    evaluate.add_argument(
-        "run", type=str, metavar="RUN_DIR", help="Directory of the run; flags override its config."
-    )
-    evaluate.add_argument("--config", action="config", help="By default RUN_DIR/config.yaml.")
-    evaluate.add_argument(
-        "--which", type=Literal["newest", "best"], default="newest", help="Checkpoint (default: newest)."
-    )
+    evaluate = _parser_for_a_run("Evaluate a trained network with all samples of all ranks.")
     evaluate.add_argument(
         "--ood_shards",
         type=str | None,
@@ -49,14 +42,7 @@ def build_parser() -> jsonargparse.ArgumentParser:
     evaluate.add_argument("--ood_split", type=str, default="test", help="Split of the foreign examples.")
     evaluate.add_class_arguments(Config, fail_untyped=True)
     commands.add_subcommand("evaluate", evaluate)
-    predict = Parser(description="Write the predictive of a trained network to an HDF5 file.")
-    predict.add_argument(
-        "run", type=str, metavar="RUN_DIR", help="Directory of the run; flags override its config."
-    )
-    predict.add_argument("--config", action="config", help="By default RUN_DIR/config.yaml.")
-    predict.add_argument(
-        "--which", type=Literal["newest", "best"], default="newest", help="Checkpoint (default: newest)."
-    )
+    predict = _parser_for_a_run("Write the predictive of a trained network to an HDF5 file.")
     predict.add_argument("--shards", type=str | None, help="Shard directory (default: that of the run).")
     predict.add_argument("--split", type=str | None, help="Split of it (default: the test split of the run).")
     predict.add_argument("--output", type=str, required=True, help="HDF5 file to write.")
@@ -83,6 +69,19 @@ def build_parser() -> jsonargparse.ArgumentParser:
     )
     stage.add_argument("--clean", action="store_true", help="Remove DST from every node instead.")
     commands.add_subcommand("stage", stage)
+    return parser
+
+
+def _parser_for_a_run(description: str) -> Parser:
+    """Return the parser of a command that takes up a run."""
+    parser = Parser(description=description)
+    parser.add_argument(
+        "run", type=str, metavar="RUN_DIR", help="Directory of the run; flags override its config."
+    )
+    parser.add_argument("--config", action="config", help="By default RUN_DIR/config.yaml.")
+    parser.add_argument(
+        "--which", type=Literal["newest", "best"], default="newest", help="Checkpoint (default: newest)."
+    )
     return parser
 
 

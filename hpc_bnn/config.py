@@ -418,3 +418,12 @@ class Config:
             yield f"likelihood.{name}", value, 0 < value < math.inf, "positive and finite", "Try 1.0"
         value = self.kl_annealing.num_epochs
         yield "kl_annealing.num_epochs", value, 0 < value < math.inf, "positive and finite", "Try 10"
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the nested dicts of a config as one, with dotted names; arguments of users' classes stay dicts."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        is_group = isinstance(value, dict) and name != "arguments"
+        flat |= flatten(value, f"{prefix}{name}.") if is_group else {prefix + name: value}
+    return flat

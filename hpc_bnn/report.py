@@ -19,6 +19,7 @@ import yaml
 
 from . import __version__, plots
 from .atomic import write_atomically
+from .config import flatten
 from .errors import ConfigError, DataError, Fault
 
 logger = logging.getLogger(__name__)
@@ -213,21 +214,12 @@ def _facts(record: RunRecord) -> dict[str, str]:
 
 def _differences(records: list[RunRecord]) -> list[Line]:
     """Return the fields of the configs that are not the same in all runs."""
-    flat = [_flat(record.config) for record in records]
+    flat = [flatten(record.config) for record in records]
     names = [
         name for name in dict.fromkeys(n for one in flat for n in one) if name not in ("run_dir", "resume")
     ]
     lines = [Line(f"--{name}", [str(one.get(name, "–")) for one in flat]) for name in names]
     return [line for line in lines if len(set(line.cells)) > 1]
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat |= (
-            _flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {prefix + name: value}
-        )
-    return flat
 
 
 def _channel_table(record: RunRecord) -> list[list[str]]:

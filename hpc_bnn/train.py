@@ -24,7 +24,7 @@ from . import __version__
 from .atomic import write_atomically
 from .checkpoint import gather_state, restore_state
 from .comm import GridComm, Traffic
-from .config import Config
+from .config import Config, flatten
 from .data import BatchLoader, Manifest
 from .data.augment import Augmentation, build_augmentation
 from .data.manifest import MANIFEST
@@ -351,8 +351,8 @@ class Run(Experiment):
 
     def _say_differences(self, former: dict[str, Any]) -> None:
         """Say what of the config is not as it was when the checkpoint was written."""
-        mine = _flat(self.config.to_dict())
-        for name, value in _flat(former).items():
+        mine = flatten(self.config.to_dict())
+        for name, value in flatten(former).items():
             if mine.get(name) != value and not name.startswith(("run_dir", "resume", "max_seconds", "grid.")):
                 logger.warning("--%s is %s; the checkpoint was written with %s", name, mine.get(name), value)
 
@@ -530,15 +530,6 @@ def _keep_rows(path: Path, num_epochs: int) -> None:
     rows = path.read_text().splitlines() if path.exists() else []
     kept = [row for row in rows if json.loads(row)["epoch"] <= num_epochs]
     write_atomically(path, "".join(f"{row}\n" for row in kept))
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested dicts as one, with dotted names."""
-    flat = {}
-    for name, value in tree.items():
-        is_group = isinstance(value, dict) and name != "arguments"
-        flat |= _flat(value, f"{prefix}{name}.") if is_group else {prefix + name: value}
-    return flat
 
 
 def _free_name(path: Path) -> Path:
