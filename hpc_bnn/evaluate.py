@@ -327,7 +327,13 @@ def evaluate_dataset(
     is_class = likelihood.num_classes is not None
     scores = (_ClassScores if is_class else _ValueScores)(likelihood, dataset, num_samples)
     blocks = predict_dataset(
-        posterior, likelihood, comm, dataset, num_samples=num_samples, seed=seed, keep_members=likelihood.has_mixture
+        posterior,
+        likelihood,
+        comm,
+        dataset,
+        num_samples=num_samples,
+        seed=seed,
+        keep_members=likelihood.has_mixture,
     )
     for block in blocks:
         mine = share(len(block.examples), comm.grid.sample_size, comm.grid.sample_index)
