@@ -16,6 +16,7 @@ quickstart: setup ## Train a Bayesian network on 4 ranks (2 x 2) on real data; w
 	$(ACTIVATE); python data_prep/digits.py --output data/digits
 	$(ACTIVATE); mpirun -np 4 python -m mpi4py -m hpc_bnn train --config configs/digits.yaml \
 	    --grid.sample_size 2 --run_dir $(RUN_DIR)
+	$(ACTIVATE); python -m hpc_bnn report $(RUN_DIR)
 
 test: setup ## Run all tests: serial, and on 1, 2, 3 and 4 MPI ranks
 	$(ACTIVATE); timeout 1320 python -m pytest tests $(PYTEST_ARGS)

@@ -44,9 +44,12 @@ def faults_of(words: Sequence[str], known: set[str]) -> tuple[list[Fault], dict[
         Dotted names of fields, as files and flags set them.
     """
     fields = _fields(Config)
+    of_users = tuple(f"{name}." for name, (type_, _) in fields.items() if typing.get_origin(type_) is dict)
     faults, values = [], {}
     for name, value in _settings(words):
         flag = f"--{name}"
+        if name.startswith(of_users):  # arguments of a user's class: anything
+            continue
         if name not in fields:
             if flag not in known:
                 near = difflib.get_close_matches(name, fields, 1)

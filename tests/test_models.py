@@ -70,6 +70,14 @@ def test_swin_windows_shift_over_the_date_line_and_not_over_the_poles():
     assert not reach(unshifted, 0, 0)[0, -1] and reach(unshifted, 0, 0).sum() == 4 * 8  # one window
 
 
+def test_swin_of_a_region_knows_its_edges():
+    net = make_swin(16, 30, depths=(2,), heads=(2,), is_periodic=False)
+    assert net(torch.randn(2, 3, 16, 30, dtype=torch.float64)).shape == (2, 2, 16, 30)
+    corner = reach(net, 0, 0)
+    assert corner[0, 1] and not corner[:, -8:].any() and not corner[-2:].any()
+    assert reach(net, 8, 15)[6, 12] and reach(net, 0, 29)[0, -1]  # windows still shift inside
+
+
 def test_swin_counts_and_full_size():
     net = make_swin()
     block = 3 * 8 * 9 + 8 * 9 + 32 * 9 + 8 * 33 + 4 * 8 + 3 * 7 * 2

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 
 class Swin(nn.Module):
-    """U-shaped SWIN transformer from fields to fields, periodic in longitude.
+    """U-shaped SWIN transformer from fields to fields, periodic in longitude or of a region.
 
     Attention within windows that shift by half their size from block to block (Liu et al., Swin Transformer, 2021), in
     stages of half the resolution and twice the width each, and back up with skip connections (Cao et al., Swin-Unet,
@@ -39,11 +39,14 @@ class Swin(nn.Module):
         Width of the hidden layer of a block, in multiples of its dim.
     dropout : float
         Rate of the dropout layers behind attention and MLP (for MC dropout).
+    is_periodic : bool
+        Whether the last longitude is the neighbour of the first; not so for a region.
 
     Notes
     -----
-    Longitudes must be a multiple of ``patch * window[1] * 2 ** (stages - 1)``; latitudes are repeated at the southern edge
-    until they are one of ``patch * window[0] * 2 ** (stages - 1)``, and cut off at the end.
+    Latitudes are repeated at the southern edge until they are a multiple of ``patch * window[0] * 2 ** (stages - 1)``, and
+    cut off at the end. Longitudes must be a multiple of ``patch * window[1] * 2 ** (stages - 1)`` where they are periodic;
+    of a region they are repeated at the eastern edge.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class Swin(nn.Module):
         window: Sequence[int] = (4, 8),
         mlp_ratio: float = 4.0,
         dropout: float = 0.0,
+        is_periodic: bool = True,
     ):
         super().__init__()
         channels, rows, columns = in_shape
@@ -66,19 +70,28 @@ class Swin(nn.Module):
         if len(heads) != len(depths) or any((dim << i) % h for i, h in enumerate(heads)):
             raise ValueError(f"Swin: heads={tuple(heads)} must divide dim={dim}, doubled from stage to stage")
         coarsest = patch << (len(depths) - 1)
-        if columns % (coarsest * window[1]):
+        if is_periodic and columns % (coarsest * window[1]):
             raise ValueError(
                 f"Swin: {columns} longitudes must be a multiple of patch * window[1] * 2 ** (stages - 1) = {coarsest * window[1]}"
             )
         self.patch = patch
         self.shape = (rows, columns)
-        self.num_padded = -rows % (coarsest * window[0])
-        size = ((rows + self.num_padded) // patch, columns // patch)
+        self.padding = (-rows % (coarsest * window[0]), -columns % (coarsest * window[1]))
+        size = ((rows + self.padding[0]) // patch, (columns + self.padding[1]) // patch)
 
         def stage(index: int) -> nn.Sequential:
             here = (size[0] >> index, size[1] >> index)
             blocks = (
-                SwinBlock(dim << index, heads[index], here, tuple(window), bool(i % 2), mlp_ratio, dropout)
+                SwinBlock(
+                    dim << index,
+                    heads[index],
+                    here,
+                    tuple(window),
+                    bool(i % 2),
+                    is_periodic,
+                    mlp_ratio,
+                    dropout,
+                )
                 for i in range(depths[index])
             )
             return nn.Sequential(*blocks)
@@ -95,8 +108,10 @@ class Swin(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # [B, channels, rows, columns] -> [B, num_outputs, rows, columns]
         patch = self.patch
-        if self.num_padded:
-            x = torch.cat([x, x[:, :, -1:].expand(-1, -1, self.num_padded, -1)], dim=2)
+        for dim, count in zip((2, 3), self.padding):
+            if count:
+                edge = x.narrow(dim, x.shape[dim] - 1, 1)
+                x = torch.cat([x, edge.repeat_interleave(count, dim)], dim)
         x = x.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # [B, C, H, p, W, p]
         x = self.embed(x.permute(0, 2, 4, 1, 3, 5).flatten(3))  # [B, H, W, dim]
         skips = []
@@ -110,7 +125,7 @@ class Swin(nn.Module):
             x = self.up[index](x)
         x = self.head(self.norm(x)).unflatten(3, (-1, patch, patch))  # [B, H, W, outputs, p, p]
         x = x.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
-        return x[:, :, : self.shape[0]]
+        return x[:, :, : self.shape[0], : self.shape[1]]
 
 
 class SwinBlock(nn.Module):
@@ -123,6 +138,7 @@ class SwinBlock(nn.Module):
         size: tuple[int, int],
         window: tuple[int, int],
         is_shifted: bool,
+        is_periodic: bool,
         mlp_ratio: float,
         dropout: float,
     ):
@@ -139,7 +155,7 @@ class SwinBlock(nn.Module):
         height, width = window
         self.position_bias = nn.Parameter(0.02 * torch.randn((2 * height - 1) * (2 * width - 1), heads))
         self.register_buffer("_offsets", _offsets(height, width), persistent=False)
-        self.register_buffer("_mask", self._polar_mask(size), persistent=False)
+        self.register_buffer("_mask", self._edge_mask(size, is_periodic), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.dropout1(self._attend(self.norm1(x)))
@@ -155,7 +171,7 @@ class SwinBlock(nn.Module):
         q, k, v = self.qkv(windows).unflatten(-1, (3, self.heads, -1)).movedim(-3, 0).transpose(-3, -2)
         bias = self.position_bias[self._offsets].movedim(-1, 0)  # [heads, h w, h w]
         if self._mask is not None:
-            bias = bias + self._mask.to(bias.dtype)  # [rows, 1, heads, h w, h w]
+            bias = bias + self._mask.to(bias.dtype)  # [rows, columns or 1, heads, h w, h w]
         attended = F.scaled_dot_product_attention(
             q, k, v, attn_mask=bias
         )  # [B, rows, columns, heads, h w, dim / heads]
@@ -163,16 +179,19 @@ class SwinBlock(nn.Module):
         x = attended.unflatten(3, (height, width)).transpose(2, 3).reshape(form).flatten(3, 4).flatten(1, 2)
         return x.roll(shift, (1, 2)) if any(shift) else x
 
-    def _polar_mask(self, size: tuple[int, int]) -> Tensor | None:
-        """Return what keeps rows from both poles apart in the last windows, [rows, 1, 1, h w, h w]."""
-        (height, width), shift = self.window, self.shift[0]
-        if shift == 0:
+    def _edge_mask(self, size: tuple[int, int], is_periodic: bool) -> Tensor | None:
+        """Return what keeps opposite edges apart in the windows that hold both, [rows, columns or 1, 1, h w, h w]."""
+        (height, width), (down, right) = self.window, self.shift
+        right = 0 if is_periodic else right
+        if not (down or right):
             return None
-        region = torch.zeros(size[0])
-        region[-shift:] = 1  # came from the other pole by the shift
-        region = region.view(-1, height, 1).expand(-1, -1, width).flatten(1)  # [rows, h w]
-        is_apart = region[:, :, None] != region[:, None, :]
-        return torch.zeros(is_apart.shape).masked_fill(is_apart, -100.0)[:, None, None]
+        region = torch.zeros(size)  # what came from the other edge by the shift
+        region[size[0] - down :] += 1
+        region[:, size[1] - right :] += 2
+        region = region.unflatten(1, (-1, width)).unflatten(0, (-1, height))  # [rows, h, columns, w]
+        region = region.transpose(1, 2).flatten(2)[:, : 1 if not right else None]  # [rows, columns or 1, h w]
+        is_apart = region[..., :, None] != region[..., None, :]
+        return torch.zeros(is_apart.shape).masked_fill(is_apart, -100.0)[:, :, None]
 
 
 def _offsets(height: int, width: int) -> Tensor:
