@@ -208,6 +208,7 @@ def test_unknown_keys_wrong_types_and_broken_rules_are_named_all_at_once(tmp_pat
         "--dtype",
         "float64",
     ]
+    flags += ["--model.arguments.dropout", "0.3"]  # of a class: not ours to know
     assert main(["train", "--config", str(path), *flags]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     expected = [
