@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import __version__
 from .comm import GridComm
+from .disk import Disk
 from .errors import ConfigError, DataError, Fault
 from .evaluate import Block, ClassPredictive, predict_dataset
 from .experiment import Experiment
@@ -188,6 +189,7 @@ class _Output:
             ]
         self._mine = 0 if self._is_shared else grid.data_index
         self._file: h5py.File | None = None
+        self._disk: Disk | None = None
         self._writes = grid.sample_index == 0
 
     def _temporary(self, part: int) -> Path:
@@ -198,7 +200,8 @@ class _Output:
             if self._is_shared:
                 self._file = h5py.File(self._temporary(0), "w", driver="mpio", comm=self.comm.world_comm)
             elif self._writes:
-                self._file = h5py.File(self._temporary(self._mine), "w")
+                self._disk = Disk(self._temporary(self._mine))
+                self._file = h5py.File(self._disk, "w")
             if self._file is not None:
                 for name, shape in self.shapes.items():
                     self._create(name, shape)
@@ -220,15 +223,22 @@ class _Output:
         with _as_data_error(self.path):
             for name, column in columns.items():
                 self._file[name][start : start + len(column)] = column.cpu().numpy()
+            if self._disk is not None:
+                self._disk.check()
 
     def __exit__(self, kind, error, traceback) -> None:
         if error is not None:
             with contextlib.suppress(Exception):
                 self._file.close()
+                self._disk.close()
+                self._temporary(self._mine).unlink()
             return
         with self.comm.agree(f"writing {self.path}"), _as_data_error(self.path):
             if self._file is not None:
                 self._file.close()
+            if self._disk is not None:
+                self._disk.close()
+                self._disk.check()
 
     def complete(self, attributes: dict[str, object]) -> None:
         """Give all their names, the file with everything last. Local: rank 0 calls it when all have closed theirs."""

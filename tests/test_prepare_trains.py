@@ -96,3 +96,11 @@ def test_an_epoch_on_the_shards_of_a_real_source(case, tmp_path):
         assert 0 < summary["test/rmse"] < 3 * spread
         if case == "era_interim":
             assert len(manifest["target_weights"]) == 241
+
+
+def test_a_full_disk_ends_a_preparation_with_a_message(tmp_path):
+    """In a process of its own: HDF5 used to end it with a segmentation fault, at its exit."""
+    command = f"ulimit -f 20; exec {sys.executable} {REPOSITORY}/data_prep/digits.py --output shards"
+    done = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and "writing shards" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "shards/manifest.json").exists()

@@ -81,6 +81,8 @@ class ShardDataset:
         self._comm = comm or GridComm(Grid(1, 1, 0))
         with self._comm.agree(f"opening {directory}"):
             self._files = SplitFiles(directory, split)
+            if self._comm.local_rank == 0:
+                self._files.check_sizes()
             if scaling is not None:
                 _check_alike(scaling, self._files.manifest, directory)
         self.manifest: Manifest = self._files.manifest

@@ -60,6 +60,13 @@ class SplitFiles:
     def __len__(self) -> int:
         return int(self.starts[-1])
 
+    def check_sizes(self) -> None:
+        """Raise `DataError` where a file is missing or has another size than the manifest says; nothing is read."""
+        for shard in self.shards:
+            path = self.directory / shard.file
+            with _naming(path):
+                _check_size(path, path.stat().st_size, shard)
+
     def read(self, indices: np.ndarray, x: np.ndarray, y: np.ndarray) -> None:
         """Read examples [n] of the split, in any order, into x and y [n, ...]; each chunk once."""
         numbers = np.searchsorted(self.starts, indices, side="right") - 1

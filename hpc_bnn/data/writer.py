@@ -21,6 +21,7 @@ import numpy as np
 
 from ..atomic import replacing, write_atomically
 from ..comm import GridComm
+from ..disk import Disk
 from ..errors import ConfigError, DataError, Fault
 from ..grid import Grid
 from .manifest import (
@@ -321,7 +322,7 @@ def _finish(
         raise DataError(f"{task.split}, example {row}: class {y[wrong][0]} is not in 0..{num_classes - 1}")
     crc32 = crc32_of_examples(x, y, range(len(x)))
     with replacing(path) as temporary:
-        with h5py.File(temporary, "w", libver="earliest") as file:
+        with Disk(temporary) as disk, h5py.File(disk, "w", libver="earliest") as file:
             for name, array in {**found, "crc32": crc32}.items():
                 length = min(len(array), max(1, CHUNK_BYTES // max(array[:1].nbytes, 1)))
                 chunks = (length, *array.shape[1:])
