@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from . import __version__, comm
 from .config import Config
-from .errors import ConfigError, DataError, HpcBnnError, check_all
+from .errors import ConfigError, DataError, Fault, HpcBnnError, check_all
 from .grid import Grid
 from .parsing import Parser, check_together
 
@@ -97,7 +97,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         words = list(sys.argv[1:] if arguments is None else arguments)
         given = {word.split("=")[0] for word in words}
         if words[:1] in (["evaluate"], ["predict"]) and len(words) > 1 and not words[1].startswith("-"):
-            words[2:2] = ["--config", str(Path(words[1], "config.yaml"))]  # flags behind it override it
+            config = Path(words[1], "config.yaml")
+            if not config.exists():
+                remedy = "Name the --run_dir of hpc-bnn train"
+                raise ConfigError(Fault("RUN_DIR", words[1], f"it holds no run (no {config.name})", remedy))
+            words[2:2] = ["--config", str(config)]  # flags behind it override it
         parser = build_parser()
         try:
             parsed = parser.parse_args(words)
@@ -208,7 +212,8 @@ def _evaluate(options: jsonargparse.Namespace, given: set[str]) -> int:
         ood = out_of_distribution_auroc(tested.evaluation.uncertainties, foreign)
     with experiment.comm.agree(f"writing {experiment.run_dir}"):
         if experiment.is_writer:
-            path = experiment.write_evaluation(tested, experiment.num_steps, ood)
+            foreign = f"{options.ood_shards}, {options.ood_split}" if ood else None
+            path = experiment.write_evaluation(tested, experiment.num_steps, options.which, ood, foreign)
             print(
                 "\n".join(f"{name} {value:.6g}" for name, value in (tested.evaluation.metrics | ood).items())
             )

@@ -401,6 +401,19 @@ def out_of_distribution_auroc(inside: dict[str, Tensor], outside: dict[str, Tens
     return found
 
 
+def metrics_to_minimise(likelihood: Likelihood) -> tuple[str, ...]:
+    """Return the metrics by which one checkpoint is better than another, less is better. Local."""
+    if likelihood.num_classes is not None:
+        return ("nll", "brier", "ece", "adaptive_ece")
+    density = ("nll",) if likelihood.has_density else ()
+    return (
+        *density,
+        "rmse",
+        "mae",
+        *(("crps", "fair_crps", "calibration_error") if likelihood.has_mixture else ()),
+    )
+
+
 UNCERTAINTIES = {True: ("entropy", "mutual_information"), False: ("std", "epistemic_std")}
 """Names of what `uncertainties_of` returns, for classes and for numbers."""
 

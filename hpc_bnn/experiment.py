@@ -11,7 +11,6 @@ import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -154,15 +153,37 @@ class Experiment:
         )
         return Tested(evaluation, shown)
 
-    def write_evaluation(self, tested: Tested, num_steps: int, more: dict[str, Any] | None = None) -> Path:
-        """Write RUN_DIR/evaluation.json. Local: the writer calls it."""
+    def write_evaluation(
+        self,
+        tested: Tested,
+        num_steps: int,
+        which: str = "newest",
+        foreign: dict[str, float] | None = None,
+        foreign_data: str | None = None,
+    ) -> Path:
+        """Write RUN_DIR/evaluation.json. Local: the writer calls it.
+
+        Parameters
+        ----------
+        tested : Tested
+            What the test has brought.
+        num_steps : int
+            Steps of the checkpoint.
+        which : str
+            Of the checkpoints.
+        foreign : dict, optional
+            Metrics of foreign data, and
+        foreign_data : str, optional
+            what those are.
+        """
         data = self.config.data
         content = {
-            "metrics": tested.evaluation.metrics | (more or {}),
+            "metrics": tested.evaluation.metrics | (foreign or {}),
             "curves": tested.evaluation.curves,
+            "checkpoint": which,
             "num_steps": num_steps,
             "num_samples": self.config.num_test_samples,
-            "data": {"shards": data.shards, "split": data.test_split},
+            "data": {"shards": data.shards, "split": data.test_split, "foreign": foreign_data},
         }
         path = self.run_dir / "evaluation.json"
         write_atomically(path, json.dumps(content, indent=1) + "\n")
@@ -170,7 +191,11 @@ class Experiment:
 
     def _build_likelihood(self) -> Likelihood:
         config, manifest = self.config.likelihood, self.manifest
-        if config.name == "auto" and self.config.objective.name in ("crps", "energy"):
+        objective = self.config.objective.name
+        if config.name == "auto" and objective in ("crps", "energy"):
+            if manifest.num_classes is not None:
+                rule = f"it scores predictions of numbers, and the targets of these data are {manifest.num_classes} classes"
+                raise ConfigError(Fault("--objective.name", objective, rule, "Use elbo or log_predictive"))
             config = replace(config, name="implicit")
         return build_likelihood(config, manifest.num_classes, manifest.arrays["y"].shape)
 

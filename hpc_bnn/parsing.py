@@ -21,7 +21,10 @@ from .errors import ConfigError, Fault
 
 
 class Parser(jsonargparse.ArgumentParser):
-    """A parser whose errors are `ConfigError`."""
+    """A parser whose errors are `ConfigError`, and that takes flags as they are written only."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def error(self, message: str, *args: Any, **kwargs: Any):
         raise ConfigError(f"{message}\nSee {self.prog} --help")

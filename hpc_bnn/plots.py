@@ -99,10 +99,15 @@ def _plot_curves(rows: list[dict[str, Any]], path: Path) -> Path:
     left.plot(epochs, [row["train/nelbo"] for row in rows], marker=marker, label="objective")
     left.plot(epochs, [row["train/data_term"] for row in rows], marker=marker, label="data term")
     left.set(xlabel="epoch", ylabel="per example", title="training")
-    if min(min(row["train/nelbo"], row["train/data_term"]) for row in rows) > 0:
+    if rows and min(min(row["train/nelbo"], row["train/data_term"]) for row in rows) > 0:
         left.set_yscale("log")
     left.legend()
     tested = [row for row in rows if any(name.startswith("test/") for name in row)]
+    if not tested:
+        right.set_axis_off()
+        figure.savefig(path, dpi=120)
+        plt.close(figure)
+        return path
     epochs = [row["epoch"] for row in tested]
     right.set(xlabel="epoch", title="test, predictive over all samples")
     shown = [name for name in ("test/nll", "test/accuracy", "test/rmse") if name in tested[-1]]

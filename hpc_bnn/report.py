@@ -185,7 +185,15 @@ def _facts(record: RunRecord) -> dict[str, str]:
         facts["epochs, steps"] = f"{last['epoch']}, {last['step']}"
     facts["posterior, prior"] = f"{config['posterior']['family']}, {config['posterior']['prior']}"
     facts["objective"] = config["objective"]["name"]
-    facts["samples per step, in tests"] = f"{config['num_samples']}, {config['num_test_samples']}"
+    facts["samples per step"] = f"{config['num_samples']}"
+    if record.evaluation:
+        tested = record.evaluation
+        facts["tested with"] = (
+            f"{tested['num_samples']} samples, {tested['data']['shards']}, {tested['data']['split']}, "
+            f"the {tested['checkpoint']} checkpoint (step {tested['num_steps']})"
+        )
+        if tested["data"]["foreign"]:
+            facts["foreign data"] = tested["data"]["foreign"]
     facts["global batch"] = f"{config['global_batch_size']} examples"
     facts["network"] = config["model"]["name"]
     facts["shards"] = config["data"]["shards"]
@@ -218,8 +226,13 @@ def _differences(records: list[RunRecord]) -> list[Line]:
     names = [
         name for name in dict.fromkeys(n for one in flat for n in one) if name not in ("run_dir", "resume")
     ]
-    lines = [Line(f"--{name}", [str(one.get(name, "–")) for one in flat]) for name in names]
+    lines = [Line(f"--{name}", [_value(one.get(name, "–")) for one in flat]) for name in names]
     return [line for line in lines if len(set(line.cells)) > 1]
+
+
+def _value(value: Any) -> str:
+    """Return a value as a config file has it."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
 
 
 def _channel_table(record: RunRecord) -> list[list[str]]:

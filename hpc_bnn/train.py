@@ -29,6 +29,7 @@ from .data import BatchLoader, Manifest
 from .data.augment import Augmentation, build_augmentation
 from .data.manifest import MANIFEST
 from .errors import ConfigError, DataError, Fault, Interrupted, check_all
+from .evaluate import metrics_to_minimise
 from .experiment import Experiment, Tested, read_or_prepare
 from .grid import Grid
 from .objectives import Objective, build_objective
@@ -65,6 +66,7 @@ class Run(Experiment):
     def __init__(self, config: Config, comm: GridComm, stop: StopRequest | None = None):
         check(config, comm.grid.world_size)
         super().__init__(config, comm, read_or_prepare(config.data, comm))
+        self._check_metric()
         self.augmentation = self._build_augmentation()
         self.train_set, self.test_set = (
             self.open(split) for split in (config.data.train_split, config.data.test_split)
@@ -138,6 +140,7 @@ class Run(Experiment):
         if tested is None:  # the run was complete already
             tested = self.evaluate(self.test_set)
             row = row | _prefixed(tested)
+            self._restore_last_row(row)
         examples = tested.shown.gather()
         summary = self._summary(row)
         with self.comm.agree(f"writing {self.run_dir}"):
@@ -246,8 +249,14 @@ class Run(Experiment):
 
     @property
     def _metric_name(self) -> str:
-        name = self.config.checkpoint.metric
-        return name if name != "auto" else ("test/nll" if self.likelihood.has_density else "test/rmse")
+        name, names = self.config.checkpoint.metric, metrics_to_minimise(self.likelihood)
+        return f"test/{names[0]}" if name == "auto" else name
+
+    def _check_metric(self) -> None:
+        names = [f"test/{name}" for name in metrics_to_minimise(self.likelihood)]
+        if self._metric_name not in names:
+            rule = f"must be one of {', '.join(names)}"
+            raise ConfigError(Fault("--checkpoint.metric", self._metric_name, rule, "Leave it at auto"))
 
     # --- what it writes -----------------------------------------------------------------------------
 
@@ -306,6 +315,13 @@ class Run(Experiment):
             left = tqdm.format_interval(per_step * (self._num_planned_steps() - self.step.num_steps))
             line = _one_line(row) + ("" if self._is_over() else f"  {left} left")
             progress.write(line, file=sys.stderr)
+
+    def _restore_last_row(self, row: dict[str, Any]) -> None:
+        """Write the last row again, where it was that of an epoch that did not come to its end. Collective."""
+        with self.comm.agree(f"writing {self.run_dir}"):
+            if self.is_writer and self.place.row and row["epoch"] > self.place.epoch:
+                with open(self.run_dir / "metrics.jsonl", "a") as file:
+                    file.write(json.dumps(row) + "\n")
 
     def _find_board(self) -> type | None:
         """Return the class that writes for TensorBoard, where the config wants it. Collective over the world."""

@@ -168,6 +168,14 @@ def test_a_complete_run_is_evaluated_again_and_not_trained(digits, tmp_path):
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
 
 
+def test_a_run_that_is_past_its_end_keeps_its_last_row(digits, tmp_path):
+    assert train(digits, tmp_path, "--max_steps", 7) == 0
+    rows = (tmp_path / "metrics.jsonl").read_text()
+    assert train(digits, tmp_path, "--max_steps", 5, "--resume", "true") == 0
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == json.loads(rows)
+    assert (tmp_path / "plots/curves.png").exists()
+
+
 def test_a_longer_run_goes_on_and_says_what_differs(digits, tmp_path, caplog):
     assert train(digits, tmp_path, "--num_epochs", 2) == 0
     assert train(digits, tmp_path, "--num_epochs", 3, "--resume", "true") == 0

@@ -138,6 +138,7 @@ def test_data_of_another_form_are_refused(digits_run, numbers, tmp_path, capsys)
     error = capsys.readouterr().err
     assert "x is [2]" in error and "[1, 8, 8]" in error
     assert main(["evaluate", str(tmp_path)]) == 2
+    assert "it holds no run" in capsys.readouterr().err
 
 
 def test_classes_that_are_foreign_can_be_predicted_and_not_evaluated(digits_run, tmp_path, capsys):

@@ -96,6 +96,7 @@ def test_a_run_of_classes(runs, capsys):
     summary = json.loads((runs / "digits0" / "summary.json").read_text())
     assert page.row("nll")[1] == f"{summary['test/nll']:.4g}"
     assert page.row("grid (samples x data)")[1] == "1 x 1 ranks"
+    assert page.row("tested with")[1].startswith("8 samples, ")
 
 
 def test_runs_side_by_side(runs, tmp_path):

@@ -49,8 +49,8 @@ class SplitFiles:
         self.manifest = Manifest.read(directory)
         if split not in self.manifest.splits:
             raise DataError(
-                f"{directory} has the splits {', '.join(self.manifest.splits)}, not '{split}'. Name another with "
-                "--data.train_split or --data.test_split, or prepare one (--test-fraction)"
+                f"{directory} has the splits {', '.join(self.manifest.splits)}, not '{split}'. Name one of "
+                "them (--data.train_split, --data.test_split, --split), or prepare it (--test-fraction)"
             )
         self.shards = self.manifest.splits[split]
         self.starts = np.cumsum([0, *(shard.num_examples for shard in self.shards)])
