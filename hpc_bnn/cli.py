@@ -7,15 +7,14 @@ import socket
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import jsonargparse
 from tqdm import tqdm
 
 from . import __version__, comm
-from .config import Config
-from .errors import ConfigError, DataError, Fault, HpcBnnError, check_all
+from .config import Config, config_of_run
+from .errors import ConfigError, DataError, HpcBnnError, check_all
 from .grid import Grid
 from .parsing import Parser, check_together
 
@@ -97,11 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         words = list(sys.argv[1:] if arguments is None else arguments)
         given = {word.split("=")[0] for word in words}
         if words[:1] in (["evaluate"], ["predict"]) and len(words) > 1 and not words[1].startswith("-"):
-            config = Path(words[1], "config.yaml")
-            if not config.exists():
-                remedy = "Name the --run_dir of hpc-bnn train"
-                raise ConfigError(Fault("RUN_DIR", words[1], f"it holds no run (no {config.name})", remedy))
-            words[2:2] = ["--config", str(config)]  # flags behind it override it
+            words[2:2] = ["--config", str(config_of_run(words[1]))]  # flags behind it override it
         parser = build_parser()
         try:
             parsed = parser.parse_args(words)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from .errors import ConfigError, Fault
@@ -418,6 +419,21 @@ class Config:
             yield f"likelihood.{name}", value, 0 < value < math.inf, "positive and finite", "Try 1.0"
         value = self.kl_annealing.num_epochs
         yield "kl_annealing.num_epochs", value, 0 < value < math.inf, "positive and finite", "Try 10"
+
+
+def config_of_run(run_dir: str | Path) -> Path:
+    """Return the path of RUN_DIR/config.yaml. Local.
+
+    Raises
+    ------
+    ConfigError
+        It is not there: the directory holds no run.
+    """
+    path = Path(run_dir, "config.yaml")
+    if not path.exists():
+        remedy = "Name the --run_dir of hpc-bnn train"
+        raise ConfigError(Fault("RUN_DIR", run_dir, f"it holds no run (no {path.name})", remedy))
+    return path
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

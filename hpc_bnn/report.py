@@ -19,8 +19,8 @@ import yaml
 
 from . import __version__, plots
 from .atomic import write_atomically
-from .config import flatten
-from .errors import ConfigError, DataError, Fault
+from .config import config_of_run, flatten
+from .errors import DataError
 
 logger = logging.getLogger(__name__)
 
@@ -61,11 +61,9 @@ class RunRecord:
             A file cannot be read.
         """
         directory = Path(directory)
-        if not (directory / "config.yaml").exists():
-            remedy = "Name the --run_dir of hpc-bnn train"
-            raise ConfigError(Fault("RUN_DIR", directory, "it holds no run (no config.yaml)", remedy))
+        config_path = config_of_run(directory)
         try:
-            config = yaml.safe_load((directory / "config.yaml").read_text())
+            config = yaml.safe_load(config_path.read_text())
             summary, evaluation = (
                 json.loads(path.read_text()) if (path := directory / name).exists() else {}
                 for name in ("summary.json", "evaluation.json")

@@ -303,8 +303,7 @@ class Run(Experiment):
     def _write_row(self, row: dict[str, Any], progress: tqdm) -> None:
         with self.comm.agree(f"writing {self.run_dir}"):
             if self.is_writer:
-                with open(self.run_dir / "metrics.jsonl", "a") as file:
-                    file.write(json.dumps(row) + "\n")
+                self._append_row(row)
                 if self._board is not None:
                     for name, value in row.items():
                         self._board.add_scalar(name, value, row["step"])
@@ -320,8 +319,11 @@ class Run(Experiment):
         """Write the last row again, where it was that of an epoch that did not come to its end. Collective."""
         with self.comm.agree(f"writing {self.run_dir}"):
             if self.is_writer and self.place.row and row["epoch"] > self.place.epoch:
-                with open(self.run_dir / "metrics.jsonl", "a") as file:
-                    file.write(json.dumps(row) + "\n")
+                self._append_row(row)
+
+    def _append_row(self, row: dict[str, Any]) -> None:
+        with open(self.run_dir / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
 
     def _find_board(self) -> type | None:
         """Return the class that writes for TensorBoard, where the config wants it. Collective over the world."""
