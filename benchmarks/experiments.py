@@ -61,7 +61,7 @@ EXPERIMENTS = {
     "ett": Experiment(
         "configs/ett_mlp.yaml",
         "timeseries.py --source {data}/ett/ETTh1.csv --targets OT --features all --window 96 --horizon 24 "
-        "--split-rows 8640 2880 2880 --output data/ETTh1",
+        "--changes --split-rows 8640 2880 2880 --output data/ETTh1",
         {
             "mean field": "",
             "deterministic": DETERMINISTIC,

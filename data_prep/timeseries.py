@@ -3,7 +3,8 @@
 
 An example is a window of the rows in order: x [channels, window] holds the history of the targets, then of the
 features, then of the calendar; y [targets, horizon] holds the targets of the rows that follow. The rows are cut into
-train, validation and test by time; a window lies wholly inside one of them. Only the training split is strided.
+train, validation and test by time; a window lies wholly inside one of them. Only the training split is strided. With
+--changes y holds the targets less their newest value of the history.
 
 The rows have one time each, in order, at a constant step. Times with an offset become UTC; times without are taken as
 they stand. The calendar is sine and cosine of hour/24 (with minutes), of weekday/7 (Monday 0), and of day of the year
@@ -16,10 +17,11 @@ Two published data sets are known by their SHA-256, and their numbers of rows ar
   opsd_de_2019_60min.csv   8,760 rows; Open Power System Data "Time series", from ENTSO-E Transparency and the German
                            TSOs (filtered in github.com/GIT4Holger/26S_EMSBat). MIT, nothing separate for the data
 
-Four days of the transformer's seven series -> its oil temperature of the next day; 8,521 / 2,761 / 2,761 windows:
+Four days of the transformer's seven series -> how its oil temperature changes within a day; 8,521 / 2,761 / 2,761
+windows:
 
   python data_prep/timeseries.py --source ETTh1.csv --targets OT --features all --window 96 --horizon 24 \\
-      --split-rows 8640 2880 2880 --output data/ETTh1
+      --changes --split-rows 8640 2880 2880 --output data/ETTh1
 
 21 days of Germany's load and of the calendar -> its load of the next 7 days; 4,585 / 1,081 / 1,081 windows:
 
@@ -290,6 +292,8 @@ def cut_windows(series: Series, starts: np.ndarray, options: argparse.Namespace)
         rows = starts[start:stop, None] + np.arange(window + horizon)
         x = series.values[rows[:, :window]]
         y = series.values[rows[:, window:], :num_targets]
+        if options.changes:
+            y = y - x[:, -1:, :num_targets]
         return x.swapaxes(1, 2), y.swapaxes(1, 2)
 
     return common.Examples(len(starts), read)
@@ -326,6 +330,7 @@ def prepare(options: argparse.Namespace, comm: GridComm) -> None:
         details={
             "window": options.window,
             "horizon": options.horizon,
+            "changes": options.changes,
             "step_seconds": float(step / np.timedelta64(1, "s")),
             "first_time": {name: iso(series.times[part[0]]) for name, part in parts.items()},
             "last_time": {name: iso(series.times[part[-1]]) for name, part in parts.items()},
@@ -362,6 +367,11 @@ def make_parser() -> argparse.ArgumentParser:
         default=1,
         metavar="N",
         help="rows between windows of the training split (default: %(default)s)",
+    )
+    add(
+        "--changes",
+        action="store_true",
+        help="y as changes since the newest row of the history: easier to learn where the level drifts",
     )
     common.add_fractions(parser, validation=0.2, test=0.2)
     add(

@@ -126,6 +126,16 @@ def test_a_file_that_is_read_short_is_not_taken_for_the_published_one(tmp_path):
     assert (manifest.name, manifest.source, manifest.licence) == ("changed", "changed.csv", "mine")
 
 
+def test_changes_are_since_the_newest_row_of_the_history(tmp_path):
+    source = write_series(tmp_path / "s.csv")
+    _, levels = prepare(timeseries, source, tmp_path / "levels", *SMALL)
+    manifest, changes = prepare(timeseries, source, tmp_path / "changes", *SMALL, "--changes")
+    for split, (x, y) in levels.items():
+        np.testing.assert_array_equal(changes[split][0], x)
+        np.testing.assert_array_equal(changes[split][1], y - x[:, : y.shape[1], -1:])
+    assert manifest.details["changes"] is True and np.ptp(levels["train"][1]) > 2 * np.ptp(changes["train"][1])
+
+
 def test_windows_lie_inside_one_split_and_only_training_is_strided(tmp_path):
     source = write_series(tmp_path / "s.csv")
     flags = (*SMALL, "--stride", 4, "--validation-fraction", 0.1, "--test-fraction", 0.3)
