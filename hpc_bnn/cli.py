@@ -7,19 +7,25 @@ import socket
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import jsonargparse
 from tqdm import tqdm
 
 from . import __version__, comm
+from .atomic import write_atomically
 from .config import Config, config_of_run
 from .errors import ConfigError, DataError, HpcBnnError, check_all
 from .grid import Grid
+from .network import Network
 from .parsing import Parser, check_together
 
 if TYPE_CHECKING:
     from .experiment import Experiment
+
+
+logger = logging.getLogger(__name__)
 
 
 def build_parser() -> jsonargparse.ArgumentParser:
@@ -60,6 +66,27 @@ def build_parser() -> jsonargparse.ArgumentParser:
     verify = Parser(description="Compare the files of a shard directory with its manifest.")
     verify.add_argument("shards", type=str, metavar="SHARD_DIR", help="Directory with a manifest.json.")
     commands.add_subcommand("verify", verify)
+    plan = Parser(description="Predict memory, time and communication of every grid, and recommend one.")
+    plan.add_argument("--config", action="config", help="YAML file; flags given after it override it.")
+    plan.add_argument("--ranks", type=int | None, help="Ranks to plan for (default: those of this job).")
+    plan.add_argument(
+        "--ranks_per_node",
+        type=int | None,
+        help="Ranks of a node (default: as here, or the GPUs or cores of this machine).",
+    )
+    plan.add_argument(
+        "--memory", type=float | None, help="Bytes that a rank may take (default: those of its device)."
+    )
+    plan.add_argument(
+        "--flops", type=float | None, help="FLOP/s of a rank (default: measure its share here)."
+    )
+    for name, where in (("", "between nodes"), ("node_", "within a node")):
+        text = f"{where} (default: measured, where this job has several ranks; otherwise assumed)."
+        plan.add_argument(f"--{name}bandwidth", type=float | None, help=f"Bytes per second of a rank {text}")
+        plan.add_argument(f"--{name}latency", type=float | None, help=f"Seconds of a message {text}")
+    plan.add_argument("--output", type=str | None, help="JSON file to write as well.")
+    plan.add_class_arguments(Config, fail_untyped=True)
+    commands.add_subcommand("plan", plan)
     stage = Parser(description="Copy a shard directory to local storage, once per node of the job.")
     stage.add_argument("source", type=str, metavar="SRC", help="Shard directory that all nodes see.")
     stage.add_argument("destination", type=str, metavar="DST", help="Directory on storage of the node.")
@@ -106,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = parsed.subcommand
         options = parser.instantiate(parsed)[command]
         commands = {"train": _train, "evaluate": _evaluate, "predict": _predict}
-        commands |= {"report": _report, "verify": _verify, "stage": _stage}
+        commands |= {"report": _report, "verify": _verify, "stage": _stage, "plan": _plan}
         return commands[command](options, given)
 
     return run_and_report("hpc-bnn", work)
@@ -117,7 +144,7 @@ def _say_all_faults(parser: Parser, words: list[str]) -> None:
     from .train import check
 
     command = words[0] if words else None
-    if command in ("train", "evaluate", "predict"):
+    if command in ("train", "evaluate", "predict", "plan"):
         known = set(parser._subcommands_action.choices[command]._option_string_actions)
         check_together(words[1:], known, lambda config: check(config, comm.world_size()))
 
@@ -153,6 +180,8 @@ def _train(options: jsonargparse.Namespace, given: set[str]) -> int:
     with stop.watching_signals():  # a signal during the start counts
         config = _make_config(options, given)
         check(config, comm.world_size())  # before the first collective
+        if config.grid.sample_size == "auto":
+            _choose_grid(config)
         grid_comm = _connect(config)
         run = Run(config, grid_comm, stop)
         summary, examples = run.train()
@@ -170,12 +199,51 @@ def _train(options: jsonargparse.Namespace, given: set[str]) -> int:
     return 0
 
 
-def _make_config(options: jsonargparse.Namespace, given: set[str]) -> Config:
+def config_of(options: jsonargparse.Namespace) -> Config:
+    """Return the config among the options of a command. Local."""
     values = options.as_dict()
-    config = Config(**{name: values[name] for name in (field.name for field in fields(Config))})
+    return Config(**{name: values[name] for name in (field.name for field in fields(Config))})
+
+
+def _make_config(options: jsonargparse.Namespace, given: set[str]) -> Config:
+    config = config_of(options)
     if "--data.shards" in given and "--data.prepare" not in given:
         config.data.prepare = None  # the script of the config file belongs to the shards of the config file
     return config
+
+
+def _choose_grid(config: Config) -> None:
+    from .plan import plan_here
+
+    plan = plan_here(config)
+    config.grid.sample_size = plan.best.sample_size
+    logger.info("--grid.sample_size auto: the grid %s: %s", plan.best, plan.why)
+
+
+def _plan(options: jsonargparse.Namespace, given: set[str]) -> int:
+    from .plan import ASSUMED_BETWEEN, ASSUMED_WITHIN, describe, plan_here
+
+    config = _make_config(options, given)
+    plan = plan_here(
+        config,
+        options.ranks,
+        options.ranks_per_node,
+        between=_network(options.bandwidth, options.latency, ASSUMED_BETWEEN),
+        within=_network(options.node_bandwidth, options.node_latency, ASSUMED_WITHIN),
+        memory_bytes=options.memory,
+        flops=options.flops,
+    )
+    if comm.launched_rank() == 0:
+        print(describe(config, plan))
+        if options.output is not None:
+            write_atomically(Path(options.output), plan.to_json())
+    return 0
+
+
+def _network(bandwidth: float | None, latency: float | None, assumed: Network) -> Network | None:
+    if bandwidth is None and latency is None:
+        return None
+    return Network(bandwidth or assumed.bandwidth, latency or assumed.latency)
 
 
 def _connect(config: Config) -> comm.GridComm:

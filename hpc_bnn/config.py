@@ -14,8 +14,9 @@ from .errors import ConfigError, Fault
 class GridConfig:
     """The process grid; the data axis takes the ranks that the sample axis leaves."""
 
-    sample_size: int = 1
-    """Ranks along the sample axis; must divide the number of ranks of the job."""
+    sample_size: int | Literal["auto"] = 1
+    """Ranks along the sample axis; must divide the number of ranks of the job. auto: measured at the start, as
+    `hpc-bnn plan` does."""
     reduction: Literal["axes", "world"] = "axes"
     """Sum gradients over the sample group and then the data group (axes), or over all ranks at once (world)."""
     compression: Literal["none", "fp16", "bf16"] = "none"

@@ -24,8 +24,11 @@ from .data.manifest import MANIFEST
 from .errors import ConfigError, DataError, Fault, import_object
 from .evaluate import Evaluation, evaluate_dataset, uncertainties_of_dataset
 from .likelihoods import Likelihood, build_likelihood
+from .objectives import build_objective
+from .optim import KlAnnealing, build_optimizer
 from .posteriors import Posterior, build_posterior
 from .shown import ShownClasses, ShownValues, shown_examples
+from .step import VariationalStep
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +100,41 @@ class Experiment:
         with self.comm.agree("restoring the checkpoint"):
             restore_model(state["model"], self.posterior)
         self.num_steps = state["num_steps"]
+
+    def build_step(
+        self, num_train_examples: int, num_batches: int
+    ) -> tuple[VariationalStep, torch.optim.lr_scheduler.LambdaLR]:
+        """Return the step of the training, with its optimizer, and the schedule of the learning rate.
+
+        Parameters
+        ----------
+        num_train_examples : int
+            N in the ELBO.
+        num_batches : int
+            Steps per epoch.
+        """
+        config, comm = self.config, self.comm
+        with comm.agree(f"making the objective {config.objective.name}"):
+            objective = build_objective(config.objective, self.manifest.target_weights)
+        optimizer, schedule = build_optimizer(
+            config.optimizer, self.posterior, comm, config.num_epochs, num_batches
+        )
+        annealing = config.kl_annealing
+        step = VariationalStep(
+            self.posterior,
+            self.likelihood,
+            optimizer,
+            comm,
+            num_samples=config.num_samples,
+            num_train_examples=num_train_examples,
+            seed=config.seed,
+            kl_weight=KlAnnealing(config.kl_weight, annealing.schedule, annealing.num_epochs * num_batches),
+            objective=objective,
+            autocast_dtype=torch.bfloat16 if config.dtype == "bfloat16" else None,
+            max_gradient_norm=config.optimizer.max_gradient_norm,
+            chunk_size=config.chunk_size,
+        )
+        return step, schedule
 
     def open(self, split: str, shards: str | None = None) -> ShardDataset:
         """Open a split of shards (``config.data.shards``), normalised as the data that the network is trained on."""
@@ -221,7 +259,9 @@ class Experiment:
                 ) from error
             if config.model.pretrained is not None:
                 _load_pretrained(module, config.model.pretrained)
-            return self.likelihood.wrap(module).to(comm.device, self.dtype)
+            module = self.likelihood.wrap(module)
+            kinds = {(p.device, p.dtype) for p in module.parameters()}
+            return module if kinds == {(comm.device, self.dtype)} else module.to(comm.device, self.dtype)
 
         with comm.agree(f"building {config.model.name}"):
             posterior = build_posterior(

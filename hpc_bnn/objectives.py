@@ -429,8 +429,13 @@ class _Score(Gathered):
             raise ConfigError(Fault("--objective.fairness", fairness, "must be between 0 and 1", "Try 0.95"))
         super().__init__(self.score, "mean", self.name)
         self.fairness = fairness
-        self.weights = weights = None if weights is None else torch.as_tensor(weights, dtype=torch.float64)
-        if weights is not None and not (weights.isfinite().all() and (weights >= 0).all() and weights.any()):
+        if weights is not None:
+            weights = weights.numpy(force=True) if isinstance(weights, Tensor) else weights
+            weights = np.array(weights, dtype=np.float64)
+        self.weights = None if weights is None else torch.from_numpy(weights)
+        if weights is not None and not (
+            np.isfinite(weights).all() and (weights >= 0).all() and weights.any()
+        ):
             raise ConfigError(
                 Fault(
                     "weights",

@@ -251,9 +251,30 @@ def build_optimizer(
     ConfigError
         The optimizer is unknown, or refuses its arguments.
     """
+    make = optimizer_maker(config)
+    if config.sharded:
+        optimizer: JobOptimizer = ShardedOptimizer(make, posterior, comm)
+    else:
+        is_flat = _path(config) in [f"torch.optim.{name}" for name in ELEMENTWISE]
+        parameters = posterior.parameters() if is_flat else posterior.weight_parameters()
+        optimizer = JobOptimizer.of(make(parameters), posterior, comm)
+
+    def factor(num_steps: int) -> float:
+        return learning_rate_factor(config, num_steps / steps_per_epoch, num_epochs)
+
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer.optimizer, factor)
+
+
+def optimizer_maker(config: OptimizerConfig) -> Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]:
+    """Return what makes the optimizer of a config over some parameters. Local.
+
+    Raises
+    ------
+    ConfigError
+        The optimizer is unknown; and, when it is made, that it refuses its arguments.
+    """
     # The prior is the decay of the weights: an optimizer's own would pull the scales as well.
-    path = config.name if "." in config.name else f"torch.optim.{config.name}"
-    kind = import_object("--optimizer.name", path)
+    kind = import_object("--optimizer.name", _path(config))
     arguments = config.arguments
     if "weight_decay" in inspect.signature(kind).parameters:
         arguments = {"weight_decay": 0.0, **arguments}
@@ -271,17 +292,11 @@ def build_optimizer(
                 )
             ) from error
 
-    if config.sharded:
-        optimizer: JobOptimizer = ShardedOptimizer(make, posterior, comm)
-    else:
-        is_flat = path in [f"torch.optim.{name}" for name in ELEMENTWISE]
-        parameters = posterior.parameters() if is_flat else posterior.weight_parameters()
-        optimizer = JobOptimizer.of(make(parameters), posterior, comm)
+    return make
 
-    def factor(num_steps: int) -> float:
-        return learning_rate_factor(config, num_steps / steps_per_epoch, num_epochs)
 
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer.optimizer, factor)
+def _path(config: OptimizerConfig) -> str:
+    return config.name if "." in config.name else f"torch.optim.{config.name}"
 
 
 def learning_rate_factor(config: OptimizerConfig, epochs: float, num_epochs: int) -> float:

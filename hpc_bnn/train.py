@@ -32,19 +32,17 @@ from .errors import ConfigError, DataError, Fault, Interrupted, check_all
 from .evaluate import metrics_to_minimise
 from .experiment import Experiment, Tested, read_or_prepare
 from .grid import Grid
-from .objectives import Objective, build_objective
-from .optim import KlAnnealing, build_optimizer
-from .step import StepResult, VariationalStep
+from .step import StepResult
 
 logger = logging.getLogger(__name__)
 
 
 def check(config: Config, world_size: int) -> None:
     """Raise one `ConfigError` with everything in a config that cannot work on so many ranks. Local."""
-    check_all(
-        config.check,
-        lambda: Grid(world_size, config.grid.sample_size).check_num_samples(config.num_samples),
-    )
+    size = config.grid.sample_size
+    if size == "auto":
+        size = 1
+    check_all(config.check, lambda: Grid(world_size, size).check_num_samples(config.num_samples))
 
 
 class Run(Experiment):
@@ -80,28 +78,8 @@ class Run(Experiment):
             prefetch=config.data.prefetch,
             with_partners=self.augmentation is not None and self.augmentation.needs_partners,
         )
-        steps_per_epoch = self.loader.num_batches
-        self.optimizer, self.schedule = build_optimizer(
-            config.optimizer, self.posterior, comm, config.num_epochs, steps_per_epoch
-        )
-        self.step = VariationalStep(
-            self.posterior,
-            self.likelihood,
-            self.optimizer,
-            comm,
-            num_samples=config.num_samples,
-            num_train_examples=len(self.train_set),
-            seed=config.seed,
-            kl_weight=KlAnnealing(
-                config.kl_weight,
-                config.kl_annealing.schedule,
-                config.kl_annealing.num_epochs * steps_per_epoch,
-            ),
-            objective=self._build_objective(),
-            autocast_dtype=torch.bfloat16 if config.dtype == "bfloat16" else None,
-            max_gradient_norm=config.optimizer.max_gradient_norm,
-            chunk_size=config.chunk_size,
-        )
+        self.step, self.schedule = self.build_step(len(self.train_set), self.loader.num_batches)
+        self.optimizer = self.step.optimizer
         self.place = _Place()
         self.stop = stop or StopRequest()
         self._writer_of_board = self._find_board()
@@ -116,10 +94,6 @@ class Run(Experiment):
             return build_augmentation(
                 config.augmentation, self.manifest, num_samples=config.num_samples, seed=config.seed
             )
-
-    def _build_objective(self) -> Objective:
-        with self.comm.agree(f"making the objective {self.config.objective.name}"):
-            return build_objective(self.config.objective, self.manifest.target_weights)
 
     # --- the run ------------------------------------------------------------------------------------
 

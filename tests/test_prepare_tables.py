@@ -133,7 +133,9 @@ def test_changes_are_since_the_newest_row_of_the_history(tmp_path):
     for split, (x, y) in levels.items():
         np.testing.assert_array_equal(changes[split][0], x)
         np.testing.assert_array_equal(changes[split][1], y - x[:, : y.shape[1], -1:])
-    assert manifest.details["changes"] is True and np.ptp(levels["train"][1]) > 2 * np.ptp(changes["train"][1])
+    assert manifest.details["changes"] is True and np.ptp(levels["train"][1]) > 2 * np.ptp(
+        changes["train"][1]
+    )
 
 
 def test_windows_lie_inside_one_split_and_only_training_is_strided(tmp_path):

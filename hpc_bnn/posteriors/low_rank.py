@@ -64,8 +64,11 @@ class LowRankGaussian(MeanFieldGaussian):
         return out.addmv_(self.factor.T, noise[self.num_weights :])
 
     def _accumulate_common_(self, used: list[bool], gradients: list[Tensor]) -> None:
-        for z, grads in zip(self._all_noise[self.num_weights :].tolist(), self._factor_grads):
-            torch._foreach_add_([g for g, is_used in zip(grads, used) if is_used], gradients, alpha=z)
+        for z, grads in zip(self._all_noise[self.num_weights :], self._factor_grads):
+            mine = [g for g, is_used in zip(grads, used) if is_used]
+            torch._foreach_addcmul_(
+                mine, gradients, [z] * len(mine)
+            )  # a tensor: nothing waits for the device
 
     def _accumulate_flat_(self, gradient: Tensor, noise: Tensor) -> None:
         super()._accumulate_flat_(gradient, noise)

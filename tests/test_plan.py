@@ -1,0 +1,188 @@
+"""hpc-bnn plan, and --grid.sample_size auto: what is rehearsed is what happens."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hpc_bnn.cli import main
+from hpc_bnn.config import Config, ModelConfig
+from hpc_bnn.data import Manifest
+from hpc_bnn.errors import ConfigError, DataError
+from hpc_bnn.grid import Grid
+from hpc_bnn.network import Network
+from hpc_bnn.plan import ALIKE, Machine, Row, choose, grids, make_plan
+from hpc_bnn.rehearsal import ImaginedComm, LiveMemory, Rehearsal, rehearse, share_of
+
+GB = 1e9
+
+
+@pytest.fixture
+def manifest(digits):
+    return Manifest.read(digits)
+
+
+def make_config(**changes):
+    config = Config(num_samples=8, global_batch_size=64, chunk_size=1)
+    config.model = ModelConfig("hpc_bnn.models.MLP", {"hidden": [96, 32]})
+    for name, value in changes.items():
+        part, _, field = name.rpartition("__")
+        setattr(getattr(config, part) if part else config, field, value)
+    return config
+
+
+# --- memory --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"chunk_size": 4},
+        {"dtype": "float64"},
+        {"posterior__family": "deterministic", "num_samples": 1},
+        {"posterior__family": "mc_dropout", "model__arguments": {"hidden": [64], "dropout": 0.2}},
+        {"posterior__family": "low_rank"},
+        {"posterior__family": "ensemble", "num_samples": 2},
+        {"objective__name": "log_predictive", "chunk_size": 3},
+        {"optimizer__name": "SGD", "optimizer__arguments": {"momentum": 0.9}},
+    ],
+    ids=str,
+)
+def test_rehearsed_memory_is_that_of_the_real_step(manifest, changes):
+    config = make_config(**changes)
+    grid = Grid(1, 1, 0)
+    rehearsed = rehearse(config, manifest, grid)
+    comm = ImaginedComm(grid, config)  # of one rank: nothing is imagined
+    with LiveMemory() as memory:
+        step, arguments = share_of(config, manifest, comm)
+        step(*arguments)  # makes the state of the optimizer
+        memory.peak_bytes = 0
+        step(*arguments)
+    assert rehearsed.peak_bytes == pytest.approx(memory.peak_bytes, rel=0.03)
+    assert rehearsed.parameter_bytes == step.posterior.flat.nbytes
+
+
+def test_memory_grows_with_the_chunk_and_not_with_the_samples(manifest):
+    peaks = {
+        (num_samples, chunk): rehearse(
+            make_config(num_samples=num_samples, chunk_size=chunk), manifest, Grid(1, 1, 0)
+        ).activation_bytes
+        for num_samples, chunk in ((4, 1), (64, 1), (64, 16))
+    }
+    assert peaks[64, 1] <= 1.05 * peaks[4, 1] < 0.5 * peaks[64, 16]
+
+
+def test_a_network_whose_way_depends_on_numbers_is_refused(manifest):
+    config = make_config(model__name="test_plan.Looking", model__arguments={})
+    with pytest.raises(DataError, match=r"test_plan\.Looking cannot be rehearsed"):
+        rehearse(config, manifest, Grid(1, 1, 0))
+
+
+class Looking(torch.nn.Linear):
+    def __init__(self, in_shape, num_outputs):
+        super().__init__(in_shape[0], num_outputs)
+
+    def forward(self, x):
+        return super().forward(x) if x.sum().item() > 0 else super().forward(-x)
+
+
+# --- time ----------------------------------------------------------------------------------------------
+
+
+def test_collectives_cost_what_the_formula_says():
+    network = Network(bandwidth=10e9, latency=5e-6)
+    assert network.seconds("all-reduce", 1e9, 4) == pytest.approx(2 * 0.75 * 0.1 + 2 * 2 * 5e-6)
+    assert network.seconds("all-gather", 1e9, 8) == pytest.approx(0.875 * 0.1 + 3 * 5e-6)
+    assert network.seconds("all-reduce", 1e9, 1) == 0
+
+
+@given(st.integers(1, 512), st.integers(1, 64), st.integers(1, 64))
+def test_every_rank_of_a_grid_has_work(num_ranks, num_samples, batch):
+    fitting = [
+        s
+        for s in range(1, num_ranks + 1)
+        if num_ranks % s == 0 and s <= num_samples and num_ranks // s <= batch
+    ]
+    if not fitting:
+        with pytest.raises(ConfigError, match="--ranks"):
+            grids(num_ranks, num_samples, batch)
+        return
+    assert grids(num_ranks, num_samples, batch) == fitting
+    for size in fitting:
+        for rank in range(num_ranks):
+            grid = Grid(num_ranks, size, rank)
+            part = grid.local_examples(batch)
+            assert len(grid.local_samples(num_samples)) and part.stop > part.start
+
+
+def make_row(sample_size, compute, reduce=0.0, peak=1, fits=True):
+    zeros = {field.name: 0 for field in dataclasses.fields(Rehearsal)}
+    rehearsal = Rehearsal(**zeros | {"peak_bytes": peak, "collectives": ()})
+    return Row(sample_size, 8 // sample_size, rehearsal, compute, reduce, 1.0, fits)
+
+
+def test_the_fastest_grid_that_fits_is_taken():
+    machine = Machine(8, 4)
+    rows = [make_row(1, 1.0), make_row(2, 0.4, fits=False), make_row(4, 0.5, 0.1), make_row(8, 0.9)]
+    best, why = choose(rows, machine)
+    assert best is rows[2] and "2 x 4 does not fit" in why and "83 % of its step is computing" in why
+    rows.append(make_row(8, 0.6 * (1 + ALIKE / 2)))
+    assert choose(rows, machine)[0] is rows[-1]  # as fast, and reads less
+    rows = [make_row(1, 1.0, peak=9, fits=False), make_row(8, 2.0, peak=3, fits=False)]
+    best, why = choose(rows, Machine(8, 4, memory_bytes=2))
+    assert best is rows[1] and "no grid fits" in why and "--optimizer.sharded" in why
+
+
+def test_an_axis_inside_a_node_has_the_network_of_the_node():
+    within, between = Network(100 * GB, 1e-6), Network(10 * GB, 1e-5)
+    machine = Machine(16, 4, between, within)
+    assert machine.network("sample", Grid(16, 4, 0)) is within
+    assert machine.network("sample", Grid(16, 8, 0)) is between
+    assert machine.network("data", Grid(16, 4, 0)) is between
+    assert Machine(4, 4, between, within).network("data", Grid(4, 2, 0)) is within
+
+
+def test_a_slower_network_wants_fewer_bytes(manifest):
+    config = make_config(optimizer__sharded=False)
+    plans = [
+        make_plan(config, manifest, Machine(4, 1, Network(bandwidth, 0.0), flops=1e12))
+        for bandwidth in (1 * GB, 2 * GB)
+    ]
+    for slow, fast in zip(*(plan.rows for plan in plans)):
+        assert slow.reduce_seconds == pytest.approx(2 * fast.reduce_seconds)
+        assert slow.reduce_seconds > 0
+        assert slow.compute_seconds == fast.compute_seconds == slow.rehearsal.flops / 1e12
+    assert math.isinf(plans[0].machine.memory_bytes) and json.loads(plans[0].to_json())["best"]
+
+
+# --- the commands --------------------------------------------------------------------------------------
+
+
+def test_plan_prints_every_grid_and_writes_json(digits, capsys, tmp_path):
+    output = tmp_path / "plan.json"
+    flags = ["plan", "--config", "configs/digits.yaml", "--data.shards", str(digits)]
+    assert main([*flags, "--ranks", "4", "--output", str(output)]) == 0
+    plan, printed = json.loads(output.read_text()), capsys.readouterr().out
+    assert [row["sample_size"] for row in plan["rows"]] == [1, 2, 4]
+    assert f"Take --grid.sample_size {plan['best']['sample_size']}" in printed and "<-- best" in printed
+    for row in plan["rows"]:
+        assert row["compute_seconds"] > 0 and row["reduce_seconds"] > 0
+    assert main([*flags, "--ranks", "0", "--memory", "-1"]) == 2
+    refused = capsys.readouterr().err
+    assert "--ranks 0" in refused and "--memory -1" in refused
+
+
+def test_auto_takes_a_grid_of_the_plan(digits, mpirun, tmp_path):
+    flags = ["--data.shards", digits, "--max_steps", 3, "--run_dir", tmp_path / "run", "--num_samples", 4]
+    done = mpirun(
+        2, "-m", "hpc_bnn", "train", "--config", "configs/digits.yaml", "--grid.sample_size", "auto", *flags
+    )
+    assert done.returncode == 0, done.stderr
+    grid = json.loads((tmp_path / "run" / "summary.json").read_text())["grid"]
+    assert grid["sample_size"] * grid["data_size"] == 2
+    assert f"auto: the grid {grid['sample_size']} x {grid['data_size']}:" in done.stderr
