@@ -12,13 +12,14 @@ On a cluster, once for each number of ranks (one of them 1), then the report:
 
 Studies: *strong*: the samples and the batch of the job are fixed; *weak*: the samples grow with the ranks; *weak in data*: the
 batch does. Schemes: sampling parallel (P x 1), data parallel (1 x P), hybrid (as square as P allows), and the plain network, data parallel,
-under hpc_bnn and under torch's DistributedDataParallel. Times are medians over steps of the slowest rank, split
+under hpc_bnn and under torch's DistributedDataParallel; and, where torch_blue is installed, the published scheme (P x 1). Times are medians over steps of the slowest rank, split
 into draw, forward, backward, reduce (waiting included) and update. Writes OUT/ranks-P.json; scaling.csv, scaling.png and
 scaling.md.
 
 The simulation takes the parts of one rank as they were measured, draw, forward and backward in proportion to the samples and examples
-of the busiest rank, and adds for each axis a ring all-reduce of 2 (P-1)/P n bytes / bandwidth + 2 log2(P) latency. It knows no jitter, no
-contention between groups, and no overlap.
+of the busiest rank, and adds an all-reduce over each axis (`hpc_bnn.network`). It knows no jitter, no contention between groups, and no
+overlap. Memory is the peak of the resident memory above what it was before, in a job of its own for each case
+(``local``; ``measure`` alone gives that of its first case only).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import importlib.util
 import json
 import math
 import os
@@ -44,6 +46,7 @@ import torch
 
 import hpc_bnn
 from hpc_bnn.models import MLP, ViT
+from hpc_bnn.network import Network, measure_network
 
 PARTS = ("draw", "forward", "backward", "reduce", "update")
 MODELS = {  # shape of an input, outputs, batch, network
@@ -78,6 +81,9 @@ def cases(num_ranks: int, num_samples: int, batch: int) -> Iterator[Case]:
             yield Case("weak", scheme, sample_size, num_samples * sample_size, batch * data_size)
         if scheme != "sampling":
             yield Case("weak in data", scheme, sample_size, num_samples * sample_size, batch * data_size)
+    if importlib.util.find_spec("torch_blue") and num_samples >= num_ranks:
+        yield Case("strong", "torch_blue", num_ranks, num_samples, batch)
+        yield Case("weak", "torch_blue", num_ranks, num_samples * num_ranks, batch)
     for scheme in ("plain", "plain, DDP"):
         yield Case("strong", scheme, 1, 1, batch)
         yield Case("weak in data", scheme, 1, 1, batch * num_ranks)
@@ -176,6 +182,39 @@ def make_ddp(case: Case, comm: hpc_bnn.GridComm, model: str) -> tuple[Callable[[
     return run, Stopwatch()
 
 
+def make_torch_blue(case: Case, comm: hpc_bnn.GridComm, model: str) -> tuple[Callable[[], None], Stopwatch]:
+    """Return what makes a step of the published scheme: each rank its samples, gradients averaged over the ranks.
+
+    Its loss sees the samples of the rank alone, so that it is another objective on each number of ranks.
+    """
+    from torch_blue.vi import KullbackLeiblerLoss, convert_to_vimodule
+    from torch_blue.vi.distributions import Categorical
+
+    shape, num_outputs, _, make_net = MODELS[model]
+    torch.manual_seed(0)
+    net = make_net()
+    convert_to_vimodule(net)
+    net = net.to(comm.device)
+    torch.manual_seed(1 + comm.grid.rank)
+    loss = KullbackLeiblerLoss(Categorical(), dataset_size=50_000)
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-4)
+    x, y = batch_of(case, comm, shape, num_outputs)
+    local_samples = len(comm.grid.local_samples(case.num_samples))
+
+    def run() -> None:
+        optimizer.zero_grad()
+        loss(net(x, samples=local_samples), y).backward()
+        gradients = [p.grad for p in net.parameters() if p.grad is not None]
+        comm.sum_(gradients)
+        torch._foreach_div_(gradients, comm.grid.world_size)
+        optimizer.step()
+
+    return run, Stopwatch()
+
+
+PEERS = {"plain, DDP": make_ddp, "torch_blue": make_torch_blue}
+
+
 def batch_of(
     case: Case, comm: hpc_bnn.GridComm, shape, num_outputs: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -208,8 +247,7 @@ def process_group(comm: hpc_bnn.GridComm) -> Iterator[None]:
 def measure_case(case: Case, comm: hpc_bnn.GridComm, options: argparse.Namespace) -> dict:
     """Return the medians of a case. Collective over the world."""
     before = begin_peak(comm.device)
-    make = make_ddp if case.scheme == "plain, DDP" else make_ours
-    run, watch = make(case, comm, options.model)
+    run, watch = PEERS.get(case.scheme, make_ours)(case, comm, options.model)
     rows = []
     for number in range(options.warmup + options.repetitions):
         traffic = comm.traffic.num_bytes
@@ -231,30 +269,14 @@ def measure_case(case: Case, comm: hpc_bnn.GridComm, options: argparse.Namespace
     return asdict(case) | result
 
 
-def measure_network(comm: hpc_bnn.GridComm) -> dict[str, float]:
-    """Fit latency and bandwidth of an all-reduce over the world. Collective over the world."""
-    sizes, seconds = [2**k for k in range(10, 25, 2)], []
-    for size in sizes:
-        flat, times = torch.zeros(size // 4, device=comm.device), []
-        for _ in range(12):
-            comm.barrier()
-            start = time.perf_counter()
-            comm.sum_(flat)
-            times.append(time.perf_counter() - start)
-        seconds.append(median(max(row) for row in zip(*comm.gather_objects(times[2:]))))
-    ranks = comm.grid.world_size
-    traffic = [2 * (ranks - 1) / ranks * size for size in sizes]
-    bandwidth = (traffic[-1] - traffic[-2]) / max(seconds[-1] - seconds[-2], 1e-9)
-    latency = max(min(seconds[:3]), 1e-7) / (2 * math.log2(ranks))
-    return {"bandwidth": bandwidth, "latency": latency}
-
-
 def measure(options: argparse.Namespace) -> None:
     """Measure all cases of this job. Collective over the world."""
     from mpi4py import MPI
 
     num_ranks, batch = MPI.COMM_WORLD.size, options.batch or MODELS[options.model][2]
     wanted = list(cases(num_ranks, options.num_samples, batch))
+    if options.case is not None:
+        wanted = [wanted[options.case]]
     rows = []
     for sample_size in sorted({case.sample_size for case in wanted}):
         comm = hpc_bnn.connect(sample_size, options.device)
@@ -262,7 +284,7 @@ def measure(options: argparse.Namespace) -> None:
             for case in wanted:
                 if case.sample_size == sample_size:
                     rows.append(measure_case(case, comm, options))
-    network = measure_network(comm) if num_ranks > 1 else {}
+    network = asdict(measure_network(comm)) if num_ranks > 1 and options.case is None else {}
     hosts = len(set(comm.gather_objects(socket.gethostname())))
     make_net = MODELS[options.model][3]
     content = {
@@ -284,7 +306,8 @@ def measure(options: argparse.Namespace) -> None:
     }
     if comm.grid.rank == 0:
         options.output.mkdir(parents=True, exist_ok=True)
-        (options.output / f"ranks-{num_ranks}.json").write_text(json.dumps(content, indent=1))
+        name = f"ranks-{num_ranks}" if options.case is None else f"memory-{num_ranks}-{options.case}"
+        (options.output / f"{name}.json").write_text(json.dumps(content, indent=1))
     comm.close()
 
 
@@ -298,20 +321,16 @@ def cpu_name() -> str:
 # --- simulating ----------------------------------------------------------------------------------------
 
 
-def simulate(
-    one: dict, num_weights: int, case: Case, num_ranks: int, latency: float, bandwidth: float
-) -> float:
+def simulate(one: dict, num_weights: int, case: Case, num_ranks: int, network: Network) -> float:
     """Return the seconds of a step on a grid, from the parts of a step on one rank (see the top)."""
     data_size = num_ranks // case.sample_size
     samples = math.ceil(case.num_samples / case.sample_size) / one["num_samples"]
     examples = math.ceil(case.global_batch_size / data_size) / one["global_batch_size"]
     compute = one["draw"] * samples + (one["forward"] + one["backward"]) * samples * examples + one["update"]
     num_bytes = 4 * num_weights * (1 if case.scheme.startswith("plain") else 2)
-    sent = 0.0
-    for extent in (case.sample_size, data_size):
-        if extent > 1:
-            sent += 2 * (extent - 1) / extent * num_bytes / bandwidth + 2 * math.log2(extent) * latency
-    return compute + sent
+    return compute + sum(
+        network.seconds("all-reduce", num_bytes, extent) for extent in (case.sample_size, data_size)
+    )
 
 
 # --- the report ----------------------------------------------------------------------------------------
@@ -334,7 +353,7 @@ def report(options: argparse.Namespace) -> None:
     num_weights = found[0]["num_weights"]
     for content in found:
         num_ranks = content["num_ranks"]
-        network = content["network"] or {"latency": 0.0, "bandwidth": math.inf}
+        network = Network(**content["network"] or {"latency": 0.0, "bandwidth": math.inf})
         for row in content["rows"]:
             scheme = (
                 "sampling" if row["scheme"] == "hybrid" and row["study"] != "weak in data" else row["scheme"]
@@ -350,14 +369,14 @@ def report(options: argparse.Namespace) -> None:
             speedup = work * one["seconds"] / row["seconds"]
             line = {"num_ranks": num_ranks, **row, "speedup": speedup, "efficiency": speedup / num_ranks}
             line["efficiency_of_cores"] = speedup / min(num_ranks, content["cores"] * content["num_hosts"])
-            if row["scheme"] != "plain, DDP":
+            if row["scheme"] not in PEERS:
                 # ranks beyond the cores take turns
                 turns = (
                     max(1.0, num_ranks / (content["cores"] * content["num_hosts"]))
                     if content["gpu"] is None
                     else 1.0
                 )
-                line["simulated"] = turns * simulate(one, num_weights, case, num_ranks, **network)
+                line["simulated"] = turns * simulate(one, num_weights, case, num_ranks, network)
             table.append(line)
     with open(options.output / "scaling.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(name for line in table for name in line)))
@@ -380,7 +399,7 @@ def extrapolate(first: dict, num_weights: int, options: argparse.Namespace) -> l
             sample_size = min(ranks, num_samples)
             batch = base["global_batch_size"] * (1 if study == "strong" else ranks // sample_size)
             case = Case(study, "sampling", sample_size, num_samples, batch)
-            seconds = simulate(base, num_weights, case, ranks, options.latency, options.bandwidth)
+            seconds = simulate(base, num_weights, case, ranks, Network(options.bandwidth, options.latency))
             rows.append({"study": study, "num_ranks": ranks, "sample_size": sample_size, "seconds": seconds})
         for row in rows:
             if row["study"] == study:
@@ -465,6 +484,34 @@ def markdown(found: list[dict], table: list[dict], far: list[dict], options: arg
     return "\n".join(lines) + "\n"
 
 
+def measure_locally(num_ranks: int, options: argparse.Namespace) -> None:
+    """Measure in a job of some ranks, and the memory of each case in one of its own."""
+    command = ["mpirun", "-np", str(num_ranks), sys.executable, "-m", "mpi4py", __file__, "measure"]
+    command += ["--output", str(options.output), "--model", options.model, "--device", options.device]
+    command += ["--num-samples", str(options.num_samples)]
+    command += ["--batch", str(options.batch)] if options.batch else []
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    rounds = ["--warmup", str(options.warmup), "--repetitions", str(options.repetitions)]
+    subprocess.run([*command, *rounds], check=True, env=environment)
+    path = options.output / f"ranks-{num_ranks}.json"
+    content = json.loads(path.read_text())
+    batch = options.batch or MODELS[options.model][2]
+    measured: dict[tuple, int] = {}
+    for number, case in enumerate(cases(num_ranks, options.num_samples, batch)):
+        kind = case.scheme if case.scheme.startswith("plain") or case.scheme in PEERS else "ours"
+        key = kind, case.sample_size, case.num_samples, case.global_batch_size
+        if key not in measured:
+            rounds = ["--warmup", "1", "--repetitions", "2", "--case", str(number)]
+            subprocess.run([*command, *rounds], check=True, env=environment)
+            one = options.output / f"memory-{num_ranks}-{number}.json"
+            measured[key] = json.loads(one.read_text())["rows"][0]["memory_bytes"]
+            one.unlink()
+        for row in content["rows"]:
+            if (row["study"], row["scheme"]) == (case.study, case.scheme):
+                row["memory_bytes"] = measured[key]
+    path.write_text(json.dumps(content, indent=1))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -486,18 +533,14 @@ def main() -> None:
     parser.add_argument(
         "--strong-samples", type=int, default=256, help="samples of the simulated strong study"
     )
+    parser.add_argument("--case", type=int, help="measure the case of this number alone")
     options = parser.parse_args()
     if options.command == "measure":
         measure(options)
         return
     if options.command == "local":
         for num_ranks in options.ranks:
-            command = ["mpirun", "-np", str(num_ranks), sys.executable, "-m", "mpi4py", __file__, "measure"]
-            command += ["--output", str(options.output), "--model", options.model, "--device", options.device]
-            command += ["--num-samples", str(options.num_samples), "--warmup", str(options.warmup)]
-            command += ["--repetitions", str(options.repetitions)]
-            command += ["--batch", str(options.batch)] if options.batch else []
-            subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+            measure_locally(num_ranks, options)
     report(options)
 
 

@@ -82,11 +82,13 @@ def write_plots(run_dir: str | Path, examples: dict[str, Any]) -> list[Path]:
         return []
     directory = Path(run_dir, "plots")
     directory.mkdir(exist_ok=True)
+    if "surest" in examples:
+        draw = _plot_uncertainty
+    else:
+        draw = _plot_fields if examples["y"].ndim == 3 else _plot_values
     return [
         _plot_curves(read_rows(run_dir), directory / "curves.png"),
-        (_plot_uncertainty if "surest" in examples else _plot_values)(
-            examples, directory / "uncertainty.png"
-        ),
+        draw(examples, directory / "uncertainty.png"),
     ]
 
 
@@ -330,6 +332,33 @@ def _plot_values(examples: dict[str, Any], path: Path) -> Path:
         figure.supxlabel("target")
         figure.suptitle("test examples")
     figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path
+
+
+def _plot_fields(examples: dict[str, Any], path: Path) -> Path:
+    """Draw maps of each example: true, predicted, the error, and the standard deviation of the predictive."""
+    from matplotlib import pyplot as plt
+
+    y, mean = (examples[name].double().numpy() for name in ("y", "mean"))
+    variance = sum(examples[f"{part}_std"].double().numpy() ** 2 for part in ("aleatoric", "epistemic"))
+    error, std = abs(mean - y), variance**0.5
+    columns = (("true", y), ("predicted", mean), ("|error|", error), ("predictive std", std))
+    figure, panels = plt.subplots(
+        len(y), 4, figsize=(13, 2.6 * len(y)), layout="constrained", squeeze=False, sharex=True, sharey=True
+    )
+    values = {"vmin": min(y.min(), mean.min()), "vmax": max(y.max(), mean.max()), "cmap": "viridis"}
+    spreads = {"vmin": 0.0, "vmax": max(error.max(), std.max()), "cmap": "magma"}
+    for row, line in enumerate(panels):
+        for axes, (name, fields) in zip(line, columns):
+            scale = values if name in ("true", "predicted") else spreads
+            image = axes.imshow(fields[row], **scale)
+            if row == 0:
+                axes.set_title(name)
+            if axes is line[1] or axes is line[3]:
+                figure.colorbar(image, ax=axes)
+    figure.suptitle("test examples, first channel (units of y; both right columns on one scale)")
+    figure.savefig(path, dpi=110)
     plt.close(figure)
     return path
 

@@ -22,6 +22,9 @@ NUM_SHOWN_EXAMPLES = 12
 NUM_SHOWN_POINTS, NUM_SHOWN_TARGETS = 200, 256
 """Numbers: examples, evenly spread, and targets of each."""
 
+NUM_SHOWN_FIELDS, LEAST_FIELD = 3, 8
+"""Fields [channels, rows, columns]: examples, evenly spread; and rows and columns that make a field."""
+
 
 class ShownClasses:
     """The surest and the least sure examples of the job."""
@@ -80,9 +83,11 @@ class ShownClasses:
 class ShownValues:
     """Targets and predictive of evenly spread examples of the job, in units of y."""
 
+    num_shown = NUM_SHOWN_POINTS
+
     def __init__(self, comm: GridComm, dataset: ShardDataset):
         self.comm = comm
-        self._every = -(-len(dataset) // NUM_SHOWN_POINTS)
+        self._every = -(-len(dataset) // self.num_shown)
         self._seen: list[dict[str, Tensor]] = []
 
     def see(self, examples: Tensor, predictive: ValuePredictive, y: Tensor) -> None:
@@ -94,13 +99,16 @@ class ShownValues:
             "aleatoric_std": predictive.aleatoric_variance.sqrt(),
             "epistemic_std": predictive.epistemic_variance.sqrt(),
         }
-        shown = {
-            name: column[rows].flatten(1)[:, :NUM_SHOWN_TARGETS].cpu() for name, column in columns.items()
-        }
-        self._seen.append(shown)
+        self._seen.append({name: self._cut(column[rows]).cpu() for name, column in columns.items()})
+
+    def _cut(self, column: Tensor) -> Tensor:
+        return column.flatten(1)[:, :NUM_SHOWN_TARGETS]
 
     def gather(self) -> dict[str, Tensor]:
-        """Return the columns [n, targets] on rank 0, elsewhere nothing. Collective over the world."""
+        """Return the columns [n, targets], of fields [n, rows, columns], on rank 0, elsewhere nothing.
+
+        Collective over the world.
+        """
         mine = self._seen if self.comm.grid.sample_index == 0 else []
         parts = list(itertools.chain.from_iterable(self.comm.gather_objects(mine)))
         if self.comm.grid.rank != 0:
@@ -108,9 +116,21 @@ class ShownValues:
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
+class ShownFields(ShownValues):
+    """The same of a few examples that are fields [channels, rows, columns]: their first channel."""
+
+    num_shown = NUM_SHOWN_FIELDS
+
+    def _cut(self, column: Tensor) -> Tensor:
+        return column[:, 0]
+
+
 def shown_examples(
     likelihood: Likelihood, comm: GridComm, dataset: ShardDataset
 ) -> ShownClasses | ShownValues:
-    """Return what keeps the examples that suit a likelihood."""
-    kind = ShownValues if likelihood.num_classes is None else ShownClasses
-    return kind(comm, dataset)
+    """Return what keeps the examples that suit a likelihood and the targets."""
+    if likelihood.num_classes is not None:
+        return ShownClasses(comm, dataset)
+    shape = dataset.manifest.arrays["y"].shape
+    is_field = len(shape) == 3 and min(shape[1:]) >= LEAST_FIELD
+    return (ShownFields if is_field else ShownValues)(comm, dataset)

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.image import imread
 
-from hpc_bnn import write_shards
+from hpc_bnn import plots, write_shards
 from hpc_bnn.cli import main
 
 REPOSITORY = Path(__file__).parent.parent
@@ -147,3 +148,39 @@ def test_a_browser_shows_it(runs, tmp_path):
     title = done.stdout.partition("<title>")[2].partition("</title>")[0]
     num_pictures = len(check_page(path).loads)
     assert title == ",".join(["true"] * num_pictures)
+
+
+def test_fields_are_shown_as_maps(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    for_split = {
+        split: tuple(rng.normal(size=(2, n, 2, 9, 12)).astype(np.float32))
+        for split, n in (("train", 16), ("test", 7))
+    }
+    write_shards(tmp_path / "shards", for_split, name="fields", source="made here", licence="none")
+    drawn = {}
+    monkeypatch.setattr(plots, "_plot_fields", lambda examples, path: drawn.update(examples) or path)
+    arguments = {"patch": 3, "dim": 8, "depths": [1], "heads": [2], "window": [3, 2], "is_periodic": False}
+    flags = [
+        "--model.name",
+        "hpc_bnn.models.Swin",
+        "--model.arguments",
+        json.dumps(arguments),
+        "--num_epochs",
+        "1",
+    ]
+    flags += [
+        "--data.shards",
+        str(tmp_path / "shards"),
+        "--run_dir",
+        str(tmp_path / "run"),
+        "--num_samples",
+        "2",
+    ]
+    flags += ["--objective.name", "crps", "--num_test_samples", "3"]
+    assert main(["train", *flags]) == 0
+    assert drawn["y"].shape == drawn["mean"].shape == (3, 9, 12)
+    np.testing.assert_allclose(drawn["y"][1], for_split["test"][1][3, 0], atol=1e-5)  # every third
+    monkeypatch.undo()
+    picture = plots.write_plots(tmp_path / "run", drawn)[1]
+    height, width, _ = imread(picture).shape
+    assert width > 1.3 * height  # four maps in a row, three examples
