@@ -68,6 +68,20 @@ def build_parser() -> jsonargparse.ArgumentParser:
     )
     stage.add_argument("--clean", action="store_true", help="Remove DST from every node instead.")
     commands.add_subcommand("stage", stage)
+    doctor = Parser(
+        description="Look at the ranks of this job, test its sums, and name problems and remedies."
+    )
+    doctor.add_argument(
+        "--grid.sample_size",
+        type=int | None,
+        help="Extent of the sample axis (default: one that suits the job).",
+    )
+    doctor.add_argument("--device", type=str, default="auto", help="As for train (default: auto).")
+    doctor.add_argument("--json", type=str | None, help="File for all facts and measurements.")
+    doctor.add_argument(
+        "--seconds", type=float, default=120.0, help="Longest time of one step, before the job is ended."
+    )
+    commands.add_subcommand("doctor", doctor)
     return parser
 
 
@@ -106,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = parsed.subcommand
         options = parser.instantiate(parsed)[command]
         commands = {"train": _train, "evaluate": _evaluate, "predict": _predict}
-        commands |= {"report": _report, "verify": _verify, "stage": _stage}
+        commands |= {"report": _report, "verify": _verify, "stage": _stage, "doctor": _doctor}
         return commands[command](options, given)
 
     return run_and_report("hpc-bnn", work)
@@ -282,3 +296,9 @@ def _stage(options: jsonargparse.Namespace, given: set[str]) -> int:
             f"{staged.num_kept} kept"
         )
     return 0
+
+
+def _doctor(options: jsonargparse.Namespace, given: set[str]) -> int:
+    from .doctor import examine
+
+    return examine(options.grid.sample_size, options.device, options.json, options.seconds)
