@@ -44,7 +44,7 @@ KINDS = {
     "mpi_missing": Kind(
         "error",
         "MPI cannot be started",
-        "Several ranks need it.",
+        "Several ranks need it; one process needs none.",
         "Load the module of an MPI and install mpi4py for it; tools/setup.sh brings both without root",
     ),
     "horovod_missing": Kind(
@@ -416,7 +416,8 @@ def _cpus_of_node(node: list[RankFacts]) -> Iterator[Sight]:
         if load > worst.get(code, (1.0, None))[0]:
             worst[code] = (load, Sight(Problem(code, seen, values), node[0].host, example))
 
-    for cpus in {frozenset(r.cpus) for r in node} | {everywhere}:
+    sets = {frozenset(r.cpus) for r in node} | {everywhere}
+    for cpus in sorted(sets, key=lambda s: (-len(s), sorted(s))):  # of equal loads the widest is said
         inside = [r for r in node if cpus.issuperset(r.cpus)]
         if not cpus:
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import faulthandler
 import json
 import os
 import platform
@@ -22,7 +23,7 @@ import torch
 from . import __version__, comm
 from .atomic import write_atomically
 from .diagnosis import SEVERITIES, Problem, by_host, diagnose, has_errors, plural, ranges
-from .errors import CommunicationError, check_positive
+from .errors import CommunicationError, ConfigError, HpcBnnError, check_positive
 from .facts import RankFacts, collect, versions
 from .grid import Grid
 from .launcher import Launcher, launcher_of
@@ -33,8 +34,11 @@ AXES: tuple[comm.Axis, ...] = ("sample", "data", "world")
 SMALL_BYTES, LARGE_BYTES = 8, 16 * 2**20
 """What is summed for the latency and for the bandwidth."""
 
-MAX_REPETITIONS, MAX_SECONDS = 30, 2.0
-"""Bounds of one measurement, the slower of which counts; three repetitions are the least."""
+MAX_REPETITIONS, MAX_SECONDS = 30, 1.0
+"""A measurement ends at the first of both, but not before three repetitions."""
+
+GRACE_SECONDS = 5.0
+"""How long a rank with a fault waits for the others."""
 
 NUM_SHOWN_NODES = 8
 
@@ -181,14 +185,19 @@ def _try_the_grid(
     try:
         # The world by one set of its own: with the sets of the axes that is each set that training can use.
         grid_comm = comm.connect(grid.sample_size, device, reduction="world")
-    except CommunicationError as caught:
-        error = str(caught)
-    errors = [e for e in ranks.gather_objects(error) if e is not None]
+    except ConfigError:
+        raise
+    except Exception as caught:  # of Horovod many kinds
+        error = str(caught) if isinstance(caught, HpcBnnError) else first_line(caught)
+    errors = [e for e in _gather_from_all(ranks, error, watch) if e is not None]
     if errors:
         report.section("self-test", [("", "the grid does not start")])
         return [Problem("grid_failed", errors[0])], {}
     watch.step("self-test of the sums")
-    wrong = self_test(grid_comm, ranks)
+    mine = self_test(grid_comm)
+    wrong: dict[str, str] = {}
+    for theirs in _gather_from_all(ranks, mine, watch):
+        wrong = theirs | wrong  # the first rank that saw it
     verdicts = {axis: "wrong" if axis in wrong else "right on all ranks" for axis in AXES}
     report.section("self-test: sums over each axis", list(verdicts.items()))
     if wrong:
@@ -205,42 +214,44 @@ def _try_the_grid(
     return [], bandwidths
 
 
-def self_test(grid_comm: comm.GridComm, ranks: comm.GridComm) -> dict[str, str]:
-    """Return the axes whose sums are wrong on some rank, and what was seen there. Collective over the world.
+def self_test(grid_comm: comm.GridComm) -> dict[str, str]:
+    """Return the axes whose sums are wrong on this rank, and what was seen. Collective over the world.
 
     Each rank adds its number, the square of it, and 1: the sums tell which ranks took part.
-
-    Parameters
-    ----------
-    grid_comm : GridComm
-        Whose sums are tested.
-    ranks : GridComm
-        Brings the verdicts together, by other means.
     """
-    grid = grid_comm.grid
+    grid, place = grid_comm.grid, f"rank {grid_comm.grid.rank} on {socket.gethostname()}"
     groups = {"sample": grid.sample_group(), "data": grid.data_group(), "world": range(grid.world_size)}
-    mine = {}
+    wrong = {}
     for axis, group in groups.items():
-        summed = torch.tensor([grid.rank, grid.rank**2, 1], dtype=torch.float64).repeat(1000)
-        counted = torch.ones(3, dtype=torch.float32)
-        expected = torch.tensor([sum(group), sum(r**2 for r in group), len(group)], dtype=torch.float64)
-        summed, counted = summed.to(grid_comm.device), counted.to(grid_comm.device)
+        expected = [sum(group), sum(rank**2 for rank in group), len(group)]
+        numbers = torch.tensor([grid.rank, grid.rank**2, 1], dtype=torch.float64, device=grid_comm.device)
+        summed, counted = numbers.repeat(1000), torch.ones(3, device=grid_comm.device)
         try:
             grid_comm.sum_([summed, counted], axis)
         except Exception as error:
-            mine[axis] = f"rank {grid.rank} on {socket.gethostname()}: {first_line(error)}"
-            break  # the others may have failed elsewhere: no further collective
-        is_right = summed.cpu().equal(expected.repeat(1000)) and counted.cpu().eq(len(group)).all()
-        if not is_right:
-            seen = [int(number) for number in summed[:3].tolist()]
-            mine[axis] = (
-                f"rank {grid.rank} on {socket.gethostname()} got {seen} for the sum of rank, rank² and 1 over "
-                f"ranks {ranges(group)}, which is {[int(number) for number in expected.tolist()]}"
+            return wrong | {
+                axis: f"{place}: {first_line(error)}"
+            }  # no further collective: others may have failed
+        right = torch.tensor(expected, dtype=torch.float64).repeat(1000)
+        if not (summed.cpu().equal(right) and counted.cpu().eq(len(group)).all()):
+            seen = [*summed[:3].tolist(), *counted[:1].tolist()]
+            wrong[axis] = (
+                f"{place} got {seen} for rank, rank², 1 and 1 over ranks {ranges(group)}, "
+                f"which is {[*expected, len(group)]}"
             )
-    wrong: dict[str, str] = {}
-    for theirs in ranks.gather_objects(mine):
-        wrong = theirs | wrong  # the first rank that saw it
     return wrong
+
+
+def _gather_from_all(ranks: comm.GridComm, mine: Any, watch: Watch) -> list[Any]:
+    """Return what the ranks have after a step that can fail on one of them. Collective over the world.
+
+    A rank with a fault does not wait long for those that it left waiting: it says so and ends the job.
+    """
+    if not comm.wait_for_others(GRACE_SECONDS if mine else watch.seconds):
+        if mine:
+            print(f"hpc-bnn doctor: error: on one rank only: {mine}", file=sys.stderr, flush=True)
+        comm.abort(1)
+    return ranks.gather_objects(mine)
 
 
 def measure(grid_comm: comm.GridComm, axis: comm.Axis) -> Bandwidth:
@@ -282,15 +293,17 @@ class Watch:
 
     def __init__(self, seconds: float, report: Report):
         self.problems: list[Problem] = []
-        self._seconds, self._report = seconds, report
+        self.seconds, self._report = seconds, report
         self._timer: threading.Timer | None = None
 
     def step(self, doing: str) -> None:
         """Begin a step. Local."""
         self._stop()
-        self._timer = threading.Timer(self._seconds, self._end, (doing,))
+        self._timer = threading.Timer(self.seconds, self._end, (doing,))
         self._timer.daemon = True
         self._timer.start()
+        # A start of MPI that hangs lets no other thread of Python run.
+        faulthandler.dump_traceback_later(self.seconds + GRACE_SECONDS, exit=True)
 
     def __enter__(self) -> Watch:
         return self
@@ -299,12 +312,13 @@ class Watch:
         self._stop()
 
     def _stop(self) -> None:
+        faulthandler.cancel_dump_traceback_later()
         if self._timer is not None:
             self._timer.cancel()
 
     def _end(self, doing: str) -> None:
         place = f"rank {launcher_of(os.environ).rank} on {socket.gethostname()}"
-        hung = Problem("hung", f"{place}: {doing} for more than {self._seconds:g} s")
+        hung = Problem("hung", f"{place}: {doing} for more than {self.seconds:g} s")
         print(f"hpc-bnn doctor: error: {hung.seen}. {hung.remedy}", file=sys.stderr, flush=True)
         self._report.problems([hung, *self.problems])
         time.sleep(1.0)  # the other ranks say where they are

@@ -11,8 +11,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-_PARTS = ("cxx", "mpifh", "java", "usempi", "usempif08", "usempi_ignore_tkr", "fort")
-"""Libraries libmpi_* that belong to a libmpi and are none."""
+_PARTS = ("cxx", "mpifh", "java", "usempi", "gtl")
+"""Libraries libmpi_* that belong to a libmpi and are none; gtl is Cray's for GPUs."""
 
 
 @dataclass(frozen=True)
@@ -118,4 +118,4 @@ def first_line(error: BaseException) -> str:
 
 def _is_mpi(name: str) -> bool:
     found = re.match(r"libmpi(ch)?((_[a-z0-9_]+?)?)\.so(\.|$)", name)
-    return found is not None and found[2].lstrip("_") not in _PARTS
+    return found is not None and not found[2].lstrip("_").startswith(_PARTS)
