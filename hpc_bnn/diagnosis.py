@@ -68,7 +68,7 @@ KINDS = {
     "horovod_without_process_sets": Kind(
         "error",
         "A Horovod without process sets",
-        "Sums over one axis of the process grid need them; they came with Horovod 0.22.",
+        "Sums over one axis of the process grid need them; they came with Horovod 0.23.",
         "Install Horovod 0.28.1 with tools/install_horovod.sh",
     ),
     "mpi_threads": Kind(
@@ -170,7 +170,7 @@ KINDS = {
     "oversubscribed_threads": Kind(
         "warning",
         "More threads than CPUs",
-        "Threads push each other off the CPUs; steps take several times as long.",
+        "Threads push each other off the CPUs, and steps are slow.",
         "export OMP_NUM_THREADS={threads}, or give each rank more CPUs",
     ),
     "uneven_nodes": Kind(

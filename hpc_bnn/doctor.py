@@ -34,7 +34,7 @@ AXES: tuple[comm.Axis, ...] = ("sample", "data", "world")
 SMALL_BYTES, LARGE_BYTES = 8, 16 * 2**20
 """What is summed for the latency and for the bandwidth."""
 
-MAX_REPETITIONS, MAX_SECONDS = 30, 1.0
+MAX_REPETITIONS, MAX_SECONDS = 30, 0.5
 """A measurement ends at the first of both, but not before three repetitions."""
 
 GRACE_SECONDS = 5.0

@@ -172,6 +172,15 @@ def test_the_grid_of_the_test_fits_the_job(num_nodes, per_node):
     assert size == per_node if num_nodes > 1 else size * size <= per_node
 
 
+@pytest.mark.parametrize("num_ranks, size", [(1, 1), (2, 1), (4, 2), (7, 1), (12, 3), (16, 4)])
+def test_one_node_is_tested_as_a_square(num_ranks, size):
+    assert default_sample_size([RankFacts(rank=i) for i in range(num_ranks)]) == size
+
+
+def test_nodes_that_differ_are_tested_as_a_square():
+    assert default_sample_size([RankFacts(host=host) for host in "aaab"]) == 2
+
+
 @pytest.mark.parametrize(
     "environment, name, size, rank",
     [
@@ -226,6 +235,7 @@ def test_names_of_mpi_libraries():
     "group, files, limit",
     [
         ("0::/job/step", {"job/memory.max": "4096", "job/step/memory.max": "max"}, 4096),
+        ("0::/job/step", {"job/memory.max": "4096", "job/step/memory.max": "2048"}, 2048),
         ("0::/job", {"job/memory.max": "max"}, None),
         ("4:cpu,memory:/job", {"memory/job/memory.limit_in_bytes": "8192"}, 8192),
         ("4:memory:/job", {"memory/job/memory.limit_in_bytes": str(2**63 - 4096)}, None),
@@ -359,6 +369,7 @@ def test_a_step_that_does_not_end_is_named():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
     assert done.returncode == 1
     assert ": waiting for Godot for more than 1 s" in done.stderr
+    assert "Timeout" not in done.stderr  # faulthandler comes after it, where no thread of Python can run
     assert problems_in(done.stdout) == [("error", "hung")]
 
 
