@@ -102,8 +102,9 @@ def _examine(
         ranks = comm.connect_for_files()
     except CommunicationError as error:  # what it means, the facts will tell
         ranks, start_error = comm.GridComm(Grid()), str(error)
+        sample_size = None  # it is for the ranks that should be there
     world_size = ranks.grid.world_size
-    if start_error is None and sample_size is not None:
+    if sample_size is not None:
         Grid(world_size, sample_size)  # the same verdict on each rank
     comm.set_num_threads(ranks.local_size)  # as training does
     watch.step("looking at the ranks, importing Horovod")

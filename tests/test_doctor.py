@@ -313,7 +313,7 @@ def test_four_ranks(mpirun, tmp_path):
 
 def test_a_launcher_of_another_mpi():
     """Two processes as mpiexec of MPICH starts them: each is alone, one speaks, both fail."""
-    jobs = [start_alone(PMI_SIZE="2", PMI_RANK=str(rank)) for rank in range(2)]
+    jobs = [start_alone("--grid.sample_size", 2, PMI_SIZE="2", PMI_RANK=str(rank)) for rank in range(2)]
     (first, _), (second, _) = (job.communicate(timeout=100) for job in jobs)
     assert [job.returncode for job in jobs] == [1, 1]
     assert problems_in(first)[0] == ("error", "foreign_launcher") and "started 2 ranks (PMI_SIZE=2" in first
