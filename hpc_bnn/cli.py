@@ -18,7 +18,7 @@ from .atomic import write_atomically
 from .config import Config, config_of_run
 from .errors import ConfigError, DataError, HpcBnnError, check_all
 from .grid import Grid
-from .network import Network
+from .network import Network, read_network
 from .parsing import Parser, check_together
 
 if TYPE_CHECKING:
@@ -84,6 +84,7 @@ def build_parser() -> jsonargparse.ArgumentParser:
         text = f"{where} (default: measured, where this job has several ranks; otherwise assumed)."
         plan.add_argument(f"--{name}bandwidth", type=float | None, help=f"Bytes per second of a rank {text}")
         plan.add_argument(f"--{name}latency", type=float | None, help=f"Seconds of a message {text}")
+    plan.add_argument("--network", type=str | None, help="JSON of hpc-bnn doctor: its network, for both.")
     plan.add_argument("--output", type=str | None, help="JSON file to write as well.")
     plan.add_class_arguments(Config, fail_untyped=True)
     commands.add_subcommand("plan", plan)
@@ -95,6 +96,20 @@ def build_parser() -> jsonargparse.ArgumentParser:
     )
     stage.add_argument("--clean", action="store_true", help="Remove DST from every node instead.")
     commands.add_subcommand("stage", stage)
+    doctor = Parser(
+        description="Look at the ranks of this job, test its sums, and name problems and remedies."
+    )
+    doctor.add_argument(
+        "--grid.sample_size",
+        type=int | None,
+        help="Extent of the sample axis (default: one that suits the job).",
+    )
+    doctor.add_argument("--device", type=str, default="auto", help="As for train (default: auto).")
+    doctor.add_argument("--json", type=str | None, help="File for all facts and measurements.")
+    doctor.add_argument(
+        "--seconds", type=float, default=120.0, help="Longest time of one step, before the job is ended."
+    )
+    commands.add_subcommand("doctor", doctor)
     return parser
 
 
@@ -133,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = parsed.subcommand
         options = parser.instantiate(parsed)[command]
         commands = {"train": _train, "evaluate": _evaluate, "predict": _predict}
-        commands |= {"report": _report, "verify": _verify, "stage": _stage, "plan": _plan}
+        commands |= {"report": _report, "verify": _verify, "stage": _stage, "plan": _plan, "doctor": _doctor}
         return commands[command](options, given)
 
     return run_and_report("hpc-bnn", work)
@@ -224,12 +239,13 @@ def _plan(options: jsonargparse.Namespace, given: set[str]) -> int:
     from .plan import ASSUMED_BETWEEN, ASSUMED_WITHIN, describe, plan_here
 
     config = _make_config(options, given)
+    measured = read_network(options.network) if options.network is not None else None
     plan = plan_here(
         config,
         options.ranks,
         options.ranks_per_node,
-        between=_network(options.bandwidth, options.latency, ASSUMED_BETWEEN),
-        within=_network(options.node_bandwidth, options.node_latency, ASSUMED_WITHIN),
+        between=_network(options.bandwidth, options.latency, measured, ASSUMED_BETWEEN),
+        within=_network(options.node_bandwidth, options.node_latency, measured, ASSUMED_WITHIN),
         memory_bytes=options.memory,
         flops=options.flops,
     )
@@ -240,9 +256,13 @@ def _plan(options: jsonargparse.Namespace, given: set[str]) -> int:
     return 0
 
 
-def _network(bandwidth: float | None, latency: float | None, assumed: Network) -> Network | None:
+def _network(
+    bandwidth: float | None, latency: float | None, measured: Network | None, assumed: Network
+) -> Network | None:
+    """Return the network that the flags say, or None."""
     if bandwidth is None and latency is None:
-        return None
+        return measured
+    assumed = measured or assumed
     return Network(bandwidth or assumed.bandwidth, latency or assumed.latency)
 
 
@@ -350,3 +370,9 @@ def _stage(options: jsonargparse.Namespace, given: set[str]) -> int:
             f"{staged.num_kept} kept"
         )
     return 0
+
+
+def _doctor(options: jsonargparse.Namespace, given: set[str]) -> int:
+    from .doctor import examine
+
+    return examine(options.grid.sample_size, options.device, options.json, options.seconds)

@@ -33,6 +33,7 @@ import torch
 from .compression import Compression, decode, encode, encoded_bytes
 from .errors import CommunicationError, ConfigError, Fault, HpcBnnError, RankError
 from .grid import Grid, share
+from .launcher import launcher_of
 
 logger = logging.getLogger(__name__)
 
@@ -680,7 +681,7 @@ def connect(
     node = _split_by_node(mpi)
     local_rank, local_size = node.rank, node.size
     node.Free()
-    _set_num_threads(local_size)
+    set_num_threads(local_size)
     device = _agree_on_device(world, device, local_rank)
     comm = HorovodComm(grid, device, reduction, compression, mpi=mpi, hvd=hvd, node_size=node_size)
     _check_one_rank_per_gpu(comm)
@@ -768,7 +769,7 @@ def abort(code: int) -> None:
 
 def launched_rank() -> int:
     """World rank of this process by the launcher's environment; 0 without a launcher. Local, no MPI."""
-    return _first_number("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID", "PALS_RANKID")
+    return launcher_of(os.environ).rank
 
 
 def choose_device(requested: str, local_rank: int, num_visible: int) -> torch.device:
@@ -808,21 +809,9 @@ def choose_device(requested: str, local_rank: int, num_visible: int) -> torch.de
 # --- looking around ------------------------------------------------------------------------------------
 
 
-def _first_number(*names: str, default: int = 0) -> int:
-    return next((int(os.environ[name]) for name in names if os.environ.get(name, "").isdigit()), default)
-
-
-def _launched_ranks() -> int:
-    """Ranks that the launcher says it started; 1 without a launcher."""
-    names = ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE"]
-    if os.environ.get("SLURM_STEP_ID", "").isdigit() and "SLURM_PROCID" in os.environ:
-        names.append("SLURM_STEP_NUM_TASKS")
-    return _first_number(*names, default=1)
-
-
 def _start_mpi():
     """Import and thereby start mpi4py.MPI; None where there is none and one process needs none."""
-    launched = _launched_ranks()
+    launched = launcher_of(os.environ).size or 1
     _be_gentle_when_oversubscribed()
     # Shared memory needs no network; Open MPI's UCX prints an error for each window where it has no device.
     os.environ.setdefault("OMPI_MCA_osc", "^ucx")
@@ -849,13 +838,12 @@ def _be_gentle_when_oversubscribed() -> None:
     Horovod adds a thread to each rank; with spinning waits the two fight for the core (measured on two
     ranks and two cores: a training step of 31 ms instead of 5 ms).
     """
-    local_size = _first_number("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", default=1)
-    if local_size >= (os.cpu_count() or 1):
+    if (launcher_of(os.environ).local_size or 1) >= (os.cpu_count() or 1):
         os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
 
 
-def _set_num_threads(local_size: int) -> None:
-    """Share the cores among the ranks of a node, unless the user has set OMP_NUM_THREADS."""
+def set_num_threads(local_size: int) -> None:
+    """Share the cores among the ranks of a node, unless the user has set OMP_NUM_THREADS. Local."""
     if "OMP_NUM_THREADS" not in os.environ:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         total = os.cpu_count() or 1

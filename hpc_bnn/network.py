@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from typing import Literal
 
 import torch
 
-from .comm import GridComm
+from .comm import Axis, GridComm
+from .errors import ConfigError, Fault
 
 Operation = Literal["all-reduce", "reduce-scatter", "all-gather"]
 
@@ -46,27 +49,55 @@ class Network:
         return 2 * one_way if operation == "all-reduce" else one_way
 
 
-def measure_network(comm: GridComm, num_rounds: int = 10) -> Network:
-    """Return what sums over the world say of the network. Collective over the world, of two ranks or more.
+SMALL_BYTES, LARGE_BYTES = 8, 16 * 2**20
+"""What is summed for the latency and for the bandwidth."""
 
-    The latency from the smallest sums, the bandwidth from what 16 MiB cost above 4 MiB; medians of the slowest rank, after
-    two rounds to warm up.
-    """
-    ranks = comm.grid.world_size
-    small, medium, large = (_median_seconds(comm, size, num_rounds) for size in (2**10, 2**22, 2**24))
-    traffic = 2 * (ranks - 1) / ranks * (2**24 - 2**22)
-    return Network(
-        bandwidth=traffic / max(large - medium, 1e-9), latency=max(small, 1e-8) / (2 * math.log2(ranks))
-    )
+MAX_REPETITIONS, MAX_SECONDS = 30, 0.5
+"""A measurement ends at the first of both, but not before three repetitions."""
 
 
-def _median_seconds(comm: GridComm, num_bytes: int, num_rounds: int) -> float:
-    flat, seconds = torch.zeros(num_bytes // 4, device=comm.device), []
-    for _ in range(num_rounds + 2):
+def measure_network(comm: GridComm) -> Network:
+    """Return what sums over the world say of the network. Collective over the world, of two ranks or more."""
+    small, large = (seconds_of_sum(comm, "world", num_bytes) for num_bytes in (SMALL_BYTES, LARGE_BYTES))
+    return network_of_sums(small, large, comm.grid.world_size)
+
+
+def network_of_sums(small_seconds: float, large_seconds: float, num_ranks: int) -> Network:
+    """Return the network on which sums of `SMALL_BYTES` and of `LARGE_BYTES` over some ranks take so long. Local."""
+    traffic = 2 * (num_ranks - 1) / num_ranks * LARGE_BYTES
+    latency = max(small_seconds, 1e-8) / (2 * math.log2(num_ranks))
+    return Network(bandwidth=traffic / max(large_seconds - small_seconds, 1e-9), latency=latency)
+
+
+def seconds_of_sum(comm: GridComm, axis: Axis, num_bytes: int) -> float:
+    """Return the median time of a sum over an axis on the slowest rank. Collective over the world."""
+    buffer = torch.zeros(num_bytes // 4, dtype=torch.float32, device=comm.device)
+
+    def once() -> float:
         comm.barrier()
         start = time.perf_counter()
-        comm.sum_(flat)
-        if flat.is_cuda:
-            torch.cuda.synchronize(flat.device)
-        seconds.append(time.perf_counter() - start)
-    return median(max(times) for times in zip(*comm.gather_objects(seconds[2:])))
+        comm.sum_(buffer, axis)
+        if buffer.is_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    warm = [once() for _ in range(3)]  # the first negotiates and allocates
+    slowest = max(comm.gather_objects(warm[-1]))
+    repetitions = max(3, min(MAX_REPETITIONS, int(MAX_SECONDS / max(slowest, 1e-9))))
+    return max(comm.gather_objects(median(once() for _ in range(repetitions))))
+
+
+def read_network(path: str) -> Network:
+    """Return what ``hpc-bnn doctor --json`` measured over the world. Local.
+
+    Raises
+    ------
+    ConfigError
+        The file cannot be read, or holds no measurement.
+    """
+    try:
+        return Network(**json.loads(Path(path).read_text())["network"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        rule = f"it holds no network ({type(error).__name__}: {error})"
+        remedy = "Write it with mpirun -np 2 hpc-bnn doctor --json FILE, on two ranks or more"
+        raise ConfigError(Fault("--network", path, rule, remedy)) from error

@@ -172,6 +172,12 @@ def test_plan_prints_every_grid_and_writes_json(digits, capsys, tmp_path):
     assert f"Take --grid.sample_size {plan['best']['sample_size']}" in printed and "<-- best" in printed
     for row in plan["rows"]:
         assert row["compute_seconds"] > 0 and row["reduce_seconds"] > 0
+    facts = tmp_path / "facts.json"
+    facts.write_text(json.dumps({"network": {"bandwidth": 3e9, "latency": 7e-6}}))
+    assert main([*flags, "--ranks", "2", "--flops", "1e9", "--network", str(facts)]) == 0
+    assert capsys.readouterr().out.count("3 GB/s and 7 µs") == 2
+    assert main([*flags, "--ranks", "2", "--network", str(output)]) == 2
+    assert "hpc-bnn doctor --json" in capsys.readouterr().err
     assert main([*flags, "--ranks", "0", "--memory", "-1"]) == 2
     refused = capsys.readouterr().err
     assert "--ranks 0" in refused and "--memory -1" in refused
