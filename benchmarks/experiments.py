@@ -50,7 +50,7 @@ EXPERIMENTS = {
     "load": Experiment(
         "configs/load_mlp_dropout.yaml",
         "timeseries.py --source {data}/electricity_load/opsd_de_2019_60min.csv --targets DE_load_actual_entsoe_transparency "
-        "--window 504 --horizon 168 --calendar hour weekday yearday --output data/opsd_de",
+        "--window 504 --horizon 168 --calendar hour weekday yearday --changes 168 --output data/opsd_de",
         {
             "MC dropout": "",
             "deterministic": f"{DETERMINISTIC} --model.arguments.dropout 0",

@@ -4,7 +4,7 @@
 An example is a window of the rows in order: x [channels, window] holds the history of the targets, then of the
 features, then of the calendar; y [targets, horizon] holds the targets of the rows that follow. The rows are cut into
 train, validation and test by time; a window lies wholly inside one of them. Only the training split is strided. With
---changes y holds the targets less their newest value of the history.
+--changes y holds the targets less their newest value of the history, with --changes 24 less that of the same hour.
 
 The rows have one time each, in order, at a constant step. Times with an offset become UTC; times without are taken as
 they stand. The calendar is sine and cosine of hour/24 (with minutes), of weekday/7 (Monday 0), and of day of the year
@@ -23,10 +23,11 @@ windows:
   python data_prep/timeseries.py --source ETTh1.csv --targets OT --features all --window 96 --horizon 24 \\
       --changes --split-rows 8640 2880 2880 --output data/ETTh1
 
-21 days of Germany's load and of the calendar -> its load of the next 7 days; 4,585 / 1,081 / 1,081 windows:
+21 days of Germany's load and of the calendar -> its load of the next 7 days, as changes since the week before; 4,585 /
+1,081 / 1,081 windows:
 
   python data_prep/timeseries.py --source opsd_de_2019_60min.csv --targets DE_load_actual_entsoe_transparency \\
-      --window 504 --horizon 168 --calendar hour weekday yearday --output data/opsd_de
+      --window 504 --horizon 168 --calendar hour weekday yearday --changes 168 --output data/opsd_de
 """
 
 import argparse
@@ -293,7 +294,8 @@ def cut_windows(series: Series, starts: np.ndarray, options: argparse.Namespace)
         x = series.values[rows[:, :window]]
         y = series.values[rows[:, window:], :num_targets]
         if options.changes:
-            y = y - x[:, -1:, :num_targets]
+            known = window - options.changes + np.arange(horizon) % options.changes
+            y = y - x[:, known, :num_targets]
         return x.swapaxes(1, 2), y.swapaxes(1, 2)
 
     return common.Examples(len(starts), read)
@@ -306,6 +308,14 @@ def prepare(options: argparse.Namespace, comm: GridComm) -> None:
     for flag in ("window", "horizon", "stride"):
         value = getattr(options, flag)
         common.check(f"--{flag}", value, value >= 1, "must be at least 1", "Try 1")
+    rule = f"a season must lie within the history, 0 to {options.window} rows"
+    common.check(
+        "--changes",
+        options.changes,
+        0 <= options.changes <= options.window,
+        rule,
+        "Use less, or a longer --window",
+    )
     with comm.agree(f"reading {options.source}"):
         sums = common.checksums(options.source)
         series = read_series(options)
@@ -370,8 +380,13 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add(
         "--changes",
-        action="store_true",
-        help="y as changes since the newest row of the history: easier to learn where the level drifts",
+        type=int,
+        nargs="?",
+        const=1,
+        default=0,
+        metavar="N",
+        help="y as changes since the newest known row of the same phase of a season of N rows (without N 1: since the newest "
+        "row); easier to learn where the level drifts or repeats",
     )
     common.add_fractions(parser, validation=0.2, test=0.2)
     add(

@@ -133,9 +133,19 @@ def test_changes_are_since_the_newest_row_of_the_history(tmp_path):
     for split, (x, y) in levels.items():
         np.testing.assert_array_equal(changes[split][0], x)
         np.testing.assert_array_equal(changes[split][1], y - x[:, : y.shape[1], -1:])
-    assert manifest.details["changes"] is True and np.ptp(levels["train"][1]) > 2 * np.ptp(
-        changes["train"][1]
-    )
+    assert manifest.details["changes"] == 1 and np.ptp(levels["train"][1]) > 2 * np.ptp(changes["train"][1])
+
+
+def test_changes_of_a_season_are_since_the_same_phase(tmp_path):
+    source = write_series(tmp_path / "s.csv")
+    flags = (*SMALL, "--window", 6, "--horizon", 5, "--changes", 2)
+    _, levels = prepare(timeseries, source, tmp_path / "levels", *flags[:-2])
+    _, changes = prepare(timeseries, source, tmp_path / "changes", *flags)
+    x, y = levels["train"]
+    known = x[:, : y.shape[1]][..., [4, 5, 4, 5, 4]]
+    np.testing.assert_array_equal(changes["train"][1], y - known)
+    with pytest.raises(ConfigError, match="--changes 7: a season must lie within the history"):
+        prepare(timeseries, source, tmp_path / "more", *flags[:-1], 7)
 
 
 def test_windows_lie_inside_one_split_and_only_training_is_strided(tmp_path):
