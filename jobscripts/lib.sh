@@ -19,8 +19,10 @@
 #   HPC_BNN_TIME_LIMIT      seconds of the job, where the scheduler sends   (default: none)
 #                           no signal before its time limit
 #   HPC_BNN_STOP_SECONDS    so long before it training stops                (default: 300)
+#   HPC_BNN_STAGE           shard directory to copy to every node first     (default: none)
 #
-# A script calls, in this order: hpc_bnn_environment; hpc_bnn_stage, hpc_bnn_train or hpc_bnn_evaluate; hpc_bnn_end STATUS.
+# A script calls hpc_bnn_job CONFIG [FLAGS]; or, in this order, hpc_bnn_environment, hpc_bnn_stage, hpc_bnn_train or
+# hpc_bnn_evaluate, and hpc_bnn_end STATUS.
 
 hpc_bnn_say() { echo "hpc_bnn: $*" >&2; }
 
@@ -61,8 +63,10 @@ hpc_bnn_environment() {
         return 2
     fi
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
-    export SRUN_CPUS_PER_TASK=${SRUN_CPUS_PER_TASK:-${SLURM_CPUS_PER_TASK:-1}} # srun does not take it from sbatch
-    export HDF5_USE_FILE_LOCKING=${HDF5_USE_FILE_LOCKING:-FALSE}               # parallel file systems
+    if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then # srun does not take it from sbatch
+        export SRUN_CPUS_PER_TASK=${SRUN_CPUS_PER_TASK:-$SLURM_CPUS_PER_TASK}
+    fi
+    export HDF5_USE_FILE_LOCKING=${HDF5_USE_FILE_LOCKING:-FALSE} # parallel file systems
     python -c 'import importlib.util as u, sys; sys.exit(not (u.find_spec("hpc_bnn") and u.find_spec("mpi4py")))' || {
         hpc_bnn_say "$(command -v python || echo 'no python') has no hpc_bnn or no mpi4py: set HPC_BNN_MODULES or HPC_BNN_VENV"
         return 2
@@ -124,6 +128,9 @@ hpc_bnn_launch() {
         [ -n "$is_interrupted" ] || break
     done
     trap 'hpc_bnn_stop_received=1' USR1
+    if [ "$status" != 0 ] && [ "$1" != train ] && [ -n "$hpc_bnn_stop_received" ]; then
+        status=75 # LSF signals the ranks as well: what they had begun is to be done again
+    fi
     return "$status"
 }
 
@@ -153,6 +160,14 @@ hpc_bnn_stage() {
     local shards=${1:?a shard directory is needed, such as data/digits}
     hpc_bnn_staged=${HPC_BNN_LOCAL_DIR:-${TMPDIR:-/tmp}}/hpc_bnn-$hpc_bnn_job/$(basename "$shards")
     hpc_bnn_launch stage "$shards" "$hpc_bnn_staged"
+}
+
+# hpc_bnn_job CONFIG [FLAGS]: train from beginning to end, from the storage of the nodes where HPC_BNN_STAGE names shards.
+hpc_bnn_job() {
+    hpc_bnn_environment || exit
+    if [ -n "${HPC_BNN_STAGE:-}" ]; then hpc_bnn_stage "$HPC_BNN_STAGE" || hpc_bnn_end $?; fi
+    hpc_bnn_train "$@"
+    hpc_bnn_end $?
 }
 
 # Refuse a sample group that would lie across nodes: its ranks exchange more often than the data groups do.
@@ -198,9 +213,10 @@ hpc_bnn_end() {
 hpc_bnn_requeue() {
     case $hpc_bnn_scheduler in
         slurm) scontrol requeue "$SLURM_JOB_ID" ;;
-        pbs) # qrerun is for operators: the same script again, for the same run
+        pbs) # qrerun is for operators: the same script again, with the same variables, for the same run
             echo $(($1 + 1)) >"$HPC_BNN_RUN_DIR.requeues"
-            qsub -v "HPC_BNN_RUN_DIR=$HPC_BNN_RUN_DIR" "${HPC_BNN_SCRIPT:?the script for qsub}" ;;
+            export HPC_BNN_RUN_DIR
+            qsub -v "$(compgen -e HPC_BNN_ | paste -sd, -)" "${HPC_BNN_SCRIPT:?the script for qsub}" ;;
         lsf) echo $(($1 + 1)) >"$HPC_BNN_RUN_DIR.requeues" ;; # by #BSUB -Q 75
         *) return 1 ;;
     esac
