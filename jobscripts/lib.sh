@@ -83,8 +83,11 @@ hpc_bnn_choose_launcher() {
         if [ $hpc_bnn_scheduler = slurm ]; then launcher=srun; else launcher=mpirun; fi
     fi
     case $launcher in
-        srun) # a rank that fails ends the job; block placement keeps a sample group inside a node
-            hpc_bnn_launch_line=(srun --kill-on-bad-exit=1 --distribution=block)
+        srun)
+            # A rank that fails ends the job: at once by PMIx and mpi4py, a minute after the first one that left otherwise. Not
+            # --kill-on-bad-exit=1: where all ranks leave with code 75 it kills those that are last, and the job's code is 143.
+            # Block placement keeps a sample group inside a node.
+            hpc_bnn_launch_line=(srun --kill-on-bad-exit=0 --wait=60 --distribution=block)
             if [ -z "$mpi" ] && srun --mpi=list 2>&1 | grep -qw pmix; then mpi=pmix; fi
             if [ "${mpi:-site}" != site ]; then hpc_bnn_launch_line+=("--mpi=$mpi"); fi
             ;;

@@ -5,12 +5,12 @@
 #     export SLURM_CONF=DIR/slurm.conf; sinfo; sbatch ...
 #     tools/slurm.sh stop DIR       ends every daemon that start began, and nothing else
 #
-# NODES=2, CPUS=4 (per node). Ports, munge key and socket are its own, so that a Slurm of the machine is not touched.
+# NODES=2, CPUS=4 (per node). WITH_PID=PID: stop as well when that process ends. Exit code 3: something is not installed. Ports, munge key and socket are its own, so that a Slurm of the machine is not touched.
 # Each node has a host name of its own (n1, n2) and its own storage at DIR/local, which MPI and staging see as on a cluster;
 # where the machine does not allow that (unshare), start says so. Every wait is bounded.
 set -euo pipefail
 
-fail() { echo "slurm.sh: $1" >&2; exit 1; }
+fail() { echo "slurm.sh: $1" >&2; exit "${2:-1}"; }
 
 free_ports() {
     python3 -c 'import socket, sys
@@ -80,9 +80,9 @@ start_node() { # N: with a host name, storage and shared memory of its own where
 }
 
 start() {
-    [ "$(id -u)" = 0 ] || fail "root is needed: slurmd starts jobs for other users"
+    [ "$(id -u)" = 0 ] || fail "root is needed: slurmd starts jobs for other users" 3
     for program in munged slurmctld slurmd sbatch; do
-        command -v $program >/dev/null || fail "$program is missing: apt install --no-install-recommends slurm-wlm munge libpmix-dev"
+        command -v $program >/dev/null || fail "$program is missing: apt install --no-install-recommends slurm-wlm munge libpmix-dev" 3
     done
     [ ${#dir} -le 80 ] || fail "$dir: too long for the name of a socket; take one of at most 80 characters"
     [ ! -e "$dir/slurm.conf" ] || fail "$dir holds a Slurm already: tools/slurm.sh stop $dir"
@@ -104,8 +104,13 @@ start() {
     wait_until 30 "$nodes idle nodes" sh -c "[ \"\$(sinfo -h -N -t idle -o %N | wc -l)\" = $nodes ]"
     # slurmd goes on without it, and the first srun then waits for ever
     if grep -q 'can not load PMIx' "$dir"/slurmd-*.log; then
-        echo "slurm.sh: srun --mpi=pmix finds no libpmix.so: apt install --no-install-recommends libpmix-dev" >&2
-        false
+        stop
+        fail "srun --mpi=pmix finds no libpmix.so: apt install --no-install-recommends libpmix-dev" 3
+    fi
+    if [ -n "${WITH_PID:-}" ]; then
+        setsid sh -c 'while kill -0 "$1" 2>/dev/null; do sleep 1; done; rm -f "$3/watch.pid"; "$2" stop "$3"' \
+            sh "$WITH_PID" "$(realpath "$0")" "$dir" >/dev/null 2>&1 &
+        echo $! >"$dir/watch.pid"
     fi
     echo "export SLURM_CONF=$dir/slurm.conf"
 }
@@ -116,11 +121,11 @@ stop() {
         SLURM_CONF=$dir/slurm.conf timeout 5 scancel --partition=gpu 2>/dev/null || true
         wait_until 8 "end of the jobs" sh -c "[ -z \"\$(SLURM_CONF=$dir/slurm.conf timeout 3 squeue -h)\" ]" || true
     fi
-    for file in "$dir"/slurmd-*.pid "$dir/slurmctld.pid" "$dir/munged.pid"; do
+    for file in "$dir/watch.pid" "$dir"/slurmd-*.pid "$dir/slurmctld.pid" "$dir/munged.pid"; do
         [ -e "$file" ] || continue
         pid=$(cat "$file")
         # A pid file may outlive its process and name another one
-        case $(cat "/proc/$pid/comm" 2>/dev/null) in slurm* | munged) ;; *) continue ;; esac
+        case $(cat "/proc/$pid/comm" 2>/dev/null) in slurm* | munged | sh) ;; *) continue ;; esac
         kill "$pid" 2>/dev/null || true
         wait_until 5 "end of $file" sh -c "! kill -0 $pid" || kill -9 "$pid" 2>/dev/null || true
         rm -f "$file"
