@@ -18,7 +18,7 @@ from conftest import REPOSITORY, launch_environment
 SCRIPTS = REPOSITORY / "jobscripts"
 CONFIG = REPOSITORY / "configs/digits.yaml"
 LONG = ("--num_epochs", "100000")
-EPOCHS = ("--num_epochs", "20")
+EPOCHS = ("--num_epochs", "10")
 """Long enough to be stopped after the first epoch, before the end."""
 
 
@@ -122,7 +122,7 @@ def jobs(cluster, digits):
     names["limited"] = cluster.submit(
         "requeue.sbatch", CONFIG, *data, "--max_seconds", 1e-9, nodes=1, HPC_BNN_MAX_REQUEUES="1"
     )
-    names["wrong"] = cluster.submit("requeue.sbatch", CONFIG, *data, "--num_epochs", 0, tasks=2)
+    names["wrong"] = cluster.submit("requeue.sbatch", CONFIG, *data, "--num_epochs", 0, nodes=1)
     return names
 
 

@@ -108,6 +108,7 @@ start() {
         fail "srun --mpi=pmix finds no libpmix.so: apt install --no-install-recommends libpmix-dev" 3
     fi
     if [ -n "${WITH_PID:-}" ]; then
+        # shellcheck disable=SC2016  # expanded by that sh
         setsid sh -c 'while kill -0 "$1" 2>/dev/null; do sleep 1; done; rm -f "$3/watch.pid"; "$2" stop "$3"' \
             sh "$WITH_PID" "$(realpath "$0")" "$dir" >/dev/null 2>&1 &
         echo $! >"$dir/watch.pid"
@@ -115,24 +116,36 @@ start() {
     echo "export SLURM_CONF=$dir/slurm.conf"
 }
 
+is_ours() { # PID
+    tr '\0' '\n' 2>/dev/null <"/proc/$1/environ" | grep -qx "SLURM_CONF=$dir/slurm.conf"
+}
+
+end_daemons() { # PIDFILE...
+    local file pid
+    local -A pids=()
+    for file in "$@"; do
+        [ -e "$file" ] || continue
+        pid=$(cat "$file")
+        if is_ours "$pid"; then pids[$file]=$pid; else rm -f "$file"; fi # it may have outlived its process
+    done
+    for pid in "${pids[@]}"; do kill "$pid" 2>/dev/null || true; done
+    for file in "${!pids[@]}"; do
+        pid=${pids[$file]}
+        wait_until 5 "end of $file" sh -c "! kill -0 $pid" || kill -9 "$pid" 2>/dev/null || true
+        rm -f "$file"
+    done
+}
+
 stop() {
-    local pid file
+    local file
     if [ -e "$dir/slurm.conf" ] && [ -e "$dir/slurmctld.pid" ]; then # the jobs first: slurmd leaves them running
         SLURM_CONF=$dir/slurm.conf timeout 5 scancel --partition=gpu 2>/dev/null || true
         wait_until 8 "end of the jobs" sh -c "[ -z \"\$(SLURM_CONF=$dir/slurm.conf timeout 3 squeue -h)\" ]" || true
     fi
-    for file in "$dir/watch.pid" "$dir"/slurmd-*.pid "$dir/slurmctld.pid" "$dir/munged.pid"; do
-        [ -e "$file" ] || continue
-        pid=$(cat "$file")
-        # A pid file may outlive its process and name another one
-        case $(cat "/proc/$pid/comm" 2>/dev/null) in slurm* | munged | sh) ;; *) continue ;; esac
-        kill "$pid" 2>/dev/null || true
-        wait_until 5 "end of $file" sh -c "! kill -0 $pid" || kill -9 "$pid" 2>/dev/null || true
-        rm -f "$file"
-    done
+    end_daemons "$dir/watch.pid" "$dir"/slurmd-*.pid "$dir/slurmctld.pid"
+    end_daemons "$dir/munged.pid" # last: the others talk through it
     for file in /proc/[0-9]*; do # steps whose slurmd is gone
-        if [ "$(cat "$file/comm" 2>/dev/null)" = slurmstepd ] &&
-            tr '\0' '\n' <"$file/environ" 2>/dev/null | grep -qx "SLURM_CONF=$dir/slurm.conf"; then
+        if [ "$(cat "$file/comm" 2>/dev/null)" = slurmstepd ] && is_ours "${file#/proc/}"; then
             kill -9 "${file#/proc/}" 2>/dev/null || true
         fi
     done
