@@ -81,8 +81,10 @@ class Cluster:
     def wait_for(self, path: Path, job, seconds=100) -> None:
         end = time.time() + seconds
         while not path.exists():
-            assert time.time() < end, self.output(job)
-            time.sleep(0.05)
+            (task,) = self.show(job)
+            is_alive = task["JobState"] in ("PENDING", "RUNNING")
+            assert is_alive and time.time() < end, (task["JobState"], self.output(job))
+            time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")
@@ -206,6 +208,43 @@ def test_requeues_are_limited_and_the_exit_code_is_the_programs(cluster, jobs):
     assert "HPC_BNN_MAX_REQUEUES allows no more" in cluster.output(jobs["limited"])
     assert cluster.ended(jobs["wrong"]) == ("FAILED", "2:0", "0"), cluster.output(jobs["wrong"])
     assert cluster.output(jobs["wrong"]).count("--num_epochs 0") == 1
+
+
+STOPPING = """
+import os, signal, sys, time
+from mpi4py import MPI
+rank, stopped = MPI.COMM_WORLD.rank, []
+for number in (signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(number, lambda *_: stopped.append(1))
+open(f"ready-{rank}", "w").close()
+while not stopped: time.sleep(0.05)
+MPI.Finalize()
+for number in (signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(number, signal.SIG_DFL)
+time.sleep(2 * rank)
+os._exit(75)
+"""
+"""In the place of hpc_bnn: ranks that leave in order, but not in the same moment."""
+
+
+@pytest.mark.parametrize("how", ["signalled", "cancelled"])
+def test_ranks_that_leave_one_after_another(cluster, tmp_path, how):
+    """Signalled, the job's code is theirs; cancelled, it is not requeued, although they leave with code 75."""
+    (tmp_path / "hpc_bnn").mkdir()
+    (tmp_path / "hpc_bnn/__init__.py").touch()
+    (tmp_path / "hpc_bnn/__main__.py").write_text(STOPPING)
+    limit = "0" if how == "signalled" else "3"
+    there = (f"--chdir={tmp_path}", f"--output={cluster.work}/hpc_bnn_%j.out")
+    job = cluster.submit("requeue.sbatch", CONFIG, options=there, HPC_BNN_MAX_REQUEUES=limit)
+    for rank in (0, 1):
+        cluster.wait_for(tmp_path / f"ready-{rank}", job)
+    if how == "signalled":
+        cluster.run("scancel", "--batch", "--signal=USR1", job)
+        assert cluster.ended(job) == ("FAILED", "75:0", "0"), cluster.output(job)
+    else:
+        cluster.run("scancel", job)
+        (task,) = cluster.wait(job)
+        assert (task["JobState"], task["Restarts"]) == ("CANCELLED", "0"), cluster.output(job)
 
 
 def test_a_script_far_from_the_repository_says_so(cluster):
