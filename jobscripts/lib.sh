@@ -147,7 +147,12 @@ hpc_bnn_train() {
     local flags=(--grid.sample_size "$sample_size" --run_dir "$HPC_BNN_RUN_DIR" --resume "${HPC_BNN_RESUME:-true}")
     if [ -n "${hpc_bnn_staged:-}" ]; then flags+=(--data.shards "$hpc_bnn_staged"); fi
     if [ -n "${HPC_BNN_TIME_LIMIT:-}" ]; then
-        flags+=(--max_seconds "$((HPC_BNN_TIME_LIMIT - ${HPC_BNN_STOP_SECONDS:-300} - SECONDS))")
+        local left=$((HPC_BNN_TIME_LIMIT - ${HPC_BNN_STOP_SECONDS:-300} - SECONDS))
+        if [ "$left" -le 0 ]; then
+            hpc_bnn_say "HPC_BNN_TIME_LIMIT $HPC_BNN_TIME_LIMIT: no time is left after $SECONDS s and HPC_BNN_STOP_SECONDS ${HPC_BNN_STOP_SECONDS:-300}"
+            return 2
+        fi
+        flags+=(--max_seconds "$left")
     fi
     hpc_bnn_launch train --config "$config" "${flags[@]}" "$@"
 }

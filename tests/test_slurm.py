@@ -243,7 +243,7 @@ def test_ranks_that_leave_one_after_another(cluster, tmp_path, how):
         assert cluster.ended(job) == ("FAILED", "75:0", "0"), cluster.output(job)
     else:
         cluster.run("scancel", job)
-        (task,) = cluster.wait(job)
+        (task,) = cluster.wait(job, 40)
         assert (task["JobState"], task["Restarts"]) == ("CANCELLED", "0"), cluster.output(job)
 
 
