@@ -58,6 +58,7 @@ MpiDefault=pmix
 ReturnToService=2
 SchedulerParameters=sched_interval=2,batch_sched_delay=0
 KillWait=5
+MinJobAge=3600
 JobCompType=jobcomp/filetxt
 JobCompLoc=$dir/completed.txt
 PartitionName=gpu Nodes=ALL Default=YES MaxTime=INFINITE State=UP
