@@ -1,0 +1,233 @@
+# shellcheck shell=bash
+# What the batch scripts share. They source it; what differs at a centre is set by the environment, before sbatch/qsub/bsub:
+#
+#   HPC_BNN_ROOT            the repository, for this file and .venv         (default: where the job was submitted)
+#   HPC_BNN_MODULES         modules to load, "GCC/12 OpenMPI/5 PyTorch/2"   (default: none)
+#   HPC_BNN_VENV            virtual environment to activate                 (default: HPC_BNN_ROOT/.venv where it exists)
+#   HPC_BNN_LAUNCHER        srun, mpirun, or a whole command that starts    (default: srun under Slurm, otherwise mpirun)
+#                           the ranks, "mpiexec -n 8 --ppn 4"
+#   HPC_BNN_LAUNCHER_FLAGS  further flags of it                             (default: none)
+#   HPC_BNN_SRUN_MPI        value of srun --mpi; "site" gives no --mpi      (default: pmix where srun has it, otherwise site)
+#   HPC_BNN_RANKS           ranks of the job                                (default under Slurm: its tasks)
+#   HPC_BNN_RANKS_PER_NODE  ranks of a node                                 (default under Slurm: tasks over nodes)
+#   HPC_BNN_SAMPLE_SIZE     ranks of a sample group                         (default: the ranks of a node)
+#   HPC_BNN_RUN_DIR         directory of the run                            (default: runs/JOB, for an array runs/JOB/seed-N)
+#   HPC_BNN_RESUME          go on from a checkpoint in it: true or false    (default: true)
+#   HPC_BNN_LOCAL_DIR       storage of each node, for staging               (default: TMPDIR, otherwise /tmp)
+#   HPC_BNN_MAX_REQUEUES    how often a job that stopped with code 75 is    (default: 0; 20 in the requeue scripts)
+#                           put into the queue again
+#   HPC_BNN_TIME_LIMIT      seconds of the job, where the scheduler sends   (default: none)
+#                           no signal before its time limit
+#   HPC_BNN_STOP_SECONDS    so long before it training stops                (default: 300)
+#   HPC_BNN_STAGE           shard directory to copy to every node first     (default: none)
+#
+# A script calls hpc_bnn_job CONFIG [FLAGS]; or, in this order, hpc_bnn_environment, hpc_bnn_stage, hpc_bnn_train or
+# hpc_bnn_evaluate, and hpc_bnn_end STATUS.
+
+hpc_bnn_say() { echo "hpc_bnn: $*" >&2; }
+
+# --- where this job is -----------------------------------------------------------------------------------------
+
+if [ -n "${SLURM_JOB_ID:-}" ]; then
+    hpc_bnn_scheduler=slurm hpc_bnn_job=$SLURM_JOB_ID
+    HPC_BNN_RANKS=${HPC_BNN_RANKS:-${SLURM_NTASKS:-1}}
+    HPC_BNN_RANKS_PER_NODE=${HPC_BNN_RANKS_PER_NODE:-$((HPC_BNN_RANKS / ${SLURM_JOB_NUM_NODES:-1}))}
+    hpc_bnn_default_run_dir=runs/$SLURM_JOB_ID
+    if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
+        hpc_bnn_default_run_dir=runs/$SLURM_ARRAY_JOB_ID/seed-$SLURM_ARRAY_TASK_ID
+    fi
+elif [ -n "${PBS_JOBID:-}" ]; then
+    hpc_bnn_scheduler=pbs hpc_bnn_job=${PBS_JOBID%%.*}
+elif [ -n "${LSB_JOBID:-}" ]; then
+    hpc_bnn_scheduler=lsf hpc_bnn_job=$LSB_JOBID
+else
+    hpc_bnn_scheduler=none hpc_bnn_job=$$
+fi
+HPC_BNN_RANKS=${HPC_BNN_RANKS:-1}
+HPC_BNN_RANKS_PER_NODE=${HPC_BNN_RANKS_PER_NODE:-$HPC_BNN_RANKS}
+HPC_BNN_RUN_DIR=${HPC_BNN_RUN_DIR:-${hpc_bnn_default_run_dir:-runs/$hpc_bnn_job}}
+hpc_bnn_stop_received=
+
+# Load modules, activate the environment, and see that hpc_bnn is in it.
+hpc_bnn_environment() {
+    if [ -n "${HPC_BNN_MODULES:-}" ]; then
+        # shellcheck disable=SC2086  # several modules
+        module load $HPC_BNN_MODULES || return
+    fi
+    local venv=${HPC_BNN_VENV:-${HPC_BNN_ROOT:-.}/.venv}
+    if [ -f "$venv/bin/activate" ]; then
+        # shellcheck source=/dev/null
+        source "$venv/bin/activate"
+    elif [ -n "${HPC_BNN_VENV:-}" ]; then
+        hpc_bnn_say "HPC_BNN_VENV $venv: there is no bin/activate in it"
+        return 2
+    fi
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+    if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then # srun does not take it from sbatch
+        export SRUN_CPUS_PER_TASK=${SRUN_CPUS_PER_TASK:-$SLURM_CPUS_PER_TASK}
+    fi
+    export HDF5_USE_FILE_LOCKING=${HDF5_USE_FILE_LOCKING:-FALSE} # parallel file systems
+    python -c 'import importlib.util as u, sys; sys.exit(not (u.find_spec("hpc_bnn") and u.find_spec("mpi4py")))' || {
+        hpc_bnn_say "$(command -v python || echo 'no python') has no hpc_bnn or no mpi4py: set HPC_BNN_MODULES or HPC_BNN_VENV"
+        return 2
+    }
+    hpc_bnn_say "job $hpc_bnn_job on $(hostname), $HPC_BNN_RANKS ranks, $HPC_BNN_RANKS_PER_NODE per node, $(hpc_bnn_count_requeues) requeues so far"
+}
+
+# --- starting the ranks ----------------------------------------------------------------------------------------
+
+# Set the array hpc_bnn_launch_line: the command that starts the ranks.
+hpc_bnn_choose_launcher() {
+    local launcher=${HPC_BNN_LAUNCHER:-} mpi=${HPC_BNN_SRUN_MPI:-} variable
+    if [ -z "$launcher" ]; then
+        if [ $hpc_bnn_scheduler = slurm ]; then launcher=srun; else launcher=mpirun; fi
+    fi
+    case $launcher in
+        srun)
+            # A rank that fails ends the job: at once by PMIx and mpi4py, a minute after the first one that left otherwise. Not
+            # --kill-on-bad-exit=1: where all ranks leave with code 75 it kills those that are last, and the job's code is 143.
+            # Block placement keeps a sample group inside a node.
+            hpc_bnn_launch_line=(srun --kill-on-bad-exit=0 --wait=60 --distribution=block)
+            if [ -z "$mpi" ] && srun --mpi=list 2>&1 | grep -qw pmix; then mpi=pmix; fi
+            if [ "${mpi:-site}" != site ]; then hpc_bnn_launch_line+=("--mpi=$mpi"); fi
+            ;;
+        mpirun)
+            hpc_bnn_launch_line=(mpirun -np "$HPC_BNN_RANKS")
+            if mpirun --version 2>&1 | grep -q 'Open MPI'; then # other nodes: the environment as here
+                for variable in PATH LD_LIBRARY_PATH PYTHONPATH OMP_NUM_THREADS HDF5_USE_FILE_LOCKING; do
+                    if [ -n "${!variable:-}" ]; then hpc_bnn_launch_line+=(-x "$variable"); fi
+                done
+                hpc_bnn_launch_line+=(--map-by "ppr:$HPC_BNN_RANKS_PER_NODE:node" --bind-to none)
+            fi
+            ;;
+        *) read -ra hpc_bnn_launch_line <<<"$launcher" ;;
+    esac
+    local flags
+    read -ra flags <<<"${HPC_BNN_LAUNCHER_FLAGS:-}"
+    hpc_bnn_launch_line+=("${flags[@]}")
+}
+
+# Run an hpc-bnn command on all ranks; the status is the program's. SIGUSR1 to the batch script is passed on.
+hpc_bnn_launch() {
+    local status hpc_bnn_launch_line
+    if [ -n "$hpc_bnn_stop_received" ]; then
+        hpc_bnn_say "asked to stop before $1 began"
+        return 75
+    fi
+    hpc_bnn_choose_launcher
+    "${hpc_bnn_launch_line[@]}" python -m mpi4py -m hpc_bnn "$@" &
+    local child=$! is_interrupted
+    # Only train knows the signal, others would die of it: they end, and what comes after does not begin
+    # shellcheck disable=SC2064  # this child
+    if [ "$1" = train ]; then
+        trap "is_interrupted=1 hpc_bnn_stop_received=1; kill -USR1 $child" USR1
+    else
+        trap 'is_interrupted=1 hpc_bnn_stop_received=1' USR1
+    fi
+    while :; do # wait returns when a signal comes, too
+        is_interrupted=
+        wait "$child"
+        status=$?
+        [ -n "$is_interrupted" ] || break
+    done
+    trap 'hpc_bnn_stop_received=1' USR1
+    if [ "$status" != 0 ] && [ "$1" != train ] && [ -n "$hpc_bnn_stop_received" ]; then
+        status=75 # LSF signals the ranks as well: what they had begun is to be done again
+    fi
+    return "$status"
+}
+
+# --- what a script does ----------------------------------------------------------------------------------------
+
+# hpc_bnn_train CONFIG [FLAGS]
+hpc_bnn_train() {
+    local config=${1:?a config file is needed, such as configs/digits.yaml} sample_size
+    shift
+    sample_size=${HPC_BNN_SAMPLE_SIZE:-$HPC_BNN_RANKS_PER_NODE}
+    local flags=(--grid.sample_size "$sample_size" --run_dir "$HPC_BNN_RUN_DIR" --resume "${HPC_BNN_RESUME:-true}")
+    if [ -n "${hpc_bnn_staged:-}" ]; then flags+=(--data.shards "$hpc_bnn_staged"); fi
+    if [ -n "${HPC_BNN_TIME_LIMIT:-}" ]; then
+        local left=$((HPC_BNN_TIME_LIMIT - ${HPC_BNN_STOP_SECONDS:-300} - SECONDS))
+        if [ "$left" -le 0 ]; then
+            hpc_bnn_say "HPC_BNN_TIME_LIMIT $HPC_BNN_TIME_LIMIT: no time is left after $SECONDS s and HPC_BNN_STOP_SECONDS ${HPC_BNN_STOP_SECONDS:-300}"
+            return 2
+        fi
+        flags+=(--max_seconds "$left")
+    fi
+    hpc_bnn_launch train --config "$config" "${flags[@]}" "$@"
+}
+
+# hpc_bnn_evaluate RUN_DIR [FLAGS]
+hpc_bnn_evaluate() {
+    : "${1:?the directory of a run is needed}"
+    hpc_bnn_launch evaluate "$@"
+}
+
+# hpc_bnn_stage SHARDS: copy them to every node; hpc_bnn_train reads them there, hpc_bnn_end removes them.
+hpc_bnn_stage() {
+    local shards=${1:?a shard directory is needed, such as data/digits}
+    hpc_bnn_staged=${HPC_BNN_LOCAL_DIR:-${TMPDIR:-/tmp}}/hpc_bnn-$hpc_bnn_job/$(basename "$shards")
+    hpc_bnn_launch stage "$shards" "$hpc_bnn_staged"
+}
+
+# hpc_bnn_job CONFIG [FLAGS]: train from beginning to end, from the storage of the nodes where HPC_BNN_STAGE names shards.
+hpc_bnn_job() {
+    hpc_bnn_environment || exit
+    if [ -n "${HPC_BNN_STAGE:-}" ]; then hpc_bnn_stage "$HPC_BNN_STAGE" || hpc_bnn_end $?; fi
+    hpc_bnn_train "$@"
+    hpc_bnn_end $?
+}
+
+# Refuse a sample group that would lie across nodes: its ranks exchange more often than the data groups do.
+hpc_bnn_check_sample_group() {
+    local size=${HPC_BNN_SAMPLE_SIZE:-$HPC_BNN_RANKS_PER_NODE}
+    if [ $((HPC_BNN_RANKS_PER_NODE % size)) != 0 ]; then
+        hpc_bnn_say "HPC_BNN_SAMPLE_SIZE $size: must divide the $HPC_BNN_RANKS_PER_NODE ranks of a node, or a sample group lies across nodes"
+        return 2
+    fi
+    hpc_bnn_say "grid of $size x $((HPC_BNN_RANKS / size)), $((HPC_BNN_RANKS_PER_NODE / size)) sample groups inside each node"
+}
+
+# --- the end ---------------------------------------------------------------------------------------------------
+
+# Slurm counts itself; elsewhere the number stands beside the run.
+hpc_bnn_count_requeues() {
+    case $hpc_bnn_scheduler in
+        slurm) echo "${SLURM_RESTART_COUNT:-0}" ;;
+        *) cat "$HPC_BNN_RUN_DIR.requeues" 2>/dev/null || echo 0 ;;
+    esac
+}
+
+# hpc_bnn_end STATUS: remove what was staged, requeue a run that stopped with code 75, and exit with the program's status.
+hpc_bnn_end() {
+    local status=$1 count
+    if [ -n "${hpc_bnn_staged:-}" ]; then
+        hpc_bnn_stop_received= # a few files: there is time for it
+        hpc_bnn_launch stage --clean - "$hpc_bnn_staged" || hpc_bnn_say "$hpc_bnn_staged stays on some node"
+    fi
+    count=$(hpc_bnn_count_requeues)
+    if [ "$status" = 75 ] && [ "${HPC_BNN_MAX_REQUEUES:-0}" != 0 ]; then
+        if [ "$count" -lt "$HPC_BNN_MAX_REQUEUES" ]; then
+            hpc_bnn_say "stopped with a checkpoint in $HPC_BNN_RUN_DIR; requeue $((count + 1)) of at most $HPC_BNN_MAX_REQUEUES"
+            hpc_bnn_requeue "$count" || { hpc_bnn_say "the scheduler refused; submit again with HPC_BNN_RUN_DIR=$HPC_BNN_RUN_DIR"; exit 1; }
+        else
+            hpc_bnn_say "requeued $count times, HPC_BNN_MAX_REQUEUES allows no more; to go on, submit with HPC_BNN_RUN_DIR=$HPC_BNN_RUN_DIR"
+            if [ $hpc_bnn_scheduler = lsf ]; then status=1; fi # code 75 would be requeued
+        fi
+    fi
+    exit "$status"
+}
+
+hpc_bnn_requeue() {
+    case $hpc_bnn_scheduler in
+        slurm) scontrol requeue "$SLURM_JOB_ID" ;;
+        pbs) # qrerun is for operators: the same script again, with the same variables, for the same run
+            echo $(($1 + 1)) >"$HPC_BNN_RUN_DIR.requeues"
+            export HPC_BNN_RUN_DIR
+            qsub -v "$(compgen -e HPC_BNN_ | paste -sd, -)" "${HPC_BNN_SCRIPT:?the script for qsub}" ;;
+        lsf) echo $(($1 + 1)) >"$HPC_BNN_RUN_DIR.requeues" ;; # by #BSUB -Q 75
+        *) return 1 ;;
+    esac
+}
+
+trap 'hpc_bnn_stop_received=1' USR1

@@ -1,0 +1,267 @@
+"""The batch scripts of jobscripts/, submitted to a real Slurm of two nodes that tools/slurm.sh starts on this machine."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPOSITORY, launch_environment
+
+SCRIPTS = REPOSITORY / "jobscripts"
+CONFIG = REPOSITORY / "configs/digits.yaml"
+LONG = ("--num_epochs", "100000")
+EPOCHS = ("--num_epochs", "10")
+"""Long enough to be stopped after the first epoch, before the end."""
+
+
+class Cluster:
+    """Submits jobs from a working directory of its own, and looks at them."""
+
+    def __init__(self, directory: Path):
+        self.work = directory / "work"
+        self.local = directory / "slurm/local"
+        self.work.mkdir()
+        self.environment = launch_environment() | {
+            "SLURM_CONF": str(directory / "slurm/slurm.conf"),
+            "HPC_BNN_ROOT": str(REPOSITORY),
+            "HPC_BNN_VENV": sys.prefix,
+            "HPC_BNN_LOCAL_DIR": str(self.local),
+            # Where the nodes cannot have host names of their own, shared memory between them would crash
+            "OMPI_MCA_btl": "tcp,self",
+            "OMPI_MCA_btl_tcp_if_include": "lo",
+        }
+
+    def run(self, *command, **environment) -> str:
+        done = subprocess.run(
+            list(map(str, command)),
+            cwd=self.work,
+            env=self.environment | environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == 0, (command, done.stdout, done.stderr)
+        return done.stdout
+
+    def submit(self, script, *arguments, nodes=2, tasks=1, options=(), **environment) -> str:
+        shape = (f"--nodes={nodes}", f"--ntasks-per-node={tasks}", "--cpus-per-task=1", "--gres=none")
+        command = ("sbatch", "--parsable", *shape, *options, SCRIPTS / "slurm" / script, *arguments)
+        return self.run(*command, **environment).strip()
+
+    def show(self, job) -> list[dict[str, str]]:
+        """What Slurm knows of a job; of an array, of each of its tasks."""
+        lines = self.run("scontrol", "show", "job", "-o", job).splitlines()
+        return [dict(re.findall(r"(\w+)=(\S*)", line)) for line in lines]
+
+    def wait(self, job, seconds=150) -> list[dict[str, str]]:
+        end = time.time() + seconds
+        while True:
+            tasks = self.show(job)
+            if all(task["JobState"] not in ("PENDING", "RUNNING", "COMPLETING") for task in tasks):
+                return tasks
+            assert time.time() < end, (tasks, self.output(job))
+            time.sleep(0.3)
+
+    def ended(self, job) -> tuple[str, str, str]:
+        """Wait for a job; its state, exit code, and how often it was requeued."""
+        (task,) = self.wait(job)
+        return task["JobState"], task["ExitCode"], task["Restarts"]
+
+    def output(self, job) -> str:
+        return "".join(path.read_text() for path in sorted(self.work.glob(f"hpc_bnn_{job}*.out")))
+
+    def wait_for(self, path: Path, job, seconds=100) -> None:
+        end = time.time() + seconds
+        while not path.exists():
+            (task,) = self.show(job)
+            is_alive = task["JobState"] in ("PENDING", "RUNNING")
+            assert is_alive and time.time() < end, (task["JobState"], self.output(job))
+            time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    directory = Path(tempfile.mkdtemp(prefix="hpc_bnn-"))  # a short name: it holds a socket
+    directory.chmod(0o755)
+    tool, place = str(REPOSITORY / "tools/slurm.sh"), str(directory / "slurm")
+    environment = os.environ | {"CPUS": "2", "WITH_PID": str(os.getpid())}
+    started = subprocess.run(
+        [tool, "start", place], env=environment, capture_output=True, text=True, timeout=120
+    )
+    try:
+        if started.returncode == 3:
+            pytest.skip(f"no Slurm: {started.stderr.strip()}")
+        assert started.returncode == 0, started.stderr
+        cluster = Cluster(directory)
+        cluster.has_real_nodes = "unshare is not allowed" not in started.stderr
+        yield cluster
+    finally:
+        subprocess.run([tool, "stop", place], timeout=120, check=False)
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def jobs(cluster, digits):
+    """All jobs are submitted at once, as users do: while one waits to begin again, others run."""
+    data = ("--data.shards", digits)
+    names = {}
+    names["stopped"] = cluster.submit("requeue.sbatch", CONFIG, *data, *EPOCHS, tasks=2)
+    names["whole"] = cluster.submit("train.sbatch", CONFIG, *data, *EPOCHS, tasks=2)
+    names["evaluate"] = cluster.submit(
+        "evaluate.sbatch", f"runs/{names['whole']}", "--num_test_samples", 16, nodes=1,
+        options=(f"--dependency=afterok:{names['whole']}",),
+    )  # fmt: skip
+    names["killed"] = cluster.submit("train.sbatch", CONFIG, *data, *LONG)
+    names["staged"] = cluster.submit("stage_train.sbatch", digits, CONFIG, "--max_steps", 5)
+    seeds = ("--array=0-1",)
+    names["seeds"] = cluster.submit("seeds.sbatch", CONFIG, *data, "--max_steps", 5, nodes=1, options=seeds)
+    names["limited"] = cluster.submit(
+        "requeue.sbatch", CONFIG, *data, "--max_seconds", 1e-9, nodes=1, HPC_BNN_MAX_REQUEUES="1"
+    )
+    names["wrong"] = cluster.submit("requeue.sbatch", CONFIG, *data, "--num_epochs", 0, nodes=1)
+    return names
+
+
+def final_state(run_dir: Path):
+    summary = json.loads((run_dir / "summary.json").read_text())
+    checkpoint = max((run_dir / "checkpoints").glob("*.pt"))
+    metrics = {name: value for name, value in summary.items() if name.startswith(("test/", "train/"))}
+    return summary, metrics, torch.load(checkpoint, weights_only=True)["model"]
+
+
+def test_a_signalled_job_is_requeued_and_ends_as_an_uninterrupted_one(cluster, jobs):
+    job, run_dir = jobs["stopped"], cluster.work / "runs" / jobs["stopped"]
+    cluster.wait_for(run_dir / "metrics.jsonl", job)
+    cluster.run("scancel", "--batch", "--signal=USR1", job)  # what #SBATCH --signal=B:USR1@300 sends
+    assert cluster.ended(job) == ("COMPLETED", "0:0", "1"), cluster.output(job)
+    output = cluster.output(job)
+    assert output.count("hpc-bnn: stopped: after step") == 1 and "requeue 1 of at most 20" in output
+    step = int(re.search(r"going on from the checkpoint of step (\d+)", output)[1])
+    assert cluster.ended(jobs["whole"]) == ("COMPLETED", "0:0", "0"), cluster.output(jobs["whole"])
+    summary, metrics, model = final_state(run_dir)
+    expected, expected_metrics, whole = final_state(cluster.work / "runs" / jobs["whole"])
+    assert 0 < step < summary["num_steps"] == expected["num_steps"]
+    assert summary["grid"] == expected["grid"] and expected["grid"]["sample_size"] == 2
+    assert expected["grid"]["data_size"] == 2  # two nodes with a sample group each
+    assert metrics == expected_metrics and metrics["test/accuracy"] > 0.9
+    assert model.keys() == whole.keys()
+    assert all(torch.equal(value, whole[name]) for name, value in model.items())
+
+
+def test_evaluate(cluster, jobs):
+    assert cluster.ended(jobs["evaluate"]) == ("COMPLETED", "0:0", "0"), cluster.output(jobs["evaluate"])
+    evaluated = json.loads((cluster.work / "runs" / jobs["whole"] / "evaluation.json").read_text())
+    assert f"accuracy {evaluated['metrics']['accuracy']:.6g}" in cluster.output(jobs["evaluate"])
+
+
+def test_a_killed_rank_ends_the_job(cluster, jobs):
+    job = jobs["killed"]
+    cluster.wait_for(cluster.work / "runs" / job / "metrics.jsonl", job)
+    (_, victim) = rank_processes(cluster, job)
+    os.kill(victim, signal.SIGKILL)
+    start = time.time()
+    state, code, restarts = cluster.ended(job)
+    assert state == "FAILED" and code != "0:0" and restarts == "0" and time.time() - start < 40
+
+
+def rank_processes(cluster, job) -> list[int]:
+    """The ranks of a job, by their environment: never a process of anybody else."""
+    ours = {f"SLURM_CONF={cluster.environment['SLURM_CONF']}", f"SLURM_JOB_ID={job}"}
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            program = Path((entry / "cmdline").read_bytes().decode().split("\0")[0]).name
+            environment = set((entry / "environ").read_bytes().decode(errors="replace").split("\0"))
+        except OSError:
+            continue
+        if program.startswith("python") and ours <= environment:
+            found.append(int(entry.name))
+    return found
+
+
+def test_staging_copies_once_to_every_node_and_trains_from_there(cluster, jobs):
+    if not cluster.has_real_nodes:
+        pytest.skip("unshare is not allowed here: the nodes have no storage of their own")
+    job = jobs["staged"]
+    assert cluster.ended(job) == ("COMPLETED", "0:0", "0"), cluster.output(job)
+    place, output = cluster.local / f"hpc_bnn-{job}" / "digits", cluster.output(job)
+    copied = re.findall(rf"(\w+): {place}, 2 files copied", output)
+    assert sorted(copied) == ["n1", "n2"] and output.count(f"nothing that was staged is left in {place}") == 2
+    config = (cluster.work / "runs" / job / "config.yaml").read_text()
+    assert f"shards: {place}" in config
+
+
+def test_an_array_trains_a_seed_per_job(cluster, jobs):
+    tasks = cluster.wait(jobs["seeds"])
+    assert [task["ExitCode"] for task in tasks] == ["0:0"] * 2, cluster.output(jobs["seeds"])
+    runs = [final_state(cluster.work / "runs" / jobs["seeds"] / f"seed-{seed}") for seed in (0, 1)]
+    assert runs[0][1] != runs[1][1]  # the mirror: other seeds, other numbers
+
+
+def test_requeues_are_limited_and_the_exit_code_is_the_programs(cluster, jobs):
+    assert cluster.ended(jobs["limited"]) == ("FAILED", "75:0", "1"), cluster.output(jobs["limited"])
+    assert "HPC_BNN_MAX_REQUEUES allows no more" in cluster.output(jobs["limited"])
+    assert cluster.ended(jobs["wrong"]) == ("FAILED", "2:0", "0"), cluster.output(jobs["wrong"])
+    assert cluster.output(jobs["wrong"]).count("--num_epochs 0") == 1
+
+
+STOPPING = """
+import os, signal, sys, time
+from mpi4py import MPI
+rank, stopped = MPI.COMM_WORLD.rank, []
+for number in (signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(number, lambda *_: stopped.append(1))
+open(f"ready-{rank}", "w").close()
+while not stopped: time.sleep(0.05)
+MPI.Finalize()
+for number in (signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(number, signal.SIG_DFL)
+time.sleep(2 * rank)
+os._exit(75)
+"""
+"""In the place of hpc_bnn: ranks that leave in order, but not in the same moment."""
+
+
+@pytest.mark.parametrize("how", ["signalled", "cancelled"])
+def test_ranks_that_leave_one_after_another(cluster, tmp_path, how):
+    """Signalled, the job's code is theirs; cancelled, it is not requeued, although they leave with code 75."""
+    (tmp_path / "hpc_bnn").mkdir()
+    (tmp_path / "hpc_bnn/__init__.py").touch()
+    (tmp_path / "hpc_bnn/__main__.py").write_text(STOPPING)
+    limit = "0" if how == "signalled" else "3"
+    there = (f"--chdir={tmp_path}", f"--output={cluster.work}/hpc_bnn_%j.out")
+    job = cluster.submit("requeue.sbatch", CONFIG, options=there, HPC_BNN_MAX_REQUEUES=limit)
+    for rank in (0, 1):
+        cluster.wait_for(tmp_path / f"ready-{rank}", job)
+    if how == "signalled":
+        cluster.run("scancel", "--batch", "--signal=USR1", job)
+        assert cluster.ended(job) == ("FAILED", "75:0", "0"), cluster.output(job)
+    else:
+        cluster.run("scancel", job)
+        (task,) = cluster.wait(job, 40)
+        assert (task["JobState"], task["Restarts"]) == ("CANCELLED", "0"), cluster.output(job)
+
+
+def test_a_script_far_from_the_repository_says_so(cluster):
+    job = cluster.submit("train.sbatch", CONFIG, nodes=1, HPC_BNN_ROOT="/nowhere")
+    assert cluster.ended(job) == ("FAILED", "2:0", "0")
+    assert "export HPC_BNN_ROOT=/path/of/it" in cluster.output(job)
+
+
+@pytest.mark.parametrize("script", sorted(SCRIPTS.rglob("*.*")), ids=lambda path: path.name)
+def test_scripts_are_clean(script):
+    if script.suffix == ".md":
+        return
+    subprocess.run(["bash", "-n", script], check=True)
+    if shutil.which("shellcheck") is None:
+        pytest.skip("shellcheck is not installed")
+    done = subprocess.run(["shellcheck", "-x", script], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
