@@ -1,0 +1,140 @@
+"""What computing centres install with: a real Lmod loads what tools/install_module.sh writes; eb parses its easyconfigs."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY, launch_environment
+
+import hpc_bnn
+
+INSTALL = REPOSITORY / "tools/install_module.sh"
+LMOD = next((path for path in Path("/usr/share/lmod").glob("*/init/bash")), None)
+NEEDS_LMOD = pytest.mark.skipif(LMOD is None, reason="Lmod is missing: apt install lmod")
+"""Where Debian puts Lmod; /usr/share/lmod/lmod is a link to the version."""
+
+
+def install(prefix, *arguments, **variables):
+    return subprocess.run(
+        [INSTALL, "--prefix", prefix, *arguments],
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def installed(prefix, *arguments):
+    done = install(prefix, "--environment", "present", "--python", sys.executable, *arguments)
+    assert done.returncode == 0, done.stderr
+    return prefix / "modulefiles"
+
+
+def in_lmod(script, **variables):
+    """Run a script in a shell of a user who has Lmod, and a Python and settings of their own."""
+    environment = launch_environment() | variables
+    environment["PATH"] = "/usr/local/bin:/usr/bin:/bin"  # nothing of the environment that the tests run in
+    for name in [*environment]:
+        if name.startswith(("LMOD", "_LMFILES", "LOADEDMODULES", "MODULEPATH", "VIRTUAL_ENV")):
+            del environment[name]
+    script = f"set -e\n. {LMOD}\n{script}"
+    return subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, timeout=60)
+
+
+@pytest.fixture(scope="module")
+def modulefiles(tmp_path_factory):
+    return installed(tmp_path_factory.mktemp("prefix with 'quotes'"), "--depends", "")
+
+
+@NEEDS_LMOD
+def test_load_runs_ranks_and_unload_restores_the_environment(modulefiles, digits):
+    snapshot = "env -0 | sort -z | tr '\\0' '\\n' | grep -vE '^(__LMOD|_ModuleTable|LMOD_|_=)'"
+    done = in_lmod(
+        f"""
+        module use "{modulefiles}"
+        before=$({snapshot})
+        user_python=$(command -v python3)
+        module load hpc_bnn
+        hpc-bnn --version
+        echo root "$HPC_BNN_ROOT" locking "$HDF5_USE_FILE_LOCKING"
+        [ "$(command -v python3)" = "$user_python" ] && echo the python stays
+        mpirun -np 2 hpc-bnn stage {digits} "$STAGED"
+        "$HPC_BNN_PYTHON" -c 'import hpc_bnn; print("own programs", hpc_bnn.__version__)'
+        module unload hpc_bnn
+        ! command -v hpc-bnn || echo hpc-bnn is still there
+        [ "$before" = "$({snapshot})" ] && echo restored
+        """,
+        HDF5_USE_FILE_LOCKING="BEST_EFFORT",
+        STAGED=str(digits.parent / "staged by module"),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"hpc_bnn {hpc_bnn.__version__}" in done.stdout
+    assert f"root {REPOSITORY} locking FALSE" in done.stdout
+    assert "the python stays" in done.stdout
+    assert done.stdout.count("files copied") == 1  # one job of two ranks on one node, not two jobs of one
+    assert f"own programs {hpc_bnn.__version__}" in done.stdout
+    assert "still there" not in done.stdout and done.stdout.rstrip().endswith("restored")
+
+
+@NEEDS_LMOD
+def test_avail_whatis_and_help(modulefiles):
+    done = in_lmod(
+        f'module use "{modulefiles}"\nmodule -t avail 2>&1\nmodule whatis hpc_bnn 2>&1\nmodule help hpc_bnn 2>&1'
+    )
+    assert f"hpc_bnn/{hpc_bnn.__version__}" in done.stdout
+    assert "Description: trains Bayesian neural networks" in done.stdout
+    assert "hpc-bnn doctor" in done.stdout and "$HPC_BNN_ROOT/configs/digits.yaml" in done.stdout
+
+
+@NEEDS_LMOD
+def test_what_was_loaded_when_installing_is_loaded_first(tmp_path):
+    for name in ("OpenMPI/5.0.3", "Horovod/0.28.1", "MPICH/4.2"):
+        path = tmp_path / "centre" / f"{name}.lua"
+        path.parent.mkdir(parents=True)
+        path.write_text(f'setenv("LOADED_{path.parent.name}", "{path.stem}")\n')
+    done = install(
+        tmp_path, "--environment", "present", "--python", sys.executable, "--conflicts", "MPICH",
+        LOADEDMODULES="OpenMPI/5.0.3:Horovod/0.28.1",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    use = f'module use {tmp_path}/centre "{tmp_path}/modulefiles"\n'
+    done = in_lmod(
+        f"{use} module load hpc_bnn; echo $LOADED_OpenMPI $LOADED_Horovod; module unload hpc_bnn; module -t list 2>&1"
+    )
+    assert "5.0.3 0.28.1" in done.stdout and "No modules loaded" in done.stdout
+    done = in_lmod(f"{use} module load MPICH; module load hpc_bnn")
+    assert done.returncode != 0 and "MPICH" in done.stderr
+    done = in_lmod(f'module use "{tmp_path}/modulefiles"\nmodule load hpc_bnn')
+    assert done.returncode != 0 and "OpenMPI/5.0.3" in done.stderr  # a module that is missing is named
+
+
+def test_an_installation_is_all_or_nothing(tmp_path):
+    broken = tmp_path / "python"  # its pip fails
+    broken.write_text(f'#!/bin/sh\ncase "$1" in -m) exit 1;; esac\nexec {sys.executable} "$@"\n')
+    broken.chmod(0o755)
+    done = install(tmp_path / "prefix", "--environment", "modules", "--python", broken)
+    assert done.returncode == 1 and "pip failed" in done.stderr
+    assert not [path for path in (tmp_path / "prefix").rglob("*") if path.is_file()]
+    installed(tmp_path / "prefix")
+    before = (tmp_path / "prefix/modulefiles/hpc_bnn" / f"{hpc_bnn.__version__}.lua").read_text()
+    done = install(tmp_path / "prefix", "--environment", "present", "--python", sys.executable)
+    assert done.returncode == 1 and "is there already: remove it" in done.stderr
+    assert (tmp_path / "prefix/software/hpc_bnn" / hpc_bnn.__version__ / "bin/hpc-bnn").exists()
+    assert before == (tmp_path / "prefix/modulefiles/hpc_bnn" / f"{hpc_bnn.__version__}.lua").read_text()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "--prefix PREFIX is missing"),
+        (["--prefix"], "--prefix wants a value"),
+        (["--prefix", "x", "--environment", "conda"], "--environment conda: must be own, modules or present"),
+        (["--prefix", "x", "--python", "/no/python"], "--python /no/python is not there"),
+        (["--prefix", "x", "--prefx", "y"], "unknown argument --prefx"),
+    ],
+)
+def test_wrong_arguments(tmp_path, arguments, message):
+    done = subprocess.run([INSTALL, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=20)
+    assert done.returncode == 1 and message in done.stderr and not [*tmp_path.iterdir()]
