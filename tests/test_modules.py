@@ -1,6 +1,11 @@
 """What computing centres install with: a real Lmod loads what tools/install_module.sh writes; eb parses its easyconfigs."""
 
+import ast
+import configparser
+import hashlib
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -138,3 +143,100 @@ def test_an_installation_is_all_or_nothing(tmp_path):
 def test_wrong_arguments(tmp_path, arguments, message):
     done = subprocess.run([INSTALL, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=20)
     assert done.returncode == 1 and message in done.stderr and not [*tmp_path.iterdir()]
+
+
+MODULES = REPOSITORY / "jobscripts/modules"
+SPACK = MODULES / "spack/spack_repo/hpc_bnn/packages"
+
+
+def minimum_versions():
+    """Package name -> oldest version that setup.cfg allows, its extras for users included."""
+    setup = configparser.ConfigParser()
+    setup.read(REPOSITORY / "setup.cfg")
+    extras = setup["options.extras_require"]
+    lines = "\n".join([setup["options"]["install_requires"], extras["plots"], extras["data"]])
+    found = re.findall(r"(?m)^([\w-]+)(?:\[\w+\])? >= ([\d.]+)$", lines)
+    assert len(found) == len(lines.split("\n")) - lines.count("\n\n") - lines.startswith("\n")
+    return {name.lower().replace("_", "-"): as_numbers(version) for name, version in found}
+
+
+def as_numbers(version):
+    return tuple(int(part) for part in re.findall(r"\d+", version))
+
+
+def test_the_spack_package_asks_for_what_setup_cfg_asks_for():
+    tree = ast.parse((SPACK / "py_hpc_bnn/package.py").read_text())
+    specs = [
+        node.args[0].value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "depends_on" and isinstance(node.args[0], ast.Constant)
+    ]  # fmt: skip
+    asked = dict(match.groups() for spec in specs if (match := re.match(r"py-([\w-]+)@([\d.]+):", spec)))
+    asked = {name: as_numbers(version) for name, version in asked.items()}
+    del asked["setuptools"]
+    assert asked == minimum_versions()
+
+
+@pytest.mark.parametrize("path", sorted(SPACK.glob("*/package.py")), ids=lambda path: path.parent.name)
+def test_spack_finds_the_class_of_a_package(path):
+    """The directory's name in CamelCase is the class; checked by hand, for Spack is on no package index."""
+    (cls,) = (node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef))
+    assert cls.name == "".join(word.capitalize() for word in path.parent.name.split("_"))
+    assert ast.get_docstring(cls)
+
+
+def easyconfig(name):
+    """The parameters of an easyconfig, which is Python."""
+    (path,) = (MODULES / "easybuild").glob(f"{name}-*.eb")
+    parameters = {"SYSTEM": "system"}
+    exec(path.read_text(), parameters)
+    return path, parameters
+
+
+def test_the_easyconfigs_bring_what_setup_cfg_asks_for():
+    path, hpc = easyconfig("hpc_bnn")
+    toolchain = f"{hpc['toolchain']['name']}-{hpc['toolchain']['version']}"
+    assert path.name == f"hpc_bnn-{hpc_bnn.__version__}-{toolchain}-CUDA-{dict_of(hpc)['cuda']}.eb"
+    brought = dict_of(hpc) | {
+        name.lower().replace("_", "-"): version for name, version, _ in hpc["exts_list"]
+    }
+    for name, version in minimum_versions().items():
+        if name in brought:  # the others are in bundles: comments in the easyconfig say which
+            assert as_numbers(brought[name]) >= version, name
+    assert {"torchmetrics", "jsonargparse", "h5py", "mpi4py", "tqdm", "pyyaml", "pytorch"} <= set(brought)
+
+
+def dict_of(parameters):
+    return {dependency[0].lower(): dependency[1] for dependency in parameters["dependencies"]}
+
+
+def test_horovods_easyconfig_has_the_checksum_of_our_cmake_file():
+    _, horovod = easyconfig("Horovod")
+    ((_, version, options),) = horovod["exts_list"]
+    checksums = {name: digest for entry in options["checksums"] for name, digest in entry.items()}
+    hook = REPOSITORY / "tools/horovod-cxx17.cmake"
+    assert checksums[hook.name] == hashlib.sha256(hook.read_bytes()).hexdigest()
+    assert (MODULES / "easybuild" / hook.name).resolve() == hook
+    assert f"version={version}" in (REPOSITORY / "tools/install_horovod.sh").read_text()
+
+
+@pytest.mark.skipif(shutil.which("eb") is None, reason="EasyBuild is missing: pip install easybuild")
+def test_easybuild_resolves_the_easyconfigs():
+    path, _ = easyconfig("hpc_bnn")
+    options = ["--dry-run", "--robot", f"{path.parent}:", "--allow-use-as-root-and-accept-consequences"]
+    done = subprocess.run(["eb", path, *options], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "(module: Horovod/0.28.1" in done.stdout and "(module: hpc_bnn/" in done.stdout
+
+
+def test_the_sections_of_the_container_are_shell_and_name_files_that_exist():
+    text = (MODULES / "apptainer/hpc_bnn.def").read_text()
+    sections = dict(re.findall(r"(?ms)^%(\w+)\n(.*?)(?=^%|\Z)", text))
+    given = set(re.findall(r"(?m)^    (\w+)=", sections["arguments"]))
+    assert set(re.findall(r"\{\{ (\w+) \}\}", text)) == given
+    for name in ("post", "environment", "runscript", "test"):
+        script = re.sub(r"\{\{ \w+ \}\}", "", sections[name])
+        subprocess.run(["sh", "-n"], input=script, text=True, check=True, timeout=20)
+    files = dict(line.split() for line in sections["files"].splitlines() if line.strip())
+    assert files["hpc_bnn"] == "/opt/hpc_bnn/hpc_bnn" and "setup.cfg" in files
+    assert all((REPOSITORY / source).exists() for source in files)
