@@ -17,7 +17,7 @@ set -eu
 
 here=$(cd "$(dirname "$0")/.." && pwd)
 prefix= environment=own python= conflicts= add_missing=
-depends=$(echo "${LOADEDMODULES:-}" | tr : ' ')
+depends=$(echo "${LOADEDMODULES:-}" | tr : '\n' | grep -v '^hpc_bnn/' | tr '\n' ' ' || true)
 
 fail() { echo "install_module: $1" >&2; exit 1; }
 
@@ -113,7 +113,11 @@ if [ "$environment" != modules ]; then
     # Only these come onto the PATH, not python and pip: those stay what the user has
     mkdir -p "$bin"
     for tool in hpc-bnn mpirun mpiexec; do
-        [ ! -x "$venv/bin/$tool" ] || ln -s "$venv/bin/$tool" "$bin/$tool"
+        [ -x "$venv/bin/$tool" ] || continue
+        # Not a link: MPICH's mpirun looks for its helpers where it was called
+        quoted=$(printf '%s' "$venv/bin/$tool" | sed "s/'/'\\\\''/g")
+        printf "#!/bin/sh\nexec '%s' \"\$@\"\n" "$quoted" >"$bin/$tool"
+        chmod 755 "$bin/$tool"
     done
 fi
 found=$("$bin/hpc-bnn" --version) ||
