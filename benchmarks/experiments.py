@@ -54,7 +54,6 @@ EXPERIMENTS = {
         {
             "MC dropout": "",
             "deterministic": f"{DETERMINISTIC} --model.arguments.dropout 0",
-            "deterministic, dropout in training": DETERMINISTIC,
         },
         NUMBERS,
     ),
