@@ -47,6 +47,7 @@ import torch
 import hpc_bnn
 from hpc_bnn.models import MLP, ViT
 from hpc_bnn.network import Network, measure_network
+from hpc_bnn.plan import resident_bytes
 
 PARTS = ("draw", "forward", "backward", "reduce", "update")
 MODELS = {  # shape of an input, outputs, batch, network
@@ -116,7 +117,8 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def begin_peak(device: torch.device) -> int:
-    """Begin a new peak and return what is taken now."""
+    """Begin a new peak and return what is taken now, when what a first step loads is loaded."""
+    resident_bytes()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
