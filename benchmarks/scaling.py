@@ -417,6 +417,7 @@ def plot(table: list[dict], far: list[dict], options: argparse.Namespace) -> Non
     from matplotlib import pyplot as plt
 
     figure, panels = plt.subplots(1, 4, figsize=(17, 4), layout="constrained")
+    ticks = sorted({line["num_ranks"] for line in table})
     for axes, study in zip(panels, ("strong", "weak", "weak in data")):
         for number, scheme in enumerate(dict.fromkeys(line["scheme"] for line in table)):
             lines = [line for line in table if (line["study"], line["scheme"]) == (study, scheme)]
@@ -429,9 +430,10 @@ def plot(table: list[dict], far: list[dict], options: argparse.Namespace) -> Non
             xlabel="ranks",
             ylabel="seconds per step",
             title=f"{study} (dotted: simulated)",
-            xscale="log",
             yscale="log",
         )
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ticks, ticks)
         axes.legend(fontsize=7)
     for study in ("strong", "weak"):
         rows = [row for row in far if row["study"] == study]
