@@ -16,7 +16,7 @@ from tqdm import tqdm
 from . import __version__, comm
 from .atomic import write_atomically
 from .config import Config, config_of_run
-from .errors import ConfigError, DataError, HpcBnnError, check_all
+from .errors import ConfigError, DataError, Fault, HpcBnnError, check_all
 from .grid import Grid
 from .network import Network, read_network
 from .parsing import Parser, check_together
@@ -161,7 +161,9 @@ def _say_all_faults(parser: Parser, words: list[str]) -> None:
     command = words[0] if words else None
     if command in ("train", "evaluate", "predict", "plan"):
         known = set(parser._subcommands_action.choices[command]._option_string_actions)
-        check_together(words[1:], known, lambda config: check(config, comm.world_size()))
+        on_ranks = comm.world_size()
+        verify = Config.check if command == "plan" else lambda config: check(config, on_ranks)
+        check_together(words[1:], known, verify)
 
 
 def run_and_report(name: str, work: Callable[[], int]) -> int:
@@ -239,6 +241,13 @@ def _plan(options: jsonargparse.Namespace, given: set[str]) -> int:
     from .plan import ASSUMED_BETWEEN, ASSUMED_WITHIN, describe, plan_here
 
     config = _make_config(options, given)
+    faults = [
+        Fault(f"--{name}", getattr(options, name), "must be positive", "Leave it out")
+        for name in ("bandwidth", "latency", "node_bandwidth", "node_latency")
+        if getattr(options, name) is not None and not getattr(options, name) > 0
+    ]
+    if faults:
+        raise ConfigError(*faults)
     measured = read_network(options.network) if options.network is not None else None
     plan = plan_here(
         config,
@@ -252,7 +261,9 @@ def _plan(options: jsonargparse.Namespace, given: set[str]) -> int:
     if comm.launched_rank() == 0:
         print(describe(config, plan))
         if options.output is not None:
-            write_atomically(Path(options.output), plan.to_json())
+            path = Path(options.output)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, plan.to_json())
     return 0
 
 

@@ -71,7 +71,7 @@ class Row:
     compute_seconds: float
     """Draw, forward, backward, update of the busiest rank."""
     reduce_seconds: float
-    """Collectives."""
+    """Collectives; where the grid was tried with all its ranks, what a step took beyond computing."""
     epochs_per_hour: float
     fits: bool
 
@@ -107,7 +107,9 @@ class Plan:
         return json.dumps(content, indent=1) + "\n"
 
 
-def make_plan(config: Config, manifest: Manifest, machine: Machine, ranks: GridComm | None = None) -> Plan:
+def make_plan(
+    config: Config, manifest: Manifest, machine: Machine, ranks: GridComm | None = None, device: str = "cpu"
+) -> Plan:
     """Return memory, time and communication of every grid.
 
     Parameters
@@ -119,8 +121,10 @@ def make_plan(config: Config, manifest: Manifest, machine: Machine, ranks: GridC
     machine : Machine
         What the plan is for.
     ranks : GridComm, optional
-        Ranks that compute their shares at the same time, so that what they take from each other is in the
-        measurement; alone by default. Collective over their world.
+        Ranks that compute their shares at the same time, so that what they take from each other is in the measurement; where
+        they are as many as the plan is for, they try each grid. Alone by default. Collective over their world.
+    device : str
+        Where they compute.
 
     Raises
     ------
@@ -129,7 +133,8 @@ def make_plan(config: Config, manifest: Manifest, machine: Machine, ranks: GridC
     DataError
         The network cannot be rehearsed.
     """
-    ranks = ranks or GridComm(Grid(1, 1, 0), communication.choose_device(config.device, 0, 0))
+    ranks = ranks or GridComm(Grid(1, 1, 0))
+    can_try = 1 < machine.num_ranks == ranks.grid.world_size and machine.flops is None
     process_bytes = resident_bytes()
     batch = min(config.global_batch_size, manifest.num_examples(config.data.train_split))
     sizes = grids(machine.num_ranks, config.num_samples, batch)
@@ -138,15 +143,18 @@ def make_plan(config: Config, manifest: Manifest, machine: Machine, ranks: GridC
     for sample_size in sizes:
         grid = Grid(machine.num_ranks, sample_size, 0)
         with ranks.agree(f"rehearsing the grid {grid}"):
-            rehearsal = rehearse(config, manifest, grid, is_on_gpu=ranks.device.type == "cuda")
+            rehearsal = rehearse(config, manifest, grid, is_on_gpu=device.startswith("cuda"))
         if machine.flops is not None:
             compute = rehearsal.flops / machine.flops
         else:
-            compute = measure_share(config, manifest, grid, ranks)
-        reduce = sum(
-            machine.network(c.axis, grid).seconds(c.operation, c.num_bytes, extent(c.axis, grid))
-            for c in rehearsal.collectives
-        )
+            compute = measure_share(config, manifest, grid, ranks, device)
+        if can_try:
+            reduce = max(0.0, try_grid(config, manifest, sample_size, ranks) - compute)
+        else:
+            reduce = sum(
+                machine.network(c.axis, grid).seconds(c.operation, c.num_bytes, extent(c.axis, grid))
+                for c in rehearsal.collectives
+            )
         per_hour = 3600 / (steps_per_epoch * (compute + reduce))
         fits = rehearsal.peak_bytes <= machine.memory_bytes
         rows.append(Row(sample_size, grid.data_size, rehearsal, compute, reduce, per_hour, fits))
@@ -211,7 +219,7 @@ def choose(rows: Sequence[Row], machine: Machine) -> tuple[Row, str]:
 # --- measuring -----------------------------------------------------------------------------------------
 
 
-def measure_share(config: Config, manifest: Manifest, grid: Grid, ranks: GridComm) -> float:
+def measure_share(config: Config, manifest: Manifest, grid: Grid, ranks: GridComm, device: str) -> float:
     """Return the seconds of a step of the busiest rank of a grid, without its collectives. Collective over ``ranks``.
 
     The step is the real one, with as many examples as that rank has, and up to three chunks of samples; more go on in
@@ -219,19 +227,34 @@ def measure_share(config: Config, manifest: Manifest, grid: Grid, ranks: GridCom
     """
     chunk = 1 if config.chunk_size == "auto" else config.chunk_size
     num_chunks = -(-len(grid.local_samples(config.num_samples)) // chunk)
+
+    def measure(num_samples: int) -> float:
+        fewer = copy.copy(config)
+        fewer.num_samples = num_samples
+        return _measure(fewer, manifest, ImaginedComm(grid, fewer, device), ranks)
+
     if num_chunks <= 3:
-        return _measure(config, manifest, grid, ranks, config.num_samples)
-    two, three = (_measure(config, manifest, grid, ranks, n * chunk * grid.sample_size) for n in (2, 3))
+        return measure(config.num_samples)
+    two, three = (measure(n * chunk * grid.sample_size) for n in (2, 3))
     return three + (num_chunks - 3) * max(three - two, 0.0)
 
 
+def try_grid(config: Config, manifest: Manifest, sample_size: int, ranks: GridComm) -> float:
+    """Return the seconds of a step on a grid of all ranks, collectives included. Collective over ``ranks``."""
+    with _connect(config, sample_size) as comm:
+        return _measure(config, manifest, comm, ranks)
+
+
+def _connect(config: Config, sample_size: int) -> GridComm:
+    return communication.connect(sample_size, config.device, config.grid.reduction, config.grid.compression)
+
+
 def _measure(
-    config: Config, manifest: Manifest, grid: Grid, ranks: GridComm, num_samples: int, limit: float = 1.0
+    config: Config, manifest: Manifest, comm: GridComm, ranks: GridComm, limit: float = 1.0
 ) -> float:
-    config = copy.copy(config)
-    config.num_samples = num_samples
-    with ranks.agree(f"computing a share of the grid {grid}"):
-        step, arguments = share_of(config, manifest, ImaginedComm(grid, config, ranks.device))
+    """Return the median seconds of a step with a rank's share, of the slowest rank. Collective over ``ranks``."""
+    with ranks.agree(f"computing on the grid {comm.grid}"):
+        step, arguments = share_of(config, manifest, comm)
         step(*arguments)
         first = _timed(step, arguments)
     num_rounds = min(15, max(3, int(limit / max(ranks.gather_objects(first)))))
@@ -307,21 +330,22 @@ def plan_here(
     world_size = communication.world_size()
     num_ranks = num_ranks or world_size
     grids(num_ranks, config.num_samples, config.global_batch_size)
-    ranks = communication.connect(1, config.device)
+    ranks = communication.connect_for_files()  # stays, while grids come and go
     manifest = read_or_prepare(config.data, ranks)
-    if world_size > 1 and (between is None or within is None):
-        measured = measure_network(ranks)
-        between, within = between or measured, within or measured
-    local_size = ranks.local_size
+    with _connect(config, 1) as comm:
+        device, local_size = str(comm.device), comm.local_size
+        if world_size > 1 and (between is None or within is None):
+            measured = measure_network(comm)
+            between, within = between or measured, within or measured
     if ranks_per_node is None:
         alike = torch.cuda.device_count() or len(os.sched_getaffinity(0))
         ranks_per_node = local_size if world_size > 1 else min(num_ranks, alike)
     if memory_bytes is None:
-        memory_bytes = min(ranks.gather_objects(_free_bytes(ranks.device, ranks_per_node)))
+        memory_bytes = min(ranks.gather_objects(_free_bytes(torch.device(device), ranks_per_node)))
     machine = Machine(
         num_ranks, ranks_per_node, between or ASSUMED_BETWEEN, within or ASSUMED_WITHIN, memory_bytes, flops
     )
-    plan = make_plan(config, manifest, machine, ranks)
+    plan = make_plan(config, manifest, machine, ranks, device)
     ranks.close()
     return plan
 
@@ -338,7 +362,7 @@ def describe(config: Config, plan: Plan) -> str:
     """Return a plan as text."""
     machine, best = plan.machine, plan.best.rehearsal
     how = (
-        "computing measured here"
+        "measured here"
         if machine.flops is None
         else f"computing at {machine.flops:.3g} FLOP/s, noise and update left out"
     )

@@ -164,7 +164,7 @@ def test_a_slower_network_wants_fewer_bytes(manifest):
 
 
 def test_plan_prints_every_grid_and_writes_json(digits, capsys, tmp_path):
-    output = tmp_path / "plan.json"
+    output = tmp_path / "new" / "plan.json"
     flags = ["plan", "--config", "configs/digits.yaml", "--data.shards", str(digits)]
     assert main([*flags, "--ranks", "4", "--output", str(output)]) == 0
     plan, printed = json.loads(output.read_text()), capsys.readouterr().out
@@ -178,6 +178,9 @@ def test_plan_prints_every_grid_and_writes_json(digits, capsys, tmp_path):
     assert capsys.readouterr().out.count("3 GB/s and 7 µs") == 2
     assert main([*flags, "--ranks", "2", "--network", str(output)]) == 2
     assert "hpc-bnn doctor --json" in capsys.readouterr().err
+    assert main([*flags, "--bandwidth", "0", "--node_latency", "-1"]) == 2
+    refused = capsys.readouterr().err
+    assert "--bandwidth 0" in refused and "--node_latency -1" in refused
     assert main([*flags, "--ranks", "0", "--memory", "-1"]) == 2
     refused = capsys.readouterr().err
     assert "--ranks 0" in refused and "--memory -1" in refused
