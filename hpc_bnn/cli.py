@@ -230,11 +230,14 @@ def _make_config(options: jsonargparse.Namespace, given: set[str]) -> Config:
 
 
 def _choose_grid(config: Config) -> None:
-    from .plan import plan_here
+    from .plan import grids, plan_here
 
-    plan = plan_here(config)
-    config.grid.sample_size = plan.best.sample_size
-    logger.info("--grid.sample_size auto: the grid %s: %s", plan.best, plan.why)
+    sizes = grids(comm.world_size(), config.num_samples, config.global_batch_size)
+    config.grid.sample_size = sizes[0]
+    if len(sizes) > 1:
+        plan = plan_here(config)
+        config.grid.sample_size = plan.best.sample_size
+        logger.info("--grid.sample_size auto: the grid %s: %s", plan.best, plan.why)
 
 
 def _plan(options: jsonargparse.Namespace, given: set[str]) -> int:

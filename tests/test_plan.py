@@ -6,9 +6,11 @@ import math
 
 import pytest
 import torch
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hpc_bnn import plan
 from hpc_bnn.cli import main
 from hpc_bnn.config import Config, ModelConfig
 from hpc_bnn.data import Manifest
@@ -153,7 +155,7 @@ def test_a_slower_network_wants_fewer_bytes(manifest):
         make_plan(config, manifest, Machine(4, 1, Network(bandwidth, 0.0), flops=1e12))
         for bandwidth in (1 * GB, 2 * GB)
     ]
-    for slow, fast in zip(*(plan.rows for plan in plans)):
+    for slow, fast in zip(*(made.rows for made in plans)):
         assert slow.reduce_seconds == pytest.approx(2 * fast.reduce_seconds)
         assert slow.reduce_seconds > 0
         assert slow.compute_seconds == fast.compute_seconds == slow.rehearsal.flops / 1e12
@@ -167,10 +169,10 @@ def test_plan_prints_every_grid_and_writes_json(digits, capsys, tmp_path):
     output = tmp_path / "new" / "plan.json"
     flags = ["plan", "--config", "configs/digits.yaml", "--data.shards", str(digits)]
     assert main([*flags, "--ranks", "4", "--output", str(output)]) == 0
-    plan, printed = json.loads(output.read_text()), capsys.readouterr().out
-    assert [row["sample_size"] for row in plan["rows"]] == [1, 2, 4]
-    assert f"Take --grid.sample_size {plan['best']['sample_size']}" in printed and "<-- best" in printed
-    for row in plan["rows"]:
+    written, printed = json.loads(output.read_text()), capsys.readouterr().out
+    assert [row["sample_size"] for row in written["rows"]] == [1, 2, 4]
+    assert f"Take --grid.sample_size {written['best']['sample_size']}" in printed and "<-- best" in printed
+    for row in written["rows"]:
         assert row["compute_seconds"] > 0 and row["reduce_seconds"] > 0
     facts = tmp_path / "facts.json"
     facts.write_text(json.dumps({"network": {"bandwidth": 3e9, "latency": 7e-6}}))
@@ -184,6 +186,22 @@ def test_plan_prints_every_grid_and_writes_json(digits, capsys, tmp_path):
     assert main([*flags, "--ranks", "0", "--memory", "-1"]) == 2
     refused = capsys.readouterr().err
     assert "--ranks 0" in refused and "--memory -1" in refused
+
+
+def test_auto_of_one_process_needs_no_plan(digits, tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "plan_here", None)
+    flags = [
+        "--data.shards",
+        str(digits),
+        "--max_steps",
+        "2",
+        "--run_dir",
+        str(tmp_path),
+        "--num_samples",
+        "4",
+    ]
+    assert main(["train", "--config", "configs/digits.yaml", "--grid.sample_size", "auto", *flags]) == 0
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["grid"]["sample_size"] == 1
 
 
 def test_auto_takes_a_grid_of_the_plan(digits, mpirun, tmp_path):
