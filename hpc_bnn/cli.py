@@ -249,6 +249,8 @@ def _plan(options: jsonargparse.Namespace, given: set[str]) -> int:
         for name in ("bandwidth", "latency", "node_bandwidth", "node_latency")
         if getattr(options, name) is not None and not getattr(options, name) > 0
     ]
+    if options.output is not None and Path(options.output).is_dir():
+        faults.append(Fault("--output", options.output, "it is a directory", "Name a file in it, plan.json"))
     if faults:
         raise ConfigError(*faults)
     measured = read_network(options.network) if options.network is not None else None
@@ -267,6 +269,7 @@ def _plan(options: jsonargparse.Namespace, given: set[str]) -> int:
             path = Path(options.output)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, plan.to_json())
+            print(path)
     return 0
 
 

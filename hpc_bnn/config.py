@@ -350,7 +350,7 @@ class Config:
             yield f"optimizer.{name}", value, 0 < value < math.inf, "positive and finite", f"Try {example}"
         value = optimizer.warmup_epochs
         rule = f"0 or more and below num_epochs, {self.num_epochs}"
-        yield "optimizer.warmup_epochs", value, 0 <= value < max(self.num_epochs, 1), rule, "Try 1"
+        yield "optimizer.warmup_epochs", value, 0 <= value < max(self.num_epochs, 1), rule, "Try 0"
         norm = optimizer.max_gradient_norm
         fits = norm is None or 0 < norm < math.inf
         yield "optimizer.max_gradient_norm", norm, fits, "positive and finite", "Try 1.0, or leave it out"

@@ -149,7 +149,9 @@ def make_plan(
         else:
             compute = measure_share(config, manifest, grid, ranks, device)
         if can_try:
-            reduce = max(0.0, try_grid(config, manifest, sample_size, ranks) - compute)
+            tried = try_grid(config, manifest, sample_size, ranks)
+            compute = min(compute, tried)  # of two measurements that differ, a step is what was tried
+            reduce = tried - compute
         else:
             reduce = sum(
                 machine.network(c.axis, grid).seconds(c.operation, c.num_bytes, extent(c.axis, grid))
@@ -332,11 +334,13 @@ def plan_here(
     grids(num_ranks, config.num_samples, config.global_batch_size)
     ranks = communication.connect_for_files()  # stays, while grids come and go
     manifest = read_or_prepare(config.data, ranks)
-    with _connect(config, 1) as comm:
-        device, local_size = str(comm.device), comm.local_size
-        if world_size > 1 and (between is None or within is None):
-            measured = measure_network(comm)
-            between, within = between or measured, within or measured
+    device, local_size = str(communication.choose_device(config.device, 0, torch.cuda.device_count())), 1
+    if world_size > 1:
+        with _connect(config, 1) as comm:
+            device, local_size = str(comm.device), comm.local_size
+            if between is None or within is None:
+                measured = measure_network(comm)
+                between, within = between or measured, within or measured
     if ranks_per_node is None:
         alike = torch.cuda.device_count() or len(os.sched_getaffinity(0))
         ranks_per_node = local_size if world_size > 1 else min(num_ranks, alike)
@@ -376,7 +380,7 @@ def describe(config: Config, plan: Plan) -> str:
     ]
     for row in plan.rows:
         share = f"{row.rehearsal.local_samples} x {row.rehearsal.local_batch_size}"
-        mark = "  <-- best" if row is plan.best else "" if row.fits else "  does not fit"
+        mark = ("  <-- best" if row is plan.best else "") + ("" if row.fits else "  does not fit")
         lines.append(
             f"{row!s:<12}{share:>18} {_size(row.rehearsal.peak_bytes):>18} {_ms(row.compute_seconds):>11} "
             f"{_ms(row.reduce_seconds):>11} {_ms(row.step_seconds):>11} {row.epochs_per_hour:>13.4g}{mark}"

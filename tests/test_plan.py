@@ -180,9 +180,9 @@ def test_plan_prints_every_grid_and_writes_json(digits, capsys, tmp_path):
     assert capsys.readouterr().out.count("3 GB/s and 7 µs") == 2
     assert main([*flags, "--ranks", "2", "--network", str(output)]) == 2
     assert "hpc-bnn doctor --json" in capsys.readouterr().err
-    assert main([*flags, "--bandwidth", "0", "--node_latency", "-1"]) == 2
+    assert main([*flags, "--bandwidth", "0", "--node_latency", "-1", "--output", str(tmp_path)]) == 2
     refused = capsys.readouterr().err
-    assert "--bandwidth 0" in refused and "--node_latency -1" in refused
+    assert "--bandwidth 0" in refused and "--node_latency -1" in refused and "it is a directory" in refused
     assert main([*flags, "--ranks", "0", "--memory", "-1"]) == 2
     refused = capsys.readouterr().err
     assert "--ranks 0" in refused and "--memory -1" in refused
