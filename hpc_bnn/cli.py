@@ -17,7 +17,7 @@ from . import __version__, comm
 from .atomic import write_atomically
 from .config import Config, config_of_run
 from .errors import ConfigError, DataError, Fault, HpcBnnError, check_all
-from .grid import Grid
+from .grid import Grid, sample_sizes
 from .network import Network, read_network
 from .parsing import Parser, check_together
 
@@ -295,8 +295,7 @@ def _open_run(options: jsonargparse.Namespace, given: set[str]) -> Experiment:
     config = _make_config(options, given)
     config.run_dir, num_ranks, num_samples = options.run, comm.world_size(), max(config.num_test_samples, 1)
     if "--grid.sample_size" not in given:  # the samples over as many ranks as there are samples for
-        sizes = [size for size in range(1, num_ranks + 1) if num_ranks % size == 0]
-        config.grid.sample_size = max(size for size in sizes if size <= num_samples)
+        config.grid.sample_size = max(size for size in sample_sizes(num_ranks) if size <= num_samples)
     check_all(config.check, lambda: Grid(num_ranks, config.grid.sample_size).check_num_samples(num_samples))
     return Experiment.of_run(config, _connect(config), options.which)
 

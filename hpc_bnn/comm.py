@@ -119,7 +119,7 @@ class GridComm:
         self.compression = compression
         self.device = torch.device(device)
         self.traffic = Traffic()
-        self._extents = {"sample": grid.sample_size, "data": grid.data_size, "world": grid.world_size}
+        self._extents = grid.extents
         axes = ("world",) if reduction == "world" else ("sample", "data")
         self._routes: dict[str, list[Axis]] = {
             "sample": [axis for axis in ("sample",) if self._extents[axis] > 1],

@@ -24,7 +24,7 @@ from .atomic import write_atomically
 from .diagnosis import SEVERITIES, Problem, by_host, diagnose, has_errors, plural, ranges
 from .errors import CommunicationError, ConfigError, HpcBnnError, check_positive
 from .facts import RankFacts, collect, versions
-from .grid import Grid
+from .grid import Grid, sample_sizes
 from .launcher import Launcher, launcher_of
 from .network import LARGE_BYTES, SMALL_BYTES, network_of_sums, seconds_of_sum
 from .stack import first_line
@@ -138,7 +138,7 @@ def default_sample_size(ranks: Sequence[RankFacts]) -> int:
     num_ranks = len(ranks)
     if len(sizes) == 1 and num_ranks not in sizes:
         return sizes.pop()
-    return max(size for size in range(1, num_ranks + 1) if num_ranks % size == 0 and size * size <= num_ranks)
+    return max(size for size in sample_sizes(num_ranks) if size * size <= num_ranks)
 
 
 def as_dict(
@@ -254,8 +254,7 @@ def _gather_from_all(ranks: comm.GridComm, mine: Any, watch: Watch) -> list[Any]
 
 def measure(grid_comm: comm.GridComm, axis: comm.Axis) -> Bandwidth:
     """Return what sums over an axis cost. Collective over the world."""
-    grid = grid_comm.grid
-    extent = {"sample": grid.sample_size, "data": grid.data_size, "world": grid.world_size}[axis]
+    extent = grid_comm.grid.extents[axis]
     if extent == 1:
         return Bandwidth(1, None, None)
     times = [seconds_of_sum(grid_comm, axis, num_bytes) for num_bytes in (SMALL_BYTES, LARGE_BYTES)]

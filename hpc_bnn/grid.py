@@ -46,6 +46,11 @@ def share(count: int, parts: int, part: int) -> range:
     return range(start, start + quotient + (part < remainder))
 
 
+def sample_sizes(num_ranks: int) -> list[int]:
+    """Return the extents that the sample axis of so many ranks can have: the divisors."""
+    return [size for size in range(1, num_ranks + 1) if num_ranks % size == 0]
+
+
 @dataclass(frozen=True)
 class Grid:
     """Place of one rank in the process grid.
@@ -72,13 +77,12 @@ class Grid:
     def __post_init__(self):
         assert self.world_size >= 1 and 0 <= self.rank < self.world_size, self
         if self.sample_size < 1 or self.world_size % self.sample_size:
-            divisors = [d for d in range(1, self.world_size + 1) if self.world_size % d == 0]
             raise ConfigError(
                 Fault(
                     "--grid.sample_size",
                     self.sample_size,
                     f"sample_size x data_size must be the number of ranks, and the job has {self.world_size}",
-                    f"Use one of {', '.join(map(str, divisors))}, or start another number of ranks",
+                    f"Use one of {', '.join(map(str, sample_sizes(self.world_size)))}, or start another number of ranks",
                 )
             )
 
@@ -86,6 +90,11 @@ class Grid:
     def data_size(self) -> int:
         """Extent of the data axis."""
         return self.world_size // self.sample_size
+
+    @property
+    def extents(self) -> dict[str, int]:
+        """Number of ranks along "sample", "data" and "world"."""
+        return {"sample": self.sample_size, "data": self.data_size, "world": self.world_size}
 
     @property
     def sample_index(self) -> int:

@@ -21,7 +21,7 @@ from .config import Config
 from .data import Manifest
 from .errors import ConfigError, Fault, check_all
 from .experiment import read_or_prepare
-from .grid import Grid
+from .grid import Grid, sample_sizes
 from .likelihoods import Categorical
 from .models import MLP
 from .network import Network, measure_network
@@ -136,9 +136,10 @@ def make_plan(
     ranks = ranks or GridComm(Grid(1, 1, 0))
     can_try = 1 < machine.num_ranks == ranks.grid.world_size and machine.flops is None
     process_bytes = resident_bytes()
-    batch = min(config.global_batch_size, manifest.num_examples(config.data.train_split))
+    num_examples = manifest.num_examples(config.data.train_split)
+    batch = min(config.global_batch_size, num_examples)
     sizes = grids(machine.num_ranks, config.num_samples, batch)
-    steps_per_epoch = -(-manifest.num_examples(config.data.train_split) // batch)
+    steps_per_epoch = -(-num_examples // batch)
     rows = []
     for sample_size in sizes:
         grid = Grid(machine.num_ranks, sample_size, 0)
@@ -154,15 +155,14 @@ def make_plan(
             reduce = tried - compute
         else:
             reduce = sum(
-                machine.network(c.axis, grid).seconds(c.operation, c.num_bytes, extent(c.axis, grid))
+                machine.network(c.axis, grid).seconds(c.operation, c.num_bytes, grid.extents[c.axis])
                 for c in rehearsal.collectives
             )
         per_hour = 3600 / (steps_per_epoch * (compute + reduce))
         fits = rehearsal.peak_bytes <= machine.memory_bytes
         rows.append(Row(sample_size, grid.data_size, rehearsal, compute, reduce, per_hour, fits))
     best, why = choose(rows, machine)
-    spec = manifest.arrays
-    data_bytes = (spec["x"].num_bytes + spec["y"].num_bytes) * manifest.num_examples(config.data.train_split)
+    data_bytes = sum(spec.num_bytes for spec in manifest.arrays.values()) * num_examples
     return Plan(machine, tuple(rows), best, why, process_bytes, data_bytes)
 
 
@@ -174,19 +174,13 @@ def grids(num_ranks: int, num_samples: int, batch: int) -> list[int]:
     ConfigError
         There is none.
     """
-    sizes = [s for s in range(1, num_ranks + 1) if num_ranks % s == 0]
-    sizes = [s for s in sizes if s <= num_samples and num_ranks // s <= batch]
+    sizes = [s for s in sample_sizes(num_ranks) if s <= num_samples and num_ranks // s <= batch]
     if not sizes:
         rule = f"no grid of {num_ranks} ranks has a sample and an example for each, with {num_samples} samples and {batch} examples"
         raise ConfigError(
             Fault("--ranks", num_ranks, rule, "Use fewer, or more --num_samples or --global_batch_size")
         )
     return sizes
-
-
-def extent(axis: str, grid: Grid) -> int:
-    """Return the ranks along an axis."""
-    return {"sample": grid.sample_size, "data": grid.data_size, "world": grid.world_size}[axis]
 
 
 def choose(rows: Sequence[Row], machine: Machine) -> tuple[Row, str]:

@@ -26,6 +26,7 @@ from .experiment import Experiment
 from .grid import Grid
 from .network import Operation
 from .optim import optimizer_maker
+from .stack import first_line
 from .step import VariationalStep
 
 
@@ -179,8 +180,7 @@ def rehearse(config: Config, manifest: Manifest, grid: Grid, *, is_on_gpu: bool 
             with FlopCounterMode(display=False) as flops:
                 step.accumulate_gradient_(*arguments)
         except RuntimeError as error:
-            name, first = config.model.name, (str(error).splitlines() or [""])[0]
-            raise DataError(f"{name} cannot be rehearsed: {type(error).__name__}: {first}") from error
+            raise DataError(f"{config.model.name} cannot be rehearsed: {first_line(error)}") from error
         posterior.attach_gradients_()
         posterior.add_kl_gradient_(1.0)
         if config.optimizer.max_gradient_norm is not None:

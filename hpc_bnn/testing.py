@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .comm import GridComm, abort, connect, wait_for_others, world_size
+from .grid import sample_sizes
 from .likelihoods import Bernoulli, Categorical, Likelihood, Poisson
 from .noise import Stream, keyed_generator, keyed_global_generator
 from .objectives import Objective
@@ -42,7 +43,7 @@ def objective_is_exact(request: pytest.FixtureRequest) -> Callable[..., None]:
     def check(objective: Objective, reference: Callable[[Tensor, Tensor], Tensor], **options) -> None:
         ranks = world_size()
         try:
-            for sample_size in (size for size in range(1, ranks + 1) if ranks % size == 0):
+            for sample_size in sample_sizes(ranks):
                 check_objective(connect(sample_size, device="cpu"), objective, reference, **options)
         except ObjectiveDiffersError:
             raise  # on all ranks
