@@ -284,8 +284,9 @@ def _network(
 
 
 def _connect(config: Config) -> comm.GridComm:
-    grid = config.grid
-    return comm.connect(grid.sample_size, config.device, grid.reduction, grid.compression)
+    from .experiment import connect_grid
+
+    return connect_grid(config, config.grid.sample_size)
 
 
 def _open_run(options: jsonargparse.Namespace, given: set[str]) -> Experiment:

@@ -17,7 +17,7 @@ from torch import nn
 
 from .atomic import write_atomically
 from .checkpoint import CheckpointStore, restore_model
-from .comm import GridComm
+from .comm import GridComm, connect
 from .config import Config, DataConfig
 from .data import Manifest, ShardDataset
 from .data.manifest import MANIFEST
@@ -274,6 +274,11 @@ class Experiment:
         if posterior.is_replicated:
             comm.broadcast_(list(posterior.parameters()))  # the buffers are keyed, and may be bool
         return posterior
+
+
+def connect_grid(config: Config, sample_size: int) -> GridComm:
+    """Join the process grid as a config wants it, with a sample axis of this extent. Collective over the world."""
+    return connect(sample_size, config.device, config.grid.reduction, config.grid.compression)
 
 
 def read_or_prepare(config: DataConfig, comm: GridComm) -> Manifest:

@@ -19,8 +19,9 @@ from . import comm as communication
 from .comm import GridComm
 from .config import Config
 from .data import Manifest
+from .data.dataset import free_memory_bytes
 from .errors import ConfigError, Fault, check_all
-from .experiment import read_or_prepare
+from .experiment import connect_grid, read_or_prepare
 from .grid import Grid, sample_sizes
 from .likelihoods import Categorical
 from .models import MLP
@@ -237,12 +238,8 @@ def measure_share(config: Config, manifest: Manifest, grid: Grid, ranks: GridCom
 
 def try_grid(config: Config, manifest: Manifest, sample_size: int, ranks: GridComm) -> float:
     """Return the seconds of a step on a grid of all ranks, collectives included. Collective over ``ranks``."""
-    with _connect(config, sample_size) as comm:
+    with connect_grid(config, sample_size) as comm:
         return _measure(config, manifest, comm, ranks)
-
-
-def _connect(config: Config, sample_size: int) -> GridComm:
-    return communication.connect(sample_size, config.device, config.grid.reduction, config.grid.compression)
 
 
 def _measure(
@@ -330,7 +327,7 @@ def plan_here(
     manifest = read_or_prepare(config.data, ranks)
     device, local_size = str(communication.choose_device(config.device, 0, torch.cuda.device_count())), 1
     if world_size > 1:
-        with _connect(config, 1) as comm:
+        with connect_grid(config, 1) as comm:
             device, local_size = str(comm.device), comm.local_size
             if between is None or within is None:
                 measured = measure_network(comm)
@@ -351,9 +348,7 @@ def plan_here(
 def _free_bytes(device: torch.device, num_sharing: int) -> float:
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[1])
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    return free / num_sharing
+    return free_memory_bytes(is_shared=False) / num_sharing
 
 
 def describe(config: Config, plan: Plan) -> str:

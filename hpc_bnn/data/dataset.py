@@ -181,7 +181,7 @@ class ShardDataset:
         has_groups = self._comm.grid.sample_size > 1
         if reading != "auto":
             return "rank" if reading == "group" and not has_groups else reading
-        free = min(self._comm.gather_objects(_free_memory_bytes(self._comm.local_size > 1)))
+        free = min(self._comm.gather_objects(free_memory_bytes(self._comm.local_size > 1)))
         if self.num_bytes <= MEMORY_SHARE * free:
             return "node"
         return "group" if has_groups else "rank"
@@ -242,8 +242,8 @@ class _Scale:
         return values * self.std + self.mean
 
 
-def _free_memory_bytes(is_shared: bool) -> float:
-    """Memory that this process may still take; of shared memory where a node has several ranks."""
+def free_memory_bytes(is_shared: bool) -> float:
+    """Return the memory that this process may still take; of shared memory where a node has several ranks. Local."""
     limits = [float("inf")]
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()

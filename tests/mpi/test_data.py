@@ -332,7 +332,7 @@ def test_too_little_space_is_said_before_anything_is_copied(world, shards, job_d
 def test_auto_chooses_from_size_and_the_least_free_memory_of_any_node(comm, shards, monkeypatch, free):
     """The set has 31 x 168 bytes; one rank alone sees little memory."""
     seen = free if comm.grid.rank == comm.grid.world_size - 1 else 10**9
-    monkeypatch.setattr(hpc_bnn.data.dataset, "_free_memory_bytes", lambda is_shared: seen)
+    monkeypatch.setattr(hpc_bnn.data.dataset, "free_memory_bytes", lambda is_shared: seen)
     dataset = ShardDataset(shards, "train", comm=comm)
     assert dataset.num_bytes == 31 * (2 * 20 * 4 + 8)
     assert dataset.reading == (
