@@ -6,8 +6,9 @@ import sys
 import pytest
 import torch
 
-from hpc_bnn import Grid, GridComm, comm
-from hpc_bnn.comm import _packed_buckets, choose_device
+from hpc_bnn import Grid, GridComm
+from hpc_bnn.comm import choose_device, packing
+from hpc_bnn.comm.packing import packed_buckets
 from hpc_bnn.errors import ConfigError, DataError, RankError
 
 
@@ -58,7 +59,7 @@ def test_packing_uses_few_buffers_and_copies_back():
     d = torch.ones(2, 3).T  # not contiguous
     half = torch.ones(5, dtype=torch.bfloat16)
     count = torch.tensor(7)
-    with _packed_buckets([a, c, b, count, d, half]) as buckets:
+    with packed_buckets([a, c, b, count, d, half]) as buckets:
         assert sorted((str(x.dtype), x.numel()) for x in buckets) == [
             ("torch.float32", 6 + 4 + 6 + 5), ("torch.float64", 2), ("torch.int64", 1)
         ]  # fmt: skip
@@ -70,10 +71,10 @@ def test_packing_uses_few_buffers_and_copies_back():
 
 def test_one_flat_tensor_is_not_copied(monkeypatch):
     x = torch.arange(100.0)
-    with _packed_buckets(x) as buckets:
+    with packed_buckets(x) as buckets:
         assert [b.data_ptr() for b in buckets] == [x.data_ptr()]
-    monkeypatch.setattr(comm, "BUCKET_BYTES", 160)
-    with _packed_buckets([x, torch.ones(10)]) as buckets:
+    monkeypatch.setattr(packing, "BUCKET_BYTES", 160)
+    with packed_buckets([x, torch.ones(10)]) as buckets:
         assert [b.numel() for b in buckets] == [40, 40, 30]  # two views of x; its rest with the small one
 
 

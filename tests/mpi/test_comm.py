@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hpc_bnn import comm as comm_module
+from hpc_bnn.comm import packing
 from hpc_bnn.errors import CommunicationError, ConfigError, DataError, RankError
 from hpc_bnn.grid import share
 
@@ -46,7 +47,7 @@ def test_sums_run_over_the_right_ranks(comm):
 @pytest.mark.parametrize("bucket_bytes", [2**20, 100])
 @pytest.mark.parametrize("count", [37, 8, 3, 1])
 def test_reduce_scatter_gives_each_rank_its_share_of_the_sum(comm, count, bucket_bytes, monkeypatch):
-    monkeypatch.setattr(comm_module, "SHARE_BUCKET_BYTES", bucket_bytes)
+    monkeypatch.setattr(packing, "SHARE_BUCKET_BYTES", bucket_bytes)
     before = comm.traffic.num_collectives
     comm.reduce_scatter_(torch.zeros(37, dtype=torch.float64), "sample")
     num_buckets = 1 if bucket_bytes > 1000 else 4
@@ -150,7 +151,7 @@ def test_a_list_travels_in_few_buffers_and_low_precision_is_summed_in_float32(co
 
 
 def test_large_buffers_are_cut_into_buckets(comm, monkeypatch):
-    monkeypatch.setattr(comm_module, "BUCKET_BYTES", 4 * 1000)
+    monkeypatch.setattr(packing, "BUCKET_BYTES", 4 * 1000)
     x = torch.arange(2500.0) + comm.grid.rank
     comm.sum_(x)
     size = comm.grid.world_size

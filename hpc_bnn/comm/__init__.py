@@ -1,0 +1,41 @@
+"""Communication over the process grid (floor 2).
+
+The only package that imports mpi4py and horovod. `connect` splits ``MPI.COMM_WORLD`` into sample and
+data sub-communicators, makes the Horovod process sets of the same ranks, and returns a `GridComm`.
+Sums, maxima and gathers of tensors travel through Horovod; Python objects (errors, file names, metadata) and broadcasts
+of host memory through mpi4py.
+
+`GridComm` itself (`base`) is the one-process case: every collective over one rank is the identity. A library
+plugs in underneath by the few methods of a subclass whose names begin with an underscore; `start` chooses it.
+
+Neither mpi4py.MPI nor horovod is imported before `world_size` or `connect` is called: importing the first
+starts MPI; a worker process that imports this package stays an ordinary process.
+"""
+
+from .base import Axis, GridComm, NodeArray, ObjectAxis, Operation, Traffic
+from .devices import choose_device, set_num_threads
+from .horovod import HorovodComm
+from .mpi import MpiComm, abort, wait_for_others, world_size
+from .packing import map_leaves
+from .start import connect, connect_for_files, finalize, launched_rank
+
+__all__ = [
+    "Axis",
+    "GridComm",
+    "HorovodComm",
+    "MpiComm",
+    "NodeArray",
+    "ObjectAxis",
+    "Operation",
+    "Traffic",
+    "abort",
+    "choose_device",
+    "connect",
+    "connect_for_files",
+    "finalize",
+    "launched_rank",
+    "map_leaves",
+    "set_num_threads",
+    "wait_for_others",
+    "world_size",
+]

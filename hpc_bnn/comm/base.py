@@ -1,0 +1,407 @@
+"""The interface of communication, and the grid of one process."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from ..compression import Compression, decode, encode, encoded_bytes
+from ..errors import CommunicationError, HpcBnnError, RankError
+from ..grid import Grid, share
+from .packing import Outline, as_list, bucket_spans, map_leaves, packed_buckets
+
+Axis = Literal["sample", "data", "world"]
+ObjectAxis = Literal["sample", "data", "world", "node"]
+Operation = Literal["sum", "max"]
+
+
+@dataclass(frozen=True)
+class NodeArray:
+    """An array that the ranks of a node share (`GridComm.node_array`)."""
+
+    array: np.ndarray
+    """The same memory on each rank of the node."""
+    publish: Callable[[], None]
+    """Let all ranks of the node see what any of them has written. Collective over ``node_comm``."""
+
+
+@dataclass
+class Traffic:
+    """What this rank has sent into collectives since the start."""
+
+    num_collectives: int = 0
+    """Tensor collectives that this rank took part in."""
+    num_bytes: int = 0
+    """Bytes of the tensors that it gave to them."""
+    seconds: float = 0.0
+    """Time in them, waiting for the other ranks included (seconds)."""
+    num_object_collectives: int = 0
+    """Collectives of Python objects (start, checks, errors; never in a training step)."""
+
+
+class GridComm:
+    """Collectives over the axes of the process grid; this class: one process, nothing to do.
+
+    Parameters
+    ----------
+    grid : Grid
+        Place of this rank.
+    device : torch.device
+        Device of this rank.
+    reduction : {"axes", "world"}
+        How `sum_` over the world goes: over the sample group and then over the data group, or at once.
+    compression : {"none", "fp16", "bf16"}
+        What `sum_` and `reduce_scatter_` send where they are asked to compress.
+
+    Attributes
+    ----------
+    sample_comm, data_comm, world_comm : mpi4py.MPI.Intracomm or None
+        The communicators of the groups (None in a single process without MPI).
+    sample_set, data_set : horovod.torch.ProcessSet or None
+        The Horovod process sets of the same ranks (None for an axis of extent 1).
+    node_comm : mpi4py.MPI.Intracomm or None
+        The communicator of the ranks that share memory with this one.
+    local_rank, local_size : int
+        This rank among the ranks of its node, and their number.
+    needs_own_gpu : bool
+        Whether the library refuses two ranks on one GPU (NCCL).
+    traffic : Traffic
+        Count of the collectives so far.
+    """
+
+    library = "none"
+    sample_comm = data_comm = world_comm = node_comm = None
+    sample_set = data_set = None
+    local_rank, local_size = 0, 1
+    needs_own_gpu = False
+
+    def __init__(
+        self,
+        grid: Grid,
+        device: torch.device | str = "cpu",
+        reduction: Literal["axes", "world"] = "axes",
+        compression: Compression = "none",
+    ):
+        self.grid = grid
+        self.compression = compression
+        self.device = torch.device(device)
+        self.traffic = Traffic()
+        self._extents = grid.extents
+        axes = ("world",) if reduction == "world" else ("sample", "data")
+        self._routes: dict[str, list[Axis]] = {
+            "sample": [axis for axis in ("sample",) if self._extents[axis] > 1],
+            "data": [axis for axis in ("data",) if self._extents[axis] > 1],
+            "world": [axis for axis in axes if self._extents[axis] > 1],
+        }
+
+    # --- tensors --------------------------------------------------------------------------------
+
+    def sum_(
+        self,
+        tensors: torch.Tensor | Sequence[torch.Tensor],
+        axis: Axis = "world",
+        *,
+        compressed: bool = False,
+    ) -> None:
+        """Replace each tensor, in place, by its sum over an axis.
+
+        A list is packed into few large buffers, one reduction each, not one per tensor; a single
+        contiguous tensor is reduced where it lies. bfloat16 and float16 are summed in float32.
+
+        Collective over ``sample_comm``, ``data_comm`` or the world, by ``axis``. An axis of extent 1
+        costs nothing.
+
+        Parameters
+        ----------
+        tensors : Tensor or sequence of Tensor
+            The same shapes and dtypes in the same order on each rank.
+        axis : {"sample", "data", "world"}
+            Over which ranks.
+        compressed : bool
+            Send the numbers as ``compression`` says, half the bytes for rounding to 11 or 8 bits: each rank
+            sums its part of the numbers of all others, not in halves, and sends the sums around. All ranks get the same.
+        """
+        if compressed and self.compression != "none":
+            self._sum_compressed_(tensors, axis)
+        else:
+            self._reduce_all_(tensors, axis, "sum")
+
+    def reduce_scatter_(self, flat: torch.Tensor, axis: Axis, *, compressed: bool = False) -> torch.Tensor:
+        """Sum flat tensors [n] over an axis, each rank its share (`hpc_bnn.grid.share`), and return a view of it.
+
+        In place; what is not this rank's share is left as it was. In buckets, so that little memory is needed besides.
+
+        Collective over ``sample_comm``, ``data_comm`` or the world, by ``axis``; it costs nothing over one rank.
+
+        Parameters
+        ----------
+        flat : Tensor
+            [n], contiguous, of float32 or float64, alike on each rank.
+        axis : {"sample", "data", "world"}
+            Over which ranks.
+        compressed : bool
+            As for `sum_`.
+        """
+        flat = flat.detach()
+        shares, index = self._shares(len(flat), axis)
+        for spans in bucket_spans(shares, flat.element_size()):
+            parts, mine = [flat[span.start : span.stop] for span in spans], spans[index]
+            if compressed and self.compression != "none":
+                encoded = [encode(part, self.compression) for part in parts]
+                packed = torch.cat(encoded)
+                with self._counted(packed):
+                    received = self._all_to_all(packed, [len(part) for part in encoded], axis)
+                contents = received.view(len(spans), -1)
+                result = sum(decode(content, self.compression, flat.dtype) for content in contents)
+            else:
+                packed = torch.cat(parts)
+                with self._counted(packed):
+                    result = self._reduce_scatter(packed, axis)
+            flat[mine.start : mine.stop] = result
+        return flat[shares[index].start : shares[index].stop]
+
+    def gather_shares_(self, flat: torch.Tensor, axis: Axis, *, compressed: bool = False) -> None:
+        """Overwrite the shares of the other ranks of an axis with what they have there (see `reduce_scatter_`).
+
+        Collective over ``sample_comm``, ``data_comm`` or the world, by ``axis``. With ``compressed`` the own share is
+        rounded as the others see it.
+        """
+        flat = flat.detach()
+        shares, index = self._shares(len(flat), axis)
+        is_compressed = compressed and self.compression != "none"
+        for spans in bucket_spans(shares, flat.element_size()):
+            part = flat[spans[index].start : spans[index].stop]
+            part = encode(part, self.compression) if is_compressed else part
+            with self._counted(part):
+                gathered = self._gather(part, axis)
+            lengths = [encoded_bytes(len(span)) if is_compressed else len(span) for span in spans]
+            for span, content in zip(spans, gathered.split(lengths)):
+                content = decode(content, self.compression, flat.dtype) if is_compressed else content
+                flat[span.start : span.stop] = content
+
+    def max_(self, tensors: torch.Tensor | Sequence[torch.Tensor], axis: Axis = "world") -> None:
+        """Replace each tensor, in place, by its elementwise maximum over an axis (see `sum_`)."""
+        self._reduce_all_(tensors, axis, "max")
+
+    def gather(self, tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
+        """Return the tensors of all ranks of an axis, one after another along dim 0, on each of them.
+
+        Collective over ``sample_comm`` or ``data_comm``, by ``axis``; it costs nothing over one rank.
+
+        Parameters
+        ----------
+        tensor : Tensor
+            [n, ...], of a floating-point dtype; n may differ between ranks, the rest may not. Where an extent of the rest
+            is 0, nothing is exchanged.
+        axis : {"sample", "data"}
+            Over which ranks.
+        """
+        if not self._routes[axis] or 0 in tensor.shape[1:]:
+            return tensor
+        is_half = tensor.dtype in (torch.bfloat16, torch.float16)
+        wide = tensor.detach().float() if is_half else tensor.detach()
+        with self._counted(wide):
+            return self._gather(wide.contiguous(), axis).to(tensor.dtype)
+
+    def broadcast_(
+        self, tensors: torch.Tensor | Sequence[torch.Tensor], root: int = 0, axis: Axis = "world"
+    ) -> None:
+        """Overwrite tensors with those of the rank with index ``root`` along an axis.
+
+        Collective over ``sample_comm``, ``data_comm`` or the world, by ``axis``.
+        """
+        if self._extents[axis] == 1:
+            return
+        with packed_buckets(tensors) as buckets:
+            for flat in buckets:
+                with self._counted(flat):
+                    self._broadcast_(flat, root, axis)
+
+    def broadcast_optimizer_state(self, optimizer: torch.optim.Optimizer, root: int = 0) -> None:
+        """Overwrite the state of an optimizer with that of world rank ``root``. Collective over the world.
+
+        The other ranks need no state of their own: a new optimizer is filled.
+        """
+        is_root = self.grid.rank == root
+        state = self.broadcast_tree(optimizer.state_dict() if is_root else None, root)
+        if not is_root:
+            optimizer.load_state_dict(state)
+
+    def broadcast_tree(self, tree: Any, root: int = 0) -> Any:
+        """Return the nested dicts and lists of world rank ``root`` on all ranks. Collective over the world.
+
+        Tensors travel as such; they come out on this rank's device, those from the CPU on the CPU.
+        """
+        if self.grid.world_size == 1:
+            return tree
+        outline = self.broadcast_object(map_leaves(tree, torch.Tensor, Outline.of), root)
+        if self.grid.rank != root:
+            tree = map_leaves(outline, Outline, lambda o: o.empty(self.device))
+        tensors: list[torch.Tensor] = []
+        map_leaves(tree, torch.Tensor, tensors.append)
+        self.broadcast_(tensors, root)
+        return tree
+
+    # --- Python objects ---------------------------------------------------------------------------
+
+    def broadcast_object(self, value: Any, root: int = 0) -> Any:
+        """Return the object of world rank ``root`` on all ranks. Collective over the world."""
+        return value
+
+    def gather_objects(self, value: Any, axis: ObjectAxis = "world") -> list[Any]:
+        """Return the objects of all ranks of an axis or node, in rank order, on each of them. Collective."""
+        return [value]
+
+    def barrier(self) -> None:
+        """Wait for all ranks. Collective over the world."""
+
+    def node_array(self, shape: tuple[int, ...], dtype: np.dtype | str) -> NodeArray:
+        """Return a new array in memory that the ranks of a node share; alone, in ordinary memory.
+
+        Collective over ``node_comm``.
+
+        Parameters
+        ----------
+        shape : tuple of int
+            The same on each rank.
+        dtype : dtype
+            Of NumPy.
+
+        Raises
+        ------
+        CommunicationError
+            There is not that much shared memory.
+        """
+        return NodeArray(np.empty(shape, dtype), lambda: None)
+
+    @contextlib.contextmanager
+    def agree(self, doing: str) -> Iterator[None]:
+        """Run a block; if it raises on any rank, raise the same error on all. Collective over the world.
+
+        For what can fail on one rank only: files, memory, hardware. The block itself must contain no
+        collective, or the ranks that succeed wait inside it for the one that failed.
+
+        Parameters
+        ----------
+        doing : str
+            What the block does, for the message: "reading data/digits".
+
+        Raises
+        ------
+        HpcBnnError
+            Of the class of the first failing rank's error (`RankError` for a foreign class), with rank
+            and host in its message.
+        """
+        error = None
+        try:
+            yield
+        except Exception as caught:
+            error = caught
+        report = None
+        if error is not None:
+            kind = type(error) if isinstance(error, HpcBnnError) else RankError
+            text = str(error) if isinstance(error, HpcBnnError) else f"{type(error).__name__}: {error}"
+            report = (kind, self.grid.rank, socket.gethostname(), text)
+        reports = [r for r in self.gather_objects(report) if r is not None]
+        if reports:
+            kind, rank, host, text = reports[0]
+            if self.grid.world_size == 1:
+                raise kind(f"{doing}: {text}") from error
+            others = f" (and {len(reports) - 1} other ranks)" if len(reports) > 1 else ""
+            raise kind(f"rank {rank} on {host}{others}, {doing}: {text}") from error
+
+    def check_replicas(
+        self, tensors: torch.Tensor | Sequence[torch.Tensor], what: str, axis: Axis = "world"
+    ) -> None:
+        """Verify that tensors are bit for bit the same on all ranks of an axis. Collective.
+
+        Raises
+        ------
+        CommunicationError
+            Some rank has other bits: parameters that should be replicated have drifted apart.
+        """
+        if self.grid.world_size == 1:
+            return
+        digest = hashlib.sha256()
+        for tensor in as_list(tensors):
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        digests = self.gather_objects((self.grid.rank, digest.digest()), axis)
+        odd = [rank for rank, other in digests if other != digests[0][1]]
+        # All ranks raise, also those of the groups that agree with themselves.
+        odd = sorted({rank for ranks in self.gather_objects(odd) for rank in ranks})
+        if odd:
+            raise CommunicationError(
+                f"{what}: the parameters of ranks {odd} have drifted from their replicas"
+            )
+
+    def close(self) -> None:
+        """Wait for all ranks and leave the groups. Collective over the world; afterwards it is of no use."""
+
+    def __enter__(self) -> GridComm:
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if error is None:  # with an error the other ranks may never come here: it ends the job by itself
+            self.close()
+
+    # --- what a library provides ------------------------------------------------------------------
+
+    def _reduce_(self, flat: torch.Tensor, axis: Axis, operation: Operation) -> None:
+        raise NotImplementedError
+
+    def _broadcast_(self, flat: torch.Tensor, root: int, axis: Axis) -> None:
+        raise NotImplementedError
+
+    def _gather(self, tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
+        raise NotImplementedError
+
+    def _reduce_scatter(self, flat: torch.Tensor, axis: Axis) -> torch.Tensor:
+        raise NotImplementedError
+
+    def _all_to_all(self, flat: torch.Tensor, counts: list[int], axis: Axis) -> torch.Tensor:
+        """Return what the ranks of the axis sent here, one after another, of parts with these lengths."""
+        raise NotImplementedError
+
+    # --- shared -------------------------------------------------------------------------------------
+
+    def _reduce_all_(self, tensors, axis: Axis, operation: Operation) -> None:
+        route = self._routes[axis]
+        if not route:
+            return
+        with packed_buckets(tensors) as buckets:
+            for flat in buckets:
+                if flat.numel() == 0:
+                    continue  # on all ranks of the group alike
+                for step in route:
+                    with self._counted(flat):
+                        self._reduce_(flat, step, operation)
+
+    def _sum_compressed_(self, tensors, axis: Axis) -> None:
+        for step in self._routes[axis]:
+            with packed_buckets(tensors) as buckets:
+                for flat in buckets:
+                    self.reduce_scatter_(flat, step, compressed=True)
+                    self.gather_shares_(flat, step, compressed=True)
+
+    def _shares(self, count: int, axis: Axis) -> tuple[list[range], int]:
+        """Return the shares of all ranks of an axis, and this rank's place among them."""
+        grid = self.grid
+        index = {"sample": grid.sample_index, "data": grid.data_index, "world": grid.rank}[axis]
+        return [share(count, self._extents[axis], rank) for rank in range(self._extents[axis])], index
+
+    @contextlib.contextmanager
+    def _counted(self, tensor: torch.Tensor) -> Iterator[None]:
+        """Count a collective of this tensor."""
+        start = time.perf_counter()
+        yield
+        self.traffic.num_collectives += 1
+        self.traffic.num_bytes += tensor.numel() * tensor.element_size()
+        self.traffic.seconds += time.perf_counter() - start

@@ -1,0 +1,104 @@
+"""Which GPU and how many threads a rank has."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+
+import torch
+
+from ..errors import CommunicationError, ConfigError, Fault
+from .base import GridComm
+
+logger = logging.getLogger(__name__)
+
+
+def choose_device(requested: str, local_rank: int, num_visible: int) -> torch.device:
+    """Return the device of a rank. Local.
+
+    One rank per GPU of the node; where the launcher shows each rank only its own GPU, that is number 0.
+
+    Parameters
+    ----------
+    requested : str
+        "auto", "cpu", "cuda" or "cuda:N".
+    local_rank : int
+        This rank among the ranks of its node.
+    num_visible : int
+        GPUs that this process sees.
+    """
+    kind, _, number = requested.partition(":")
+    if kind not in ("auto", "cpu", "cuda") or (number and (kind != "cuda" or not number.isdigit())):
+        raise ConfigError(
+            Fault("--device", requested, "the device is auto, cpu, cuda or cuda:N", "Leave it at auto")
+        )
+    if kind == "cpu" or (kind == "auto" and num_visible == 0):
+        return torch.device("cpu")
+    index = int(number) if number else local_rank % max(num_visible, 1)
+    if index >= num_visible:
+        raise ConfigError(
+            Fault(
+                "--device",
+                requested,
+                f"this process sees {num_visible} GPUs",
+                "Ask the batch system for GPUs, check CUDA_VISIBLE_DEVICES, or use --device cpu",
+            )
+        )
+    return torch.device("cuda", index)
+
+
+def num_visible_gpus() -> int:
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def set_num_threads(local_size: int) -> None:
+    """Share the cores among the ranks of a node, unless the user has set OMP_NUM_THREADS. Local."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        total = os.cpu_count() or 1
+        bound = cores < total  # the launcher gave this rank cores of its own
+        torch.set_num_threads(max(1, cores if bound else cores // local_size))
+
+
+def agree_on_device(world, requested: str, local_rank: int) -> torch.device:
+    """Choose the device of this rank, or raise the same error on all. Collective over the world."""
+    device, faults = None, ()
+    try:
+        device = choose_device(requested, local_rank, num_visible_gpus())
+    except ConfigError as error:
+        faults = error.faults
+    seen = world.allgather((faults, device and device.type, socket.gethostname()))
+    for rank, (theirs, _, host) in enumerate(seen):
+        if theirs:
+            raise ConfigError(f"rank {rank} on {host}: {theirs[0]}")
+    kinds = {kind: (rank, host) for rank, (_, kind, host) in reversed(list(enumerate(seen)))}
+    if len(kinds) > 1:
+        places = ", ".join(f"{kind} on rank {rank} ({host})" for kind, (rank, host) in sorted(kinds.items()))
+        raise ConfigError(
+            Fault(
+                "--device",
+                requested,
+                f"the ranks must compute on one kind of device, and there is {places}",
+                "Check the GPUs of that node, or use --device cpu",
+            )
+        )
+    return device
+
+
+def check_one_rank_per_gpu(comm: GridComm) -> None:
+    """Refuse two ranks on one GPU where NCCL would, warn elsewhere. Collective over the world."""
+    uuid = None
+    if comm.device.type == "cuda":
+        torch.cuda.set_device(comm.device)
+        uuid = str(torch.cuda.get_device_properties(comm.device).uuid)
+    uuids = comm.gather_objects(uuid)
+    shared = sorted({u for u in uuids if u is not None and uuids.count(u) > 1})
+    if not shared:
+        return
+    ranks = [rank for rank, u in enumerate(uuids) if u == shared[0]]
+    text = f"ranks {ranks} share one GPU ({shared[0]})"
+    if comm.needs_own_gpu:
+        raise CommunicationError(f"{text}, which NCCL refuses. Start one rank per GPU of a node")
+    if comm.grid.rank == 0:
+        logger.warning("%s: right for a trial, slow for work. Start one rank per GPU of a node", text)

@@ -1,0 +1,93 @@
+"""Few flat buffers for many tensors, and shares in parts (Local)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+BUCKET_BYTES = 256 * 2**20
+"""Largest buffer that one reduction of a list of tensors packs (bytes)."""
+
+
+SHARE_BUCKET_BYTES = 4 * 2**20
+"""Smallest buffer of a sum or gather by shares (bytes): memory that it needs besides. At most `SHARE_BUCKETS` are used."""
+
+SHARE_BUCKETS = 32
+
+
+def as_list(tensors: torch.Tensor | Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What a tensor looks like; one on the CPU (a counter of an optimizer) stays there."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    is_cpu: bool
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Outline:
+        return cls(tensor.shape, tensor.dtype, tensor.device.type == "cpu")
+
+    def empty(self, device: torch.device) -> torch.Tensor:
+        return torch.empty(self.shape, dtype=self.dtype, device="cpu" if self.is_cpu else device)
+
+
+def map_leaves(tree: Any, kind: type, function: Callable[[Any], Any]) -> Any:
+    """Apply a function to the leaves of a kind in nested dicts and lists."""
+    if isinstance(tree, kind):
+        return function(tree)
+    if isinstance(tree, dict):
+        return {key: map_leaves(value, kind, function) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [map_leaves(value, kind, function) for value in tree]
+    return tree
+
+
+def bucket_spans(shares: list[range], item_bytes: int) -> Iterator[list[range]]:
+    """Yield parts of shares, one of each, that together fill a buffer; nothing for one share."""
+    if len(shares) == 1:
+        return
+    num_bytes = sum(len(s) for s in shares) * item_bytes
+    length = max(1, max(SHARE_BUCKET_BYTES, num_bytes // SHARE_BUCKETS) // item_bytes // len(shares))
+    for offset in range(0, len(shares[0]), length):  # the first is the longest
+        yield [s[offset : offset + length] for s in shares]
+
+
+@contextlib.contextmanager
+def packed_buckets(tensors: torch.Tensor | Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """Offer tensors as few flat buffers of one dtype; copy back what had to be copied.
+
+    A contiguous tensor that fills a bucket alone is offered as a view, without a copy.
+    """
+    with torch.no_grad():
+        originals = [t.detach() for t in as_list(tensors)]
+        # Horovod sums no bfloat16 and float16 loses too much; float32 is exact for both as operands.
+        wide = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
+        sources = [t.to(wide.get(t.dtype, t.dtype)).contiguous() for t in originals]
+        pieces = [piece for t in sources for piece in t.view(-1).split(BUCKET_BYTES // t.element_size())]
+        groups: list[list[torch.Tensor]] = []
+        for piece in sorted(pieces, key=lambda p: (str(p.dtype), str(p.device))):  # sorted() is stable
+            last = groups[-1] if groups else None
+            if (
+                last
+                and (last[0].dtype, last[0].device) == (piece.dtype, piece.device)
+                and sum(p.numel() for p in last) + piece.numel() <= BUCKET_BYTES // piece.element_size()
+            ):
+                last.append(piece)
+            else:
+                groups.append([piece])
+        buckets = [group[0] if len(group) == 1 else torch.cat(group) for group in groups]
+        yield buckets
+        for group, bucket in zip(groups, buckets):
+            if len(group) > 1:
+                torch._foreach_copy_(group, list(bucket.split([p.numel() for p in group])))
+        for original, source in zip(originals, sources):
+            if original.data_ptr() != source.data_ptr():
+                original.copy_(source)
