@@ -230,7 +230,7 @@ def batch_of(
 @contextlib.contextmanager
 def process_group(comm: hpc_bnn.GridComm) -> Iterator[None]:
     """Start torch.distributed beside MPI, for the peer."""
-    if comm.grid.world_size == 1:
+    if comm.grid.world_size == 1 or torch.distributed.is_initialized():
         yield
         return
     with socket.socket() as free:

@@ -207,6 +207,9 @@ class Config:
     """Precision; bfloat16 runs the network under autocast and keeps weights and sums in float32."""
     device: str = "auto"
     """auto, cpu, cuda (one GPU per rank of a node) or cuda:N."""
+    backend: Literal["auto", "horovod", "torch"] = "auto"
+    """What carries tensors between ranks: Horovod, torch.distributed (NCCL or Gloo), or auto: Horovod where all ranks
+    can use it, otherwise torch."""
     num_samples: int = 8
     """Weight samples per step in the whole job."""
     num_test_samples: int = 64

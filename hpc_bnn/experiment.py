@@ -278,7 +278,8 @@ class Experiment:
 
 def connect_grid(config: Config, sample_size: int) -> GridComm:
     """Join the process grid as a config wants it, with a sample axis of this extent. Collective over the world."""
-    return connect(sample_size, config.device, config.grid.reduction, config.grid.compression)
+    grid = config.grid
+    return connect(sample_size, config.device, grid.reduction, grid.compression, backend=config.backend)
 
 
 def read_or_prepare(config: DataConfig, comm: GridComm) -> Manifest:

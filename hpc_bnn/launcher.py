@@ -38,6 +38,12 @@ class Launcher:
 
 def launcher_of(environment: Mapping[str, str]) -> Launcher:
     """Return what started a process with this environment. Local, no MPI."""
+    if environment.get("TORCHELASTIC_RUN_ID"):  # torchrun may itself be a task of srun: it counts first
+        names = ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE")
+        found = {name: environment[name] for name in names if environment.get(name, "").isdigit()}
+        if len(found) == len(names):
+            size, rank, local_size = (int(found[name]) for name in names)
+            return Launcher("torchrun", size, rank, local_size, found)
     is_step = environment.get("SLURM_STEP_ID", "").isdigit() and "SLURM_PROCID" in environment
     without_size = None
     for name, *variables in _SIGNS:

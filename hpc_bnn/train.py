@@ -345,7 +345,9 @@ class Run(Experiment):
         """Say what of the config is not as it was when the checkpoint was written."""
         mine = flatten(self.config.to_dict())
         for name, value in flatten(former).items():
-            if mine.get(name) != value and not name.startswith(("run_dir", "resume", "max_seconds", "grid.")):
+            if mine.get(name) != value and not name.startswith(
+                ("run_dir", "resume", "max_seconds", "grid.", "backend")
+            ):
                 logger.warning("--%s is %s; the checkpoint was written with %s", name, mine.get(name), value)
 
     def _write_checkpoint(self, metric: float | None = None) -> None:

@@ -10,9 +10,9 @@ import torch
 from conftest import REPOSITORY
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
-def test_suite_on_ranks(mpirun, num_ranks):
-    done = mpirun(num_ranks, "tests/mpi/run.py", timeout=300)
+@pytest.mark.parametrize(("num_ranks", "library"), [*((n, "horovod") for n in (1, 2, 3, 4)), (4, "torch")])
+def test_suite_on_ranks(mpirun, num_ranks, library):
+    done = mpirun(num_ranks, "tests/mpi/run.py", timeout=300, environment={"TEST_LIBRARY": library})
     print(done.stdout, done.stderr)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert " passed" in done.stdout and "failed" not in done.stdout
@@ -21,7 +21,8 @@ def test_suite_on_ranks(mpirun, num_ranks):
 FAILING = """
 import sys, os, signal, time
 import torch, hpc_bnn
-comm = hpc_bnn.connect(sample_size={sample_size}, device="cpu")
+comm = hpc_bnn.connect(sample_size={sample_size}, device="cpu", backend="{backend}")
+assert comm.library == "{backend}"
 comm.sum_(torch.ones(3))
 if comm.grid.rank == 1:
     print("FAULT", time.time(), flush=True)
@@ -34,14 +35,18 @@ FAULTS = {
     "exits": "sys.exit(3)",
     "is_killed": "os.kill(os.getpid(), signal.SIGKILL)",
 }
+BACKENDS = ("horovod", "torch")
 OTHERS = {"tensor_collective": "comm.sum_(torch.ones(3))", "object_collective": "comm.gather_objects(1)"}
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("others", OTHERS)
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_rank_that_fails_ends_the_job_within_ten_seconds(mpirun, fault, others, tmp_path):
+def test_a_rank_that_fails_ends_the_job_within_ten_seconds(mpirun, fault, others, backend, tmp_path):
     program = tmp_path / "program.py"
-    program.write_text(FAILING.format(sample_size=2, fault=FAULTS[fault], others=OTHERS[others]))
+    program.write_text(
+        FAILING.format(sample_size=2, backend=backend, fault=FAULTS[fault], others=OTHERS[others])
+    )
     done = mpirun(4, program, timeout=60)
     ended = time.time()
     assert done.returncode != 0
@@ -53,7 +58,9 @@ def test_a_rank_that_fails_ends_the_job_within_ten_seconds(mpirun, fault, others
 def test_the_abort_hook_works_without_mpi4py_as_runner(mpirun, tmp_path):
     program = tmp_path / "program.py"
     program.write_text(
-        FAILING.format(sample_size=1, fault=FAULTS["raises"], others=OTHERS["object_collective"])
+        FAILING.format(
+            sample_size=1, backend="horovod", fault=FAULTS["raises"], others=OTHERS["object_collective"]
+        )
     )
     done = mpirun(2, program, runner=(), timeout=60)
     ended = time.time()
@@ -76,10 +83,13 @@ def test_a_stuck_test_cannot_hang_the_suite(mpirun, tmp_path):
     assert done.returncode != 0 and "test_stuck.py" in done.stderr and "Timeout" in done.stderr
 
 
-def test_several_ranks_without_horovod_is_a_clear_error(mpirun, tmp_path):
+WITHOUT_HOROVOD = "import sys; sys.modules['horovod'] = None\nfrom hpc_bnn.__main__ import run\nrun()\n"
+
+
+def test_horovod_that_is_asked_for_and_not_there_is_a_clear_error(mpirun, tmp_path):
     program = tmp_path / "program.py"
-    program.write_text("import sys; sys.modules['horovod'] = None\nfrom hpc_bnn.__main__ import run\nrun()\n")
-    done = mpirun(2, program, "train", "--config", "configs/digits.yaml", timeout=60)
+    program.write_text(WITHOUT_HOROVOD)
+    done = mpirun(2, program, "train", "--config", "configs/digits.yaml", "--backend", "horovod", timeout=60)
     assert done.returncode == 1
     assert done.stderr.count("2 ranks need Horovod") == 1 and "install_horovod" in done.stderr
     assert "Traceback" not in done.stderr
@@ -118,6 +128,31 @@ def test_layout_law_through_the_command_line(mpirun, digits, tmp_path):
         assert model.keys() == models[0].keys()
         for name, value in model.items():
             assert (value - models[0][name]).norm() <= 1e-12 * models[0][name].norm(), name
+
+
+def test_both_libraries_give_the_same_run_and_auto_finds_the_one_that_is_there(mpirun, digits, tmp_path):
+    """2 x 2 ranks, sharded optimiser, float64; the third run has no Horovod and asks for no library."""
+    program = tmp_path / "program.py"
+    program.write_text(WITHOUT_HOROVOD)
+    runs = []
+    for runner, backend in (("-m", "hpc_bnn"), "horovod"), (("-m", "hpc_bnn"), "torch"), ((program,), "auto"):
+        run_dir = tmp_path / f"{backend}-{len(runs)}"
+        done = mpirun(
+            4, *runner, "train", "--config", "configs/digits.yaml", "--data.shards", digits, "--run_dir", run_dir,
+            "--grid.sample_size", 2, "--dtype", "float64", "--max_steps", 5, "--num_test_samples", 5,
+            "--optimizer.sharded", "true", "--backend", backend,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count("torch.distributed carries the tensors") == (backend == "auto"), done.stderr
+        summary = json.loads((run_dir / "summary.json").read_text())
+        (checkpoint,) = (run_dir / "checkpoints").glob("*.pt")
+        runs.append((summary, torch.load(checkpoint, weights_only=True)["model"]))
+    assert [s["communication"]["library"] for s, _ in runs] == ["horovod", "torch", "torch"]
+    for summary, model in runs[1:]:
+        assert summary["test/nll"] == pytest.approx(runs[0][0]["test/nll"], rel=1e-12)
+        assert summary["communication"]["num_bytes"] == runs[0][0]["communication"]["num_bytes"]
+        for name, value in model.items():
+            assert (value - runs[0][1][name]).norm() <= 1e-12 * runs[0][1][name].norm(), name
 
 
 def test_the_quickstart_learns(mpirun, digits, tmp_path):
@@ -175,11 +210,12 @@ def test_unwritable_run_dir_on_rank_0_ends_all_ranks(mpirun, digits, tmp_path):
     assert done.stderr.count("hpc-bnn: error: rank 0 on ") == 1 and "opening" in done.stderr
 
 
-def test_a_rank_that_ends_early_does_not_take_horovod_from_the_others(mpirun, tmp_path):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_rank_that_ends_early_does_not_take_the_library_from_the_others(mpirun, backend, tmp_path):
     program = tmp_path / "program.py"
     program.write_text(
         "import time, torch, hpc_bnn\n"
-        "with hpc_bnn.connect(sample_size=2, device='cpu') as comm:\n"
+        f"with hpc_bnn.connect(sample_size=2, device='cpu', backend='{backend}') as comm:\n"
         "    if comm.grid.data_index == 1:\n"
         "        time.sleep(7)\n"
         "    x = torch.ones(2)\n"

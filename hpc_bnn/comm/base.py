@@ -65,8 +65,8 @@ class GridComm:
     ----------
     sample_comm, data_comm, world_comm : mpi4py.MPI.Intracomm or None
         The communicators of the groups (None in a single process without MPI).
-    sample_set, data_set : horovod.torch.ProcessSet or None
-        The Horovod process sets of the same ranks (None for an axis of extent 1).
+    sample_set, data_set : horovod.torch.ProcessSet, torch.distributed.ProcessGroup or None
+        What the library has for the same ranks (None for an axis of extent 1).
     node_comm : mpi4py.MPI.Intracomm or None
         The communicator of the ranks that share memory with this one.
     local_rank, local_size : int
@@ -82,6 +82,8 @@ class GridComm:
     sample_set = data_set = None
     local_rank, local_size = 0, 1
     needs_own_gpu = False
+    _through_host = False
+    """Whether the tensors of GPUs are sent from host memory."""
 
     def __init__(
         self,
@@ -95,6 +97,11 @@ class GridComm:
         self.device = torch.device(device)
         self.traffic = Traffic()
         self._extents = grid.extents
+        self._ranks = {
+            "sample": grid.sample_group(grid.data_index),
+            "data": grid.data_group(grid.sample_index),
+            "world": range(grid.world_size),
+        }
         axes = ("world",) if reduction == "world" else ("sample", "data")
         self._routes: dict[str, list[Axis]] = {
             "sample": [axis for axis in ("sample",) if self._extents[axis] > 1],
@@ -352,6 +359,10 @@ class GridComm:
         if error is None:  # with an error the other ranks may never come here: it ends the job by itself
             self.close()
 
+    def group_ranks(self, axis: Axis) -> list[int]:
+        """Return the world ranks of this rank's group along an axis, as the library has them. Local."""
+        return list(self._ranks[axis])
+
     # --- what a library provides ------------------------------------------------------------------
 
     def _reduce_(self, flat: torch.Tensor, axis: Axis, operation: Operation) -> None:
@@ -371,6 +382,10 @@ class GridComm:
         raise NotImplementedError
 
     # --- shared -------------------------------------------------------------------------------------
+
+    def _near(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a tensor, or a copy of it, where the library can read it."""
+        return tensor.cpu() if self._through_host else tensor
 
     def _reduce_all_(self, tensors, axis: Axis, operation: Operation) -> None:
         route = self._routes[axis]
@@ -405,3 +420,11 @@ class GridComm:
         self.traffic.num_collectives += 1
         self.traffic.num_bytes += tensor.numel() * tensor.element_size()
         self.traffic.seconds += time.perf_counter() - start
+
+
+def no_shared_memory(num_bytes: int, error: object) -> CommunicationError:
+    """Return the error of a `GridComm.node_array` that does not fit."""
+    return CommunicationError(
+        f"{num_bytes / 1e9:.2f} GB of shared memory cannot be had on {socket.gethostname()} ({error}). "
+        "Make /dev/shm larger, or use --data.reading group or rank"
+    )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import socket
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -61,14 +63,14 @@ def set_num_threads(local_size: int) -> None:
         torch.set_num_threads(max(1, cores if bound else cores // local_size))
 
 
-def agree_on_device(world, requested: str, local_rank: int) -> torch.device:
-    """Choose the device of this rank, or raise the same error on all. Collective over the world."""
+def agree_on_device(allgather: Callable[[Any], list[Any]], requested: str, local_rank: int) -> torch.device:
+    """Choose the device of this rank, or raise the same error on all. Collective over the world, by ``allgather``."""
     device, faults = None, ()
     try:
         device = choose_device(requested, local_rank, num_visible_gpus())
     except ConfigError as error:
         faults = error.faults
-    seen = world.allgather((faults, device and device.type, socket.gethostname()))
+    seen = allgather((faults, device and device.type, socket.gethostname()))
     for rank, (theirs, _, host) in enumerate(seen):
         if theirs:
             raise ConfigError(f"rank {rank} on {host}: {theirs[0]}")
@@ -86,8 +88,8 @@ def agree_on_device(world, requested: str, local_rank: int) -> torch.device:
     return device
 
 
-def check_one_rank_per_gpu(comm: GridComm) -> None:
-    """Refuse two ranks on one GPU where NCCL would, warn elsewhere. Collective over the world."""
+def ranks_on_one_gpu(comm: GridComm) -> tuple[list[int], str]:
+    """Return the ranks of a GPU that has several, and its name; no ranks where each has one. Collective."""
     uuid = None
     if comm.device.type == "cuda":
         torch.cuda.set_device(comm.device)
@@ -95,9 +97,16 @@ def check_one_rank_per_gpu(comm: GridComm) -> None:
     uuids = comm.gather_objects(uuid)
     shared = sorted({u for u in uuids if u is not None and uuids.count(u) > 1})
     if not shared:
+        return [], ""
+    return [rank for rank, u in enumerate(uuids) if u == shared[0]], shared[0]
+
+
+def check_one_rank_per_gpu(comm: GridComm) -> None:
+    """Refuse two ranks on one GPU where NCCL would, warn elsewhere. Collective over the world."""
+    ranks, uuid = ranks_on_one_gpu(comm)
+    if not ranks:
         return
-    ranks = [rank for rank, u in enumerate(uuids) if u == shared[0]]
-    text = f"ranks {ranks} share one GPU ({shared[0]})"
+    text = f"ranks {ranks} share one GPU ({uuid})"
     if comm.needs_own_gpu:
         raise CommunicationError(f"{text}, which NCCL refuses. Start one rank per GPU of a node")
     if comm.grid.rank == 0:

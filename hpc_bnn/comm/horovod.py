@@ -11,10 +11,9 @@ from typing import Literal
 import torch
 
 from ..compression import Compression
-from ..errors import CommunicationError
 from ..grid import Grid
 from .base import Axis, Operation
-from .mpi import MpiComm, running_mpi, wait_for_others
+from .mpi import STALL_SECONDS, MpiComm, running_mpi, wait_for_others
 
 logger = logging.getLogger(__name__)
 
@@ -32,9 +31,11 @@ class HorovodComm(MpiComm):
         compression: Compression = "none",
         *,
         mpi,
-        hvd,
         node_size: int | None = None,
     ):
+        import horovod.torch as hvd
+
+        os.environ.setdefault("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", f"{STALL_SECONDS:.0f}")
         super().__init__(grid, device, reduction, compression, mpi=mpi, node_size=node_size)
         self._hvd = hvd
         self._start_horovod()
@@ -76,16 +77,17 @@ class HorovodComm(MpiComm):
         if grid.data_size > 1:
             self.data_set = sets["data"][grid.sample_index] if sets["data"] else world
         self._sets = {"sample": self.sample_set, "data": self.data_set, "world": world}
-        self._ranks = {
-            "sample": grid.sample_group(grid.data_index),
-            "data": grid.data_group(grid.sample_index),
-            "world": range(grid.world_size),
-        }
+
+    def group_ranks(self, axis: Axis) -> list[int]:
+        process_set = self._sets[axis]
+        if process_set is None:
+            return [self.grid.rank]
+        return list(process_set.ranks or range(self.grid.world_size))  # the global set lists none
 
     def _reduce_(self, flat: torch.Tensor, axis: Axis, operation: Operation) -> None:
         # A stable name per buffer lets Horovod's response cache skip the negotiation.
         name = f"hpc_bnn.{operation}.{axis}.{flat.dtype}.{flat.numel()}"
-        buffer = flat.cpu() if self._through_host and flat.is_cuda else flat
+        buffer = self._near(flat)
         self._hvd.allreduce_(buffer, op=self._operations[operation], process_set=self._sets[axis], name=name)
         if buffer is not flat:
             flat.copy_(buffer)
@@ -104,19 +106,19 @@ class HorovodComm(MpiComm):
 
     def _gather(self, tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
         name = f"hpc_bnn.gather.{axis}.{tensor.dtype}.{tuple(tensor.shape[1:])}"
-        buffer = tensor.cpu() if self._through_host else tensor
+        buffer = self._near(tensor)
         return self._hvd.allgather(buffer, name=name, process_set=self._sets[axis]).to(tensor.device)
 
     def _reduce_scatter(self, flat: torch.Tensor, axis: Axis) -> torch.Tensor:
         name = f"hpc_bnn.reduce_scatter.{axis}.{flat.dtype}.{flat.numel()}"
-        buffer = flat.cpu() if self._through_host else flat
+        buffer = self._near(flat)
         return self._hvd.reducescatter(buffer, name=name, op=self._hvd.Sum, process_set=self._sets[axis]).to(
             flat.device
         )
 
     def _all_to_all(self, flat: torch.Tensor, counts: list[int], axis: Axis) -> torch.Tensor:
         name = f"hpc_bnn.all_to_all.{axis}.{flat.dtype}.{flat.numel()}"
-        buffer = flat.cpu() if self._through_host else flat
+        buffer = self._near(flat)
         splits = torch.tensor(counts, dtype=torch.int32)
         received, _ = self._hvd.alltoall(buffer, splits, name=name, process_set=self._sets[axis])
         return received.to(flat.device)
@@ -128,10 +130,9 @@ class HorovodComm(MpiComm):
         super().close()
 
 
-def import_horovod(world):
-    """Import Horovod on all ranks, or raise the same error on all. Collective over the world."""
+def why_not(world, needs_nccl: bool = False) -> str | None:
+    """Return why Horovod cannot be used, None where it can. Collective over the world, with one answer."""
     problem = None
-    hvd = None
     try:
         import horovod.torch as hvd
     except Exception as error:  # a broken build raises many kinds of error
@@ -139,15 +140,12 @@ def import_horovod(world):
     else:
         if not hvd.mpi_built():
             problem = "it was built without MPI"
+        elif not hasattr(hvd, "ProcessSet"):
+            problem = "it is older than 0.23, which has no process sets"
+        elif needs_nccl and not hvd.nccl_built():
+            problem = "it was built without NCCL"
     problems = [(rank, p) for rank, p in enumerate(world.allgather(problem)) if p]
-    if problems:
-        rank, problem = problems[0]
-        raise CommunicationError(
-            f"{world.size} ranks need Horovod, and it cannot be used on rank {rank} ({problem}). "
-            "Build it for this PyTorch and MPI with tools/install_horovod.sh, or run one process without mpirun"
-        )
-    os.environ.setdefault("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", "600")
-    return hvd
+    return f"it cannot be used on rank {problems[0][0]} ({problems[0][1]})" if problems else None
 
 
 def shutdown() -> None:

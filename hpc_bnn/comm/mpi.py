@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import socket
 import sys
 import time
 from typing import Any, Literal
@@ -16,7 +15,10 @@ from ..compression import Compression
 from ..errors import CommunicationError
 from ..grid import Grid
 from ..launcher import launcher_of
-from .base import GridComm, NodeArray, ObjectAxis
+from .base import GridComm, NodeArray, ObjectAxis, no_shared_memory
+
+STALL_SECONDS = 600.0
+"""How long a collective of tensors waits for a rank that does not come."""
 
 
 class MpiComm(GridComm):
@@ -79,10 +81,7 @@ class MpiComm(GridComm):
             mine = max(num_bytes, 1) if self.local_rank == 0 else 0
             window = self._mpi.Win.Allocate_shared(mine, 1, comm=self.node_comm)
         except self._mpi.Exception as error:
-            raise CommunicationError(
-                f"{num_bytes / 1e9:.2f} GB of shared memory cannot be had on {socket.gethostname()} ({error}). "
-                "Make /dev/shm larger, or use --data.reading group or rank"
-            ) from error
+            raise no_shared_memory(num_bytes, error) from error
         self._windows.append(window)
         buffer, _ = window.Shared_query(0)
         window.Lock_all()
@@ -154,18 +153,6 @@ def split_by_node(mpi, node_size: int | None = None):
     part = node.Split(color=node.rank // node_size, key=node.rank)
     node.Free()
     return part
-
-
-def world_size() -> int:
-    """Number of ranks of this job. Local, but starts MPI.
-
-    Raises
-    ------
-    CommunicationError
-        The launcher started several ranks that cannot work together: no mpi4py, or another MPI.
-    """
-    mpi = start_mpi()
-    return mpi.COMM_WORLD.size if mpi else 1
 
 
 def wait_for_others(seconds: float) -> bool:

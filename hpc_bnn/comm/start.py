@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from typing import Literal
 
+import torch
+
 from ..compression import Compression
+from ..errors import CommunicationError
 from ..grid import Grid
 from ..launcher import launcher_of
-from . import horovod
+from . import horovod, mpi, torch_distributed, torchrun
 from .base import GridComm
 from .devices import agree_on_device, check_one_rank_per_gpu, choose_device, num_visible_gpus, set_num_threads
-from .horovod import HorovodComm, import_horovod
+from .horovod import HorovodComm
 from .mpi import MpiComm, install_abort_hook, running_mpi, split_by_node, start_mpi
+from .torch_distributed import TorchComm
+from .torchrun import TorchrunComm
 
 logger = logging.getLogger(__name__)
+
+Backend = Literal["auto", "horovod", "torch"]
 
 
 def connect(
@@ -24,12 +32,13 @@ def connect(
     reduction: Literal["axes", "world"] = "axes",
     compression: Compression = "none",
     *,
+    backend: Backend = "auto",
     node_size: int | None = None,
 ) -> GridComm:
     """Join the process grid of this job. Collective over the world.
 
     Under ``mpirun`` or ``srun`` the ranks of the job form the grid; without a launcher, one process is
-    a grid of 1 x 1 and needs neither MPI nor Horovod. Calling it again makes a new grid of the same
+    a grid of 1 x 1 and needs neither MPI nor a library for tensors. Calling it again makes a new grid of the same
     ranks; the former object is then of no use.
 
     Use it as a context (``with connect(2) as comm:``): at its end all ranks wait for each other, because
@@ -46,6 +55,8 @@ def connect(
         See `GridComm`.
     compression : {"none", "fp16", "bf16"}
         What the sum of the gradient sends; other sums are never compressed.
+    backend : {"auto", "horovod", "torch"}
+        What carries the tensors: Horovod or torch.distributed. ``auto``: Horovod where all ranks can use it.
     node_size : int, optional
         See `MpiComm`.
 
@@ -58,24 +69,66 @@ def connect(
     ConfigError
         The sample axis does not fit the number of ranks, or the device is not there.
     CommunicationError
-        Several ranks and no Horovod, a Horovod without MPI, or a launcher of another MPI.
+        Several ranks and a library that does not start, or a launcher of another MPI.
     """
-    mpi = start_mpi()
-    if mpi is None or mpi.COMM_WORLD.size == 1:
+    if torchrun.launcher():
+        return _connect_torchrun(sample_size, device, reduction, compression, backend, node_size)
+    started = start_mpi()
+    if started is None or started.COMM_WORLD.size == 1:
         logger.info("one process: no communication, all samples and examples are computed here")
         return GridComm(Grid(1, sample_size, 0), choose_device(device, 0, num_visible_gpus()))
-    world = mpi.COMM_WORLD
+    world = started.COMM_WORLD
     install_abort_hook()
     grid = Grid(world.size, sample_size, world.rank)
-    hvd = import_horovod(world)
-    node = split_by_node(mpi)
+    node = split_by_node(started)
     local_rank, local_size = node.rank, node.size
     node.Free()
     set_num_threads(local_size)
-    device = agree_on_device(world, device, local_rank)
-    comm = HorovodComm(grid, device, reduction, compression, mpi=mpi, hvd=hvd, node_size=node_size)
+    device = agree_on_device(world.allgather, device, local_rank)
+    library = _choose_library(world, backend, device)
+    comm = library(grid, device, reduction, compression, mpi=started, node_size=node_size)
     check_one_rank_per_gpu(comm)
     return comm
+
+
+def _connect_torchrun(sample_size, device, reduction, compression, backend, node_size) -> TorchrunComm:
+    """As `connect`, for ranks without MPI."""
+    if backend == "horovod":
+        raise CommunicationError(
+            "torchrun starts ranks without MPI, and Horovod needs it. Use mpirun or srun, or --backend torch"
+        )
+    job = torchrun.launcher()
+    grid = Grid(job.size, sample_size, job.rank)
+    torchrun.join()
+    local_rank, local_size = torchrun.local_place()
+    set_num_threads(local_size)
+    device = agree_on_device(torchrun.allgather, device, local_rank)
+    comm = TorchrunComm(grid, device, reduction, compression, node_size=node_size)
+    check_one_rank_per_gpu(comm)
+    return comm
+
+
+def _choose_library(world, backend: Backend, device: torch.device) -> type[HorovodComm] | type[TorchComm]:
+    """Return the class that carries the tensors, the same on all ranks. Collective over the world."""
+    if backend == "torch":
+        return TorchComm
+    is_free = backend == "auto"
+    problem = horovod.why_not(world, needs_nccl=is_free and torch_distributed.has_nccl_for(device))
+    if problem is None:
+        return HorovodComm
+    if not is_free:
+        raise CommunicationError(
+            f"{world.size} ranks need Horovod, and {problem}. "
+            "Build it for this PyTorch and MPI with tools/install_horovod.sh, or use --backend torch"
+        )
+    if world.rank == 0:
+        _say_once(f"torch.distributed carries the tensors; of Horovod: {problem}")
+    return TorchComm
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    logger.info("%s", text)
 
 
 def connect_for_files(node_size: int | None = None) -> GridComm:
@@ -88,25 +141,59 @@ def connect_for_files(node_size: int | None = None) -> GridComm:
     node_size : int, optional
         See `MpiComm`.
     """
-    mpi = start_mpi()
-    if mpi is None or mpi.COMM_WORLD.size == 1:
+    if job := torchrun.launcher():
+        torchrun.join()
+        return TorchrunComm(Grid(job.size, 1, job.rank), node_size=node_size)
+    started = start_mpi()
+    if started is None or started.COMM_WORLD.size == 1:
         return GridComm(Grid(1, 1, 0))
     install_abort_hook()
-    return MpiComm(Grid(mpi.COMM_WORLD.size, 1, mpi.COMM_WORLD.rank), mpi=mpi, node_size=node_size)
+    return MpiComm(
+        Grid(started.COMM_WORLD.size, 1, started.COMM_WORLD.rank), mpi=started, node_size=node_size
+    )
+
+
+def world_size() -> int:
+    """Number of ranks of this job. Local, but starts MPI, except under torchrun.
+
+    Raises
+    ------
+    CommunicationError
+        The launcher started several ranks that cannot work together: no mpi4py, or another MPI.
+    """
+    if job := torchrun.launcher():
+        return job.size
+    started = start_mpi()
+    return started.COMM_WORLD.size if started else 1
+
+
+def wait_for_others(seconds: float) -> bool:
+    """Wait for all ranks to call this, at most some seconds; return whether they did. Collective."""
+    return torchrun.wait_for_others(seconds) if torchrun.launcher() else mpi.wait_for_others(seconds)
+
+
+def abort(code: int) -> None:
+    """End the whole job with an exit code, from this rank alone. Local."""
+    mpi.abort(code)
+    if torchrun.launcher():
+        os._exit(code)  # torchrun ends the others
 
 
 def finalize() -> None:
-    """End Horovod and MPI, so that this rank can exit with any code. Collective over the world.
+    """End the library for tensors and MPI, so that this rank can exit with any code. Collective over the world.
 
     Without it ``python -m mpi4py`` answers an exit code other than 0 by aborting the job, which is right
     for an error of one rank and noise for one on which all ranks agreed.
     """
-    mpi = running_mpi()
-    if mpi is not None:
-        mpi.COMM_WORLD.Barrier()
+    if torchrun.launcher():
+        wait_for_others(5.0)  # torchrun ends those that are still there when one has failed
+    running = running_mpi()
+    if running is not None:
+        running.COMM_WORLD.Barrier()
     horovod.shutdown()
-    if mpi is not None:
-        mpi.Finalize()
+    torch_distributed.shutdown()
+    if running is not None:
+        running.Finalize()
 
 
 def launched_rank() -> int:

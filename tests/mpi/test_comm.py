@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import LIBRARY
 
 from hpc_bnn import comm as comm_module
 from hpc_bnn.comm import packing
@@ -19,12 +20,11 @@ def test_communicators_and_process_sets_are_the_groups_of_the_grid(comm, world):
     assert (comm.data_comm.size, comm.data_comm.rank) == (grid.data_size, grid.data_index)
     assert comm.sample_comm.allgather(world.rank) == list(grid.sample_group())
     assert comm.data_comm.allgather(world.rank) == list(grid.data_group())
-    for axis_set, group in ((comm.sample_set, grid.sample_group()), (comm.data_set, grid.data_group())):
-        if len(group) == 1:
-            assert axis_set is None
-        else:
-            ranks = axis_set.ranks or range(world.size)  # the global set lists none
-            assert list(ranks) == list(group)
+    assert comm.library == LIBRARY
+    assert comm.group_ranks("sample") == list(grid.sample_group())
+    assert comm.group_ranks("data") == list(grid.data_group())
+    assert comm.group_ranks("world") == list(range(world.size))
+    assert (comm.sample_set is None, comm.data_set is None) == (grid.sample_size == 1, grid.data_size == 1)
 
 
 def test_sums_run_over_the_right_ranks(comm):

@@ -1,9 +1,11 @@
 """For one config and one seed the result does not depend on the grid; and its mirror."""
 
+import importlib
 import math
 
 import pytest
 import torch
+from conftest import LIBRARY
 from reference import GLOBAL_BATCH_SIZE, make_problem, make_step, relative_difference, train
 
 from hpc_bnn import (
@@ -79,28 +81,43 @@ def test_mirror_the_local_gradients_differ_and_their_sum_is_the_jobs(comm, monke
     torch.testing.assert_close(step.posterior.reduced, sum(everyones), rtol=1e-12, atol=1e-15)
 
 
+FUNCTIONS = {
+    "horovod": (
+        "horovod.torch",
+        ("allreduce_", "allreduce", "allreduce_async_", "allgather", "broadcast", "broadcast_",
+         "grouped_allreduce", "grouped_allreduce_", "alltoall", "reducescatter", "barrier"),
+    ),
+    "torch": (
+        "torch.distributed",
+        ("all_reduce", "all_gather", "all_gather_into_tensor", "broadcast", "all_to_all_single", "reduce_scatter_tensor",
+         "reduce", "gather", "scatter", "barrier"),
+    ),
+}  # fmt: skip
+"""The collectives of each library; the first is the one that a step makes."""
+
+
 def test_a_step_makes_one_collective_per_axis_and_moves_the_gradient_once(comm, monkeypatch):
     step = make_step(comm)
     x, y = make_problem(torch.float64)
     calls = []
-    if comm.library == "horovod":
-        hvd = comm._hvd
-        for name in ("allreduce", "allreduce_", "allreduce_async_", "allgather", "broadcast", "broadcast_",
-                     "grouped_allreduce", "grouped_allreduce_", "alltoall", "reducescatter", "barrier"):  # fmt: skip
-            original = getattr(hvd, name)
+    module, names = FUNCTIONS[LIBRARY]
+    if comm.library != "none":
+        library = importlib.import_module(module)
+        for name in names:
+            original = getattr(library, name)
 
-            def spy(tensor=None, *args, _name=name, _original=original, **kwargs):
-                calls.append((_name, tensor.numel() * tensor.element_size()))
-                return _original(tensor, *args, **kwargs)
+            def spy(*args, _name=name, _original=original, **kwargs):
+                calls.append((_name, args[0].numel() * args[0].element_size()))
+                return _original(*args, **kwargs)
 
-            monkeypatch.setattr(hvd, name, spy)
+            monkeypatch.setattr(library, name, spy)
     objects = comm.traffic.num_object_collectives
     before = comm.traffic.num_collectives, comm.traffic.num_bytes
     part = comm.grid.local_examples(GLOBAL_BATCH_SIZE)
     step(x[:GLOBAL_BATCH_SIZE][part], y[:GLOBAL_BATCH_SIZE][part], GLOBAL_BATCH_SIZE)
     axes = (comm.grid.sample_size > 1) + (comm.grid.data_size > 1)
     num_bytes = 8 * (2 * step.posterior.num_weights + len(step.posterior.tally))
-    assert calls == [("allreduce_", num_bytes)] * axes
+    assert calls == [(names[0], num_bytes)] * axes
     assert comm.traffic.num_collectives - before[0] == axes
     assert comm.traffic.num_bytes - before[1] == axes * num_bytes
     assert comm.traffic.num_object_collectives == objects

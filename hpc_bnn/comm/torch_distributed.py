@@ -1,0 +1,237 @@
+"""Tensors by torch.distributed: NCCL between GPUs, Gloo between CPUs. The only module that imports it.
+
+Under MPI it is started over MPI: rank 0 opens a port and tells the others where, and no environment variable is needed.
+Under torchrun it is all there is (`hpc_bnn.comm.torchrun`).
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import socket
+import sys
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+
+from ..compression import Compression
+from ..errors import CommunicationError
+from ..grid import Grid
+from .base import Axis, GridComm, ObjectAxis, Operation
+from .devices import ranks_on_one_gpu
+from .mpi import STALL_SECONDS, MpiComm
+
+START_SECONDS = 60.0
+"""Longest wait for the port of rank 0."""
+
+WITH_NCCL = "cpu:gloo,cuda:nccl"
+_GATHER = (
+    "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+)  # torch < 2.13
+_OPERATIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
+
+
+class TorchTensors(GridComm):
+    """The tensors of `GridComm` by torch.distributed; objects and shared memory are left to another class."""
+
+    library = "torch"
+
+    def _can_use_nccl(self) -> bool:
+        """Whether NCCL carries the tensors of all ranks. Collective over the world."""
+        # NCCL refuses two ranks on one GPU; Gloo does not mind.
+        return not ranks_on_one_gpu(self)[0] and all(self.gather_objects(has_nccl_for(self.device)))
+
+    def _enter_groups(self) -> None:
+        """Make the groups of the axes. Collective over the world."""
+        for ranks in self._ranks.values():
+            group_of(ranks)
+
+    def _group(self, axis: ObjectAxis) -> dist.ProcessGroup | None:
+        # Looked up and not kept: a group that outlives torch's interpreter lock at exit takes the process down.
+        return group_of(self._ranks[axis])
+
+    @property
+    def sample_set(self) -> dist.ProcessGroup | None:
+        return self._group("sample")
+
+    @property
+    def data_set(self) -> dist.ProcessGroup | None:
+        return self._group("data")
+
+    def group_ranks(self, axis: Axis) -> list[int]:
+        group = self._group(axis)
+        return [self.grid.rank] if group is None else dist.get_process_group_ranks(group)
+
+    def _reduce_(self, flat: torch.Tensor, axis: Axis, operation: Operation) -> None:
+        buffer = self._near(flat)
+        dist.all_reduce(buffer, _OPERATIONS[operation], group=self._group(axis))
+        if buffer is not flat:
+            flat.copy_(buffer)
+
+    def _broadcast_(self, flat: torch.Tensor, root: int, axis: Axis) -> None:
+        buffer = self._near(flat)
+        dist.broadcast(buffer, self._ranks[axis][root], group=self._group(axis))
+        if buffer is not flat:
+            flat.copy_(buffer)
+
+    def _gather(self, tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
+        """Of all ranks what the longest has, because the library gathers equal lengths only."""
+        buffer, size, group = self._near(tensor), self._extents[axis], self._group(axis)
+        lengths = torch.empty(size, dtype=torch.int64, device=buffer.device)
+        getattr(dist, _GATHER)(lengths, lengths.new_tensor([len(buffer)]), group=group)
+        counts = lengths.tolist()
+        longest = max(counts)
+        if longest == 0:
+            return tensor
+        if len(buffer) < longest:
+            buffer = torch.cat([buffer, buffer.new_zeros(longest - len(buffer), *buffer.shape[1:])])
+        gathered = buffer.new_empty(size * longest, *buffer.shape[1:])
+        getattr(dist, _GATHER)(gathered, buffer, group=group)
+        if min(counts) < longest:
+            parts = gathered.split(longest)
+            gathered = torch.cat([part[:count] for part, count in zip(parts, counts)])
+        return gathered.to(tensor.device)
+
+    def _reduce_scatter(self, flat: torch.Tensor, axis: Axis) -> torch.Tensor:
+        """Each rank sums what all others have of its share: shares of two lengths, which the library has no sum for."""
+        shares, index = self._shares(len(flat), axis)
+        received = self._all_to_all(flat, [len(share) for share in shares], axis)
+        return received.view(len(shares), len(shares[index])).sum(0)
+
+    def _all_to_all(self, flat: torch.Tensor, counts: list[int], axis: Axis) -> torch.Tensor:
+        buffer, size = self._near(flat), self._extents[axis]
+        mine = counts[self._shares(0, axis)[1]]
+        received = buffer.new_empty(size * mine)
+        dist.all_to_all_single(received, buffer, [mine] * size, counts, group=self._group(axis))
+        return received.to(flat.device)
+
+
+class TorchComm(TorchTensors, MpiComm):
+    """The collectives of `GridComm` by torch.distributed (tensors) and mpi4py (objects)."""
+
+    def __init__(
+        self,
+        grid: Grid,
+        device: torch.device,
+        reduction: Literal["axes", "world"],
+        compression: Compression = "none",
+        *,
+        mpi,
+        node_size: int | None = None,
+    ):
+        super().__init__(grid, device, reduction, compression, mpi=mpi, node_size=node_size)
+        has_nccl = self._can_use_nccl()
+        self._through_host = self.device.type == "cuda" and not has_nccl
+        backend = WITH_NCCL if has_nccl else "gloo"
+        if Running.backend != backend:
+            shutdown()
+            with self.agree("starting torch.distributed"):
+                refuse_foreign_start()
+            if Running.store is None:
+                Running.store = _open_store(self)
+            start(backend, grid.rank, grid.world_size)
+        self._enter_groups()
+
+    def close(self) -> None:
+        self.barrier()
+        shutdown()
+        super().close()
+
+
+def has_nccl_for(device: torch.device) -> bool:
+    """Whether NCCL can carry the tensors of a device. Local."""
+    return device.type == "cuda" and dist.is_nccl_available()
+
+
+# --- start and end -------------------------------------------------------------------------------------
+
+
+class Running:
+    """torch.distributed of this process: the store stays, the groups last until `shutdown`."""
+
+    store: dist.Store | None = None
+    backend: str | None = None
+    num_starts = num_waits = 0
+    groups: dict[tuple[int, ...], dist.ProcessGroup] = {}  # noqa: RUF012
+
+
+def refuse_foreign_start() -> None:
+    """Raise where someone else has started torch.distributed. Local."""
+    if Running.backend is None and dist.is_initialized():
+        raise CommunicationError(
+            "this program has called torch.distributed.init_process_group. Leave that to hpc_bnn, "
+            "or use --backend horovod"
+        )
+
+
+def start(backend: str, rank: int, world_size: int) -> None:
+    """Make the group of all ranks through the store. Collective over the world."""
+    Running.num_starts += 1
+    hook = sys.excepthook
+    try:
+        dist.init_process_group(
+            backend,
+            # The keys of a former group would be taken for those of the new one.
+            store=dist.PrefixStore(f"hpc_bnn.{Running.num_starts}", Running.store),
+            rank=rank,
+            world_size=world_size,
+            timeout=datetime.timedelta(seconds=STALL_SECONDS),
+        )
+    except Exception as error:  # on this rank alone: it ends the job
+        raise CommunicationError(
+            f"torch.distributed does not start on rank {rank} on {socket.gethostname()} ({error}). "
+            "Name the network interface of the nodes in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, "
+            "or use --backend horovod"
+        ) from error
+    finally:
+        # torch keeps what the former hook prints until it returns, and ours ends the job before (`install_abort_hook`).
+        sys.excepthook = hook
+    Running.backend = backend
+
+
+def _open_store(comm: MpiComm) -> dist.Store:
+    """Open a port on rank 0 and reach it from all. Collective over the world."""
+    is_one_node = len(set(comm.gather_objects(socket.gethostname()))) == 1
+    if is_one_node:
+        use_loopback()
+    host = "127.0.0.1" if is_one_node else socket.gethostname()
+    options = {"timeout": datetime.timedelta(seconds=START_SECONDS), "wait_for_workers": False}
+    store = None
+    with comm.agree("opening a port for torch.distributed"):
+        if comm.grid.rank == 0:
+            store = dist.TCPStore(host, 0, None, True, **options)
+    host, port = comm.broadcast_object((host, store and store.port))
+    with comm.agree(f"reaching port {port} of {host} for torch.distributed"):
+        if store is None:
+            store = dist.TCPStore(host, port, None, False, **options)
+    return store
+
+
+def use_loopback() -> None:
+    """Keep Gloo on this node: it asks for the address of the host's name, which a laptop may not have. Local."""
+    if "lo" in (name for _, name in socket.if_nameindex()):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+
+
+def group_of(ranks: range) -> dist.ProcessGroup | None:
+    """Return the process group of some ranks, None for one. Collective over these ranks.
+
+    torch names such groups by their ranks: there must not be two of the same, and those of a former grid are taken.
+    """
+    if len(ranks) == 1:
+        return None
+    if len(ranks) == dist.get_world_size():
+        return dist.group.WORLD
+    key = tuple(ranks)
+    if key not in Running.groups:
+        Running.groups[key] = dist.new_group(list(ranks), use_local_synchronization=True)
+    return Running.groups[key]
+
+
+def shutdown() -> None:
+    """Leave all groups, where hpc_bnn has made them. Local."""
+    if Running.backend is not None:
+        Running.groups.clear()
+        Running.backend = None
+        dist.destroy_process_group()

@@ -1,0 +1,183 @@
+"""Ranks that torchrun has started, without MPI: objects and shared memory by torch.distributed, too."""
+
+from __future__ import annotations
+
+import atexit
+import datetime
+import math
+import os
+import tempfile
+import time
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from ..compression import Compression
+from ..errors import CommunicationError
+from ..grid import Grid
+from ..launcher import Launcher, launcher_of
+from .base import NodeArray, ObjectAxis, no_shared_memory
+from .torch_distributed import (
+    START_SECONDS,
+    WITH_NCCL,
+    Running,
+    TorchTensors,
+    has_nccl_for,
+    refuse_foreign_start,
+    shutdown,
+    start,
+    use_loopback,
+)
+
+SHARED_MEMORY = "/dev/shm"
+
+
+class TorchrunComm(TorchTensors):
+    """The collectives of `GridComm` by torch.distributed alone; `join` comes first.
+
+    Parameters
+    ----------
+    node_size : int, optional
+        As for `MpiComm`.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        device: torch.device | str = "cpu",
+        reduction: Literal["axes", "world"] = "axes",
+        compression: Compression = "none",
+        *,
+        node_size: int | None = None,
+    ):
+        super().__init__(grid, device, reduction, compression)
+        place, total = local_place()
+        part = node_size or total
+        first = place // part * part  # among the ranks of the node, which follow each other in the world
+        self.local_rank, self.local_size = place - first, min(part, total - first)
+        start_of_part = grid.rank - self.local_rank
+        self._ranks["node"] = range(start_of_part, start_of_part + self.local_size)
+        self._enter_groups()
+        self._through_host = self.device.type == "cuda" and not self._can_use_nccl()
+
+    def broadcast_object(self, value: Any, root: int = 0) -> Any:
+        self.traffic.num_object_collectives += 1
+        box = [value]
+        dist.broadcast_object_list(box, root, device=torch.device("cpu"))
+        return box[0]
+
+    def gather_objects(self, value: Any, axis: ObjectAxis = "world") -> list[Any]:
+        self.traffic.num_object_collectives += 1
+        group = self._group(axis)
+        return [value] if group is None else allgather(value, group)
+
+    def barrier(self) -> None:
+        self.traffic.num_object_collectives += 1
+        dist.all_reduce(torch.zeros(1))  # on the host: torch's own barrier would wait for the GPUs, too
+
+    def node_array(self, shape: tuple[int, ...], dtype: np.dtype | str) -> NodeArray:
+        if self.local_size == 1:
+            return super().node_array(shape, dtype)
+        dtype = np.dtype(dtype)
+        num_bytes = math.prod(shape) * dtype.itemsize
+        path = problem = None
+        if self.local_rank == 0:
+            try:
+                path = _shared_file(max(num_bytes, 1))
+            except OSError as error:
+                problem = str(error)
+        path, problem = self.gather_objects((path, problem), "node")[0]
+        if problem is not None:
+            raise no_shared_memory(num_bytes, problem)
+        memory = np.memmap(path, np.uint8, "r+")
+        self.gather_objects(None, "node")  # all have it open
+        if self.local_rank == 0:
+            os.unlink(path)
+        return NodeArray(
+            memory[:num_bytes].view(np.ndarray).view(dtype).reshape(shape),
+            lambda: dist.all_reduce(torch.zeros(1), group=self._group("node")),
+        )
+
+    def close(self) -> None:
+        self.barrier()  # the groups stay: other objects use them
+
+
+def _shared_file(num_bytes: int) -> str:
+    """Return a new file in shared memory of this size, which is there and not only promised."""
+    descriptor, path = tempfile.mkstemp(prefix="hpc_bnn.", dir=SHARED_MEMORY)
+    try:
+        os.posix_fallocate(descriptor, 0, num_bytes)
+    except OSError:
+        os.unlink(path)
+        raise
+    finally:
+        os.close(descriptor)
+    return path
+
+
+def allgather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Return the objects of all ranks of a group (the world). Collective over it."""
+    values = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group)
+    return values
+
+
+# --- start and end -------------------------------------------------------------------------------------
+
+
+def launcher() -> Launcher | None:
+    """Return torchrun where it has started several ranks. Local."""
+    found = launcher_of(os.environ)
+    return found if found.name == "torchrun" and found.size > 1 else None
+
+
+def local_place() -> tuple[int, int]:
+    """Return this rank among those of its node, and their number. Local."""
+    return int(os.environ["LOCAL_RANK"]), launcher_of(os.environ).local_size
+
+
+def join() -> None:
+    """Start torch.distributed from what torchrun has set, once. Collective over the world."""
+    if Running.backend is not None:
+        return
+    refuse_foreign_start()
+    job, has_gpu = launcher(), torch.cuda.is_available()
+    if has_gpu:
+        torch.cuda.set_device(local_place()[0] % torch.cuda.device_count())
+    if job.size == job.local_size:
+        use_loopback()
+    _open_store()
+    start(
+        WITH_NCCL if has_nccl_for(torch.device("cuda" if has_gpu else "cpu")) else "gloo", job.rank, job.size
+    )
+    atexit.register(shutdown)
+
+
+def wait_for_others(seconds: float) -> bool:
+    """As `hpc_bnn.comm.wait_for_others`."""
+    _open_store()
+    Running.num_waits += 1
+    key, size = f"hpc_bnn.wait.{Running.num_waits}", launcher().size
+    Running.store.add(key, 1)
+    end = time.monotonic() + seconds
+    while Running.store.add(key, 0) < size:
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def _open_store() -> None:
+    if Running.store is not None:
+        return
+    timeout = datetime.timedelta(seconds=START_SECONDS)
+    try:
+        Running.store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    except Exception as error:
+        where = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        raise CommunicationError(
+            f"the store of torchrun at {where} cannot be reached from rank {launcher().rank} ({error}). "
+            "Give torchrun an address that all nodes reach (--rdzv-endpoint)"
+        ) from error

@@ -1,0 +1,101 @@
+"""Jobs of torchrun, where mpi4py and Horovod cannot be imported."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import REPOSITORY, launch_environment
+
+WITHOUT_MPI = "import sys; sys.modules['mpi4py'] = sys.modules['horovod'] = None\n"
+COMMAND = WITHOUT_MPI + "from hpc_bnn.__main__ import run\nrun()\n"
+
+
+@pytest.fixture
+def torchrun(tmp_path):
+    """Start a program: ``torchrun(2, "import hpc_bnn ...", "train", ...)``; returns the finished process."""
+
+    def start(num_ranks, program, *arguments, timeout=90):
+        path = tmp_path / "program.py"
+        path.write_text(program)
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(num_ranks)]
+        command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1"]
+        return subprocess.run(
+            [*command, path, *map(str, arguments)],
+            cwd=REPOSITORY, env=launch_environment(), capture_output=True, text=True, timeout=timeout,
+        )  # fmt: skip
+
+    return start
+
+
+def test_the_layout_law_without_mpi(torchrun, digits, tmp_path):
+    """float64, uneven samples, shared memory of the node, sharded optimiser."""
+    runs = []
+    for ranks, sample_size, reading in ((1, 1, "auto"), (4, 2, "node")):
+        run_dir = tmp_path / str(ranks)
+        done = torchrun(
+            ranks, COMMAND, "train", "--config", "configs/digits.yaml", "--data.shards", digits, "--run_dir", run_dir,
+            "--dtype", "float64", "--max_steps", 5, "--num_samples", 16, "--num_test_samples", 5,
+            "--grid.sample_size", sample_size, "--data.reading", reading, "--optimizer.sharded", "true",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        (checkpoint,) = (run_dir / "checkpoints").glob("*.pt")
+        summary = json.loads((run_dir / "summary.json").read_text())
+        runs.append((summary, torch.load(checkpoint, weights_only=True)["model"]))
+    (alone, expected), (summary, model) = runs
+    assert [s["communication"]["library"] for s, _ in runs] == ["none", "torch"]
+    assert summary["test/nll"] == pytest.approx(alone["test/nll"], rel=1e-12)
+    for name, value in model.items():
+        assert (value - expected[name]).norm() <= 1e-12 * expected[name].norm(), name
+
+
+OBJECTS = """
+import numpy as np, torch, hpc_bnn.comm
+files = hpc_bnn.comm.connect_for_files(node_size=2)
+with hpc_bnn.connect(2, "cpu") as comm:
+    rank = comm.grid.rank
+    assert comm.library == "torch" and files.local_size == 2 and comm.local_size == 4
+    assert comm.gather_objects(rank, "sample") == list(comm.grid.sample_group())
+    assert comm.gather_objects(rank, "data") == list(comm.grid.data_group())
+    assert comm.broadcast_object({"from": rank}, 3) == {"from": 3}
+    for ranks in (files, comm):
+        shared = ranks.node_array((ranks.local_size, 3), "float64")
+        shared.array[ranks.local_rank] = rank
+        shared.publish()
+        first = rank - ranks.local_rank
+        assert shared.array[:, 0].tolist() == list(range(first, first + ranks.local_size))
+        shared.publish()
+assert files.gather_objects(rank) == [0, 1, 2, 3]
+"""
+
+
+def test_objects_and_shared_memory_without_mpi(torchrun):
+    done = torchrun(4, WITHOUT_MPI + OBJECTS)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("fault", ["raise RuntimeError('deliberate fault')", "os.kill(os.getpid(), 9)"])
+def test_a_rank_that_fails_ends_the_job(torchrun, fault):
+    program = (
+        "import os, time, torch, hpc_bnn\n"
+        "comm = hpc_bnn.connect(1, 'cpu')\n"
+        "comm.sum_(torch.ones(3))\n"
+        "if comm.grid.rank == 1:\n"
+        f"    print('FAULT', time.time(), flush=True)\n    {fault}\n"
+        "comm.sum_(torch.ones(3))\n"
+    )
+    done = torchrun(2, WITHOUT_MPI + program)
+    ended = time.time()
+    assert done.returncode != 0
+    assert ended - float(done.stdout.split("FAULT")[1].split()[0]) < 10
+    assert "raise" not in fault or "RuntimeError: deliberate fault" in done.stderr
+
+
+def test_an_error_on_which_the_ranks_agree_is_said_once(torchrun, digits, tmp_path):
+    flags = ("--config", "configs/digits.yaml", "--data.shards", digits, "--run_dir", tmp_path / "run")
+    done = torchrun(2, COMMAND, "train", *flags, "--num_epochs", 0)
+    assert done.returncode != 0 and done.stderr.count("--num_epochs 0") == 1
+    done = torchrun(2, COMMAND, "train", *flags, "--backend", "horovod")
+    assert done.returncode != 0 and done.stderr.count("torchrun starts ranks without MPI") == 1
