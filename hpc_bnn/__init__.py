@@ -36,6 +36,7 @@ _HOMES = {
     "MeanFieldGaussian": "posteriors",
     "MomentMatched": "objectives",
     "NegativeElbo": "objectives",
+    "OverlappingOptimizer": "optim",
     "Poisson": "likelihoods",
     "predict_classes": "evaluate",
     "predict_dataset": "evaluate",

@@ -22,6 +22,9 @@ class GridConfig:
     compression: Literal["none", "fp16", "bf16"] = "none"
     """Send gradients in half the bytes, rounded to 11 bits of a scaled float16 or to 8 of bfloat16; results then depend
     on the grid to that rounding."""
+    overlap: bool = False
+    """Sum the gradient in parts while the last backward pass of a step still runs, over all ranks at once. It pays where
+    ranks wait for the network."""
 
 
 @dataclass
@@ -343,8 +346,24 @@ class Config:
                 f"num_samples, {members}: the members",
                 "Set both",
             )
+        yield from self._overlap_rules()
         yield from self._optimizer_rules()
         yield from self._checkpoint_rules()
+
+    def _overlap_rules(self):
+        grid, posterior = self.grid, self.posterior
+        if not grid.overlap:
+            return
+        for name, value, others in (
+            ("grid.compression", grid.compression, ("none",)),
+            ("optimizer.sharded", self.optimizer.sharded, (False,)),
+            ("posterior.family", posterior.family, ("mean_field", "mc_dropout", "deterministic")),
+            ("posterior.estimator", posterior.estimator, ("reparameterisation",)),
+            ("posterior.prior", posterior.prior, ("gaussian", "laplace")),
+        ):
+            matters = name != "posterior.prior" or posterior.family == "mean_field"
+            rule = f"{' or '.join(map(str, others))} with --grid.overlap true"
+            yield name, value, value in others or not matters, rule, "Leave --grid.overlap out"
 
     def _optimizer_rules(self):
         optimizer = self.optimizer

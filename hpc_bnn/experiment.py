@@ -117,7 +117,7 @@ class Experiment:
         with comm.agree(f"making the objective {config.objective.name}"):
             objective = build_objective(config.objective, self.manifest.target_weights)
         optimizer, schedule = build_optimizer(
-            config.optimizer, self.posterior, comm, config.num_epochs, num_batches
+            config.optimizer, self.posterior, comm, config.num_epochs, num_batches, config.grid.overlap
         )
         annealing = config.kl_annealing
         step = VariationalStep(

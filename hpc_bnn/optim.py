@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -62,6 +64,17 @@ class JobOptimizer:
         else:
             comm.sum_(posterior.reduced)
 
+    def overlapping(self) -> contextlib.AbstractContextManager:
+        """Return a context for the backward pass after which no gradient of the step is folded in any more."""
+        return contextlib.nullcontext()
+
+    def start_(self) -> None:
+        """Begin the sums that `overlapping` has not begun; after the last sample, before ``posterior.finish_``."""
+
+    def local_checksum(self) -> Tensor:
+        """Return the sum of this rank's part of the gradient and of what stands behind it. Local, before `reduce_`."""
+        return self.posterior.reduced.sum()
+
     def clip_(self, max_norm: float) -> None:
         """Scale the gradient of the job (of each member of an ensemble) down to a norm of at most ``max_norm``.
 
@@ -80,6 +93,88 @@ class JobOptimizer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` returned, on this or another grid. Local."""
         self.optimizer.load_state_dict(state)
+
+
+OVERLAP_BYTES = 4 * 2**20
+"""Least size of a sum that is begun during the backward pass; at most `OVERLAP_PARTS` are (bytes)."""
+
+OVERLAP_PARTS = 16
+
+
+class OverlappingOptimizer(JobOptimizer):
+    """Sums the gradient in parts, the first of them while the last backward pass of a step still runs.
+
+    It pays where ranks wait for a network while they could compute: docs/runs.md says what was measured.
+
+    Raises
+    ------
+    ConfigError
+        The posterior adds to all gradients after its backward pass, or the gradient is compressed.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, posterior: Posterior, comm: GridComm):
+        problem = posterior.why_indivisible()
+        if comm.compression != "none":
+            problem = "compressed sums are made in shares, one after another"
+        if problem is not None:
+            raise ConfigError(Fault("--grid.overlap", True, problem, "Leave it out"))
+        super().__init__(optimizer, posterior, comm)
+        num_bytes = max(OVERLAP_BYTES, posterior.gradient.nbytes // OVERLAP_PARTS)
+        self._parts = posterior.divide_(num_bytes, self._see)
+        self._is_last = False
+        self._begin()
+
+    def _begin(self) -> None:
+        self._num_started = 0
+        self._missing = [len(part.layout) for part in self._parts]
+        self._spans: list[Tensor] = []
+        self._waits: list[Callable[[], None]] = []
+        self._checksum = self.posterior.reduced.new_zeros(())
+
+    def _see(self, number: int, num_gradients: int) -> None:
+        """Note that gradients of a part have come, and begin the sums of complete ones, on all ranks in one order."""
+        if self._is_last:
+            self._missing[number] -= num_gradients
+            while self._num_started < len(self._parts) and self._missing[self._num_started] <= 0:
+                self._start_next()
+
+    def _start_next(self) -> None:
+        for span in self.posterior.complete_(self._parts[self._num_started]):
+            self._checksum += span.sum()
+            self._waits.append(self.comm.start_sum_(span))
+            self._spans.append(span)
+        self._num_started += 1
+
+    @contextlib.contextmanager
+    def overlapping(self) -> Iterator[None]:
+        """See `JobOptimizer.overlapping`. Collective over the world with `start_`: a sum for each span of a part."""
+        self._is_last = True
+        yield
+        self._is_last = False
+        started = itertools.chain(*map(self.posterior.parameters_of, self._parts[: self._num_started]))
+        if any(parameter.grad is not None for parameter in started):
+            rule = "a weight of this network gets its gradient in several goes (reentrant checkpointing)"
+            raise ConfigError(Fault("--grid.overlap", True, rule, "Leave it out, or use_reentrant=False"))
+
+    def start_(self) -> None:
+        while self._num_started < len(self._parts):
+            self._start_next()
+
+    def local_checksum(self) -> Tensor:
+        return self._checksum + sum(span.sum() for span in self._rest())
+
+    def reduce_(self) -> None:
+        self.comm.sum_(self._rest())
+        for wait in self._waits:
+            wait()
+        self._begin()
+
+    def _rest(self) -> list[Tensor]:
+        """Return what stands between the spans of the parts, and behind them."""
+        reduced = self.posterior.reduced
+        places = sorted((span.storage_offset(), span.storage_offset() + len(span)) for span in self._spans)
+        starts, ends = [0, *(end for _, end in places)], [*(start for start, _ in places), len(reduced)]
+        return [reduced[start:end] for start, end in zip(starts, ends) if start < end]
 
 
 class MemberOptimizer(JobOptimizer):
@@ -240,7 +335,12 @@ def _check_elementwise(optimizer: torch.optim.Optimizer) -> None:
 
 
 def build_optimizer(
-    config: OptimizerConfig, posterior: Posterior, comm: GridComm, num_epochs: int, steps_per_epoch: int
+    config: OptimizerConfig,
+    posterior: Posterior,
+    comm: GridComm,
+    num_epochs: int,
+    steps_per_epoch: int,
+    overlap: bool = False,
 ) -> tuple[JobOptimizer, torch.optim.lr_scheduler.LambdaLR]:
     """Return the optimizer and the schedule of its learning rate. Local.
 
@@ -257,7 +357,8 @@ def build_optimizer(
     else:
         is_flat = _path(config) in [f"torch.optim.{name}" for name in ELEMENTWISE]
         parameters = posterior.parameters() if is_flat else posterior.weight_parameters()
-        optimizer = JobOptimizer.of(make(parameters), posterior, comm)
+        kind = OverlappingOptimizer if overlap else JobOptimizer.of
+        optimizer = kind(make(parameters), posterior, comm)
 
     def factor(num_steps: int) -> float:
         return learning_rate_factor(config, num_steps / steps_per_epoch, num_epochs)

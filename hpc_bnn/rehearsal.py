@@ -7,7 +7,7 @@ network on 1,024 ranks is rehearsed on a laptop; a `GridComm` whose other ranks 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -80,6 +80,10 @@ class ImaginedComm(GridComm):
         for route in self._routes[axis]:
             for tensor in tensors:
                 self._note("all-reduce", route, tensor, compressed)
+
+    def start_sum_(self, flat, axis="world") -> Callable[[], None]:
+        self._note("all-reduce", axis, flat)
+        return lambda: None
 
     def max_(self, tensors, axis="world") -> None:
         self.sum_(tensors, axis)

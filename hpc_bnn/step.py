@@ -7,6 +7,7 @@ global number of samples and examples, the job sums, and the KL enters once, aft
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import socket
 import time
@@ -28,8 +29,8 @@ from .posteriors import Posterior, Tally
 
 logger = logging.getLogger(__name__)
 
-Use = Callable[[Sequence[int], Tensor, Tensor | None], None]
-"""What is done with some samples: their statistic [c, B, ...], and the leaf [c, P] of a batched draw."""
+Use = Callable[[Sequence[int], Tensor, bool], None]
+"""What is done with some samples: their statistic [c, B, ...], and whether they were drawn in one batch."""
 
 
 @dataclass(frozen=True)
@@ -213,9 +214,10 @@ class VariationalStep:
         coupling = self.objective.begin(y, samples, self.num_samples)
         self._pass_over(mine, x, y, coupling, 1.0 / global_batch_size)
         posterior.tally[Tally.DATA_TERM] = coupling.data_term() / global_batch_size
+        self.optimizer.start_()
         posterior.finish_(self._prior_share)
         # NaN and infinity survive a sum. The flag travels with the gradient: no collective of its own.
-        self._local_is_broken = ~posterior.reduced.sum().isfinite()
+        self._local_is_broken = ~self.optimizer.local_checksum().isfinite()
         posterior.tally[Tally.NUM_BROKEN] = self._local_is_broken
         posterior.tally[Tally.NUM_STOPS] = self.wants_stop
         self.optimizer.reduce_()
@@ -255,7 +257,7 @@ class VariationalStep:
         Where the samples couple and one chunk holds all of this rank, its graph waits for the exchange: one
         pass. Otherwise a pass without gradient goes before.
         """
-        differentiate = self._differentiate(coupling, share)
+        differentiate = self._differentiate(coupling, share, mine[-1] if len(mine) else None)
         self.num_passes = 1
         if not self.objective.couples:
             self._walk(mine, x, y, differentiate)
@@ -263,15 +265,15 @@ class VariationalStep:
         if len(mine) == 1 or (1 < len(mine) <= self.chunk_size and self._can_batch):
             whole = self._try_chunk(mine, x, y) if len(mine) > 1 else self._evaluate_one(mine[0], x, y)
             if whole is not None:
-                statistic, leaf = whole
+                statistic, is_batch = whole
                 coupling.see(mine, statistic.detach())
                 coupling.combine(self.comm)
-                differentiate(mine, statistic, leaf)
+                differentiate(mine, statistic, is_batch)
                 return
         self.num_passes = 2
         self._say_two_passes(len(mine))
         with torch.no_grad():
-            self._walk(mine, x, y, lambda samples, statistic, leaf: coupling.see(samples, statistic))
+            self._walk(mine, x, y, lambda samples, statistic, _: coupling.see(samples, statistic))
         coupling.combine(self.comm)
         self.posterior.batch_norms.begin()  # the second pass gives the statistics
         self._walk(mine, x, y, differentiate)
@@ -287,17 +289,20 @@ class VariationalStep:
             )
         self._has_said_passes = True
 
-    def _differentiate(self, coupling: Coupling, share: float) -> Use:
-        """Return what folds in the gradient of ``share`` times the data term for some samples."""
+    def _differentiate(self, coupling: Coupling, share: float, last: int | None = None) -> Use:
+        """Return what folds in the gradient of ``share`` times the data term for some samples.
+
+        After the backward pass of the sample ``last`` nothing more is folded in.
+        """
         posterior = self.posterior
         kl = self._prior_share, self.kl_weight(self.num_steps) / self.num_train_examples
 
-        def use(samples: Sequence[int], statistic: Tensor, leaf: Tensor | None) -> None:
-            statistic.backward(share * coupling.gradient(samples, statistic.detach()))
-            if leaf is None:
-                posterior.accumulate_(*kl)
-            else:
-                posterior.accumulate_chunk_(leaf, *kl)
+        def use(samples: Sequence[int], statistic: Tensor, is_batch: bool) -> None:
+            gradient = share * coupling.gradient(samples, statistic.detach())
+            with self.optimizer.overlapping() if samples[-1] == last else contextlib.nullcontext():
+                statistic.backward(gradient)
+            accumulate = posterior.accumulate_chunk_ if is_batch else posterior.accumulate_
+            accumulate(*kl)
 
         return use
 
@@ -313,7 +318,7 @@ class VariationalStep:
             for sample in chunk:
                 use([sample], *self._evaluate_one(sample, x, y))
 
-    def _try_chunk(self, chunk: Sequence[int], x: SharedView, y: Tensor) -> tuple[Tensor, Tensor] | None:
+    def _try_chunk(self, chunk: Sequence[int], x: SharedView, y: Tensor) -> tuple[Tensor, bool] | None:
         """Return what `_evaluate_batched` does, or None from now on where the module cannot be batched."""
         try:
             return self._evaluate_batched(chunk, x, y)
@@ -332,31 +337,33 @@ class VariationalStep:
         self._can_batch = False
         self.posterior.forget_chunk_()
 
-    def _evaluate_one(self, sample: int, x: SharedView, y: Tensor) -> tuple[Tensor, None]:
-        """Return the statistic [1, B, ...] of a sample."""
+    def _evaluate_one(self, sample: int, x: SharedView, y: Tensor) -> tuple[Tensor, bool]:
+        """Return the statistic [1, B, ...] of a sample, and that it was not drawn in a batch."""
         posterior = self.posterior
         posterior.draw_(sample, self._keyed)
         with self._autocast(x.device):
             outputs = posterior.module(x.of(sample))
-        return self.objective.statistic(self.likelihood, outputs.to(posterior.dtype), y)[None], None
+        return self.objective.statistic(self.likelihood, outputs.to(posterior.dtype), y)[None], False
 
-    def _evaluate_batched(self, samples: Sequence[int], x: SharedView, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the statistics [c, B, ...] of some samples, and the leaf [c, P] of their weights."""
+    def _evaluate_batched(self, samples: Sequence[int], x: SharedView, y: Tensor) -> tuple[Tensor, bool]:
+        """Return the statistics [c, B, ...] of some samples, and that they were drawn in a batch."""
         posterior = self.posterior
         posterior.check_batchable()
-        weights = posterior.draw_chunk(samples, self._keyed)  # [c, P]
+        layouts, leaves = zip(*posterior.draw_chunk(samples, self._keyed))  # [c, P_i] each
 
-        def forward(flat: Tensor, inputs: Tensor) -> Tensor:
-            return torch.func.functional_call(posterior.module, posterior.random.views(flat), (inputs,))
+        def forward(flats: tuple[Tensor, ...], inputs: Tensor) -> Tensor:
+            views = (layout.views(flat).items() for layout, flat in zip(layouts, flats))
+            weights = dict(itertools.chain(*views))
+            return torch.func.functional_call(posterior.module, weights, (inputs,))
 
         is_shared = len({x.number(sample) for sample in samples}) == 1
         inputs = x.of(samples[0]) if is_shared else torch.stack([x.of(sample) for sample in samples])
         with self._autocast(x.device):
-            outputs = torch.vmap(forward, (0, None if is_shared else 0))(weights, inputs)  # [c, B, ...]
+            outputs = torch.vmap(forward, (0, None if is_shared else 0))(leaves, inputs)  # [c, B, ...]
         targets = y.expand(len(samples), *y.shape).flatten(0, 1)
         outputs = outputs.to(posterior.dtype).flatten(0, 1)
         statistic = self.objective.statistic(self.likelihood, outputs, targets)
-        return statistic.unflatten(0, (len(samples), len(y))), weights
+        return statistic.unflatten(0, (len(samples), len(y))), True
 
     def _measure_chunk_size(self, x: SharedView, y: Tensor, mine: range) -> int:
         """Return the chunk size with the least time per sample, of powers of two. Local.

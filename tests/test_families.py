@@ -176,12 +176,11 @@ def test_gradient_of_objective_and_kl_equals_autograd(make, chunked):
         expected = expected + 0.7 * posterior.prior.cross_entropy(loc, cov.diagonal().sqrt())
     posterior.begin()
     if chunked:
-        weights = posterior.draw_chunk(range(3), keyed)
-        views = posterior.random.views
-        torch.vmap(lambda w: torch.func.functional_call(posterior.module, views(w), (x,)))(
+        ((layout, weights),) = posterior.draw_chunk(range(3), keyed)
+        torch.vmap(lambda w: torch.func.functional_call(posterior.module, layout.views(w), (x,)))(
             weights
         ).square().sum().backward()
-        posterior.accumulate_chunk_(weights, prior_share=1 / 3, kl_weight=0.7)
+        posterior.accumulate_chunk_(prior_share=1 / 3, kl_weight=0.7)
     else:
         for sample in range(3):
             posterior.draw_(sample, keyed)

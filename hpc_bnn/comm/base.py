@@ -141,6 +141,33 @@ class GridComm:
         else:
             self._reduce_all_(tensors, axis, "sum")
 
+    def start_sum_(self, flat: torch.Tensor, axis: Axis = "world") -> Callable[[], None]:
+        """Begin to replace a tensor, in place, by its sum over an axis; return what waits until it is there.
+
+        The world is summed at once, whatever ``reduction`` says. Leave the tensor alone until then, and begin the same
+        sums in the same order on each rank. Where the library does not come back before the sum is there, it still is right.
+
+        Collective over ``sample_comm``, ``data_comm`` or the world, by ``axis``; it costs nothing over one rank.
+
+        Parameters
+        ----------
+        flat : Tensor
+            [n], contiguous, of float32 or float64, alike on each rank.
+        axis : {"sample", "data", "world"}
+            Over which ranks.
+        """
+        if self._extents[axis] == 1 or flat.numel() == 0:
+            return lambda: None
+        with self._counted(flat):
+            end = self._start_sum_(flat.detach(), axis)
+
+        def wait() -> None:
+            begun = time.perf_counter()
+            end()
+            self.traffic.seconds += time.perf_counter() - begun
+
+        return wait
+
     def reduce_scatter_(self, flat: torch.Tensor, axis: Axis, *, compressed: bool = False) -> torch.Tensor:
         """Sum flat tensors [n] over an axis, each rank its share (`hpc_bnn.grid.share`), and return a view of it.
 
@@ -368,6 +395,9 @@ class GridComm:
     def _reduce_(self, flat: torch.Tensor, axis: Axis, operation: Operation) -> None:
         raise NotImplementedError
 
+    def _start_sum_(self, flat: torch.Tensor, axis: Axis) -> Callable[[], None]:
+        raise NotImplementedError
+
     def _broadcast_(self, flat: torch.Tensor, root: int, axis: Axis) -> None:
         raise NotImplementedError
 
@@ -386,6 +416,13 @@ class GridComm:
     def _near(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return a tensor, or a copy of it, where the library can read it."""
         return tensor.cpu() if self._through_host else tensor
+
+    @staticmethod
+    def _end_sum_(wait: Callable[[], Any], buffer: torch.Tensor, flat: torch.Tensor) -> None:
+        """Wait for a sum in a buffer, which may be a copy of where it belongs."""
+        wait()
+        if buffer is not flat:
+            flat.copy_(buffer)
 
     def _reduce_all_(self, tensors, axis: Axis, operation: Operation) -> None:
         route = self._routes[axis]

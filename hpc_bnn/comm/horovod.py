@@ -6,6 +6,7 @@ import atexit
 import logging
 import os
 import sys
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -91,6 +92,13 @@ class HorovodComm(MpiComm):
         self._hvd.allreduce_(buffer, op=self._operations[operation], process_set=self._sets[axis], name=name)
         if buffer is not flat:
             flat.copy_(buffer)
+
+    def _start_sum_(self, flat: torch.Tensor, axis: Axis) -> Callable[[], None]:
+        buffer, hvd = self._near(flat), self._hvd
+        # Sums that are under way together need names of their own, the same in each step.
+        name = f"hpc_bnn.start_sum.{axis}.{flat.dtype}.{flat.storage_offset()}.{flat.numel()}"
+        handle = hvd.allreduce_async_(buffer, op=hvd.Sum, process_set=self._sets[axis], name=name)
+        return lambda: self._end_sum_(lambda: hvd.synchronize(handle), buffer, flat)
 
     def _broadcast_(self, flat: torch.Tensor, root: int, axis: Axis) -> None:
         if self._through_host or not flat.is_cuda:

@@ -10,6 +10,7 @@ import datetime
 import os
 import socket
 import sys
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -68,6 +69,11 @@ class TorchTensors(GridComm):
         dist.all_reduce(buffer, _OPERATIONS[operation], group=self._group(axis))
         if buffer is not flat:
             flat.copy_(buffer)
+
+    def _start_sum_(self, flat: torch.Tensor, axis: Axis) -> Callable[[], None]:
+        buffer = self._near(flat)
+        work = dist.all_reduce(buffer, group=self._group(axis), async_op=True)
+        return lambda: self._end_sum_(work.wait, buffer, flat)
 
     def _broadcast_(self, flat: torch.Tensor, root: int, axis: Axis) -> None:
         buffer = self._near(flat)

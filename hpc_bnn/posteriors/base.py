@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError, Fault
 from .batch_norm import BatchNorms
 from .dropout_layers import DropoutMasks
-from .flat import FlatLayout, eval_mode, take_gradients, tie
+from .flat import FlatLayout, Part, eval_mode, take_gradients, tie
 from .select import Rule, split_weights
 
 KeyedGenerator = Callable[[int], torch.Generator]
@@ -193,6 +193,46 @@ class Posterior:
         self.dropout.begin_sample(keyed(sample) if self.dropout.layers else None)
         self.batch_norms.begin_sample()
 
+    def why_indivisible(self) -> str | None:
+        """Return why `divide_` is not for this posterior, None where it is. Local."""
+        return None if not self.has_random_weights else f"not for the family {self.family}"
+
+    def divide_(self, num_bytes: int, see: Callable[[int, int], None]) -> list[Part]:
+        """Divide the weights in parts whose gradients can be completed during the last backward pass. Local.
+
+        The others stay for `finish_`. Each part of the list has then to be completed before it, by `complete_`.
+
+        Parameters
+        ----------
+        num_bytes : int
+            Least size of a part's gradients.
+        see : callable
+            Is called in each backward pass with the number of a part and how many of its gradients have come.
+
+        Returns
+        -------
+        list of Part
+            In the order of the backward pass; may be empty.
+        """
+        parts = self._divide(num_bytes // self.dtype.itemsize)
+        for number, part in enumerate(parts):
+            for parameter in self.parameters_of(part):
+                parameter.register_post_accumulate_grad_hook(lambda _, number=number: see(number, 1))
+        return parts
+
+    def _divide(self, num_elements: int) -> list[Part]:
+        return self.point.divide(num_elements)[0]
+
+    def parameters_of(self, part: Part) -> list[nn.Parameter]:
+        """Return the module's parameters in a part. Local."""
+        return self._point_parameters[part.numbers]
+
+    @torch.no_grad()
+    def complete_(self, part: Part) -> list[Tensor]:
+        """Fold in the gradients of a part after its last backward, and return what is to be summed over the job. Local."""
+        self._fold_points_(part.numbers)
+        return [self._gradients["points"][part.place]]
+
     @torch.no_grad()
     def accumulate_(self, prior_share: float = 0.0, kl_weight: float = 0.0) -> None:
         """Fold the weight gradients of the sample drawn last into the gradient buffer. Local.
@@ -206,13 +246,16 @@ class Posterior:
             Factor of the KL per example: kl_weight / num_train_examples.
         """
         if self._point_parameters:
-            gradients = take_gradients(self._point_parameters)
-            used = [gradient is not None for gradient in gradients]  # this forward may leave weights out
-            if any(used):
-                torch._foreach_add_(
-                    list(itertools.compress(self._point_grads, used)),
-                    list(itertools.compress(gradients, used)),
-                )
+            self._fold_points_(slice(None))
+
+    def _fold_points_(self, numbers: slice) -> None:
+        gradients = take_gradients(self._point_parameters[numbers])
+        used = [gradient is not None for gradient in gradients]  # this forward may leave weights out
+        if any(used):
+            torch._foreach_add_(
+                list(itertools.compress(self._point_grads[numbers], used)),
+                list(itertools.compress(gradients, used)),
+            )
 
     @torch.no_grad()
     def finish_(self, batch_norm_share: float = 1.0) -> None:

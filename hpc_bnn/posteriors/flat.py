@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -37,11 +39,45 @@ class FlatLayout:
             name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), flat.split(lengths))
         }
 
+    def part(self, start: int, stop: int) -> Part:
+        """Return the tensors with these numbers, from ``start`` to before ``stop``."""
+        ends = [0, *itertools.accumulate(shape.numel() for shape in self.shapes.values())]
+        layout = FlatLayout(dict(list(self.shapes.items())[start:stop]))
+        return Part(slice(start, stop), slice(ends[start], ends[stop]), layout)
+
+    def divide(self, num_elements: int) -> tuple[list[Part], list[Part]]:
+        """Divide the tensors into parts that a backward pass completes one after another, and the rest.
+
+        Parts come in the order of the backward pass, last tensors first, and have at least ``num_elements``. The rest are
+        the first tensors, completed last, and those behind the boundary of the multiples of 16, which come from all layers.
+        """
+        lengths = [shape.numel() for shape in self.shapes.values()]
+        last = stop = sum(length % 16 == 0 for length in lengths)
+        parts = []
+        for start in range(stop - 1, 0, -1):
+            if sum(lengths[start:stop]) >= num_elements:
+                parts.append(self.part(start, stop))
+                stop = start
+        rest = (self.part(0, stop), self.part(last, len(lengths)))
+        return parts, [part for part in rest if len(part.layout)]
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
 
     def __len__(self) -> int:
         return len(self.shapes)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some tensors of a `FlatLayout` that follow each other."""
+
+    numbers: slice
+    """Which, among all tensors."""
+    place: slice
+    """Where, in the flat buffer."""
+    layout: FlatLayout
+    """Of these alone."""
 
 
 @contextlib.contextmanager

@@ -70,9 +70,9 @@ class LowRankGaussian(MeanFieldGaussian):
                 mine, gradients, [z] * len(mine)
             )  # a tensor: nothing waits for the device
 
-    def _accumulate_flat_(self, gradient: Tensor, noise: Tensor) -> None:
-        super()._accumulate_flat_(gradient, noise)
-        self._gradients["factor"].addmm_(noise[:, self.num_weights :].T, gradient)
+    def _accumulate_flat_(self, gradient: Tensor, noise: Tensor, place: slice = slice(None)) -> None:
+        super()._accumulate_flat_(gradient, noise, place)
+        self._gradients["factor"][:, place].addmm_(noise[:, self.num_weights :].T, gradient)
 
     def add_kl_gradient_(self, weight: float) -> Tensor:
         # By autograd: the entropy couples the weights (matrix determinant lemma), and the cross entropy to

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError, Fault, check_positive
 from .base import KeyedGenerator, Posterior, Tally
 from .estimators import Estimator, ExampleNoise, find_layers, flipout_forward, local_forward, override_forward
-from .flat import eval_mode, take_gradients, tie
+from .flat import FlatLayout, Part, eval_mode, take_gradients, tie
 from .priors import GaussianPrior, Prior, gaussian_entropy
 from .select import Rule
 
@@ -96,6 +96,8 @@ class MeanFieldGaussian(Posterior):
         self._scale_grads = list(self.random.views(self._gradients["log_scale"]).values())
         self._noise_views = list(self.random.views(self._noise).values())
         tie(self._named, self.random.views(self._weights))
+        self._rest = self._chunk_parts = [self.random.part(0, len(self.random))]
+        self._forget_leaves_()
         self._noisy = _NoisyLayers(self) if estimator != "reparameterisation" else None
 
     _num_common_noise = 0
@@ -151,29 +153,66 @@ class MeanFieldGaussian(Posterior):
         # With g = dL/dw of the sample: d loc += g, d log_scale += g * eps (times scale in finish_).
         if self._noisy is not None:
             self._noisy.accumulate_()
-        all_gradients = take_gradients(self._random_parameters)
-        used = [gradient is not None for gradient in all_gradients]
-        gradients, loc, scale, noise = (
-            list(itertools.compress(parts, used))
-            for parts in (all_gradients, self._loc_grads, self._scale_grads, self._noise_views)
-        )
-        if gradients:
-            torch._foreach_add_(loc, gradients)
-            torch._foreach_addcmul_(scale, gradients, noise)
-            self._accumulate_common_(used, gradients)
+        self._fold_weights_(slice(None))
         if prior_share and not self.prior.closed_form:
             self.tally[Tally.CROSS_ENTROPY] -= prior_share * self.prior.log_prob(self._weights)
             score = self.prior.score(self._weights).mul_(-prior_share * kl_weight)
             self._accumulate_flat_(score[None], self._all_noise[None])
         super().accumulate_()
 
+    def _fold_weights_(self, numbers: slice) -> None:
+        all_gradients = take_gradients(self._random_parameters[numbers])
+        used = [gradient is not None for gradient in all_gradients]
+        gradients, loc, scale, noise = (
+            list(itertools.compress(parts, used))
+            for parts in (
+                all_gradients,
+                self._loc_grads[numbers],
+                self._scale_grads[numbers],
+                self._noise_views[numbers],
+            )
+        )
+        if gradients:
+            torch._foreach_add_(loc, gradients)
+            torch._foreach_addcmul_(scale, gradients, noise)
+            self._accumulate_common_(used, gradients)
+
     def _accumulate_common_(self, used: list[bool], gradients: list[Tensor]) -> None:
         """Fold the gradients of the used weights into slots of a family's own."""
 
     @torch.no_grad()
     def finish_(self, batch_norm_share: float = 1.0) -> None:
-        self._gradients["log_scale"].mul_(self._scale)
+        for part in self._rest:
+            self._finish_part_(part)
         super().finish_(batch_norm_share)
+
+    def _finish_part_(self, part: Part) -> Tensor:
+        return self._gradients["log_scale"][part.place].mul_(self._scale[part.place])
+
+    def why_indivisible(self) -> str | None:
+        if type(self) is not MeanFieldGaussian:
+            return super().why_indivisible()
+        if not self.prior.closed_form:
+            return "a Monte Carlo KL adds to all weights after the backward pass"
+        return f"not for the estimator {self.estimator}" if self._noisy is not None else None
+
+    def divide_(self, num_bytes: int, see: Callable[[int, int], None]) -> list[Part]:
+        self._see = see
+        return super().divide_(num_bytes, see)
+
+    def _divide(self, num_elements: int) -> list[Part]:
+        parts, self._rest = self.random.divide(num_elements // 2)  # means and scales
+        self._chunk_parts = [*parts, *self._rest]
+        return parts
+
+    def parameters_of(self, part: Part) -> list[nn.Parameter]:
+        return self._random_parameters[part.numbers]
+
+    @torch.no_grad()
+    def complete_(self, part: Part) -> list[Tensor]:
+        self._fold_weights_(part.numbers)
+        self._fold_leaf_(part)
+        return [self._gradients["loc"][part.place], self._finish_part_(part)]
 
     @torch.no_grad()
     def add_kl_gradient_(self, weight: float) -> Tensor:
@@ -204,33 +243,60 @@ class MeanFieldGaussian(Posterior):
     # --- samples in batches -----------------------------------------------------------------------
 
     @torch.no_grad()
-    def draw_chunk(self, samples: Sequence[int], keyed: KeyedGenerator) -> Tensor:
-        """Return the random weights [len(samples), P] of some samples, a leaf that wants a gradient. Local."""
+    def draw_chunk(self, samples: Sequence[int], keyed: KeyedGenerator) -> list[tuple[FlatLayout, Tensor]]:
+        """Return the random weights of some samples: layouts, and leaves [len(samples), P_i] that want a gradient. Local.
+
+        One for all weights, or one for each part where they are divided (`divide_`).
+        """
+        self._forget_leaves_()
         self._chunk_noise = self._all_noise.new_empty(len(samples), len(self._all_noise))
         weights = self.loc.new_empty(len(samples), self.num_weights)
         for sample, noise, row in zip(samples, self._chunk_noise, weights):
             self._draw_noise_(sample, keyed)
             noise.copy_(self._all_noise)
             self._assemble(noise, out=row)
-        return weights.requires_grad_()
+        self._chunk_weights = weights
+        self._leaves = {
+            part.place.start: weights[:, part.place].detach().requires_grad_() for part in self._chunk_parts
+        }
+        for number, part in enumerate(self._chunk_parts[: -len(self._rest)]):
+            self._leaves[part.place.start].register_post_accumulate_grad_hook(
+                lambda _, number=number, part=part: self._see(number, len(part.layout))
+            )
+        return [(part.layout, self._leaves[part.place.start]) for part in self._chunk_parts]
 
     @torch.no_grad()
-    def accumulate_chunk_(self, weights: Tensor, prior_share: float = 0.0, kl_weight: float = 0.0) -> None:
-        """Fold in the gradient of what `draw_chunk` returned (see `accumulate_`). Local."""
-        gradient = weights.grad
-        if gradient is None:
-            gradient = torch.zeros_like(weights)
+    def accumulate_chunk_(self, prior_share: float = 0.0, kl_weight: float = 0.0) -> None:
+        """Fold in the gradients of what `draw_chunk` returned (see `accumulate_`). Local."""
+        for part in self._chunk_parts:
+            self._fold_leaf_(part)
         if prior_share and not self.prior.closed_form:
-            for row in weights.detach():
+            for row in self._chunk_weights:
                 self.tally[Tally.CROSS_ENTROPY] -= prior_share * self.prior.log_prob(row)
-            gradient = gradient.sub(self.prior.score(weights.detach()), alpha=prior_share * kl_weight)
-        self._accumulate_flat_(gradient, self._chunk_noise)
+            score = self.prior.score(self._chunk_weights).mul_(-prior_share * kl_weight)
+            self._accumulate_flat_(score, self._chunk_noise)
+        self._forget_leaves_()
         Posterior.accumulate_(self)
 
-    def _accumulate_flat_(self, gradient: Tensor, noise: Tensor) -> None:
-        """Fold in weight gradients [c, P] of c samples with noise [c, P + common]."""
-        self._gradients["loc"].add_(gradient.sum(0))
-        self._gradients["log_scale"].add_((gradient * noise[:, : self.num_weights]).sum(0))
+    def _fold_leaf_(self, part: Part) -> None:
+        leaf = self._leaves.get(part.place.start)
+        if leaf is not None and leaf.grad is not None:
+            gradient, leaf.grad = leaf.grad, None
+            self._accumulate_flat_(gradient, self._chunk_noise, part.place)
+
+    def _accumulate_flat_(self, gradient: Tensor, noise: Tensor, place: slice = slice(None)) -> None:
+        """Fold in gradients [c, n] of the weights at a place, of c samples with noise [c, P + common]."""
+        self._gradients["loc"][place].add_(gradient.sum(0))
+        mine = noise[:, : self.num_weights][:, place]
+        self._gradients["log_scale"][place].add_((gradient * mine).sum(0))
+
+    def forget_chunk_(self) -> None:
+        super().forget_chunk_()
+        self._forget_leaves_()
+
+    def _forget_leaves_(self) -> None:
+        self._leaves: dict[int, Tensor] = {}
+        self._chunk_weights = self._weights[:0]
 
     # --- state --------------------------------------------------------------------------------------
 
