@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from string import Formatter
 from typing import Any, Literal
 
+from .comm import Backend
 from .facts import RankFacts
 
 Severity = Literal["error", "warning", "hint"]
@@ -33,7 +34,8 @@ KINDS = {
         "error",
         "Two MPI libraries in one process",
         "mpi4py and Horovod talk to different MPIs: wrong ranks, crashes, or hangs.",
-        "Build both for the MPI of one module (tools/install_horovod.sh), and load no other MPI beside it",
+        "Build both for the MPI of one module (tools/install_horovod.sh), and load no other MPI beside it; "
+        "or use --backend torch, which leaves Horovod out",
     ),
     "foreign_launcher": Kind(
         "error",
@@ -44,44 +46,59 @@ KINDS = {
     "mpi_missing": Kind(
         "error",
         "MPI cannot be started",
-        "Several ranks need it; one process needs none.",
-        "Load the module of an MPI and install mpi4py for it; tools/setup.sh brings both without root",
+        "Ranks of mpirun and srun need it; those of torchrun do not.",
+        "Load the module of an MPI and install mpi4py for it (tools/setup.sh brings both without root), "
+        "or start with torchrun",
     ),
     "horovod_missing": Kind(
         "error",
-        "No Horovod",
+        "No Horovod, with --backend horovod",
         "Sums of tensors over several ranks go through it; one process needs none.",
-        "Build it for this torch and MPI with tools/install_horovod.sh",
+        "Build it for this torch and MPI with tools/install_horovod.sh, or use --backend torch",
     ),
     "horovod_broken": Kind(
         "error",
-        "Horovod cannot be imported",
+        "Horovod cannot be imported, with --backend horovod",
         "It was built for another torch or MPI, or its libraries are not found.",
-        "Build it again with tools/install_horovod.sh, with the modules loaded that are loaded in the job",
+        "Build it again with tools/install_horovod.sh, with the modules loaded that are loaded in the job, "
+        "or use --backend torch",
     ),
     "horovod_without_mpi": Kind(
         "error",
-        "Horovod was built without MPI",
+        "Horovod was built without MPI, with --backend horovod",
         "hpc_bnn starts Horovod on the communicators of MPI.",
-        "Build it with HOROVOD_WITH_MPI=1 (tools/install_horovod.sh)",
+        "Build it with HOROVOD_WITH_MPI=1 (tools/install_horovod.sh), or use --backend torch",
     ),
     "horovod_without_process_sets": Kind(
         "error",
-        "A Horovod without process sets",
+        "A Horovod without process sets, with --backend horovod",
         "Sums over one axis of the process grid need them; they came with Horovod 0.23.",
-        "Install Horovod 0.28.1 with tools/install_horovod.sh",
+        "Install Horovod 0.28.1 with tools/install_horovod.sh, or use --backend torch",
+    ),
+    "horovod_under_torchrun": Kind(
+        "error",
+        "torchrun, with --backend horovod",
+        "torchrun starts ranks without MPI, which Horovod needs.",
+        "Start with mpirun or srun, or use --backend torch",
+    ),
+    "distributed_missing": Kind(
+        "error",
+        "A torch without torch.distributed or Gloo, where they carry the tensors",
+        "Sums of tensors over several ranks go through them; one process needs none.",
+        "Install a torch that has them, as the wheels of PyTorch have, or use Horovod under mpirun or srun",
     ),
     "mpi_threads": Kind(
         "error",
         "MPI does not allow several threads",
         "Horovod calls MPI from a thread of its own while mpi4py calls it from another: crashes or hangs.",
-        "Use an MPI that gives MPI_THREAD_MULTIPLE, and unset MPI4PY_RC_THREADS and MPI4PY_RC_THREAD_LEVEL",
+        "Use an MPI that gives MPI_THREAD_MULTIPLE, and unset MPI4PY_RC_THREADS and MPI4PY_RC_THREAD_LEVEL; "
+        "or use --backend torch",
     ),
     "shared_gpu_nccl": Kind(
         "error",
-        "Two ranks on one GPU, with NCCL",
+        "Two ranks on one GPU, with the NCCL of Horovod",
         "NCCL refuses it.",
-        "Start {gpus} ranks on each node, one for each GPU, or check CUDA_VISIBLE_DEVICES",
+        "Start {gpus} ranks on each node, one for each GPU, or check CUDA_VISIBLE_DEVICES; for a trial, --backend torch",
     ),
     "mixed_devices": Kind(
         "error",
@@ -105,19 +122,21 @@ KINDS = {
         "error",
         "The process grid does not start",
         "Training would end the same way.",
-        "Read the message; where it is of the network, try on one node first, then HOROVOD_LOG_LEVEL=debug",
+        "Read the message; where it is of the network, try on one node first, then {debug}",
     ),
     "self_test_failed": Kind(
         "error",
         "A sum over the grid is wrong",
         "Training would give wrong numbers.",
-        "Build Horovod again for this MPI (tools/install_horovod.sh); with several nodes, try on one first",
+        "Try {another}, and with several nodes one of them first; a Horovod that sums wrongly is to be built again "
+        "for this MPI (tools/install_horovod.sh)",
     ),
     "hung": Kind(
         "error",
         "A step does not end",
         "A rank is stuck, or the nodes do not reach each other.",
-        "Try on one node; name the network (OMPI_MCA_btl_tcp_if_include, NCCL_SOCKET_IFNAME), or give more --seconds",
+        "Try on one node; name the network (OMPI_MCA_btl_tcp_if_include, GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME), "
+        "or give more --seconds",
     ),
     "check_failed": Kind(
         "error",
@@ -128,14 +147,14 @@ KINDS = {
     "shared_gpu": Kind(
         "warning",
         "Two ranks on one GPU",
-        "Right for a trial, slow for work.",
+        "Right for a trial, slow for work; tensors go through host memory.",
         "Start {gpus} ranks on each node, one for each GPU, or check CUDA_VISIBLE_DEVICES",
     ),
     "mig_slices": Kind(
         "warning",
         "Ranks on slices of one GPU, with NCCL",
         "NCCL tells GPUs by their place on the bus, which slices share, and may refuse them.",
-        "Use whole GPUs for several ranks, or a Horovod without NCCL",
+        "Use whole GPUs for several ranks, or --backend horovod with one that was built without NCCL",
     ),
     "idle_gpus": Kind(
         "warning",
@@ -151,9 +170,22 @@ KINDS = {
     ),
     "gpu_without_nccl": Kind(
         "warning",
-        "GPUs, and a Horovod without NCCL",
+        "GPUs, and no NCCL in what carries the tensors",
         "Tensors go through host memory.",
-        "Build Horovod with HOROVOD_GPU_OPERATIONS=NCCL tools/install_horovod.sh",
+        "Use --backend torch and a torch that has NCCL, or HOROVOD_GPU_OPERATIONS=NCCL tools/install_horovod.sh",
+    ),
+    "horovod_unusable": Kind(
+        "warning",
+        "A Horovod that cannot be used",
+        "torch.distributed carries the tensors instead, with the same results; whoever built this Horovod meant it to be used.",
+        "Build it again with tools/install_horovod.sh (on GPUs with HOROVOD_GPU_OPERATIONS=NCCL) and the modules of "
+        "the job, or use --backend torch, which does not look for it",
+    ),
+    "second_mpi": Kind(
+        "warning",
+        "A second MPI library beside that of mpi4py",
+        "Nothing here should call it, but symbols of the two can be mixed up: crashes or hangs.",
+        "Load the module of one MPI only, check LD_PRELOAD, and what torch was built with",
     ),
     "more_ranks_than_cpus": Kind(
         "warning",
@@ -191,11 +223,23 @@ KINDS = {
         "Ranks fill the CPUs of several nodes: a small sum costs a cycle at least.",
         "Measure with HOROVOD_CYCLE_TIME=0.1 and with 1",
     ),
+    "no_mpi": Kind(
+        "hint",
+        "No MPI, and one process",
+        "One process needs none, nor do ranks of torchrun; those of mpirun and srun do.",
+        "For these, load the module of an MPI and install mpi4py for it; tools/setup.sh brings both without root",
+    ),
+    "no_horovod": Kind(
+        "hint",
+        "No Horovod is installed",
+        "torch.distributed carries the tensors, with the same results; which of the two is faster depends on the machine.",
+        "None is needed: --backend torch says so; tools/install_horovod.sh builds one to compare",
+    ),
     "batch_step": Kind(
         "hint",
         "A job of several tasks, and one process",
         "In a batch script a command without a launcher runs once.",
-        "Put srun or mpirun in front of it",
+        "Put srun, mpirun or torchrun in front of it",
     ),
     "plain_python": Kind(
         "hint",
@@ -236,9 +280,59 @@ class Problem:
         return KINDS[self.code].remedy.format(**self.values)
 
 
-def diagnose(ranks: Sequence[RankFacts]) -> list[Problem]:
+@dataclass(frozen=True)
+class Carrier:
+    """What carries the tensors between the ranks."""
+
+    backend: Backend
+    """What was asked for."""
+    library: Literal["horovod", "torch"]
+    transport: Literal["NCCL", "Gloo", "MPI"]
+    """By which this library sends them."""
+    why: str
+    """Why this library."""
+
+    @property
+    def name(self) -> str:
+        return LIBRARY_NAMES[self.library]
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.transport})"
+
+
+LIBRARY_NAMES = {"horovod": "Horovod", "torch": "torch.distributed"}
+
+
+def carrier_of(ranks: Sequence[RankFacts], backend: Backend) -> Carrier:
+    """Return what `hpc_bnn.connect` takes for the tensors of these ranks, or would take if there were several."""
+    unusable = list(_same(ranks, lambda r: [w for w in (_why_no_horovod(r),) if w]))
+    if backend != "auto":
+        library, why = backend, f"--backend {backend}"
+    elif ranks[0].launcher.needs_no_mpi:
+        library, why = "torch", "torchrun starts ranks without MPI, which Horovod needs"
+    elif unusable:
+        problem, where = unusable[0]
+        library, why = "torch", f"Horovod cannot be used on {where} ({problem})"
+    else:
+        library, why = "horovod", "all ranks can use it"
+    gpus = [(r.host, r.gpus[r.gpu].uuid) for r in ranks if r.gpu is not None]
+    if library == "torch":
+        has_nccl = len(set(gpus)) == len(ranks) and all(r.distributed.nccl for r in ranks)
+        return Carrier(backend, library, "NCCL" if has_nccl else "Gloo", why)
+    has_nccl = bool(gpus) and all(r.horovod and r.horovod.nccl for r in ranks)
+    return Carrier(backend, library, "NCCL" if has_nccl else "MPI", why)
+
+
+def _why_no_horovod(r: RankFacts) -> str | None:
+    """Return why --backend auto does not take Horovod for this rank."""
+    if r.horovod is None:
+        return "it was not looked at"
+    return r.horovod.why_not(needs_nccl=r.gpu is not None and r.distributed.nccl is not None)
+
+
+def diagnose(ranks: Sequence[RankFacts], carrier: Carrier) -> list[Problem]:
     """Return the problems of a job, the worst first, one for each kind and sight however many nodes have it."""
-    found = [problem for rule in RULES for problem in rule(ranks)]
+    found = [problem for rule in RULES for problem in rule(ranks, carrier)]
     return sorted(found, key=lambda problem: SEVERITIES.index(problem.severity))
 
 
@@ -275,25 +369,32 @@ class Sight:
 # --- rules ---------------------------------------------------------------------------------------------
 
 
-def _failures(ranks: Sequence[RankFacts]) -> Iterator[Problem]:
+def _failures(ranks: Sequence[RankFacts], _: Carrier) -> Iterator[Problem]:
     for (what, error), where in _same(ranks, lambda r: r.failures.items()):
         yield Problem("check_failed", f"{what}: {error}, on {where}")
 
 
-def _mpi(ranks: Sequence[RankFacts]) -> Iterator[Problem]:
+def _mpi(ranks: Sequence[RankFacts], carrier: Carrier) -> Iterator[Problem]:
+    if ranks[0].launcher.needs_no_mpi:
+        return
+    with_horovod = carrier.library == "horovod"
     for libraries, where in _same(ranks, lambda r: [r.mpi_libraries] if len(r.mpi_libraries) > 1 else []):
-        yield Problem("mixed_mpi", f"{' and '.join(libraries)}, on {where}")
-    for error, where in _same(ranks, lambda r: [r.mpi.error] if r.mpi.error else []):
-        yield Problem("mpi_missing", f"{error}, on {where}")
-    low = ("single", "funneled", "serialized")
-    for level, where in _same(ranks, lambda r: [r.mpi.thread_level] if r.mpi.thread_level in low else []):
+        code = "mixed_mpi" if with_horovod else "second_mpi"
+        yield Problem(code, f"{' and '.join(libraries)}, on {where}")
+    for error, where in _same(ranks, lambda r: [r.mpi.error] if r.mpi and r.mpi.error else []):
+        is_needed = len(ranks) > 1 or ranks[0].launcher.least_size > 1
+        yield Problem("mpi_missing" if is_needed else "no_mpi", f"{error}, on {where}")
+    low = ("single", "funneled", "serialized") if with_horovod else ()
+    for level, where in _same(
+        ranks, lambda r: [r.mpi.thread_level] if r.mpi and r.mpi.thread_level in low else []
+    ):
         yield Problem("mpi_threads", f"MPI gives the thread level {level}, on {where}")
 
 
-def _launcher(ranks: Sequence[RankFacts]) -> Iterator[Problem]:
+def _launcher(ranks: Sequence[RankFacts], _: Carrier) -> Iterator[Problem]:
     for r in ranks:
         launcher, mpi = r.launcher, r.mpi
-        if launcher.least_size > 1 and mpi.error is None and mpi.world_size == 1:
+        if launcher.least_size > 1 and mpi and mpi.error is None and mpi.world_size == 1:
             number = launcher.size or f"at least {launcher.least_size}"
             signs = ", ".join(f"{name}={value}" for name, value in launcher.variables.items())
             on_path = f"; mpirun on the PATH is {r.mpirun}" if r.mpirun else ""
@@ -308,7 +409,7 @@ def _launcher(ranks: Sequence[RankFacts]) -> Iterator[Problem]:
     tasks = next((n for n in TASKS if first.environment.get(n, "").isdigit()), None)
     if first.launcher.least_size == 1 and len(ranks) == 1 and tasks and int(first.environment[tasks]) > 1:
         yield Problem("batch_step", f"{tasks}={first.environment[tasks]}, and this process is alone")
-    for _, where in _same(ranks, lambda r: [] if r.has_runner else [True]):
+    for _, where in _same(ranks, lambda r: [] if r.has_runner or r.launcher.needs_no_mpi else [True]):
         if len(ranks) > 1:
             yield Problem("plain_python", f"plain python, on {where}")
 
@@ -317,14 +418,25 @@ TASKS = ("SLURM_NTASKS", "PBS_NP", "LSB_DJOB_NUMPROC")
 """Variables by which batch systems say how many tasks a job has."""
 
 
-def _horovod(ranks: Sequence[RankFacts]) -> Iterator[Problem]:
-    for problem, where in _same(ranks, _horovod_of_rank):
+def _libraries(ranks: Sequence[RankFacts], carrier: Carrier) -> Iterator[Problem]:
+    """Look at what carries the tensors, and at a Horovod that could and does not."""
+    if carrier.library == "horovod" and ranks[0].launcher.needs_no_mpi:
+        signs = ", ".join(f"{name}={value}" for name, value in ranks[0].launcher.variables.items())
+        yield Problem("horovod_under_torchrun", f"torchrun started these ranks ({signs})")
+        return
+    look = _horovod_of_rank if carrier.library == "horovod" else _distributed_of_rank
+    sights = _same(ranks, look)
+    if carrier.backend == "auto" and carrier.library == "torch":
+        sights = [*sights, *_same(ranks, _unused_horovod_of_rank)]
+    for problem, where in sights:
         code, seen = problem
         yield Problem(code, f"{seen}, on {where}")
 
 
 def _horovod_of_rank(r: RankFacts) -> Iterator[tuple[str, str]]:
     horovod = r.horovod
+    if horovod is None:
+        return  # the look failed, and that is said
     if not horovod.is_installed:
         yield "horovod_missing", horovod.error or "not installed"
     elif horovod.error:
@@ -337,8 +449,26 @@ def _horovod_of_rank(r: RankFacts) -> Iterator[tuple[str, str]]:
         yield "gpu_without_nccl", f"Horovod {horovod.version}"
 
 
-def _versions(ranks: Sequence[RankFacts]) -> Iterator[Problem]:
-    for name in sorted({name for r in ranks for name in r.versions}):
+def _distributed_of_rank(r: RankFacts) -> Iterator[tuple[str, str]]:
+    if problem := r.distributed.why_not():
+        yield "distributed_missing", problem
+    elif r.gpu is not None and not r.distributed.nccl:
+        yield "gpu_without_nccl", "torch.distributed"
+
+
+def _unused_horovod_of_rank(r: RankFacts) -> Iterator[tuple[str, str]]:
+    problem = _why_no_horovod(r)
+    if problem and r.horovod is not None:
+        is_there = r.horovod.is_installed
+        yield (
+            "horovod_unusable" if is_there else "no_horovod",
+            f"Horovod {r.horovod.version}: {problem}" if is_there else problem,
+        )
+
+
+def _versions(ranks: Sequence[RankFacts], carrier: Carrier) -> Iterator[Problem]:
+    unused = {"mpi4py": ranks[0].launcher.needs_no_mpi, "horovod": carrier.library != "horovod"}
+    for name in sorted({name for r in ranks for name in r.versions if not unused.get(name)}):
         found = list(_same(ranks, lambda r, name=name: [r.versions.get(name, "none")]))
         if len(found) > 1:
             yield Problem(
@@ -346,7 +476,7 @@ def _versions(ranks: Sequence[RankFacts]) -> Iterator[Problem]:
             )
 
 
-def _hdf5(ranks: Sequence[RankFacts]) -> Iterator[Problem]:
+def _hdf5(ranks: Sequence[RankFacts], _: Carrier) -> Iterator[Problem]:
     for error, where in _same(ranks, lambda r: [r.hdf5.error] if r.hdf5.error else []):
         yield Problem("hdf5_missing", f"{error}, on {where}")
     environment = ranks[0].environment
@@ -356,15 +486,15 @@ def _hdf5(ranks: Sequence[RankFacts]) -> Iterator[Problem]:
         yield Problem("file_locking", "HDF5_USE_FILE_LOCKING is not set")
 
 
-def _gpus(ranks: Sequence[RankFacts]) -> Iterator[Problem]:
+def _gpus(ranks: Sequence[RankFacts], carrier: Carrier) -> Iterator[Problem]:
     without = [r for r in ranks if r.gpu is None]
     if 0 < len(without) < len(ranks):
         yield Problem("mixed_devices", f"no GPU for {ranks_in_words(without)}")
-    yield from _merged(_gpus_of_node(node) for node in by_host(ranks).values())
+    yield from _merged(_gpus_of_node(node, carrier.transport == "NCCL") for node in by_host(ranks).values())
 
 
-def _gpus_of_node(node: list[RankFacts]) -> Iterator[Sight]:
-    host, nccl = node[0].host, any(r.horovod.nccl for r in node)
+def _gpus_of_node(node: list[RankFacts], nccl: bool) -> Iterator[Sight]:
+    host = node[0].host
     visible = {gpu.uuid: gpu for r in node for gpu in r.gpus}
     users = defaultdict(list)
     for r in node:
@@ -392,14 +522,14 @@ def _gpus_of_node(node: list[RankFacts]) -> Iterator[Sight]:
         yield Sight(Problem("hidden_gpus", f"{plural(number, 'GPU')}, and {built}"), host)
 
 
-def _cpus(ranks: Sequence[RankFacts]) -> Iterator[Problem]:
+def _cpus(ranks: Sequence[RankFacts], carrier: Carrier) -> Iterator[Problem]:
     yield from _merged(_cpus_of_node(node) for node in by_host(ranks).values())
     nodes = by_host(ranks)
     if len({len(node) for node in nodes.values()}) > 1:
         counts = _counted(f"{len(node)} on {host}" for host, node in nodes.items())
         yield Problem("uneven_nodes", f"ranks: {counts}")
     full = [r for node in nodes.values() if _is_full(node) for r in node]
-    if len(ranks) > 1 and full:
+    if len(ranks) > 1 and full and carrier.library == "horovod" and full[0].mpi:
         environment = full[0].environment
         if "Open MPI" in full[0].mpi.library and not _is_on(environment.get("OMPI_MCA_mpi_yield_when_idle")):
             yield Problem("spinning", "OMPI_MCA_mpi_yield_when_idle is not set")
@@ -443,11 +573,11 @@ def _cpus_of_node(node: list[RankFacts]) -> Iterator[Sight]:
     yield from (sight for _, sight in worst.values())
 
 
-RULES: tuple[Callable[[Sequence[RankFacts]], Iterator[Problem]], ...] = (
+RULES: tuple[Callable[[Sequence[RankFacts], Carrier], Iterator[Problem]], ...] = (
     _failures,
     _mpi,
     _launcher,
-    _horovod,
+    _libraries,
     _versions,
     _hdf5,
     _gpus,

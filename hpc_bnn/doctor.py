@@ -21,9 +21,20 @@ import torch
 
 from . import __version__, comm
 from .atomic import write_atomically
-from .diagnosis import SEVERITIES, Problem, by_host, diagnose, has_errors, plural, ranges
+from .diagnosis import (
+    LIBRARY_NAMES,
+    SEVERITIES,
+    Carrier,
+    Problem,
+    by_host,
+    carrier_of,
+    diagnose,
+    has_errors,
+    plural,
+    ranges,
+)
 from .errors import CommunicationError, ConfigError, HpcBnnError, check_positive
-from .facts import RankFacts, collect, versions
+from .facts import PREFIXES, RankFacts, collect, versions
 from .grid import Grid, sample_sizes
 from .launcher import Launcher, launcher_of
 from .network import LARGE_BYTES, SMALL_BYTES, network_of_sums, seconds_of_sum
@@ -55,7 +66,11 @@ class Bandwidth:
 
 
 def examine(
-    sample_size: int | None = None, device: str = "auto", json_path: str | None = None, seconds: float = 120.0
+    sample_size: int | None = None,
+    device: str = "auto",
+    json_path: str | None = None,
+    seconds: float = 120.0,
+    backend: comm.Backend = "auto",
 ) -> int:
     """Print a report about this job and return 1 where training would fail, otherwise 0.
 
@@ -71,6 +86,8 @@ def examine(
         File for all facts and measurements.
     seconds : float
         Longest time that one step may take, before the job is ended.
+    backend : {"auto", "horovod", "torch"}
+        As for `hpc_bnn.connect`.
 
     Raises
     ------
@@ -84,13 +101,19 @@ def examine(
     report = Report(launcher.rank == 0 or (launcher.size is None and launcher.rank == 1))
     report.section("this process", _process_rows(launcher))
     with Watch(seconds, report) as watch:
-        return _examine(sample_size, device, json_path, report, watch)
+        return _examine(sample_size, device, json_path, backend, report, watch)
 
 
 def _examine(
-    sample_size: int | None, device: str, json_path: str | None, report: Report, watch: Watch
+    sample_size: int | None,
+    device: str,
+    json_path: str | None,
+    backend: comm.Backend,
+    report: Report,
+    watch: Watch,
 ) -> int:
-    watch.step("starting MPI")
+    launcher = launcher_of(os.environ)
+    watch.step("starting torch.distributed" if launcher.needs_no_mpi else "starting MPI")
     start_error = None
     try:
         ranks = comm.connect_for_files()
@@ -101,25 +124,27 @@ def _examine(
     if sample_size is not None:
         Grid(world_size, sample_size)  # the same verdict on each rank
     comm.set_num_threads(ranks.local_size)  # as training does
-    watch.step("looking at the ranks, importing Horovod")
-    rank = ranks.grid.rank if world_size > 1 else launcher_of(os.environ).rank
-    everyone = ranks.gather_objects(collect(rank, device, ranks.local_rank))
-    problems = diagnose(everyone)
+    is_imported = backend != "torch" and not launcher.needs_no_mpi
+    watch.step(f"looking at the ranks{', importing Horovod' if is_imported else ''}")
+    rank = ranks.grid.rank if world_size > 1 else launcher.rank
+    everyone = ranks.gather_objects(collect(rank, device, ranks.local_rank, backend))
+    carrier = carrier_of(everyone, backend)
+    problems = diagnose(everyone, carrier)
     if start_error is not None and not has_errors(problems):
-        problems.insert(0, Problem("check_failed", start_error))
+        problems.insert(0, _grid_failed(start_error, carrier))
     watch.problems = problems
     grid = Grid(world_size, sample_size or default_sample_size(everyone), ranks.grid.rank)
-    for title, rows in _sections(everyone, grid):
+    for title, rows in _sections(everyone, grid, carrier):
         report.section(title, rows)
     bandwidths: dict[str, Bandwidth] = {}
     if has_errors(problems):
         report.section("self-test and bandwidth", [("", "not run: the errors below come first")])
     elif world_size == 1:
         comm.choose_device(device, 0, len(everyone[0].gpus))
-        alone = "one process: nothing to sum; start it under mpirun or srun"
+        alone = "one process: nothing to sum; start it under mpirun, srun or torchrun"
         report.section("self-test and bandwidth", [("", alone)])
     else:
-        found, bandwidths = _try_the_grid(ranks, grid, device, report, watch)
+        found, bandwidths = _try_the_grid(ranks, grid, device, carrier, report, watch)
         problems += found
     problems.sort(key=lambda problem: SEVERITIES.index(problem.severity))
     report.problems(problems)
@@ -127,7 +152,7 @@ def _examine(
         watch.step(f"writing {json_path}")
         with ranks.agree(f"writing {json_path}"):
             if report.is_speaker:
-                content = as_dict(everyone, grid, bandwidths, problems)
+                content = as_dict(everyone, grid, carrier, bandwidths, problems)
                 write_atomically(Path(json_path), json.dumps(content, indent=1) + "\n")
     return int(has_errors(problems))
 
@@ -142,7 +167,11 @@ def default_sample_size(ranks: Sequence[RankFacts]) -> int:
 
 
 def as_dict(
-    ranks: Sequence[RankFacts], grid: Grid, bandwidths: dict[str, Bandwidth], problems: Sequence[Problem]
+    ranks: Sequence[RankFacts],
+    grid: Grid,
+    carrier: Carrier,
+    bandwidths: dict[str, Bandwidth],
+    problems: Sequence[Problem],
 ) -> dict[str, Any]:
     """Return what ``--json`` writes; docs/doctor.md describes it."""
     world = bandwidths.get("world")
@@ -151,6 +180,7 @@ def as_dict(
         "format": 1,
         "hpc_bnn": __version__,
         "grid": {name: getattr(grid, name) for name in ("world_size", "sample_size", "data_size")},
+        "tensors": dataclasses.asdict(carrier),
         "nodes": {host: [r.rank for r in node] for host, node in by_host(ranks).items()},
         "axes": {
             axis: {
@@ -175,22 +205,22 @@ def as_dict(
 
 
 def _try_the_grid(
-    ranks: comm.GridComm, grid: Grid, device: str, report: Report, watch: Watch
+    ranks: comm.GridComm, grid: Grid, device: str, carrier: Carrier, report: Report, watch: Watch
 ) -> tuple[list[Problem], dict[str, Bandwidth]]:
     """Start the grid as training does, verify its sums and measure them. Collective over the world."""
-    watch.step("starting Horovod")
+    watch.step(f"starting {carrier.name}")
     grid_comm, error = None, None
     try:
         # The world by one set of its own: with the sets of the axes that is each set that training can use.
-        grid_comm = comm.connect(grid.sample_size, device, reduction="world")
+        grid_comm = comm.connect(grid.sample_size, device, reduction="world", backend=carrier.backend)
     except ConfigError:
         raise
-    except Exception as caught:  # of Horovod many kinds
+    except Exception as caught:  # of the libraries many kinds
         error = str(caught) if isinstance(caught, HpcBnnError) else first_line(caught)
     errors = [e for e in _gather_from_all(ranks, error, watch) if e is not None]
     if errors:
         report.section("self-test", [("", "the grid does not start")])
-        return [Problem("grid_failed", errors[0])], {}
+        return [_grid_failed(errors[0], carrier)], {}
     watch.step("self-test of the sums")
     mine = self_test(grid_comm)
     wrong: dict[str, str] = {}
@@ -199,17 +229,27 @@ def _try_the_grid(
     verdicts = {axis: "wrong" if axis in wrong else "right on all ranks" for axis in AXES}
     report.section("self-test: sums over each axis", list(verdicts.items()))
     if wrong:
-        return [Problem("self_test_failed", f"{axis}: {seen}") for axis, seen in wrong.items()], {}
+        another = (
+            "--backend torch" if grid_comm.library == "horovod" else "--backend horovod, with mpirun or srun"
+        )
+        values = {"another": another}
+        return [Problem("self_test_failed", f"{axis}: {seen}", values) for axis, seen in wrong.items()], {}
     bandwidths = {}
     for axis in AXES:
         watch.step(f"measuring the {axis} axis")
         bandwidths[axis] = measure(grid_comm, axis)
     report.table(
-        f"bandwidth of sums ({grid_comm.library}, {grid_comm.device.type})", _bandwidth_rows(bandwidths)
+        f"bandwidth of sums ({LIBRARY_NAMES[grid_comm.library]}, {grid_comm.device.type})",
+        _bandwidth_rows(bandwidths),
     )
     watch.step("leaving the grid")
     grid_comm.close()
     return [], bandwidths
+
+
+def _grid_failed(error: str, carrier: Carrier) -> Problem:
+    debug = {"horovod": "HOROVOD_LOG_LEVEL=debug", "torch": "TORCH_CPP_LOG_LEVEL=INFO and NCCL_DEBUG=INFO"}
+    return Problem("grid_failed", error, {"debug": debug[carrier.library]})
 
 
 def self_test(grid_comm: comm.GridComm) -> dict[str, str]:
@@ -356,34 +396,24 @@ def _process_rows(launcher: Launcher) -> list[tuple[str, str]]:
     ]
 
 
-def _sections(ranks: Sequence[RankFacts], grid: Grid) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+def _sections(
+    ranks: Sequence[RankFacts], grid: Grid, carrier: Carrier
+) -> Iterator[tuple[str, list[tuple[str, str]]]]:
     first, nodes = ranks[0], by_host(ranks)
-    mpi, horovod, hdf5 = first.mpi, first.horovod, first.hdf5
+    hdf5 = first.hdf5
     per_node = "/".join(map(str, sorted({len(node) for node in nodes.values()})))
     yield (
         "job",
         [
             ("ranks", f"{len(ranks)} on {plural(len(nodes), 'node')}, {per_node} on each"),
             ("grid", str(grid)),
-            ("runner", "python -m mpi4py" if first.has_runner else "plain python"),
+            ("runner", _runner(first)),
+            ("tensors", f"{carrier}: {carrier.why}"),
         ],
     )
-    rows = [("library", f"{mpi.library}, MPI {mpi.standard}"), ("threads", mpi.thread_level)]
-    files = ", ".join(first.mpi_libraries) or "none is mapped"
-    yield "MPI", [*([("error", mpi.error)] if mpi.error else rows), ("files", files)]
-    if horovod.error:
-        yield "Horovod", [("error", horovod.error)]
-    else:
-        parts = [(n, getattr(horovod, n.lower())) for n in ("MPI", "NCCL", "Gloo", "CUDA", "ROCm")]
-        built = ", ".join(f"{name} {_yes(value)}" for name, value in parts)
-        yield (
-            "Horovod",
-            [
-                ("version", horovod.version),
-                ("built with", built),
-                ("process sets", _yes(horovod.process_sets)),
-            ],
-        )
+    yield "MPI", _mpi_rows(first)
+    yield "Horovod", _horovod_rows(first)
+    yield "torch.distributed", _distributed_rows(first)
     if hdf5.error:
         yield "HDF5", [("error", hdf5.error)]
     else:
@@ -399,6 +429,46 @@ def _sections(ranks: Sequence[RankFacts], grid: Grid) -> Iterator[tuple[str, lis
     yield "threads and binding", list(_per_node(nodes, _cpu_row))
     yield "memory", list(_per_node(nodes, _memory_row))
     yield "GPUs", list(_per_node(nodes, _gpu_row))
+
+
+def _runner(r: RankFacts) -> str:
+    if r.launcher.needs_no_mpi:
+        return "torchrun"
+    return "python -m mpi4py" if r.has_runner else "plain python"
+
+
+def _mpi_rows(r: RankFacts) -> list[tuple[str, str]]:
+    if r.mpi is None:
+        return [("", "not started: ranks of torchrun need none")]
+    rows = [("library", f"{r.mpi.library}, MPI {r.mpi.standard}"), ("threads", r.mpi.thread_level)]
+    files = ", ".join(r.mpi_libraries) or "none is mapped"
+    return [*([("error", r.mpi.error)] if r.mpi.error else rows), ("files", files)]
+
+
+def _horovod_rows(r: RankFacts) -> list[tuple[str, str]]:
+    horovod = r.horovod
+    if horovod is None:
+        return [("", "not imported: training would not either")]
+    if horovod.error:
+        return [("error", horovod.error)]
+    parts = [(n, getattr(horovod, n.lower())) for n in ("MPI", "NCCL", "Gloo", "CUDA", "ROCm")]
+    return [
+        ("version", horovod.version),
+        ("built with", ", ".join(f"{name} {_yes(value)}" for name, value in parts)),
+        ("process sets", _yes(horovod.process_sets)),
+    ]
+
+
+def _distributed_rows(r: RankFacts) -> list[tuple[str, str]]:
+    found, named = r.distributed, ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+    if not found.is_available:
+        return [("error", found.why_not())]
+    tuned = [f"{n}={v}" for n, v in r.environment.items() if n.startswith(PREFIXES) and n not in named]
+    return [
+        ("built with", f"Gloo {_yes(found.gloo)}, NCCL {found.nccl or 'no'}"),
+        ("networks", ", ".join(f"{name} {r.environment.get(name, 'not set')}" for name in named)),
+        *([("variables", ", ".join(tuned))] if tuned else []),
+    ]
 
 
 def _per_node(nodes: dict[str, list[RankFacts]], row: Any) -> Iterator[tuple[str, str]]:

@@ -93,6 +93,18 @@ def test_a_rank_that_fails_ends_the_job(torchrun, fault):
     assert "raise" not in fault or "RuntimeError: deliberate fault" in done.stderr
 
 
+def test_doctor_without_mpi(torchrun, tmp_path):
+    path = tmp_path / "facts.json"
+    done = torchrun(2, COMMAND, "doctor", "--grid.sample_size", 2, "--json", path)
+    assert done.returncode == 0, done.stderr
+    assert "launcher  torchrun (WORLD_SIZE=2" in done.stdout and done.stdout.count("right on all ranks") == 3
+    facts = json.loads(path.read_text())
+    assert facts["tensors"]["library"] == "torch" and "torchrun" in facts["tensors"]["why"]
+    assert [(r["rank"], r["mpi"], r["horovod"]) for r in facts["ranks"]] == [(0, None, None), (1, None, None)]
+    cpus = {"more_ranks_than_cpus", "oversubscribed_threads"}
+    assert {p["code"] for p in facts["problems"]} <= cpus
+
+
 def test_an_error_on_which_the_ranks_agree_is_said_once(torchrun, digits, tmp_path):
     flags = ("--config", "configs/digits.yaml", "--data.shards", digits, "--run_dir", tmp_path / "run")
     done = torchrun(2, COMMAND, "train", *flags, "--num_epochs", 0)

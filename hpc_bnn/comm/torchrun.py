@@ -130,7 +130,7 @@ def allgather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
 def launcher() -> Launcher | None:
     """Return torchrun where it has started several ranks. Local."""
     found = launcher_of(os.environ)
-    return found if found.name == "torchrun" and found.size > 1 else None
+    return found if found.needs_no_mpi else None
 
 
 def local_place() -> tuple[int, int]:
