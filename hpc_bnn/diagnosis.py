@@ -85,7 +85,7 @@ KINDS = {
         "error",
         "A torch without torch.distributed or Gloo, where they carry the tensors",
         "Sums of tensors over several ranks go through them; one process needs none.",
-        "Install a torch that has them, as the wheels of PyTorch have, or use Horovod under mpirun or srun",
+        "Install a torch that has them, as the wheels of PyTorch have, or use --backend horovod with mpirun or srun",
     ),
     "mpi_threads": Kind(
         "error",
@@ -177,7 +177,7 @@ KINDS = {
     "horovod_unusable": Kind(
         "warning",
         "A Horovod that cannot be used",
-        "torch.distributed carries the tensors instead, with the same results; whoever built this Horovod meant it to be used.",
+        "torch.distributed carries the tensors instead, with the same results to rounding; but someone installed this Horovod to be used.",
         "Build it again with tools/install_horovod.sh (on GPUs with HOROVOD_GPU_OPERATIONS=NCCL) and the modules of "
         "the job, or use --backend torch, which does not look for it",
     ),
@@ -232,8 +232,8 @@ KINDS = {
     "no_horovod": Kind(
         "hint",
         "No Horovod is installed",
-        "torch.distributed carries the tensors, with the same results; which of the two is faster depends on the machine.",
-        "None is needed: --backend torch says so; tools/install_horovod.sh builds one to compare",
+        "torch.distributed carries the tensors, with the same results to rounding; which of the two is faster depends on the machine.",
+        "Nothing need be done, and --backend torch says that none is wanted; tools/install_horovod.sh builds one to compare",
     ),
     "batch_step": Kind(
         "hint",
@@ -424,12 +424,10 @@ def _libraries(ranks: Sequence[RankFacts], carrier: Carrier) -> Iterator[Problem
         signs = ", ".join(f"{name}={value}" for name, value in ranks[0].launcher.variables.items())
         yield Problem("horovod_under_torchrun", f"torchrun started these ranks ({signs})")
         return
-    look = _horovod_of_rank if carrier.library == "horovod" else _distributed_of_rank
-    sights = _same(ranks, look)
+    looks = [_horovod_of_rank if carrier.library == "horovod" else _distributed_of_rank]
     if carrier.backend == "auto" and carrier.library == "torch":
-        sights = [*sights, *_same(ranks, _unused_horovod_of_rank)]
-    for problem, where in sights:
-        code, seen = problem
+        looks.append(_unused_horovod_of_rank)
+    for (code, seen), where in (sight for look in looks for sight in _same(ranks, look)):
         yield Problem(code, f"{seen}, on {where}")
 
 
@@ -458,12 +456,12 @@ def _distributed_of_rank(r: RankFacts) -> Iterator[tuple[str, str]]:
 
 def _unused_horovod_of_rank(r: RankFacts) -> Iterator[tuple[str, str]]:
     problem = _why_no_horovod(r)
-    if problem and r.horovod is not None:
-        is_there = r.horovod.is_installed
-        yield (
-            "horovod_unusable" if is_there else "no_horovod",
-            f"Horovod {r.horovod.version}: {problem}" if is_there else problem,
-        )
+    if problem is None or r.horovod is None or r.distributed.why_not():
+        return
+    if r.horovod.is_installed:
+        yield "horovod_unusable", f"Horovod {r.horovod.version}: {problem}"
+    else:
+        yield "no_horovod", problem
 
 
 def _versions(ranks: Sequence[RankFacts], carrier: Carrier) -> Iterator[Problem]:

@@ -289,7 +289,12 @@ def _gather_from_all(ranks: comm.GridComm, mine: Any, watch: Watch) -> list[Any]
         if mine:
             print(f"hpc-bnn doctor: error: on one rank only: {mine}", file=sys.stderr, flush=True)
         comm.abort(1)
-    return ranks.gather_objects(mine)
+    try:
+        return ranks.gather_objects(mine)
+    except Exception as error:  # a rank that has ended itself counted as one that came, under torchrun
+        print(f"hpc-bnn doctor: error: {first_line(error)}", file=sys.stderr, flush=True)
+        comm.abort(1)
+        raise
 
 
 def measure(grid_comm: comm.GridComm, axis: comm.Axis) -> Bandwidth:

@@ -213,6 +213,15 @@ def test_what_matters_to_horovod_only(code):
     )
 
 
+def test_a_torch_without_gloo_matters_where_it_is_used():
+    ranks = change(SOUND, range(8), distributed=DistributedFacts(gloo=False))
+    assert codes(ranks) == []
+    assert codes(change(ranks, [2], horovod=GONE)) == ["distributed_missing"]
+    assert codes(change(under_torchrun(), [2], distributed=DistributedFacts(False, False))) == [
+        "distributed_missing"
+    ]
+
+
 def test_slices_of_a_gpu_matter_to_any_nccl():
     assert "mig_slices" in codes(CASES["mig_slices"][0], "torch")
     without = [replace(r, distributed=NO_NCCL) for r in CASES["mig_slices"][0]]
