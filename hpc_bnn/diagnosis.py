@@ -425,7 +425,7 @@ def _libraries(ranks: Sequence[RankFacts], carrier: Carrier) -> Iterator[Problem
         yield Problem("horovod_under_torchrun", f"torchrun started these ranks ({signs})")
         return
     looks = [_horovod_of_rank if carrier.library == "horovod" else _distributed_of_rank]
-    if carrier.backend == "auto" and carrier.library == "torch":
+    if carrier.library == "torch":
         looks.append(_unused_horovod_of_rank)
     for (code, seen), where in (sight for look in looks for sight in _same(ranks, look)):
         yield Problem(code, f"{seen}, on {where}")

@@ -478,6 +478,21 @@ def test_ranks_without_horovod(mpirun, tmp_path, backend, hiding, problem, shown
         assert done.stdout.count("right on all ranks") == 3
 
 
+def test_a_second_mpi_library_is_no_error_without_horovod(mpirun, tmp_path):
+    """A copy of the library stands for another MPI."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import ctypes, shutil, hpc_bnn.comm as comm, hpc_bnn.stack as stack\n"
+        "comm.world_size()\n"
+        f"copy = shutil.copy(stack.mpi_libraries()[0], f'{tmp_path}/libmpi.so.{{comm.launched_rank()}}')\n"
+        "ctypes.CDLL(copy, ctypes.RTLD_LOCAL)\n" + COMMAND
+    )
+    done = mpirun(2, program, "doctor", "--backend", "torch")
+    assert done.returncode == 0, done.stderr
+    assert ("warning", "second_mpi") in problems_in(done.stdout)
+    assert done.stdout.count("right on all ranks") == 3
+
+
 def test_a_launcher_of_another_mpi():
     """Two processes as mpiexec of MPICH starts them: each is alone, one speaks, both fail."""
     jobs = [start_alone("--grid.sample_size", 2, PMI_SIZE="2", PMI_RANK=str(rank)) for rank in range(2)]
