@@ -12,21 +12,15 @@ from conftest import REPOSITORY, launch_environment
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hpc_bnn.carrier import carrier_of
 from hpc_bnn.comm import DistributedFacts
-from hpc_bnn.diagnosis import (
-    KINDS,
-    RULES,
-    Problem,
-    carrier_of,
-    diagnose,
-    has_errors,
-    ranges,
-    table_of_kinds,
-)
+from hpc_bnn.diagnosis import RULES, diagnose
 from hpc_bnn.doctor import default_sample_size
 from hpc_bnn.facts import VARIABLES, Gpu, Hdf5Facts, RankFacts, memory_limit_bytes
 from hpc_bnn.launcher import Launcher, launcher_of
 from hpc_bnn.network import Network, read_network
+from hpc_bnn.problems import KINDS, Problem, has_errors, table_of_kinds
+from hpc_bnn.sights import ranges
 from hpc_bnn.stack import HorovodFacts, MpiFacts, library_name, mpi_libraries
 
 QUIET = {
