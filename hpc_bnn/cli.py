@@ -105,6 +105,7 @@ def build_parser() -> jsonargparse.ArgumentParser:
         help="Extent of the sample axis (default: one that suits the job).",
     )
     doctor.add_argument("--device", type=str, default="auto", help="As for train (default: auto).")
+    doctor.add_argument("--backend", type=comm.Backend, default="auto", help="As for train (default: auto).")
     doctor.add_argument("--json", type=str | None, help="File for all facts and measurements.")
     doctor.add_argument(
         "--seconds", type=float, default=120.0, help="Longest time of one step, before the job is ended."
@@ -392,4 +393,4 @@ def _stage(options: jsonargparse.Namespace, given: set[str]) -> int:
 def _doctor(options: jsonargparse.Namespace, given: set[str]) -> int:
     from .doctor import examine
 
-    return examine(options.grid.sample_size, options.device, options.json, options.seconds)
+    return examine(options.grid.sample_size, options.device, options.json, options.seconds, options.backend)

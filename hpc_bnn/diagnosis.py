@@ -6,294 +6,49 @@ Pure: facts in, problems out. Nothing here communicates or looks at the machine;
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from string import Formatter
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Sequence
 
+from .carrier import Carrier, why_no_horovod
 from .facts import RankFacts
-
-Severity = Literal["error", "warning", "hint"]
-SEVERITIES: tuple[Severity, ...] = ("error", "warning", "hint")
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A kind of problem: how bad, why it matters, what to do."""
-
-    severity: Severity
-    title: str
-    why: str
-    remedy: str
-    """``{name}`` is filled in from the `Problem`."""
+from .problems import SEVERITIES, Problem
+from .sights import Sight, by_host, counted, merged, plural, ranges, ranks_in_words, same
 
 
-KINDS = {
-    "mixed_mpi": Kind(
-        "error",
-        "Two MPI libraries in one process",
-        "mpi4py and Horovod talk to different MPIs: wrong ranks, crashes, or hangs.",
-        "Build both for the MPI of one module (tools/install_horovod.sh), and load no other MPI beside it",
-    ),
-    "foreign_launcher": Kind(
-        "error",
-        "A launcher of another MPI",
-        "Every rank believes that it is alone: the same work is done several times, into the same files.",
-        "Start with the mpirun of {library}, or under Slurm with srun --mpi=pmix (Open MPI) or --mpi=pmi2 (MPICH)",
-    ),
-    "mpi_missing": Kind(
-        "error",
-        "MPI cannot be started",
-        "Several ranks need it; one process needs none.",
-        "Load the module of an MPI and install mpi4py for it; tools/setup.sh brings both without root",
-    ),
-    "horovod_missing": Kind(
-        "error",
-        "No Horovod",
-        "Sums of tensors over several ranks go through it; one process needs none.",
-        "Build it for this torch and MPI with tools/install_horovod.sh",
-    ),
-    "horovod_broken": Kind(
-        "error",
-        "Horovod cannot be imported",
-        "It was built for another torch or MPI, or its libraries are not found.",
-        "Build it again with tools/install_horovod.sh, with the modules loaded that are loaded in the job",
-    ),
-    "horovod_without_mpi": Kind(
-        "error",
-        "Horovod was built without MPI",
-        "hpc_bnn starts Horovod on the communicators of MPI.",
-        "Build it with HOROVOD_WITH_MPI=1 (tools/install_horovod.sh)",
-    ),
-    "horovod_without_process_sets": Kind(
-        "error",
-        "A Horovod without process sets",
-        "Sums over one axis of the process grid need them; they came with Horovod 0.23.",
-        "Install Horovod 0.28.1 with tools/install_horovod.sh",
-    ),
-    "mpi_threads": Kind(
-        "error",
-        "MPI does not allow several threads",
-        "Horovod calls MPI from a thread of its own while mpi4py calls it from another: crashes or hangs.",
-        "Use an MPI that gives MPI_THREAD_MULTIPLE, and unset MPI4PY_RC_THREADS and MPI4PY_RC_THREAD_LEVEL",
-    ),
-    "shared_gpu_nccl": Kind(
-        "error",
-        "Two ranks on one GPU, with NCCL",
-        "NCCL refuses it.",
-        "Start {gpus} ranks on each node, one for each GPU, or check CUDA_VISIBLE_DEVICES",
-    ),
-    "mixed_devices": Kind(
-        "error",
-        "Some ranks have a GPU, others none",
-        "All ranks must compute on one kind of device.",
-        "Ask for as many GPUs on each node as there are ranks, or use --device cpu",
-    ),
-    "versions_differ": Kind(
-        "error",
-        "Ranks with different versions",
-        "Their numbers differ, and objects that they exchange may not be understood.",
-        "Use one environment on a file system that all nodes see, and load the same modules everywhere",
-    ),
-    "hdf5_missing": Kind(
-        "error",
-        "h5py cannot be imported",
-        "Shards are HDF5 files.",
-        "pip install h5py, without a HDF5 module of another version in LD_LIBRARY_PATH",
-    ),
-    "grid_failed": Kind(
-        "error",
-        "The process grid does not start",
-        "Training would end the same way.",
-        "Read the message; where it is of the network, try on one node first, then HOROVOD_LOG_LEVEL=debug",
-    ),
-    "self_test_failed": Kind(
-        "error",
-        "A sum over the grid is wrong",
-        "Training would give wrong numbers.",
-        "Build Horovod again for this MPI (tools/install_horovod.sh); with several nodes, try on one first",
-    ),
-    "hung": Kind(
-        "error",
-        "A step does not end",
-        "A rank is stuck, or the nodes do not reach each other.",
-        "Try on one node; name the network (OMPI_MCA_btl_tcp_if_include, NCCL_SOCKET_IFNAME), or give more --seconds",
-    ),
-    "check_failed": Kind(
-        "error",
-        "A check could not be made",
-        "What it looks at may be broken.",
-        "Read the message; where it is no fault of the installation, report it",
-    ),
-    "shared_gpu": Kind(
-        "warning",
-        "Two ranks on one GPU",
-        "Right for a trial, slow for work.",
-        "Start {gpus} ranks on each node, one for each GPU, or check CUDA_VISIBLE_DEVICES",
-    ),
-    "mig_slices": Kind(
-        "warning",
-        "Ranks on slices of one GPU, with NCCL",
-        "NCCL tells GPUs by their place on the bus, which slices share, and may refuse them.",
-        "Use whole GPUs for several ranks, or a Horovod without NCCL",
-    ),
-    "idle_gpus": Kind(
-        "warning",
-        "GPUs that no rank uses",
-        "They are paid for.",
-        "Start {gpus} ranks on each node, or ask for fewer GPUs",
-    ),
-    "hidden_gpus": Kind(
-        "warning",
-        "GPUs that torch does not see",
-        "Ranks compute on the CPU.",
-        "Ask the batch system for GPUs, check CUDA_VISIBLE_DEVICES, and install a torch for this GPU and driver",
-    ),
-    "gpu_without_nccl": Kind(
-        "warning",
-        "GPUs, and a Horovod without NCCL",
-        "Tensors go through host memory.",
-        "Build Horovod with HOROVOD_GPU_OPERATIONS=NCCL tools/install_horovod.sh",
-    ),
-    "more_ranks_than_cpus": Kind(
-        "warning",
-        "More ranks than CPUs",
-        "Ranks wait for each other while they wait for a CPU.",
-        "Start at most {cpus} ranks on such a node, or ask for more CPUs (--cpus-per-task)",
-    ),
-    "shared_cpus": Kind(
-        "warning",
-        "Several ranks bound to the same CPUs",
-        "They take turns, while other CPUs stand idle.",
-        "Give each rank its own: mpirun --map-by slot:PE=N --bind-to core, srun --cpus-per-task=N, or bind to none",
-    ),
-    "oversubscribed_threads": Kind(
-        "warning",
-        "More threads than CPUs",
-        "Threads push each other off the CPUs, and steps are slow.",
-        "export OMP_NUM_THREADS={threads}, or give each rank more CPUs",
-    ),
-    "uneven_nodes": Kind(
-        "warning",
-        "Different numbers of ranks on the nodes",
-        "Sample groups cross nodes, and the fullest node sets the pace.",
-        "Start the same number on each (--ntasks-per-node, --map-by ppr:N:node)",
-    ),
-    "spinning": Kind(
-        "hint",
-        "Waiting ranks spin",
-        "Ranks fill the CPUs, Horovod adds a thread to each, and Open MPI spins while it waits.",
-        "export OMPI_MCA_mpi_yield_when_idle=1 before mpirun",
-    ),
-    "cycle_time": Kind(
-        "hint",
-        "Horovod looks for work every millisecond",
-        "Ranks fill the CPUs of several nodes: a small sum costs a cycle at least.",
-        "Measure with HOROVOD_CYCLE_TIME=0.1 and with 1",
-    ),
-    "batch_step": Kind(
-        "hint",
-        "A job of several tasks, and one process",
-        "In a batch script a command without a launcher runs once.",
-        "Put srun or mpirun in front of it",
-    ),
-    "plain_python": Kind(
-        "hint",
-        "Started without the runner of mpi4py",
-        "An exception of one rank can leave the others waiting.",
-        "Start with hpc-bnn, or python -m mpi4py -m hpc_bnn",
-    ),
-    "file_locking": Kind(
-        "hint",
-        "HDF5 locks files",
-        "Some parallel file systems refuse locks, and opening a shard fails.",
-        "export HDF5_USE_FILE_LOCKING=FALSE where that happens",
-    ),
-}
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Something that is wrong with a job."""
-
-    code: str
-    """A key of `KINDS`."""
-    seen: str
-    """What was seen, and where."""
-    values: dict[str, Any] = field(default_factory=dict)
-    """For the remedy."""
-
-    @property
-    def severity(self) -> Severity:
-        return KINDS[self.code].severity
-
-    @property
-    def why(self) -> str:
-        return KINDS[self.code].why
-
-    @property
-    def remedy(self) -> str:
-        return KINDS[self.code].remedy.format(**self.values)
-
-
-def diagnose(ranks: Sequence[RankFacts]) -> list[Problem]:
+def diagnose(ranks: Sequence[RankFacts], carrier: Carrier) -> list[Problem]:
     """Return the problems of a job, the worst first, one for each kind and sight however many nodes have it."""
-    found = [problem for rule in RULES for problem in rule(ranks)]
+    found = [problem for rule in RULES for problem in rule(ranks, carrier)]
     return sorted(found, key=lambda problem: SEVERITIES.index(problem.severity))
-
-
-def has_errors(problems: Iterable[Problem]) -> bool:
-    """Whether training would fail."""
-    return any(problem.severity == "error" for problem in problems)
-
-
-def table_of_kinds() -> str:
-    """Return all kinds of problems as a table in Markdown, for docs/doctor.md."""
-    lines = ["| | problem | why it matters | remedy |", "|---|---|---|---|"]
-    for code, kind in KINDS.items():
-        names = {name: f"*{name}*" for _, name, _, _ in Formatter().parse(kind.remedy) if name}
-        cells = (
-            f"{kind.severity}, `{code}`",
-            kind.title,
-            kind.why.rstrip("."),
-            kind.remedy.format(**names),
-        )
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-@dataclass(frozen=True)
-class Sight:
-    """A problem of one node."""
-
-    problem: Problem
-    host: str
-    example: str = ""
-    """What is of this node alone."""
 
 
 # --- rules ---------------------------------------------------------------------------------------------
 
 
-def _failures(ranks: Sequence[RankFacts]) -> Iterator[Problem]:
-    for (what, error), where in _same(ranks, lambda r: r.failures.items()):
+def _failures(ranks: Sequence[RankFacts], _: Carrier) -> Iterator[Problem]:
+    for (what, error), where in same(ranks, lambda r: r.failures.items()):
         yield Problem("check_failed", f"{what}: {error}, on {where}")
 
 
-def _mpi(ranks: Sequence[RankFacts]) -> Iterator[Problem]:
-    for libraries, where in _same(ranks, lambda r: [r.mpi_libraries] if len(r.mpi_libraries) > 1 else []):
-        yield Problem("mixed_mpi", f"{' and '.join(libraries)}, on {where}")
-    for error, where in _same(ranks, lambda r: [r.mpi.error] if r.mpi.error else []):
-        yield Problem("mpi_missing", f"{error}, on {where}")
-    low = ("single", "funneled", "serialized")
-    for level, where in _same(ranks, lambda r: [r.mpi.thread_level] if r.mpi.thread_level in low else []):
+def _mpi(ranks: Sequence[RankFacts], carrier: Carrier) -> Iterator[Problem]:
+    if ranks[0].launcher.needs_no_mpi:
+        return
+    with_horovod = carrier.library == "horovod"
+    for libraries, where in same(ranks, lambda r: [r.mpi_libraries] if len(r.mpi_libraries) > 1 else []):
+        code = "mixed_mpi" if with_horovod else "second_mpi"
+        yield Problem(code, f"{' and '.join(libraries)}, on {where}")
+    for error, where in same(ranks, lambda r: [r.mpi.error] if r.mpi and r.mpi.error else []):
+        is_needed = len(ranks) > 1 or ranks[0].launcher.least_size > 1
+        yield Problem("mpi_missing" if is_needed else "no_mpi", f"{error}, on {where}")
+    low = ("single", "funneled", "serialized") if with_horovod else ()
+    for level, where in same(
+        ranks, lambda r: [r.mpi.thread_level] if r.mpi and r.mpi.thread_level in low else []
+    ):
         yield Problem("mpi_threads", f"MPI gives the thread level {level}, on {where}")
 
 
-def _launcher(ranks: Sequence[RankFacts]) -> Iterator[Problem]:
+def _launcher(ranks: Sequence[RankFacts], _: Carrier) -> Iterator[Problem]:
     for r in ranks:
         launcher, mpi = r.launcher, r.mpi
-        if launcher.least_size > 1 and mpi.error is None and mpi.world_size == 1:
+        if launcher.least_size > 1 and mpi and mpi.error is None and mpi.world_size == 1:
             number = launcher.size or f"at least {launcher.least_size}"
             signs = ", ".join(f"{name}={value}" for name, value in launcher.variables.items())
             on_path = f"; mpirun on the PATH is {r.mpirun}" if r.mpirun else ""
@@ -308,7 +63,7 @@ def _launcher(ranks: Sequence[RankFacts]) -> Iterator[Problem]:
     tasks = next((n for n in TASKS if first.environment.get(n, "").isdigit()), None)
     if first.launcher.least_size == 1 and len(ranks) == 1 and tasks and int(first.environment[tasks]) > 1:
         yield Problem("batch_step", f"{tasks}={first.environment[tasks]}, and this process is alone")
-    for _, where in _same(ranks, lambda r: [] if r.has_runner else [True]):
+    for _, where in same(ranks, lambda r: [] if r.has_runner or r.launcher.needs_no_mpi else [True]):
         if len(ranks) > 1:
             yield Problem("plain_python", f"plain python, on {where}")
 
@@ -317,14 +72,23 @@ TASKS = ("SLURM_NTASKS", "PBS_NP", "LSB_DJOB_NUMPROC")
 """Variables by which batch systems say how many tasks a job has."""
 
 
-def _horovod(ranks: Sequence[RankFacts]) -> Iterator[Problem]:
-    for problem, where in _same(ranks, _horovod_of_rank):
-        code, seen = problem
+def _libraries(ranks: Sequence[RankFacts], carrier: Carrier) -> Iterator[Problem]:
+    """Look at what carries the tensors, and at a Horovod that could and does not."""
+    if carrier.library == "horovod" and ranks[0].launcher.needs_no_mpi:
+        signs = ", ".join(f"{name}={value}" for name, value in ranks[0].launcher.variables.items())
+        yield Problem("horovod_under_torchrun", f"torchrun started these ranks ({signs})")
+        return
+    looks = [_horovod_of_rank if carrier.library == "horovod" else _distributed_of_rank]
+    if carrier.library == "torch":
+        looks.append(_unused_horovod_of_rank)
+    for (code, seen), where in (sight for look in looks for sight in same(ranks, look)):
         yield Problem(code, f"{seen}, on {where}")
 
 
 def _horovod_of_rank(r: RankFacts) -> Iterator[tuple[str, str]]:
     horovod = r.horovod
+    if horovod is None:
+        return  # the look failed, and that is said
     if not horovod.is_installed:
         yield "horovod_missing", horovod.error or "not installed"
     elif horovod.error:
@@ -337,17 +101,35 @@ def _horovod_of_rank(r: RankFacts) -> Iterator[tuple[str, str]]:
         yield "gpu_without_nccl", f"Horovod {horovod.version}"
 
 
-def _versions(ranks: Sequence[RankFacts]) -> Iterator[Problem]:
-    for name in sorted({name for r in ranks for name in r.versions}):
-        found = list(_same(ranks, lambda r, name=name: [r.versions.get(name, "none")]))
+def _distributed_of_rank(r: RankFacts) -> Iterator[tuple[str, str]]:
+    if problem := r.distributed.why_not():
+        yield "distributed_missing", problem
+    elif r.gpu is not None and not r.distributed.nccl:
+        yield "gpu_without_nccl", "torch.distributed"
+
+
+def _unused_horovod_of_rank(r: RankFacts) -> Iterator[tuple[str, str]]:
+    problem = why_no_horovod(r)
+    if problem is None or r.horovod is None or r.distributed.why_not():
+        return
+    if r.horovod.is_installed:
+        yield "horovod_unusable", f"Horovod {r.horovod.version}: {problem}"
+    else:
+        yield "no_horovod", problem
+
+
+def _versions(ranks: Sequence[RankFacts], carrier: Carrier) -> Iterator[Problem]:
+    unused = {"mpi4py": ranks[0].launcher.needs_no_mpi, "horovod": carrier.library != "horovod"}
+    for name in sorted({name for r in ranks for name in r.versions if not unused.get(name)}):
+        found = list(same(ranks, lambda r, name=name: [r.versions.get(name, "none")]))
         if len(found) > 1:
             yield Problem(
                 "versions_differ", f"{name} {'; '.join(f'{version} on {where}' for version, where in found)}"
             )
 
 
-def _hdf5(ranks: Sequence[RankFacts]) -> Iterator[Problem]:
-    for error, where in _same(ranks, lambda r: [r.hdf5.error] if r.hdf5.error else []):
+def _hdf5(ranks: Sequence[RankFacts], _: Carrier) -> Iterator[Problem]:
+    for error, where in same(ranks, lambda r: [r.hdf5.error] if r.hdf5.error else []):
         yield Problem("hdf5_missing", f"{error}, on {where}")
     environment = ranks[0].environment
     if "HDF5_USE_FILE_LOCKING" not in environment and (
@@ -356,15 +138,15 @@ def _hdf5(ranks: Sequence[RankFacts]) -> Iterator[Problem]:
         yield Problem("file_locking", "HDF5_USE_FILE_LOCKING is not set")
 
 
-def _gpus(ranks: Sequence[RankFacts]) -> Iterator[Problem]:
+def _gpus(ranks: Sequence[RankFacts], carrier: Carrier) -> Iterator[Problem]:
     without = [r for r in ranks if r.gpu is None]
     if 0 < len(without) < len(ranks):
         yield Problem("mixed_devices", f"no GPU for {ranks_in_words(without)}")
-    yield from _merged(_gpus_of_node(node) for node in by_host(ranks).values())
+    yield from merged(_gpus_of_node(node, carrier.transport == "NCCL") for node in by_host(ranks).values())
 
 
-def _gpus_of_node(node: list[RankFacts]) -> Iterator[Sight]:
-    host, nccl = node[0].host, any(r.horovod.nccl for r in node)
+def _gpus_of_node(node: list[RankFacts], nccl: bool) -> Iterator[Sight]:
+    host = node[0].host
     visible = {gpu.uuid: gpu for r in node for gpu in r.gpus}
     users = defaultdict(list)
     for r in node:
@@ -392,14 +174,14 @@ def _gpus_of_node(node: list[RankFacts]) -> Iterator[Sight]:
         yield Sight(Problem("hidden_gpus", f"{plural(number, 'GPU')}, and {built}"), host)
 
 
-def _cpus(ranks: Sequence[RankFacts]) -> Iterator[Problem]:
-    yield from _merged(_cpus_of_node(node) for node in by_host(ranks).values())
+def _cpus(ranks: Sequence[RankFacts], carrier: Carrier) -> Iterator[Problem]:
+    yield from merged(_cpus_of_node(node) for node in by_host(ranks).values())
     nodes = by_host(ranks)
     if len({len(node) for node in nodes.values()}) > 1:
-        counts = _counted(f"{len(node)} on {host}" for host, node in nodes.items())
+        counts = counted(f"{len(node)} on {host}" for host, node in nodes.items())
         yield Problem("uneven_nodes", f"ranks: {counts}")
     full = [r for node in nodes.values() if _is_full(node) for r in node]
-    if len(ranks) > 1 and full:
+    if len(ranks) > 1 and full and carrier.library == "horovod" and full[0].mpi:
         environment = full[0].environment
         if "Open MPI" in full[0].mpi.library and not _is_on(environment.get("OMPI_MCA_mpi_yield_when_idle")):
             yield Problem("spinning", "OMPI_MCA_mpi_yield_when_idle is not set")
@@ -443,79 +225,16 @@ def _cpus_of_node(node: list[RankFacts]) -> Iterator[Sight]:
     yield from (sight for _, sight in worst.values())
 
 
-RULES: tuple[Callable[[Sequence[RankFacts]], Iterator[Problem]], ...] = (
+RULES: tuple[Callable[[Sequence[RankFacts], Carrier], Iterator[Problem]], ...] = (
     _failures,
     _mpi,
     _launcher,
-    _horovod,
+    _libraries,
     _versions,
     _hdf5,
     _gpus,
     _cpus,
 )
-
-
-# --- words ---------------------------------------------------------------------------------------------
-
-
-def by_host(ranks: Iterable[RankFacts]) -> dict[str, list[RankFacts]]:
-    """Return the ranks of each node, in the order in which nodes first appear."""
-    nodes = defaultdict(list)
-    for r in ranks:
-        nodes[r.host].append(r)
-    return dict(nodes)
-
-
-def ranges(numbers: Iterable[int]) -> str:
-    """Return numbers in the way of "0-3,8"."""
-    runs: list[list[int]] = []
-    for number in sorted(set(numbers)):
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1][1:] = [number]
-        else:
-            runs.append([number])
-    return ",".join("-".join(map(str, run)) for run in runs)
-
-
-def ranks_in_words(ranks: Sequence[RankFacts]) -> str:
-    """Return which ranks these are, and where: "ranks 0-3 (n1, n2)"."""
-    noun = "rank" if len(ranks) == 1 else "ranks"
-    return f"{noun} {ranges(r.rank for r in ranks)} ({_counted(by_host(ranks))})"
-
-
-def _same(
-    ranks: Sequence[RankFacts], look: Callable[[RankFacts], Iterable[Any]]
-) -> Iterator[tuple[Any, str]]:
-    """Yield what ranks show, each once, with the ranks that show it."""
-    seen = defaultdict(list)
-    for r in ranks:
-        for sight in look(r):
-            seen[sight].append(r)
-    for sight, showing in seen.items():
-        yield sight, ranks_in_words(showing)
-
-
-def _merged(nodes: Iterable[Iterable[Sight]]) -> Iterator[Problem]:
-    """Yield the problems of nodes, one for those that look alike, with the example of the first."""
-    alike: dict[tuple[str, str], list[Sight]] = defaultdict(list)
-    for sight in (sight for node in nodes for sight in node):
-        alike[sight.problem.code, sight.problem.seen].append(sight)
-    for sights in alike.values():
-        problem, example = sights[0].problem, f" ({sights[0].example})" if sights[0].example else ""
-        hosts = _counted(sight.host for sight in sights)
-        yield Problem(problem.code, f"{problem.seen}, on {hosts}{example}", problem.values)
-
-
-def _counted(items: Iterable[str]) -> str:
-    """Return the first items, and how many more there are."""
-    items = list(items)
-    more = f" and {len(items) - 4} more" if len(items) > 4 else ""
-    return ", ".join(items[:4]) + more
-
-
-def plural(number: int, noun: str) -> str:
-    """Return a number of things: "1 rank", "2 ranks"."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _is_full(node: list[RankFacts]) -> bool:

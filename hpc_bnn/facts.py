@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from . import __version__
-from .comm import choose_device
+from .comm import Backend, DistributedFacts, choose_device, distributed_facts
 from .errors import ConfigError
 from .launcher import Launcher, launcher_of
 from .stack import HorovodFacts, MpiFacts, first_line, has_runner, horovod_facts, mpi_facts, mpi_libraries
@@ -42,6 +42,9 @@ VARIABLES = (
     "LSB_DJOB_NUMPROC",
 )
 """Environment variables that rules look at."""
+
+PREFIXES = ("NCCL_", "TORCH_NCCL_", "GLOO_")
+"""Of variables by which the network of tensors is chosen and tuned."""
 
 
 @dataclass(frozen=True)
@@ -76,14 +79,18 @@ class RankFacts:
     versions: dict[str, str] = field(default_factory=dict)
     """Of Python and of packages, by name."""
     launcher: Launcher = field(default_factory=Launcher)
-    mpi: MpiFacts = field(default_factory=MpiFacts)
+    mpi: MpiFacts | None = field(default_factory=MpiFacts)
+    """None where training starts none."""
     mpi_libraries: tuple[str, ...] = ()
     """Files of the MPI libraries in this process."""
     mpirun: str | None = None
     """The one on the PATH."""
     has_runner: bool = True
     """Started as ``python -m mpi4py``."""
-    horovod: HorovodFacts = field(default_factory=HorovodFacts)
+    horovod: HorovodFacts | None = field(default_factory=HorovodFacts)
+    """None where training does not look for it."""
+    distributed: DistributedFacts = field(default_factory=DistributedFacts)
+    """torch.distributed."""
     hdf5: Hdf5Facts = field(default_factory=Hdf5Facts)
     cpus: tuple[int, ...] = (0,)
     """Hardware threads on which this rank may run."""
@@ -119,7 +126,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def collect(rank: int, device: str, local_rank: int) -> RankFacts:
+def collect(rank: int, device: str, local_rank: int, backend: Backend) -> RankFacts:
     """Return what this rank sees; what cannot be seen is in ``failures``.
 
     Parameters
@@ -130,7 +137,10 @@ def collect(rank: int, device: str, local_rank: int) -> RankFacts:
         As for `hpc_bnn.comm.choose_device`.
     local_rank : int
         This rank among the ranks of its node.
+    backend : {"auto", "horovod", "torch"}
+        As for `hpc_bnn.connect`. What training does not import is not imported here either.
     """
+    launcher = launcher_of(os.environ)
     values: dict[str, Any] = {}
     failures: dict[str, str] = {}
 
@@ -143,9 +153,12 @@ def collect(rank: int, device: str, local_rank: int) -> RankFacts:
             failures[name] = first_line(error)
 
     look("versions", versions)
-    look("launcher", lambda: launcher_of(os.environ))
-    look("mpi", mpi_facts)
-    look("horovod", horovod_facts)  # maps the MPI that it was linked with
+    values |= {"mpi": None, "horovod": None}
+    if not launcher.needs_no_mpi:
+        look("mpi", mpi_facts)
+        if backend != "torch":
+            look("horovod", horovod_facts)  # maps the MPI that it was linked with
+    look("distributed", distributed_facts)
     look("mpi_libraries", mpi_libraries)
     look("hdf5", hdf5_facts)
     look("cpus", allowed_cpus)
@@ -162,10 +175,11 @@ def collect(rank: int, device: str, local_rank: int) -> RankFacts:
         host=socket.gethostname(),
         pid=os.getpid(),
         executable=sys.executable,
+        launcher=launcher,
         mpirun=shutil.which("mpirun"),
         has_runner=has_runner(),
         node_cpus=os.cpu_count() or 1,
-        environment={name: os.environ[name] for name in VARIABLES if name in os.environ},
+        environment={n: v for n, v in sorted(os.environ.items()) if n in VARIABLES or n.startswith(PREFIXES)},
         failures=failures,
         **values,
     )

@@ -35,6 +35,11 @@ class Launcher:
         """Ranks that there are at the least."""
         return max(self.size or 1, self.rank + 1)
 
+    @property
+    def needs_no_mpi(self) -> bool:
+        """Whether torchrun has started several ranks: torch.distributed is all they need."""
+        return self.name == "torchrun" and self.least_size > 1
+
 
 def launcher_of(environment: Mapping[str, str]) -> Launcher:
     """Return what started a process with this environment. Local, no MPI."""

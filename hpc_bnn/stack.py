@@ -1,4 +1,4 @@
-"""What MPI and Horovod say about themselves (floor 2, beside comm, which starts them).
+"""What MPI and Horovod say about themselves (floor 2, under comm, which starts them).
 
 Nothing here communicates or starts Horovod; every function is Local.
 """
@@ -42,6 +42,16 @@ class HorovodFacts:
     rocm: bool = False
     process_sets: bool = False
 
+    def why_not(self, needs_nccl: bool = False) -> str | None:
+        """Return why it cannot carry tensors, None where it can."""
+        if self.error is not None:
+            return self.error
+        if not self.mpi:
+            return "it was built without MPI"
+        if not self.process_sets:
+            return "it is older than 0.23, which has no process sets"
+        return "it was built without NCCL" if needs_nccl and not self.nccl else None
+
 
 def mpi_facts() -> MpiFacts:
     """Return what the MPI of mpi4py is. Starts it where it is not running yet."""
@@ -65,23 +75,24 @@ def mpi_facts() -> MpiFacts:
 
 def horovod_facts() -> HorovodFacts:
     """Return how Horovod was built. Imports it, and thereby maps the MPI that it was linked with."""
+    version = ""
     try:
         import horovod
-    except ImportError as error:
-        return HorovodFacts(first_line(error), is_installed=False)
-    try:
+
+        version = horovod.__version__
         import horovod.torch as hvd
+
+        return HorovodFacts(
+            version=version,
+            mpi=bool(hvd.mpi_built()),
+            nccl=bool(hvd.nccl_built()),
+            gloo=bool(hvd.gloo_built()),
+            cuda=bool(hvd.cuda_built()),
+            rocm=bool(hvd.rocm_built()),
+            process_sets=hasattr(hvd, "ProcessSet"),
+        )
     except Exception as error:  # a broken build raises many kinds of error
-        return HorovodFacts(first_line(error), version=horovod.__version__)
-    return HorovodFacts(
-        version=horovod.__version__,
-        mpi=bool(hvd.mpi_built()),
-        nccl=bool(hvd.nccl_built()),
-        gloo=bool(hvd.gloo_built()),
-        cuda=bool(hvd.cuda_built()),
-        rocm=bool(hvd.rocm_built()),
-        process_sets=hasattr(hvd, "ProcessSet"),
-    )
+        return HorovodFacts(first_line(error), is_installed=version != "", version=version)
 
 
 def mpi_libraries(maps: str | None = None) -> tuple[str, ...]:

@@ -12,11 +12,15 @@ from conftest import REPOSITORY, launch_environment
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_bnn.diagnosis import KINDS, RULES, Problem, diagnose, has_errors, ranges, table_of_kinds
+from hpc_bnn.carrier import carrier_of
+from hpc_bnn.comm import DistributedFacts
+from hpc_bnn.diagnosis import RULES, diagnose
 from hpc_bnn.doctor import default_sample_size
 from hpc_bnn.facts import VARIABLES, Gpu, Hdf5Facts, RankFacts, memory_limit_bytes
 from hpc_bnn.launcher import Launcher, launcher_of
 from hpc_bnn.network import Network, read_network
+from hpc_bnn.problems import KINDS, Problem, has_errors, table_of_kinds
+from hpc_bnn.sights import ranges
 from hpc_bnn.stack import HorovodFacts, MpiFacts, library_name, mpi_libraries
 
 QUIET = {
@@ -25,6 +29,8 @@ QUIET = {
     "HOROVOD_CYCLE_TIME": "1",
 }
 HOROVOD = HorovodFacts(version="0.28.1", mpi=True, nccl=True, process_sets=True)
+WITHOUT_NCCL = replace(HOROVOD, nccl=False)
+GONE = HorovodFacts("gone", is_installed=False)
 
 
 def cluster(num_nodes=2, per_node=4, gpus=4, cpus_per_rank=8, **changes):
@@ -41,6 +47,7 @@ def cluster(num_nodes=2, per_node=4, gpus=4, cpus_per_rank=8, **changes):
             mpi=MpiFacts(None, "Open MPI v5.0.11", "3.1", "multiple", size),
             mpi_libraries=("/opt/mpi/lib/libmpi.so.40",),
             horovod=HOROVOD,
+            distributed=DistributedFacts(nccl="2.27.3"),
             cpus=tuple(range(local * cpus_per_rank, (local + 1) * cpus_per_rank)),
             node_cpus=per_node * cpus_per_rank,
             torch_threads=cpus_per_rank,
@@ -58,13 +65,25 @@ def change(ranks, which, **changes):
     return [replace(r, **changes) if r.rank in which else r for r in ranks]
 
 
-def codes(ranks):
-    return [problem.code for problem in diagnose(ranks)]
+def problems_of(ranks, backend="auto"):
+    return diagnose(ranks, carrier_of(ranks, backend))
+
+
+def codes(ranks, backend="auto"):
+    return [problem.code for problem in problems_of(ranks, backend)]
+
+
+def under_torchrun(*shape, **changes):
+    ranks = cluster(*shape, mpi=None, horovod=None, has_runner=False, **changes)
+    launcher = {"name": "torchrun", "variables": {"WORLD_SIZE": str(len(ranks))}}
+    return [replace(r, launcher=replace(r.launcher, **launcher)) for r in ranks]
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 4, 4), (16, 8, 8), (3, 2, 0)])
 def test_sound_clusters_have_no_problem(shape):
-    assert diagnose(cluster(*shape, node_gpus=shape[2])) == []
+    ranks = cluster(*shape, node_gpus=shape[2])
+    assert [problems_of(ranks, backend) for backend in ("auto", "horovod", "torch")] == [[], [], []]
+    assert problems_of(under_torchrun(*shape, node_gpus=shape[2])) == []
 
 
 SOUND = cluster()
@@ -72,23 +91,29 @@ MIG = [Gpu(f"MIG-{i}", "A100 MIG 1g.5gb", 5 * 2**30, "0000:01:00") for i in rang
 CASES = {
     "mixed_mpi": (change(SOUND, [5], mpi_libraries=("/a/libmpi.so.40", "/b/libmpi.so.12")), "rank 5 (n1)"),
     "foreign_launcher": (cluster(1, 1, 1, mpi=MpiFacts(library="MPICH 5.0.2"), launcher=Launcher("srun", 8)), "8 ranks"),
-    "mpi_missing": (cluster(1, 1, 1, mpi=MpiFacts("ImportError: no")), "ImportError: no"),
-    "horovod_missing": (change(SOUND, [0, 1], horovod=HorovodFacts("gone", is_installed=False)), "ranks 0-1 (n0)"),
-    "horovod_broken": (change(SOUND, [7], horovod=HorovodFacts("undefined symbol")), "undefined symbol"),
-    "horovod_without_mpi": (cluster(horovod=replace(HOROVOD, mpi=False)), "ranks 0-7 (n0, n1)"),
-    "horovod_without_process_sets": (cluster(horovod=replace(HOROVOD, process_sets=False)), "0.28.1"),
+    "mpi_missing": (cluster(1, 1, 1, mpi=MpiFacts("ImportError: no"), launcher=Launcher("srun", 2)), "ImportError: no"),
+    "horovod_missing": (change(SOUND, [0, 1], horovod=GONE), "ranks 0-1 (n0)", "horovod"),
+    "horovod_broken": (change(SOUND, [7], horovod=HorovodFacts("undefined symbol")), "undefined symbol", "horovod"),
+    "horovod_without_mpi": (cluster(horovod=replace(HOROVOD, mpi=False)), "ranks 0-7 (n0, n1)", "horovod"),
+    "horovod_without_process_sets": (cluster(horovod=replace(HOROVOD, process_sets=False)), "0.28.1", "horovod"),
+    "horovod_under_torchrun": (under_torchrun(), "WORLD_SIZE=8", "horovod"),
+    "distributed_missing": (cluster(distributed=DistributedFacts(gloo=False)), "without Gloo", "torch"),
+    "horovod_unusable": (change(SOUND, [3], horovod=WITHOUT_NCCL), "Horovod 0.28.1: it was built without NCCL, on rank 3"),
+    "second_mpi": (change(SOUND, [5], mpi_libraries=("/a/libmpi.so.40", "/b/libmpi.so.12")), "rank 5 (n1)", "torch"),
+    "no_mpi": (cluster(1, 1, 1, mpi=MpiFacts("ImportError: no")), "ImportError: no"),
+    "no_horovod": (cluster(horovod=GONE), "gone, on ranks 0-7"),
     "mpi_threads": (cluster(mpi=replace(SOUND[0].mpi, thread_level="serialized")), "serialized"),
     "shared_gpu_nccl": (change(SOUND, [1, 2], gpu=0), "1 of 4 GPUs for several ranks, on n0 (ranks 0-2 on GPU-0-0)"),
     "mixed_devices": (change(SOUND, [3], gpu=None, gpus=()), "rank 3 (n0)"),
     "versions_differ": (change(SOUND, [4, 6], versions={"torch": "2.4.0", "python": "3.11.7"}), "torch 2.13.0 on ranks"),
     "hdf5_missing": (change(SOUND, [2], hdf5=Hdf5Facts("ImportError: libhdf5")), "libhdf5"),
     "check_failed": (change(SOUND, [2], failures={"gpus": "RuntimeError: odd"}), "gpus: RuntimeError: odd"),
-    "shared_gpu": (cluster(1, 2, 1, gpu=0, horovod=replace(HOROVOD, nccl=False)), "ranks 0-1"),
+    "shared_gpu": (cluster(1, 2, 1, gpu=0), "ranks 0-1", "torch"),
     "mig_slices": (
         [replace(r, gpus=(MIG[r.rank],), gpu=0) for r in cluster(1, 2, 0)], "2 slices of the GPU at 0000:01:00"),
     "idle_gpus": (cluster(2, 2, 4), "2 of 4 GPUs are used, on n0, n1"),
     "hidden_gpus": (cluster(1, 2, 0, node_gpus=4, accelerator=None), "4 GPUs, and torch is built for CPUs only"),
-    "gpu_without_nccl": (cluster(horovod=replace(HOROVOD, nccl=False)), "ranks 0-7"),
+    "gpu_without_nccl": (cluster(horovod=WITHOUT_NCCL), "ranks 0-7", "horovod"),
     "more_ranks_than_cpus": (cluster(cpus=(0, 1), torch_threads=1), "4 ranks on 2 CPUs, on n0, n1"),
     "shared_cpus": (change(cluster(torch_threads=1), [0, 1], cpus=(3,)), "2 ranks on 1 CPU, on n0 (ranks 0-1 on 3)"),
     "oversubscribed_threads": (cluster(torch_threads=32), "4 ranks with 32 threads each on 32 CPUs, on n0, n1"),
@@ -105,8 +130,8 @@ OF_RANKS = {"grid_failed", "self_test_failed", "hung"}
 
 @pytest.mark.parametrize("code", CASES)
 def test_each_problem_is_recognised(code):
-    ranks, seen = CASES[code]
-    (problem,) = [p for p in diagnose(ranks) if p.code == code]
+    ranks, seen, backend = (*CASES[code], "auto")[:3]
+    (problem,) = [p for p in problems_of(ranks, backend) if p.code == code]
     assert seen in problem.seen and problem.why and "{" not in problem.remedy
 
 
@@ -116,10 +141,95 @@ def test_every_kind_of_problem_has_a_case():
 
 
 def test_a_problem_of_a_thousand_nodes_is_said_once():
-    problems = diagnose(cluster(1000, 4, 4, torch_threads=64))
+    problems = problems_of(cluster(1000, 4, 4, torch_threads=64))
     assert [p.code for p in problems] == ["oversubscribed_threads"]
     assert "on n0, n1, n2, n3 and 996 more (ranks 0-3 on 0-31)" in problems[0].seen
     assert problems[0].remedy.startswith("export OMP_NUM_THREADS=8,")
+
+
+NO_NCCL = DistributedFacts()
+
+
+@pytest.mark.parametrize(
+    "ranks, backend, library, transport, why",
+    [
+        (SOUND, "auto", "horovod", "NCCL", "all ranks can use it"),
+        (cluster(gpus=0), "auto", "horovod", "MPI", "all ranks can use it"),
+        (
+            cluster(gpus=0, horovod=WITHOUT_NCCL, distributed=NO_NCCL),
+            "auto",
+            "horovod",
+            "MPI",
+            "all ranks can use it",
+        ),
+        (
+            cluster(horovod=WITHOUT_NCCL, distributed=NO_NCCL),
+            "auto",
+            "horovod",
+            "MPI",
+            "all ranks can use it",
+        ),
+        (cluster(horovod=WITHOUT_NCCL), "auto", "torch", "NCCL", "built without NCCL"),
+        (change(SOUND, [5], horovod=GONE), "auto", "torch", "NCCL", "rank 5 (n1) (gone)"),
+        (change(SOUND, [1], gpu=0), "torch", "torch", "Gloo", "--backend torch"),
+        (change(SOUND, [1], distributed=NO_NCCL), "torch", "torch", "Gloo", "--backend torch"),
+        (change(SOUND, [1], horovod=GONE), "horovod", "horovod", "MPI", "--backend horovod"),
+        (under_torchrun(), "auto", "torch", "NCCL", "torchrun"),
+        (under_torchrun(2, 4, 0), "auto", "torch", "Gloo", "torchrun"),
+    ],
+)
+def test_what_carries_the_tensors(ranks, backend, library, transport, why):
+    carrier = carrier_of(ranks, backend)
+    assert (carrier.library, carrier.transport) == (library, transport) and why in carrier.why
+
+
+HARMLESS_ELSEWHERE = [
+    ("horovod_missing", "no_horovod"), ("horovod_broken", "horovod_unusable"), ("horovod_without_mpi", "horovod_unusable"),
+    ("horovod_without_process_sets", "horovod_unusable"), ("gpu_without_nccl", "horovod_unusable"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("code, instead", HARMLESS_ELSEWHERE)
+def test_a_horovod_that_is_not_used_is_no_error(code, instead):
+    ranks = CASES[code][0]
+    assert codes(ranks, "horovod") == [code]
+    assert codes(ranks, "auto") == [instead]
+    assert codes(change(ranks, range(len(ranks)), horovod=None), "torch") == []
+
+
+@pytest.mark.parametrize("code", ["mixed_mpi", "mpi_threads", "shared_gpu_nccl", "spinning", "cycle_time"])
+def test_what_matters_to_horovod_only(code):
+    ranks = change(CASES[code][0], range(8), horovod=None)
+    assert code in codes(CASES[code][0], "horovod")
+    left = {"mixed_mpi": ["second_mpi"], "shared_gpu_nccl": ["shared_gpu", "idle_gpus"]}
+    assert set(codes(ranks, "torch")) - {"more_ranks_than_cpus", "oversubscribed_threads"} == set(
+        left.get(code, [])
+    )
+
+
+def test_a_torch_without_gloo_matters_where_it_is_used():
+    ranks = change(SOUND, range(8), distributed=DistributedFacts(gloo=False))
+    assert codes(ranks) == []
+    assert codes(change(ranks, [2], horovod=GONE)) == ["distributed_missing"]
+    assert codes(change(under_torchrun(), [2], distributed=DistributedFacts(False, False))) == [
+        "distributed_missing"
+    ]
+
+
+def test_slices_of_a_gpu_matter_to_any_nccl():
+    assert "mig_slices" in codes(CASES["mig_slices"][0], "torch")
+    without = [replace(r, distributed=NO_NCCL) for r in CASES["mig_slices"][0]]
+    assert codes(without, "torch") == ["gpu_without_nccl"]
+
+
+def test_ranks_of_torchrun_need_neither_mpi_nor_horovod():
+    odd = {
+        "mpi_libraries": ("/a/libmpi.so.40", "/b/libmpi.so.12"),
+        "versions": {"mpi4py": "4.0.1", "horovod": "none"},
+    }
+    ranks = under_torchrun(versions={"mpi4py": "none", "horovod": "0.28.1"})
+    assert codes(change(ranks, [3], **odd)) == []
+    assert codes(change(ranks, [3], versions={"torch": "2.4.0"})) == ["versions_differ"]
 
 
 def test_what_stays_silent():
@@ -135,13 +245,13 @@ def test_what_stays_silent():
 
 def test_ranks_that_a_launcher_without_numbers_started_and_that_are_alone():
     pmix = Launcher("PMIx", None, 3, None, {"PMIX_RANK": "3"})
-    (problem,) = diagnose(cluster(1, 1, 1, launcher=pmix))
+    (problem,) = problems_of(cluster(1, 1, 1, launcher=pmix))
     assert problem.code == "foreign_launcher" and "at least 4 ranks" in problem.seen
 
 
 def test_errors_come_first_and_decide():
     ranks = change(cluster(torch_threads=64, environment={}), [1], mpi_libraries=("a", "b"))
-    problems = diagnose(ranks)
+    problems = problems_of(ranks)
     assert [p.severity for p in problems] == ["error", "warning", "hint"]
     assert has_errors(problems) and not has_errors(problems[1:])
 
@@ -282,7 +392,17 @@ def test_alone(tmp_path):
     job = start_alone("--json", path)
     output, errors = job.communicate(timeout=100)
     assert job.returncode == 0, errors
-    for title in ("this process", "job", "MPI", "Horovod", "HDF5", "threads and binding", "memory", "GPUs"):
+    for title in (
+        "this process",
+        "job",
+        "MPI",
+        "Horovod",
+        "torch.distributed",
+        "HDF5",
+        "threads and binding",
+        "memory",
+        "GPUs",
+    ):
         assert output.count(f"\n{title}\n") + output.startswith(f"{title}\n") == 1
     assert "start it under mpirun" in output and "Horovod" in output
     facts = json.loads(path.read_text())
@@ -298,6 +418,13 @@ def test_four_ranks(mpirun, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("2 x 2 (samples x data)") == 1 and done.stdout.count("right on all ranks") == 3
     facts = json.loads(path.read_text())
+    assert facts["tensors"] == {
+        "backend": "auto",
+        "library": "horovod",
+        "transport": "MPI",
+        "why": "all ranks can use it",
+    }
+    assert "bandwidth of sums (Horovod, cpu)" in done.stdout
     assert read_network(path) == Network(**facts["network"]) and facts["network"]["bandwidth"] > 0
     assert [r["rank"] for r in facts["ranks"]] == [0, 1, 2, 3] and len(
         {r["pid"] for r in facts["ranks"]}
@@ -311,6 +438,53 @@ def test_four_ranks(mpirun, tmp_path):
     assert shown == {p["code"] for p in facts["problems"]}
     too_few = len({cpu for r in facts["ranks"] for cpu in r["cpus"]}) < 4
     assert ("more_ranks_than_cpus" in shown) == too_few
+
+
+COMMAND = "from hpc_bnn.__main__ import run\nrun()\n"
+DEADLY_HOROVOD = """
+import os, sys
+class Finder:
+    def find_spec(name, *_):
+        if name == 'horovod': os._exit(9)
+sys.meta_path.insert(0, Finder)
+"""
+
+
+@pytest.mark.parametrize(
+    "backend, hiding, problem, shown",
+    [
+        ("auto", "import sys; sys.modules['horovod'] = None\n", ("hint", "no_horovod"), "Horovod cannot be used on ranks 0-1"),
+        ("horovod", "import sys; sys.modules['horovod'] = None\n", ("error", "horovod_missing"), "--backend horovod"),
+        ("torch", DEADLY_HOROVOD, None, "--backend torch"),
+    ],
+)  # fmt: skip
+def test_ranks_without_horovod(mpirun, tmp_path, backend, hiding, problem, shown):
+    program, path = tmp_path / "program.py", tmp_path / "facts.json"
+    program.write_text(hiding + COMMAND)
+    done = mpirun(2, program, "doctor", "--backend", backend, "--json", path)
+    is_error = backend == "horovod"
+    assert done.returncode == is_error, done.stderr
+    tensors = json.loads(path.read_text())["tensors"]
+    assert tensors["library"] == ("horovod" if is_error else "torch") and shown in tensors["why"]
+    assert [p for p in problems_in(done.stdout) if "horovod" in p[1]] == ([problem] if problem else [])
+    if not is_error:
+        assert tensors["transport"] == "Gloo" and "bandwidth of sums (torch.distributed, cpu)" in done.stdout
+        assert done.stdout.count("right on all ranks") == 3
+
+
+def test_a_second_mpi_library_is_no_error_without_horovod(mpirun, tmp_path):
+    """A copy of the library stands for another MPI."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import ctypes, shutil, hpc_bnn.comm as comm, hpc_bnn.stack as stack\n"
+        "comm.world_size()\n"
+        f"copy = shutil.copy(stack.mpi_libraries()[0], f'{tmp_path}/libmpi.so.{{comm.launched_rank()}}')\n"
+        "ctypes.CDLL(copy, ctypes.RTLD_LOCAL)\n" + COMMAND
+    )
+    done = mpirun(2, program, "doctor", "--backend", "torch")
+    assert done.returncode == 0, done.stderr
+    assert ("warning", "second_mpi") in problems_in(done.stdout)
+    assert done.stdout.count("right on all ranks") == 3
 
 
 def test_a_launcher_of_another_mpi():
@@ -377,7 +551,11 @@ def test_a_step_that_does_not_end_is_named():
 
 @pytest.mark.parametrize(
     "flags, said",
-    [(("--grid.sample_size", "3"), "--grid.sample_size 3"), (("--seconds", "0"), "--seconds 0")],
+    [
+        (("--grid.sample_size", "3"), "--grid.sample_size 3"),
+        (("--seconds", "0"), "--seconds 0"),
+        (("--backend", "mpi"), '"backend"'),
+    ],
 )
 def test_impossible_requests(flags, said, capfd):
     from hpc_bnn.cli import main
@@ -387,6 +565,13 @@ def test_impossible_requests(flags, said, capfd):
 
 
 def test_remedies_need_no_more_than_problems_give():
-    given = {"gpus": 4, "cpus": 2, "threads": 1, "library": "an MPI"}
+    given = {
+        "gpus": 4,
+        "cpus": 2,
+        "threads": 1,
+        "library": "an MPI",
+        "debug": "A=1",
+        "another": "--backend torch",
+    }
     assert all(Problem(code, "", given).remedy for code in KINDS)
     assert set(VARIABLES) > {"SLURM_NTASKS", "HDF5_USE_FILE_LOCKING"}

@@ -93,6 +93,38 @@ def test_a_rank_that_fails_ends_the_job(torchrun, fault):
     assert "raise" not in fault or "RuntimeError: deliberate fault" in done.stderr
 
 
+def test_doctor_without_mpi(torchrun, tmp_path):
+    path = tmp_path / "facts.json"
+    done = torchrun(2, COMMAND, "doctor", "--grid.sample_size", 2, "--json", path)
+    assert done.returncode == 0, done.stderr
+    assert "launcher  torchrun (WORLD_SIZE=2" in done.stdout and done.stdout.count("right on all ranks") == 3
+    facts = json.loads(path.read_text())
+    assert facts["tensors"]["library"] == "torch" and "torchrun" in facts["tensors"]["why"]
+    assert [(r["rank"], r["mpi"], r["horovod"]) for r in facts["ranks"]] == [(0, None, None), (1, None, None)]
+    cpus = {"more_ranks_than_cpus", "oversubscribed_threads"}
+    assert {p["code"] for p in facts["problems"]} <= cpus
+
+
+def test_a_store_that_is_not_reached_is_a_problem_of_doctor(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import hpc_bnn.comm.torchrun as torchrun\n"
+        "torchrun.START_SECONDS = 1.0\n"
+        "wait = torchrun.wait_for_others\n"
+        "torchrun.wait_for_others = lambda seconds: wait(1.0)\n" + COMMAND
+    )
+    environment = launch_environment() | {
+        "TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9",
+        "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0",
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, program, "doctor"], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1
+    assert "grid_failed: the store of torchrun at 127.0.0.1:9 cannot be reached from rank 0" in done.stdout
+    assert "Traceback" not in done.stderr
+
+
 def test_an_error_on_which_the_ranks_agree_is_said_once(torchrun, digits, tmp_path):
     flags = ("--config", "configs/digits.yaml", "--data.shards", digits, "--run_dir", tmp_path / "run")
     done = torchrun(2, COMMAND, "train", *flags, "--num_epochs", 0)

@@ -27,12 +27,13 @@ from .start import (
     wait_for_others,
     world_size,
 )
-from .torch_distributed import TorchComm
+from .torch_distributed import DistributedFacts, TorchComm, distributed_facts
 from .torchrun import TorchrunComm
 
 __all__ = [
     "Axis",
     "Backend",
+    "DistributedFacts",
     "GridComm",
     "HorovodComm",
     "MpiComm",
@@ -46,6 +47,7 @@ __all__ = [
     "choose_device",
     "connect",
     "connect_for_files",
+    "distributed_facts",
     "finalize",
     "launched_rank",
     "map_leaves",

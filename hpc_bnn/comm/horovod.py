@@ -13,6 +13,7 @@ import torch
 
 from ..compression import Compression
 from ..grid import Grid
+from ..stack import horovod_facts
 from .base import Axis, Operation
 from .mpi import STALL_SECONDS, MpiComm, running_mpi, wait_for_others
 
@@ -140,18 +141,7 @@ class HorovodComm(MpiComm):
 
 def why_not(world, needs_nccl: bool = False) -> str | None:
     """Return why Horovod cannot be used, None where it can. Collective over the world, with one answer."""
-    problem = None
-    try:
-        import horovod.torch as hvd
-    except Exception as error:  # a broken build raises many kinds of error
-        problem = f"{type(error).__name__}: {error}"
-    else:
-        if not hvd.mpi_built():
-            problem = "it was built without MPI"
-        elif not hasattr(hvd, "ProcessSet"):
-            problem = "it is older than 0.23, which has no process sets"
-        elif needs_nccl and not hvd.nccl_built():
-            problem = "it was built without NCCL"
+    problem = horovod_facts().why_not(needs_nccl)
     problems = [(rank, p) for rank, p in enumerate(world.allgather(problem)) if p]
     return f"it cannot be used on rank {problems[0][0]} ({problems[0][1]})" if problems else None
 

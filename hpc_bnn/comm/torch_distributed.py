@@ -11,6 +11,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -30,7 +31,7 @@ WITH_NCCL = "cpu:gloo,cuda:nccl"
 _GATHER = (
     "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
 )  # torch < 2.13
-_OPERATIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
+_OPERATIONS = {"sum": "SUM", "max": "MAX"}
 
 
 class TorchTensors(GridComm):
@@ -66,7 +67,7 @@ class TorchTensors(GridComm):
 
     def _reduce_(self, flat: torch.Tensor, axis: Axis, operation: Operation) -> None:
         buffer = self._near(flat)
-        dist.all_reduce(buffer, _OPERATIONS[operation], group=self._group(axis))
+        dist.all_reduce(buffer, getattr(dist.ReduceOp, _OPERATIONS[operation]), group=self._group(axis))
         if buffer is not flat:
             flat.copy_(buffer)
 
@@ -143,6 +144,30 @@ class TorchComm(TorchTensors, MpiComm):
         self.barrier()
         shutdown()
         super().close()
+
+
+@dataclass(frozen=True)
+class DistributedFacts:
+    """What torch.distributed can do; a torch may be built without it."""
+
+    is_available: bool = True
+    gloo: bool = True
+    nccl: str | None = None
+    """Its version."""
+
+    def why_not(self) -> str | None:
+        """Return why it cannot carry tensors, None where it can. Gloo carries those of the host, NCCL or not."""
+        if not self.is_available:
+            return "torch was built without torch.distributed"
+        return None if self.gloo else "torch was built without Gloo"
+
+
+def distributed_facts() -> DistributedFacts:
+    """Return how torch.distributed was built. Local; starts nothing."""
+    if not dist.is_available():
+        return DistributedFacts(is_available=False, gloo=False)
+    nccl = ".".join(map(str, torch.cuda.nccl.version())) if dist.is_nccl_available() else None
+    return DistributedFacts(gloo=dist.is_gloo_available(), nccl=nccl)
 
 
 def has_nccl_for(device: torch.device) -> bool:

@@ -130,7 +130,7 @@ def allgather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
 def launcher() -> Launcher | None:
     """Return torchrun where it has started several ranks. Local."""
     found = launcher_of(os.environ)
-    return found if found.name == "torchrun" and found.size > 1 else None
+    return found if found.needs_no_mpi else None
 
 
 def local_place() -> tuple[int, int]:
@@ -157,7 +157,10 @@ def join() -> None:
 
 def wait_for_others(seconds: float) -> bool:
     """As `hpc_bnn.comm.wait_for_others`."""
-    _open_store()
+    try:
+        _open_store(seconds)
+    except CommunicationError:  # whoever needed it before has said it
+        return False
     Running.num_waits += 1
     key, size = f"hpc_bnn.wait.{Running.num_waits}", launcher().size
     Running.store.add(key, 1)
@@ -169,10 +172,10 @@ def wait_for_others(seconds: float) -> bool:
     return True
 
 
-def _open_store() -> None:
+def _open_store(seconds: float | None = None) -> None:
     if Running.store is not None:
         return
-    timeout = datetime.timedelta(seconds=START_SECONDS)
+    timeout = datetime.timedelta(seconds=seconds or START_SECONDS)
     try:
         Running.store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
     except Exception as error:
