@@ -36,7 +36,7 @@ class Cluster:
             "HPC_BNN_LOCAL_DIR": str(self.local),
             # Where the nodes cannot have host names of their own, shared memory between them would crash
             "OMPI_MCA_btl": "tcp,self",
-            "OMPI_MCA_btl_tcp_if_include": "lo",
+            "OMPI_MCA_btl_tcp_if_include": "lo,eth0",
         }
 
     def run(self, *command, **environment) -> str:
