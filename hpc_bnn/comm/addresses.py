@@ -51,16 +51,16 @@ def find_meeting(allgather: Callable[[Any], list[Any]], is_first: bool) -> Meeti
         There is none, on all ranks, after a minute at the latest.
     """
     with contextlib.ExitStack() as stack:
-        offer = None
+        offer, only = None, os.environ.get("GLOO_SOCKET_IFNAME")
         if is_first:
             try:
-                offer = (*stack.enter_context(_listening()), candidates(interfaces(), os.environ))
+                offer = (*stack.enter_context(_listening()), candidates(interfaces(), os.environ), only)
             except (OSError, CommunicationError) as error:
                 offer = str(error)
         offer = allgather(offer)[0]
         if isinstance(offer, str):
             raise CommunicationError(f"torch.distributed: rank 0 offers no address: {offer}")
-        port, token, addresses = offer
+        port, token, addresses, only = offer
         failures = []
         for address in addresses:
             reached = _reach(address, port, token)
@@ -72,8 +72,9 @@ def find_meeting(allgather: Callable[[Any], list[Any]], is_first: bool) -> Meeti
                 return Meeting(address, _interface_of(reached))
             rank, host, why = missing[0]
             failures.append(f"{address} not from rank {rank} on {host} ({why})")
+    limit = f" (GLOO_SOCKET_IFNAME={only} allows no others)" if only else ""
     raise CommunicationError(
-        f"torch.distributed: no address of rank 0 is reached by all ranks: {'; '.join(failures)}. Name the interface "
+        f"torch.distributed: no address of rank 0 is reached by all ranks: {'; '.join(failures)}{limit}. Name the interface "
         "that connects the nodes (ip -brief address) in GLOO_SOCKET_IFNAME, let ports above 1023 through a "
         "firewall between them, or use --backend horovod"
     )

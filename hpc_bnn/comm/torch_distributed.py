@@ -6,6 +6,7 @@ Under torchrun it is all there is (`hpc_bnn.comm.torchrun`).
 
 from __future__ import annotations
 
+import atexit
 import datetime
 import os
 import socket
@@ -169,6 +170,10 @@ def refuse_foreign_start() -> None:
 def start(backend: str, rank: int, world_size: int) -> None:
     """Make the group of all ranks through the store. Collective over the world."""
     Running.num_starts += 1
+    if (
+        Running.num_starts == 1
+    ):  # Gloo's threads must end before the interpreter, or they take the process down
+        atexit.register(shutdown)
     hook = sys.excepthook
     try:
         dist.init_process_group(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import atexit
+import contextlib
 import datetime
 import math
 import os
@@ -28,7 +28,6 @@ from .torch_distributed import (
     TorchTensors,
     has_nccl_for,
     refuse_foreign_start,
-    shutdown,
     start,
     use_interface,
 )
@@ -153,7 +152,6 @@ def join() -> None:
     start(
         WITH_NCCL if has_nccl_for(torch.device("cuda" if has_gpu else "cpu")) else "gloo", job.rank, job.size
     )
-    atexit.register(shutdown)
 
 
 def _allgather_before_start(value: Any) -> list[Any]:
@@ -168,17 +166,18 @@ def _allgather_before_start(value: Any) -> list[Any]:
 
 
 def wait_for_others(seconds: float) -> bool:
-    """As `hpc_bnn.comm.wait_for_others`."""
+    """As `hpc_bnn.comm.wait_for_others`; where torchrun is gone, and its store with it, they do not come."""
     _open_store()
     Running.num_waits += 1
     key, size = f"hpc_bnn.wait.{Running.num_waits}", launcher().size
-    Running.store.add(key, 1)
     end = time.monotonic() + seconds
-    while Running.store.add(key, 0) < size:
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.01)
-    return True
+    with contextlib.suppress(dist.DistError):
+        Running.store.add(key, 1)
+        while time.monotonic() < end:
+            if Running.store.add(key, 0) >= size:
+                return True
+            time.sleep(0.01)
+    return False
 
 
 def _open_store() -> None:
