@@ -4,8 +4,10 @@
 #   HPC_BNN_ROOT            the repository, for this file and .venv         (default: where the job was submitted)
 #   HPC_BNN_MODULES         modules to load, "GCC/12 OpenMPI/5 PyTorch/2"   (default: none)
 #   HPC_BNN_VENV            virtual environment to activate                 (default: HPC_BNN_ROOT/.venv where it exists)
-#   HPC_BNN_LAUNCHER        srun, mpirun, or a whole command that starts    (default: srun under Slurm, otherwise mpirun)
-#                           the ranks, "mpiexec -n 8 --ppn 4"
+#   HPC_BNN_LAUNCHER        srun, mpirun, torchrun (under Slurm, no MPI),   (default: srun under Slurm, otherwise mpirun)
+#                           or a whole command that starts the ranks,
+#                           "mpiexec -n 8 --ppn 4"
+#   HPC_BNN_MASTER_PORT     port of the first node, for torchrun            (default: 10000 + the job modulo 20000)
 #   HPC_BNN_LAUNCHER_FLAGS  further flags of it                             (default: none)
 #   HPC_BNN_SRUN_MPI        value of srun --mpi; "site" gives no --mpi      (default: pmix where srun has it, otherwise site)
 #   HPC_BNN_RANKS           ranks of the job                                (default under Slurm: its tasks)
@@ -67,8 +69,10 @@ hpc_bnn_environment() {
         export SRUN_CPUS_PER_TASK=${SRUN_CPUS_PER_TASK:-$SLURM_CPUS_PER_TASK}
     fi
     export HDF5_USE_FILE_LOCKING=${HDF5_USE_FILE_LOCKING:-FALSE} # parallel file systems
-    python -c 'import importlib.util as u, sys; sys.exit(not (u.find_spec("hpc_bnn") and u.find_spec("mpi4py")))' || {
-        hpc_bnn_say "$(command -v python || echo 'no python') has no hpc_bnn or no mpi4py: set HPC_BNN_MODULES or HPC_BNN_VENV"
+    local needed=(hpc_bnn mpi4py)
+    if [ "${HPC_BNN_LAUNCHER:-}" = torchrun ]; then needed=(hpc_bnn torch); fi
+    python -c 'import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, sys.argv[1:])))' "${needed[@]}" || {
+        hpc_bnn_say "$(command -v python || echo 'no python') has not all of ${needed[*]}: set HPC_BNN_MODULES or HPC_BNN_VENV"
         return 2
     }
     hpc_bnn_say "job $hpc_bnn_job on $(hostname), $HPC_BNN_RANKS ranks, $HPC_BNN_RANKS_PER_NODE per node, $(hpc_bnn_count_requeues) requeues so far"
@@ -76,9 +80,10 @@ hpc_bnn_environment() {
 
 # --- starting the ranks ----------------------------------------------------------------------------------------
 
-# Set the array hpc_bnn_launch_line: the command that starts the ranks.
+# Set the array hpc_bnn_launch_line: the command that starts Python on the ranks.
 hpc_bnn_choose_launcher() {
     local launcher=${HPC_BNN_LAUNCHER:-} mpi=${HPC_BNN_SRUN_MPI:-} variable
+    local program=(python -m mpi4py)
     if [ -z "$launcher" ]; then
         if [ $hpc_bnn_scheduler = slurm ]; then launcher=srun; else launcher=mpirun; fi
     fi
@@ -100,11 +105,27 @@ hpc_bnn_choose_launcher() {
                 hpc_bnn_launch_line+=(--map-by "ppr:$HPC_BNN_RANKS_PER_NODE:node" --bind-to none)
             fi
             ;;
+        torchrun)
+            # One task per node, with all cores of the job there: a number per task would be held against that of sbatch.
+            # The first node by the address that Slurm itself reaches it by.
+            if [ $hpc_bnn_scheduler != slurm ]; then
+                hpc_bnn_say "HPC_BNN_LAUNCHER torchrun: only under Slurm. Elsewhere name a whole command"
+                return 2
+            fi
+            local first address
+            first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+            address=$(scontrol show node -o "$first" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
+            hpc_bnn_launch_line=(env -u SRUN_CPUS_PER_TASK -u SLURM_CPUS_PER_TASK srun --kill-on-bad-exit=0 --wait=60
+                --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpu-bind=none)
+            program=(python "$HPC_BNN_ROOT/jobscripts/torchrun.py" --nnodes "$SLURM_JOB_NUM_NODES"
+                --nproc-per-node "$HPC_BNN_RANKS_PER_NODE" --master-addr "${address:-$first}"
+                --master-port "${HPC_BNN_MASTER_PORT:-$((10000 + hpc_bnn_job % 20000))}")
+            ;;
         *) read -ra hpc_bnn_launch_line <<<"$launcher" ;;
     esac
     local flags
     read -ra flags <<<"${HPC_BNN_LAUNCHER_FLAGS:-}"
-    hpc_bnn_launch_line+=("${flags[@]}")
+    hpc_bnn_launch_line+=("${flags[@]}" "${program[@]}")
 }
 
 # Run an hpc-bnn command on all ranks; the status is the program's. SIGUSR1 to the batch script is passed on.
@@ -114,8 +135,8 @@ hpc_bnn_launch() {
         hpc_bnn_say "asked to stop before $1 began"
         return 75
     fi
-    hpc_bnn_choose_launcher
-    "${hpc_bnn_launch_line[@]}" python -m mpi4py -m hpc_bnn "$@" &
+    hpc_bnn_choose_launcher || return
+    "${hpc_bnn_launch_line[@]}" -m hpc_bnn "$@" &
     local child=$! is_interrupted
     # Only train knows the signal, others would die of it: they end, and what comes after does not begin
     # shellcheck disable=SC2064  # this child

@@ -22,6 +22,9 @@ EPOCHS = ("--num_epochs", "10")
 """Long enough to be stopped after the first epoch, before the end."""
 
 
+EXACT = ("--num_epochs", "8", "--dtype", "float64", "--num_samples", "16", "--num_test_samples", "5")
+
+
 class Cluster:
     """Submits jobs from a working directory of its own, and looks at them."""
 
@@ -50,6 +53,13 @@ class Cluster:
         )
         assert done.returncode == 0, (command, done.stdout, done.stderr)
         return done.stdout
+
+    def srun(self, *command, **environment) -> subprocess.CompletedProcess:
+        environment = self.environment | {"PYTHONPATH": str(REPOSITORY)} | environment
+        command = ["srun", *map(str, command)]
+        return subprocess.run(
+            command, cwd=self.work, env=environment, capture_output=True, text=True, timeout=60
+        )
 
     def submit(self, script, *arguments, nodes=2, tasks=1, options=(), **environment) -> str:
         shape = (f"--nodes={nodes}", f"--ntasks-per-node={tasks}", "--cpus-per-task=1", "--gres=none")
@@ -102,6 +112,12 @@ def cluster():
         assert started.returncode == 0, started.stderr
         cluster = Cluster(directory)
         cluster.has_real_nodes = "unshare is not allowed" not in started.stderr
+        cluster.has_networks = "share the network" not in started.stderr and cluster.has_real_nodes
+        if cluster.has_networks:
+            cluster.environment["OMPI_MCA_btl_tcp_if_include"] = "eth0"
+            # As Docker leaves it, the same address on all nodes; by its name it is the first to be tried
+            bridge = "ip link add ib0 type bridge; ip address add 203.0.113.1/24 dev ib0; ip link set ib0 up"
+            cluster.run("srun", "--nodes=2", "--ntasks-per-node=1", "sh", "-ec", bridge)
         yield cluster
     finally:
         subprocess.run([tool, "stop", place], timeout=120, check=False)
@@ -119,6 +135,7 @@ def jobs(cluster, digits):
         "evaluate.sbatch", f"runs/{names['whole']}", "--num_test_samples", 16, nodes=1,
         options=(f"--dependency=afterok:{names['whole']}",),
     )  # fmt: skip
+    names["torch"] = cluster.submit("train.sbatch", CONFIG, *data, *EXACT, "--backend", "torch", tasks=2)
     names["killed"] = cluster.submit("train.sbatch", CONFIG, *data, *LONG)
     names["staged"] = cluster.submit("stage_train.sbatch", digits, CONFIG, "--max_steps", 5)
     seeds = ("--array=0-1",)
@@ -213,6 +230,54 @@ def test_requeues_are_limited_and_the_exit_code_is_the_programs(cluster, jobs):
     assert cluster.output(jobs["wrong"]).count("--num_epochs 0") == 1
 
 
+FAULTY = """
+import os, sys, time, torch, hpc_bnn
+comm = hpc_bnn.connect(2, "cpu", backend="torch")
+assert comm.local_size == 2 and comm.library == "torch"
+comm.sum_(torch.ones(3))
+if comm.grid.rank == 3:
+    print("FAULT", time.time(), flush=True)
+    {fault}
+comm.sum_(torch.ones(3))
+"""
+
+
+@pytest.mark.parametrize(
+    ("launcher", "fault"),
+    [("srun", "raise RuntimeError('deliberate')"), ("torchrun", "os.kill(os.getpid(), 9)")],
+)
+def test_a_rank_that_fails_on_the_other_node_ends_the_job(cluster, tmp_path, launcher, fault):
+    (program := tmp_path / "program.py").write_text(FAULTY.format(fault=fault))
+    tasks, runner = 2, ("--mpi=pmix", sys.executable, "-m", "mpi4py")
+    if launcher == "torchrun":
+        agent = (SCRIPTS / "torchrun.py", "--nnodes", 2, "--nproc-per-node", 2, "--master-port", 29517)
+        tasks, runner = 1, (sys.executable, *agent, "--master-addr", node_address(cluster))
+    done = cluster.srun("--nodes=2", f"--ntasks-per-node={tasks}", *runner, program)
+    ended = time.time()
+    assert done.returncode != 0
+    assert ended - float(done.stdout.split("FAULT")[1].split()[0]) < 10, done.stderr
+    assert (
+        "rank 3 on n2 ended with code 137" if launcher == "torchrun" else "RuntimeError: deliberate"
+    ) in done.stderr
+
+
+def node_address(cluster) -> str:
+    return re.search(r"NodeAddr=(\S+)", cluster.run("scontrol", "show", "node", "-o", "n1"))[1]
+
+
+def test_nodes_that_do_not_reach_each_other_are_an_error_with_a_remedy(cluster, digits):
+    if not cluster.has_networks:
+        pytest.skip("unshare --net or ip link is not allowed here: the nodes share the network")
+    command = ("-m", "hpc_bnn", "train", "--config", CONFIG, "--data.shards", digits, "--backend", "torch")
+    done = cluster.srun(
+        "--nodes=2", "--ntasks-per-node=1", "--mpi=pmix", sys.executable, "-m", "mpi4py", *command,
+        GLOO_SOCKET_IFNAME="ib0",
+    )  # fmt: skip
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.count("203.0.113.1 not from rank 1 on n2") == 1
+    assert "GLOO_SOCKET_IFNAME=ib0 allows no others" in done.stderr
+
+
 STOPPING = """
 import os, signal, sys, time
 from mpi4py import MPI
@@ -248,6 +313,26 @@ def test_ranks_that_leave_one_after_another(cluster, tmp_path, how):
         cluster.run("scancel", job)
         (task,) = cluster.wait(job, 40)
         assert (task["JobState"], task["Restarts"]) == ("CANCELLED", "0"), cluster.output(job)
+
+
+def test_torch_on_two_nodes_is_one_rank(cluster, jobs, digits):
+    """Under srun; and under torchrun, stopped after the first epoch, requeued and gone on. float64, uneven samples."""
+    job = cluster.submit("torchrun.sbatch", CONFIG, "--data.shards", digits, *EXACT, tasks=2)
+    cluster.wait_for(cluster.work / "runs" / job / "metrics.jsonl", job)
+    cluster.run("scancel", "--batch", "--signal=USR1", job)
+    command = (sys.executable, "-m", "hpc_bnn", "train", "--config", CONFIG, "--data.shards", digits, *EXACT)
+    cluster.run(*command, "--run_dir", "one", PYTHONPATH=str(REPOSITORY))
+    _, expected_metrics, expected = final_state(cluster.work / "one")
+    for name, requeues in ((jobs["torch"], "0"), (job, "1")):
+        assert cluster.ended(name) == ("COMPLETED", "0:0", requeues), cluster.output(name)
+        summary, metrics, model = final_state(cluster.work / "runs" / name)
+        assert summary["grid"]["data_size"] == summary["grid"]["sample_size"] == 2
+        assert summary["communication"]["library"] == "torch"
+        assert metrics["test/nll"] == pytest.approx(expected_metrics["test/nll"], rel=1e-12)
+        for key, value in model.items():
+            assert (value - expected[key]).norm() <= 1e-12 * expected[key].norm(), (name, key)
+    assert cluster.output(job).count("hpc-bnn: stopped: after step") == 1
+    assert "going on from the checkpoint of step" in cluster.output(job)
 
 
 def test_a_script_far_from_the_repository_says_so(cluster):

@@ -1,6 +1,7 @@
 """Jobs of torchrun, where mpi4py and Horovod cannot be imported."""
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -131,3 +132,32 @@ def test_an_error_on_which_the_ranks_agree_is_said_once(torchrun, digits, tmp_pa
     assert done.returncode != 0 and done.stderr.count("--num_epochs 0") == 1
     done = torchrun(2, COMMAND, "train", *flags, "--backend", "horovod")
     assert done.returncode != 0 and done.stderr.count("torchrun starts ranks without MPI") == 1
+
+
+STOPPING = """
+import signal, sys, time
+stopped = []
+signal.signal(signal.SIGUSR1, lambda *_: stopped.append(1))
+print("READY", flush=True)
+end = time.time() + 20
+while not stopped and time.time() < end: time.sleep(0.05)
+sys.exit(75 if stopped else 3)
+"""
+
+
+def test_signals_and_exit_codes_pass_through_the_agent_of_the_job_scripts(tmp_path):
+    (program := tmp_path / "program.py").write_text(STOPPING)
+    agent = (REPOSITORY / "jobscripts/torchrun.py", "--nproc-per-node", 2, "--master-port", 29519, program)
+    job = subprocess.Popen(
+        [sys.executable, *map(str, agent)],
+        env=launch_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    try:
+        assert [job.stdout.readline() for _ in range(2)] == [b"READY\n"] * 2
+        job.send_signal(signal.SIGUSR1)
+        assert job.wait(30) == 75
+    finally:
+        job.kill()
+        job.communicate()

@@ -6,8 +6,9 @@
 #     tools/slurm.sh stop DIR       ends every daemon that start began, and nothing else
 #
 # NODES=2, CPUS=4 (per node). WITH_PID=PID: stop as well when that process ends. Exit code 3: something is not installed. Ports, munge key and socket are its own, so that a Slurm of the machine is not touched.
-# Each node has a host name of its own (n1, n2) and its own storage at DIR/local, which MPI and staging see as on a cluster;
-# where the machine does not allow that (unshare), start says so. Every wait is bounded.
+# Each node has a host name of its own (n1, n2) and its own storage at DIR/local, which MPI and staging see as on a cluster,
+# and its own network: eth0 on a bridge, and a hosts file in which its own name is 127.0.1.1, as Debian has it.
+# Where the machine does not allow that (unshare, ip link), start says so. Every wait is bounded.
 set -euo pipefail
 
 fail() { echo "slurm.sh: $1" >&2; exit "${2:-1}"; }
@@ -31,13 +32,12 @@ wait_until() { # SECONDS WHAT COMMAND...
 }
 
 write_configuration() {
-    local ports host
-    read -ra ports <<<"$(free_ports $((nodes + 1)))"
+    local host i address
     host=$(hostname)
     # cred_expire: a requeued job may begin again after so many seconds (the default is 120)
     cat >"$dir/slurm.conf" <<CONF
 ClusterName=hpc_bnn
-SlurmctldHost=$host(127.0.0.1)
+SlurmctldHost=$host($(address_of 254))
 SlurmctldPort=${ports[0]}
 SlurmUser=root
 AuthType=auth/munge
@@ -64,14 +64,62 @@ JobCompLoc=$dir/completed.txt
 PartitionName=gpu Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 CONF
     for ((i = 1; i <= nodes; i++)); do # TmpFS per node, or PMIx directories collide
-        echo "NodeName=n$i NodeHostname=$host NodeAddr=127.0.0.1 Port=${ports[i]} CPUs=$cpus CoresPerSocket=$cpus RealMemory=4000 State=UNKNOWN"
+        address=$(address_of "$i")
+        echo "NodeName=n$i NodeHostname=$host NodeAddr=$address Port=${ports[i]} CPUs=$cpus CoresPerSocket=$cpus RealMemory=4000 State=UNKNOWN"
         mkdir -p "$dir/spool-n$i" "$dir/tmp-n$i" "$dir/local-n$i"
+        write_hosts "$i" >"$dir/hosts-n$i"
     done >>"$dir/slurm.conf"
 }
 
-start_node() { # N: with a host name, storage and shared memory of its own where that is allowed
+write_hosts() { # N: of that node
+    local i
+    echo "127.0.0.1 localhost"
+    echo "127.0.1.1 n$1"
+    for ((i = 1; i <= nodes; i++)); do
+        if [ "$i" != "$1" ]; then echo "$(address_of "$i") n$i"; fi
+    done
+    echo "$(address_of 254) $(hostname)"
+}
+
+address_of() { # N: of a node, 254 for this machine
+    # 198.18.0.0/15 is for trials of networks (RFC 2544); two Slurms of one machine have different ports
+    if $own_network; then echo "198.$((18 + ports[0] / 256 % 2)).$((ports[0] % 256)).$1"; else echo 127.0.0.1; fi
+}
+
+choose_namespaces() {
+    own_namespaces=true own_network=true
+    unshare --mount --uts true 2>/dev/null || {
+        own_namespaces=false
+        echo "slurm.sh: unshare is not allowed here: the nodes share host name and storage" >&2
+    }
+    if ! { $own_namespaces && unshare --net ip link set lo up && ip link add "$bridge" type bridge; } 2>/dev/null; then
+        own_network=false
+        echo "slurm.sh: unshare --net or ip link is not allowed here: the nodes share the network" >&2
+    fi
+}
+
+start_network() {
+    $own_network || return 0
+    echo "$bridge" >"$dir/bridge"
+    ip address add "$(address_of 254)/24" dev "$bridge"
+    ip link set "$bridge" up
+}
+
+start_node() { # N: with a host name, storage, shared memory and network of its own where that is allowed
     local name=n$1
-    if $own_namespaces; then
+    if $own_network; then
+        # shellcheck disable=SC2016  # expanded by that sh
+        unshare --mount --uts --net sh -ec '
+            hostname "$1"
+            mount --bind "$2/local-$1" "$2/local"
+            mount --bind "$2/hosts-$1" /etc/hosts
+            ip link set lo up
+            ip link add eth0 type veth peer name "$4$1" netns "$3" # it goes when this network does
+            ip address add "$5/24" dev eth0
+            ip link set eth0 up
+            nsenter --net="/proc/$3/ns/net" ip link set "$4$1" master "$4" up
+            exec slurmd -N "$1"' sh "$name" "$dir" $$ "$bridge" "$(address_of "$1")"
+    elif $own_namespaces; then
         # shellcheck disable=SC2016  # expanded by that sh
         unshare --mount --uts sh -ec 'hostname "$1"; mount --bind "$2/local-$1" "$2/local"; exec slurmd -N "$1"' \
             sh "$name" "$dir"
@@ -89,18 +137,17 @@ start() {
     [ ! -e "$dir/slurm.conf" ] || fail "$dir holds a Slurm already: tools/slurm.sh stop $dir"
     mkdir -p "$dir/state" "$dir/local"
     trap 'tail -n 5 "$dir"/*.log >&2; stop; fail "not started"' ERR
+    read -ra ports <<<"$(free_ports $((nodes + 1)))"
+    bridge=slurm${ports[0]}
+    choose_namespaces
     write_configuration
+    start_network
     export SLURM_CONF=$dir/slurm.conf
     (umask 077 && head -c 1024 /dev/urandom >"$dir/munge.key")
     munged --force --key-file="$dir/munge.key" --socket="$dir/munge.socket" --pid-file="$dir/munged.pid" \
         --log-file="$dir/munged.log" --seed-file="$dir/munge.seed" --num-threads=2 2>>"$dir/munged.log"
     wait_until 5 munged test -S "$dir/munge.socket"
     slurmctld
-    own_namespaces=true
-    unshare --mount --uts true 2>/dev/null || {
-        own_namespaces=false
-        echo "slurm.sh: unshare is not allowed here: the nodes share host name and storage" >&2
-    }
     for ((i = 1; i <= nodes; i++)); do start_node "$i"; done
     wait_until 30 "$nodes idle nodes" sh -c "[ \"\$(sinfo -h -N -t idle -o %N | wc -l)\" = $nodes ]"
     # slurmd goes on without it, and the first srun then waits for ever
@@ -150,6 +197,10 @@ stop() {
             kill -9 "${file#/proc/}" 2>/dev/null || true
         fi
     done
+    if [ -e "$dir/bridge" ]; then
+        ip link delete "$(cat "$dir/bridge")" 2>/dev/null || true
+        rm -f "$dir/bridge"
+    fi
 }
 
 [ $# = 2 ] || { sed -n '2,/^set/{/^set/d;s/^# \?//;p}' "$0" >&2; exit 2; }

@@ -6,6 +6,7 @@ Under torchrun it is all there is (`hpc_bnn.comm.torchrun`).
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import datetime
 import os
@@ -21,6 +22,7 @@ import torch.distributed as dist
 from ..compression import Compression
 from ..errors import CommunicationError
 from ..grid import Grid
+from .addresses import Meeting, find_meeting
 from .base import Axis, GridComm, ObjectAxis, Operation
 from .devices import ranks_on_one_gpu
 from .mpi import STALL_SECONDS, MpiComm
@@ -200,6 +202,10 @@ def refuse_foreign_start() -> None:
 def start(backend: str, rank: int, world_size: int) -> None:
     """Make the group of all ranks through the store. Collective over the world."""
     Running.num_starts += 1
+    if Running.num_starts == 1:
+        atexit.register(
+            shutdown
+        )  # Gloo's threads must end before the interpreter, or they take the process down
     hook = sys.excepthook
     try:
         with _polite_threads():
@@ -245,26 +251,24 @@ def _polite_threads() -> Iterator[None]:
 
 def _open_store(comm: MpiComm) -> dist.Store:
     """Open a port on rank 0 and reach it from all. Collective over the world."""
-    is_one_node = len(set(comm.gather_objects(socket.gethostname()))) == 1
-    if is_one_node:
-        use_loopback()
-    host = "127.0.0.1" if is_one_node else socket.gethostname()
+    meeting = find_meeting(comm.gather_objects, comm.grid.rank == 0)
+    use_interface(meeting)
     options = {"timeout": datetime.timedelta(seconds=START_SECONDS), "wait_for_workers": False}
     store = None
     with comm.agree("opening a port for torch.distributed"):
         if comm.grid.rank == 0:
-            store = dist.TCPStore(host, 0, None, True, **options)
-    host, port = comm.broadcast_object((host, store and store.port))
-    with comm.agree(f"reaching port {port} of {host} for torch.distributed"):
+            store = dist.TCPStore(meeting.address, 0, None, True, **options)
+    port = comm.broadcast_object(store and store.port)
+    with comm.agree(f"reaching port {port} of {meeting.address} for torch.distributed"):
         if store is None:
-            store = dist.TCPStore(host, port, None, False, **options)
+            store = dist.TCPStore(meeting.address, port, None, False, **options)
     return store
 
 
-def use_loopback() -> None:
-    """Keep Gloo on this node: it asks for the address of the host's name, which a laptop may not have. Local."""
-    if "lo" in (name for _, name in socket.if_nameindex()):
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+def use_interface(meeting: Meeting) -> None:
+    """Let Gloo use the interface by which rank 0 is reached: by itself it takes that of the host's name. Local."""
+    if meeting.interface is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", meeting.interface)
 
 
 def group_of(ranks: range) -> dist.ProcessGroup | None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import atexit
+import contextlib
 import datetime
 import math
 import os
+import pickle
 import tempfile
 import time
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from ..compression import Compression
 from ..errors import CommunicationError
 from ..grid import Grid
 from ..launcher import Launcher, launcher_of
+from .addresses import find_meeting
 from .base import NodeArray, ObjectAxis, no_shared_memory
 from .torch_distributed import (
     START_SECONDS,
@@ -26,9 +28,8 @@ from .torch_distributed import (
     TorchTensors,
     has_nccl_for,
     refuse_foreign_start,
-    shutdown,
     start,
-    use_loopback,
+    use_interface,
 )
 
 SHARED_MEMORY = "/dev/shm"
@@ -146,30 +147,40 @@ def join() -> None:
     job, has_gpu = launcher(), torch.cuda.is_available()
     if has_gpu:
         torch.cuda.set_device(local_place()[0] % torch.cuda.device_count())
-    if job.size == job.local_size:
-        use_loopback()
     _open_store()
+    use_interface(find_meeting(_allgather_before_start, job.rank == 0))
     start(
         WITH_NCCL if has_nccl_for(torch.device("cuda" if has_gpu else "cpu")) else "gloo", job.rank, job.size
     )
-    atexit.register(shutdown)
+
+
+def _allgather_before_start(value: Any) -> list[Any]:
+    """As `allgather`, by the store alone; through rank 0, or each rank would ask for each. Collective over the world."""
+    Running.num_waits += 1
+    key, job = f"hpc_bnn.gather.{Running.num_waits}", launcher()
+    Running.store.set(f"{key}.{job.rank}", pickle.dumps(value))
+    if job.rank == 0:
+        values = Running.store.multi_get([f"{key}.{rank}" for rank in range(job.size)])
+        Running.store.set(key, pickle.dumps([pickle.loads(value) for value in values]))
+    return pickle.loads(Running.store.get(key))
 
 
 def wait_for_others(seconds: float) -> bool:
-    """As `hpc_bnn.comm.wait_for_others`."""
+    """As `hpc_bnn.comm.wait_for_others`; where torchrun is gone, and its store with it, they do not come."""
     try:
         _open_store(seconds)
     except CommunicationError:  # whoever needed it before has said it
         return False
     Running.num_waits += 1
     key, size = f"hpc_bnn.wait.{Running.num_waits}", launcher().size
-    Running.store.add(key, 1)
     end = time.monotonic() + seconds
-    while Running.store.add(key, 0) < size:
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.01)
-    return True
+    with contextlib.suppress(dist.DistError):
+        Running.store.add(key, 1)
+        while time.monotonic() < end:
+            if Running.store.add(key, 0) >= size:
+                return True
+            time.sleep(0.01)
+    return False
 
 
 def _open_store(seconds: float | None = None) -> None:

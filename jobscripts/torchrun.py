@@ -1,0 +1,65 @@
+"""torchrun for one node of a batch job: the same flags, but signals and exit codes as a job script needs them.
+
+    srun --ntasks-per-node=1 python jobscripts/torchrun.py --nnodes 2 --nproc-per-node 4 \
+        --master-addr HOST --master-port PORT -m hpc_bnn train ...
+
+torchrun itself dies of SIGUSR1, and its code is 1 whatever the ranks leave with. Here SIGUSR1 goes to the ranks, and the code
+is that of the first rank that failed (128 + N for signal N). The number of the node is Slurm's where no --node-rank is given.
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+from torch.distributed.elastic.multiprocessing.api import SignalException  # noqa: TID251
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # noqa: TID251
+from torch.distributed.run import main  # noqa: TID251
+
+
+def children() -> list[int]:
+    """Process numbers of the ranks, and of what else this process has started."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = (entry / "stat").read_text().rpartition(")")[2].split()[1]  # the name may hold anything
+        except OSError:  # it has ended
+            continue
+        if int(parent) == os.getpid():
+            found.append(int(entry.name))
+    return found
+
+
+def pass_on(number: int, _) -> None:
+    """Send a signal to the ranks."""
+    for child in children():
+        try:
+            os.kill(child, number)
+        except ProcessLookupError:
+            continue
+
+
+def shell_code(code: int) -> int:
+    """Return the exit code that a shell would give."""
+    return code if code >= 0 else 128 - code
+
+
+def run() -> int:
+    """Run torchrun and return the exit code of the job on this node."""
+    os.environ.setdefault("PET_NODE_RANK", os.environ.get("SLURM_NODEID", "0"))
+    signal.signal(signal.SIGUSR1, pass_on)
+    try:
+        main()
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        code = shell_code(failure.exitcode)
+        if code != 75:  # stopped with a checkpoint: nothing has failed
+            print(f"torchrun: rank {rank} on {os.uname().nodename} ended with code {code}", file=sys.stderr)
+        return code
+    except SignalException as error:  # the ranks have had it as well
+        return 128 + error.sigval
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run())
