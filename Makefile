@@ -3,6 +3,7 @@ SHELL := /bin/sh
 .DEFAULT_GOAL := help
 ACTIVATE = . tools/activate.sh
 RUN_DIR ?= runs/quickstart
+BACKEND ?= auto
 
 .PHONY: help setup quickstart test lint clean
 
@@ -15,7 +16,7 @@ setup: ## Make .venv with torch, MPI, Horovod and hpc_bnn (nothing to do the sec
 quickstart: setup ## Train a Bayesian network on 4 ranks (2 x 2) on real data; writes runs/quickstart/
 	$(ACTIVATE); python data_prep/digits.py --output data/digits
 	$(ACTIVATE); mpirun -np 4 python -m mpi4py -m hpc_bnn train --config configs/digits.yaml \
-	    --grid.sample_size 2 --run_dir $(RUN_DIR)
+	    --grid.sample_size 2 --backend $(BACKEND) --run_dir $(RUN_DIR)
 	$(ACTIVATE); python -m hpc_bnn report $(RUN_DIR)
 
 test: setup ## Run all tests: serial, and on 1, 2, 3 and 4 MPI ranks

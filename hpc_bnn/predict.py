@@ -179,7 +179,7 @@ class _Output:
     ):
         self.path, self.comm, self.num_rows, self.shapes, self.dtype = path, comm, num_rows, shapes, dtype
         grid = comm.grid
-        self._is_shared = grid.world_size > 1 and h5py.get_config().mpi
+        self._is_shared = comm.world_comm is not None and grid.world_size > 1 and h5py.get_config().mpi
         num_parts = 1 if self._is_shared else grid.data_size
         self._spans = [share(num_rows, num_parts, part) for part in range(num_parts)]
         self._parts = [path]

