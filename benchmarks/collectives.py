@@ -119,6 +119,7 @@ def measure_collectives(library: str) -> list[dict]:
                 continue  # elsewhere one of the axes is the world
             small, middle, large = (torch.zeros(n // 4) for n in (SMALL_BYTES, MIDDLE_BYTES, LARGE_BYTES))
             share = torch.zeros(len(large) // extent)
+            large = large[: len(share) * extent]
             calls = (
                 ("sum of 8 B", comm.sum_, small),
                 ("sum of 1 MiB", comm.sum_, middle),
@@ -209,7 +210,9 @@ def start(
     command += ["--only", config] if config else []
     command += ["--", *flags, *setting.flags]
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | setting.environment
-    subprocess.run(command, check=True, env=environment, stdout=2, stderr=subprocess.DEVNULL)
+    done = subprocess.run(command, env=environment, stdout=2, stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(f"{shlex.join(command)}\nended with {done.returncode}:\n{done.stderr[-4000:]}")
     return [row | {"ranks": ranks, "setting": setting.name} for row in json.loads(path.read_text())]
 
 

@@ -169,7 +169,8 @@ def _runner(r: RankFacts) -> str:
 
 def _mpi_rows(r: RankFacts) -> list[tuple[str, str]]:
     if r.mpi is None:
-        return [("", "not started: ranks of torchrun need none")]
+        is_needed = not r.launcher.needs_no_mpi
+        return [("", "not seen" if is_needed else "not started: ranks of torchrun need none")]
     rows = [("library", f"{r.mpi.library}, MPI {r.mpi.standard}"), ("threads", r.mpi.thread_level)]
     files = ", ".join(r.mpi_libraries) or "none is mapped"
     return [*([("error", r.mpi.error)] if r.mpi.error else rows), ("files", files)]

@@ -104,12 +104,13 @@ OVERLAP_PARTS = 16
 class OverlappingOptimizer(JobOptimizer):
     """Sums the gradient in parts, the first of them while the last backward pass of a step still runs.
 
-    It pays where ranks wait for a network while they could compute: docs/runs.md says what was measured.
+    It pays where ranks wait for a network while they could compute: docs/collectives.md says what was measured.
 
     Raises
     ------
     ConfigError
-        The posterior adds to all gradients after its backward pass, or the gradient is compressed.
+        The posterior adds to all gradients after its backward pass, its ranks hold different parameters, or the gradient
+        is compressed.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, posterior: Posterior, comm: GridComm):
@@ -149,8 +150,13 @@ class OverlappingOptimizer(JobOptimizer):
     def overlapping(self) -> Iterator[None]:
         """See `JobOptimizer.overlapping`. Collective over the world with `start_`: a sum for each span of a part."""
         self._is_last = True
-        yield
-        self._is_last = False
+        try:
+            yield
+        except BaseException:
+            self._begin()  # the step is lost
+            raise
+        finally:
+            self._is_last = False
         started = itertools.chain(*map(self.posterior.parameters_of, self._parts[: self._num_started]))
         if any(parameter.grad is not None for parameter in started):
             rule = "a weight of this network gets its gradient in several goes (reentrant checkpointing)"
@@ -164,9 +170,12 @@ class OverlappingOptimizer(JobOptimizer):
         return self._checksum + sum(span.sum() for span in self._rest())
 
     def reduce_(self) -> None:
-        self.comm.sum_(self._rest())
-        for wait in self._waits:
+        """See `JobOptimizer.reduce_`; the rest is one sum more, over the same ranks."""
+        rest = self._rest()
+        packed = torch.cat(rest)
+        for wait in [*self._waits, self.comm.start_sum_(packed)]:
             wait()
+        torch._foreach_copy_(rest, list(packed.split([len(part) for part in rest])))
         self._begin()
 
     def _rest(self) -> list[Tensor]:

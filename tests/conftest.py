@@ -1,6 +1,7 @@
 """Shared by all serial tests. The tests in tests/mpi run under mpirun, started by test_mpi.py."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +40,12 @@ def mpirun():
         )
 
     return start
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.create_server(("", 0)) as server:
+        return server.getsockname()[1]
 
 
 def launch_environment() -> dict[str, str]:

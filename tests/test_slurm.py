@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY, launch_environment
+from conftest import REPOSITORY, free_port, launch_environment
 
 SCRIPTS = REPOSITORY / "jobscripts"
 CONFIG = REPOSITORY / "configs/digits.yaml"
@@ -250,7 +250,7 @@ def test_a_rank_that_fails_on_the_other_node_ends_the_job(cluster, tmp_path, lau
     (program := tmp_path / "program.py").write_text(FAULTY.format(fault=fault))
     tasks, runner = 2, ("--mpi=pmix", sys.executable, "-m", "mpi4py")
     if launcher == "torchrun":
-        agent = (SCRIPTS / "torchrun.py", "--nnodes", 2, "--nproc-per-node", 2, "--master-port", 29517)
+        agent = (SCRIPTS / "torchrun.py", "--nnodes", 2, "--nproc-per-node", 2, "--master-port", free_port())
         tasks, runner = 1, (sys.executable, *agent, "--master-addr", node_address(cluster))
     done = cluster.srun("--nodes=2", f"--ntasks-per-node={tasks}", *runner, program)
     ended = time.time()

@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from conftest import REPOSITORY, launch_environment
+from conftest import REPOSITORY, free_port, launch_environment
 
 WITHOUT_MPI = "import sys; sys.modules['mpi4py'] = sys.modules['horovod'] = None\n"
 COMMAND = WITHOUT_MPI + "from hpc_bnn.__main__ import run\nrun()\n"
@@ -54,10 +54,10 @@ def test_the_layout_law_without_mpi(torchrun, digits, tmp_path):
 
 OBJECTS = """
 import numpy as np, torch, hpc_bnn.comm
-files = hpc_bnn.comm.connect_for_files(node_size=2)
+files = hpc_bnn.comm.connect_for_files(node_size=3)  # uneven: one rank is alone
 with hpc_bnn.connect(2, "cpu") as comm:
     rank = comm.grid.rank
-    assert comm.library == "torch" and files.local_size == 2 and comm.local_size == 4
+    assert comm.library == "torch" and files.local_size == (3 if rank < 3 else 1) and comm.local_size == 4
     assert comm.gather_objects(rank, "sample") == list(comm.grid.sample_group())
     assert comm.gather_objects(rank, "data") == list(comm.grid.data_group())
     assert comm.broadcast_object({"from": rank}, 3) == {"from": 3}
@@ -147,7 +147,14 @@ sys.exit(75 if stopped else 3)
 
 def test_signals_and_exit_codes_pass_through_the_agent_of_the_job_scripts(tmp_path):
     (program := tmp_path / "program.py").write_text(STOPPING)
-    agent = (REPOSITORY / "jobscripts/torchrun.py", "--nproc-per-node", 2, "--master-port", 29519, program)
+    agent = (
+        REPOSITORY / "jobscripts/torchrun.py",
+        "--nproc-per-node",
+        2,
+        "--master-port",
+        free_port(),
+        program,
+    )
     job = subprocess.Popen(
         [sys.executable, *map(str, agent)],
         env=launch_environment(),

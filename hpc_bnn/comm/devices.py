@@ -108,6 +108,9 @@ def check_one_rank_per_gpu(comm: GridComm) -> None:
         return
     text = f"ranks {ranks} share one GPU ({uuid})"
     if comm.needs_own_gpu:
-        raise CommunicationError(f"{text}, which NCCL refuses. Start one rank per GPU of a node")
+        raise CommunicationError(
+            f"{text}, which NCCL refuses. Start one rank per GPU of a node; for a trial --backend torch sends "
+            "through host memory"
+        )
     if comm.grid.rank == 0:
         logger.warning("%s: right for a trial, slow for work. Start one rank per GPU of a node", text)

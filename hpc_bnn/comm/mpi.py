@@ -6,6 +6,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
@@ -178,8 +179,8 @@ def abort(code: int) -> None:
         mpi.COMM_WORLD.Abort(code)
 
 
-def install_abort_hook() -> None:
-    """Let an exception of one rank end the job, as ``python -m mpi4py`` does."""
+def install_abort_hook(abort: Callable[[int], None] = abort) -> None:
+    """Let an exception of one rank end the job, as ``python -m mpi4py`` does. Local."""
     former = sys.excepthook
 
     def hook(kind, error, traceback):

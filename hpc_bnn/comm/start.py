@@ -37,7 +37,7 @@ def connect(
 ) -> GridComm:
     """Join the process grid of this job. Collective over the world.
 
-    Under ``mpirun`` or ``srun`` the ranks of the job form the grid; without a launcher, one process is
+    Under ``mpirun``, ``srun`` or ``torchrun`` the ranks of the job form the grid; without a launcher, one process is
     a grid of 1 x 1 and needs neither MPI nor a library for tensors. Calling it again makes a new grid of the same
     ranks; the former object is then of no use.
 
@@ -98,6 +98,7 @@ def _connect_torchrun(sample_size, device, reduction, compression, backend, node
             "torchrun starts ranks without MPI, and Horovod needs it. Use mpirun or srun, or --backend torch"
         )
     job = torchrun.launcher()
+    install_abort_hook(abort)
     grid = Grid(job.size, sample_size, job.rank)
     torchrun.join()
     local_rank, local_size = torchrun.local_place()
@@ -142,6 +143,7 @@ def connect_for_files(node_size: int | None = None) -> GridComm:
         See `MpiComm`.
     """
     if job := torchrun.launcher():
+        install_abort_hook(abort)
         torchrun.join()
         return TorchrunComm(Grid(job.size, 1, job.rank), node_size=node_size)
     started = start_mpi()

@@ -29,6 +29,7 @@ from .mpi import STALL_SECONDS, MpiComm
 
 START_SECONDS = 60.0
 """Longest wait for the port of rank 0."""
+STALL = datetime.timedelta(seconds=STALL_SECONDS)
 
 WITH_NCCL = "cpu:gloo,cuda:nccl"
 _GATHER = (
@@ -47,14 +48,28 @@ class TorchTensors(GridComm):
         # NCCL refuses two ranks on one GPU; Gloo does not mind.
         return not ranks_on_one_gpu(self)[0] and all(self.gather_objects(has_nccl_for(self.device)))
 
+    _node_size: int | None = None
+    """As for `MpiComm`, where the class makes a group of the node."""
+
     def _enter_groups(self) -> None:
         """Make the groups of the axes. Collective over the world."""
-        for ranks in self._ranks.values():
-            group_of(ranks)
+        for axis in self._ranks:
+            self._group(axis)
 
     def _group(self, axis: ObjectAxis) -> dist.ProcessGroup | None:
-        # Looked up and not kept: a group that outlives torch's interpreter lock at exit takes the process down.
-        return group_of(self._ranks[axis])
+        """Return the process group of an axis, None for one rank; made at the first call, which is collective over it.
+
+        Looked up and not kept: a group that outlives the interpreter takes the process down at its exit.
+        """
+        ranks = self._ranks[axis]
+        if len(ranks) == self.grid.world_size:
+            return dist.group.WORLD
+        if len(ranks) > 1 or axis == "node":
+            # torch numbers the groups of each rank, and the number is a part of the name: all ranks must make as many,
+            # on a node with one rank as well. Those of a former grid are taken again.
+            group = group_of((axis, self._extents.get(axis, self._node_size)), ranks)
+            return group if len(ranks) > 1 else None
+        return None
 
     @property
     def sample_set(self) -> dist.ProcessGroup | None:
@@ -81,7 +96,8 @@ class TorchTensors(GridComm):
 
     def _broadcast_(self, flat: torch.Tensor, root: int, axis: Axis) -> None:
         buffer = self._near(flat)
-        dist.broadcast(buffer, self._ranks[axis][root], group=self._group(axis))
+        # As bytes: Gloo does not know all kinds of integers.
+        dist.broadcast(buffer.view(torch.uint8), self._ranks[axis][root], group=self._group(axis))
         if buffer is not flat:
             flat.copy_(buffer)
 
@@ -187,7 +203,7 @@ class Running:
     store: dist.Store | None = None
     backend: str | None = None
     num_starts = num_waits = 0
-    groups: dict[tuple[int, ...], dist.ProcessGroup] = {}  # noqa: RUF012
+    groups: dict[tuple, dist.ProcessGroup] = {}  # noqa: RUF012
 
 
 def refuse_foreign_start() -> None:
@@ -215,7 +231,7 @@ def start(backend: str, rank: int, world_size: int) -> None:
                 store=dist.PrefixStore(f"hpc_bnn.{Running.num_starts}", Running.store),
                 rank=rank,
                 world_size=world_size,
-                timeout=datetime.timedelta(seconds=STALL_SECONDS),
+                timeout=STALL,
             )
     except Exception as error:  # on this rank alone: it ends the job
         raise CommunicationError(
@@ -262,6 +278,7 @@ def _open_store(comm: MpiComm) -> dist.Store:
     with comm.agree(f"reaching port {port} of {meeting.address} for torch.distributed"):
         if store is None:
             store = dist.TCPStore(meeting.address, port, None, False, **options)
+    store.set_timeout(STALL)  # NCCL meets there at the first sum of a group
     return store
 
 
@@ -271,19 +288,11 @@ def use_interface(meeting: Meeting) -> None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", meeting.interface)
 
 
-def group_of(ranks: range) -> dist.ProcessGroup | None:
-    """Return the process group of some ranks, None for one. Collective over these ranks.
-
-    torch names such groups by their ranks: there must not be two of the same, and those of a former grid are taken.
-    """
-    if len(ranks) == 1:
-        return None
-    if len(ranks) == dist.get_world_size():
-        return dist.group.WORLD
-    key = tuple(ranks)
+def group_of(key: tuple, ranks: range) -> dist.ProcessGroup:
+    """Return the process group of some ranks, which is made for a new key. Collective over these ranks."""
     if key not in Running.groups:
         with _polite_threads():
-            Running.groups[key] = dist.new_group(list(ranks), use_local_synchronization=True)
+            Running.groups[key] = dist.new_group(list(ranks), timeout=STALL, use_local_synchronization=True)
     return Running.groups[key]
 
 

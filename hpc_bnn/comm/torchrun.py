@@ -7,6 +7,7 @@ import datetime
 import math
 import os
 import pickle
+import socket
 import tempfile
 import time
 from typing import Any, Literal
@@ -22,6 +23,7 @@ from ..launcher import Launcher, launcher_of
 from .addresses import find_meeting
 from .base import NodeArray, ObjectAxis, no_shared_memory
 from .torch_distributed import (
+    STALL,
     START_SECONDS,
     WITH_NCCL,
     Running,
@@ -59,6 +61,7 @@ class TorchrunComm(TorchTensors):
         first = place // part * part  # among the ranks of the node, which follow each other in the world
         self.local_rank, self.local_size = place - first, min(part, total - first)
         start_of_part = grid.rank - self.local_rank
+        self._node_size = node_size
         self._ranks["node"] = range(start_of_part, start_of_part + self.local_size)
         self._enter_groups()
         self._through_host = self.device.type == "cuda" and not self._can_use_nccl()
@@ -92,10 +95,16 @@ class TorchrunComm(TorchTensors):
         path, problem = self.gather_objects((path, problem), "node")[0]
         if problem is not None:
             raise no_shared_memory(num_bytes, problem)
-        memory = np.memmap(path, np.uint8, "r+")
-        self.gather_objects(None, "node")  # all have it open
+        memory = None
+        try:
+            memory = np.memmap(path, np.uint8, "r+")
+        except OSError as error:
+            problem = str(error)
+        problems = [p for p in self.gather_objects(problem, "node") if p is not None]
         if self.local_rank == 0:
-            os.unlink(path)
+            os.unlink(path)  # all have it open
+        if problems:
+            raise no_shared_memory(num_bytes, problems[0])
         return NodeArray(
             memory[:num_bytes].view(np.ndarray).view(dtype).reshape(shape),
             lambda: dist.all_reduce(torch.zeros(1), group=self._group("node")),
@@ -144,25 +153,27 @@ def join() -> None:
     if Running.backend is not None:
         return
     refuse_foreign_start()
-    job, has_gpu = launcher(), torch.cuda.is_available()
-    if has_gpu:
-        torch.cuda.set_device(local_place()[0] % torch.cuda.device_count())
+    job, kind = launcher(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     _open_store()
     use_interface(find_meeting(_allgather_before_start, job.rank == 0))
-    start(
-        WITH_NCCL if has_nccl_for(torch.device("cuda" if has_gpu else "cpu")) else "gloo", job.rank, job.size
-    )
+    start(WITH_NCCL if has_nccl_for(kind) else "gloo", job.rank, job.size)
 
 
 def _allgather_before_start(value: Any) -> list[Any]:
     """As `allgather`, by the store alone; through rank 0, or each rank would ask for each. Collective over the world."""
     Running.num_waits += 1
     key, job = f"hpc_bnn.gather.{Running.num_waits}", launcher()
-    Running.store.set(f"{key}.{job.rank}", pickle.dumps(value))
-    if job.rank == 0:
-        values = Running.store.multi_get([f"{key}.{rank}" for rank in range(job.size)])
-        Running.store.set(key, pickle.dumps([pickle.loads(value) for value in values]))
-    return pickle.loads(Running.store.get(key))
+    try:
+        Running.store.set(f"{key}.{job.rank}", pickle.dumps(value))
+        if job.rank == 0:
+            values = Running.store.multi_get([f"{key}.{rank}" for rank in range(job.size)])
+            Running.store.set(key, pickle.dumps([pickle.loads(value) for value in values]))
+        return pickle.loads(Running.store.get(key))
+    except dist.DistError as error:
+        raise CommunicationError(
+            f"rank {job.rank} on {socket.gethostname()} waited in vain for the other ranks of torchrun ({error}). "
+            "Look for the first rank that failed"
+        ) from error
 
 
 def wait_for_others(seconds: float) -> bool:
@@ -173,13 +184,14 @@ def wait_for_others(seconds: float) -> bool:
         return False
     Running.num_waits += 1
     key, size = f"hpc_bnn.wait.{Running.num_waits}", launcher().size
-    end = time.monotonic() + seconds
+    end, pause = time.monotonic() + seconds, 0.01
     with contextlib.suppress(dist.DistError):
         Running.store.add(key, 1)
         while time.monotonic() < end:
             if Running.store.add(key, 0) >= size:
                 return True
-            time.sleep(0.01)
+            time.sleep(pause)
+            pause = min(1.5 * pause, 0.5)  # one server answers all ranks
     return False
 
 
@@ -189,6 +201,7 @@ def _open_store(seconds: float | None = None) -> None:
     timeout = datetime.timedelta(seconds=seconds or START_SECONDS)
     try:
         Running.store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+        Running.store.set_timeout(STALL)  # ranks may come from a slow file system
     except Exception as error:
         where = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
         raise CommunicationError(

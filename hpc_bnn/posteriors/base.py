@@ -195,7 +195,12 @@ class Posterior:
 
     def why_indivisible(self) -> str | None:
         """Return why `divide_` is not for this posterior, None where it is. Local."""
-        return None if not self.has_random_weights else f"not for the family {self.family}"
+        if self.has_random_weights or not self.is_replicated:
+            return f"not for the family {self.family}"
+        return self._why_batch_norm_is_in_the_way()
+
+    def _why_batch_norm_is_in_the_way(self) -> str | None:
+        return "BatchNorm makes sums of its own in the backward pass" if self.batch_norms.layers else None
 
     def divide_(self, num_bytes: int, see: Callable[[int, int], None]) -> list[Part]:
         """Divide the weights in parts whose gradients can be completed during the last backward pass. Local.

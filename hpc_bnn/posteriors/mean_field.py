@@ -96,7 +96,8 @@ class MeanFieldGaussian(Posterior):
         self._scale_grads = list(self.random.views(self._gradients["log_scale"]).values())
         self._noise_views = list(self.random.views(self._noise).values())
         tie(self._named, self.random.views(self._weights))
-        self._rest = self._chunk_parts = [self.random.part(0, len(self.random))]
+        self._parts, self._completed = [self.random.part(0, len(self.random))], set()
+        self._see, self._num_early = lambda number, num_gradients: None, 0
         self._forget_leaves_()
         self._noisy = _NoisyLayers(self) if estimator != "reparameterisation" else None
 
@@ -120,6 +121,7 @@ class MeanFieldGaussian(Posterior):
             self._noisy.noise.first_example = first_example
         torch.exp(self.log_scale, out=self._scale)
         self._pair = None
+        self._completed.clear()
 
     @torch.no_grad()
     def draw_(self, sample: int, keyed: KeyedGenerator) -> None:
@@ -182,8 +184,9 @@ class MeanFieldGaussian(Posterior):
 
     @torch.no_grad()
     def finish_(self, batch_norm_share: float = 1.0) -> None:
-        for part in self._rest:
-            self._finish_part_(part)
+        for part in self._parts:
+            if part.place.start not in self._completed:
+                self._finish_part_(part)
         super().finish_(batch_norm_share)
 
     def _finish_part_(self, part: Part) -> Tensor:
@@ -194,16 +197,18 @@ class MeanFieldGaussian(Posterior):
             return super().why_indivisible()
         if not self.prior.closed_form:
             return "a Monte Carlo KL adds to all weights after the backward pass"
-        return f"not for the estimator {self.estimator}" if self._noisy is not None else None
+        if self._noisy is not None:
+            return f"not for the estimator {self.estimator}"
+        return self._why_batch_norm_is_in_the_way()
 
     def divide_(self, num_bytes: int, see: Callable[[int, int], None]) -> list[Part]:
         self._see = see
         return super().divide_(num_bytes, see)
 
     def _divide(self, num_elements: int) -> list[Part]:
-        parts, self._rest = self.random.divide(num_elements // 2)  # means and scales
-        self._chunk_parts = [*parts, *self._rest]
-        return parts
+        early, rest = self.random.divide(num_elements // 2)  # means and scales
+        self._parts, self._num_early = [*early, *rest], len(early)
+        return early
 
     def parameters_of(self, part: Part) -> list[nn.Parameter]:
         return self._random_parameters[part.numbers]
@@ -212,6 +217,7 @@ class MeanFieldGaussian(Posterior):
     def complete_(self, part: Part) -> list[Tensor]:
         self._fold_weights_(part.numbers)
         self._fold_leaf_(part)
+        self._completed.add(part.place.start)
         return [self._gradients["loc"][part.place], self._finish_part_(part)]
 
     @torch.no_grad()
@@ -257,18 +263,18 @@ class MeanFieldGaussian(Posterior):
             self._assemble(noise, out=row)
         self._chunk_weights = weights
         self._leaves = {
-            part.place.start: weights[:, part.place].detach().requires_grad_() for part in self._chunk_parts
+            part.place.start: weights[:, part.place].detach().requires_grad_() for part in self._parts
         }
-        for number, part in enumerate(self._chunk_parts[: -len(self._rest)]):
+        for number, part in enumerate(self._parts[: self._num_early]):
             self._leaves[part.place.start].register_post_accumulate_grad_hook(
                 lambda _, number=number, part=part: self._see(number, len(part.layout))
             )
-        return [(part.layout, self._leaves[part.place.start]) for part in self._chunk_parts]
+        return [(part.layout, self._leaves[part.place.start]) for part in self._parts]
 
     @torch.no_grad()
     def accumulate_chunk_(self, prior_share: float = 0.0, kl_weight: float = 0.0) -> None:
         """Fold in the gradients of what `draw_chunk` returned (see `accumulate_`). Local."""
-        for part in self._chunk_parts:
+        for part in self._parts:
             self._fold_leaf_(part)
         if prior_share and not self.prior.closed_form:
             for row in self._chunk_weights:

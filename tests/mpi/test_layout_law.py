@@ -89,7 +89,7 @@ FUNCTIONS = {
     ),
     "torch": (
         "torch.distributed",
-        ("all_reduce", "all_gather", "all_gather_into_tensor", "broadcast", "all_to_all_single", "reduce_scatter_tensor",
+        ("all_reduce", "all_gather", "all_gather_into_tensor", *[n for n in dir(torch.distributed) if n == "all_gather_single"], "broadcast", "all_to_all_single", "reduce_scatter_tensor",
          "reduce", "gather", "scatter", "barrier"),
     ),
 }  # fmt: skip
