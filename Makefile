@@ -20,7 +20,7 @@ quickstart: setup ## Train a Bayesian network on 4 ranks (2 x 2) on real data; w
 	$(ACTIVATE); python -m hpc_bnn report $(RUN_DIR)
 
 test: setup ## Run all tests: serial, and on 1, 2, 3 and 4 MPI ranks
-	$(ACTIVATE); timeout 1440 python -m pytest tests $(PYTEST_ARGS)
+	$(ACTIVATE); timeout 1440 python -m pytest tests -n 2 --dist loadfile $(PYTEST_ARGS)
 
 lint: setup ## Check style and the order of imports
 	$(ACTIVATE); ruff check . && ruff format --check . && lint-imports

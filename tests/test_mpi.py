@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import REPOSITORY
 
-SUITES = [(1, "horovod"), (2, "horovod"), (3, "torch"), (4, "horovod"), (4, "torch")]
+SUITES = [(1, "horovod"), (2, "torch"), (3, "horovod"), (4, "horovod"), (4, "torch")]
 """The same tests on either library."""
 
 
