@@ -4,7 +4,7 @@
         --master-addr HOST --master-port PORT -m hpc_bnn train ...
 
 torchrun itself dies of SIGUSR1, and its code is 1 whatever the ranks leave with. Here SIGUSR1 goes to the ranks, and the code
-is that of the first rank that failed (128 + N for signal N). The number of the node is Slurm's where no --node-rank is given.
+is that of the rank that failed first (128 + N for signal N). The number of the node is Slurm's where no --node-rank is given.
 """
 
 import os
@@ -44,6 +44,17 @@ def shell_code(code: int) -> int:
     return code if code >= 0 else 128 - code
 
 
+def first_cause(error: ChildFailedError) -> tuple[int, int]:
+    """Return rank and exit code of what came first: ranks that lose a peer end with 1 at almost the same moment."""
+
+    def place(rank: int) -> tuple:
+        failure = error.failures[rank]
+        return failure.exitcode >= 0, failure.exitcode == 1, failure.timestamp, rank
+
+    rank = min(error.failures, key=place)
+    return rank, shell_code(error.failures[rank].exitcode)
+
+
 def run() -> int:
     """Run torchrun and return the exit code of the job on this node."""
     os.environ.setdefault("PET_NODE_RANK", os.environ.get("SLURM_NODEID", "0"))
@@ -51,8 +62,7 @@ def run() -> int:
     try:
         main()
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        code = shell_code(failure.exitcode)
+        rank, code = first_cause(error)
         if code != 75:  # stopped with a checkpoint: nothing has failed
             print(f"torchrun: rank {rank} on {os.uname().nodename} ended with code {code}", file=sys.stderr)
         return code
