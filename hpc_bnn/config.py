@@ -356,14 +356,14 @@ class Config:
             return
         for name, value, others in (
             ("grid.compression", grid.compression, ("none",)),
-            ("optimizer.sharded", self.optimizer.sharded, (False,)),
+            ("optimizer.sharded", str(self.optimizer.sharded).lower(), ("false",)),
             ("posterior.family", posterior.family, ("mean_field", "mc_dropout", "deterministic")),
             ("posterior.estimator", posterior.estimator, ("reparameterisation",)),
             ("posterior.prior", posterior.prior, ("gaussian", "laplace")),
         ):
             matters = name != "posterior.prior" or posterior.family == "mean_field"
-            rule = f"{' or '.join(map(str, others))} with --grid.overlap true"
-            yield name, value, value in others or not matters, rule, "Leave --grid.overlap out"
+            rule = f"{' or '.join(others)} with --grid.overlap true"
+            yield name, value, value in others or not matters, rule, "Leave one of the two out"
 
     def _optimizer_rules(self):
         optimizer = self.optimizer

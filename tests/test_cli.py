@@ -332,3 +332,16 @@ def test_verify_from_the_command_line(diabetes, tmp_path, capsys):
     assert main(["verify", str(tmp_path / "copy")]) == 1
     said = capsys.readouterr().err
     assert "test-00000.h5 is truncated: 100 bytes" in said and "notes.txt is foreign" in said
+
+
+def test_all_that_an_overlap_cannot_be_with_is_named():
+    config = Config()
+    config.grid.overlap = True
+    config.check()
+    config.grid.compression, config.optimizer.sharded = "bf16", True
+    config.posterior.family, config.posterior.prior = "low_rank", "student_t"
+    with pytest.raises(ConfigError) as caught:
+        config.check()
+    for flag in ("--grid.compression bf16", "--optimizer.sharded true", "--posterior.family low_rank"):
+        assert f"{flag}: must be " in str(caught.value)
+    assert "--posterior.prior" not in str(caught.value)
