@@ -45,11 +45,14 @@ def shell_code(code: int) -> int:
 
 
 def first_cause(error: ChildFailedError) -> tuple[int, int]:
-    """Return rank and exit code of what came first: ranks that lose a peer end with 1 at almost the same moment."""
+    """Return rank and exit code of what came first.
+
+    At almost the same moment ranks that lose a peer end with 1, and torchrun ends those that are left with SIGTERM.
+    """
 
     def place(rank: int) -> tuple:
         failure = error.failures[rank]
-        return failure.exitcode >= 0, failure.exitcode == 1, failure.timestamp, rank
+        return failure.exitcode == -signal.SIGTERM, failure.exitcode == 1, failure.timestamp, rank
 
     rank = min(error.failures, key=place)
     return rank, shell_code(error.failures[rank].exitcode)

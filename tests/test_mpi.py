@@ -15,7 +15,7 @@ SUITES = [(1, "horovod"), (2, "torch"), (3, "horovod"), (4, "horovod"), (4, "tor
 
 @pytest.mark.parametrize(("num_ranks", "library"), SUITES)
 def test_suite_on_ranks(mpirun, num_ranks, library):
-    done = mpirun(num_ranks, "tests/mpi/run.py", timeout=300, environment={"TEST_LIBRARY": library})
+    done = mpirun(num_ranks, "tests/mpi/run.py", timeout=500, environment={"TEST_LIBRARY": library})
     print(done.stdout, done.stderr)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert " passed" in done.stdout and "failed" not in done.stdout
