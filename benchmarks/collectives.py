@@ -11,12 +11,12 @@ median over the rounds counts. The shards of the configs have to be there. Write
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import shlex
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,9 +25,11 @@ from statistics import median
 import torch
 
 import hpc_bnn
-from hpc_bnn.cli import build_parser, config_of
+from hpc_bnn import network
+from hpc_bnn.cli import config_of_words
 from hpc_bnn.comm import MpiComm
 from hpc_bnn.data import Manifest
+from hpc_bnn.experiment import connect_grid
 from hpc_bnn.grid import Grid, sample_sizes
 from hpc_bnn.network import LARGE_BYTES, SMALL_BYTES
 from hpc_bnn.rehearsal import share_of
@@ -94,19 +96,7 @@ def connect(library: str, sample_size: int, **options) -> hpc_bnn.GridComm:
 # --- in the jobs ---------------------------------------------------------------------------------------
 
 
-def seconds_of(comm: hpc_bnn.GridComm, call: Callable, *arguments, limit: float = 0.5) -> float:
-    """Return the median time of a call on the slowest rank. Collective over the world."""
-    seconds: list[float] = []
-    warm_up, repetitions = 3, 1
-    while len(seconds) < warm_up + repetitions:
-        comm.barrier()
-        start = time.perf_counter()
-        call(*arguments)
-        seconds.append(time.perf_counter() - start)
-        if len(seconds) == warm_up:
-            slowest = max(comm.gather_objects(seconds[-1]))
-            repetitions = max(5, min(200, int(limit / slowest)))
-    return max(comm.gather_objects(median(seconds[warm_up:])))
+seconds_of = functools.partial(network.seconds_of, repetitions=(5, 200))
 
 
 def measure_collectives(library: str) -> list[dict]:
@@ -171,12 +161,10 @@ def measure_half(library: str, sample_size: int) -> list[dict]:
 
 def measure_steps(config: str, flags: list[str]) -> list[dict]:
     """Time steps on each grid. Collective over the world."""
-    parser = build_parser()
-    run = config_of(parser.instantiate(parser.parse_args(["train", "--config", config, *flags]))["train"])
+    run = config_of_words(["train", "--config", config, *flags])
     rows = []
     for sample_size in sample_sizes(hpc_bnn.comm.world_size()):
-        grid = run.grid
-        comm = connect(run.backend, sample_size, reduction=grid.reduction, compression=grid.compression)
+        comm = connect_grid(run, sample_size)
         if sample_size <= run.num_samples:
             step, arguments = share_of(run, Manifest.read(run.data.shards), comm)
             seconds = seconds_of(comm, step, *arguments, limit=1.5)
@@ -256,7 +244,7 @@ def main() -> None:
     parser.add_argument("flags", nargs="*", metavar="FLAG", help="of hpc-bnn train, behind --")
     options = parser.parse_args()
     if options.library:
-        flags = [*options.flags, "--backend", options.library]
+        flags = [*options.flags, "--backend", options.library, "--device", "cpu"]
         rows = measure_steps(options.only, flags) if options.only else measure_collectives(options.library)
         if hpc_bnn.comm.launched_rank() == 0:
             options.output.write_text(json.dumps(rows))

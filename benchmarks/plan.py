@@ -21,21 +21,16 @@ from statistics import median
 
 import hpc_bnn
 from hpc_bnn import plan
-from hpc_bnn.cli import build_parser, config_of
+from hpc_bnn.cli import config_of_words
 from hpc_bnn.data import Manifest
 from hpc_bnn.rehearsal import share_of
 
 CONFIGS = ("configs/digits.yaml", "configs/cifar10_vit_small.yaml", "configs/era5_swin_small.yaml")
 
 
-def parse(config: str, flags: list[str]):
-    parser = build_parser()
-    return config_of(parser.instantiate(parser.parse_args(["train", "--config", config, *flags]))["train"])
-
-
 def predict(config: str, flags: list[str], path: str) -> None:
     """Predict, then measure seconds of real steps on each grid. Collective over the world."""
-    run = parse(config, flags)
+    run = config_of_words(["train", "--config", config, *flags])
     made = plan.plan_here(run)
     content = json.loads(made.to_json())
     for row in content["rows"]:
@@ -56,7 +51,7 @@ def predict(config: str, flags: list[str], path: str) -> None:
 
 def remember(config: str, flags: list[str], path: str) -> None:
     """Measure the peak of the resident memory of real steps. Collective over the world."""
-    run = parse(config, flags)
+    run = config_of_words(["train", "--config", config, *flags])
     comm = hpc_bnn.connect(run.grid.sample_size, "cpu")
     manifest = Manifest.read(run.data.shards)
     before = plan.resident_bytes()

@@ -223,6 +223,12 @@ def config_of(options: jsonargparse.Namespace) -> Config:
     return Config(**{name: values[name] for name in (field.name for field in fields(Config))})
 
 
+def config_of_words(words: Sequence[str]) -> Config:
+    """Return the config of a command line such as ``["train", "--config", FILE]``. Local."""
+    parser = build_parser()
+    return config_of(parser.instantiate(parser.parse_args(list(words)))[words[0]])
+
+
 def _make_config(options: jsonargparse.Namespace, given: set[str]) -> Config:
     config = config_of(options)
     if "--data.shards" in given and "--data.prepare" not in given:

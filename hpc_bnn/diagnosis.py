@@ -50,12 +50,11 @@ def _launcher(ranks: Sequence[RankFacts], _: Carrier) -> Iterator[Problem]:
         launcher, mpi = r.launcher, r.mpi
         if launcher.least_size > 1 and mpi and mpi.error is None and mpi.world_size == 1:
             number = launcher.size or f"at least {launcher.least_size}"
-            signs = ", ".join(f"{name}={value}" for name, value in launcher.variables.items())
             on_path = f"; mpirun on the PATH is {r.mpirun}" if r.mpirun else ""
             library = mpi.library or "the MPI of mpi4py"
             yield Problem(
                 "foreign_launcher",
-                f"{launcher.name} started {number} ranks ({signs}), and {library} sees one, on {r.host}{on_path}",
+                f"{launcher.name} started {number} ranks ({launcher.signs}), and {library} sees one, on {r.host}{on_path}",
                 {"library": library},
             )
             return
@@ -75,8 +74,7 @@ TASKS = ("SLURM_NTASKS", "PBS_NP", "LSB_DJOB_NUMPROC")
 def _libraries(ranks: Sequence[RankFacts], carrier: Carrier) -> Iterator[Problem]:
     """Look at what carries the tensors, and at a Horovod that could and does not."""
     if carrier.library == "horovod" and ranks[0].launcher.needs_no_mpi:
-        signs = ", ".join(f"{name}={value}" for name, value in ranks[0].launcher.variables.items())
-        yield Problem("horovod_under_torchrun", f"torchrun started these ranks ({signs})")
+        yield Problem("horovod_under_torchrun", f"torchrun started these ranks ({ranks[0].launcher.signs})")
         return
     looks = [_horovod_of_rank if carrier.library == "horovod" else _distributed_of_rank]
     if carrier.library == "torch":

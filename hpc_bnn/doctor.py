@@ -193,9 +193,8 @@ def self_test(grid_comm: comm.GridComm) -> dict[str, str]:
     Each rank adds its number, the square of it, and 1: the sums tell which ranks took part.
     """
     grid, place = grid_comm.grid, f"rank {grid_comm.grid.rank} on {socket.gethostname()}"
-    groups = {"sample": grid.sample_group(), "data": grid.data_group(), "world": range(grid.world_size)}
     wrong = {}
-    for axis, group in groups.items():
+    for axis, group in grid.groups.items():
         expected = [sum(group), sum(rank**2 for rank in group), len(group)]
         numbers = torch.tensor([grid.rank, grid.rank**2, 1], dtype=torch.float64, device=grid_comm.device)
         summed, counted = numbers.repeat(1000), torch.ones(3, device=grid_comm.device)

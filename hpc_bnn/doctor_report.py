@@ -115,8 +115,7 @@ def process_rows(launcher: Launcher) -> list[tuple[str, str]]:
     found = versions()
     started = "none: this process is alone"
     if launcher.name is not None:
-        signs = ", ".join(f"{name}={value}" for name, value in launcher.variables.items())
-        started = f"{launcher.name} ({signs})"
+        started = f"{launcher.name} ({launcher.signs})"
     return [
         ("host", f"{socket.gethostname()}, {platform.system()} {platform.release()}, {platform.machine()}"),
         ("python", f"{found.pop('python')}, {sys.executable}"),

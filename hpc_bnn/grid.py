@@ -116,6 +116,11 @@ class Grid:
         start = self.sample_index if sample_index is None else sample_index
         return range(start, self.world_size, self.sample_size)
 
+    @property
+    def groups(self) -> dict[str, range]:
+        """World ranks of this rank's group along "sample", "data" and "world"."""
+        return {"sample": self.sample_group(), "data": self.data_group(), "world": range(self.world_size)}
+
     def local_samples(self, num_samples: int) -> range:
         """Global indices of the samples that this rank draws, of ``num_samples`` in the job."""
         return share(num_samples, self.sample_size, self.sample_index)

@@ -31,6 +31,11 @@ class Launcher:
     """Where this was read."""
 
     @property
+    def signs(self) -> str:
+        """Where this was read, in words: "WORLD_SIZE=4, RANK=0"."""
+        return ", ".join(f"{name}={value}" for name, value in self.variables.items())
+
+    @property
     def least_size(self) -> int:
         """Ranks that there are at the least."""
         return max(self.size or 1, self.rank + 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -73,18 +74,41 @@ def seconds_of_sum(comm: GridComm, axis: Axis, num_bytes: int) -> float:
     """Return the median time of a sum over an axis on the slowest rank. Collective over the world."""
     buffer = torch.zeros(num_bytes // 4, dtype=torch.float32, device=comm.device)
 
+    return seconds_of(comm, comm.sum_, buffer, axis)
+
+
+def seconds_of(
+    comm: GridComm,
+    call: Callable,
+    *arguments,
+    limit: float = MAX_SECONDS,
+    repetitions: tuple[int, int] = (3, MAX_REPETITIONS),
+) -> float:
+    """Return the median time of a call on the slowest rank. Collective over the world.
+
+    Parameters
+    ----------
+    call : callable
+        Called with the arguments, by all ranks together.
+    limit : float
+        About so long it is repeated (seconds).
+    repetitions : (int, int)
+        Least and largest number of repetitions.
+    """
+
     def once() -> float:
         comm.barrier()
         start = time.perf_counter()
-        comm.sum_(buffer, axis)
-        if buffer.is_cuda:
+        call(*arguments)
+        if comm.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
     warm = [once() for _ in range(3)]  # the first negotiates and allocates
     slowest = max(comm.gather_objects(warm[-1]))
-    repetitions = max(3, min(MAX_REPETITIONS, int(MAX_SECONDS / max(slowest, 1e-9))))
-    return max(comm.gather_objects(median(once() for _ in range(repetitions))))
+    least, most = repetitions
+    number = max(least, min(most, int(limit / max(slowest, 1e-9))))
+    return max(comm.gather_objects(median(once() for _ in range(number))))
 
 
 def read_network(path: str) -> Network:

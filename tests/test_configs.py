@@ -10,7 +10,7 @@ import torch
 from conftest import REPOSITORY
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hpc_bnn.cli import build_parser, config_of
+from hpc_bnn.cli import config_of_words
 from hpc_bnn.errors import import_object
 from hpc_bnn.train import check
 
@@ -18,9 +18,7 @@ CONFIGS = sorted(path.name for path in (REPOSITORY / "configs").glob("*.yaml"))
 
 
 def read(name):
-    parser = build_parser()
-    words = ["train", "--config", str(REPOSITORY / "configs" / name)]
-    return config_of(parser.instantiate(parser.parse_args(words))["train"])
+    return config_of_words(["train", "--config", str(REPOSITORY / "configs" / name)])
 
 
 @pytest.mark.parametrize("name", CONFIGS)

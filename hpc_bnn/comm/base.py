@@ -97,11 +97,7 @@ class GridComm:
         self.device = torch.device(device)
         self.traffic = Traffic()
         self._extents = grid.extents
-        self._ranks = {
-            "sample": grid.sample_group(grid.data_index),
-            "data": grid.data_group(grid.sample_index),
-            "world": range(grid.world_size),
-        }
+        self._ranks = grid.groups
         axes = ("world",) if reduction == "world" else ("sample", "data")
         self._routes: dict[str, list[Axis]] = {
             "sample": [axis for axis in ("sample",) if self._extents[axis] > 1],

@@ -7,12 +7,9 @@ import logging
 import os
 import sys
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 
-from ..compression import Compression
-from ..grid import Grid
 from ..stack import horovod_facts
 from .base import Axis, Operation
 from .mpi import STALL_SECONDS, MpiComm, running_mpi, wait_for_others
@@ -25,26 +22,16 @@ class HorovodComm(MpiComm):
 
     library = "horovod"
 
-    def __init__(
-        self,
-        grid: Grid,
-        device: torch.device,
-        reduction: Literal["axes", "world"],
-        compression: Compression = "none",
-        *,
-        mpi,
-        node_size: int | None = None,
-    ):
+    def _start_library(self) -> None:
         import horovod.torch as hvd
 
         os.environ.setdefault("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", f"{STALL_SECONDS:.0f}")
-        super().__init__(grid, device, reduction, compression, mpi=mpi, node_size=node_size)
         self._hvd = hvd
         self._start_horovod()
         self._operations = {"sum": hvd.Sum, "max": hvd.Max}
         self.needs_own_gpu = hvd.nccl_built()
         self._through_host = self.device.type == "cuda" and not hvd.nccl_built()
-        if self._through_host and grid.rank == 0:
+        if self._through_host and self.grid.rank == 0:
             logger.warning(
                 "Horovod was built without NCCL: tensors go through host memory. "
                 "Build it with HOROVOD_GPU_OPERATIONS=NCCL for direct reductions between GPUs"

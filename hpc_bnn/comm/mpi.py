@@ -59,6 +59,10 @@ class MpiComm(GridComm):
             "node": self.node_comm,
         }
         self._windows = []
+        self._start_library()
+
+    def _start_library(self) -> None:
+        """Start what carries the tensors, when communicators and places are known. Collective over the world."""
 
     def broadcast_object(self, value: Any, root: int = 0) -> Any:
         self.traffic.num_object_collectives += 1

@@ -14,14 +14,11 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.distributed as dist
 
-from ..compression import Compression
 from ..errors import CommunicationError
-from ..grid import Grid
 from .addresses import Meeting, find_meeting
 from .base import Axis, GridComm, ObjectAxis, Operation
 from .devices import ranks_on_one_gpu
@@ -136,17 +133,7 @@ class TorchTensors(GridComm):
 class TorchComm(TorchTensors, MpiComm):
     """The collectives of `GridComm` by torch.distributed (tensors) and mpi4py (objects)."""
 
-    def __init__(
-        self,
-        grid: Grid,
-        device: torch.device,
-        reduction: Literal["axes", "world"],
-        compression: Compression = "none",
-        *,
-        mpi,
-        node_size: int | None = None,
-    ):
-        super().__init__(grid, device, reduction, compression, mpi=mpi, node_size=node_size)
+    def _start_library(self) -> None:
         has_nccl = self._can_use_nccl()
         self._through_host = self.device.type == "cuda" and not has_nccl
         backend = WITH_NCCL if has_nccl else "gloo"
@@ -156,7 +143,7 @@ class TorchComm(TorchTensors, MpiComm):
                 refuse_foreign_start()
             if Running.store is None:
                 Running.store = _open_store(self)
-            start(backend, grid.rank, grid.world_size)
+            start(backend, self.grid.rank, self.grid.world_size)
         self._enter_groups()
 
     def close(self) -> None:
