@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -30,6 +31,8 @@ from .mixtures import Mixture
 from .noise import Stream, keyed_generator
 from .objectives import LogMeanExp, Moments
 from .posteriors import Posterior
+
+logger = logging.getLogger(__name__)
 
 
 class _Rows:
@@ -130,11 +133,20 @@ def _member_outputs(
         return keyed_generator(seed, Stream.PREDICTION, 0, sample, x.device)
 
     posterior.check_num_samples(num_samples)
+    mine = comm.grid.local_samples(num_samples)
     with posterior.evaluating():
-        mine = comm.grid.local_samples(num_samples)
+        if posterior.network.needs_look() and len(x):
+            others = (mine or range(1))[:2] if not posterior.is_replicated else range(2)
+            look = posterior.network.look(
+                x[:batch_size], lambda sample: posterior.draw_(sample, keyed), others
+            )
+            if comm.grid.rank == 0:
+                for warning in look.warnings(comm.grid.world_size):
+                    logger.warning("%s", warning)
+    with posterior.evaluating():  # once more: the look may have seen what is to be put back
         for sample in mine or range(1):
             posterior.draw_(sample, keyed)
-            outputs = torch.cat([posterior.module(part).double() for part in x.split(batch_size)])
+            outputs = torch.cat([posterior.network(part).double() for part in x.split(batch_size)])
             samples = range(sample, sample + min(len(mine), 1))
             yield samples, outputs[None][: len(samples)]
 

@@ -46,8 +46,46 @@ class JobOptimizer:
         Over ``posterior.parameters()`` or ``posterior.weight_parameters()``.
     """
 
+    overlaps = False
+    """Whether sums begin during the last backward pass."""
+
     def __init__(self, optimizer: torch.optim.Optimizer, posterior: Posterior, comm: GridComm):
         self.optimizer, self.posterior, self.comm = optimizer, posterior, comm
+        self.check()
+
+    def check(self) -> None:
+        """Verify what a user can do to the optimizer, before each step. Local; a microsecond or two.
+
+        Raises
+        ------
+        ConfigError
+            It decays weights that have a prior, ascends, or does not update the posterior's parameters.
+        """
+        groups = self.optimizer.param_groups
+        for group in groups:
+            if group.get("maximize"):
+                raise ConfigError(Fault("maximize", True, "the objective is minimised", "Leave it out"))
+            for key, value in group.items():
+                is_decay = "weight_decay" in key and not isinstance(value, bool) and value
+                if is_decay and any(map(self.posterior.has_prior, group["params"])):
+                    raise ConfigError(_decay_fault(key, value))
+        num_parameters = sum(len(group["params"]) for group in groups)
+        if num_parameters != self._num_checked:
+            self._check_parameters({id(p) for group in groups for p in group["params"]})
+            self._num_checked = num_parameters
+
+    _num_checked = 0
+
+    def _check_parameters(self, updated: set[int]) -> None:
+        of_network = {id(p) for p in self.posterior.module.parameters()} & updated
+        if of_network or not {id(p) for p in self.posterior.all_parameters()} & updated:
+            rule = (
+                f"it updates {len(of_network)} parameters of the network itself, which each draw writes anew"
+                if of_network
+                else "it updates none of the posterior's parameters"
+            )
+            remedy = "Make it with posterior.parameters()"
+            raise ConfigError(Fault("optimizer", type(self.optimizer).__name__, rule, remedy))
 
     @staticmethod
     def of(optimizer: torch.optim.Optimizer, posterior: Posterior, comm: GridComm) -> JobOptimizer:
@@ -95,6 +133,17 @@ class JobOptimizer:
         self.optimizer.load_state_dict(state)
 
 
+def _decay_fault(key: str, value: float) -> Fault:
+    return Fault(
+        f"--optimizer.arguments {key}",
+        value,
+        "the prior is what decays the weights of a posterior, and a decay of the optimizer would shrink them once more, and "
+        "pull the logarithms of the scales to 0, which is scales to 1",
+        f"Set {key} to 0 and choose the prior (--posterior.prior_std, GaussianPrior(std)); weights without a prior "
+        "(posterior.points) may decay in a group of their own",
+    )
+
+
 OVERLAP_BYTES = 4 * 2**20
 """Least size of a sum that is begun during the backward pass; at most `OVERLAP_PARTS` are (bytes)."""
 
@@ -112,6 +161,8 @@ class OverlappingOptimizer(JobOptimizer):
         The posterior adds to all gradients after its backward pass, its ranks hold different parameters, or the gradient
         is compressed.
     """
+
+    overlaps = True
 
     def __init__(self, optimizer: torch.optim.Optimizer, posterior: Posterior, comm: GridComm):
         problem = posterior.why_indivisible()
@@ -277,6 +328,9 @@ class ShardedOptimizer(JobOptimizer):
         optimizer = make([self._parameter])
         _check_elementwise(optimizer)
         super().__init__(optimizer, posterior, comm)
+
+    def _check_parameters(self, updated: set[int]) -> None:
+        pass  # it has made its parameter itself
 
     def reduce_(self) -> None:
         """See `JobOptimizer.reduce_`; only this rank's part of the gradient is then that of the job."""

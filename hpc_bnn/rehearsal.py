@@ -175,7 +175,8 @@ def rehearse(config: Config, manifest: Manifest, grid: Grid, *, is_on_gpu: bool 
     with _default_dtype(config), FakeTensorMode(), LiveMemory() as memory:
         step, arguments = share_of(config, manifest, comm)
         posterior = step.posterior
-        step._is_prepared = True  # what is prepared asks for numbers
+        step._is_prepared = step._has_tried_batch = True  # what is prepared asks for numbers
+        posterior.network.looked_at = {True, False}
         step._has_said_passes = True
         begun = memory.live_bytes
         memory.peak_bytes = 0

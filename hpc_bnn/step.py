@@ -7,7 +7,6 @@ global number of samples and examples, the job sums, and the KL enters once, aft
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import socket
 import time
@@ -31,6 +30,10 @@ logger = logging.getLogger(__name__)
 
 Use = Callable[[Sequence[int], Tensor, bool], None]
 """What is done with some samples: their statistic [c, B, ...], and whether they were drawn in one batch."""
+
+
+class _BackwardError(Exception):
+    """The backward pass of a batch of samples failed, with the cause; nothing of it was folded in."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +148,7 @@ class VariationalStep:
         self.num_steps = 0
         self.wants_stop = False
         self._can_batch = True
-        self._is_prepared = self._has_said_passes = False
+        self._is_prepared = self._has_tried_batch = self._has_said_passes = False
         self.num_passes = 0
 
     def __call__(self, x: Tensor | SharedView, y: Tensor, global_batch_size: int) -> StepResult:
@@ -169,6 +172,9 @@ class VariationalStep:
         ------
         NonFiniteError
             On all ranks, before the update, when the loss or a gradient of any rank is not finite.
+        ConfigError
+            The module, the posterior or the optimizer is not what can be trained, or was changed in a way that cannot be
+            followed; or gradients are switched off.
         """
         self.accumulate_gradient_(x, y, global_batch_size)
         posterior = self.posterior
@@ -192,24 +198,30 @@ class VariationalStep:
         Collective over the world.
         """
         posterior, comm = self.posterior, self.comm
+        self._check()
         x = SharedView(x) if isinstance(x, Tensor) else x
         if x.num_samples not in (None, self.num_samples):
             rule = f"the views are made for {x.num_samples} samples"
             raise ConfigError(
                 Fault("--num_samples", self.num_samples, rule, "Make them for as many as the step has")
             )
-        posterior.batch_norms.sum_over_data = lambda tensor: comm.sum_(tensor, "data")
         mine = samples = comm.grid.local_samples(self.num_samples)
         counts_samples = posterior.kl_kind in ("Monte Carlo", "point") and self._prior_share > 0
         if len(x) == 0 and not posterior.batch_norms.layers and not counts_samples:
             mine = range(0)  # nothing to evaluate, and nobody waits for this rank
+        if len(x):
+            self._prepare(x, y, samples)
         if self.chunk_size == "auto":
             self.chunk_size = self._measure_chunk_size(x, y, mine)
-        if not self._is_prepared and len(x):
-            self.likelihood.check_targets(y)
-            posterior.prepare_(x.of(samples[0]))
-            self._warn_of_foreign_noise(x.of(samples[0]))
-            self._is_prepared = True
+        if len(x) and min(len(mine), self.chunk_size) > 1 and not self._has_tried_batch:
+            self._try_batch(mine[: self.chunk_size], x, y)
+        with posterior.network.running(lambda tensor: comm.sum_(tensor, "data")):
+            self._accumulate(mine, x, y, samples, global_batch_size)
+
+    def _accumulate(
+        self, mine: range, x: SharedView, y: Tensor, samples: range, global_batch_size: int
+    ) -> None:
+        posterior, comm = self.posterior, self.comm
         posterior.begin(comm.grid.local_examples(global_batch_size).start)
         coupling = self.objective.begin(y, samples, self.num_samples)
         self._pass_over(mine, x, y, coupling, 1.0 / global_batch_size)
@@ -222,24 +234,55 @@ class VariationalStep:
         posterior.tally[Tally.NUM_STOPS] = self.wants_stop
         self.optimizer.reduce_()
 
-    def _warn_of_foreign_noise(self, x: Tensor) -> None:
-        """Say it when the module draws random numbers that are keyed by nothing."""
-        before = torch.get_rng_state()
-        self.posterior.begin()
-        self.posterior.draw_(self.comm.grid.local_samples(self.num_samples)[0], self._keyed)
-        sum_over_data = self.posterior.batch_norms.sum_over_data
-        self.posterior.batch_norms.sum_over_data = lambda tensor: None  # a look, not a step: no collective
-        with torch.no_grad(), self._autocast(x.device):
-            self.posterior.module(x)
-        self.posterior.batch_norms.sum_over_data = sum_over_data
-        if not torch.equal(before, torch.get_rng_state()):
-            torch.set_rng_state(before)
-            logger.warning(
-                "the forward pass of %s draws from torch's global generator (a functional dropout, for example): "
-                "these numbers are not keyed by the sample, and the result depends on the process grid. "
-                "Use nn.Dropout layers",
-                type(self.posterior.module).__name__,
+    def _check(self) -> None:
+        """Raise `ConfigError` where what is around this step makes it wrong. Local; a few microseconds."""
+        if not torch.is_grad_enabled():
+            context = "inference_mode" if torch.is_inference_mode_enabled() else "no_grad"
+            rule = f"a step differentiates, and here torch.{context}() is in force"
+            raise ConfigError(Fault("VariationalStep", "call", rule, f"Call it outside of torch.{context}()"))
+        self.posterior.network.check_trainable()
+        self.optimizer.check()
+
+    def _prepare(self, x: SharedView, y: Tensor, samples: range) -> None:
+        """Before the first step: check the targets, and look at what the module does. Local."""
+        posterior, network = self.posterior, self.posterior.network
+        posterior.network.check()
+        if not self._is_prepared:
+            self.likelihood.check_targets(y)
+            posterior.prepare_(x.of(samples[0]))
+            self._is_prepared = True
+        if network.needs_look():
+            others = (samples[0], (samples[0] + 1) % max(self.num_samples, 2))  # any sample can be drawn,
+            some = others if posterior.is_replicated else samples[:2]  # but for the members of other ranks
+            posterior.begin()
+            look = network.look(
+                x.of(samples[0]), lambda s: posterior.draw_(s, self._keyed), some, self.autocast_dtype
             )
+            if self.comm.grid.rank == 0:
+                for warning in look.warnings(self.comm.grid.world_size):
+                    logger.warning("%s", warning)
+
+    def _try_batch(self, samples: Sequence[int], x: SharedView, y: Tensor) -> None:
+        """Fall back where a chunk of samples cannot be evaluated, or differentiated, or changes the module. Local."""
+        self._has_tried_batch, problem = True, None
+        before = self.posterior.network.traces()
+        self.posterior.begin()
+        try:
+            statistic, _ = self._evaluate_batched(samples, x, y)
+            statistic.backward(torch.ones_like(statistic))
+        except HpcBnnError:
+            raise
+        except Exception as error:
+            problem = error
+        finally:
+            statistic = None
+            self.posterior.forget_chunk_()
+            changed = before.put_back()
+        names = changed["buffer"] + changed["weight"] + changed["attribute"]
+        if problem is None and names:
+            problem = RuntimeError(f"its forward pass changes {', '.join(names[:5])}, once for each sample")
+        if problem is not None:
+            self._fall_back(problem)
 
     # --- samples ------------------------------------------------------------------------------------
 
@@ -265,17 +308,17 @@ class VariationalStep:
         if len(mine) == 1 or (1 < len(mine) <= self.chunk_size and self._can_batch):
             whole = self._try_chunk(mine, x, y) if len(mine) > 1 else self._evaluate_one(mine[0], x, y)
             if whole is not None:
-                statistic, is_batch = whole
-                coupling.see(mine, statistic.detach())
+                coupling.see(mine, whole[0].detach())
                 coupling.combine(self.comm)
-                differentiate(mine, statistic, is_batch)
+                if not self._try_use(differentiate, mine, whole):
+                    self._walk(mine, x, y, differentiate)
                 return
         self.num_passes = 2
         self._say_two_passes(len(mine))
         with torch.no_grad():
             self._walk(mine, x, y, lambda samples, statistic, _: coupling.see(samples, statistic))
         coupling.combine(self.comm)
-        self.posterior.batch_norms.begin()  # the second pass gives the statistics
+        self.posterior.batch_norms.begin_again()
         self._walk(mine, x, y, differentiate)
 
     def _say_two_passes(self, num_local_samples: int) -> None:
@@ -299,8 +342,14 @@ class VariationalStep:
 
         def use(samples: Sequence[int], statistic: Tensor, is_batch: bool) -> None:
             gradient = share * coupling.gradient(samples, statistic.detach())
-            with self.optimizer.overlapping() if samples[-1] == last else contextlib.nullcontext():
-                statistic.backward(gradient)
+            is_last = samples[-1] == last
+            with self.optimizer.overlapping() if is_last else contextlib.nullcontext():
+                try:
+                    statistic.backward(gradient)
+                except Exception as error:
+                    if not is_batch or (is_last and self.optimizer.overlaps):  # its sums have begun
+                        raise
+                    raise _BackwardError from error
             accumulate = posterior.accumulate_chunk_ if is_batch else posterior.accumulate_
             accumulate(*kl)
 
@@ -312,8 +361,7 @@ class VariationalStep:
         for start in range(0, len(samples), size):
             chunk = samples[start : start + size]
             whole = self._try_chunk(chunk, x, y) if len(chunk) > 1 and self._can_batch else None
-            if whole is not None:
-                use(chunk, *whole)
+            if whole is not None and self._try_use(use, chunk, whole):
                 continue
             for sample in chunk:
                 use([sample], *self._evaluate_one(sample, x, y))
@@ -322,15 +370,28 @@ class VariationalStep:
         """Return what `_evaluate_batched` does, or None from now on where the module cannot be batched."""
         try:
             return self._evaluate_batched(chunk, x, y)
-        except (torch.cuda.OutOfMemoryError, HpcBnnError):
+        except HpcBnnError:
             raise
-        except (RuntimeError, ValueError, NotImplementedError) as error:
+        except Exception as error:  # what is wrong without a batch as well, the walk will raise
             self._fall_back(error)
             return None
 
-    def _fall_back(self, error: Exception) -> None:
+    def _try_use(self, use: Use, chunk: Sequence[int], whole: tuple[Tensor, bool]) -> bool:
+        """Return whether a chunk could be used; where its backward pass failed, none of it is folded in."""
+        try:
+            use(chunk, *whole)
+        except _BackwardError as error:
+            self._fall_back(error.__cause__)
+            return False
+        return True
+
+    def _fall_back(self, error: BaseException | None) -> None:
         if self.comm.grid.rank == 0:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
+            if isinstance(error, torch.OutOfMemoryError):
+                reason = (
+                    f"its memory is not enough for chunks of {self.chunk_size}; set --chunk_size to fewer"
+                )
             logger.warning(
                 "samples are evaluated one after another: the module cannot be batched (%s)", reason
             )
@@ -341,8 +402,7 @@ class VariationalStep:
         """Return the statistic [1, B, ...] of a sample, and that it was not drawn in a batch."""
         posterior = self.posterior
         posterior.draw_(sample, self._keyed)
-        with self._autocast(x.device):
-            outputs = posterior.module(x.of(sample))
+        outputs = posterior.network(x.of(sample), self.autocast_dtype)
         return self.objective.statistic(self.likelihood, outputs.to(posterior.dtype), y)[None], False
 
     def _evaluate_batched(self, samples: Sequence[int], x: SharedView, y: Tensor) -> tuple[Tensor, bool]:
@@ -351,15 +411,9 @@ class VariationalStep:
         posterior.check_batchable()
         layouts, leaves = zip(*posterior.draw_chunk(samples, self._keyed))  # [c, P_i] each
 
-        def forward(flats: tuple[Tensor, ...], inputs: Tensor) -> Tensor:
-            views = (layout.views(flat).items() for layout, flat in zip(layouts, flats))
-            weights = dict(itertools.chain(*views))
-            return torch.func.functional_call(posterior.module, weights, (inputs,))
-
         is_shared = len({x.number(sample) for sample in samples}) == 1
         inputs = x.of(samples[0]) if is_shared else torch.stack([x.of(sample) for sample in samples])
-        with self._autocast(x.device):
-            outputs = torch.vmap(forward, (0, None if is_shared else 0))(leaves, inputs)  # [c, B, ...]
+        outputs = posterior.network.batched(layouts, leaves, inputs, is_shared, self.autocast_dtype)
         targets = y.expand(len(samples), *y.shape).flatten(0, 1)
         outputs = outputs.to(posterior.dtype).flatten(0, 1)
         statistic = self.objective.statistic(self.likelihood, outputs, targets)
@@ -373,34 +427,41 @@ class VariationalStep:
         """
         if x.device.type == "cpu" or len(mine) < 2:
             return 1
+        before = self.posterior.network.traces()
         best, best_seconds, size = 1, float("inf"), 1
-        while size <= len(mine):
+        while size <= len(mine) and self._can_batch:
             try:
                 seconds = min(self._seconds_per_sample(mine[:size], x, y) for _ in range(3))
-            except torch.cuda.OutOfMemoryError:
+            except torch.OutOfMemoryError:
                 break
-            if not self._can_batch:
+            except HpcBnnError:
+                raise
+            except Exception as error:
+                if size == 1:
+                    raise
+                self._fall_back(error)
                 return 1
+            finally:
+                self.posterior.forget_chunk_()
+                before.put_back()
             if seconds < best_seconds:
                 best, best_seconds = size, seconds
             size *= 2
         return best
 
     def _seconds_per_sample(self, samples: Sequence[int], x: SharedView, y: Tensor) -> float:
-        self.posterior.begin()
+        posterior = self.posterior
+        posterior.begin()
         torch.cuda.synchronize(x.device)
         start = time.perf_counter()
-        former, self.chunk_size = self.chunk_size, len(samples)
-        some_gradient = NegativeElbo().begin(y, range(len(samples)), len(samples))
-        self._walk(samples, x, y, self._differentiate(some_gradient, 1.0))
-        self.chunk_size = former
+        if len(samples) == 1:
+            statistic, is_batch = self._evaluate_one(samples[0], x, y)
+        else:
+            statistic, is_batch = self._evaluate_batched(samples, x, y)
+        statistic.backward(torch.ones_like(statistic))
+        (posterior.accumulate_chunk_ if is_batch else posterior.accumulate_)()
         torch.cuda.synchronize(x.device)
         return (time.perf_counter() - start) / len(samples)
-
-    def _autocast(self, device: torch.device):
-        if self.autocast_dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(device.type, self.autocast_dtype)
 
     def _raise_non_finite(self) -> None:
         mine = (self.comm.grid.rank, socket.gethostname()) if self._local_is_broken.item() else None

@@ -40,7 +40,7 @@ def gradients(name, estimator, num_draws, seed=0):
     for step in range(num_draws):
         posterior.begin()
         posterior.draw_(0, lambda s, step=step: keyed_generator(seed, Stream.NOISE, step, s))
-        y = posterior.module(x)
+        y = posterior.network(x)
         (y.square().mean() + y.sin().mean()).backward()
         posterior.accumulate_()
         posterior.finish_()
@@ -73,7 +73,7 @@ def test_gradient_equals_autograd_of_the_definition(estimator):
     for sample in range(2):
         generator = keyed_generator(0, Stream.NOISE, 0, sample)
         posterior.draw_(sample, lambda s: keyed_generator(0, Stream.NOISE, 0, s))
-        posterior.module(x).sin().sum().backward()
+        posterior.network(x).sin().sum().backward()
         posterior.accumulate_()
         noise = ExampleNoise()
         noise.begin_sample(generator)
@@ -112,7 +112,7 @@ def test_local_draws_have_the_moments_of_the_weights():
     posterior.begin()
     for sample in range(n):
         posterior.draw_(sample, lambda s: keyed_generator(0, Stream.NOISE, 0, s))
-        draws.append(posterior.module(x).detach())
+        draws.append(posterior.network(x).detach())
     draws = torch.stack(draws)  # [n, B, 2]
     mean = nn.functional.linear(
         x, *(posterior.random.views(posterior.loc.detach())[k] for k in ("0.weight", "0.bias"))
@@ -153,9 +153,13 @@ def test_predictive_draws_weights():
     for posterior in (local, plain):
         with posterior.evaluating():
             posterior.draw_(3, lambda s: keyed_generator(0, Stream.PREDICTION, 0, s))
-            outputs.append(posterior.module(x))
+            outputs.append(posterior.network(x))
     assert torch.equal(*outputs)
-    assert "forward" in local.module[0].__dict__  # and goes on with its estimator
+    assert "forward" not in local.module[0].__dict__
+    local.begin()
+    assert "forward" in local.module[0].__dict__  # a step goes on with its estimator
+    local.finish_()
+    assert "forward" not in local.module[0].__dict__  # and who copies the module gets its own layers
 
 
 def test_noise_of_an_example_depends_on_its_place_alone():
@@ -192,7 +196,7 @@ def test_tokens_folded_into_the_batch_are_seen(caplog):
 
     posterior = MeanFieldGaussian(Fold(), estimator="local")
     posterior.prepare_(inputs("tokens"))
-    assert "drawn once per sample" in caplog.text and not posterior._noisy._layers
+    assert "drawn once per sample" in caplog.text and not posterior._noisy.layers
 
 
 def test_mean_network_has_no_noise():

@@ -41,7 +41,7 @@ def test_predictive_is_the_mean_of_probabilities_and_its_parts_add_up():
     posterior.begin()
     for sample in range(7):
         posterior.draw_(sample, lambda s: keyed_generator(2, Stream.PREDICTION, 0, s))
-        members.append(torch.softmax(posterior.module(x).detach(), -1))
+        members.append(torch.softmax(posterior.network(x).detach(), -1))
     members = torch.stack(members)  # [S, B, C]
     torch.testing.assert_close(got.probabilities, members.mean(0), rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(got.std, members.std(0, correction=0), rtol=1e-6, atol=1e-9)
@@ -99,7 +99,7 @@ def test_total_variance_is_aleatoric_plus_epistemic():
     posterior.begin()
     for sample in range(9):
         posterior.draw_(sample, lambda s: keyed_generator(1, Stream.PREDICTION, 0, s))
-        members.append(posterior.module(x).detach())
+        members.append(posterior.network(x).detach())
     loc, scale = torch.stack(members)[..., :2], torch.stack(members)[..., 2:].exp()
     torch.testing.assert_close(got.mean, loc.mean(0), rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(got.aleatoric_variance, scale.square().mean(0), rtol=1e-12, atol=0)
@@ -170,7 +170,7 @@ def test_metrics_of_numbers_equal_the_references_on_gathered_predictions(tmp_pat
     posterior.begin()
     for sample in range(6):
         posterior.draw_(sample, lambda s: keyed_generator(0, Stream.PREDICTION, 0, s))
-        outputs.append(posterior.module(inputs).detach())
+        outputs.append(posterior.network(inputs).detach())
     mean, std = (part.numpy() for part in dataset.target_scale)
     outputs = torch.stack(outputs, -1).numpy()  # [B, 2 * channels, places, K]
     loc, scale = outputs[:, :2] * std[..., None] + mean[..., None], np.exp(outputs[:, 2:]) * std[..., None]

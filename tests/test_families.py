@@ -1,5 +1,6 @@
 """Families, selection of weights, dropout masks, BatchNorm, chunks: in one process, in float64."""
 
+import contextlib
 import logging
 
 import pytest
@@ -21,7 +22,7 @@ from hpc_bnn.posteriors import (
     StudentTPrior,
     split_weights,
 )
-from hpc_bnn.posteriors.dropout_layers import DropoutMasks
+from hpc_bnn.posteriors.network import Network
 
 
 def keyed(sample):
@@ -184,7 +185,7 @@ def test_gradient_of_objective_and_kl_equals_autograd(make, chunked):
     else:
         for sample in range(3):
             posterior.draw_(sample, keyed)
-            posterior.module(x).square().sum().backward()
+            posterior.network(x).square().sum().backward()
             posterior.accumulate_(prior_share=1 / 3, kl_weight=0.7)
     posterior.finish_()
     posterior.attach_gradients_()
@@ -212,33 +213,38 @@ def test_antithetic_pairs_mirror_each_other_in_any_order():
 # --- dropout -------------------------------------------------------------------------------------------
 
 
+def drop(net, sample):
+    """Return what makes a module meet the masks of a sample."""
+    network = Network(net, dict(net.named_parameters()), [])
+    network.dropout.begin_sample(lambda: keyed(sample).initial_seed())
+    return network.running()
+
+
 def test_masks_belong_to_the_sample_and_the_layer():
     net = make_net(nn.Dropout(0.5), nn.Dropout(0.5), nn.Dropout2d(0.5))
-    masks = DropoutMasks(net)
     x = torch.ones(6, 40, 3, 3, dtype=torch.float64)
-    masks.begin_sample(keyed(0))
-    first = net[0](x)
-    assert torch.equal(first, first[:1].expand_as(first))  # all examples share it
-    assert torch.equal(net[0](x[:2]), first[:2])  # however the batch is cut
-    assert not torch.equal(net[1](x), first)
-    channels = net[2](x)
-    assert torch.equal(channels, channels[:, :, :1, :1].expand_as(channels))
-    masks.begin_sample(keyed(1))
-    assert not torch.equal(net[0](x), first)
-    masks.begin_sample(keyed(0))
-    assert torch.equal(net[0](x), first)
-    assert set(first.unique().tolist()) == {0.0, 2.0}
-    net.eval()
-    assert torch.equal(net[0](x), x)
+    with drop(net, 0):
+        first = net[0](x)
+        assert torch.equal(first, first[:1].expand_as(first))  # all examples share it
+        assert torch.equal(net[0](x[:2]), first[:2])  # however the batch is cut
+        assert not torch.equal(net[1](x), first)
+        channels = net[2](x)
+        assert torch.equal(channels, channels[:, :, :1, :1].expand_as(channels))
+    with drop(net, 1):
+        assert not torch.equal(net[0](x), first)
+    with drop(net, 0):
+        assert torch.equal(net[0](x), first)
+        assert set(first.unique().tolist()) == {0.0, 2.0}
+        net.eval()
+        assert torch.equal(net[0](x), x)
 
 
 def test_dropout_keeps_the_mean():
     net, n = make_net(nn.Dropout(0.3)), 4000
-    masks = DropoutMasks(net)
     total = 0
     for sample in range(n):
-        masks.begin_sample(keyed(sample))
-        total = total + net(torch.ones(1, 50, dtype=torch.float64))
+        with drop(net, sample):
+            total = total + net(torch.ones(1, 50, dtype=torch.float64))
     standard_error = (0.3 / 0.7 / n) ** 0.5
     assert ((total / n - 1) / standard_error).abs().max() < 5
 
@@ -266,10 +272,10 @@ def test_mc_dropout_samples_in_the_predictive_and_decays_weights():
 def test_dropout_that_cannot_be_keyed_is_said_or_refused(caplog):
     with caplog.at_level(logging.WARNING):
         net = nn.LSTM(3, 4, num_layers=2, dropout=0.5)
-        DropoutMasks(net)
+        Network(net, dict(net.named_parameters()), [])
     assert "cannot be keyed" in caplog.text and net.dropout == 0
     with pytest.raises(ConfigError, match="AlphaDropout"):
-        DropoutMasks(nn.Sequential(nn.AlphaDropout(0.1)))
+        Network(nn.Sequential(nn.AlphaDropout(0.1)), {}, [])
     with pytest.raises(ConfigError, match="no dropout layer"):
         MCDropout(make_net())
 
@@ -289,8 +295,9 @@ def test_batch_norm_equals_torch_for_one_sample(shape):
         if layer is mine:
             posterior.begin()
             posterior.draw_(0, keyed)
-        y = layer(leaf)
-        (y * weight).sum().backward()
+        with posterior.network.running() if layer is mine else contextlib.nullcontext():
+            y = layer(leaf)
+            (y * weight).sum().backward()
         grads.append((y.detach(), leaf.grad, layer.weight.grad, layer.bias.grad))
     for a, b in zip(*grads):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
@@ -304,9 +311,9 @@ def test_batch_norm_equals_torch_for_one_sample(shape):
 
 def test_batch_norm_gradient_against_finite_differences():
     net = nn.Sequential(nn.BatchNorm1d(3)).double()
-    DeterministicNetwork(net)
+    network = DeterministicNetwork(net).network
     x = inputs(5, 3).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: net(x).pow(3), (x,))
+    assert torch.autograd.gradcheck(lambda x: network(x).pow(3), (x,))
 
 
 def test_running_statistics_take_one_step_towards_the_mean_over_samples():
@@ -344,7 +351,7 @@ def test_batch_norm_that_is_used_twice_or_frozen():
     posterior.begin()
     for sample in range(2):
         posterior.draw_(sample, keyed)
-        net(x)
+        posterior.network(x)
     posterior.finish_(0.5)
     posterior.attach_gradients_()
     torch.testing.assert_close(net.norm.running_mean, 0.1 * (x.mean(0) + 2), rtol=1e-10, atol=1e-12)

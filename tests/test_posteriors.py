@@ -44,7 +44,7 @@ def test_gradient_of_samples_equals_autograd_through_the_sampling():
     expected = [torch.zeros_like(p) for p in posterior.parameters()]
     for sample in range(3):
         posterior.draw_(sample, keyed)
-        posterior.module(x).square().sum().backward()
+        posterior.network(x).square().sum().backward()
         posterior.accumulate_()
         eps = torch.randn(
             posterior.num_weights, dtype=torch.float64, generator=keyed_generator(0, Stream.NOISE, 0, sample)
@@ -65,7 +65,7 @@ def test_gradient_against_finite_differences():
     def loss():
         posterior.begin()
         posterior.draw_(0, keyed)
-        return posterior.module(x).square().sum()
+        return posterior.network(x).square().sum()
 
     loss().backward()
     posterior.accumulate_()

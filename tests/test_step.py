@@ -117,7 +117,7 @@ def test_noise_that_is_not_keyed_is_said(caplog):
             self.layer = nn.Linear(4, 3).double()
 
         def forward(self, x):
-            return self.layer(F.dropout(x, 0.1, self.training))
+            return self.layer(x * torch.rand_like(x))
 
     posterior = MeanFieldGaussian(Functional())
     optimizer = torch.optim.SGD(posterior.parameters(), lr=0.1)

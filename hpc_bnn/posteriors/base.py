@@ -6,14 +6,14 @@ import contextlib
 import enum
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, Fault
-from .batch_norm import BatchNorms
-from .dropout_layers import DropoutMasks
-from .flat import FlatLayout, Part, eval_mode, take_gradients, tie
+from .flat import FlatLayout, Part, take_gradients
+from .network import Network, addresses
 from .select import Rule, split_weights
 
 KeyedGenerator = Callable[[int], torch.Generator]
@@ -36,14 +36,15 @@ class Tally(enum.IntEnum):
 class Posterior:
     """Weights of a module, some random, some points; this class: all points, a deterministic network.
 
-    The module is used in place and called unchanged: its parameters become views of flat buffers.
+    The module is used in place and called unchanged: its parameters become views of flat buffers. A posterior may be copied
+    and pickled (``copy.deepcopy``, ``torch.save``), its module with it.
 
     The life of a step::
 
         posterior.begin()                        # zero the gradient buffer
         for each sample:
             posterior.draw_(sample, keyed)       # put the sample into the module
-            loss(posterior.module(x)).backward()
+            loss(posterior.network(x)).backward()
             posterior.accumulate_()              # fold the gradients of this sample in
         posterior.finish_(batch_norm_share)      # this rank's part of everything that is summed
         sum posterior.reduced over the job
@@ -60,6 +61,8 @@ class Posterior:
 
     Attributes
     ----------
+    network : Network
+        Calls the module: with the masks of the sample drawn last, and statistics of the global batch.
     flat : Tensor
         [number of parameters] memory of all parameters; ``gradient`` that of their gradients, in the same order.
     reduced : Tensor
@@ -78,6 +81,9 @@ class Posterior:
     is_replicated = True
 
     def __init__(self, module: nn.Module, *, deterministic: Sequence[Rule] = ()):
+        if torch.is_inference_mode_enabled():
+            rule = "what is made within torch.inference_mode() can never be trained"
+            raise ConfigError(Fault("posterior", self.family, rule, "Make it outside"))
         random, point = split_weights(module, deterministic)
         if not self.has_random_weights:
             random, point = {}, {**random, **point}
@@ -105,18 +111,26 @@ class Posterior:
         self.point = FlatLayout.of(point)
         self._random_parameters = [random[name] for name in self.random]
         self._point_parameters = [point[name] for name in self.point]
-        self.batch_norms = BatchNorms(module)
-        self.dropout = DropoutMasks(module)
         self._named = {**random, **point}
+        self.network = Network(module, self._named, list(self.random))
+        self.batch_norms, self.dropout = self.network.batch_norms, self.network.dropout
 
     def _allocate(self, **slots: Tensor) -> None:
-        """Lay out the parameters: named flat slots, then the point weights; and their gradients.
+        """Lay out the parameters: named slots, then the point weights. A constructor's last call.
 
         Each slot becomes an attribute, an ``nn.Parameter`` that the optimizer updates.
         """
-        points = [p.detach().reshape(-1) for p in self._point_parameters]
-        if points:
-            slots["points"] = torch.cat(points)
+        if self._point_parameters:
+            slots["points"] = torch.cat([p.detach().reshape(-1) for p in self._point_parameters])
+        self._kept = frozenset(self.__dict__)
+        self._lay_out_(slots)
+        self.network.leave()
+
+    def _lay_out_(self, slots: dict[str, Tensor]) -> None:
+        """Make the flat buffers, all views of them, and the module's parameters such views. Local.
+
+        A copy does it once more, with what the constructor had set before `_allocate` and the values of the slots.
+        """
         lengths = [slot.numel() for slot in slots.values()]
         num_statistics = self.batch_norms.num_statistics
         self.flat = flat = torch.cat([slot.reshape(-1) for slot in slots.values()])
@@ -129,11 +143,22 @@ class Posterior:
             self._parameters[name] = nn.Parameter(part.view(slot.shape))
             self._gradients[name] = gradient.view(slot.shape)
             setattr(self, name, self._parameters[name])
+        self._slots = dict(zip(slots, flat.split(lengths)))
         self.gradient = gradients
-        if points:
-            tie(self._named, self.point.views(self.points.detach()))
+        if "points" in slots:
+            self.network.use(self.point.views(self.points.detach()))
             self._point_grads = list(self.point.views(self._gradients["points"]).values())
         self._weight_parameters: dict[str, nn.Parameter] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = {name: self.__dict__[name] for name in (*self._kept, "_kept")}
+        return kept | {"slots": {name: p.detach().clone() for name, p in self._parameters.items()}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        slots = state.pop("slots")
+        self.__dict__.update(state)
+        self._lay_out_(slots)
+        self.network.leave()
 
     @property
     def num_weights(self) -> int:
@@ -162,6 +187,21 @@ class Posterior:
             self._weight_parameters = {name: nn.Parameter(view) for name, view in views.items()}
         yield from self._weight_parameters.values()
 
+    def all_parameters(self) -> Iterator[nn.Parameter]:
+        """Yield what an optimizer may update, in either form: flat, and by weight where somebody has asked for those."""
+        yield from self._parameters.values()
+        yield from self._weight_parameters.values()
+
+    def has_prior(self, parameter: nn.Parameter) -> bool:
+        """Return whether something that an optimizer updates belongs to weights that have a prior. Local."""
+        if not self.has_random_weights:
+            return self.kl_kind != "none"
+        without = [
+            self._parameters.get("points"),
+            *(self._weight_parameters.get(name) for name in self.point),
+        ]
+        return all(parameter is not other for other in without)
+
     def _views(self, slots: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return views of slots (parameters or their gradients) by the names of weights."""
         return self.point.views(slots["points"]) if "points" in slots else {}
@@ -182,15 +222,32 @@ class Posterior:
         ----------
         first_example : int
             Place in the global batch of this rank's first example.
+
+        Raises
+        ------
+        ConfigError
+            Since the last step somebody has changed the module, or these parameters, in a way that cannot be followed.
         """
+        self._check_()
         self.reduced.zero_()
         take_gradients(self._random_parameters + self._point_parameters)
         self.batch_norms.begin()
 
+    def _check_(self) -> None:
+        self.network.check()
+        if addresses(self._parameters.values()) != addresses(self._slots.values()):
+            for name in [
+                n for n, p in self._parameters.items() if addresses([p]) != addresses([self._slots[n]])
+            ]:
+                rule = "its memory was replaced (by .data =, or a conversion) since the posterior was made"
+                raise ConfigError(
+                    Fault(name, self.family, rule, f"Write into it: {name}.detach().copy_(...)")
+                )
+
     @torch.no_grad()
     def draw_(self, sample: int, keyed: KeyedGenerator) -> None:
         """Put the weights (and the dropout masks) of a global sample into the module. Local."""
-        self.dropout.begin_sample(keyed(sample) if self.dropout.layers else None)
+        self.dropout.begin_sample(lambda: keyed(sample).initial_seed())
         self.batch_norms.begin_sample()
 
     def why_indivisible(self) -> str | None:
@@ -273,6 +330,7 @@ class Posterior:
             of each data group, 0 on the others.
         """
         self.batch_norms.write_statistics_(self._statistics, batch_norm_share)
+        self.network.leave()
 
     @torch.no_grad()
     def attach_gradients_(self) -> None:
@@ -324,13 +382,16 @@ class Posterior:
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
         """Draw for a predictive: the module in evaluation mode, no gradients. Local."""
-        with eval_mode(self.module), torch.no_grad():
+        self._check_()
+        with self.network.evaluating():
             self.begin()
             yield
+            self.network.leave()
 
     @torch.no_grad()
     def use_mean_(self) -> nn.Module:
         """Put the posterior mean of the weights into the module and return it. Local."""
+        self._check_()
         self.dropout.begin_sample(None)
         return self.module
 

@@ -3,7 +3,9 @@
 In training, a BatchNorm layer of an ordinary module would normalise by the examples of its rank and
 update its running statistics once per sample, in an order that the grid decides. Here it normalises each
 weight sample by the statistics of the *global* batch, and the running statistics take one step per
-optimizer step, towards the mean over all samples of the job.
+optimizer step, towards the mean over all samples of the job in which the layer ran.
+
+The layers stay as they are: their calls of ``F.batch_norm`` are intercepted (`hpc_bnn.posteriors.interception`).
 """
 
 from __future__ import annotations
@@ -13,99 +15,205 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from ..errors import ConfigError, Fault
+from .interception import calling_layer
 
 SumOverData = Callable[[Tensor], None]
 """Replaces a tensor, in place, by its sum over the ranks with the same samples and other examples."""
 
 
 class BatchNorms:
-    """The BatchNorm layers of a module.
+    """The layers of a module that keep running statistics of batches.
 
     Parameters
     ----------
     module : nn.Module
-        Its BatchNorm layers are taken over; parameters, buffers and their names stay.
+        Its layers stay unchanged.
 
     Attributes
     ----------
+    layers : list of nn.Module
+        Those that have ``running_mean`` and ``running_var``: torch's, subclasses of them, and any others.
     sum_over_data : callable
         What sums the statistics of a layer over the data axis. One process: the identity.
+    is_evaluating : bool
+        Whether a predictive is drawn, in which nothing may depend on the other examples.
+    is_batched : bool
+        Whether several samples are evaluated at once, which would share their statistics.
     """
 
     def __init__(self, module: nn.Module):
-        self.layers = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        self.sum_over_data: SumOverData = lambda tensor: None
-        self._sums: list[Tensor] = []
-        self._uses: list[int] = []
-        self._num_samples = 0
-        for number, layer in enumerate(self.layers):
-            if not layer.track_running_stats or layer.momentum is None:
-                raise ConfigError(
-                    Fault(
-                        "--model",
-                        type(layer).__name__,
-                        "track_running_stats=False and momentum=None are not supported",
-                        "Use momentum=0.1, or GroupNorm",
-                    )
-                )
-            layer.forward = types.MethodType(self._forward_of(number), layer)
+        self.layers = []
+        self._modules = dict.fromkeys(module.modules())
+        for name, layer in module.named_modules():
+            if isinstance(layer, _BatchNorm):
+                _check(name, layer)
+            statistics = [getattr(layer, name, None) for name in ("running_mean", "running_var")]
+            are_kept = all(isinstance(value, Tensor) and value.ndim == 1 for value in statistics)
+            if are_kept and not isinstance(layer, _InstanceNorm):
+                self.layers.append(layer)
+        self.sum_over_data: SumOverData = of_one_rank
+        self.is_evaluating = self.is_batched = False
+        self._numbers: dict[int, int] = {}  # of layers, by the identity of their running means
+        self._saved: list[Tensor] = []
+        self.begin()
 
     @property
     def num_statistics(self) -> int:
-        """Floats that `write_statistics_` writes: mean and variance per channel and layer."""
-        return 2 * sum(layer.num_features for layer in self.layers)
+        """Floats that `write_statistics_` writes: mean and variance per channel, and counts of samples."""
+        return sum(self._lengths) + len(self.layers) + 1 if self.layers else 0
+
+    @property
+    def _lengths(self) -> list[int]:
+        return [2 * len(layer.running_mean) for layer in self.layers]
 
     def begin(self) -> None:
-        """Begin a pass over the samples of an optimizer step. Local."""
-        self._uses = [0] * len(self.layers)
+        """Begin a step or a predictive. Local."""
+        self._saved = [counter.clone() for counter in self._counters()]
+        self._begin_pass()
+
+    def begin_again(self) -> None:
+        """Begin a second pass over the samples of a step, which gives the statistics. Local."""
+        self._put_counters_back()
+        self._begin_pass()
+
+    def _begin_pass(self) -> None:
         self._num_samples = 0
+        self._uses = [0] * len(self.layers)
+        self._samples = [0] * len(self.layers)
+        self._last_sample = [0] * len(self.layers)
+        self._momenta = [0.0] * len(self.layers)
         self._sums = [
-            torch.zeros(2, layer.num_features, dtype=_dtype(layer), device=_device(layer))
+            torch.zeros(2, len(layer.running_mean), dtype=layer.running_mean.dtype, device=layer.running_mean.device)
             for layer in self.layers
-        ]
+        ]  # fmt: skip
 
     def begin_sample(self) -> None:
         """Begin a sample. Local."""
         self._num_samples += 1
 
+    @torch.no_grad()
     def write_statistics_(self, out: Tensor, share: float) -> None:
-        """Write this rank's sums over samples of mean and variance, times a share, into [num_statistics]."""
-        if self.layers:
-            # A layer that a forward uses several times counts with the mean over its uses.
-            shares = [share * self._num_samples / max(uses, 1) for uses in self._uses]
-            torch.cat([s.reshape(-1) * own for s, own in zip(self._sums, shares)], out=out)
+        """Write this rank's sums over samples of mean and variance, times a share, and its counts. Local.
+
+        Parameters
+        ----------
+        out : Tensor
+            [num_statistics].
+        share : float
+            1 / num_samples on one rank of each data group, 0 on the others.
+        """
+        if not self.layers:
+            return
+        self._put_counters_back()
+        # A layer that a forward uses several times counts with the mean over its uses.
+        shares = [share * samples / max(uses, 1) for samples, uses in zip(self._samples, self._uses)]
+        counts = [count if share else 0 for count in (*self._samples, self._num_samples)]
+        parts = [own * sums.reshape(-1).to(out.dtype) for sums, own in zip(self._sums, shares)]
+        torch.cat([*parts, out.new_tensor(counts)], out=out)
 
     @torch.no_grad()
     def update_running_(self, statistics: Tensor) -> None:
-        """Move the running statistics towards the mean over all samples of the job. Local."""
-        for layer, part in zip(self.layers, statistics.split([2 * m.num_features for m in self.layers])):
-            if layer.training:  # not one that the user has frozen
-                mean, variance = part.view(2, -1)
-                layer.running_mean.lerp_(mean.to(layer.running_mean.dtype), layer.momentum)
-                layer.running_var.lerp_(variance.to(layer.running_var.dtype), layer.momentum)
-                layer.num_batches_tracked += 1
+        """Move running statistics towards the mean over all samples of the job in which their layer ran. Local."""
+        *parts, counts = statistics.split([*self._lengths, len(self.layers) + 1])
+        *counts, total = counts
+        for layer, part, count, momentum in zip(self.layers, parts, counts, self._momenta):
+            ran, factor = count > 0, total / count  # exactly 1 where all samples ran
+            moved = [(layer.running_mean, layer.running_var), (part * factor).view(2, -1)]
+            for running, mean in zip(*moved):
+                running.copy_(torch.where(ran, running.lerp(mean.to(running.dtype), momentum), running))
+            if isinstance(getattr(layer, "num_batches_tracked", None), Tensor):
+                layer.num_batches_tracked += ran
 
-    def _forward_of(self, number: int):
-        def forward(layer: nn.Module, x: Tensor) -> Tensor:
-            layer._check_input_dim(x)
-            if not layer.training:
-                return nn.functional.batch_norm(
-                    x, layer.running_mean, layer.running_var, layer.weight, layer.bias, False, 0.0, layer.eps
-                )
-            y, mean, variance, count = _Normalise.apply(x, layer.eps, self.sum_over_data)
-            if self._sums:
-                self._uses[number] += 1
-                with torch.no_grad():  # unbiased, as torch keeps it
-                    self._sums[number][0] += mean
-                    self._sums[number][1] += variance * (count / (count - 1).clamp_min(1))
-            if layer.affine:
-                form = (1, -1) + (1,) * (x.ndim - 2)
-                y = y * layer.weight.view(form).to(y.dtype) + layer.bias.view(form).to(y.dtype)
-            return y
+    def _counters(self) -> list[Tensor]:
+        counters = (getattr(layer, "num_batches_tracked", None) for layer in self.layers)
+        return [counter for counter in counters if isinstance(counter, Tensor)]
 
-        return forward
+    def _put_counters_back(self) -> None:
+        """Undo what the layers' own forwards count: once per sample, and a step counts once."""
+        for counter, saved in zip(self._counters(), self._saved):
+            counter.copy_(saved)
+
+    def handle(
+        self,
+        original: Callable,
+        input: Tensor,  # as F.batch_norm names it
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        """Take the place of ``F.batch_norm``. Collective over the data group in training: two sums."""
+        number = self._number_of(running_mean)
+        if not training or (number is None and calling_layer(self._modules) is None):
+            return original(input, running_mean, running_var, weight, bias, training, momentum, eps)
+        if self.is_batched:
+            raise NotImplementedError("BatchNorm in training mode")
+        if number is None or self.is_evaluating:
+            layer, rule = (
+                (calling_layer(self._modules)[0], "it has no running statistics")
+                if number is None
+                else (self.layers[number], "it normalises by the batch in evaluation mode, too")
+            )
+            rule += ": a prediction would depend on the examples beside it"
+            remedy = "Keep buffers running_mean and running_var in the layer, for evaluation mode; or use GroupNorm"
+            raise ConfigError(Fault("--model", type(layer).__name__, rule, remedy))
+        y, mean, variance, count = _Normalise.apply(input, eps, self.sum_over_data)
+        self._uses[number] += 1
+        if self._last_sample[number] != self._num_samples:
+            self._last_sample[number] = self._num_samples
+            self._samples[number] += 1
+        self._momenta[number] = momentum
+        with torch.no_grad():  # unbiased, as torch keeps it
+            self._sums[number][0] += mean
+            self._sums[number][1] += variance * (count / (count - 1).clamp_min(1))
+        form = (1, -1) + (1,) * (input.ndim - 2)
+        if weight is not None:
+            y = y * weight.view(form).to(y.dtype)
+        if bias is not None:
+            y = y + bias.view(form).to(y.dtype)
+        return y
+
+    def has_run(self, layer: nn.Module) -> bool:
+        """Whether a layer has normalised by a batch since `begin`."""
+        return layer in self.layers and self._uses[self.layers.index(layer)] > 0
+
+    def _number_of(self, running_mean: Tensor | None) -> int | None:
+        """Return the number of the layer that keeps a running mean, which may have been replaced since."""
+        if running_mean is None:
+            return None
+        number = self._numbers.get(id(running_mean))
+        if number is None or self.layers[number].running_mean is not running_mean:
+            self._numbers = {id(layer.running_mean): n for n, layer in enumerate(self.layers)}
+            number = self._numbers.get(id(running_mean))
+        return number
+
+    def __getstate__(self):
+        return self.__dict__ | {"sum_over_data": of_one_rank, "_numbers": {}}
+
+
+def of_one_rank(tensor: Tensor) -> None:
+    """Leave a tensor: the sum over one rank."""
+
+
+def _check(name: str, layer: _BatchNorm) -> None:
+    """Raise `ConfigError` for a BatchNorm layer that cannot be exact; let SyncBatchNorm call ``F.batch_norm``."""
+    if not layer.track_running_stats or layer.momentum is None:
+        rule = "track_running_stats=False and momentum=None are not supported"
+        raise ConfigError(Fault("--model", type(layer).__name__, rule, "Use momentum=0.1, or GroupNorm"))
+    if isinstance(layer, nn.SyncBatchNorm):
+        if type(layer) is not nn.SyncBatchNorm or "forward" in layer.__dict__:
+            rule = "it sums over all ranks by itself, over those of other samples as well"
+            raise ConfigError(
+                Fault("--model", f"{name} ({type(layer).__name__})", rule, "Use the class without Sync: hpc_bnn sums")
+            )  # fmt: skip
+        layer.forward = types.MethodType(_BatchNorm.forward, layer)
 
 
 class _Normalise(torch.autograd.Function):
@@ -146,12 +254,3 @@ class _Normalise(torch.autograd.Function):
         form = (1, -1) + (1,) * (y.ndim - 2)
         mean_grad, mean_grad_y = ((s / count).view(form).to(y.dtype) for s in sums)
         return (grad - mean_grad - y * mean_grad_y) * inverse_std.view(form).to(y.dtype), None, None
-
-
-def _dtype(layer: nn.Module) -> torch.dtype:
-    return layer.running_mean.dtype
-
-
-def _device(layer: nn.Module) -> torch.device:
-    tensors = [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]
-    return tensors[0].device if tensors else torch.device("cpu")

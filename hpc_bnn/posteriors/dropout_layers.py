@@ -1,15 +1,21 @@
-"""Dropout layers whose masks belong to the weight sample, not to a global generator."""
+"""Dropout whose masks belong to the weight sample, not to a global generator.
+
+Calls of ``F.dropout``, ``F.dropout1d``, ``F.dropout2d`` and ``F.dropout3d`` are intercepted
+(`hpc_bnn.posteriors.interception`), whether a layer of torch, a subclass of one, or any other code of the module makes them.
+"""
 
 from __future__ import annotations
 
 import logging
-import types
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from ..errors import ConfigError, Fault
 from ..noise import Stream, keyed_generator
+from .interception import calling_layer
 
 logger = logging.getLogger(__name__)
 
@@ -17,27 +23,48 @@ _ELEMENTS = (nn.Dropout,)
 _CHANNELS = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 _UNKEYED = (nn.AlphaDropout, nn.FeatureAlphaDropout)
 
+FUNCTIONS = {"dropout": False, "dropout1d": True, "dropout2d": True, "dropout3d": True}
+"""Names in ``torch.nn.functional``, and whether they drop whole channels."""
+
+_FIRST_CALL, _LINES = 1 << 20, 1 << 12
+"""Numbers of masks that no dropout layer asks for: `_LINES` for each layer in whose method the call stands."""
+
 
 class DropoutMasks:
-    """The dropout layers of a module, drawing one mask per layer and weight sample.
+    """The dropout of a module, drawing one mask per layer and weight sample.
 
     A mask is shared by all examples of the batch, so that it is a property of the sample as a draw of
     the weights is (Gal and Ghahramani, Dropout as a Bayesian Approximation, 2016), and does not depend on
-    how the batch is cut. Dim 0 of the input of a dropout layer must be the batch.
+    how the batch is cut. Which dims of an input belong to the batch is seen by `learn_batch_dims`; as long as that is not
+    known, it is dim 0.
 
     Parameters
     ----------
     module : nn.Module
-        Its dropout layers are taken over. Dropout hidden inside recurrent and attention layers, which
+        Its layers stay as they are. Dropout hidden inside recurrent and attention layers, which
         cannot be keyed, is switched off with a warning.
+
+    Attributes
+    ----------
+    layers : list of nn.Module
+        The dropout layers.
+    always : bool
+        Whether layers drop in evaluation too: MC dropout.
+    is_batched : bool
+        Whether several samples are evaluated at once, which would share a mask.
+    shapes : dict or None
+        During a look: shapes of the inputs that were dropped, by the number of the mask.
     """
 
     def __init__(self, module: nn.Module):
         self.layers = [layer for layer in module.modules() if isinstance(layer, _ELEMENTS + _CHANNELS)]
-        self.always = False
-        """Whether layers drop in evaluation too: MC dropout."""
-        self._seed = None
+        self.always = self.is_batched = False
+        self._numbers = {layer: number for number, layer in enumerate(self.layers)}
+        self._modules = {layer: number for number, layer in enumerate(module.modules())}
+        self._seed: Callable[[], int] | int | None = None
         self._masks: dict[tuple[int, torch.Size], Tensor] = {}
+        self._batch_dims: dict[tuple[int, int], list[int]] = {}  # by (number, ndim)
+        self.shapes: dict[int, list[torch.Size]] | None = None
         for name, layer in module.named_modules():
             if isinstance(layer, _UNKEYED) and layer.p > 0:
                 raise ConfigError(
@@ -55,30 +82,77 @@ class DropoutMasks:
                     type(layer).__name__,
                 )
                 layer.dropout = 0.0
-        for number, layer in enumerate(self.layers):
-            layer.forward = types.MethodType(self._forward_of(number), layer)
 
-    def begin_sample(self, generator: torch.Generator | None) -> None:
-        """Forget the masks; draw new ones from the key of a generator when they are needed. Local."""
+    def begin_sample(self, seed: Callable[[], int] | None) -> None:
+        """Forget the masks; draw new ones by a seed when they are needed. None: nothing is dropped. Local."""
         self._masks.clear()
-        self._seed = None if generator is None else generator.initial_seed()
+        self._seed = seed
 
-    def _forward_of(self, number: int):
-        def forward(layer: nn.Module, x: Tensor) -> Tensor:
-            if layer.p == 0 or not (layer.training or self.always) or self._seed is None:
-                return x
-            mask = self._mask(number, layer, x)
-            return x.mul_(mask) if layer.inplace and not x.requires_grad else x * mask
+    def learn_batch_dims(self, whole: dict[int, list[torch.Size]], part: dict[int, list[torch.Size]]) -> None:
+        """See which dims of each input belong to the batch: those that differ between two looks. Local.
 
-        return forward
+        Parameters
+        ----------
+        whole, part : dict
+            `shapes` of looks at two numbers of examples.
+        """
+        for number, shapes in whole.items():
+            if [len(shape) for shape in shapes] == [len(shape) for shape in part.get(number, ())]:
+                for shape, other in zip(shapes, part[number]):
+                    dims = [dim for dim, sizes in enumerate(zip(shape, other)) if len(set(sizes)) > 1]
+                    self._batch_dims[number, len(shape)] = dims
 
-    def _mask(self, number: int, layer: nn.Module, x: Tensor) -> Tensor:
-        if isinstance(layer, _CHANNELS):
-            shape = torch.Size((1, x.shape[1])) + (1,) * (x.ndim - 2)
-        else:
-            shape = torch.Size((1, *x.shape[1:]))
+    def handle(
+        self,
+        drops_channels: bool,
+        original: Callable,
+        input: Tensor,  # as torch.nn.functional names it
+        p: float = 0.5,
+        training: bool = True,
+        inplace: bool = False,
+    ) -> Tensor:
+        """Take the place of one of `FUNCTIONS`. Local."""
+        called = calling_layer(self._modules) if 0 < p <= 1 and (training or self.always) else None
+        if called is None:
+            return original(input, p, training, inplace)
+        if self._seed is None:
+            return input
+        if self.is_batched:
+            raise NotImplementedError("dropout in training mode")
+        layer, line = called
+        number = self._numbers.get(layer)
+        if number is None:
+            number = _FIRST_CALL + _LINES * self._modules[layer] + line % _LINES
+        if self.shapes is not None:
+            self.shapes.setdefault(number, []).append(input.shape)
+        mask = self._mask(number, p, input, drops_channels)
+        return input.mul_(mask) if inplace and not input.requires_grad else input * mask
+
+    def _mask(self, number: int, p: float, x: Tensor, drops_channels: bool) -> Tensor:
+        batch_dims = self._batch_dims.get((number, x.ndim), [0])
+        shape = torch.Size(
+            1 if dim in batch_dims or (drops_channels and dim > 1) else size
+            for dim, size in enumerate(x.shape)
+        )
         if (number, shape) not in self._masks:
+            if callable(self._seed):
+                self._seed = self._seed()
             generator = keyed_generator(self._seed, Stream.MASK, number, shape.numel(), x.device)
-            keep = torch.rand(shape, generator=generator, device=x.device) >= layer.p
-            self._masks[number, shape] = keep.to(x.dtype) / (1 - layer.p) if layer.p < 1 else keep.to(x.dtype)
+            keep = torch.rand(shape, generator=generator, device=x.device) >= p
+            self._masks[number, shape] = keep.to(x.dtype) / (1 - p) if p < 1 else keep.to(x.dtype)
         return self._masks[number, shape].to(x.dtype)
+
+    def unkeyed_layers(self, shapes: dict[int, list[torch.Size]]) -> list[nn.Module]:
+        """Return dropout layers of other classes than torch's that are to drop, and asked for no mask in a look. Local."""
+        return [
+            layer
+            for layer in self._modules
+            if isinstance(layer, _DropoutNd)
+            and layer.p > 0
+            and layer.training
+            and type(layer) not in _ELEMENTS + _CHANNELS
+            and self._numbers.get(layer) not in shapes
+        ]
+
+    def __getstate__(self):
+        return self.__dict__ | {"_seed": None, "_masks": {}}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError, Fault, check_positive
 from ..noise import Stream, keyed_global_generator
 from .base import KeyedGenerator, Posterior, Tally
-from .flat import take_gradients, tie
+from .flat import take_gradients
 
 
 class DeepEnsemble(Posterior):
@@ -89,15 +89,19 @@ class DeepEnsemble(Posterior):
         self._indices = list(members)
         self.precision = prior_std**-2
         self._allocate(members=torch.stack(weights))
+
+    def _lay_out_(self, slots: dict[str, Tensor]) -> None:
+        super()._lay_out_(slots)
         self._member_views = [self.point.views(row) for row in self.members.detach()]
         self._grads = [list(self.point.views(row).values()) for row in self._gradients["members"]]
-        tie(self._member_parameters, self._member_views[0])
+        self.network.use(self._member_views[0])
 
     @torch.no_grad()
     def draw_(self, sample: int, keyed: KeyedGenerator) -> None:
         super().draw_(sample, keyed)
         self._current = self._indices.index(sample)
-        tie(self._member_parameters, self._member_views[self._current])
+        with self.network.drawing():
+            self.network.use(self._member_views[self._current])
 
     @torch.no_grad()
     def begin(self, first_example: int = 0) -> None:

@@ -93,9 +93,14 @@ def find_layers(
     """
     uses: dict[nn.Module, list[torch.Size]] = {}
     handles = [
-        layer.register_forward_hook(lambda layer, args, _: uses.setdefault(layer, []).append(args[0].shape))
+        layer.register_forward_hook(
+            lambda layer, args, kwargs, _: uses.setdefault(layer, []).append(
+                (*args, *kwargs.values())[0].shape
+            ),
+            with_kwargs=True,
+        )
         for layer in module.modules()
-        if isinstance(layer, _SUPPORTED["flipout"])
+        if type(layer) in _SUPPORTED["flipout"] and "forward" not in layer.__dict__
     ]
     try:
         call()
@@ -110,8 +115,9 @@ def find_layers(
     for name, layer in module.named_modules():
         own = {id(p) for p in layer.parameters(recurse=False)}
         if (
-            isinstance(layer, _SUPPORTED[estimator])
+            type(layer) in _SUPPORTED[estimator]  # a subclass may do more in its forward
             and own <= random
+            and layer._parameters.get("weight") is not None  # not one that is computed (weight_norm)
             and all(owners[key] == 1 for key in own)
             and len(uses.get(layer, ())) == 1
             and uses[layer][0][0] == num_examples  # dim 0 is the batch, not the tokens of all examples
@@ -142,7 +148,8 @@ def apply_layer(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None
 def local_forward(number: int, noise: ExampleNoise, scale: Tensor, bias_scale: Tensor | None):
     """Return the forward of a linear layer by local reparameterisation; its parameters hold the means."""
 
-    def forward(layer: nn.Linear, x: Tensor) -> Tensor:
+    def forward(layer: nn.Linear, input: Tensor) -> Tensor:  # its name in nn.Linear
+        x = input
         mean = nn.functional.linear(x, layer.weight, layer.bias)
         variance = nn.functional.linear(
             x.square(), scale.square(), None if bias_scale is None else bias_scale.square()
@@ -157,7 +164,8 @@ def local_forward(number: int, noise: ExampleNoise, scale: Tensor, bias_scale: T
 def flipout_forward(number: int, noise: ExampleNoise, perturbation: Tensor):
     """Return the forward of a layer by Flipout; its weight holds the mean, its bias a draw."""
 
-    def forward(layer: nn.Module, x: Tensor) -> Tensor:
+    def forward(layer: nn.Module, input: Tensor) -> Tensor:
+        x = input
         mean = apply_layer(layer, x, layer.weight, layer.bias)
         channel = -1 if isinstance(layer, nn.Linear) else 1
 

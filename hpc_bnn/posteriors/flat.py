@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -78,27 +77,6 @@ class Part:
     """Where, in the flat buffer."""
     layout: FlatLayout
     """Of these alone."""
-
-
-@contextlib.contextmanager
-def eval_mode(module: nn.Module) -> Iterator[None]:
-    """Put a module into evaluation mode, and each of its layers back into the mode that it had. Local."""
-    modes = [(layer, layer.training) for layer in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for layer, training in modes:
-            layer.training = training
-
-
-def tie(parameters: dict[str, nn.Parameter], views: dict[str, torch.Tensor]) -> None:
-    """Make module parameters views of a buffer, keeping the buffer's values. Local.
-
-    The parameter objects stay, so tied weights stay tied and references to them stay valid.
-    """
-    for name, view in views.items():
-        parameters[name].data = view
 
 
 def take_gradients(parameters: Sequence[nn.Parameter]) -> list[torch.Tensor | None]:

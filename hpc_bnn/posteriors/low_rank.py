@@ -49,15 +49,16 @@ class LowRankGaussian(MeanFieldGaussian):
             )
         self.rank = self._num_common_noise = rank
         super().__init__(module, **options)
-        places = torch.arange(self.num_weights, device=self.factor.device)
-        with torch.no_grad():
-            for row, values in enumerate(self.factor):
-                values.copy_(0.1 * self._scale * (1 - 2 * ((places >> row) % 2)))
+
+    def _lay_out_(self, slots: dict[str, Tensor]) -> None:
+        super()._lay_out_(slots)
         views = [self.random.views(row) for row in self._gradients["factor"]]
         self._factor_grads = [list(view.values()) for view in views]  # [R][weight]
 
-    def _more_slots(self) -> dict[str, Tensor]:
-        return {"factor": self._weights.new_zeros(self.rank, self.num_weights)}
+    def _more_slots(self, scale: Tensor) -> dict[str, Tensor]:
+        places = torch.arange(self.num_weights, device=scale.device)
+        rows = [0.1 * scale * (1 - 2 * ((places >> row) % 2)) for row in range(self.rank)]
+        return {"factor": torch.stack(rows)}
 
     def _assemble(self, noise: Tensor, out: Tensor | None = None) -> Tensor:
         out = super()._assemble(noise, out)

@@ -34,7 +34,6 @@ class MCDropout(Posterior):
     def __init__(self, module: nn.Module, *, prior_std: float = 1.0):
         check_positive("--posterior.prior_std", prior_std, 1.0)
         super().__init__(module)
-        self._allocate()
         self.prior_std = prior_std
         rates = [layer.p for layer in self.dropout.layers if layer.p > 0]
         if not rates:
@@ -57,6 +56,7 @@ class MCDropout(Posterior):
             )
         self.dropout.always = True
         self._decay = (1 - rates[0]) / prior_std**2
+        self._allocate()
 
     @torch.no_grad()
     def add_kl_gradient_(self, weight: float) -> Tensor:

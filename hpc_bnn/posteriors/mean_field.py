@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from ..errors import ConfigError, Fault, check_positive
 from .base import KeyedGenerator, Posterior, Tally
 from .estimators import Estimator, ExampleNoise, find_layers, flipout_forward, local_forward, override_forward
-from .flat import FlatLayout, Part, eval_mode, take_gradients, tie
+from .flat import FlatLayout, Part, take_gradients
+from .network import eval_mode
 from .priors import GaussianPrior, Prior, gaussian_entropy
 from .select import Rule
 
@@ -69,8 +71,8 @@ class MeanFieldGaussian(Posterior):
         antithetic: bool = False,
     ):
         super().__init__(module, deterministic=deterministic)
-        self._weights = torch.cat([p.detach().reshape(-1) for p in self._random_parameters])
-        self.prior = prior.bind(self.random, self._weights)
+        weights = torch.cat([p.detach().reshape(-1) for p in self._random_parameters])
+        self.prior = prior.bind(self.random, weights)
         self.kl_kind = "closed form" if prior.closed_form else "Monte Carlo"
         self.antithetic = antithetic
         self.estimator = estimator
@@ -83,11 +85,12 @@ class MeanFieldGaussian(Posterior):
                     "Use reparameterisation, or antithetic false and a Gaussian or Laplace prior",
                 )
             )
-        self._allocate(
-            loc=self._weights,
-            log_scale=_initial_log_scale(self._weights, init_std, init_std_relative),
-            **self._more_slots(),
-        )
+        log_scale = _initial_log_scale(weights, init_std, init_std_relative)
+        self._allocate(loc=weights, log_scale=log_scale, **self._more_slots(log_scale.exp()))
+
+    def _lay_out_(self, slots: dict[str, Tensor]) -> None:
+        super()._lay_out_(slots)
+        self._weights = torch.cat([p.detach().reshape(-1) for p in self._random_parameters])
         self._scale = self.log_scale.detach().exp()
         self._all_noise = self._weights.new_zeros(self.num_weights + self._num_common_noise)
         self._noise = self._all_noise[: self.num_weights]
@@ -95,22 +98,23 @@ class MeanFieldGaussian(Posterior):
         self._loc_grads = list(self.random.views(self._gradients["loc"]).values())
         self._scale_grads = list(self.random.views(self._gradients["log_scale"]).values())
         self._noise_views = list(self.random.views(self._noise).values())
-        tie(self._named, self.random.views(self._weights))
+        self.network.use(self.random.views(self._weights))
         self._parts, self._completed = [self.random.part(0, len(self.random))], set()
         self._see, self._num_early = lambda number, num_gradients: None, 0
         self._forget_leaves_()
-        self._noisy = _NoisyLayers(self) if estimator != "reparameterisation" else None
+        self._noisy = _NoisyLayers(self) if self.estimator != "reparameterisation" else None
 
     _num_common_noise = 0
     """Numbers of a sample's noise that all weights share, drawn behind those of the single weights."""
 
-    def _more_slots(self) -> dict[str, Tensor]:
+    def _more_slots(self, scale: Tensor) -> dict[str, Tensor]:
+        """Return slots of a family's own, as they start."""
         return {}
 
     # --- one step ---------------------------------------------------------------------------------
 
     def prepare_(self, x: Tensor) -> None:
-        if self._noisy is not None:
+        if self._noisy is not None and not self._noisy.layers:
             self._noisy.find_(x)
 
     @torch.no_grad()
@@ -128,7 +132,8 @@ class MeanFieldGaussian(Posterior):
         super().draw_(sample, keyed)
         if self._noisy is None or self._noisy.needs_weights:
             self._draw_noise_(sample, keyed)
-            self._assemble(self._all_noise, out=self._weights)
+            with self.network.drawing():
+                self._assemble(self._all_noise, out=self._weights)
         if self._noisy is not None:
             self._noisy.begin_sample_(keyed(sample))
 
@@ -187,6 +192,8 @@ class MeanFieldGaussian(Posterior):
         for part in self._parts:
             if part.place.start not in self._completed:
                 self._finish_part_(part)
+        if self._noisy is not None:
+            self._noisy.switch_(on=False)  # a user who calls or copies the module meets its own layers
         super().finish_(batch_norm_share)
 
     def _finish_part_(self, part: Part) -> Tensor:
@@ -231,14 +238,27 @@ class MeanFieldGaussian(Posterior):
 
     @torch.no_grad()
     def use_mean_(self) -> nn.Module:
+        module = super().use_mean_()
+        with self.network.drawing():
+            self._weights.copy_(self.loc)
+        self.network.leave()
+        return module
+
+    def _check_(self) -> None:
         if self._noisy is not None:
-            self._noisy._switch_(on=False)
-        self._weights.copy_(self.loc)
-        return super().use_mean_()
+            self._noisy.switch_(on=False)  # as `finish_` left it, also after a step that did not come so far
+        super()._check_()
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._noisy is not None:
+            self._noisy.switch_(on=False)
+        return super().__getstate__()
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
-        with super().evaluating(), self._noisy.off() if self._noisy is not None else contextlib.nullcontext():
+        with super().evaluating():
+            if self._noisy is not None:
+                self._noisy.switch_(on=False)
             yield
 
     def check_batchable(self) -> None:
@@ -324,7 +344,7 @@ class _NoisyLayers:
         self.posterior = posterior
         self.noise = ExampleNoise()
         self._is_on = False
-        self._layers: list[nn.Module] = []
+        self.layers: list[nn.Module] = []
         self._forwards: list = []
         self._parameters: dict[str, nn.Parameter] = {}  # that look at the means
         self._leaves: dict[str, Tensor] = {}  # [*shape]: scale (local) or perturbation (flipout)
@@ -333,13 +353,19 @@ class _NoisyLayers:
         """See in a forward pass which layers allow it, and take them over. Local."""
         posterior = self.posterior
         random = {id(p): name for name, p in posterior._named.items() if name in posterior.random.shapes}
+        before = posterior.network.traces()
         with eval_mode(posterior.module), torch.no_grad():
             layers = find_layers(
-                posterior.module, posterior.estimator, set(random), len(x), lambda: posterior.module(x)
+                posterior.module,
+                posterior.estimator,
+                set(random),
+                len(x),
+                lambda: posterior.network(x.clone()),
             )
-        self._layers = list(layers.values())
+        before.put_back()
+        self.layers = list(layers.values())
         scales = posterior.random.views(posterior._scale)
-        for number, layer in enumerate(self._layers):
+        for number, layer in enumerate(self.layers):
             weight, bias = random[id(layer.weight)], layer.bias is not None and random[id(layer.bias)]
             if posterior.estimator == "local":
                 names = [weight] + ([bias] if bias else [])
@@ -351,12 +377,10 @@ class _NoisyLayers:
             self._forwards.append(forward)
             self._leaves |= dict(zip(names, leaves))
             self._parameters |= {name: posterior._named[name] for name in names}
-        self._switch_(on=True)
 
     def begin_(self) -> None:
-        """Begin a step: take the layers over again where `use_mean_` gave them back. Local."""
-        if not self._is_on:
-            self._switch_(on=True)
+        """Begin a step: take the layers over. Local."""
+        self.switch_(on=True)
 
     @property
     def needs_weights(self) -> bool:
@@ -364,22 +388,16 @@ class _NoisyLayers:
         is_local = self.posterior.estimator == "local"
         return not (self._is_on and is_local and len(self._leaves) == len(self.posterior.random))
 
-    def _switch_(self, on: bool) -> None:
+    def switch_(self, on: bool) -> None:
+        """Take the layers over, or give them their own forwards and the drawn weights back. Local."""
+        if on is self._is_on:
+            return
         self._is_on = on
-        for layer, forward in zip(self._layers, self._forwards):
+        for layer, forward in zip(self.layers, self._forwards):
             override_forward(layer, forward if on else None)
         source = self.posterior.loc.detach() if on else self.posterior._weights
         views = self.posterior.random.views(source)
-        tie(self._parameters, {name: views[name] for name in self._parameters})
-
-    @contextlib.contextmanager
-    def off(self) -> Iterator[None]:
-        """Draw weights as the other layers do."""
-        self._switch_(on=False)
-        try:
-            yield
-        finally:
-            self._switch_(on=True)
+        self.posterior.network.use({name: views[name] for name in self._parameters})
 
     def begin_sample_(self, generator: torch.Generator) -> None:
         self.noise.begin_sample(generator)

@@ -1,0 +1,453 @@
+"""The module of a posterior: an ordinary ``nn.Module``, used in place, with the weights that a posterior gives it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..errors import ConfigError, Fault
+from .batch_norm import BatchNorms, SumOverData, of_one_rank
+from .dropout_layers import FUNCTIONS, DropoutMasks
+from .flat import FlatLayout
+from .interception import Interception
+from .traces import Traces
+
+Shapes = dict[int, list[torch.Size]]
+
+
+class Network:
+    """Calls a module, so that one sample's weights, masks and statistics are what it meets, and nothing else.
+
+    Parameters
+    ----------
+    module : nn.Module
+        It is used in place and stays as it is; its parameters become views of a posterior's buffers (`use`).
+    parameters : dict of str to nn.Parameter
+        Its trainable parameters, by name.
+    drawn : sequence of str
+        Names of those that each draw writes anew.
+
+    Attributes
+    ----------
+    batch_norms, dropout
+        What its BatchNorm layers and its dropout have in place of torch's.
+    looked_at : set of bool
+        Modes (training or not) in which `look` has seen it.
+    """
+
+    def __init__(self, module: nn.Module, parameters: dict[str, nn.Parameter], drawn: Sequence[str]):
+        self.module = module
+        self.batch_norms = BatchNorms(module)
+        self.dropout = DropoutMasks(module)
+        handlers = {name: functools.partial(self.dropout.handle, drops) for name, drops in FUNCTIONS.items()}
+        self.interception = Interception({"batch_norm": self.batch_norms.handle, **handlers})
+        self._parameters = parameters
+        self._drawn = list(drawn)
+        self._views: dict[str, Tensor] = {}
+        self._changes_input = self._changes_attributes = False
+        self._attributes: Traces | None = None  # to put back before each member of a predictive
+        self.looked_at: set[bool] = set()
+        self.leave()
+
+    # --- weights ------------------------------------------------------------------------------------
+
+    def use(self, views: dict[str, Tensor]) -> None:
+        """Make parameters of the module views of other memory. Local.
+
+        The parameter objects stay, so tied weights stay tied and references to them stay valid.
+        """
+        for name, view in views.items():
+            self._parameters[name].data = view
+        self._views |= views
+
+    def leave(self) -> None:
+        """Note what the module is like when it is left to the user; see `check`. Local."""
+        self._layers = list(self.module.modules())
+        self._deriving = [layer for layer in self._layers if _has_own_modes(type(layer))]
+        self._left = self._likeness()
+
+    def _likeness(self) -> tuple[list, ...]:
+        """Return what no user may change between two steps: addresses and versions of weights; and the layers."""
+        parameters = self._parameters.values()
+        return (
+            addresses(parameters),
+            [self._parameters[name]._version for name in self._drawn],
+            [id(member) for layer in self._layers for member in layer._modules.values()],
+            [id(member) for layer in self._layers for member in layer._parameters.values()],
+        )
+
+    def check(self) -> None:
+        """Verify that the module still reads the weights that it was given. Local; some microseconds.
+
+        Raises
+        ------
+        ConfigError
+            Since the last step it was converted, moved, loaded or edited, or other weights were put in.
+        """
+        if self._likeness() == self._left:
+            return
+        now = dict(self.module.named_parameters(remove_duplicate=False))
+        trainable = {id(p) for p in self._parameters.values()}
+        faults = []
+        for name, parameter in now.items():
+            if parameter.requires_grad and id(parameter) not in trainable:
+                faults.append((name, "it came into the network after the posterior was made"))
+        versions = dict(zip(self._drawn, self._left[1]))
+        for name, parameter in self._parameters.items():
+            view = self._views[name]
+            if now.get(name) is not parameter:
+                faults.append((name, "it is no longer in the network"))
+            elif (parameter.dtype, parameter.device) != (view.dtype, view.device):
+                faults.append((name, "it was converted or moved after the posterior was made"))
+            elif parameter.data_ptr() != view.data_ptr():
+                faults.append((name, "it has other memory than the posterior gave it"))
+            elif parameter._version != versions.get(name, parameter._version):
+                faults.append((name, "its values were changed; each draw writes them anew"))
+        if faults:
+            raise _changed([name for name, _ in faults], faults[0][1])
+        self.leave()  # a layer without weights was put in or taken out
+
+    def check_trainable(self) -> None:
+        """Raise `ConfigError` where weights were frozen after the posterior was made. Local; some microseconds."""
+        if not all([p.requires_grad for p in self._parameters.values()]):
+            frozen = [name for name, p in self._parameters.items() if not p.requires_grad]
+            raise _changed(frozen, "it was frozen after the posterior was made: its noise would train on")
+
+    @contextlib.contextmanager
+    def drawing(self) -> Iterator[None]:
+        """Write weights: layers that derive something from them in evaluation mode do it anew. Local.
+
+        As timm's LeViT, which keeps a table of attention biases until ``train`` is called.
+        """
+        torch.clear_autocast_cache()  # the casts of the former weights
+        if self._attributes is not None:
+            self._attributes.put_back()
+        derived = [layer for layer in self._deriving if not layer.training]
+        if not derived:
+            yield
+            return
+        modes = _modes(self.module)
+        for layer in derived:
+            layer.train(True)
+        yield
+        for layer in derived:
+            layer.train(False)
+        _set_modes(modes)
+
+    # --- calls --------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def running(self, sum_over_data: SumOverData = of_one_rank) -> Iterator[None]:
+        """Intercept what the module calls, in its forward and backward passes. Local."""
+        former, self.batch_norms.sum_over_data = self.batch_norms.sum_over_data, sum_over_data
+        try:
+            with self.interception.active():
+                yield
+        finally:
+            self.batch_norms.sum_over_data = former
+
+    def __call__(self, x: Tensor, autocast_dtype: torch.dtype | None = None) -> Tensor:
+        """Return the outputs of the sample drawn last. In training with BatchNorm collective as `running` says."""
+        with self.interception.active(), _casting(x.device.type, autocast_dtype):
+            return self.module(x.clone() if self._changes_input else x)
+
+    def batched(
+        self,
+        layouts: Sequence[FlatLayout],
+        leaves: Sequence[Tensor],
+        x: Tensor,
+        is_shared: bool,
+        autocast_dtype=None,
+    ) -> Tensor:
+        """Return the outputs [c, B, ...] of c samples at once, by ``torch.vmap``. Local.
+
+        Parameters
+        ----------
+        layouts, leaves : sequence
+            Layouts of the random weights, and their values [c, P_i].
+        x : Tensor
+            [B, ...] inputs of all samples where ``is_shared``, otherwise [c, B, ...].
+        """
+
+        def forward(flats: tuple[Tensor, ...], inputs: Tensor) -> Tensor:
+            weights = {}
+            for layout, flat in zip(layouts, flats):
+                weights |= layout.views(flat)
+            return torch.func.functional_call(self.module, weights, (inputs,))
+
+        self.batch_norms.is_batched = self.dropout.is_batched = True
+        try:
+            with self.interception.active(), _casting(x.device.type, autocast_dtype):
+                x = x.clone() if self._changes_input else x
+                return torch.vmap(forward, (0, None if is_shared else 0))(tuple(leaves), x)
+        finally:
+            self.batch_norms.is_batched = self.dropout.is_batched = False
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Put the module into evaluation mode, without gradients, and then each layer back into its own. Local."""
+        with eval_mode(self.module), torch.no_grad(), self.interception.active():
+            self.batch_norms.is_evaluating = True
+            if self._changes_attributes:
+                self._attributes = Traces(self.module, drawn=self._drawn_parameters())
+            try:
+                yield
+            finally:
+                self.batch_norms.is_evaluating = False
+                if self._attributes is not None:
+                    self._attributes.put_back()
+                self._attributes = None
+
+    def traces(self) -> Traces:
+        """Return what a pass may change, as it is now, with all global generators. Local."""
+        device = next(iter(self._parameters.values())).device
+        return Traces(self.module, device, self._drawn_parameters())
+
+    def _drawn_parameters(self) -> list[nn.Parameter]:
+        return [self._parameters[name] for name in self._drawn]
+
+    # --- looks --------------------------------------------------------------------------------------
+
+    def needs_look(self) -> bool:
+        """Whether nobody has looked at the module in the mode that it is in."""
+        return self.module.training not in self.looked_at
+
+    def look(
+        self,
+        x: Tensor,
+        draw: Callable[[int], None],
+        samples: Sequence[int],
+        autocast_dtype: torch.dtype | None = None,
+    ) -> Look:
+        """See how the module treats inputs like x, with up to four passes that leave no trace. Local.
+
+        Parameters
+        ----------
+        x : Tensor
+            [B, ...] inputs, B > 0.
+        draw : callable
+            Puts the weights of a global sample into the module.
+        samples : sequence of int
+            One or two of them; the outputs of two must differ where their weights do.
+
+        Raises
+        ------
+        ConfigError
+            The module is not what a posterior can train: a layer whose statistics or masks cannot be intercepted, or
+            weights that do not reach the outputs.
+        """
+        norms, dropout = self.batch_norms, self.dropout
+        sum_over_data, norms.sum_over_data = norms.sum_over_data, of_one_rank  # a look: no collective
+        before = self.traces()
+        self.looked_at.add(self.module.training)
+
+        def one(
+            sample: int, inputs: Tensor, scale: float = 1.0
+        ) -> tuple[Tensor, dict[str, list[str]], Shapes]:
+            dropout.shapes = {}
+            try:
+                draw(sample)
+                if scale != 1:
+                    torch._foreach_mul_([p.detach() for p in self._drawn_parameters()], scale)
+                outputs = self(inputs, autocast_dtype)
+                return _first_tensor(outputs), before.put_back(), dropout.shapes
+            finally:
+                before.put_back()
+                dropout.shapes = None
+
+        try:
+            with torch.no_grad(), self.interception.active(with_mode=True):
+                norms.begin()
+                ran, inputs = self._subclasses_that_run(), x.clone()
+                with ran as ran_layers:
+                    outputs, changed, shapes = one(samples[0], inputs)
+                self._refuse_what_is_not_intercepted(ran_layers, changed, shapes)
+                self.interception.needs_mode = self.interception.num_by_mode > 0
+                self._changes_input |= not _alike(inputs, x, 0.0)
+                self._changes_attributes |= not self.module.training and bool(
+                    changed["attribute"] + changed["buffer"]
+                )
+                again, _, _ = one(samples[0], x.clone())
+                if self._drawn and len(samples) > 1 and outputs is not None and outputs.isfinite().all():
+                    self._check_that_weights_matter(one, x, outputs, samples[1])
+                if shapes:
+                    with contextlib.suppress(Exception):  # some modules want all of their examples
+                        part = x[: len(x) // 2] if len(x) > 1 else torch.cat([x, x])
+                        dropout.learn_batch_dims(shapes, one(samples[0], part)[2])
+        finally:
+            before.put_back()
+            norms.sum_over_data = sum_over_data
+            self._left = (self._left[0], self._likeness()[1], *self._left[2:])  # the versions are ours
+        is_repeatable = outputs is None or _alike(outputs, again, 1e-3 if x.device.type != "cpu" else 1e-6)
+        return Look(type(self.module).__name__, changed["generator"], is_repeatable, changed["buffer"])
+
+    @contextlib.contextmanager
+    def _subclasses_that_run(self) -> Iterator[list[nn.Module]]:
+        """Give a list of those BatchNorm layers that run with a forward of their own."""
+        ran: list[nn.Module] = []
+        handles = [
+            layer.register_forward_hook(lambda layer, *_: ran.append(layer))
+            for layer in self._layers
+            if isinstance(layer, _BatchNorm) and type(layer).forward is not _BatchNorm.forward
+        ]
+        try:
+            yield ran
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _refuse_what_is_not_intercepted(self, ran, changed: dict[str, list[str]], shapes: Shapes) -> None:
+        names = {layer: name for name, layer in self.module.named_modules()}
+        managed = {f"{names[layer]}." if names[layer] else "" for layer in self.batch_norms.layers}
+        moved = {
+            name.removesuffix("running_mean") for name in changed["buffer"] if name.endswith("running_mean")
+        }
+        faults = []
+        for layer in ran:
+            if layer.training and not self.batch_norms.has_run(layer):
+                moved.add(f"{names[layer]}.")
+        for prefix in sorted(moved):
+            layer = self.module.get_submodule(prefix.rstrip("."))
+            if (prefix in managed and not self.batch_norms.has_run(layer)) or isinstance(layer, _BatchNorm):
+                what = "its statistics of the batch are made elsewhere than in torch.nn.functional.batch_norm"
+                remedy = (
+                    "Call that function, use torch's BatchNorm or GroupNorm, or freeze the layer with eval()"
+                )
+                faults.append(Fault("--model", f"{prefix}{type(layer).__name__}", what, remedy))
+        if changed["generator"]:
+            for layer in self.dropout.unkeyed_layers(shapes):
+                what = f"its masks come from {' and '.join(changed['generator'])}, not from torch.nn.functional.dropout"
+                remedy = "Call that function, or use nn.Dropout: then they are keyed by the sample"
+                faults.append(Fault("--model", f"{names[layer]} ({type(layer).__name__})", what, remedy))
+        if faults:
+            raise ConfigError(*faults)
+
+    def _check_that_weights_matter(self, one, x: Tensor, outputs: Tensor, other: int) -> None:
+        """Raise `ConfigError` where the outputs of two samples are equal, and those of far away weights, too."""
+        if not torch.equal(outputs, one(other, x.clone())[0]):
+            return
+        noise = (
+            torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+            if x.is_floating_point()
+            else x
+        )
+        kept = {name: p.detach().clone() for name, p in self._parameters.items()}
+        try:  # a last layer of zeros, for example, hides the others: move all weights, and try other inputs
+            for number, name in enumerate(kept):
+                if name not in self._drawn:
+                    self._parameters[name].detach().add_(0.1 + 0.01 * number)
+            for inputs in (x, noise):
+                near, far = (one(other, inputs.clone(), scale)[0] for scale in (1.0, 1.5))
+                if not torch.equal(near, far):
+                    return
+        finally:
+            for name, former in kept.items():
+                self._parameters[name].detach().copy_(former)
+        rule = (
+            f"the outputs do not depend on its {len(self._drawn)} random weights: all samples would be equal"
+        )
+        remedy = (
+            "Its forward must read its own parameters: look for copies, caches and weights held elsewhere"
+        )
+        raise ConfigError(Fault("--model", type(self.module).__name__, rule, remedy))
+
+
+def _changed(names: Sequence[str], rule: str) -> ConfigError:
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
+    remedy = "Load, edit, freeze and convert the network first, and make the posterior then"
+    return ConfigError(Fault("--model", shown, rule, remedy))
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a look at a module has found."""
+
+    name: str
+    """Class of the module."""
+    generators: Sequence[str]
+    """Global generators of random numbers that its forward pass draws from."""
+    is_repeatable: bool
+    """Whether two passes with the same sample gave the same outputs."""
+    buffers: Sequence[str]
+    """Buffers that its forward pass changes by itself."""
+
+    def warnings(self, world_size: int) -> list[str]:
+        """Return what a user should know, on so many ranks."""
+        found = []
+        if self.generators or not self.is_repeatable:
+            source = " and ".join(self.generators) or "generators of its own: two passes of one sample differ"
+            found.append(
+                f"the forward pass of {self.name} draws from {source}; these numbers are not keyed by the sample, and "
+                "the result depends on the process grid. Use nn.Dropout or torch.nn.functional.dropout"
+            )
+        if self.buffers and world_size > 1:
+            names = ", ".join(self.buffers[:5]) + (" and more" if self.buffers[5:] else "")
+            found.append(
+                f"the forward pass of {self.name} changes the buffers {names}, once for each sample and rank: they, and "
+                "what depends on them, differ by the process grid"
+            )
+        return found
+
+
+@contextlib.contextmanager
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Put a module into evaluation mode, and each of its layers back into the mode that it had. Local."""
+    modes = _modes(module)
+    module.eval()
+    try:
+        yield
+    finally:
+        _set_modes(modes)
+
+
+def _modes(module: nn.Module) -> list[tuple[nn.Module, bool]]:
+    return [(layer, layer.training) for layer in module.modules()]
+
+
+def _set_modes(modes: list[tuple[nn.Module, bool]]) -> None:
+    for layer, training in modes:  # parents first
+        if layer.training != training and _has_own_modes(type(layer)):
+            layer.train(training)
+    for layer, training in modes:
+        layer.training = training
+
+
+@functools.cache
+def _has_own_modes(kind: type[nn.Module]) -> bool:
+    return kind.train is not nn.Module.train or kind.eval is not nn.Module.eval
+
+
+def addresses(tensors: Iterable[Tensor]) -> list[int | None]:
+    """Return where tensors begin in memory; None for those that have none, with which `hpc-bnn plan` rehearses. Local."""
+    return [None if isinstance(tensor, FakeTensor) else tensor.data_ptr() for tensor in tensors]
+
+
+def _casting(device_type: str, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
+    """Run in a dtype, or in that of the user's autocast, without its cache of casts.
+
+    The cache knows weights by their identity, which all samples share: it would keep the first sample's.
+    """
+    if dtype is None and not torch.is_autocast_enabled(device_type):
+        return contextlib.nullcontext()
+    return torch.autocast(device_type, dtype or torch.get_autocast_dtype(device_type), cache_enabled=False)
+
+
+def _first_tensor(outputs: object) -> Tensor | None:
+    return outputs.detach().clone() if isinstance(outputs, Tensor) else None
+
+
+def _alike(a: Tensor | None, b: Tensor | None, tolerance: float) -> bool:
+    """Whether two tensors are equal up to a part of their norm; NaN is like NaN."""
+    if a is None or b is None or a.shape != b.shape:
+        return a is b
+    if torch.equal(a, b):
+        return True
+    a, b = (t.double().nan_to_num() for t in (a, b))
+    return bool((a - b).norm() <= tolerance * b.norm())

@@ -1,0 +1,174 @@
+"""What a forward pass may change besides its outputs: to notice it, and to put it back."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable, Collection
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+_OF_EVERY_MODULE = frozenset(nn.Module().__dict__) - {"training"}
+
+Restore = Callable[[], tuple[object, bool]]
+"""Gives an object its former content back; returns it, and whether it had another."""
+
+
+class Traces:
+    """The state of a module, and of all global generators of random numbers, when this is made.
+
+    Buffers, weights that no draw writes anew, attributes of the layers (numbers, tensors, arrays, generators, and lists,
+    dictionaries and sets of them), and the mode of each layer.
+
+    Parameters
+    ----------
+    module : nn.Module
+        Whose state is kept.
+    device : torch.device, optional
+        Keep the state of all global generators as well, that of this device among them.
+    drawn : collection of nn.Parameter
+        Weights whose values need not be kept.
+    """
+
+    def __init__(
+        self, module: nn.Module, device: torch.device | None = None, drawn: Collection[nn.Parameter] = ()
+    ):
+        drawn, seen = {id(p) for p in drawn}, {}
+        self._registries = []  # (registry, prefix, what it held, kind)
+        for name, layer in module.named_modules():
+            prefix = f"{name}." if name else ""
+            weights = {key: p for key, p in layer._parameters.items() if p is not None and id(p) not in drawn}
+            attributes = {key: v for key, v in layer.__dict__.items() if key not in _OF_EVERY_MODULE}
+            for kind, registry, content in (
+                ("buffer", layer._buffers, layer._buffers),
+                ("weight", layer._parameters, weights),
+                ("attribute", layer.__dict__, attributes),
+            ):
+                held = {key: _keep(value, seen) for key, value in content.items()}
+                self._registries.append((kind, prefix, registry, held))
+        generators = _global_generators(device) if device is not None else []
+        self._generators = [(name, get, put, get()) for name, get, put in generators]
+
+    def put_back(self) -> dict[str, list[str]]:
+        """Put everything back. Local.
+
+        Returns
+        -------
+        dict of str to list of str
+            Names of what had changed: under "buffer", "weight" and "attribute" of the module, and under "generator".
+        """
+        changed: dict[str, list[str]] = {"buffer": [], "weight": [], "attribute": [], "generator": []}
+        for kind, prefix, registry, held in self._registries:
+            if kind == "attribute":
+                for key in registry.keys() - held.keys() - _OF_EVERY_MODULE:
+                    del registry[key]
+                    changed[kind].append(prefix + key)
+            for key, restore in held.items():
+                value, is_other = restore()
+                if is_other or registry.get(key) is not value:
+                    changed[kind].append(prefix + key)
+                    registry[key] = value
+        for name, get, put, state in self._generators:
+            if not _same(get(), state):
+                changed["generator"].append(name)
+                put(state)
+        return changed
+
+
+def _keep(value: object, seen: dict[int, Restore]) -> Restore:
+    """Return what gives an object its content of now back."""
+    if id(value) in seen:  # shared, or within itself
+        return lambda: (value, False)
+    seen[id(value)] = restore = lambda: (value, False)
+    if isinstance(value, Tensor):
+        if value.layout != torch.strided:
+            return restore
+        restore = _keeping(value, value.detach().clone(), lambda v: v.detach(), _write)
+    elif isinstance(value, np.ndarray):
+        restore = _keeping(value, value.copy(), lambda v: v, lambda v, former: np.copyto(v, former))
+    elif isinstance(value, random.Random):
+        restore = _keeping(value, value.getstate(), lambda v: v.getstate(), lambda v, s: v.setstate(s))
+    elif isinstance(value, (torch.Generator, np.random.RandomState)):
+        restore = _keeping(value, value.get_state(), lambda v: v.get_state(), lambda v, s: v.set_state(s))
+    elif isinstance(value, np.random.Generator):
+        restore = _keeping(value, value.bit_generator.state, lambda v: v.bit_generator.state, _set_state)
+    elif isinstance(value, dict):
+        restore = _keeping_items(value, list(value), [_keep(v, seen) for v in value.values()], _fill_dict)
+    elif isinstance(value, (list, deque)):
+        restore = _keeping_items(value, None, [_keep(v, seen) for v in value], _fill_list)
+    elif isinstance(value, set):
+        restore = _keeping(value, set(value), set, lambda v, former: (v.clear(), v.update(former)))
+    seen[id(value)] = restore
+    return restore
+
+
+def _keeping(value, former, get, put) -> Restore:
+    def restore():
+        if _same(get(value), former):
+            return value, False
+        put(value, former)
+        return value, True
+
+    return restore
+
+
+def _keeping_items(value, keys, items: list[Restore], fill) -> Restore:
+    def restore():
+        former, were_other = zip(*(item() for item in items)) if items else ((), ())
+        now = list(value.values()) if keys is not None else list(value)
+        is_other = len(now) != len(former) or any(a is not b for a, b in zip(now, former))
+        is_other |= keys is not None and list(value) != keys
+        if is_other:
+            fill(value, keys, former)
+        return value, is_other or any(were_other)
+
+    return restore
+
+
+@torch.no_grad()
+def _write(value: Tensor, former: Tensor) -> None:
+    value.detach().copy_(former)
+
+
+def _set_state(value: np.random.Generator, state) -> None:
+    value.bit_generator.state = state
+
+
+def _fill_dict(value: dict, keys, former) -> None:
+    value.clear()
+    value.update(zip(keys, former))
+
+
+def _fill_list(value, _, former) -> None:
+    value.clear()
+    value.extend(former)
+
+
+def _same(a: object, b: object) -> bool:
+    """Whether two states are the same, bit for bit; NaN is like NaN."""
+    if isinstance(a, Tensor):
+        if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
+            return False
+        return torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())
+    if isinstance(a, np.ndarray):
+        return a.shape == b.shape and a.tobytes() == b.tobytes()
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same(value, b[key]) for key, value in a.items())
+    if isinstance(a, tuple):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return a == b
+
+
+def _global_generators(device: torch.device) -> list[tuple[str, Callable, Callable]]:
+    found = [
+        ("torch's global generator", torch.get_rng_state, torch.set_rng_state),
+        ("NumPy's global generator", np.random.get_state, np.random.set_state),
+        ("Python's random", random.getstate, random.setstate),
+    ]
+    if device.type in ("cuda", "xpu"):
+        of = getattr(torch, device.type)
+        name = f"torch's global generator of {device}"
+        found.append((name, lambda: of.get_rng_state(device), lambda state: of.set_rng_state(state, device)))
+    return found
