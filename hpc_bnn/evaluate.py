@@ -136,14 +136,11 @@ def _member_outputs(
     mine = comm.grid.local_samples(num_samples)
     with posterior.evaluating():
         if posterior.network.needs_look() and len(x):
-            others = (mine or range(1))[:2] if not posterior.is_replicated else range(2)
-            look = posterior.network.look(
-                x[:batch_size], lambda sample: posterior.draw_(sample, keyed), others
-            )
+            some = range(2) if posterior.is_replicated else mine[:1]
+            look = posterior.network.look(x[:batch_size], lambda sample: posterior.draw_(sample, keyed), some)
             if comm.grid.rank == 0:
                 for warning in look.warnings(comm.grid.world_size):
                     logger.warning("%s", warning)
-    with posterior.evaluating():  # once more: the look may have seen what is to be put back
         for sample in mine or range(1):
             posterior.draw_(sample, keyed)
             outputs = torch.cat([posterior.network(part).double() for part in x.split(batch_size)])

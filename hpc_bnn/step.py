@@ -252,8 +252,9 @@ class VariationalStep:
             posterior.prepare_(x.of(samples[0]))
             self._is_prepared = True
         if network.needs_look():
-            others = (samples[0], (samples[0] + 1) % max(self.num_samples, 2))  # any sample can be drawn,
-            some = others if posterior.is_replicated else samples[:2]  # but for the members of other ranks
+            some = samples[:1]  # the members of an ensemble are alike or not by themselves
+            if posterior.is_replicated:
+                some = (samples[0], samples[0] + 1)  # any sample can be drawn on any rank
             posterior.begin()
             look = network.look(
                 x.of(samples[0]), lambda s: posterior.draw_(s, self._keyed), some, self.autocast_dtype
@@ -341,6 +342,7 @@ class VariationalStep:
         kl = self._prior_share, self.kl_weight(self.num_steps) / self.num_train_examples
 
         def use(samples: Sequence[int], statistic: Tensor, is_batch: bool) -> None:
+            before = dict(vars(coupling))
             gradient = share * coupling.gradient(samples, statistic.detach())
             is_last = samples[-1] == last
             with self.optimizer.overlapping() if is_last else contextlib.nullcontext():
@@ -349,6 +351,7 @@ class VariationalStep:
                 except Exception as error:
                     if not is_batch or (is_last and self.optimizer.overlaps):  # its sums have begun
                         raise
+                    coupling.__dict__ = before  # without what it has added up
                     raise _BackwardError from error
             accumulate = posterior.accumulate_chunk_ if is_batch else posterior.accumulate_
             accumulate(*kl)

@@ -112,7 +112,10 @@ class Posterior:
         self._random_parameters = [random[name] for name in self.random]
         self._point_parameters = [point[name] for name in self.point]
         self._named = {**random, **point}
-        self.network = Network(module, self._named, list(self.random))
+        drawn = (
+            self.random if self.is_replicated else self._named
+        )  # each draw ties an ensemble's weights to a member
+        self.network = Network(module, self._named, list(drawn))
         self.batch_norms, self.dropout = self.network.batch_norms, self.network.dropout
 
     def _allocate(self, **slots: Tensor) -> None:

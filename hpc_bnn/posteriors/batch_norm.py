@@ -58,7 +58,7 @@ class BatchNorms:
         self.sum_over_data: SumOverData = of_one_rank
         self.is_evaluating = self.is_batched = False
         self._numbers: dict[int, int] = {}  # of layers, by the identity of their running means
-        self._saved: list[Tensor] = []
+        self._counts: dict[nn.Module, Tensor] = {}  # 1 for a layer that counts its batches itself
         self.begin()
 
     @property
@@ -72,7 +72,7 @@ class BatchNorms:
 
     def begin(self) -> None:
         """Begin a step or a predictive. Local."""
-        self._saved = [counter.clone() for counter in self._counters()]
+        self._saved = {layer: counter.clone() for layer, counter in self._counters().items()}
         self._begin_pass()
 
     def begin_again(self) -> None:
@@ -82,6 +82,7 @@ class BatchNorms:
 
     def _begin_pass(self) -> None:
         self._num_samples = 0
+        self._callers: set[int | None] = set()
         self._uses = [0] * len(self.layers)
         self._samples = [0] * len(self.layers)
         self._last_sample = [0] * len(self.layers)
@@ -125,17 +126,18 @@ class BatchNorms:
             moved = [(layer.running_mean, layer.running_var), (part * factor).view(2, -1)]
             for running, mean in zip(*moved):
                 running.copy_(torch.where(ran, running.lerp(mean.to(running.dtype), momentum), running))
-            if isinstance(getattr(layer, "num_batches_tracked", None), Tensor):
-                layer.num_batches_tracked += ran
+            if layer in self._counts:
+                layer.num_batches_tracked += self._counts[layer] * ran
 
-    def _counters(self) -> list[Tensor]:
-        counters = (getattr(layer, "num_batches_tracked", None) for layer in self.layers)
-        return [counter for counter in counters if isinstance(counter, Tensor)]
+    def _counters(self) -> dict[nn.Module, Tensor]:
+        counters = {layer: getattr(layer, "num_batches_tracked", None) for layer in self.layers}
+        return {layer: counter for layer, counter in counters.items() if isinstance(counter, Tensor)}
 
     def _put_counters_back(self) -> None:
         """Undo what the layers' own forwards count: once per sample, and a step counts once."""
-        for counter, saved in zip(self._counters(), self._saved):
-            counter.copy_(saved)
+        for layer, counter in self._counters().items():
+            self._counts[layer] = (counter - self._saved[layer]).clamp(max=1)
+            counter.copy_(self._saved[layer])
 
     def handle(
         self,
@@ -151,6 +153,7 @@ class BatchNorms:
     ) -> Tensor:
         """Take the place of ``F.batch_norm``. Collective over the data group in training: two sums."""
         number = self._number_of(running_mean)
+        self._callers.add(number)
         if not training or (number is None and calling_layer(self._modules) is None):
             return original(input, running_mean, running_var, weight, bias, training, momentum, eps)
         if self.is_batched:
@@ -180,9 +183,9 @@ class BatchNorms:
             y = y + bias.view(form).to(y.dtype)
         return y
 
-    def has_run(self, layer: nn.Module) -> bool:
-        """Whether a layer has normalised by a batch since `begin`."""
-        return layer in self.layers and self._uses[self.layers.index(layer)] > 0
+    def has_called(self, layer: nn.Module) -> bool:
+        """Whether a layer has called ``F.batch_norm`` since `begin`, in either mode."""
+        return layer in self.layers and self.layers.index(layer) in self._callers
 
     def _number_of(self, running_mean: Tensor | None) -> int | None:
         """Return the number of the layer that keeps a running mean, which may have been replaced since."""

@@ -96,31 +96,27 @@ class Interception:
         return self.__dict__ | {"_is_active": False, "_is_in_mode": False, "_replacements": {}}
 
 
-def _original(name: str) -> Handler:
-    """Return the function of torch behind an active interception."""
-    return inspect.unwrap(getattr(functional, name))
-
-
 class _Mode(TorchFunctionMode):
     """Gives calls of the original functions to the handlers of an active interception."""
 
     def __init__(self, owner: Interception):
         super().__init__()
         self._owner = owner
-        self._names = {_original(name): name for name in owner._handlers}
+        # torch's functions report themselves by their global names: as what replaces them
+        self._names = {getattr(functional, name): name for name in owner._handlers}
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if function in _BUILT_IN:
             name, order = _BUILT_IN[function]
-            args, kwargs, function = order(*args, **kwargs), {}, _original(name)
+            args, kwargs = order(*args, **kwargs), {}
         elif (name := self._names.get(function)) is None:
             return function(*args, **kwargs)
         calls_of_original = []
 
         def original(*args, **kwargs):
             calls_of_original.append(True)
-            return function(*args, **kwargs)
+            return inspect.unwrap(getattr(functional, name))(*args, **kwargs)
 
         result = self._owner._handlers[name](original, *args, **kwargs)
         self._owner.num_by_mode += not calls_of_original

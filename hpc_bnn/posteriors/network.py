@@ -195,8 +195,7 @@ class Network:
         """Put the module into evaluation mode, without gradients, and then each layer back into its own. Local."""
         with eval_mode(self.module), torch.no_grad(), self.interception.active():
             self.batch_norms.is_evaluating = True
-            if self._changes_attributes:
-                self._attributes = Traces(self.module, drawn=self._drawn_parameters())
+            self._keep_attributes()
             try:
                 yield
             finally:
@@ -204,6 +203,10 @@ class Network:
                 if self._attributes is not None:
                     self._attributes.put_back()
                 self._attributes = None
+
+    def _keep_attributes(self) -> None:
+        if self._changes_attributes:
+            self._attributes = Traces(self.module, drawn=self._drawn_parameters())
 
     def traces(self) -> Traces:
         """Return what a pass may change, as it is now, with all global generators. Local."""
@@ -285,8 +288,14 @@ class Network:
             before.put_back()
             norms.sum_over_data = sum_over_data
             self._left = (self._left[0], self._likeness()[1], *self._left[2:])  # the versions are ours
+        if not self.module.training:
+            self._keep_attributes()
         is_repeatable = outputs is None or _alike(outputs, again, 1e-3 if x.device.type != "cpu" else 1e-6)
-        return Look(type(self.module).__name__, changed["generator"], is_repeatable, changed["buffer"])
+        counters = {
+            id(layer._buffers.get("num_batches_tracked")) for layer in norms.layers
+        }  # a step mends them
+        own = [name for name in changed["buffer"] if id(self.module.get_buffer(name)) not in counters]
+        return Look(type(self.module).__name__, changed["generator"], is_repeatable, own)
 
     @contextlib.contextmanager
     def _subclasses_that_run(self) -> Iterator[list[nn.Module]]:
@@ -305,22 +314,21 @@ class Network:
 
     def _refuse_what_is_not_intercepted(self, ran, changed: dict[str, list[str]], shapes: Shapes) -> None:
         names = {layer: name for name, layer in self.module.named_modules()}
-        managed = {f"{names[layer]}." if names[layer] else "" for layer in self.batch_norms.layers}
+        norms, faults = self.batch_norms, []
         moved = {
             name.removesuffix("running_mean") for name in changed["buffer"] if name.endswith("running_mean")
         }
-        faults = []
-        for layer in ran:
-            if layer.training and not self.batch_norms.has_run(layer):
-                moved.add(f"{names[layer]}.")
-        for prefix in sorted(moved):
-            layer = self.module.get_submodule(prefix.rstrip("."))
-            if (prefix in managed and not self.batch_norms.has_run(layer)) or isinstance(layer, _BatchNorm):
+        moved = [self.module.get_submodule(prefix.rstrip(".")) for prefix in moved]
+        candidates = [layer for layer in ran if layer.training] + [
+            layer for layer in moved if layer in norms.layers
+        ]
+        for layer in dict.fromkeys(candidates):
+            if not norms.has_called(layer):
                 what = "its statistics of the batch are made elsewhere than in torch.nn.functional.batch_norm"
                 remedy = (
                     "Call that function, use torch's BatchNorm or GroupNorm, or freeze the layer with eval()"
                 )
-                faults.append(Fault("--model", f"{prefix}{type(layer).__name__}", what, remedy))
+                faults.append(Fault("--model", f"{names[layer]} ({type(layer).__name__})", what, remedy))
         if changed["generator"]:
             for layer in self.dropout.unkeyed_layers(shapes):
                 what = f"its masks come from {' and '.join(changed['generator'])}, not from torch.nn.functional.dropout"

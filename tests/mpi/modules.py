@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from hpc_bnn.noise import Stream, keyed_generator, keyed_global_generator
 
@@ -167,7 +168,45 @@ class BranchOnData(nn.Module):
         return self.a(x) if self.a.bias.sum() > 0 else self.b(x)
 
 
+class NormAct(nn.BatchNorm1d):
+    """A norm with its activation, as timm's."""
+
+    def forward(self, x):
+        return F.relu(super().forward(x))
+
+
+class Mixed(nn.Module):
+    """Layers that are not torch's own, functional dropout, and a checkpointed block."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(64, 12), nn.Linear(12, 12), nn.Linear(12, NUM_CLASSES)
+        self.norm, self.other = NormAct(12), nn.BatchNorm1d(12)
+
+    def block(self, x):
+        return self.norm(F.dropout(self.b(x), 0.2, self.training))
+
+    def forward(self, x):
+        x = self.a(x.flatten(1))
+        x = checkpoint(self.block, x, use_reentrant=False)
+        return self.head(F.dropout(self.other(input=x), 0.2, self.training))
+
+
+class SequenceFirst(nn.Module):
+    """The default layout of torch's transformers: the batch is dim 1."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.2)
+        self.head = nn.Linear(8, NUM_CLASSES)
+
+    def forward(self, x):
+        return self.head(self.encoder(x.squeeze(1).transpose(0, 1)).mean(0))
+
+
 MODULES = {
+    "mixed": Mixed,
+    "sequence_first": SequenceFirst,
     "mlp": lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 24), nn.ReLU(), nn.Linear(24, NUM_CLASSES)),
     "lenet_batchnorm": LeNet,
     "resnet18": ResNet18,

@@ -81,7 +81,7 @@ def test_noise_per_example_does_not_depend_on_the_grid(comm, name, estimator, mo
     reference, expected = train(GridComm(Grid()), name, estimator)
     posterior, results = train(comm, name, estimator)
     assert_equal(posterior, reference, results, expected)
-    assert len(posterior._noisy._layers) >= 2
+    assert len(posterior._noisy.layers) >= 2
 
 
 def test_mc_dropout_trains_alike_on_every_grid(comm):

@@ -1,0 +1,802 @@
+"""Modules that are not made of torch's own layers, that change themselves, and that users change: right, or a clear error."""
+
+import copy
+import io
+import pickle
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.functional import batch_norm, dropout
+from torch.utils.checkpoint import checkpoint
+
+import hpc_bnn
+from hpc_bnn import Categorical, Grid, GridComm, VariationalStep, posteriors, predict_classes
+from hpc_bnn.errors import ConfigError
+
+COMM, CLASSES = GridComm(Grid()), Categorical(3)
+X = torch.randn(8, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+Y = torch.arange(8) % 3
+
+
+def make(net, family=posteriors.MeanFieldGaussian, num_samples=4, chunk_size=1, lr=0.0, **options):
+    posterior = family(net, **options)
+    return VariationalStep(
+        posterior, CLASSES, torch.optim.SGD(posterior.parameters(), lr=lr), COMM,
+        num_samples=num_samples, num_train_examples=10**9, chunk_size=chunk_size,
+    )  # fmt: skip
+
+
+def seeded(make_net):
+    torch.manual_seed(0)
+    return make_net().double()
+
+
+def mlp(*between, width=8):
+    return seeded(lambda: nn.Sequential(nn.Linear(6, width), *between, nn.Linear(width, 3)))
+
+
+def members(step, num_samples=5, x=X):
+    options = {"num_samples": num_samples, "keep_members": True}
+    return predict_classes(step.posterior, CLASSES, COMM, x, **options).members
+
+
+def loss_of_plain(net):
+    return F.cross_entropy(copy.deepcopy(net)(X.clone()), Y).item()
+
+
+# --- layers of other classes ---------------------------------------------------------------------------
+
+
+class NormAct(nn.BatchNorm1d):
+    """As timm's: the activation is in the layer."""
+
+    def forward(self, x):
+        return F.relu(super().forward(x))
+
+
+class CopiedNorm(nn.BatchNorm1d):
+    """As timm's BatchNormAct2d: a forward of its own around the function."""
+
+    def forward(self, x):
+        return F.silu(
+            F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training)
+        )
+
+
+class ForeignNorm(nn.Module):
+    """No subclass, and the function under a name of its own."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(width))
+        self.register_buffer("running_var", torch.ones(width))
+
+    def forward(self, x):
+        return batch_norm(x, self.running_mean, self.running_var, None, None, self.training, 0.2).tanh()
+
+
+class Keyword(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(input=x)
+
+
+NORMS = {
+    "activation": lambda: NormAct(8),
+    "own_forward": lambda: CopiedNorm(8),
+    "foreign": lambda: ForeignNorm(8),
+    "keyword": lambda: Keyword(nn.BatchNorm1d(8)),
+    "without_bias": lambda: _without_bias(nn.BatchNorm1d(8)),
+    "sync": lambda: nn.SyncBatchNorm(8),
+}
+
+
+def _without_bias(layer):
+    layer.register_parameter("bias", None)
+    return layer
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_a_norm_keeps_what_it_adds_and_its_statistics_are_those_of_torch(name):
+    net = mlp(NORMS[name]())
+    plain = copy.deepcopy(net)
+    expected = F.cross_entropy(plain(X), Y).item()  # moves its statistics
+    step = make(net, num_samples=2, init_std=1e-9)
+    assert step(X, Y, 8).data_term == pytest.approx(expected, abs=1e-7)
+    for key, value in plain.state_dict().items():
+        if "running" in key or "tracked" in key:
+            torch.testing.assert_close(net.state_dict()[key], value, rtol=1e-6, atol=1e-8)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            members(step)[:, 0], plain.eval()(X).softmax(-1), rtol=1e-6, atol=1e-7, check_stride=False
+        )
+
+
+class OwnStatistics(nn.BatchNorm1d):
+    def forward(self, x):
+        self.running_mean.lerp_(x.detach().mean(0), 0.1)
+        return (x - x.mean(0)) / x.std(0)
+
+
+class OwnNoise(nn.Dropout):
+    def forward(self, x):
+        return x * torch.empty_like(x).bernoulli_(1 - self.p) if self.training else x
+
+
+class OwnSync(nn.SyncBatchNorm):
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+class BatchOnly(nn.Module):
+    def forward(self, x):
+        return F.batch_norm(x, None, None, training=True)
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (
+            lambda: OwnStatistics(8),
+            r"1 \(OwnStatistics\): its statistics .* torch.nn.functional.batch_norm. Call that",
+        ),
+        (lambda: OwnNoise(0.5), r"1 \(OwnNoise\): its masks come from torch's global generator"),
+        (lambda: OwnSync(8), r"1 \(OwnSync\): it sums over all ranks by itself"),
+        (BatchOnly, "BatchOnly: it has no running statistics: a prediction would depend"),
+    ],
+)
+def test_what_cannot_be_intercepted_is_an_error_that_names_the_layer(layer, message):
+    with pytest.raises(ConfigError, match=message):
+        make(mlp(layer()))(X, Y, 8)
+
+
+def test_a_layer_that_normalises_by_the_batch_in_a_predictive_is_refused():
+    class Always(nn.BatchNorm1d):
+        def forward(self, x):
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, True)
+
+    step = make(mlp(Always(8)))
+    step(X, Y, 8)
+    with pytest.raises(ConfigError, match="Always: it normalises by the batch in evaluation mode"):
+        members(step)
+
+
+class Domains(nn.Module):
+    """Runs one of its two norms: by `which`, or by a weight of the sample."""
+
+    def __init__(self, which=0):
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.norms = nn.ModuleList(NormAct(8) for _ in range(2))
+        self.which = which
+
+    def forward(self, x):
+        which = int(self.first.bias[0] > 0) if self.which is None else self.which
+        return self.last(self.norms[which](self.first(x)))
+
+
+def test_a_norm_that_did_not_run_is_not_updated():
+    net = seeded(Domains)
+    step = make(net)
+    for _ in range(5):
+        step(X, Y, 8)
+    used, unused = net.norms
+    assert used.num_batches_tracked == 5 and not used.running_mean.eq(0).all()
+    assert unused.num_batches_tracked == 0
+    assert unused.running_mean.eq(0).all() and unused.running_var.eq(1).all()
+
+
+def test_a_norm_that_ran_for_some_samples_goes_to_their_mean():
+    net = seeded(lambda: Domains(None))
+    step = make(net, num_samples=6, init_std=1.0)
+    hidden = {0: [], 1: []}
+    hook = net.first.register_forward_hook(
+        lambda layer, _, out: hidden[int(layer.bias[0] > 0)].append(out.detach())
+    )
+    step(X, Y, 8)  # with a look
+    hidden[0].clear(), hidden[1].clear()
+    before = [norm.running_mean.clone() for norm in net.norms]
+    step(X, Y, 8)
+    hook.remove()
+    assert 0 < len(hidden[0]) < 6
+    for which, norm in enumerate(net.norms):
+        expected = before[which].lerp(torch.stack(hidden[which]).mean((0, 1)), 0.1)
+        torch.testing.assert_close(norm.running_mean, expected, rtol=1e-10, atol=1e-12)
+
+
+# --- dropout -------------------------------------------------------------------------------------------
+
+
+class Doubled(nn.Dropout):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Functional(nn.Module):
+    def forward(self, x):
+        first = F.dropout(x, 0.5, self.training)
+        second = F.dropout(x, 0.5, self.training)
+        return torch.cat([first, second], 1)
+
+
+class ByName(nn.Module):
+    def forward(self, x):
+        first = dropout(x, 0.5, self.training)
+        second = torch.dropout(x, 0.5, self.training)
+        return torch.cat([first, second], 1)
+
+
+@pytest.mark.parametrize("layer", [Functional, ByName])
+def test_functional_dropout_is_keyed_by_sample_and_call(layer, caplog):
+    net = mlp(layer(), nn.Linear(16, 8))
+    step = make(net)
+    seen = []
+    net[1].register_forward_hook(lambda *args: seen.append(args[2].detach().eq(0)))
+    step(X, Y, 8)
+    masks = seen[-4:]
+    assert all(torch.equal(mask, mask[:1].expand_as(mask)) for mask in masks)  # shared by the examples
+    assert len({tuple(mask[0].tolist()) for mask in masks}) == 4
+    assert not any(torch.equal(mask[0, :8], mask[0, 8:]) for mask in masks)  # two calls, two masks
+    assert 0.3 < torch.stack(masks).double().mean() < 0.7
+    first = make(mlp(layer(), nn.Linear(16, 8)))(X, Y, 8)
+    assert make(mlp(layer(), nn.Linear(16, 8)))(X, Y, 8) == first
+    assert "generator" not in caplog.text
+
+
+def test_a_dropout_subclass_keeps_what_it_adds():
+    net = mlp(Doubled(0.0))
+    assert make(net, init_std=1e-9)(X, Y, 8).data_term == pytest.approx(loss_of_plain(net), abs=1e-7)
+
+
+class Always(nn.Dropout):
+    def forward(self, x):
+        return F.dropout(x, self.p, True)
+
+
+def test_dropout_that_a_user_wrote_to_stay_on_in_evaluation_stays_on():
+    step = make(mlp(Always(0.5)), init_std=1e-9)
+    assert members(step).std(1).max() > 0.01
+    assert torch.equal(members(step), members(step))
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, checkpoints):
+        super().__init__()
+        self.block = nn.Sequential(nn.Linear(6, 8), NormAct(8), Functional(), nn.Dropout(0.3))
+        self.head, self.checkpoints = nn.Linear(16, 3), checkpoints
+
+    def forward(self, x):
+        y = checkpoint(self.block, x, use_reentrant=False) if self.checkpoints else self.block(x)
+        return self.head(y)
+
+
+def test_a_checkpointed_block_meets_the_same_masks_and_statistics():
+    steps = [make(seeded(lambda c=c: Checkpointed(c)), lr=0.1) for c in (False, True)]
+    results = [[step(X, Y, 8) for _ in range(3)] for step in steps]
+    assert results[0] == results[1]
+    for a, b in zip(*(step.posterior.state_dict().values() for step in steps)):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("num_examples", [8, 6, 1])  # 6: as many as there are numbers of an example
+def test_the_batch_is_found_where_the_sequence_comes_first(num_examples):
+    net = nn.Sequential(nn.TransformerEncoderLayer(6, 2, 8, dropout=0.5, batch_first=False)).double()
+    seen = []
+    net[0].dropout2.register_forward_hook(
+        lambda _, args, out: seen.append(out.detach().eq(0) | args[0].eq(0))
+    )
+
+    class SequenceFirst(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.head = net, nn.Linear(6, 3).double()
+
+        def forward(self, x):
+            tokens = torch.stack([x, x + 1, x - 1, x * 2])  # [4, B, 6]
+            return self.head(self.encoder(tokens).mean(0))
+
+    make(SequenceFirst(), num_samples=1)(X[:num_examples], Y[:num_examples], num_examples)
+    mask = seen[-1]
+    assert torch.equal(mask, mask[:, :1].expand_as(mask))
+    assert not torch.equal(mask, mask[:1].expand_as(mask))  # each token has its own
+
+
+# --- all samples equal ---------------------------------------------------------------------------------
+
+
+class Casting(nn.Module):
+    """A module with an autocast of its own inside."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.net(x).float()
+
+
+@pytest.mark.parametrize("inner", [False, True])
+@pytest.mark.parametrize("ours", [None, torch.bfloat16])
+@pytest.mark.parametrize("chunk_size", [1, 4])
+def test_samples_differ_under_a_users_autocast(inner, ours, chunk_size):
+    net = mlp(nn.Tanh()).float()
+    seen = []
+    net.register_forward_hook(lambda *args: seen.append(args[2].detach()) if chunk_size == 1 else None)
+    step = make(Casting(net) if inner else net, init_std=0.3, chunk_size=chunk_size)
+    step.autocast_dtype = ours
+    x, terms = X.float(), []
+    for outer in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=outer):
+            torch.manual_seed(0)
+            again = make(Casting(net) if inner else net, init_std=0.3, chunk_size=chunk_size, num_samples=4)
+            again.autocast_dtype = torch.bfloat16
+            terms.append(again(x, Y, 8).data_term)
+            if chunk_size == 1:
+                outputs = seen[-4:]
+                assert all(not torch.equal(a, b) for i, a in enumerate(outputs) for b in outputs[:i])
+            drawn = members(again, x=x)
+            assert (drawn.std(1) > 1e-3).any(1).all()
+    assert terms[0] == pytest.approx(terms[1], rel=0.05)
+
+
+def changed_by(edit):
+    net = mlp(nn.Tanh())
+    step = make(net)
+    step(X, Y, 8)
+    edit(net, step.posterior)
+    return step
+
+
+EDITS = {
+    "converted": (lambda net, _: net.float(), "0.weight.* converted or moved"),
+    "head_replaced": (
+        lambda net, _: net.__setitem__(2, nn.Linear(8, 3).double()),
+        "2.weight.* came into the network",
+    ),
+    "parameter_replaced": (
+        lambda net, _: setattr(net[0], "weight", nn.Parameter(net[0].weight.detach().clone())),
+        "0.weight.* came into",
+    ),
+    "data_replaced": (
+        lambda net, _: setattr(net[2].weight, "data", torch.zeros(3, 8).double()),
+        "2.weight: .*memory",
+    ),
+    "loaded": (lambda net, _: net.load_state_dict(mlp(nn.Tanh()).state_dict()), "values were changed"),
+    "initialised": (lambda net, _: nn.init.zeros_(net[0].weight), "0.weight: its values were changed"),
+    "parametrised": (lambda net, _: nn.utils.parametrizations.weight_norm(net[0]), "0.*original0"),
+    "wrapped_again": (lambda net, _: posteriors.MeanFieldGaussian(net), "memory"),
+    "slot_replaced": (lambda _, p: setattr(p.loc, "data", p.loc.data.clone()), "loc mean-field.*copy_"),
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_what_a_user_does_after_the_wrap_is_an_error_in_training_and_prediction(name):
+    edit, message = EDITS[name]
+    step = changed_by(edit)
+    before = step.posterior.flat.clone()
+    with pytest.raises(ConfigError, match=message):
+        step(X, Y, 8)
+    with pytest.raises(ConfigError, match=message):
+        members(step)
+    assert torch.equal(step.posterior.flat, before)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda net, _: net.__setitem__(1, nn.ReLU()),
+        lambda net, _: net[0].register_forward_hook(lambda *args: args[2] + 1),
+        lambda _, posterior: posterior.log_scale.detach().add_(1.0),
+        lambda _, posterior: posterior.load_state_dict(
+            make(mlp(nn.Tanh()), init_std=0.5).posterior.state_dict()
+        ),
+    ],
+)
+def test_what_can_be_followed_is_followed(edit):
+    plain, edited = changed_by(lambda *_: None), changed_by(edit)
+    assert edited(X, Y, 8).nelbo != plain(X, Y, 8).nelbo
+    assert not torch.equal(members(edited), members(plain))
+
+
+def test_weights_that_are_frozen_after_the_wrap_do_not_train_but_predict():
+    step = changed_by(lambda net, _: net[0].requires_grad_(False))
+    with pytest.raises(ConfigError, match=r"0\.weight, 0\.bias: it was frozen"):
+        step(X, Y, 8)
+    assert members(step).std(1).max() > 0
+
+
+FAMILIES = {
+    "mean_field": posteriors.MeanFieldGaussian,
+    "student_t": lambda net: posteriors.MeanFieldGaussian(net, prior=posteriors.StudentTPrior()),
+    "moped": lambda net: posteriors.MeanFieldGaussian(net, prior=posteriors.GaussianPrior(mean="initial")),
+    "local": lambda net: posteriors.MeanFieldGaussian(net, estimator="local"),
+    "flipout": lambda net: posteriors.MeanFieldGaussian(net, estimator="flipout"),
+    "antithetic": lambda net: posteriors.MeanFieldGaussian(net, antithetic=True),
+    "low_rank": lambda net: posteriors.LowRankGaussian(net, rank=2),
+    "mc_dropout": posteriors.MCDropout,
+    "deterministic": posteriors.DeterministicNetwork,
+    "ensemble": lambda net: posteriors.DeepEnsemble(lambda: copy.deepcopy(net), 4, range(4)),
+}
+
+
+def by_torch(posterior):
+    file = io.BytesIO()
+    torch.save(posterior, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda p: pickle.loads(pickle.dumps(p)), by_torch])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_copy_trains_and_predicts_as_the_original(family, way):
+    between = (
+        (nn.LayerNorm(8), nn.Dropout(0.3)) if family == "ensemble" else (nn.BatchNorm1d(8), nn.Dropout(0.3))
+    )
+    step = make(mlp(*between), FAMILIES[family], lr=0.1)
+    step(X, Y, 8), step(X, Y, 8)
+    twin = way(step.posterior)
+    assert twin.module is not step.posterior.module
+    other = make(None, lambda _: twin, lr=0.1)
+    other.num_steps = step.num_steps
+    for _ in range(2):
+        assert other(X, Y, 8) == step(X, Y, 8)
+    states = [p.state_dict() for p in (twin, step.posterior)]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], value) for name, value in states[1].items())
+    assert torch.equal(members(other, 4), members(step, 4))
+    before = twin.flat.clone()
+    step(X, Y, 8)
+    assert torch.equal(twin.flat, before)  # they share nothing
+
+
+def test_a_copy_of_the_module_alone_is_an_ordinary_network():
+    for estimator in ("reparameterisation", "flipout"):
+        step = make(mlp(nn.BatchNorm1d(8), nn.Dropout(0.5)), estimator=estimator)
+        step(X, Y, 8)
+        net = copy.deepcopy(step.posterior.use_mean_())
+        pickle.dumps(net)
+        assert not torch.equal(net(X), net(X))  # torch's own dropout
+        assert torch.equal(net.eval()(X), net(X))
+        torch.optim.SGD(net.parameters(), lr=0.1)
+        assert members(step).std(1).max() > 0
+
+
+class Deaf(nn.Module):
+    """Reads a copy of its weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+        self.held = [p.detach().double() for p in self.layer.parameters()]
+
+    def forward(self, x):
+        return F.linear(x, *self.held) + 0 * self.layer(x).detach()
+
+
+def test_weights_that_do_not_reach_the_outputs_are_an_error():
+    with pytest.raises(ConfigError, match="Deaf: the outputs do not depend on its 2 random weights"):
+        make(seeded(Deaf))(X, Y, 8)
+    with pytest.raises(ConfigError, match="Deaf: the outputs do not depend"):
+        members(make(seeded(Deaf)))
+
+
+def test_a_last_layer_of_zeros_or_tiny_scales_are_no_error():
+    net = mlp(nn.Tanh())
+    nn.init.zeros_(net[2].weight), nn.init.zeros_(net[2].bias)
+    step = make(net, deterministic=("2.*",), lr=0.1)
+    before = [p.detach().clone() for p in net[2].parameters()]
+    assert step(X, Y, 8).nelbo != step(X, Y, 8).nelbo
+    assert not any(torch.equal(a, b) for a, b in zip(before, net[2].parameters()))
+    make(mlp(nn.Tanh()).float(), init_std=1e-12)(X.float(), Y, 8)
+    make(mlp(nn.Tanh()), init_std=1e-3)(torch.zeros_like(X), Y, 8)
+
+
+# --- traces --------------------------------------------------------------------------------------------
+
+
+class Counting(nn.Module):
+    """Changes all that a forward can change."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+        self.register_buffer("count", torch.zeros(()))
+        self.register_buffer("replaced", torch.zeros(()))
+        self.number, self.list, self.table = 0, [], {"calls": [0]}
+        self.array, self.tensor = np.zeros(2), torch.zeros(2)
+
+    def forward(self, x):
+        self.count += 1
+        self.replaced = self.replaced + 1
+        self.number += 1
+        self.list.append(self.number)
+        self.table["calls"][0] += 1
+        self.array += 1
+        self.tensor += 1
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2, 4])
+def test_looks_and_chunks_that_fail_leave_no_trace(chunk_size, caplog):
+    net = seeded(Counting)
+    generators = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    step = make(net, num_samples=4, chunk_size=chunk_size)
+    step(X, Y, 8)
+    assert net.count == net.replaced == net.number == net.table["calls"][0] == 4
+    assert net.list == [1, 2, 3, 4] and net.array.tolist() == net.tensor.tolist() == [4, 4]
+    assert torch.equal(torch.get_rng_state(), generators[0])
+    assert np.array_equal(np.random.get_state()[1], generators[1]) and random.getstate() == generators[2]
+    if chunk_size > 1:
+        assert "its forward pass changes count, replaced" in caplog.text
+
+
+class InPlace(nn.Module):
+    def __init__(self, first):
+        super().__init__()
+        self.first, self.layer = first, nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.layer(self.first(x))
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4])
+@pytest.mark.parametrize(
+    "first", [lambda: nn.LeakyReLU(0.1, inplace=True), lambda: Minus(), lambda: Minus(True)]
+)
+def test_an_input_that_is_changed_in_place_is_copied(first, chunk_size):
+    net = seeded(lambda: InPlace(first()))
+    expected, x = loss_of_plain(net), X.clone()
+    step = make(net, init_std=1e-9, chunk_size=chunk_size)
+    drawn = members(step, x=x)
+    assert step(x, Y, 8).data_term == pytest.approx(expected, abs=1e-7)
+    assert drawn.std(1).max() < 1e-6 and torch.equal(x, X)
+
+
+class Minus(nn.Module):
+    def __init__(self, of_data=False):
+        super().__init__()
+        self.of_data = of_data
+
+    def forward(self, x):
+        if self.of_data:
+            x.data.sub_(0.5)  # unseen by the version of x
+        else:
+            x.view(-1).sub_(0.5)
+        return x
+
+
+class Table(nn.Module):
+    """As timm's LeViT, TinyViT, and one that never forgets: a table derived from weights in evaluation mode."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.weight, self.kind, self.table = nn.Parameter(torch.randn(6, 3)), kind, None
+        if kind == "buffer":
+            self.register_buffer("kept", None)
+
+    def train(self, mode=True):
+        super().train(mode)
+        if self.kind == "forgets_in_train" and mode:
+            self.table = None
+        if self.kind == "made_by_eval" and not mode:
+            self.table = self.weight.softmax(0)
+        return self
+
+    def forward(self, x):
+        if self.training:
+            return x @ self.weight.softmax(0)
+        name = "kept" if self.kind == "buffer" else "table"
+        if getattr(self, name) is None:
+            setattr(self, name, self.weight.softmax(0).detach())
+        return x @ getattr(self, name)
+
+
+@pytest.mark.parametrize("kind", ["forgets_in_train", "made_by_eval", "never_forgets", "buffer"])
+def test_a_table_derived_from_weights_is_made_anew_for_each_member(kind):
+    net = seeded(lambda: Table(kind))
+    step = make(net, init_std=0.5, lr=1.0)
+    drawn = members(step)
+    for k in range(5):
+        posterior = step.posterior
+        with posterior.evaluating():
+            posterior.draw_(
+                k, lambda s: hpc_bnn.noise.keyed_generator(0, hpc_bnn.noise.Stream.PREDICTION, 0, s)
+            )
+            expected = (X @ net.weight.softmax(0)).softmax(-1)
+        torch.testing.assert_close(drawn[:, k], expected, rtol=1e-12, atol=1e-14)
+    for _ in range(3):
+        step(X, Y, 8)
+    assert (members(step) - drawn).abs().max() > 1e-3 and net.training
+    if kind in ("forgets_in_train", "made_by_eval"):
+        mean = step.posterior.use_mean_().eval()
+        expected = X @ step.posterior.loc.detach().view(6, 3).softmax(0)
+        torch.testing.assert_close(mean(X).detach(), expected, rtol=1e-12, atol=1e-14)
+
+
+class Noisy(nn.Module):
+    def __init__(self, draw):
+        super().__init__()
+        self.layer, self.draw = nn.Linear(6, 3), draw
+        self.own, self.own_torch = np.random.default_rng(0), torch.Generator()
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.layer(x) * (1 + self.draw(self))
+
+
+SOURCES = {
+    "torch's global generator": lambda _: torch.rand(()),
+    "NumPy's global generator": lambda _: np.random.rand(),
+    "Python's random": lambda _: random.random(),
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_noise_of_every_global_generator_is_noticed(source, caplog):
+    step = make(seeded(lambda: Noisy(SOURCES[source])))
+    step(X, Y, 8), step(X, Y, 8)
+    assert caplog.text.count(source) == 1 and "not keyed" in caplog.text
+    members(step)
+    assert caplog.text.count(source) == 2  # in the predictive as well
+
+
+def test_noise_from_nowhere_is_noticed(caplog):
+    import secrets
+
+    make(seeded(lambda: Noisy(lambda _: secrets.randbelow(1000) / 1000)))(X, Y, 8)
+    assert "two passes of one sample differ" in caplog.text
+
+
+# --- batches that fail ---------------------------------------------------------------------------------
+
+
+class Fails(torch.autograd.Function):
+    """Fails in its backward pass where it sees a batch of samples."""
+
+    generate_vmap_rule = False
+    error = RuntimeError("LSE is not correctly aligned")
+
+    @staticmethod
+    def forward(x):
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.is_batched = False
+
+    @staticmethod
+    def vmap(info, in_dims, x):
+        return FailsInBackward.apply(x), in_dims[0]
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+class FailsInBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        if isinstance(Fails.error, str):
+            raise torch.OutOfMemoryError(Fails.error)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise Fails.error
+
+
+@pytest.mark.parametrize("objective", [None, hpc_bnn.LogPredictive()])
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("LSE is not aligned"),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        "in the forward pass",
+        KeyError("x"),
+    ],
+)
+def test_a_batch_that_fails_in_either_pass_or_in_memory_walks(error, objective, caplog, monkeypatch):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = mlp(nn.Tanh())
+
+        def forward(self, x):
+            return Fails.apply(self.net(x))
+
+    monkeypatch.setattr(Fails, "error", error)
+    results = []
+    for chunk_size in (1, 4):
+        posterior = posteriors.MeanFieldGaussian(Net())
+        step = VariationalStep(
+            posterior, CLASSES, torch.optim.SGD(posterior.parameters(), lr=0.1), COMM, num_samples=4,
+            num_train_examples=100, chunk_size=chunk_size, objective=objective,
+        )  # fmt: skip
+        results.append([step(X, Y, 8) for _ in range(2)])
+    for a, b in zip(*results):
+        assert a.nelbo == pytest.approx(b.nelbo, rel=1e-12)
+    assert caplog.text.count("samples are evaluated one after another") == 1
+
+
+def test_a_batch_that_fails_later_is_folded_in_once(monkeypatch):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = mlp(nn.Tanh())
+
+        def forward(self, x):
+            return Fails.apply(self.net(x)) if len(x) > 4 else self.net(x)
+
+    monkeypatch.setattr(Fails, "error", RuntimeError("later"))
+    walking, batched = (make(Net(), chunk_size=c, lr=0.1) for c in (1, 2))
+    for x, y in ((X[:4], Y[:4]), (X, Y), (X, Y)):
+        assert walking(x, y, len(x)).nelbo == pytest.approx(batched(x, y, len(x)).nelbo, rel=1e-12)
+
+
+# --- optimizers and contexts ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["mean_field", "low_rank", "mc_dropout", "ensemble"])
+def test_weight_decay_on_weights_with_a_prior_is_an_error(family):
+    posterior = FAMILIES[family](mlp(nn.LayerNorm(8), nn.Dropout(0.3)))
+    options = {"num_samples": 4, "num_train_examples": 100}
+    for optimizer in (
+        torch.optim.AdamW(posterior.parameters()),  # its default is 0.01
+        torch.optim.SGD(posterior.weight_parameters(), lr=0.1, weight_decay=1e-4),
+    ):
+        with pytest.raises(ConfigError, match=r"weight_decay 0\.0.*prior.*Set weight_decay to 0.*prior_std"):
+            VariationalStep(posterior, CLASSES, optimizer, COMM, **options)
+    step = VariationalStep(
+        posterior, CLASSES, torch.optim.AdamW(posterior.parameters(), weight_decay=0.0), COMM, **options
+    )
+    step(X, Y, 8)
+    step.optimizer.optimizer.param_groups[0]["weight_decay"] = 0.1  # later
+    with pytest.raises(ConfigError, match="weight_decay"):
+        step(X, Y, 8)
+
+
+def test_weights_without_a_prior_may_decay():
+    posterior = posteriors.MeanFieldGaussian(mlp(nn.LayerNorm(8)))
+    groups = [
+        {"params": [posterior.loc, posterior.log_scale], "weight_decay": 0.0},
+        {"params": [posterior.points], "weight_decay": 0.1},
+    ]
+    options = {"num_samples": 2, "num_train_examples": 100}
+    VariationalStep(posterior, CLASSES, torch.optim.AdamW(groups), COMM, **options)(X, Y, 8)
+    plain = posteriors.DeterministicNetwork(mlp())
+    VariationalStep(plain, CLASSES, torch.optim.AdamW(plain.parameters()), COMM, **options)(X, Y, 8)
+
+
+@pytest.mark.parametrize(
+    ("make_optimizer", "message"),
+    [
+        (lambda p: torch.optim.Adam(p.module.parameters()), "updates 4 parameters of the network itself"),
+        (lambda p: torch.optim.Adam([nn.Parameter(torch.zeros(1))]), "none of the posterior's parameters"),
+        (lambda p: torch.optim.Adam(p.parameters(), maximize=True), "minimised"),
+    ],
+)
+def test_an_optimizer_that_cannot_train_the_posterior_is_an_error(make_optimizer, message):
+    posterior = posteriors.MeanFieldGaussian(mlp())
+    with pytest.raises(ConfigError, match=message):
+        VariationalStep(
+            posterior, CLASSES, make_optimizer(posterior), COMM, num_samples=2, num_train_examples=10
+        )
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_a_step_without_gradients_says_what_to_do(context):
+    step = make(mlp())
+    with context(), pytest.raises(ConfigError, match=rf"Call it outside of torch\.{context.__name__}\(\)"):
+        step(X, Y, 8)
+    step(X, Y, 8)
+    with torch.inference_mode(), pytest.raises(ConfigError, match="can never be trained"):
+        make(mlp())
