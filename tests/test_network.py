@@ -267,9 +267,9 @@ def test_dropout_that_a_user_wrote_to_stay_on_in_evaluation_stays_on():
 
 
 class Checkpointed(nn.Module):
-    def __init__(self, checkpoints):
+    def __init__(self, checkpoints, functions):
         super().__init__()
-        self.block = nn.Sequential(nn.Linear(6, 8), NormAct(8), Functional(), nn.Dropout(0.3))
+        self.block = nn.Sequential(nn.Linear(6, 8), NormAct(8), functions(), nn.Dropout(0.3))
         self.head, self.checkpoints = nn.Linear(16, 3), checkpoints
 
     def forward(self, x):
@@ -277,8 +277,9 @@ class Checkpointed(nn.Module):
         return self.head(y)
 
 
-def test_a_checkpointed_block_meets_the_same_masks_and_statistics():
-    steps = [make(seeded(lambda c=c: Checkpointed(c)), lr=0.1) for c in (False, True)]
+@pytest.mark.parametrize("functions", [Functional, ByName])
+def test_a_checkpointed_block_meets_the_same_masks_and_statistics(functions):
+    steps = [make(seeded(lambda c=c: Checkpointed(c, functions)), lr=0.1) for c in (False, True)]
     results = [[step(X, Y, 8) for _ in range(3)] for step in steps]
     assert results[0] == results[1]
     for a, b in zip(*(step.posterior.state_dict().values() for step in steps)):
@@ -404,6 +405,19 @@ def test_what_can_be_followed_is_followed(edit):
     plain, edited = changed_by(lambda *_: None), changed_by(edit)
     assert edited(X, Y, 8).nelbo != plain(X, Y, 8).nelbo
     assert not torch.equal(members(edited), members(plain))
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2])
+def test_layers_without_weights_may_come_and_go(chunk_size):
+    results = []
+    for is_early in (True, False):
+        net = nn.Sequential(*mlp(nn.Linear(8, 8)))
+        net.insert(0, nn.Flatten()) if is_early else None
+        step = make(net, chunk_size=chunk_size, lr=0.1)
+        net.insert(0, nn.Flatten()) if not is_early else None  # all names change
+        results.append([step(X, Y, 8).data_term for _ in range(3)])
+        assert members(step).std(1).max() > 0
+    assert results[0] == results[1]
 
 
 def test_weights_that_are_frozen_after_the_wrap_do_not_train_but_predict():

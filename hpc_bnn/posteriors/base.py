@@ -333,7 +333,7 @@ class Posterior:
             of each data group, 0 on the others.
         """
         self.batch_norms.write_statistics_(self._statistics, batch_norm_share)
-        self.network.leave()
+        self.network.leave_weights()
 
     @torch.no_grad()
     def attach_gradients_(self) -> None:
@@ -389,7 +389,7 @@ class Posterior:
         with self.network.evaluating():
             self.begin()
             yield
-            self.network.leave()
+            self.network.leave_weights()
 
     @torch.no_grad()
     def use_mean_(self) -> nn.Module:

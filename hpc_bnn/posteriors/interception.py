@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from types import BuiltinFunctionType, FunctionType
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 Handler = Callable[..., object]
-"""Takes the original function, then its arguments."""
+"""Takes the arguments of a function, and returns what it gives, or NotImplemented to leave the call to torch."""
 
 
 def _dropout(input, p, train):
@@ -32,95 +33,113 @@ _BUILT_IN = {torch.dropout: ("dropout", _dropout), torch.batch_norm: ("batch_nor
 class Interception:
     """Replaces functions of ``torch.nn.functional`` by their handlers, as a context.
 
-    Layers, subclasses of layers and functional calls all look the functions up there when they run, so that what a
-    subclass adds to a layer stays, and other operations of the network cost nothing more. Code that holds a function by
-    a name of its own (``from torch.nn.functional import dropout``) is seen by a TorchFunctionMode only. That one costs
-    some microseconds for *each* operation of the network: it is entered where a look has found such a call.
+    They are replaced in ``torch`` and in the Python modules of the network's layers, under whatever name they have there
+    (``F.dropout``, ``from torch.nn.functional import dropout``): layers, subclasses of layers and functional calls look
+    them up when they run. So what a subclass adds to a layer stays, no other operation costs more, and a checkpointed
+    block meets them again in whichever thread its backward pass runs. A TorchFunctionMode would cost some microseconds
+    for each operation, and is left in the backward pass: it only watches a look, for calls that come another way.
 
     Parameters
     ----------
     handlers : dict of str to callable
         By the names of the functions.
-
-    Attributes
-    ----------
-    needs_mode : bool
-        Whether to enter the mode.
-    num_by_mode : int
-        Calls that the mode alone has seen and a handler has changed.
     """
 
     def __init__(self, handlers: dict[str, Handler]):
-        self.needs_mode = False
-        self.num_by_mode = 0
         self._handlers = handlers
-        self._is_active = self._is_in_mode = False
-        self._replacements: dict[tuple, Handler] = {}
+        self._places: list[tuple[dict[str, Any], str, Callable]] = []  # (namespace, name there, function)
+        self._replacements: dict[tuple[Callable, bool], Callable] = {}
+        self._is_active = False
+
+    def find(self, layers: Iterable[nn.Module]) -> None:
+        """Find where the Python code of some layers has the functions. Local."""
+        classes = {kind for layer in layers for kind in type(layer).__mro__}
+        names = {kind.__module__ for kind in classes if not kind.__module__.startswith("torch.")}
+        namespaces = [vars(functional), vars(torch)]
+        namespaces += [vars(sys.modules[name]) for name in sorted(names) if name in sys.modules]
+        self._places = [
+            (namespace, name, value)
+            for namespace in namespaces
+            for name, value in namespace.items()
+            if isinstance(value, (FunctionType, BuiltinFunctionType)) and self._handler_of(value)
+        ]
+
+    def _handler_of(self, function: Callable) -> Handler | None:
+        if function in _BUILT_IN:
+            name, order = _BUILT_IN[function]
+            return lambda *args, **kwargs: self._handlers[name](*order(*args, **kwargs))
+        name = getattr(function, "__name__", None)
+        return self._handlers.get(name) if getattr(functional, name or "", None) is function else None
 
     @contextlib.contextmanager
-    def active(self, with_mode: bool | None = None) -> Iterator[None]:
+    def active(self) -> Iterator[None]:
         """Intercept, in this thread and in those of its backward passes. Local; contexts may be nested."""
-        with_mode = self.needs_mode if with_mode is None else with_mode
-        if self._is_active and (self._is_in_mode or not with_mode):
+        if self._is_active:
             yield
             return
-        former = {name: getattr(functional, name) for name in self._handlers}
-        before = self._is_active, self._is_in_mode
-        self._is_active, self._is_in_mode = True, with_mode
+        replacements = [self._replacement(function) for _, _, function in self._places]
+        self._is_active = True
         try:
-            if not before[0]:
-                for name, function in former.items():
-                    setattr(functional, name, self._replacement(name, function))
-            with _Mode(self) if with_mode else contextlib.nullcontext():
-                yield
+            for (namespace, name, _), replacement in zip(self._places, replacements):
+                namespace[name] = replacement
+            yield
         finally:
-            self._is_active, self._is_in_mode = before
-            for name, function in former.items():
-                setattr(functional, name, function)
+            self._is_active = False
+            for namespace, name, function in self._places:
+                namespace[name] = function
 
-    def _replacement(self, name: str, original: Handler) -> Handler:
-        """Return the same function for each call: a compiled module asks whether it is another one."""
-        is_compiling = "torch._dynamo" in sys.modules
-        key = name, original, is_compiling
+    def _replacement(self, function: Callable) -> Callable:
+        """Return the same function for each context: a compiled module asks whether it is another one."""
+        key = function, "torch._dynamo" in sys.modules
         if key not in self._replacements:
+            handler = self._handler_of(function)
 
-            @functools.wraps(original)
+            @functools.wraps(function)
             def replacement(*args, **kwargs):
-                return self._handlers[name](original, *args, **kwargs)
+                result = handler(*args, **kwargs)
+                return function(*args, **kwargs) if result is NotImplemented else result
 
             # What a handler counts cannot be part of a compiled graph
-            self._replacements[key] = torch.compiler.disable(replacement) if is_compiling else replacement
+            self._replacements[key] = torch.compiler.disable(replacement) if key[1] else replacement
         return self._replacements[key]
 
+    @contextlib.contextmanager
+    def watching(self, layers: Collection[nn.Module]) -> Iterator[list[nn.Module]]:
+        """Give a list of those of some layers that call a function in a way that is not intercepted. Local."""
+        unseen: list[nn.Module] = []
+        handlers = {function: self._handler_of(function) for _, _, function in self._places}
+        with self.active(), _Watch(handlers, layers, unseen):
+            yield unseen
+
     def __getstate__(self):
-        return self.__dict__ | {"_is_active": False, "_is_in_mode": False, "_replacements": {}}
+        return self.__dict__ | {"_is_active": False, "_places": [], "_replacements": {}}
 
 
-class _Mode(TorchFunctionMode):
-    """Gives calls of the original functions to the handlers of an active interception."""
+class _Watch(TorchFunctionMode):
+    """Sees every call of torch, the replaced functions apart."""
 
-    def __init__(self, owner: Interception):
+    def __init__(
+        self, handlers: dict[Callable, Handler], layers: Collection[nn.Module], unseen: list[nn.Module]
+    ):
         super().__init__()
-        self._owner = owner
         # torch's functions report themselves by their global names: as what replaces them
-        self._names = {getattr(functional, name): name for name in owner._handlers}
+        self._handlers = handlers | {_now(function): handler for function, handler in handlers.items()}
+        self._layers, self._unseen = layers, unseen
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if function in _BUILT_IN:
-            name, order = _BUILT_IN[function]
-            args, kwargs = order(*args, **kwargs), {}
-        elif (name := self._names.get(function)) is None:
-            return function(*args, **kwargs)
-        calls_of_original = []
+        if (handler := self._handlers.get(function)) is not None:
+            result = handler(*args, **kwargs)
+            if result is not NotImplemented:
+                self._unseen += [called[0] for called in [calling_layer(self._layers)] if called]
+                return result
+        return function(*args, **kwargs)
 
-        def original(*args, **kwargs):
-            calls_of_original.append(True)
-            return inspect.unwrap(getattr(functional, name))(*args, **kwargs)
 
-        result = self._owner._handlers[name](original, *args, **kwargs)
-        self._owner.num_by_mode += not calls_of_original
-        return result
+def _now(function: Callable) -> Callable:
+    """Return what stands in the place of a function of torch."""
+    home = torch if function in _BUILT_IN else functional
+    return getattr(home, function.__name__)
 
 
 def calling_layer(layers: Collection[nn.Module]) -> tuple[nn.Module, int] | None:

@@ -241,7 +241,7 @@ class MeanFieldGaussian(Posterior):
         module = super().use_mean_()
         with self.network.drawing():
             self._weights.copy_(self.loc)
-        self.network.leave()
+        self.network.leave_weights()
         return module
 
     def _check_(self) -> None:

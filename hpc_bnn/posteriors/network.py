@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import methodcaller
 
 import torch
 from torch import Tensor, nn
@@ -71,17 +73,25 @@ class Network:
         """Note what the module is like when it is left to the user; see `check`. Local."""
         self._layers = list(self.module.modules())
         self._deriving = [layer for layer in self._layers if _has_own_modes(type(layer))]
+        self.interception.find(self._layers)
+        self._registries = [d for layer in self._layers for d in (layer._modules, layer._parameters)]
+        self._members = self._ids()
+        names: dict[int, str] = {}
+        for name, parameter in self.module.named_parameters(remove_duplicate=False):
+            names.setdefault(id(parameter), name)
+        self._names = {name: names.get(id(p), name) for name, p in self._parameters.items()}
+        self.leave_weights()
+
+    def leave_weights(self) -> None:
+        """Note where the weights are after a step or a predictive, and how often they were written. Local."""
         self._left = self._likeness()
 
-    def _likeness(self) -> tuple[list, ...]:
-        """Return what no user may change between two steps: addresses and versions of weights; and the layers."""
-        parameters = self._parameters.values()
-        return (
-            addresses(parameters),
-            [self._parameters[name]._version for name in self._drawn],
-            [id(member) for layer in self._layers for member in layer._modules.values()],
-            [id(member) for layer in self._layers for member in layer._parameters.values()],
-        )
+    def _likeness(self) -> tuple[list[int], list[int]]:
+        return addresses(self._parameters.values()), [self._parameters[name]._version for name in self._drawn]
+
+    def _ids(self) -> list[int]:
+        """Return which layers and parameters stand where. Local; the layers are held, so that no identity comes twice."""
+        return list(map(id, itertools.chain.from_iterable(map(methodcaller("values"), self._registries))))
 
     def check(self) -> None:
         """Verify that the module still reads the weights that it was given. Local; some microseconds.
@@ -91,9 +101,10 @@ class Network:
         ConfigError
             Since the last step it was converted, moved, loaded or edited, or other weights were put in.
         """
-        if self._likeness() == self._left:
+        if self._likeness() == self._left and self._ids() == self._members:
             return
         now = dict(self.module.named_parameters(remove_duplicate=False))
+        present = {id(p) for p in now.values()}
         trainable = {id(p) for p in self._parameters.values()}
         faults = []
         for name, parameter in now.items():
@@ -102,7 +113,7 @@ class Network:
         versions = dict(zip(self._drawn, self._left[1]))
         for name, parameter in self._parameters.items():
             view = self._views[name]
-            if now.get(name) is not parameter:
+            if id(parameter) not in present:
                 faults.append((name, "it is no longer in the network"))
             elif (parameter.dtype, parameter.device) != (view.dtype, view.device):
                 faults.append((name, "it was converted or moved after the posterior was made"))
@@ -112,7 +123,7 @@ class Network:
                 faults.append((name, "its values were changed; each draw writes them anew"))
         if faults:
             raise _changed([name for name, _ in faults], faults[0][1])
-        self.leave()  # a layer without weights was put in or taken out
+        self.leave()  # a layer without weights was put in or taken out, and others may have other names
 
     def check_trainable(self) -> None:
         """Raise `ConfigError` where weights were frozen after the posterior was made. Local; some microseconds."""
@@ -179,7 +190,7 @@ class Network:
         def forward(flats: tuple[Tensor, ...], inputs: Tensor) -> Tensor:
             weights = {}
             for layout, flat in zip(layouts, flats):
-                weights |= layout.views(flat)
+                weights |= {self._names[name]: view for name, view in layout.views(flat).items()}
             return torch.func.functional_call(self.module, weights, (inputs,))
 
         self.batch_norms.is_batched = self.dropout.is_batched = True
@@ -266,13 +277,12 @@ class Network:
                 dropout.shapes = None
 
         try:
-            with torch.no_grad(), self.interception.active(with_mode=True):
+            with torch.no_grad(), self.interception.watching(set(self._layers)) as unseen:
                 norms.begin()
                 ran, inputs = self._subclasses_that_run(), x.clone()
                 with ran as ran_layers:
                     outputs, changed, shapes = one(samples[0], inputs)
-                self._refuse_what_is_not_intercepted(ran_layers, changed, shapes)
-                self.interception.needs_mode = self.interception.num_by_mode > 0
+                self._refuse_what_is_not_intercepted(unseen, ran_layers, changed, shapes)
                 self._changes_input |= not _alike(inputs, x, 0.0)
                 self._changes_attributes |= not self.module.training and bool(
                     changed["attribute"] + changed["buffer"]
@@ -287,7 +297,7 @@ class Network:
         finally:
             before.put_back()
             norms.sum_over_data = sum_over_data
-            self._left = (self._left[0], self._likeness()[1], *self._left[2:])  # the versions are ours
+            self._left = self._left[0], self._likeness()[1]  # the versions are ours
         if not self.module.training:
             self._keep_attributes()
         is_repeatable = outputs is None or _alike(outputs, again, 1e-3 if x.device.type != "cpu" else 1e-6)
@@ -312,9 +322,15 @@ class Network:
             for handle in handles:
                 handle.remove()
 
-    def _refuse_what_is_not_intercepted(self, ran, changed: dict[str, list[str]], shapes: Shapes) -> None:
+    def _refuse_what_is_not_intercepted(
+        self, unseen, ran, changed: dict[str, list[str]], shapes: Shapes
+    ) -> None:
         names = {layer: name for name, layer in self.module.named_modules()}
         norms, faults = self.batch_norms, []
+        for layer in dict.fromkeys(unseen):
+            what = "it keeps dropout or batch_norm of torch.nn.functional in a way in which it cannot be replaced"
+            remedy = "Call it as torch.nn.functional.dropout, or use the layer nn.Dropout (nn.BatchNorm2d)"
+            faults.append(Fault("--model", f"{names[layer]} ({type(layer).__name__})", what, remedy))
         moved = {
             name.removesuffix("running_mean") for name in changed["buffer"] if name.endswith("running_mean")
         }
@@ -432,9 +448,12 @@ def _has_own_modes(kind: type[nn.Module]) -> bool:
     return kind.train is not nn.Module.train or kind.eval is not nn.Module.eval
 
 
-def addresses(tensors: Iterable[Tensor]) -> list[int | None]:
-    """Return where tensors begin in memory; None for those that have none, with which `hpc-bnn plan` rehearses. Local."""
-    return [None if isinstance(tensor, FakeTensor) else tensor.data_ptr() for tensor in tensors]
+def addresses(tensors: Iterable[Tensor]) -> list[int]:
+    """Return where tensors begin in memory; nothing for those without, with which `hpc-bnn plan` rehearses. Local."""
+    tensors = list(tensors)
+    if tensors and isinstance(tensors[0], FakeTensor):
+        return []
+    return list(map(Tensor.data_ptr, tensors))
 
 
 def _casting(device_type: str, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
