@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -211,6 +212,13 @@ class VariationalStep:
             mine = range(0)  # nothing to evaluate, and nobody waits for this rank
         if len(x):
             self._prepare(x, y, samples)
+        if self.num_steps == 0 and comm.grid.rank == 0 and global_batch_size < comm.grid.data_size:
+            logger.warning(
+                "a batch of %d examples for %d data groups: the others have nothing to do. Use a larger "
+                "global_batch_size or sample_size",
+                global_batch_size,
+                comm.grid.data_size,
+            )
         if self.chunk_size == "auto":
             self.chunk_size = self._measure_chunk_size(x, y, mine)
         if len(x) and min(len(mine), self.chunk_size) > 1 and not self._has_tried_batch:
@@ -264,26 +272,44 @@ class VariationalStep:
                     logger.warning("%s", warning)
 
     def _try_batch(self, samples: Sequence[int], x: SharedView, y: Tensor) -> None:
-        """Fall back where a chunk of samples cannot be evaluated, or differentiated, or changes the module. Local."""
+        """Fall back where a chunk of samples fails, changes the module, or differs from a walk over them. Local."""
         self._has_tried_batch, problem = True, None
         before = self.posterior.network.traces()
-        self.posterior.begin()
         try:
-            statistic, _ = self._evaluate_batched(samples, x, y)
-            statistic.backward(torch.ones_like(statistic))
+            batched = self._gradients_of(samples, x, y, self._evaluate_batched)
         except HpcBnnError:
             raise
         except Exception as error:
             problem = error
-        finally:
-            statistic = None
-            self.posterior.forget_chunk_()
-            changed = before.put_back()
+        self.posterior.forget_chunk_()
+        changed = before.put_back()
         names = changed["buffer"] + changed["weight"] + changed["attribute"]
         if problem is None and names:
             problem = RuntimeError(f"its forward pass changes {', '.join(names[:5])}, once for each sample")
+        if problem is None:
+            walked = self._gradients_of(samples, x, y, self._evaluate_one)
+            before.put_back()
+            if (name := _first_difference(batched, walked, self._tolerance)) is not None:
+                problem = RuntimeError(f"a batch gives another gradient of {name} than a walk")
         if problem is not None:
             self._fall_back(problem)
+
+    def _gradients_of(self, samples: Sequence[int], x: SharedView, y: Tensor, evaluate) -> dict[str, Tensor]:
+        """Return the gradients of the sum of some samples' statistics, by the names of weights. Local."""
+        posterior = self.posterior
+        posterior.begin()
+        for chunk in [samples] if evaluate == self._evaluate_batched else [[sample] for sample in samples]:
+            statistic, is_batch = evaluate(chunk, x, y)
+            statistic.backward(torch.ones_like(statistic))
+            (posterior.accumulate_chunk_ if is_batch else posterior.accumulate_)()
+        return {name: gradient.clone() for name, gradient in posterior.named_gradients().items()}
+
+    @property
+    def _tolerance(self) -> float:
+        """Relative difference of gradients that rounding may make: TF32 and bfloat16 have 11 and 8 bits."""
+        if self.autocast_dtype is not None or torch.is_autocast_enabled(self.comm.device.type):
+            return 0.1
+        return {torch.float64: 1e-8}.get(self.posterior.dtype, 1e-2)
 
     # --- samples ------------------------------------------------------------------------------------
 
@@ -307,7 +333,7 @@ class VariationalStep:
             self._walk(mine, x, y, differentiate)
             return
         if len(mine) == 1 or (1 < len(mine) <= self.chunk_size and self._can_batch):
-            whole = self._try_chunk(mine, x, y) if len(mine) > 1 else self._evaluate_one(mine[0], x, y)
+            whole = self._try_chunk(mine, x, y) if len(mine) > 1 else self._evaluate_one(mine, x, y)
             if whole is not None:
                 coupling.see(mine, whole[0].detach())
                 coupling.combine(self.comm)
@@ -367,7 +393,7 @@ class VariationalStep:
             if whole is not None and self._try_use(use, chunk, whole):
                 continue
             for sample in chunk:
-                use([sample], *self._evaluate_one(sample, x, y))
+                use([sample], *self._evaluate_one([sample], x, y))
 
     def _try_chunk(self, chunk: Sequence[int], x: SharedView, y: Tensor) -> tuple[Tensor, bool] | None:
         """Return what `_evaluate_batched` does, or None from now on where the module cannot be batched."""
@@ -401,9 +427,9 @@ class VariationalStep:
         self._can_batch = False
         self.posterior.forget_chunk_()
 
-    def _evaluate_one(self, sample: int, x: SharedView, y: Tensor) -> tuple[Tensor, bool]:
-        """Return the statistic [1, B, ...] of a sample, and that it was not drawn in a batch."""
-        posterior = self.posterior
+    def _evaluate_one(self, samples: Sequence[int], x: SharedView, y: Tensor) -> tuple[Tensor, bool]:
+        """Return the statistic [1, B, ...] of one sample, and that it was not drawn in a batch."""
+        (sample,), posterior = samples, self.posterior
         posterior.draw_(sample, self._keyed)
         outputs = posterior.network(x.of(sample), self.autocast_dtype)
         return self.objective.statistic(self.likelihood, outputs.to(posterior.dtype), y)[None], False
@@ -453,16 +479,9 @@ class VariationalStep:
         return best
 
     def _seconds_per_sample(self, samples: Sequence[int], x: SharedView, y: Tensor) -> float:
-        posterior = self.posterior
-        posterior.begin()
         torch.cuda.synchronize(x.device)
         start = time.perf_counter()
-        if len(samples) == 1:
-            statistic, is_batch = self._evaluate_one(samples[0], x, y)
-        else:
-            statistic, is_batch = self._evaluate_batched(samples, x, y)
-        statistic.backward(torch.ones_like(statistic))
-        (posterior.accumulate_chunk_ if is_batch else posterior.accumulate_)()
+        self._gradients_of(samples, x, y, self._evaluate_batched if len(samples) > 1 else self._evaluate_one)
         torch.cuda.synchronize(x.device)
         return (time.perf_counter() - start) / len(samples)
 
@@ -473,3 +492,15 @@ class VariationalStep:
             f"step {self.num_steps}: the loss or a gradient is not finite on {', '.join(places)}. "
             "The parameters were not updated. Try a smaller learning rate or check the data"
         )
+
+
+def _first_difference(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float) -> str | None:
+    """Return the first name under which two gradients differ by more than a part of their norm."""
+    floor = 1e-3 * math.sqrt(sum(float(gradient.norm()) ** 2 for gradient in b.values()))
+    for name, gradient in b.items():
+        difference = float((a[name] - gradient).norm())
+        if difference > tolerance * max(
+            float(gradient.norm()), floor
+        ):  # NaN is no difference: the step will say it
+            return name
+    return None

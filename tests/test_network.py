@@ -741,6 +741,29 @@ def test_a_batch_that_fails_in_either_pass_or_in_memory_walks(error, objective, 
     assert caplog.text.count("samples are evaluated one after another") == 1
 
 
+class Listed(nn.Module):
+    """Holds a parameter in a plain list as well, where functional_call does not see it."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.layer = nn.Parameter(torch.randn(3, 6)), nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.layer(x @ self.list[0].T)
+
+
+def test_a_batch_that_gives_another_gradient_walks(caplog):
+    gradients = []
+    for chunk_size in (1, 2):
+        net = seeded(Listed)
+        net.list = [net.weight]
+        step = make(net, chunk_size=chunk_size)
+        step(X, Y, 8)
+        gradients.append(step.posterior.gradient.clone())
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=0)
+    assert "a batch gives another gradient of weight.loc than a walk" in caplog.text
+
+
 def test_a_batch_that_fails_later_is_folded_in_once(monkeypatch):
     class Net(nn.Module):
         def __init__(self):

@@ -195,6 +195,10 @@ class Posterior:
         yield from self._parameters.values()
         yield from self._weight_parameters.values()
 
+    def named_gradients(self) -> dict[str, Tensor]:
+        """Return views of the gradient buffer by the names that `state_dict` has. Local."""
+        return self._views(self._gradients)
+
     def has_prior(self, parameter: nn.Parameter) -> bool:
         """Return whether something that an optimizer updates belongs to weights that have a prior. Local."""
         if not self.has_random_weights:
@@ -341,7 +345,7 @@ class Posterior:
         for name, parameter in self._parameters.items():
             parameter.grad = self._gradients[name]
         if self._weight_parameters:
-            for name, gradient in self._views(self._gradients).items():
+            for name, gradient in self.named_gradients().items():
                 self._weight_parameters[name].grad = gradient
         if self.batch_norms.layers and self.module.training:
             self.batch_norms.update_running_(self._statistics)

@@ -35,15 +35,14 @@ class Traces:
     def __init__(
         self, module: nn.Module, device: torch.device | None = None, drawn: Collection[nn.Parameter] = ()
     ):
-        drawn, seen = {id(p) for p in drawn}, {}
+        seen: dict[int, Restore] = {id(p): lambda p=p: (p, False) for p in drawn}
         self._registries = []  # (registry, prefix, what it held, kind)
         for name, layer in module.named_modules():
             prefix = f"{name}." if name else ""
-            weights = {key: p for key, p in layer._parameters.items() if p is not None and id(p) not in drawn}
             attributes = {key: v for key, v in layer.__dict__.items() if key not in _OF_EVERY_MODULE}
             for kind, registry, content in (
                 ("buffer", layer._buffers, layer._buffers),
-                ("weight", layer._parameters, weights),
+                ("weight", layer._parameters, layer._parameters),
                 ("attribute", layer.__dict__, attributes),
             ):
                 held = {key: _keep(value, seen) for key, value in content.items()}
@@ -61,10 +60,9 @@ class Traces:
         """
         changed: dict[str, list[str]] = {"buffer": [], "weight": [], "attribute": [], "generator": []}
         for kind, prefix, registry, held in self._registries:
-            if kind == "attribute":
-                for key in registry.keys() - held.keys() - _OF_EVERY_MODULE:
-                    del registry[key]
-                    changed[kind].append(prefix + key)
+            for key in registry.keys() - held.keys() - _OF_EVERY_MODULE:
+                del registry[key]
+                changed[kind].append(prefix + key)
             for key, restore in held.items():
                 value, is_other = restore()
                 if is_other or registry.get(key) is not value:

@@ -101,9 +101,10 @@ class Noisy(nn.Module):
 
 def test_noise_of_the_generator_of_a_gpu_is_noticed_and_put_back(caplog):
     x, y = examples(6)
+    step = make(seeded(lambda: nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))))
     torch.cuda.manual_seed(5)
     before = torch.cuda.get_rng_state(DEVICE)
-    make(seeded(lambda: nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))))(x, y, 8)
+    step(x, y, 8)
     assert torch.equal(torch.cuda.get_rng_state(DEVICE), before) and not caplog.text
     make(seeded(Noisy))(x, y, 8)
     assert "torch's global generator of cuda:0" in caplog.text
