@@ -10,7 +10,8 @@ rank bit for bit, on larger grids (sample axis x data axis, under mpirun) to 1e-
 largest one of a number, as a share of the largest number; 0 means the same bits (the sign of a zero is a bit, too).
 The exit code is 1 when a case differs by more, or no longer runs. Cases that the former commit does not know are named.
 
-Sources of both versions are taken as they stand (git worktree for the commit); the environment is the same.
+Sources of both versions are taken as they stand (git worktree for the commit); the environment is the same. Source
+tools/activate.sh before, for mpirun.
 
 --store writes tests/frozen.json anew, from the working tree. Do it only when a change of the numbers is meant, and say
 in the commit which change that is.
@@ -39,6 +40,15 @@ STORED = REPOSITORY / "tests/frozen.json"
 BOUND = 1e-14  # on more than one rank
 
 
+def check_source(root: str) -> None:
+    """Raise `SystemExit` unless this process has the hpc_bnn of ROOT."""
+    import hpc_bnn
+
+    found = Path(hpc_bnn.__file__).resolve().parents[1]
+    if found != Path(root).resolve():
+        raise SystemExit(f"hpc_bnn comes from {found}, not from {root}")
+
+
 # --- in the processes that run the cases ----------------------------------------------------------------
 
 
@@ -50,9 +60,7 @@ def child(root: str, result: str, grid: str, backend: str, only: str) -> None:
     import hpc_bnn
     from hpc_bnn.errors import HpcBnnError
 
-    found = Path(hpc_bnn.__file__).resolve().parents[1]
-    if found != Path(root).resolve():
-        raise SystemExit(f"hpc_bnn comes from {found}, not from {root}")
+    check_source(root)
     logging.disable(logging.WARNING)
     sample_size, data_size = map(int, grid.split("x"))
     with hpc_bnn.connect(sample_size, device="cpu", backend=backend) as comm:
@@ -81,6 +89,7 @@ def checked_out(commit: str) -> Iterator[Path]:
     """Give the sources of a commit, in a temporary worktree."""
     with tempfile.TemporaryDirectory(prefix="hpc_bnn-") as directory:
         tree = Path(directory, "former")
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the worktree goes then, too
         git("worktree", "add", "--quiet", "--detach", str(tree), commit)
         try:
             yield tree
@@ -205,7 +214,6 @@ def main() -> None:
     parser.add_argument("--store", action="store_true", help="write tests/frozen.json")
     parser.add_argument("--child", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the worktree goes in any case
     if options.child:
         child(*options.child)
     elif options.store:

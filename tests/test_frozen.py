@@ -6,8 +6,6 @@ A test that fails here says that numbers changed. Where that is meant, write the
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +14,7 @@ from conftest import REPOSITORY
 from frozen_cases import CORE, digests, run
 
 import hpc_bnn
+from hpc_bnn.cli import main
 
 TOLERANCE = 1e-10
 STORED = json.loads((REPOSITORY / "tests/frozen.json").read_text())
@@ -45,7 +44,7 @@ def test_numbers_of_20_steps(name, tmp_path):
         torch.set_num_threads(threads)
 
 
-def test_a_checkpoint_of_commit_6e97177_goes_on_to_the_same_numbers(digits, tmp_path):
+def test_a_checkpoint_of_commit_6e97177_goes_on_to_the_same_numbers(digits, tmp_path, capsys):
     """See former_run/README.md. The run stopped within an epoch; Adam, clipping, annealing, views per sample."""
     run_dir = shutil.copytree(FORMER_RUN, tmp_path / "run")
     former, now = (json.loads((path / "manifest.json").read_text()) for path in (run_dir, digits))
@@ -53,20 +52,10 @@ def test_a_checkpoint_of_commit_6e97177_goes_on_to_the_same_numbers(digits, tmp_
     assert examples[0] == examples[1]
     if former["splits"] != now["splits"]:  # the same examples, in files of another HDF5 library
         shutil.copy(digits / "manifest.json", run_dir)
-    command = [
-        sys.executable,
-        "-m",
-        "hpc_bnn",
-        "train",
-        "--config",
-        run_dir / "config.yaml",
-        "--run_dir",
-        run_dir,
-    ]
-    command += ["--data.shards", digits, "--device", "cpu", "--max_steps", "50", "--resume", "true"]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "going on from the checkpoint of step 30" in done.stderr
+    flags = ["--data.shards", digits, "--device", "cpu", "--max_steps", 50, "--resume", "true"]
+    command = ["train", "--config", run_dir / "config.yaml", "--run_dir", run_dir, *flags]
+    assert main([*map(str, command)]) == 0
+    assert "going on from the checkpoint of step 30" in capsys.readouterr().err
     expected = json.loads((FORMER_RUN / "expected.json").read_text())
     state = torch.load(run_dir / "checkpoints/step-00000050.pt", weights_only=True)
     assert_unchanged(state["model"], expected["model"])
