@@ -461,6 +461,11 @@ class _Scores:
         self._columns = _Columns()
 
     def _add(self, device: torch.device, **metrics: Metric) -> None:
+        for metric in metrics.values():
+            own = [m for m in metric.modules() if isinstance(m, Metric) and m.sync_on_compute]
+            assert not own, (
+                f"{own} would sum by themselves what combine sums: give them sync_on_compute=False"
+            )
         self.metrics |= {name: metric.set_dtype(torch.float64).to(device) for name, metric in metrics.items()}
 
     def see(self, examples: Tensor, predictive: Predictive, y: Tensor) -> None:
@@ -492,7 +497,7 @@ class _ClassScores(_Scores):
         super().__init__(likelihood, dataset, num_samples)
         self._add(
             dataset.device,
-            accuracy=MulticlassAccuracy(likelihood.num_classes, average="micro"),
+            accuracy=MulticlassAccuracy(likelihood.num_classes, average="micro", sync_on_compute=False),
             nll=NegativeLogLikelihood(),
             brier=BrierScore(),
             ece=ExpectedCalibrationError(),

@@ -17,10 +17,21 @@ NUM_PIT_BINS = 200
 """Bins of the PIT; central intervals of 50, 90 and 95 % end at their edges."""
 
 
-class _MeanOverExamples(Metric):
-    """A sum over examples in float64, and their number."""
+class JobMetric(Metric):
+    """A metric whose states are sums and counts.
+
+    torchmetrics does not sum them over the ranks: by itself it does, as soon as torch.distributed runs, at every
+    `compute` and over all ranks.
+    """
 
     full_state_update = False
+
+    def __init__(self):
+        super().__init__(sync_on_compute=False)
+
+
+class _MeanOverExamples(JobMetric):
+    """A sum over examples in float64, and their number."""
 
     def __init__(self):
         super().__init__()
@@ -55,7 +66,7 @@ class BrierScore(_MeanOverExamples):
         self.count += len(y)
 
 
-class ExpectedCalibrationError(Metric):
+class ExpectedCalibrationError(JobMetric):
     """Mean distance of confidence and accuracy over bins of equal width (Naeini et al., 2015; Guo et al., 2017).
 
     Parameters
@@ -63,8 +74,6 @@ class ExpectedCalibrationError(Metric):
     num_bins : int
         Bins of the confidence, the largest class probability.
     """
-
-    full_state_update = False
 
     def __init__(self, num_bins: int = NUM_BINS):
         super().__init__()
@@ -114,7 +123,7 @@ def adaptive_calibration_error(confidence: Tensor, correct: Tensor, num_bins: in
 # --- numbers -------------------------------------------------------------------------------------------
 
 
-class ChannelMean(Metric):
+class ChannelMean(JobMetric):
     """Mean over examples and places of a quantity of every target, by channel and of all together.
 
     Parameters
@@ -126,8 +135,6 @@ class ChannelMean(Metric):
     is_root : bool
         Whether the root of the mean is meant.
     """
-
-    full_state_update = False
 
     def __init__(self, num_channels: int, weights: Tensor | None = None, is_root: bool = False):
         super().__init__()
@@ -158,7 +165,7 @@ def _expanded(weights: Tensor | None, shape: torch.Size, like: Tensor) -> Tensor
     return (like.new_ones(()) if weights is None else weights.to(like)).expand(shape)
 
 
-class PitHistogram(Metric):
+class PitHistogram(JobMetric):
     """Where observations lie in their predictives: histogram of the probability integral transform.
 
     Coverage of central intervals and calibration follow from it, because the edges of the bins hold all levels.
@@ -168,8 +175,6 @@ class PitHistogram(Metric):
     weights : Tensor, optional
         As for `ChannelMean`.
     """
-
-    full_state_update = False
 
     def __init__(self, weights: Tensor | None = None):
         super().__init__()

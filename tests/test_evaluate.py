@@ -1,5 +1,7 @@
 """The predictive in one process, against references."""
 
+import inspect
+
 import numpy as np
 import pytest
 import scipy.stats
@@ -7,7 +9,7 @@ import scoringrules
 import torch
 from sklearn.metrics import accuracy_score, log_loss, roc_auc_score
 from torch import nn
-from torchmetrics import MeanSquaredError
+from torchmetrics import MeanSquaredError, Metric, RunningMean
 from torchmetrics.classification import MulticlassCalibrationError
 
 from hpc_bnn import (
@@ -18,6 +20,7 @@ from hpc_bnn import (
     MeanFieldGaussian,
     ShardDataset,
     evaluate,
+    metrics,
     predict_values,
     write_shards,
 )
@@ -217,6 +220,21 @@ def quantile_of_mixture(loc, scale, level):
         is_below = scipy.stats.norm(loc, scale).cdf(middle[..., None]).mean(-1) < level
         low, high = np.where(is_below, middle, low), np.where(is_below, high, middle)
     return low
+
+
+def test_no_metric_sums_over_the_ranks_by_itself(digits):
+    """What `_Scores` reduces is not reduced by torchmetrics again: our own never, a foreign one is refused."""
+    dataset = ShardDataset(digits, "test")
+    kinds = [kind for kind in vars(metrics).values() if isinstance(kind, type) and issubclass(kind, Metric)]
+    made = [kind for kind in kinds if not inspect.isabstract(kind)]
+    assert len(made) == 5
+    for kind in made:
+        assert not kind(**({"num_channels": 1} if kind is metrics.ChannelMean else {})).sync_on_compute, kind
+    scores = evaluate._ClassScores(Categorical(10), dataset, 1)
+    scores._add(dataset.device, mse=MeanSquaredError(sync_on_compute=False))
+    for foreign in (MeanSquaredError(), RunningMean()):  # the second one within a metric
+        with pytest.raises(AssertionError, match="sync_on_compute=False"):
+            scores._add(dataset.device, foreign=foreign)
 
 
 def test_adaptive_calibration_error_has_bins_of_equal_count():
