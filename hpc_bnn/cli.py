@@ -17,7 +17,7 @@ from . import __version__, comm
 from .atomic import write_atomically
 from .config import Config, config_of_run
 from .errors import ConfigError, DataError, Fault, HpcBnnError, check_all
-from .grid import Grid, sample_sizes
+from .grid import Grid, grids, sample_sizes
 from .network import Network, read_network
 from .parsing import Parser, check_together
 
@@ -163,7 +163,7 @@ def _say_all_faults(parser: Parser, words: list[str]) -> None:
     if command in ("train", "evaluate", "predict", "plan"):
         known = set(parser._subcommands_action.choices[command]._option_string_actions)
         on_ranks = comm.world_size()
-        verify = Config.check if command == "plan" else lambda config: check(config, on_ranks)
+        verify = (lambda config: check(config, on_ranks)) if command == "train" else Config.check
         check_together(words[1:], known, verify)
 
 
@@ -237,7 +237,7 @@ def _make_config(options: jsonargparse.Namespace, given: set[str]) -> Config:
 
 
 def _choose_grid(config: Config) -> None:
-    from .plan import grids, plan_here
+    from .plan import plan_here
 
     sizes = grids(comm.world_size(), config.num_samples, config.global_batch_size)
     config.grid.sample_size = sizes[0]

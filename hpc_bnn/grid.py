@@ -51,6 +51,24 @@ def sample_sizes(num_ranks: int) -> list[int]:
     return [size for size in range(1, num_ranks + 1) if num_ranks % size == 0]
 
 
+def grids(num_ranks: int, num_samples: int, batch: int, flag: str = "number of ranks") -> list[int]:
+    """Return the extents of the sample axis that give each rank a sample and an example of a batch.
+
+    Raises
+    ------
+    ConfigError
+        There is none.
+    """
+    sizes = [s for s in sample_sizes(num_ranks) if s <= num_samples and num_ranks // s <= batch]
+    if not sizes:
+        rule = f"no grid of {num_ranks} ranks has a sample and an example for each, with {num_samples} samples and {batch} examples"
+        remedy = (
+            "Use fewer ranks, more --num_samples, or more examples (--global_batch_size, --data.train_split)"
+        )
+        raise ConfigError(Fault(flag, num_ranks, rule, remedy))
+    return sizes
+
+
 @dataclass(frozen=True)
 class Grid:
     """Place of one rank in the process grid.
@@ -141,6 +159,31 @@ class Grid:
                     f"Use --num_samples {self.sample_size} or a smaller --grid.sample_size",
                 )
             )
+
+    def check_batch(self, global_batch_size: int, num_examples: int | None = None) -> None:
+        """Raise `ConfigError` unless each data group has an example of a batch.
+
+        Parameters
+        ----------
+        global_batch_size : int
+            Examples of a batch in the whole job.
+        num_examples : int, optional
+            Examples of the training set, where it is known.
+        """
+        ranks = f"the {self.data_size} data groups ({self.world_size} ranks, --grid.sample_size {self.sample_size})"
+        remedy = "a larger --grid.sample_size, or fewer ranks"
+        faults = []
+        if 0 < global_batch_size < self.data_size:  # below 1 it is a fault of its own
+            rule = f"each of {ranks} evaluates one example or more in a step"
+            remedy_of_batch = f"Use --global_batch_size {self.data_size}, {remedy}"
+            faults.append(Fault("--global_batch_size", global_batch_size, rule, remedy_of_batch))
+        if num_examples is not None and num_examples < self.data_size:
+            rule = (
+                f"the training set has fewer examples than {ranks}, and each evaluates one or more in a step"
+            )
+            faults.append(Fault("--data.train_split", f"with {num_examples} examples", rule, f"Use {remedy}"))
+        if faults:
+            raise ConfigError(*faults)
 
     def __str__(self) -> str:
         return f"{self.sample_size} x {self.data_size} (samples x data)"

@@ -22,7 +22,7 @@ from .data import Manifest
 from .data.dataset import free_memory_bytes
 from .errors import ConfigError, Fault, check_all
 from .experiment import connect_grid, read_or_prepare
-from .grid import Grid, sample_sizes
+from .grid import Grid, grids
 from .likelihoods import Categorical
 from .models import MLP
 from .network import Network, measure_network
@@ -167,23 +167,6 @@ def make_plan(
     return Plan(machine, tuple(rows), best, why, process_bytes, data_bytes)
 
 
-def grids(num_ranks: int, num_samples: int, batch: int) -> list[int]:
-    """Return the extents of the sample axis that give each rank a sample and an example. Local.
-
-    Raises
-    ------
-    ConfigError
-        There is none.
-    """
-    sizes = [s for s in sample_sizes(num_ranks) if s <= num_samples and num_ranks // s <= batch]
-    if not sizes:
-        rule = f"no grid of {num_ranks} ranks has a sample and an example for each, with {num_samples} samples and {batch} examples"
-        raise ConfigError(
-            Fault("--ranks", num_ranks, rule, "Use fewer, or more --num_samples or --global_batch_size")
-        )
-    return sizes
-
-
 def choose(rows: Sequence[Row], machine: Machine) -> tuple[Row, str]:
     """Return the row to take, and why. Local.
 
@@ -321,8 +304,9 @@ def plan_here(
         raise ConfigError(*faults)
     check_all(config.check)
     world_size = communication.world_size()
+    flag = "--ranks" if num_ranks else "number of ranks"
     num_ranks = num_ranks or world_size
-    grids(num_ranks, config.num_samples, config.global_batch_size)
+    grids(num_ranks, config.num_samples, config.global_batch_size, flag)
     ranks = communication.connect_for_files()  # stays, while grids come and go
     manifest = read_or_prepare(config.data, ranks)
     device, local_size = str(communication.choose_device(config.device, 0, torch.cuda.device_count())), 1

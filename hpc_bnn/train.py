@@ -31,18 +31,35 @@ from .data.manifest import MANIFEST
 from .errors import ConfigError, DataError, Fault, Interrupted, check_all
 from .evaluate import metrics_to_minimise
 from .experiment import Experiment, Tested, read_or_prepare
-from .grid import Grid
+from .grid import Grid, grids
 from .step import StepResult
 
 logger = logging.getLogger(__name__)
 
 
-def check(config: Config, world_size: int) -> None:
-    """Raise one `ConfigError` with everything in a config that cannot work on so many ranks. Local."""
-    size = config.grid.sample_size
-    if size == "auto":
-        size = 1
-    check_all(config.check, lambda: Grid(world_size, size).check_num_samples(config.num_samples))
+def check(config: Config, world_size: int, num_examples: int | None = None) -> None:
+    """Raise one `ConfigError` with everything in a config that cannot work on so many ranks. Local.
+
+    Parameters
+    ----------
+    config : Config
+        The run.
+    world_size : int
+        Ranks of the job.
+    num_examples : int, optional
+        Examples of the training set, where it is known.
+    """
+    size, num_samples, batch = config.grid.sample_size, config.num_samples, config.global_batch_size
+
+    def check_grid() -> None:
+        if size == "auto":
+            if num_samples >= 1 and batch >= 1:  # otherwise that is the fault
+                grids(world_size, num_samples, batch)
+            return
+        grid = Grid(world_size, size)
+        check_all(lambda: grid.check_num_samples(num_samples), lambda: grid.check_batch(batch, num_examples))
+
+    check_all(config.check, check_grid)
 
 
 class Run(Experiment):
@@ -69,6 +86,7 @@ class Run(Experiment):
         self.train_set, self.test_set = (
             self.open(split) for split in (config.data.train_split, config.data.test_split)
         )
+        check(config, comm.grid.world_size, len(self.train_set))
         self.loader = BatchLoader(
             self.train_set,
             comm.grid,

@@ -237,6 +237,36 @@ def test_faults_of_values_and_of_the_grid_come_together():
     assert [fault.flag for fault in caught.value.faults] == ["--num_epochs", "--grid.sample_size"]
 
 
+def test_a_data_group_without_an_example_is_refused_with_the_other_faults():
+    config = Config(num_epochs=0, num_samples=2, global_batch_size=3)
+
+    def faults(*arguments):
+        with pytest.raises(ConfigError) as caught:
+            check(config, *arguments)
+        return {fault.flag: str(fault) for fault in caught.value.faults}
+
+    config.grid.sample_size = 2
+    assert list(faults(6)) == list(faults(6, 3)) == ["--num_epochs"]
+    found = faults(8, 3)
+    assert list(found) == ["--num_epochs", "--global_batch_size", "--data.train_split"]
+    said = "--global_batch_size 3: each of the 4 data groups (8 ranks, --grid.sample_size 2) evaluates one example"
+    assert (
+        said in found["--global_batch_size"] and "Use --global_batch_size 4" in found["--global_batch_size"]
+    )
+    assert "with 3 examples: the training set has fewer examples than the 4" in found["--data.train_split"]
+    config.grid.sample_size = "auto"  # 2 x 3 gives each rank something to do, no grid of 8 does
+    assert list(faults(6)) == ["--num_epochs"]
+    found = faults(8)
+    assert (
+        list(found) == ["--num_epochs", "number of ranks"]
+        and "--global_batch_size" in found["number of ranks"]
+    )
+    config.global_batch_size = 0
+    assert list(faults(8)) == ["--global_batch_size", "--num_epochs"]
+    config.grid.sample_size = 1
+    assert list(faults(8)) == ["--global_batch_size", "--num_epochs"]
+
+
 def test_help_shows_a_sentence_per_field():
     done = subprocess.run(
         [sys.executable, "-m", "hpc_bnn", "train", "--help"], capture_output=True, text=True, timeout=60

@@ -15,9 +15,9 @@ from hpc_bnn.cli import main
 from hpc_bnn.config import Config, ModelConfig
 from hpc_bnn.data import Manifest
 from hpc_bnn.errors import ConfigError, DataError
-from hpc_bnn.grid import Grid
+from hpc_bnn.grid import Grid, grids
 from hpc_bnn.network import Network
-from hpc_bnn.plan import ALIKE, Machine, Row, choose, grids, make_plan
+from hpc_bnn.plan import ALIKE, Machine, Row, choose, make_plan
 from hpc_bnn.rehearsal import ImaginedComm, LiveMemory, Rehearsal, rehearse, share_of
 
 GB = 1e9
@@ -111,7 +111,7 @@ def test_every_rank_of_a_grid_has_work(num_ranks, num_samples, batch):
         if num_ranks % s == 0 and s <= num_samples and num_ranks // s <= batch
     ]
     if not fitting:
-        with pytest.raises(ConfigError, match="--ranks"):
+        with pytest.raises(ConfigError, match="number of ranks"):
             grids(num_ranks, num_samples, batch)
         return
     assert grids(num_ranks, num_samples, batch) == fitting

@@ -57,7 +57,7 @@ LIKELIHOODS = {
 
 
 def write_field_shards(directory, likelihood, num_examples=23):
-    """Write inputs [6] and targets [4, 2, 3] that suit a likelihood, with weights of their rows; a split is foreign."""
+    """Write inputs [6] and targets [4, 2, 3] that suit a likelihood, with weights of their rows; a split is foreign, one has 2."""
     rng = np.random.default_rng(3)
     x, foreign = rng.normal(size=(num_examples, 6)), 5 + 5 * rng.normal(size=(9, 6))
     y = rng.normal(size=(num_examples, 4, 2, 3)) * np.array([1, 10, 100, 1000])[:, None, None]
@@ -69,7 +69,7 @@ def write_field_shards(directory, likelihood, num_examples=23):
     facts = {"target_weights": weights}
     if likelihood.num_classes:
         y, facts = rng.integers(0, 3, num_examples), {"num_classes": 3}
-    splits = {"train": (x, y), "foreign": (foreign, y[:9])}
+    splits = {"train": (x, y), "foreign": (foreign, y[:9]), "few": (x[:2], y[:2])}
     write_shards(directory, splits, name="toy", source="test", licence="none", **facts)
 
 

@@ -14,6 +14,7 @@ from hpc_bnn.data import Manifest
 from hpc_bnn.errors import ConfigError, DataError
 from hpc_bnn.experiment import Experiment
 from hpc_bnn.predict import predict_run
+from hpc_bnn.train import Run
 
 
 class ToField:
@@ -33,8 +34,9 @@ def directory(comm, tmp_path_factory):
     return Path(comm.broadcast_object(str(tmp_path_factory.mktemp("run")) if comm.grid.rank == 0 else None))
 
 
-def make_experiment(comm, directory, num_test_samples=5):
+def make_experiment(comm, directory, num_test_samples=5, family="mean_field"):
     config = Config(run_dir=str(directory), dtype="float64", num_test_samples=num_test_samples)
+    config.num_samples, config.posterior.family = 5, family
     config.data.shards = str(directory / "shards")
     config.model.name = "test_predict.ToField"
     config.posterior.init_std = 0.3
@@ -95,3 +97,50 @@ def test_a_file_that_cannot_be_written_ends_all_ranks(comm, directory):
         predict_run(make_experiment(comm, directory), "train", directory / "file" / "predictions.h5")
     with pytest.raises(ConfigError, match=r"--quantiles 1.5"):
         predict_run(make_experiment(comm, directory), "train", directory / "p.h5", quantiles=(0.5, 1.5))
+
+
+@pytest.mark.parametrize(
+    "name, family, num_test_samples",
+    [("categorical", "mean_field", 1), ("gaussian", "mean_field", 1), ("gaussian", "ensemble", 5)],
+)
+def test_fewer_examples_than_data_groups_and_samples_than_ranks(
+    comm, directory, name, family, num_test_samples
+):
+    """Some ranks have nothing to do: evaluation, pictures and predictions are those of one process."""
+    with comm.agree("writing"):
+        if comm.grid.rank == 0:
+            write_field_shards(directory / "shards", LIKELIHOODS[name])
+    everything = []
+    for one, output in ((comm, "here.h5"), (GridComm(Grid()), "one.h5")):
+        experiment = make_experiment(one, directory, num_test_samples, family)
+        tested = experiment.evaluate(experiment.open("few"))
+        shown = tested.shown.gather()
+        if one is comm or comm.grid.rank == 0:
+            predict_run(experiment, "few", directory / output, with_members=True)
+        everything.append((tested.evaluation.metrics, tested.evaluation.uncertainties, shown))
+    (got, certain, shown), (expected, expected_certain, expected_shown) = everything
+    assert got == pytest.approx(expected, rel=1e-8)
+    for key, values in expected_certain.items():
+        np.testing.assert_allclose(certain[key], values, rtol=1e-9, atol=1e-12)
+    if comm.grid.rank == 0:
+        sizes = [{key: len(values) for key, values in found.items()} for found in (shown, expected_shown)]
+        assert sizes[0] == sizes[1]
+        with h5py.File(directory / "here.h5") as a, h5py.File(directory / "one.h5") as b:
+            assert a.keys() == b.keys() and len(a["std"]) == 2
+            for key in b:  # quantiles are found by iteration, to a part of the distance of the outermost ones
+                atol = 1e-6 if key == "quantiles" else 1e-12
+                np.testing.assert_allclose(a[key][()], b[key][()], rtol=1e-8, atol=atol)
+
+
+def test_a_training_set_smaller_than_the_data_groups_is_refused(comm, directory):
+    with comm.agree("writing"):
+        if comm.grid.rank == 0:
+            write_field_shards(directory / "shards", LIKELIHOODS["categorical"])
+    config = make_experiment(comm, directory).config
+    config.data.train_split = config.data.test_split = "few"
+    config.data.prepare, config.grid.sample_size = None, comm.grid.sample_size
+    if comm.grid.data_size <= 2:
+        assert Run(config, comm).loader.num_batches == 1
+        return
+    with pytest.raises(ConfigError, match=r"--data\.train_split with 2 examples: .* fewer examples than the"):
+        Run(config, comm)
