@@ -5,8 +5,8 @@
 
 The networks: the smallest of each family of timm, of torchvision's classifiers, and some of transformers,
 segmentation_models_pytorch, MONAI and x-transformers; what is not installed is left out
-(benchmarks/requirements.txt). Weights are random, nothing is downloaded. Each network makes two rounds of a training
-step and a predictive, in float64 where it can, on one process. The plain module is a fresh copy without hpc_bnn that
+(benchmarks/requirements.txt). Weights are random, nothing is downloaded. Each network makes a predictive, a
+training step and a predictive again, in float64 where it can, on one process. The plain module is a fresh copy without hpc_bnn that
 is given the weights that were drawn; its dropout rates and stochastic depths are 0, its BatchNorm is in training mode.
 Compared are
 
@@ -14,7 +14,7 @@ Compared are
 - each member of the predictive with a copy of its own in evaluation mode,
 - buffers after the step; running statistics make one step towards the mean over samples and uses (docs/posteriors.md),
 - the input, which must stay as it is unless the plain module changes it, and the modes of all layers,
-- the bits of the first round in a second run, from another state of the global generators.
+- the bits of the step in a second run, without a predictive before it and from another state of the global generators.
 
 Where a number differs by more than 1e-9, the plain module is run again with weights moved by one rounding: a network
 that amplifies rounding may differ by 100 times as much. Verdicts: ``exact``; ``refused`` (an error of hpc_bnn that says
@@ -40,6 +40,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -50,8 +51,8 @@ import hpc_bnn
 from hpc_bnn.errors import HpcBnnError, NonFiniteError
 from hpc_bnn.noise import Stream, keyed_generator
 
-NUM_EXAMPLES, NUM_CLASSES = 4, 5
-NUM_SAMPLES, NUM_MEMBERS, NUM_ROUNDS = 2, 2, 2
+NUM_EXAMPLES, NUM_CLASSES = 3, 5
+NUM_SAMPLES, NUM_MEMBERS = 2, 2
 SEED = 3
 Named = dict[str, Tensor]
 Candidates = Iterator[tuple[nn.Module, Tensor]]
@@ -173,7 +174,7 @@ class PlainStep:
     ):
         net = load_(copy.deepcopy(plain), drawn[0], buffers)
         statistics = RunningStatistics(net)
-        self.loss, self.gradients = 0.0, {}
+        self.losses, self.gradients = {"": torch.zeros(())}, {}
         for weights in drawn:
             load_(net, weights, buffers_of(net))  # its own buffers go on from sample to sample
             net.zero_grad()
@@ -181,7 +182,7 @@ class PlainStep:
             outputs = net(x.clone()).to(y.dtype)
             loss = (0.5 * (outputs - y).square() + 0.5 * math.log(2 * math.pi)).sum() / len(x) / len(drawn)
             loss.backward()
-            self.loss += loss.item()
+            self.losses[""] = self.losses[""] + loss.detach().double()
             for name, parameter in net.named_parameters():
                 if not parameter.requires_grad:
                     continue
@@ -282,70 +283,79 @@ class Comparison:
             self.wrong.append(what)
 
 
+@dataclass(frozen=True)
+class Plain:
+    """A module that hpc_bnn has not seen, and what is known of it."""
+
+    module: nn.Module
+    x: Tensor
+    y: Tensor
+    changes_input: bool
+    draws: bool
+    """Whether its forward pass draws from a global generator."""
+
+
 def modes_of(module: nn.Module) -> list[bool]:
     return [layer.training for layer in module.modules()]
 
 
-def play(
-    plain: nn.Module, x: Tensor, y: Tensor, chunk_size: int, global_seed: int, compare: Comparison | None
-) -> list[str]:
-    """Make the rounds, compare where asked to, and return a digest of each thing that was measured."""
-    torch.manual_seed(global_seed)
-    np.random.seed(global_seed)
-    random.seed(global_seed)
-    net = copy.deepcopy(plain)
+def play(plain: Plain, chunk_size: int, global_seed: int, compare: Comparison | None) -> list[str]:
+    """Predict, step, predict; compare where asked to, and return digests of what the step gave."""
+    seed_all(global_seed)
+    net, x, y = copy.deepcopy(plain.module), plain.x, plain.y
     bnn = Bnn(net, y.shape[1], chunk_size)
-    changes_input = compare is not None and input_changes(plain, x)
     modes = modes_of(net)
-    digests = []
-    for number in range(NUM_ROUNDS if compare else 1):
-        at = "" if number == 0 else " of the second round"
-        if compare:
-            drawn = [bnn.drawn_for_step(sample) for sample in range(NUM_SAMPLES)]
-            means, before = {n: m.clone() for n, m in bnn.means().items()}, buffers_of(net)
-        given = x.clone()
-        loss = bnn.train(given, y)
-        gradients = bnn.gradients()
-        digests += [repr(loss), digest(gradients), digest(buffers_of(net))]
-        if compare:
-            compare.must(f"input changed by the step{at}", changes_input or torch.equal(given, x))
-            compare.must(f"modes after the step{at}", modes_of(net) == modes)
 
-            def plain_step(drawn=drawn, means=means, before=before) -> PlainStep:
-                torch.manual_seed(global_seed)
-                return PlainStep(plain, drawn, means, before, x, y)
+    def untouched(given: Tensor, by: str) -> None:
+        compare.must(f"input changed by the {by}", plain.changes_input or torch.equal(given, x))
+        compare.must(f"modes after the {by}", modes_of(net) == modes)
 
-            step = plain_step()
-
-            def again(plain_step=plain_step, drawn=drawn) -> PlainStep:
-                return plain_step(moved(drawn))
-
-            compare.numbers(
-                f"loss{at}", {"": torch.tensor(loss)}, {"": torch.tensor(step.loss)},
-                lambda again=again: {"": torch.tensor(again().loss)},
-            )  # fmt: skip
-            compare.numbers(f"gradient{at}", gradients, step.gradients, lambda again=again: again().gradients)
-            compare.buffers(
-                buffers_of(net),
-                step,
-                lambda plain_step=plain_step, drawn=drawn: [plain_step([w]) for w in drawn],
-            )
-            del drawn, step
+    def predict(which: str) -> None:
         given = x.clone()
         members = bnn.predict(given)
-        digests.append(digest({"": members}))
-        if compare:
-            compare.must(f"input changed by the predictive{at}", changes_input or torch.equal(given, x))
-            compare.must(f"modes after the predictive{at}", modes_of(net) == modes)
-            drawn = [bnn.drawn_for_member(sample) for sample in range(NUM_MEMBERS)]
-            buffers = buffers_of(net)
-            want = plain_members(plain, drawn, buffers, x)
-            compare.numbers(
-                f"members{at}", by_member(members), by_member(want),
-                lambda d=drawn, b=buffers: by_member(plain_members(plain, moved(d), b, x)),
-            )  # fmt: skip
-            del drawn
-    return digests
+        untouched(given, which)
+        drawn, buffers = [bnn.drawn_for_member(sample) for sample in range(NUM_MEMBERS)], buffers_of(net)
+
+        def want(weights: list[Named]) -> Named:
+            return by_member(plain_members(plain.module, weights, buffers, x))
+
+        compare.numbers(
+            f"members of the {which}", by_member(members), want(drawn), lambda: want(moved(drawn))
+        )
+
+    if compare:
+        predict("first predictive")
+        drawn = [bnn.drawn_for_step(sample) for sample in range(NUM_SAMPLES)]
+        means, before = {name: mean.clone() for name, mean in bnn.means().items()}, buffers_of(net)
+    given = x.clone()
+    loss = bnn.train(given, y)
+    gradients = bnn.gradients()
+    if compare:
+        untouched(given, "step")
+
+        def want(weights: list[Named]) -> PlainStep:
+            seed_all(global_seed)
+            return PlainStep(plain.module, weights, means, before, x, y)
+
+        step = want(drawn)
+        compare.numbers(
+            "loss",
+            {"": torch.tensor(loss, dtype=torch.float64)},
+            step.losses,
+            lambda: want(moved(drawn)).losses,
+        )
+        compare.numbers("gradient", gradients, step.gradients, lambda: want(moved(drawn)).gradients)
+        compare.buffers(buffers_of(net), step, lambda: [want([weights]) for weights in drawn])
+        digests = [repr(loss), digest(gradients), digest(buffers_of(net))]
+        predict("predictive after the step")
+        return digests
+    return [repr(loss), digest(gradients), digest(buffers_of(net))]
+
+
+def seed_all(seed: int) -> None:
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
 
 
 def by_member(members: Tensor) -> Named:
@@ -357,22 +367,6 @@ def digest(tensors: Named) -> str:
     for tensor in tensors.values():
         found.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())
     return found.hexdigest()
-
-
-@torch.no_grad()
-def input_changes(plain: nn.Module, x: Tensor) -> bool:
-    given = x.clone()
-    copy.deepcopy(plain)(given)
-    return not torch.equal(given, x)
-
-
-@torch.no_grad()
-def draws_numbers(plain: nn.Module, x: Tensor) -> bool:
-    """Return whether a forward pass draws from a global generator."""
-    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
-    copy.deepcopy(plain)(x.clone())
-    after = torch.get_rng_state(), np.random.get_state()[1], random.getstate()
-    return not (torch.equal(before[0], after[0]) and (before[1] == after[1]).all() and before[2] == after[2])
 
 
 # --- one network -----------------------------------------------------------------------------------------
@@ -387,6 +381,7 @@ class FirstTensor(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         outputs = self.net(x)
+        self.is_plain = isinstance(outputs, Tensor)
         while not isinstance(outputs, Tensor):
             outputs = next(iter(outputs.values() if hasattr(outputs, "values") else outputs))
         return outputs
@@ -403,7 +398,7 @@ def switch_off_drops(net: nn.Module) -> None:
                     setattr(holder, name, 0.0)
 
 
-def first_that_runs(candidates: Candidates) -> tuple[nn.Module, Tensor]:
+def first_that_runs(candidates: Candidates) -> Plain:
     """Return the first network that runs forward and backward by itself, in training and in evaluation."""
     error = None
     for net, x in candidates:
@@ -411,21 +406,29 @@ def first_that_runs(candidates: Candidates) -> tuple[nn.Module, Tensor]:
         size = sum(parameter.numel() for parameter in net.parameters())
         for dtype in (torch.float64, torch.float32)[size > TOO_MANY_FOR_FLOAT64 :]:
             try:
-                cast = copy.deepcopy(net).train().to(dtype)
-                inputs = x.to(dtype) if x.is_floating_point() else x
-                outputs = copy.deepcopy(cast)(inputs.clone())
-                if not isinstance(outputs, Tensor):
-                    cast = FirstTensor(cast)
-                trial = copy.deepcopy(cast)
-                outputs = trial(inputs.clone())
-                outputs.sum().backward()
-                finite = outputs.isfinite().all() and trial.eval()(inputs.clone()).isfinite().all()
-                if not finite or outputs.ndim < 2 or len(outputs) != len(x):
-                    raise ValueError(f"its outputs are {tuple(outputs.shape)}, finite: {bool(finite)}")
-                return cast, inputs
+                return look_at(net.to(dtype).train(), x.to(dtype) if x.is_floating_point() else x)
             except Exception as caught:
                 error = caught
     raise error or ValueError("there is nothing to try")
+
+
+def look_at(net: nn.Module, x: Tensor) -> Plain:
+    """Run a network by itself and return what is to be known of it."""
+    trial, given = FirstTensor(copy.deepcopy(net)), x.clone()
+    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    outputs = trial(given)
+    after = torch.get_rng_state(), np.random.get_state()[1], random.getstate()
+    draws = not torch.equal(before[0], after[0]) or (before[1] != after[1]).any() or before[2] != after[2]
+    outputs.sum().backward()
+    finite = outputs.isfinite().all() and trial.eval()(x.clone()).isfinite().all()
+    if not finite or outputs.ndim < 2 or len(outputs) != len(x):
+        raise ValueError(f"its outputs are {tuple(outputs.shape)}, finite: {bool(finite)}")
+    outputs = outputs.detach()
+    generator = torch.Generator().manual_seed(1)
+    y = outputs + torch.randn(outputs.shape, dtype=outputs.dtype, generator=generator)
+    if not trial.is_plain:
+        net = FirstTensor(net)
+    return Plain(net, x, y, not torch.equal(given, x), bool(draws))
 
 
 class Lines(logging.Handler):
@@ -453,19 +456,16 @@ def examine(candidates: Callable[[], Candidates], chunk_size: int) -> dict:
     logging.getLogger("hpc_bnn").addHandler(log)
     torch.manual_seed(0)
     try:
-        plain, x = first_that_runs(candidates())
+        plain = first_that_runs(candidates())
     except Exception as error:
         return {"verdict": "skipped", "why": described(error)}
-    y = copy.deepcopy(plain)(x.clone()).detach()
-    y = y + torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(1))
-    size = sum(parameter.numel() for parameter in plain.parameters())
-    row = {"verdict": "", "why": "", "x": list(x.shape), "weights": size, "dtype": str(y.dtype).split(".")[1]}
-    compare = Comparison(y.dtype)
-    draws = draws_numbers(plain, x)
+    size = sum(parameter.numel() for parameter in plain.module.parameters())
+    dtype = str(plain.y.dtype).split(".")[1]
+    row = {"verdict": "", "why": "", "x": list(plain.x.shape), "weights": size, "dtype": dtype}
+    compare = Comparison(plain.y.dtype)
     try:
-        first = play(plain, x, y, chunk_size, 7, compare)
-        second = play(plain, x, y, chunk_size, 99, None)
-        names = ["loss", "gradient", "buffers", "members"]
+        first, second = (play(plain, chunk_size, seed, c) for seed, c in ((7, compare), (99, None)))
+        names = ["loss", "gradient", "buffers"]
         off = [name for name, a, b in zip(names, first, second) if a != b]
         compare.must(f"bits of a second run ({', '.join(off)})", not off)
     except Exception as error:
@@ -475,7 +475,7 @@ def examine(candidates: Callable[[], Candidates], chunk_size: int) -> dict:
         verdict, why = "exact", []
         if compare.wrong:
             verdict, why = "WRONG", compare.wrong
-            if draws:
+            if plain.draws:
                 verdict, why = "undecided", ["it draws from a global generator", *why]
         elif compare.undecided:
             verdict, why = "undecided", compare.undecided
@@ -535,7 +535,7 @@ LESS = (
     {"embed_dim": 48, "depth": 2, "num_heads": 3}, {"depths": (1, 1, 1, 1)}, {"layers": (1, 1, 1, 1)}, {"depth": 2},
     {"channel_multiplier": 0.25}, {"stem_size": 24, "num_features": 1008}, {"mlp_ratio": 0.01},
 )  # fmt: skip
-MANY_WEIGHTS, TOO_MANY_FOR_FLOAT64 = 15_000_000, 60_000_000
+MANY_WEIGHTS, TOO_MANY_FOR_FLOAT64 = 5_000_000, 60_000_000
 """Networks above the first are built with less depth or width, where they take it."""
 
 
