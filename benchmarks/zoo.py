@@ -530,13 +530,13 @@ TORCHVISION = [
     "mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small", "regnet_x_400mf", "regnet_y_400mf", "resnet18", "resnext50_32x4d",
     "shufflenet_v2_x0_5", "squeezenet1_1", "swin_t", "swin_v2_t", "vgg11", "vgg11_bn", "vit_b_32",
 ]  # fmt: skip
-IMAGE_SIZES = (64, 96, 128, 160, 224, 256, 288, 299, 384)
+IMAGE_SIZES = (32, 64, 96, 128, 160, 224, 256, 288, 299, 384)
 LESS = (
     {"embed_dim": 48, "depth": 2, "num_heads": 3}, {"depths": (1, 1, 1, 1)}, {"layers": (1, 1, 1, 1)}, {"depth": 2},
     {"channel_multiplier": 0.25}, {"stem_size": 24, "num_features": 1008}, {"mlp_ratio": 0.01},
 )  # fmt: skip
-MANY_WEIGHTS, TOO_MANY_FOR_FLOAT64 = 5_000_000, 60_000_000
-"""Networks above the first are built with less depth or width, where they take it."""
+SMALL_IMAGE_ABOVE, MANY_WEIGHTS, TOO_MANY_FOR_FLOAT64 = 1_000_000, 5_000_000, 60_000_000
+"""Networks above the second are built with less depth or width, where they take it."""
 
 
 def images(size: int, channels: int = 3) -> Tensor:
@@ -568,14 +568,15 @@ def timm_candidates(family: str) -> Candidates:
     def make(**arguments) -> nn.Module:
         return timm.create_model(names[0], num_classes=NUM_CLASSES, **arguments)
 
-    is_large = num_weights(make) > MANY_WEIGHTS
-    for less in (*LESS, {}) if is_large else ({},):
-        for size in ({"img_size": 64}, {}):
-            net = built(make, **size, **less)
+    size = num_weights(make)
+    for less in (*LESS, {}) if size > MANY_WEIGHTS else ({},):
+        for form in ({"img_size": 64}, {}):
+            net = built(make, **form, **less)
             if net is None:
                 continue
             channels, default, _ = net.pretrained_cfg.get("input_size", (3, 224, 224))
-            for pixels in (64,) if size else dict.fromkeys((*IMAGE_SIZES[:4], default)):
+            sizes = dict.fromkeys((*IMAGE_SIZES[size < SMALL_IMAGE_ABOVE : 5], default))
+            for pixels in (64,) if form else sizes:
                 yield net, images(pixels, channels)
 
 
@@ -755,6 +756,8 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="show the names and stop")
     options = parser.parse_args()
     load_torchvision()
+    for name in hpc_bnn.__all__:  # imported once, before processes are forked
+        getattr(hpc_bnn, name)
     networks = {}
     for package, find in PACKAGES.items():
         if options.timm and package != "timm":
