@@ -34,8 +34,9 @@ import logging
 import math
 import multiprocessing
 import random
+import resource
+import signal
 import sys
-import time
 import traceback
 import warnings
 from collections import Counter
@@ -450,8 +451,6 @@ def described(error: BaseException) -> str:
 
 def examine(candidates: Callable[[], Candidates], chunk_size: int) -> dict:
     """Return the row of one network."""
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
     log = Lines()
     logging.getLogger("hpc_bnn").addHandler(log)
     torch.manual_seed(0)
@@ -487,18 +486,21 @@ def examine_in_child(candidates: Callable[[], Candidates], options: argparse.Nam
     """Examine a network in a process of its own, which may crash or take too long."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=lambda: sender.send(examine(candidates, options.chunk_size)))
+
+    def work() -> None:
+        resource.setrlimit(resource.RLIMIT_CPU, (options.limit, options.limit))
+        sender.send(examine(candidates, options.chunk_size))
+
+    child = context.Process(target=work)
     child.start()
     sender.close()
-    row = {"verdict": "undecided", "why": f"no result after {options.limit:.0f} s"}
     try:
-        if receiver.poll(options.limit):
-            row = receiver.recv()
+        row = receiver.recv()
     except EOFError:
         child.join()
         row = {"verdict": "crash", "why": f"the process ended with {child.exitcode}"}
-    if child.is_alive():
-        child.kill()
+        if child.exitcode in (-signal.SIGXCPU, -signal.SIGKILL):
+            row = {"verdict": "undecided", "why": f"more than {options.limit} s, or too much memory"}
     child.join()
     return row
 
@@ -751,10 +753,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="rows, one a line; grows")
     parser.add_argument("--timm", action="store_true", help="the families of timm only")
     parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="such as 'timm/res*'")
-    parser.add_argument("--limit", type=float, default=300, help="seconds per network")
+    parser.add_argument("--limit", type=int, default=300, help="seconds of the processor per network")
     parser.add_argument("--chunk-size", type=int, default=1, help="samples of a step evaluated at once")
     parser.add_argument("--list", action="store_true", help="show the names and stop")
     options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
     load_torchvision()
     for name in hpc_bnn.__all__:  # imported once, before processes are forked
         getattr(hpc_bnn, name)
@@ -775,9 +779,11 @@ def main() -> None:
     for name in chosen:
         if name in rows:
             continue
-        start = time.monotonic()
+        start = resource.getrusage(resource.RUSAGE_CHILDREN)
         row = {"name": name} | examine_in_child(networks[name], options)
-        rows[name] = row | {"seconds": round(time.monotonic() - start, 1)}
+        end = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds = end.ru_utime + end.ru_stime - start.ru_utime - start.ru_stime
+        rows[name] = row | {"seconds": round(seconds, 1)}
         with open(options.json, "a") as file:
             file.write(json.dumps(rows[name]) + "\n")
         print(
