@@ -157,6 +157,35 @@ def test_what_cannot_be_intercepted_is_an_error_that_names_the_layer(layer, mess
         make(mlp(layer()))(X, Y, 8)
 
 
+class Standardised(nn.Linear):
+    """Standardises its weight by batch_norm, as timm's StdConv2d."""
+
+    def forward(self, x):
+        weight = F.batch_norm(self.weight[None], None, None, training=True, momentum=0.0)
+        return F.linear(x, weight[0], self.bias)
+
+
+class Adaptive(nn.Module):
+    """Each example by itself, with the batch folded into the channels, as in style transfer."""
+
+    def forward(self, x):
+        y = F.batch_norm(x.view(1, -1, 4), x.new_zeros(len(x) * 2), x.new_ones(len(x) * 2), None, None, True)
+        return y.view(x.shape)
+
+
+@pytest.mark.parametrize("layer", [lambda: Standardised(8, 8), Adaptive])
+@pytest.mark.parametrize("num_examples", [8, 1])
+def test_batch_norm_of_something_else_than_the_batch_is_left_alone(layer, num_examples):
+    net = mlp(layer())
+    with torch.no_grad():
+        expected = net(X[:num_examples])
+    step = make(net, init_std=1e-9)
+    data_term = step(X[:num_examples], Y[:num_examples], num_examples).data_term
+    assert data_term == pytest.approx(F.cross_entropy(expected, Y[:num_examples]).item(), abs=1e-6)
+    drawn = members(step, x=X[:num_examples])[:, 0]
+    torch.testing.assert_close(drawn, expected.softmax(-1), rtol=1e-6, atol=1e-7)
+
+
 def test_a_layer_that_normalises_by_the_batch_in_a_predictive_is_refused():
     class Always(nn.BatchNorm1d):
         def forward(self, x):

@@ -11,7 +11,7 @@ The layers stay as they are: their calls of ``F.batch_norm`` are intercepted (`h
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from ..errors import ConfigError, Fault
-from .interception import calling_layer
+from .interception import Shapes, calling_layer
 
 SumOverData = Callable[[Tensor], None]
 """Replaces a tensor, in place, by its sum over the ranks with the same samples and other examples."""
@@ -43,6 +43,10 @@ class BatchNorms:
         Whether a predictive is drawn, in which nothing may depend on the other examples.
     is_batched : bool
         Whether several samples are evaluated at once, which would share their statistics.
+    shapes : dict or None
+        During a look: shapes of the inputs that were normalised without statistics of ours, by (layer, line) of the call.
+    batch_dims : dict
+        Dims of these inputs that belong to the batch, by the call and the number of dims.
     """
 
     def __init__(self, module: nn.Module):
@@ -57,6 +61,8 @@ class BatchNorms:
                 self.layers.append(layer)
         self.sum_over_data: SumOverData = of_one_rank
         self.is_evaluating = self.is_batched = False
+        self.shapes: Shapes | None = None
+        self.batch_dims: dict[tuple[Hashable, int], list[int]] = {}
         self._numbers: dict[int, int] = {}  # of layers, by the identity of their running means
         self._counts: dict[nn.Module, Tensor] = {}  # 1 for a layer that counts its batches itself
         self.begin()
@@ -153,19 +159,14 @@ class BatchNorms:
         """Take the place of ``F.batch_norm``. Collective over the data group in training: two sums."""
         number = self._number_of(running_mean)
         self._callers.add(number)
-        if not training or (number is None and calling_layer(self._modules) is None):
+        if not training or (number is None and self._is_free(input)):
             return NotImplemented
         if self.is_batched:
             raise NotImplementedError("BatchNorm in training mode")
-        if number is None or self.is_evaluating:
-            layer, rule = (
-                (calling_layer(self._modules)[0], "it has no running statistics")
-                if number is None
-                else (self.layers[number], "it normalises by the batch in evaluation mode, too")
-            )
-            rule += ": a prediction would depend on the examples beside it"
-            remedy = "Keep buffers running_mean and running_var in the layer, for evaluation mode; or use GroupNorm"
-            raise ConfigError(Fault("--model", type(layer).__name__, rule, remedy))
+        if number is None:
+            raise self._fault_of(calling_layer(self._modules)[0], "it has no running statistics")
+        if self.is_evaluating:
+            raise self._fault_of(self.layers[number], "it normalises by the batch in evaluation mode, too")
         y, mean, variance, count = _Normalise.apply(input, eps, self.sum_over_data)
         self._uses[number] += 1
         if self._last_sample[number] != self._num_samples:
@@ -181,6 +182,34 @@ class BatchNorms:
         if bias is not None:
             y = y + bias.view(form).to(y.dtype)
         return y
+
+    def _is_free(self, input: Tensor) -> bool:
+        """Whether a call without running statistics of ours has nothing to do with the other examples of the batch.
+
+        Such as one that standardises a weight, or each example by itself with the batch folded into the channels (dim 1).
+        """
+        call = calling_layer(self._modules)
+        if call is None:
+            return True  # of another network
+        if self.shapes is not None:
+            self.shapes.setdefault(call, []).append(input.shape)
+            return True
+        return set(self.batch_dims.get((call, input.ndim), () if len(input) == 1 else (0,))) <= {1}
+
+    def check_calls(self, shapes: Shapes) -> None:
+        """Raise `ConfigError` where one of the calls of a look normalises over the batch without statistics of ours. Local."""
+        for call, inputs in shapes.items():
+            for shape in inputs:
+                if not set(self.batch_dims.get((call, len(shape)), () if shape[0] == 1 else (0,))) <= {1}:
+                    raise self._fault_of(call[0], "it has no running statistics")
+
+    @staticmethod
+    def _fault_of(layer: nn.Module, rule: str) -> ConfigError:
+        rule += ": a prediction would depend on the examples beside it"
+        remedy = (
+            "Keep buffers running_mean and running_var in the layer, for evaluation mode; or use GroupNorm"
+        )
+        return ConfigError(Fault("--model", type(layer).__name__, rule, remedy))
 
     def has_called(self, layer: nn.Module) -> bool:
         """Whether a layer has called ``F.batch_norm`` since `begin`, in either mode."""

@@ -7,7 +7,7 @@ Calls of ``F.dropout``, ``F.dropout1d``, ``F.dropout2d`` and ``F.dropout3d`` are
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from ..errors import ConfigError, Fault
 from ..noise import Stream, keyed_generator
-from .interception import calling_layer
+from .interception import Shapes, calling_layer
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class DropoutMasks:
 
     A mask is shared by all examples of the batch, so that it is a property of the sample as a draw of
     the weights is (Gal and Ghahramani, Dropout as a Bayesian Approximation, 2016), and does not depend on
-    how the batch is cut. Which dims of an input belong to the batch is seen by `learn_batch_dims`; as long as that is not
+    how the batch is cut. Which dims of an input belong to the batch a look has to see (`batch_dims`); as long as that is not
     known, it is dim 0.
 
     Parameters
@@ -54,6 +54,8 @@ class DropoutMasks:
         Whether several samples are evaluated at once, which would share a mask.
     shapes : dict or None
         During a look: shapes of the inputs that were dropped, by the number of the mask.
+    batch_dims : dict
+        Dims that belong to the batch, by the number of the mask and that of the dims.
     """
 
     def __init__(self, module: nn.Module):
@@ -63,8 +65,8 @@ class DropoutMasks:
         self._modules = {layer: number for number, layer in enumerate(module.modules())}
         self._seed: Callable[[], int] | int | None = None
         self._masks: dict[tuple[int, torch.Size], Tensor] = {}
-        self._batch_dims: dict[tuple[int, int], list[int]] = {}  # by (number, ndim)
-        self.shapes: dict[int, list[torch.Size]] | None = None
+        self.shapes: Shapes | None = None
+        self.batch_dims: dict[tuple[Hashable, int], list[int]] = {}
         for name, layer in module.named_modules():
             if isinstance(layer, _UNKEYED) and layer.p > 0:
                 raise ConfigError(
@@ -87,20 +89,6 @@ class DropoutMasks:
         """Forget the masks; draw new ones by a seed when they are needed. None: nothing is dropped. Local."""
         self._masks.clear()
         self._seed = seed
-
-    def learn_batch_dims(self, whole: dict[int, list[torch.Size]], part: dict[int, list[torch.Size]]) -> None:
-        """See which dims of each input belong to the batch: those that differ between two looks. Local.
-
-        Parameters
-        ----------
-        whole, part : dict
-            `shapes` of looks at two numbers of examples.
-        """
-        for number, shapes in whole.items():
-            if [len(shape) for shape in shapes] == [len(shape) for shape in part.get(number, ())]:
-                for shape, other in zip(shapes, part[number]):
-                    dims = [dim for dim, sizes in enumerate(zip(shape, other)) if len(set(sizes)) > 1]
-                    self._batch_dims[number, len(shape)] = dims
 
     def handle(
         self,
@@ -128,7 +116,7 @@ class DropoutMasks:
         return input.mul_(mask) if inplace and not input.requires_grad else input * mask
 
     def _mask(self, number: int, p: float, x: Tensor, drops_channels: bool) -> Tensor:
-        batch_dims = self._batch_dims.get((number, x.ndim), [0])
+        batch_dims = self.batch_dims.get((number, x.ndim), [0])
         shape = torch.Size(
             1 if dim in batch_dims or (drops_channels and dim > 1) else size
             for dim, size in enumerate(x.shape)
@@ -141,7 +129,7 @@ class DropoutMasks:
             self._masks[number, shape] = keep.to(x.dtype) / (1 - p) if p < 1 else keep.to(x.dtype)
         return self._masks[number, shape].to(x.dtype)
 
-    def unkeyed_layers(self, shapes: dict[int, list[torch.Size]]) -> list[nn.Module]:
+    def unkeyed_layers(self, shapes: Shapes) -> list[nn.Module]:
         """Return dropout layers of other classes than torch's that are to drop, and asked for no mask in a look. Local."""
         return [
             layer

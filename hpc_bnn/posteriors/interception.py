@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
@@ -140,6 +140,27 @@ def _now(function: Callable) -> Callable:
     """Return what stands in the place of a function of torch."""
     home = torch if function in _BUILT_IN else functional
     return getattr(home, function.__name__)
+
+
+Shapes = dict[Hashable, list[torch.Size]]
+"""Shapes of the inputs of calls, by what tells the calls apart."""
+
+
+def batch_dims(whole: Shapes, part: Shapes) -> dict[tuple[Hashable, int], list[int]]:
+    """Return which dims belong to the batch, by (call, number of dims): those that differ between two looks. Local.
+
+    Parameters
+    ----------
+    whole, part : dict
+        Shapes in looks at two numbers of examples; calls that differ otherwise are left out.
+    """
+    found = {}
+    for call, shapes in whole.items():
+        if [len(shape) for shape in shapes] == [len(shape) for shape in part.get(call, ())]:
+            for shape, other in zip(shapes, part[call]):
+                dims = [dim for dim, sizes in enumerate(zip(shape, other)) if len(set(sizes)) > 1]
+                found[call, len(shape)] = dims
+    return found
 
 
 def calling_layer(layers: Collection[nn.Module]) -> tuple[nn.Module, int] | None:

@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import methodcaller
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +19,8 @@ from ..errors import ConfigError, Fault
 from .batch_norm import BatchNorms, SumOverData, of_one_rank
 from .dropout_layers import FUNCTIONS, DropoutMasks
 from .flat import FlatLayout
-from .interception import Interception
+from .interception import Interception, Shapes, batch_dims
 from .traces import Traces
-
-Shapes = dict[int, list[torch.Size]]
 
 
 class Network:
@@ -262,48 +261,53 @@ class Network:
         before = self.traces()
         self.looked_at.add(self.module.training)
 
-        def one(
-            sample: int, inputs: Tensor, scale: float = 1.0
-        ) -> tuple[Tensor, dict[str, list[str]], Shapes]:
-            dropout.shapes = {}
+        def one(sample: int, inputs: Tensor, scale: float = 1.0) -> _Pass:
+            norms.shapes, dropout.shapes = {}, {}
             try:
                 draw(sample)
                 if scale != 1:
                     torch._foreach_mul_([p.detach() for p in self._drawn_parameters()], scale)
                 outputs = self(inputs, autocast_dtype)
-                return _first_tensor(outputs), before.put_back(), dropout.shapes
+                return _Pass(_first_tensor(outputs), before.put_back(), norms.shapes, dropout.shapes)
             finally:
                 before.put_back()
-                dropout.shapes = None
+                norms.shapes = dropout.shapes = None
 
         try:
             with torch.no_grad(), self.interception.watching(set(self._layers)) as unseen:
                 norms.begin()
-                ran, inputs = self._subclasses_that_run(), x.clone()
-                with ran as ran_layers:
-                    outputs, changed, shapes = one(samples[0], inputs)
-                self._refuse_what_is_not_intercepted(unseen, ran_layers, changed, shapes)
+                inputs = x.clone()
+                with self._subclasses_that_run() as ran:
+                    first = one(samples[0], inputs)
+                self._refuse_what_is_not_intercepted(unseen, ran, first)
                 self._changes_input |= not _alike(inputs, x, 0.0)
-                self._changes_attributes |= not self.module.training and bool(
-                    changed["attribute"] + changed["buffer"]
-                )
-                again, _, _ = one(samples[0], x.clone())
-                if self._drawn and len(samples) > 1 and outputs is not None and outputs.isfinite().all():
-                    self._check_that_weights_matter(one, x, outputs, samples[1])
-                if shapes:
+                if not self.module.training:
+                    self._changes_attributes |= bool(first.changed["attribute"] + first.changed["buffer"])
+                again = one(samples[0], x.clone())
+                if (
+                    self._drawn
+                    and len(samples) > 1
+                    and first.outputs is not None
+                    and first.outputs.isfinite().all()
+                ):
+                    self._check_that_weights_matter(one, x, first.outputs, samples[1])
+                if first.normalised or first.dropped:
                     with contextlib.suppress(Exception):  # some modules want all of their examples
-                        part = x[: len(x) // 2] if len(x) > 1 else torch.cat([x, x])
-                        dropout.learn_batch_dims(shapes, one(samples[0], part)[2])
+                        part = one(samples[0], x[: len(x) // 2] if len(x) > 1 else torch.cat([x, x]))
+                        norms.batch_dims |= batch_dims(first.normalised, part.normalised)
+                        dropout.batch_dims |= batch_dims(first.dropped, part.dropped)
+                    norms.check_calls(first.normalised)
         finally:
             before.put_back()
             norms.sum_over_data = sum_over_data
             self._left = self._left[0], self._likeness()[1]  # the versions are ours
         if not self.module.training:
             self._keep_attributes()
-        is_repeatable = outputs is None or _alike(outputs, again, 1e-3 if x.device.type != "cpu" else 1e-6)
+        is_repeatable = _alike(first.outputs, again.outputs, 1e-3 if x.device.type != "cpu" else 1e-6)
         counters = {
             id(layer._buffers.get("num_batches_tracked")) for layer in norms.layers
         }  # a step mends them
+        changed = first.changed
         own = [name for name in changed["buffer"] if id(self.module.get_buffer(name)) not in counters]
         return Look(type(self.module).__name__, changed["generator"], is_repeatable, own)
 
@@ -323,8 +327,9 @@ class Network:
                 handle.remove()
 
     def _refuse_what_is_not_intercepted(
-        self, unseen, ran, changed: dict[str, list[str]], shapes: Shapes
+        self, unseen: Sequence[nn.Module], ran: Sequence[nn.Module], first: _Pass
     ) -> None:
+        changed = first.changed
         names = {layer: name for name, layer in self.module.named_modules()}
         norms, faults = self.batch_norms, []
         for layer in dict.fromkeys(unseen):
@@ -346,7 +351,7 @@ class Network:
                 )
                 faults.append(Fault("--model", f"{names[layer]} ({type(layer).__name__})", what, remedy))
         if changed["generator"]:
-            for layer in self.dropout.unkeyed_layers(shapes):
+            for layer in self.dropout.unkeyed_layers(first.dropped):
                 what = f"its masks come from {' and '.join(changed['generator'])}, not from torch.nn.functional.dropout"
                 remedy = "Call that function, or use nn.Dropout: then they are keyed by the sample"
                 faults.append(Fault("--model", f"{names[layer]} ({type(layer).__name__})", what, remedy))
@@ -355,7 +360,7 @@ class Network:
 
     def _check_that_weights_matter(self, one, x: Tensor, outputs: Tensor, other: int) -> None:
         """Raise `ConfigError` where the outputs of two samples are equal, and those of far away weights, too."""
-        if not torch.equal(outputs, one(other, x.clone())[0]):
+        if not torch.equal(outputs, one(other, x.clone()).outputs):
             return
         noise = (
             torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
@@ -368,7 +373,7 @@ class Network:
                 if name not in self._drawn:
                     self._parameters[name].detach().add_(0.1 + 0.01 * number)
             for inputs in (x, noise):
-                near, far = (one(other, inputs.clone(), scale)[0] for scale in (1.0, 1.5))
+                near, far = (one(other, inputs.clone(), scale).outputs for scale in (1.0, 1.5))
                 if not torch.equal(near, far):
                     return
         finally:
@@ -387,6 +392,15 @@ def _changed(names: Sequence[str], rule: str) -> ConfigError:
     shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
     remedy = "Load, edit, freeze and convert the network first, and make the posterior then"
     return ConfigError(Fault("--model", shown, rule, remedy))
+
+
+class _Pass(NamedTuple):
+    """What a pass of a look has given, and what it had changed."""
+
+    outputs: Tensor | None
+    changed: dict[str, list[str]]
+    normalised: Shapes
+    dropped: Shapes
 
 
 @dataclass(frozen=True)
