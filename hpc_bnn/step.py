@@ -254,7 +254,7 @@ class VariationalStep:
     def _prepare(self, x: SharedView, y: Tensor, samples: range) -> None:
         """Before the first step: check the targets, and look at what the module does. Local."""
         posterior, network = self.posterior, self.posterior.network
-        posterior.network.check()
+        posterior.check_()
         if not self._is_prepared:
             self.likelihood.check_targets(y)
             posterior.prepare_(x.of(samples[0]))
@@ -280,9 +280,10 @@ class VariationalStep:
         except HpcBnnError:
             raise
         except Exception as error:
-            problem = error
-        self.posterior.forget_chunk_()
-        changed = before.put_back()
+            problem = error.with_traceback(None)  # its frames hold the batch
+        finally:
+            self.posterior.forget_chunk_()
+            changed = before.put_back()
         names = changed["buffer"] + changed["weight"] + changed["attribute"]
         if problem is None and names:
             problem = RuntimeError(f"its forward pass changes {', '.join(names[:5])}, once for each sample")
@@ -302,6 +303,7 @@ class VariationalStep:
             statistic, is_batch = evaluate(chunk, x, y)
             statistic.backward(torch.ones_like(statistic))
             (posterior.accumulate_chunk_ if is_batch else posterior.accumulate_)()
+        posterior.network.allow_writes()
         return {name: gradient.clone() for name, gradient in posterior.named_gradients().items()}
 
     @property

@@ -866,3 +866,52 @@ def test_a_step_without_gradients_says_what_to_do(context):
     step(X, Y, 8)
     with torch.inference_mode(), pytest.raises(ConfigError, match="can never be trained"):
         make(mlp())
+
+
+def test_a_step_that_failed_or_was_refused_can_be_repeated():
+    class Refused(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.is_bad = nn.Linear(6, 3), True
+
+        def forward(self, x):
+            if self.is_bad:
+                raise ValueError("bad")
+            return self.layer(x)
+
+    for estimator in ("reparameterisation", "flipout"):
+        net, plain = (seeded(Refused) for _ in range(2))
+        plain.is_bad = False
+        step, expected = (make(n, estimator=estimator) for n in (net, plain))
+        for _ in range(2):
+            with pytest.raises(ValueError, match="bad"):
+                step(X, Y, 8)
+        net.is_bad = False
+        assert step(X, Y, 8) == expected(X, Y, 8)
+        net.is_bad = True
+        with pytest.raises(ValueError, match="bad"):
+            step(X, Y, 8)
+        net.is_bad = False
+        assert step(X, Y, 8) == expected(X, Y, 8)
+    assert F.dropout is torch.nn.functional.dropout and F.dropout.__module__ == "torch.nn.functional"
+    for _ in range(2):  # what is refused once is refused again
+        with pytest.raises(ConfigError, match="masks come from"):
+            make(mlp(OwnNoise(0.5)))(X, Y, 8)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2])
+def test_weights_that_a_forward_writes_itself_are_no_fault_of_the_user(chunk_size):
+    class Renormed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.layer = nn.Embedding(10, 6, max_norm=0.5), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.layer(self.embed(x).mean(1))
+
+    step = make(seeded(Renormed), deterministic=(), chunk_size=chunk_size, lr=0.1)
+    tokens = torch.arange(24).view(8, 3) % 10
+    results = [step(tokens, Y, 8).nelbo for _ in range(3)]
+    assert len(set(results)) == 3
+    members(step, x=tokens)
+    step(tokens, Y, 8)

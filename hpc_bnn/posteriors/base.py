@@ -233,14 +233,21 @@ class Posterior:
         Raises
         ------
         ConfigError
-            Since the last step somebody has changed the module, or these parameters, in a way that cannot be followed.
+            See `check_`.
         """
-        self._check_()
+        self.check_()
         self.reduced.zero_()
         take_gradients(self._random_parameters + self._point_parameters)
         self.batch_norms.begin()
 
-    def _check_(self) -> None:
+    def check_(self) -> None:
+        """Verify that the module and these parameters are as they were left. Local; some microseconds.
+
+        Raises
+        ------
+        ConfigError
+            Somebody has changed them in a way that cannot be followed.
+        """
         self.network.check()
         if addresses(self._parameters.values()) != addresses(self._slots.values()):
             for name in [
@@ -389,7 +396,7 @@ class Posterior:
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
         """Draw for a predictive: the module in evaluation mode, no gradients. Local."""
-        self._check_()
+        self.check_()
         with self.network.evaluating():
             self.begin()
             yield
@@ -398,7 +405,7 @@ class Posterior:
     @torch.no_grad()
     def use_mean_(self) -> nn.Module:
         """Put the posterior mean of the weights into the module and return it. Local."""
-        self._check_()
+        self.check_()
         self.dropout.begin_sample(None)
         return self.module
 

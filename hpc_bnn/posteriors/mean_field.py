@@ -244,10 +244,10 @@ class MeanFieldGaussian(Posterior):
         self.network.leave_weights()
         return module
 
-    def _check_(self) -> None:
+    def check_(self) -> None:
         if self._noisy is not None:
             self._noisy.switch_(on=False)  # as `finish_` left it, also after a step that did not come so far
-        super()._check_()
+        super().check_()
 
     def __getstate__(self) -> dict[str, Any]:
         if self._noisy is not None:

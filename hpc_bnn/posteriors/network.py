@@ -82,11 +82,16 @@ class Network:
         self.leave_weights()
 
     def leave_weights(self) -> None:
-        """Note where the weights are after a step or a predictive, and how often they were written. Local."""
-        self._left = self._likeness()
+        """Note where the weights are after a step or a predictive. Local."""
+        self._addresses = addresses(self._parameters.values())
+        self.allow_writes()
 
-    def _likeness(self) -> tuple[list[int], list[int]]:
-        return addresses(self._parameters.values()), [self._parameters[name]._version for name in self._drawn]
+    def allow_writes(self) -> None:
+        """Take what has been written into the weights so far for ours, or the module's own. Local."""
+        self._versions = self._written()
+
+    def _written(self) -> list[int]:
+        return [self._parameters[name]._version for name in self._drawn]
 
     def _ids(self) -> list[int]:
         """Return which layers and parameters stand where. Local; the layers are held, so that no identity comes twice."""
@@ -100,7 +105,8 @@ class Network:
         ConfigError
             Since the last step it was converted, moved, loaded or edited, or other weights were put in.
         """
-        if self._likeness() == self._left and self._ids() == self._members:
+        are_there = addresses(self._parameters.values()) == self._addresses
+        if are_there and self._written() == self._versions and self._ids() == self._members:
             return
         now = dict(self.module.named_parameters(remove_duplicate=False))
         present = {id(p) for p in now.values()}
@@ -109,7 +115,7 @@ class Network:
         for name, parameter in now.items():
             if parameter.requires_grad and id(parameter) not in trainable:
                 faults.append((name, "it came into the network after the posterior was made"))
-        versions = dict(zip(self._drawn, self._left[1]))
+        versions = dict(zip(self._drawn, self._versions))
         for name, parameter in self._parameters.items():
             view = self._views[name]
             if id(parameter) not in present:
@@ -259,7 +265,6 @@ class Network:
         norms, dropout = self.batch_norms, self.dropout
         sum_over_data, norms.sum_over_data = norms.sum_over_data, of_one_rank  # a look: no collective
         before = self.traces()
-        self.looked_at.add(self.module.training)
 
         def one(sample: int, inputs: Tensor, scale: float = 1.0) -> _Pass:
             norms.shapes, dropout.shapes = {}, {}
@@ -300,7 +305,8 @@ class Network:
         finally:
             before.put_back()
             norms.sum_over_data = sum_over_data
-            self._left = self._left[0], self._likeness()[1]  # the versions are ours
+            self.allow_writes()
+        self.looked_at.add(self.module.training)
         if not self.module.training:
             self._keep_attributes()
         is_repeatable = _alike(first.outputs, again.outputs, 1e-3 if x.device.type != "cpu" else 1e-6)
