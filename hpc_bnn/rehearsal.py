@@ -184,9 +184,9 @@ def rehearse(config: Config, manifest: Manifest, grid: Grid, *, is_on_gpu: bool 
         try:
             with FlopCounterMode(display=False) as flops:
                 step.accumulate_gradient_(*arguments)
+            posterior.attach_gradients_()
         except RuntimeError as error:
             raise DataError(f"{config.model.name} cannot be rehearsed: {first_line(error)}") from error
-        posterior.attach_gradients_()
         posterior.add_kl_gradient_(1.0)
         if config.optimizer.max_gradient_norm is not None:
             step.optimizer.clip_(config.optimizer.max_gradient_norm)

@@ -315,6 +315,39 @@ def test_a_checkpointed_block_meets_the_same_masks_and_statistics(functions):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
 
+class Attention(nn.Module):
+    """As timm's and Hugging Face's: the rate of a dropout layer goes to the kernel."""
+
+    def __init__(self, p, **options):
+        super().__init__()
+        self.qkv, self.head, self.drop = nn.Linear(3, 3 * 8), nn.Linear(8, 3), nn.Dropout(p)
+        self.options = options
+
+    def forward(self, x):
+        x = torch.stack([x[:, :3], x[:, 3:], x[:, :3] + 1], 1)  # [B, 3, 3]
+        q, k, v = self.qkv(x).view(len(x), 3, 3, 2, 4).permute(2, 0, 3, 1, 4)
+        mask = torch.zeros(3, 3).to(q).tril() if self.options.get("attn_mask") else None
+        options = self.options | {"attn_mask": mask, "dropout_p": self.drop.p if self.training else 0.0}
+        y = F.scaled_dot_product_attention(q, k, v, **options)
+        return self.head(y.transpose(1, 2).flatten(2).mean(1))
+
+
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"attn_mask": True, "scale": 0.3}])
+def test_dropout_within_attention_is_keyed(options, caplog):
+    plain, tiny = (make(seeded(lambda p=p: Attention(p, **options)), init_std=1e-9) for p in (0.0, 1e-12))
+    assert tiny(X, Y, 8).data_term == pytest.approx(plain(X, Y, 8).data_term, rel=1e-7)
+    a, b = (make(seeded(lambda: Attention(0.5, **options)))(X, Y, 8) for _ in range(2))
+    assert a == b != plain(X, Y, 8) and "generator" not in caplog.text
+    torch.testing.assert_close(
+        a.data_term, _mean_of_halves(lambda: make(seeded(lambda: Attention(0.5, **options))))
+    )
+
+
+def _mean_of_halves(make_step):
+    """Data term of the batch from those of its halves: the same masks for both."""
+    return (make_step()(X[:4], Y[:4], 4).data_term + make_step()(X[4:], Y[4:], 4).data_term) / 2
+
+
 @pytest.mark.parametrize("num_examples", [8, 6, 1])  # 6: as many as there are numbers of an example
 def test_the_batch_is_found_where_the_sequence_comes_first(num_examples):
     net = nn.Sequential(nn.TransformerEncoderLayer(6, 2, 8, dropout=0.5, batch_first=False)).double()
@@ -662,6 +695,96 @@ def test_a_table_derived_from_weights_is_made_anew_for_each_member(kind):
         mean = step.posterior.use_mean_().eval()
         expected = X @ step.posterior.loc.detach().view(6, 3).softmax(0)
         torch.testing.assert_close(mean(X).detach(), expected, rtol=1e-12, atol=1e-14)
+
+
+class Merging(nn.Module):
+    """Low-rank adaptation as in loralib: the frozen weight holds the product in evaluation mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+        self.layer.weight.requires_grad_(False)
+        self.a, self.b, self.is_merged = (
+            nn.Parameter(torch.randn(2, 6)),
+            nn.Parameter(torch.randn(3, 2)),
+            False,
+        )
+
+    def train(self, mode=True):
+        super().train(mode)
+        if self.is_merged is mode:
+            self.layer.weight.data += (self.b @ self.a).detach() * (-1 if mode else 1)
+            self.is_merged = not mode
+        return self
+
+    def forward(self, x):
+        y = self.layer(x)
+        return y if self.is_merged else y + x @ self.a.T @ self.b.T
+
+
+def test_weights_that_are_merged_in_evaluation_mode_come_apart_again(caplog):
+    net = seeded(Merging)
+    frozen = net.layer.weight.detach().clone()
+    step = make(net, init_std=0.5)
+    for _ in range(2):
+        drawn = members(step)
+        assert torch.equal(net.layer.weight, frozen) and net.training and not net.is_merged
+        step(X, Y, 8)
+    with step.posterior.evaluating():
+        step.posterior.draw_(
+            3, lambda s: hpc_bnn.noise.keyed_generator(0, hpc_bnn.noise.Stream.PREDICTION, 0, s)
+        )
+        expected = X @ (frozen + net.b @ net.a).T + net.layer.bias
+    torch.testing.assert_close(drawn[:, 3], expected.softmax(-1), rtol=1e-10, atol=1e-12)
+    assert not caplog.text
+
+
+class Initialising(nn.Module):
+    """As ActNorm of flows: the first batch sets the weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.shift, self.is_done = nn.Linear(6, 3), nn.Parameter(torch.zeros(3)), False
+
+    def forward(self, x):
+        y = self.layer(x)
+        if not self.is_done:
+            self.shift.detach().copy_(y.mean(0))
+            self.is_done = True
+        return y - self.shift
+
+
+def test_initialisation_by_the_first_batch_wants_to_come_before_the_wrap():
+    with pytest.raises(
+        ConfigError, match=r"shift: its forward pass writes these weights.* Run the network once"
+    ):
+        make(seeded(Initialising))(X, Y, 8)
+    net = seeded(Initialising)
+    net(X)
+    make(net)(X, Y, 8)
+
+
+class Cache:
+    def __init__(self):
+        self.calls, self.table = 0, (torch.zeros(1), [0])
+
+
+class WithObject(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.cache = nn.Linear(6, 3), Cache()
+
+    def forward(self, x):
+        self.cache.calls += 1
+        self.cache.table[0].add_(1)
+        self.cache.table[1][0] += 1
+        return self.layer(x)
+
+
+def test_looks_put_objects_of_the_users_classes_back():
+    net = seeded(WithObject)
+    make(net, num_samples=2, chunk_size=2)(X, Y, 8)
+    assert net.cache.calls == net.cache.table[0].item() == net.cache.table[1][0] == 2
 
 
 class Noisy(nn.Module):

@@ -10,6 +10,7 @@ The layers stay as they are: their calls of ``F.batch_norm`` are intercepted (`h
 
 from __future__ import annotations
 
+import math
 import types
 from collections.abc import Callable, Hashable
 
@@ -69,8 +70,8 @@ class BatchNorms:
 
     @property
     def num_statistics(self) -> int:
-        """Floats that `write_statistics_` writes: mean and variance per channel, and counts of samples."""
-        return sum(self._lengths) + len(self.layers) + 1 if self.layers else 0
+        """Floats that `write_statistics_` writes: mean and variance per channel, and numbers of layers and samples."""
+        return sum(self._lengths) + 3 * len(self.layers) + 1 if self.layers else 0
 
     @property
     def _lengths(self) -> list[int]:
@@ -118,22 +119,34 @@ class BatchNorms:
         self._put_counters_back()
         # A layer that a forward uses several times counts with the mean over its uses.
         shares = [share * samples / max(uses, 1) for samples, uses in zip(self._samples, self._uses)]
-        counts = [count if share else 0 for count in (*self._samples, self._num_samples)]
         parts = [own * sums.reshape(-1).to(out.dtype) for sums, own in zip(self._sums, shares)]
-        torch.cat([*parts, out.new_tensor(counts)], out=out)
+        samples = self._samples if share else [0] * len(self.layers)
+        momenta = [count * momentum for count, momentum in zip(samples, self._momenta)]
+        counters = [
+            count * self._counts.get(layer, out.new_zeros(())) for layer, count in zip(self.layers, samples)
+        ]
+        numbers = out.new_tensor([*samples, *momenta, self._num_samples if share else 0])
+        torch.cat([*parts, torch.stack(counters).to(out.dtype), numbers], out=out)
 
     @torch.no_grad()
     def update_running_(self, statistics: Tensor) -> None:
         """Move running statistics towards the mean over all samples of the job in which their layer ran. Local."""
-        *parts, counts = statistics.split([*self._lengths, len(self.layers) + 1])
-        *counts, total = counts
-        for layer, part, count, momentum in zip(self.layers, parts, counts, self._momenta):
-            ran, factor = count > 0, total / count  # exactly 1 where all samples ran
+        number = len(self.layers)
+        *parts, counters, counts, momenta, total = statistics.split(
+            [*self._lengths, number, number, number, 1]
+        )
+        for n, (layer, part) in enumerate(zip(self.layers, parts)):
+            momentum = self._momenta[n]
+            if not self._samples[n]:  # it may have run on other ranks
+                if not layer.training:
+                    continue
+                momentum = _snapped(float(momenta[n] / counts[n]), layer)
+            ran, factor = counts[n] > 0, total / counts[n]  # exactly 1 where all samples ran
             moved = [(layer.running_mean, layer.running_var), (part * factor).view(2, -1)]
             for running, mean in zip(*moved):
                 running.copy_(torch.where(ran, running.lerp(mean.to(running.dtype), momentum), running))
             if layer in self._counts:
-                layer.num_batches_tracked += self._counts[layer] * ran
+                layer.num_batches_tracked += counters[n] > 0
 
     def _counters(self) -> dict[nn.Module, Tensor]:
         counters = {layer: getattr(layer, "num_batches_tracked", None) for layer in self.layers}
@@ -227,6 +240,14 @@ class BatchNorms:
 
     def __getstate__(self):
         return self.__dict__ | {"sum_over_data": of_one_rank, "_numbers": {}}
+
+
+def _snapped(momentum: float, layer: nn.Module) -> float:
+    """Return a momentum that came with a sum, as the ranks have it on which the layer ran."""
+    if not math.isfinite(momentum):
+        return 0.0  # it ran nowhere
+    own = getattr(layer, "momentum", None)
+    return own if isinstance(own, float) and math.isclose(own, momentum, rel_tol=1e-5) else momentum
 
 
 def of_one_rank(tensor: Tensor) -> None:

@@ -1,7 +1,7 @@
 """Dropout whose masks belong to the weight sample, not to a global generator.
 
-Calls of ``F.dropout``, ``F.dropout1d``, ``F.dropout2d`` and ``F.dropout3d`` are intercepted
-(`hpc_bnn.posteriors.interception`), whether a layer of torch, a subclass of one, or any other code of the module makes them.
+Calls of ``F.dropout``, ``F.dropout1d``, ``F.dropout2d``, ``F.dropout3d`` and ``F.scaled_dot_product_attention`` are
+intercepted (`hpc_bnn.posteriors.interception`), whether a layer of torch, a subclass of one, or any other code of the module makes them.
 """
 
 from __future__ import annotations
@@ -114,6 +114,30 @@ class DropoutMasks:
             self.shapes.setdefault(number, []).append(input.shape)
         mask = self._mask(number, p, input, drops_channels)
         return input.mul_(mask) if inplace and not input.requires_grad else input * mask
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """Take the place of ``F.scaled_dot_product_attention`` where it drops: its kernels draw masks of their own. Local."""
+        if dropout_p == 0 or calling_layer(self._modules) is None:
+            return NotImplemented
+        if enable_gqa:
+            key, value = (t.repeat_interleave(query.shape[-3] // key.shape[-3], -3) for t in (key, value))
+        scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
+        if is_causal:
+            attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        if attn_mask is not None:
+            is_bool = attn_mask.dtype == torch.bool
+            scores = scores.masked_fill(~attn_mask, float("-inf")) if is_bool else scores + attn_mask
+        return self.handle(False, scores.softmax(-1), dropout_p) @ value
 
     def _mask(self, number: int, p: float, x: Tensor, drops_channels: bool) -> Tensor:
         batch_dims = self.batch_dims.get((number, x.ndim), [0])

@@ -26,8 +26,12 @@ def _batch_norm(input, weight, bias, running_mean, running_var, training, moment
     return input, running_mean, running_var, weight, bias, training, momentum, eps
 
 
-_BUILT_IN = {torch.dropout: ("dropout", _dropout), torch.batch_norm: ("batch_norm", _batch_norm)}
-"""Functions of ``torch`` itself: their names in ``torch.nn.functional``, and what orders their arguments as there."""
+_NAMES = ("batch_norm", "dropout", "dropout1d", "dropout2d", "dropout3d", "scaled_dot_product_attention")
+_FUNCTIONS: dict[Callable, tuple[str, Callable | None]] = {
+    getattr(functional, name): (name, None) for name in _NAMES
+}
+_FUNCTIONS |= {torch.dropout: ("dropout", _dropout), torch.batch_norm: ("batch_norm", _batch_norm)}
+"""What can be intercepted: the name of its handler, and what brings its arguments into the handler's order."""
 
 
 class Interception:
@@ -42,7 +46,7 @@ class Interception:
     Parameters
     ----------
     handlers : dict of str to callable
-        By the names of the functions.
+        By the names of the functions; for all of `_NAMES`.
     """
 
     def __init__(self, handlers: dict[str, Handler]):
@@ -58,18 +62,17 @@ class Interception:
         namespaces = [vars(functional), vars(torch)]
         namespaces += [vars(sys.modules[name]) for name in sorted(names) if name in sys.modules]
         self._places = [
-            (namespace, name, value)
+            (namespace, name, function)
             for namespace in namespaces
             for name, value in namespace.items()
-            if isinstance(value, (FunctionType, BuiltinFunctionType)) and self._handler_of(value)
+            if isinstance(value, (FunctionType, BuiltinFunctionType))
+            if (function := getattr(value, "__wrapped__", value)) in _FUNCTIONS
         ]
 
-    def _handler_of(self, function: Callable) -> Handler | None:
-        if function in _BUILT_IN:
-            name, order = _BUILT_IN[function]
-            return lambda *args, **kwargs: self._handlers[name](*order(*args, **kwargs))
-        name = getattr(function, "__name__", None)
-        return self._handlers.get(name) if getattr(functional, name or "", None) is function else None
+    def _handler_of(self, function: Callable) -> Handler:
+        name, order = _FUNCTIONS[function]
+        handler = self._handlers[name]
+        return handler if order is None else lambda *args, **kwargs: handler(*order(*args, **kwargs))
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -107,7 +110,7 @@ class Interception:
     def watching(self, layers: Collection[nn.Module]) -> Iterator[list[nn.Module]]:
         """Give a list of those of some layers that call a function in a way that is not intercepted. Local."""
         unseen: list[nn.Module] = []
-        handlers = {function: self._handler_of(function) for _, _, function in self._places}
+        handlers = {function: self._handler_of(function) for function in _FUNCTIONS}
         with self.active(), _Watch(handlers, layers, unseen):
             yield unseen
 
@@ -123,7 +126,11 @@ class _Watch(TorchFunctionMode):
     ):
         super().__init__()
         # torch's functions report themselves by their global names: as what replaces them
-        self._handlers = handlers | {_now(function): handler for function, handler in handlers.items()}
+        self._handlers = handlers | {
+            value: handlers[function]
+            for value in vars(functional).values()
+            if (function := getattr(value, "__wrapped__", None)) in _FUNCTIONS
+        }
         self._layers, self._unseen = layers, unseen
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -134,12 +141,6 @@ class _Watch(TorchFunctionMode):
                 self._unseen += [called[0] for called in [calling_layer(self._layers)] if called]
                 return result
         return function(*args, **kwargs)
-
-
-def _now(function: Callable) -> Callable:
-    """Return what stands in the place of a function of torch."""
-    home = torch if function in _BUILT_IN else functional
-    return getattr(home, function.__name__)
 
 
 Shapes = dict[Hashable, list[torch.Size]]

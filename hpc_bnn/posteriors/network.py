@@ -48,6 +48,7 @@ class Network:
         self.batch_norms = BatchNorms(module)
         self.dropout = DropoutMasks(module)
         handlers = {name: functools.partial(self.dropout.handle, drops) for name, drops in FUNCTIONS.items()}
+        handlers["scaled_dot_product_attention"] = self.dropout.attend
         self.interception = Interception({"batch_norm": self.batch_norms.handle, **handlers})
         self._parameters = parameters
         self._drawn = list(drawn)
@@ -143,8 +144,14 @@ class Network:
         As timm's LeViT, which keeps a table of attention biases until ``train`` is called.
         """
         torch.clear_autocast_cache()  # the casts of the former weights
-        if self._attributes is not None:
-            self._attributes.put_back()
+        with self._nothing_derived():
+            if self._attributes is not None:
+                self._attributes.put_back()
+            yield
+
+    @contextlib.contextmanager
+    def _nothing_derived(self) -> Iterator[None]:
+        """Put layers whose ``train`` or ``eval`` derives something (a table, merged weights) into training mode. Local."""
         derived = [layer for layer in self._deriving if not layer.training]
         if not derived:
             yield
@@ -216,13 +223,15 @@ class Network:
                 yield
             finally:
                 self.batch_norms.is_evaluating = False
-                if self._attributes is not None:
-                    self._attributes.put_back()
+                with self._nothing_derived():
+                    if self._attributes is not None:
+                        self._attributes.put_back()
                 self._attributes = None
 
     def _keep_attributes(self) -> None:
-        if self._changes_attributes:
-            self._attributes = Traces(self.module, drawn=self._drawn_parameters())
+        if self._changes_attributes or self._deriving:
+            with self._nothing_derived():
+                self._attributes = Traces(self.module, drawn=self._drawn_parameters())
 
     def traces(self) -> Traces:
         """Return what a pass may change, as it is now, with all global generators. Local."""
@@ -264,7 +273,12 @@ class Network:
         """
         norms, dropout = self.batch_norms, self.dropout
         sum_over_data, norms.sum_over_data = norms.sum_over_data, of_one_rank  # a look: no collective
-        before = self.traces()
+        with self._nothing_derived():
+            before = self.traces()
+
+        def put_back() -> dict[str, list[str]]:
+            with self._nothing_derived():
+                return before.put_back()
 
         def one(sample: int, inputs: Tensor, scale: float = 1.0) -> _Pass:
             norms.shapes, dropout.shapes = {}, {}
@@ -272,10 +286,14 @@ class Network:
                 draw(sample)
                 if scale != 1:
                     torch._foreach_mul_([p.detach() for p in self._drawn_parameters()], scale)
-                outputs = self(inputs, autocast_dtype)
-                return _Pass(_first_tensor(outputs), before.put_back(), norms.shapes, dropout.shapes)
+                versions = self._written()
+                outputs = _first_tensor(self(inputs, autocast_dtype))
+                written = [
+                    name for name, *ab in zip(self._drawn, versions, self._written()) if ab[0] != ab[1]
+                ]
+                return _Pass(outputs, put_back(), written, norms.shapes, dropout.shapes)
             finally:
-                before.put_back()
+                put_back()
                 norms.shapes = dropout.shapes = None
 
         try:
@@ -303,19 +321,22 @@ class Network:
                         dropout.batch_dims |= batch_dims(first.dropped, part.dropped)
                     norms.check_calls(first.normalised)
         finally:
-            before.put_back()
+            put_back()
             norms.sum_over_data = sum_over_data
             self.allow_writes()
         self.looked_at.add(self.module.training)
         if not self.module.training:
             self._keep_attributes()
         is_repeatable = _alike(first.outputs, again.outputs, 1e-3 if x.device.type != "cpu" else 1e-6)
-        counters = {
-            id(layer._buffers.get("num_batches_tracked")) for layer in norms.layers
-        }  # a step mends them
-        changed = first.changed
-        own = [name for name in changed["buffer"] if id(self.module.get_buffer(name)) not in counters]
-        return Look(type(self.module).__name__, changed["generator"], is_repeatable, own)
+        return Look(
+            type(self.module).__name__, first.changed["generator"], is_repeatable, self._own_buffers(first)
+        )
+
+    def _own_buffers(self, a_pass: _Pass) -> list[str]:
+        """Return the buffers that a pass has changed, but for the counters of BatchNorm layers, which a step mends."""
+        counters = {id(layer._buffers.get("num_batches_tracked")) for layer in self.batch_norms.layers}
+        buffers = dict(self.module.named_buffers(remove_duplicate=False))
+        return [name for name in a_pass.changed["buffer"] if id(buffers.get(name)) not in counters]
 
     @contextlib.contextmanager
     def _subclasses_that_run(self) -> Iterator[list[nn.Module]]:
@@ -356,6 +377,10 @@ class Network:
                     "Call that function, use torch's BatchNorm or GroupNorm, or freeze the layer with eval()"
                 )
                 faults.append(Fault("--model", f"{names[layer]} ({type(layer).__name__})", what, remedy))
+        if first.written and (self._own_buffers(first) or changed["attribute"]):
+            rule = "its forward pass writes these weights and notes that it has: the next draw would undo it"
+            remedy = "Run the network once on a batch before the posterior is made"
+            faults.append(Fault("--model", ", ".join(first.written[:3]), rule, remedy))
         if changed["generator"]:
             for layer in self.dropout.unkeyed_layers(first.dropped):
                 what = f"its masks come from {' and '.join(changed['generator'])}, not from torch.nn.functional.dropout"
@@ -405,6 +430,8 @@ class _Pass(NamedTuple):
 
     outputs: Tensor | None
     changed: dict[str, list[str]]
+    written: list[str]
+    """Drawn weights that the forward pass has written itself."""
     normalised: Shapes
     dropped: Shapes
 
@@ -429,7 +456,8 @@ class Look:
             source = " and ".join(self.generators) or "generators of its own: two passes of one sample differ"
             found.append(
                 f"the forward pass of {self.name} draws from {source}; these numbers are not keyed by the sample, and "
-                "the result depends on the process grid. Use nn.Dropout or torch.nn.functional.dropout"
+                "the result depends on the process grid. Use nn.Dropout or torch.nn.functional.dropout, and set the "
+                "rates of other noise (stochastic depth) to 0"
             )
         if self.buffers and world_size > 1:
             names = ", ".join(self.buffers[:5]) + (" and more" if self.buffers[5:] else "")

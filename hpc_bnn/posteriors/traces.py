@@ -19,8 +19,8 @@ Restore = Callable[[], tuple[object, bool]]
 class Traces:
     """The state of a module, and of all global generators of random numbers, when this is made.
 
-    Buffers, weights that no draw writes anew, attributes of the layers (numbers, tensors, arrays, generators, and lists,
-    dictionaries and sets of them), and the mode of each layer.
+    Buffers, weights that no draw writes anew, attributes of the layers (numbers, tensors, arrays, generators; lists, tuples,
+    dictionaries and sets of them; and objects whose class comes from the package of the layer), and the mode of each layer.
 
     Parameters
     ----------
@@ -45,7 +45,7 @@ class Traces:
                 ("weight", layer._parameters, layer._parameters),
                 ("attribute", layer.__dict__, attributes),
             ):
-                held = {key: _keep(value, seen) for key, value in content.items()}
+                held = {key: _keep(value, seen, _package(layer)) for key, value in content.items()}
                 self._registries.append((kind, prefix, registry, held))
         generators = _global_generators(device) if device is not None else []
         self._generators = [(name, get, put, get()) for name, get, put in generators]
@@ -75,7 +75,7 @@ class Traces:
         return changed
 
 
-def _keep(value: object, seen: dict[int, Restore]) -> Restore:
+def _keep(value: object, seen: dict[int, Restore], package: str) -> Restore:
     """Return what gives an object its content of now back."""
     if id(value) in seen:  # shared, or within itself
         return lambda: (value, False)
@@ -93,13 +93,27 @@ def _keep(value: object, seen: dict[int, Restore]) -> Restore:
     elif isinstance(value, np.random.Generator):
         restore = _keeping(value, value.bit_generator.state, lambda v: v.bit_generator.state, _set_state)
     elif isinstance(value, dict):
-        restore = _keeping_items(value, list(value), [_keep(v, seen) for v in value.values()], _fill_dict)
+        restore = _keeping_items(
+            value, list(value), [_keep(v, seen, package) for v in value.values()], _fill_dict
+        )
     elif isinstance(value, (list, deque)):
-        restore = _keeping_items(value, None, [_keep(v, seen) for v in value], _fill_list)
+        restore = _keeping_items(value, None, [_keep(v, seen, package) for v in value], _fill_list)
+    elif isinstance(value, tuple):
+        items = [_keep(v, seen, package) for v in value]
+        restore = lambda: (value, any([item()[1] for item in items]))  # noqa: E731
+    elif (
+        not isinstance(value, (type, nn.Module)) and hasattr(value, "__dict__") and _package(value) == package
+    ):
+        content = _keep(vars(value), seen, package)
+        restore = lambda: (value, content()[1])  # noqa: E731
     elif isinstance(value, set):
         restore = _keeping(value, set(value), set, lambda v, former: (v.clear(), v.update(former)))
     seen[id(value)] = restore
     return restore
+
+
+def _package(value: object) -> str:
+    return type(value).__module__.partition(".")[0]
 
 
 def _keeping(value, former, get, put) -> Restore:
