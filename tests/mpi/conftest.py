@@ -2,6 +2,8 @@
 
 A failing test on one rank must neither hang the others nor go unseen: the verdicts of all ranks are
 gathered after each test, and a rank that waits too long ends the job with a traceback of every rank.
+
+The tests of a grid run one after another on one grid: to join it takes longer than many a test.
 """
 
 import faulthandler
@@ -21,8 +23,11 @@ if LIBRARY != "horovod":
 comm_module.world_size()  # starts MPI with the settings of hpc_bnn
 from mpi4py import MPI  # noqa: E402
 
+from hpc_bnn.comm.mpi import MpiComm  # noqa: E402
+
 WORLD = MPI.COMM_WORLD
-TEST_SECONDS = 60
+TEST_SECONDS = float(os.environ.get("TEST_SECONDS", 120))
+"""Limit of a test; test_mpi.py gives it, stretched by HPC_BNN_TEST_PATIENCE."""
 
 
 @pytest.hookimpl(wrapper=True)
@@ -42,6 +47,7 @@ def pytest_runtest_call(item):
     faulthandler.cancel_dump_traceback_later()
     failed = {rank: verdict for rank, verdict in enumerate(verdicts) if verdict}
     if failed:
+        JOINED.clear()
         raise AssertionError(f"failed on ranks {failed}") from error
     return result
 
@@ -53,10 +59,37 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("sample_size", divisors, ids=lambda s: f"{s}x{WORLD.size // s}")
 
 
+def pytest_collection_modifyitems(items):
+    """The tests of one grid together; those without a grid, which may join their own, first."""
+    items.sort(
+        key=lambda item: item.callspec.params.get("sample_size", 0) if hasattr(item, "callspec") else 0
+    )
+
+
+JOINED = {}
+"""The grid that stands: its sample_size -> the grid, and how many had been joined then."""
+num_joined = 0
+join = MpiComm.__init__
+
+
+def count_and_join(self, *arguments, **options):
+    global num_joined
+    num_joined += 1
+    join(self, *arguments, **options)
+
+
+MpiComm.__init__ = count_and_join  # whoever calls connect(): a former grid is then of no use
+
+
 @pytest.fixture
 def comm(sample_size):
-    """The process grid of this test."""
-    return comm_module.connect(sample_size, device="cpu")
+    """The process grid of this test: that of the test before, if it is the same and nobody joined another."""
+    grid, when = JOINED.get(sample_size, (None, None))
+    if grid is None or when != num_joined:
+        grid = comm_module.connect(sample_size, device="cpu")
+        JOINED.clear()
+        JOINED[sample_size] = grid, num_joined
+    return grid
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from conftest import LIBRARY
-from reference import GLOBAL_BATCH_SIZE, make_problem, make_step, relative_difference, train
+from reference import GLOBAL_BATCH_SIZE, make_problem, make_step, relative_difference, train, train_alone
 
 from hpc_bnn import (
     Categorical,
@@ -29,7 +29,7 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-5}  # float32: 1e-5 per ste
 @pytest.mark.parametrize("num_samples", [16, 5])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 def test_parameters_after_five_steps_equal_those_of_one_process(comm, dtype, num_samples):
-    alone, expected = train(GridComm(Grid()), dtype, num_samples)
+    alone, expected = train_alone(dtype, num_samples)
     step, results = train(comm, dtype, num_samples)
     tolerance = TOLERANCE[dtype]
     for mine, reference in zip(step.posterior.parameters(), alone.posterior.parameters()):
@@ -43,7 +43,7 @@ def test_parameters_after_five_steps_equal_those_of_one_process(comm, dtype, num
 @pytest.mark.parametrize("reduction", ["axes", "world"])
 def test_the_route_of_the_reduction_does_not_matter(sample_size, reduction):
     comm = connect(sample_size, "cpu", reduction)
-    alone, _ = train(GridComm(Grid()))
+    alone, _ = train_alone()
     step, _ = train(comm)
     assert relative_difference(step.posterior.loc, alone.posterior.loc) < 1e-12
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from modules import MODULES, NUM_CLASSES, make_examples, make_module
-from reference import relative_difference
+from reference import computed_once, relative_difference
 
 from hpc_bnn import Categorical, Grid, GridComm, VariationalStep, posteriors, predict_classes
 from hpc_bnn.noise import Stream, keyed_global_generator
@@ -42,6 +42,11 @@ def train(comm, name, family="mean_field", chunk_size=1, num_steps=3, num_sample
     return posterior, results
 
 
+@computed_once
+def train_alone(name, family="mean_field"):
+    return train(GridComm(Grid()), name, family)
+
+
 def assert_equal(posterior, reference, results, expected, tolerance=1e-12):
     state, other = posterior.state_dict(), reference.state_dict()
     assert state.keys() == other.keys()
@@ -60,7 +65,7 @@ def assert_equal(posterior, reference, results, expected, tolerance=1e-12):
 @pytest.mark.parametrize("chunk_size", [1, 2])
 @pytest.mark.parametrize("name", MODULES)
 def test_module_trains_alike_on_every_grid(comm, name, chunk_size):
-    reference, expected = train(GridComm(Grid()), name)
+    reference, expected = train_alone(name)
     posterior, results = train(comm, name, chunk_size=chunk_size)
     assert_equal(posterior, reference, results, expected)
     assert results[0].nelbo != results[-1].nelbo
@@ -70,7 +75,7 @@ def test_module_trains_alike_on_every_grid(comm, name, chunk_size):
 @pytest.mark.parametrize("chunk_size", [1, 3])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_family_trains_alike_on_every_grid(comm, family, chunk_size):
-    reference, expected = train(GridComm(Grid()), "vit", family)
+    reference, expected = train_alone("vit", family)
     posterior, results = train(comm, "vit", family, chunk_size)
     assert_equal(posterior, reference, results, expected)
 

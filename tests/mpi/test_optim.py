@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from reference import GLOBAL_BATCH_SIZE, NUM_EXAMPLES, make_problem, relative_difference
+from reference import GLOBAL_BATCH_SIZE, NUM_EXAMPLES, computed_once, make_problem, relative_difference
 from torch import nn
 
 from hpc_bnn import (
@@ -70,6 +70,7 @@ def train(step, epochs):
     return step
 
 
+@computed_once
 def alone(family, **options):
     return train(make_step(GridComm(Grid()), family, **options), range(2))
 

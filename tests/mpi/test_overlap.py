@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from reference import GLOBAL_BATCH_SIZE, NUM_EXAMPLES, make_problem, relative_difference
+from reference import GLOBAL_BATCH_SIZE, NUM_EXAMPLES, computed_once, make_problem, relative_difference
 from torch import nn
 
 import hpc_bnn.optim
@@ -72,6 +72,12 @@ def make_step(comm, family="mean_field", overlap=True, **options):
     )  # fmt: skip
 
 
+@computed_once
+def alone(family="mean_field", chunk_size=1, objective=NegativeElbo):
+    options = {"chunk_size": chunk_size, "objective": objective()}
+    return train(make_step(GridComm(Grid()), family, overlap=False, **options)).posterior
+
+
 def train(step, sizes=(GLOBAL_BATCH_SIZE, 5, 1)):
     """A step on each batch; of one example most ranks of the data axis have none."""
     x, y = make_problem(torch.float64)
@@ -92,9 +98,8 @@ CASES = [
 
 @pytest.mark.parametrize(("family", "chunk_size", "objective"), CASES)
 def test_overlap_changes_no_number(comm, family, chunk_size, objective):
-    options = {"chunk_size": chunk_size, "objective": objective()}
-    expected = train(make_step(GridComm(Grid()), family, overlap=False, **options)).posterior
-    step = train(make_step(comm, family, **options))
+    expected = alone(family, chunk_size, objective)
+    step = train(make_step(comm, family, chunk_size=chunk_size, objective=objective()))
     for name, parameter in step.posterior.named_parameters():
         assert relative_difference(parameter, dict(expected.named_parameters())[name]) < 1e-12, name
     comm.check_replicas(list(step.posterior.parameters()), "parameters")
@@ -125,7 +130,7 @@ def test_sums_begin_while_the_last_backward_pass_runs(comm, chunk_size, monkeypa
 
 
 def test_a_divided_posterior_serves_a_plain_optimizer_as_well(comm):
-    expected = train(make_step(GridComm(Grid()), overlap=False)).posterior
+    expected = alone()
     step = make_step(comm)
     plain = torch.optim.Adam(step.posterior.parameters(), lr=0.02)
     step.optimizer = JobOptimizer.of(plain, step.posterior, comm)
