@@ -1,6 +1,10 @@
-"""Shared by all serial tests. The tests in tests/mpi run under mpirun, started by test_mpi.py."""
+"""Shared by all serial tests. The tests in tests/mpi run under mpirun, started by test_mpi.py.
+
+Every limit on a time passes through `patience`: ``HPC_BNN_TEST_PATIENCE=3 make test`` stretches all of them by three.
+"""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -15,12 +19,23 @@ collect_ignore = ["mpi"]
 sys.path.insert(0, str(REPOSITORY / "data_prep"))  # the scripts are imported by their names
 
 
+def patience(seconds: float) -> float:
+    """Return a limit in seconds, stretched by the factor in HPC_BNN_TEST_PATIENCE: 1 unless a machine is slow."""
+    return seconds * float(os.environ.get("HPC_BNN_TEST_PATIENCE") or 1)
+
+
+TEST_SECONDS = 1800
+"""Limit of a single test that has no mark of its own. Tests take seconds; the longest, a job of 4 ranks, minutes."""
+JOB_SECONDS = 300
+"""Limit of a process or a job of ranks that a test starts."""
+
+
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory):
     """Shard directory of scikit-learn's digits, written by data_prep/digits.py."""
     directory = tmp_path_factory.mktemp("data") / "digits"
     command = [sys.executable, "data_prep/digits.py", "--output", str(directory)]
-    subprocess.run(command, cwd=REPOSITORY, check=True, timeout=120)
+    subprocess.run(command, cwd=REPOSITORY, check=True, timeout=patience(JOB_SECONDS))
     return directory
 
 
@@ -28,18 +43,35 @@ def digits(tmp_path_factory):
 def mpirun():
     """Start a job: ``mpirun(4, "-m", "hpc_bnn", ...)``; returns the finished process with its output."""
 
-    def start(num_ranks, *arguments, runner=("-m", "mpi4py"), timeout=120, environment=()):
+    def start(num_ranks, *arguments, runner=("-m", "mpi4py"), timeout=JOB_SECONDS, environment=()):
         command = ["mpirun", "-np", str(num_ranks), sys.executable, *runner, *map(str, arguments)]
-        return subprocess.run(
-            command,
-            cwd=REPOSITORY,
-            env={**launch_environment(), **dict(environment)},
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-        )
+        return run_job(command, timeout, env={**launch_environment(), **dict(environment)})
 
     return start
+
+
+def run_job(command, timeout=JOB_SECONDS, **options) -> subprocess.CompletedProcess:
+    """Run a launcher. At the limit it gets SIGTERM, with which it takes its ranks along; SIGKILL would leave them."""
+    options = {
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        "text": True,
+        "cwd": REPOSITORY,
+    } | options
+    job = subprocess.Popen(command, **options)
+    try:
+        output, errors = job.communicate(timeout=patience(timeout))
+    except BaseException as error:
+        job.terminate()
+        try:
+            output, errors = job.communicate(timeout=10)
+        except subprocess.TimeoutExpired:
+            job.kill()
+            output, errors = job.communicate()
+        if isinstance(error, subprocess.TimeoutExpired):
+            print(output, errors, sep="\n")
+        raise
+    return subprocess.CompletedProcess(command, job.returncode, output, errors)
 
 
 def free_port() -> int:
@@ -55,3 +87,82 @@ def launch_environment() -> dict[str, str]:
     environment = dict(entry.split("=", 1) for entry in output.decode().split("\0") if "=" in entry)
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     return environment
+
+
+# --- how the tests run: limits, what is shown, and in which order ------------------------------------------
+
+
+def pytest_configure(config):
+    """SIGTERM, as `timeout` and batch systems send it, ends the tests like Ctrl-C: with the list of what failed."""
+    if not hasattr(config, "workerinput"):
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background ignores it
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logreport(report):
+    """Say at once what failed and why, in one line; the whole story comes at the end."""
+    reporter = Reporter.of
+    if report.failed and reporter is not None:
+        crash = getattr(report.longrepr, "reprcrash", None)
+        reason = (crash.message if crash else str(report.longrepr)).strip().partition("\n")[0]
+        reporter.ensure_newline()
+        reporter.write_line(f"FAILED {report.nodeid} ({report.when}): {reason[:300]}", red=True)
+
+
+class Reporter:
+    """The terminal of the process that reports; workers have none."""
+
+    of = None
+
+
+def pytest_sessionstart(session):
+    if not hasattr(session.config, "workerinput"):
+        Reporter.of = session.config.pluginmanager.getplugin("terminalreporter")
+
+
+LONG = (
+    "test_slurm.py",
+    "test_mpi.py::test_suite_on_ranks[4-horovod",
+    "test_mpi.py::test_suite_on_ranks[4-torch",
+    "test_mpi.py::test_suite_on_ranks[3-horovod",
+    "test_mpi.py::test_suite_on_ranks[2-torch",
+    "test_mpi.py::test_a_run_goes_on_across_grids",
+    "test_readme.py::test_commands",
+    "test_mpi.py::test_suite_on_ranks",
+    "test_mpi.py",
+    "test_readme.py",
+    "test_torchrun.py",
+    "test_doctor.py",
+    "test_cli.py",
+)
+"""What takes long comes first, so that two workers end together."""
+SPLIT = ("test_mpi.py", "test_readme.py", "test_torchrun.py")
+"""Files whose tests share nothing that costs: any worker takes any of them. Of other files one worker takes all."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    def rank(item):
+        name = item.nodeid.rpartition("/")[2]
+        return next((i for i, long in enumerate(LONG) if name.startswith(long)), len(LONG))
+
+    items.sort(key=rank)  # stable: within a file as it is written
+    if config.pluginmanager.hasplugin("timeout"):
+        for item in items:
+            if item.get_closest_marker("timeout") is None:
+                item.add_marker(pytest.mark.timeout(patience(TEST_SECONDS)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """With ``-n 2``: a file per worker, a test per worker for those of SPLIT, in our order."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.partition("::")[0]
+            return nodeid if file.rpartition("/")[2] in SPLIT else file
+
+    config.option.loadscopereorder = False
+    return Scheduling(config, log)

@@ -6,7 +6,7 @@ import sys
 import h5py
 import numpy as np
 import pytest
-from conftest import REPOSITORY, SHARED_DATA
+from conftest import JOB_SECONDS, REPOSITORY, SHARED_DATA, patience
 
 from hpc_bnn.comm import GridComm
 from hpc_bnn.data import Manifest
@@ -20,7 +20,7 @@ def start(script, *flags):
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=patience(JOB_SECONDS),
     )
 
 

@@ -4,6 +4,7 @@ import socket
 import threading
 
 import pytest
+from conftest import patience
 
 from hpc_bnn.comm import addresses
 from hpc_bnn.errors import CommunicationError
@@ -55,7 +56,7 @@ class Ranks:
     """Two threads in the place of two ranks."""
 
     def __init__(self):
-        self.values, self.barrier = [None, None], threading.Barrier(2, timeout=30)
+        self.values, self.barrier = [None, None], threading.Barrier(2, timeout=patience(30))
 
     def meet(self, rank):
         def allgather(value):

@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY
+from conftest import JOB_SECONDS, REPOSITORY, patience
 
 from hpc_bnn import write_shards
 from hpc_bnn.checkpoint import CheckpointStore
@@ -211,7 +211,7 @@ def test_a_signal_stops_with_a_checkpoint_and_code_75(digits, tmp_path, number):
         time.sleep(0.1)
         assert job.poll() is None
     os.kill(job.pid, number)
-    error = job.communicate(timeout=60)[1]
+    error = job.communicate(timeout=patience(JOB_SECONDS))[1]
     assert job.returncode == 75 and f"{number.name}" in error and "--resume true" in error
     assert CheckpointStore(tmp_path / "checkpoints").load_newest()["num_steps"] > 0
 
@@ -231,7 +231,7 @@ def test_a_signal_during_the_start_stops_after_the_first_step(digits, tmp_path):
         time.sleep(0.05)
         assert job.poll() is None
     os.kill(job.pid, signal.SIGTERM)
-    error = job.communicate(timeout=60)[1]
+    error = job.communicate(timeout=patience(JOB_SECONDS))[1]
     assert job.returncode == 75 and "after step 1: SIGTERM" in error
     assert CheckpointStore(tmp_path / "run/checkpoints").load_newest()["num_steps"] == 1
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import REPOSITORY
+from conftest import JOB_SECONDS, REPOSITORY, patience
 from sklearn.datasets import load_diabetes
 
 import hpc_bnn.models
@@ -29,7 +29,7 @@ def train(digits, run_dir, *flags, code=None):
     return subprocess.run(
         [sys.executable, *call, "train", "--config", "configs/digits.yaml", "--data.shards", str(digits),
          "--run_dir", str(run_dir), *QUICK, *flags],
-        cwd=REPOSITORY, capture_output=True, text=True, timeout=300,
+        cwd=REPOSITORY, capture_output=True, text=True, timeout=patience(JOB_SECONDS),
     )  # fmt: skip
 
 
@@ -269,14 +269,19 @@ def test_a_data_group_without_an_example_is_refused_with_the_other_faults():
 
 def test_help_shows_a_sentence_per_field():
     done = subprocess.run(
-        [sys.executable, "-m", "hpc_bnn", "train", "--help"], capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "hpc_bnn", "train", "--help"],
+        capture_output=True,
+        text=True,
+        timeout=patience(JOB_SECONDS),
     )
     assert done.returncode == 0
     assert "Weight samples per step in the whole job" in " ".join(done.stdout.split())
 
 
 def test_console_command_is_the_module_under_mpi4py():
-    done = subprocess.run(["hpc-bnn", "--version"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        ["hpc-bnn", "--version"], capture_output=True, text=True, timeout=patience(JOB_SECONDS)
+    )
     assert done.returncode == 0 and done.stdout.startswith("hpc_bnn 0.")
 
 

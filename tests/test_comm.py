@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from conftest import JOB_SECONDS, patience
 
 from hpc_bnn import Grid, GridComm
 from hpc_bnn.comm import choose_device, packing
@@ -85,7 +86,7 @@ def test_no_module_starts_mpi_or_horovod_at_import():
         "    importlib.import_module(m.name)\n"
         "assert not [m for m in sys.modules if m in ('mpi4py.MPI', 'horovod')], 'started'\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=patience(JOB_SECONDS))
 
 
 def test_foreign_launcher_is_recognised():
@@ -95,7 +96,7 @@ def test_foreign_launcher_is_recognised():
         env={**_plain_environment(), "PMI_SIZE": "4", "PMI_RANK": "0"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=patience(JOB_SECONDS),
     )
     assert done.returncode == 1
     assert "started 4 ranks" in done.stderr and "another MPI" in done.stderr

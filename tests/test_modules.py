@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, launch_environment
+from conftest import JOB_SECONDS, REPOSITORY, launch_environment, patience
 
 import hpc_bnn
 
@@ -27,7 +27,7 @@ def install(prefix, *arguments, **variables):
         env={**os.environ, **variables},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=patience(JOB_SECONDS),
     )
 
 
@@ -46,7 +46,7 @@ def in_lmod(script, **variables):
             del environment[name]
     script = f"set -e\n. {LMOD}\n{script}"
     return subprocess.run(
-        ["bash", "-c", script], env=environment, capture_output=True, text=True, timeout=120
+        ["bash", "-c", script], env=environment, capture_output=True, text=True, timeout=patience(JOB_SECONDS)
     )
 
 
@@ -144,7 +144,9 @@ def test_an_installation_is_all_or_nothing(tmp_path, modulefiles):
     ],
 )
 def test_wrong_arguments(tmp_path, arguments, message):
-    done = subprocess.run([INSTALL, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=20)
+    done = subprocess.run(
+        [INSTALL, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=patience(JOB_SECONDS)
+    )
     assert done.returncode == 1 and message in done.stderr and not [*tmp_path.iterdir()]
 
 
@@ -227,7 +229,9 @@ def test_horovods_easyconfig_has_the_checksum_of_our_cmake_file():
 def test_easybuild_resolves_the_easyconfigs():
     path, _ = easyconfig("hpc_bnn")
     options = ["--dry-run", "--robot", f"{path.parent}:", "--allow-use-as-root-and-accept-consequences"]
-    done = subprocess.run(["eb", path, *options], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        ["eb", path, *options], capture_output=True, text=True, timeout=patience(JOB_SECONDS)
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "(module: Horovod/0.28.1" in done.stdout and "(module: hpc_bnn/" in done.stdout
 
@@ -239,7 +243,7 @@ def test_the_sections_of_the_container_are_shell_and_name_files_that_exist():
     assert set(re.findall(r"\{\{ (\w+) \}\}", text)) == given
     for name in ("post", "environment", "runscript", "test"):
         script = re.sub(r"\{\{ \w+ \}\}", "", sections[name])
-        subprocess.run(["sh", "-n"], input=script, text=True, check=True, timeout=20)
+        subprocess.run(["sh", "-n"], input=script, text=True, check=True, timeout=patience(JOB_SECONDS))
     files = dict(line.split() for line in sections["files"].splitlines() if line.strip())
     assert files["hpc_bnn"] == "/opt/hpc_bnn/hpc_bnn" and "setup.cfg" in files
     assert all((REPOSITORY / source).exists() for source in files)

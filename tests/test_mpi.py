@@ -7,15 +7,20 @@ import time
 import h5py
 import pytest
 import torch
-from conftest import REPOSITORY
+from conftest import REPOSITORY, TEST_SECONDS, patience
 
 SUITES = [(1, "horovod"), (2, "torch"), (3, "horovod"), (4, "horovod"), (4, "torch")]
 """The same tests on either library."""
+RANK_SECONDS = 120
+"""Limit of a test on the ranks: the watchdog of tests/mpi/conftest.py."""
 
 
 @pytest.mark.parametrize(("num_ranks", "library"), SUITES)
 def test_suite_on_ranks(mpirun, num_ranks, library):
-    done = mpirun(num_ranks, "tests/mpi/run.py", timeout=500, environment={"TEST_LIBRARY": library})
+    environment = {"TEST_LIBRARY": library, "TEST_SECONDS": str(patience(RANK_SECONDS))}
+    # Horovod's own pace: with hpc_bnn's, ten times as quick, the threads of 4 ranks take 2 cores from the tests
+    environment["HOROVOD_CYCLE_TIME"] = "1"
+    done = mpirun(num_ranks, "tests/mpi/run.py", timeout=TEST_SECONDS - 60, environment=environment)
     print(done.stdout, done.stderr)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert " passed" in done.stdout and "failed" not in done.stdout
@@ -53,10 +58,10 @@ def test_a_rank_that_fails_ends_the_job_within_ten_seconds(mpirun, fault, others
     program.write_text(
         FAILING.format(sample_size=2, backend=backend, fault=FAULTS[fault], others=OTHERS[others])
     )
-    done = mpirun(4, program, timeout=60)
+    done = mpirun(4, program)
     ended = time.time()
     assert done.returncode != 0
-    assert ended - float(done.stdout.split("FAULT")[1].split()[0]) < 10
+    assert ended - float(done.stdout.split("FAULT")[1].split()[0]) < patience(10)
     if fault == "raises":
         assert "RuntimeError: deliberate fault" in done.stderr
 
@@ -68,10 +73,10 @@ def test_the_abort_hook_works_without_mpi4py_as_runner(mpirun, tmp_path):
             sample_size=1, backend="horovod", fault=FAULTS["raises"], others=OTHERS["object_collective"]
         )
     )
-    done = mpirun(2, program, runner=(), timeout=60)
+    done = mpirun(2, program, runner=())
     ended = time.time()
     assert done.returncode != 0 and "deliberate fault" in done.stderr
-    assert ended - float(done.stdout.split("FAULT")[1].split()[0]) < 10
+    assert ended - float(done.stdout.split("FAULT")[1].split()[0]) < patience(10)
 
 
 def test_a_stuck_test_cannot_hang_the_suite(mpirun, tmp_path):
@@ -79,13 +84,9 @@ def test_a_stuck_test_cannot_hang_the_suite(mpirun, tmp_path):
     (tmp_path / "test_stuck.py").write_text(
         "import time\ndef test_stuck(world):\n    if world.rank == 1: time.sleep(1000)\n    world.barrier()\n"
     )
-    conftest = (
-        (REPOSITORY / "tests/mpi/conftest.py").read_text().replace("TEST_SECONDS = 60", "TEST_SECONDS = 3")
-    )
-    (tmp_path / "conftest.py").write_text(conftest)
-    run = (REPOSITORY / "tests/mpi/run.py").read_text()
-    (tmp_path / "run.py").write_text(run)
-    done = mpirun(2, tmp_path / "run.py", timeout=60)
+    for name in ("conftest.py", "run.py"):
+        shutil.copy(REPOSITORY / "tests/mpi" / name, tmp_path)
+    done = mpirun(2, tmp_path / "run.py", environment={"TEST_SECONDS": "3"})
     assert done.returncode != 0 and "test_stuck.py" in done.stderr and "Timeout" in done.stderr
 
 
@@ -95,7 +96,7 @@ WITHOUT_HOROVOD = "import sys; sys.modules['horovod'] = None\nfrom hpc_bnn.__mai
 def test_horovod_that_is_asked_for_and_not_there_is_a_clear_error(mpirun, tmp_path):
     program = tmp_path / "program.py"
     program.write_text(WITHOUT_HOROVOD)
-    done = mpirun(2, program, "train", "--config", "configs/digits.yaml", "--backend", "horovod", timeout=60)
+    done = mpirun(2, program, "train", "--config", "configs/digits.yaml", "--backend", "horovod")
     assert done.returncode == 1
     assert done.stderr.count("2 ranks need Horovod") == 1 and "install_horovod" in done.stderr
     assert "Traceback" not in done.stderr
@@ -201,7 +202,7 @@ def test_a_shard_that_is_damaged_or_gone_ends_the_job_with_one_message(
     start = time.time()
     done = mpirun(4, "-m", "hpc_bnn", "train", "--config", "configs/digits.yaml", "--data.shards", tmp_path / "digits",
                   "--data.reading", reading, "--grid.sample_size", 2, "--run_dir", tmp_path / "run")  # fmt: skip
-    assert done.returncode != 0 and time.time() - start < 30
+    assert done.returncode != 0 and time.time() - start < patience(30)
     assert "train-00000.h5" in done.stderr and "Traceback" not in done.stderr
     if reading == "node" or fault == "vanished":
         assert done.stderr.count("hpc-bnn: error") == 1
@@ -229,7 +230,7 @@ def test_a_rank_that_ends_early_does_not_take_the_library_from_the_others(mpirun
         "    comm.sum_(x, 'sample')\n"
         "    assert x.tolist() == [2, 2]\n"
     )
-    done = mpirun(4, program, timeout=60)
+    done = mpirun(4, program)
     assert done.returncode == 0, done.stderr
 
 
@@ -246,8 +247,8 @@ def test_an_error_on_which_the_ranks_did_not_agree_is_printed_and_ends_the_job(m
         "run()\n"
     )
     start = time.time()
-    done = mpirun(2, program, "train", "--config", "configs/digits.yaml", timeout=60)
-    assert done.returncode != 0 and "error: only here" in done.stderr and time.time() - start < 25
+    done = mpirun(2, program, "train", "--config", "configs/digits.yaml")
+    assert done.returncode != 0 and "error: only here" in done.stderr and time.time() - start < patience(25)
 
 
 @pytest.mark.parametrize("family", ["mean_field", "ensemble"])
@@ -297,7 +298,7 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(mpirun, digits, tmp_pa
         "run()\n"
     )
     done = mpirun(2, program, "train", "--config", "configs/digits.yaml", "--data.shards", digits, "--grid.sample_size", 2,
-                  "--num_epochs", 100000, "--run_dir", tmp_path / "run", timeout=100)  # fmt: skip
+                  "--num_epochs", 100000, "--run_dir", tmp_path / "run")  # fmt: skip
     assert done.returncode == 75, done.stderr
     assert done.stderr.count("hpc-bnn: stopped: after step") == 1 and "SIGUSR1" in done.stderr
     assert len(list((tmp_path / "run/checkpoints").glob("*.pt"))) >= 1
@@ -319,7 +320,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_all_ranks_and_keeps_the_last(m
     start = time.time()
     done = mpirun(2, program, "train", "--config", "configs/digits.yaml", "--data.shards", digits, "--grid.sample_size", 2,
                   "--num_epochs", 20, "--run_dir", tmp_path / "run")  # fmt: skip
-    assert done.returncode == 1 and time.time() - start < 40
+    assert done.returncode == 1 and time.time() - start < patience(40)
     assert done.stderr.count("No space left on device") == 1 and "writing a checkpoint" in done.stderr
     names = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
     assert names == ["step-00000023.json", "step-00000023.pt", "step-00000046.json", "step-00000046.pt"]

@@ -5,7 +5,7 @@ import shutil
 import subprocess
 
 import pytest
-from conftest import REPOSITORY, launch_environment
+from conftest import REPOSITORY, launch_environment, run_job
 
 README = (REPOSITORY / "README.md").read_text()
 BLOCKS = re.findall(r"```sh\n(.*?)```", README, flags=re.DOTALL)
@@ -32,14 +32,7 @@ def test_commands(block, tmp_path):
             subprocess.run(["bash", "-n", line.split()[1]], cwd=REPOSITORY, check=True)
             assert (REPOSITORY / line.split()[2]).exists()
     if runnable:
-        done = subprocess.run(
-            ["sh", "-ec", "\n".join(runnable)],
-            cwd=tmp_path,
-            env=launch_environment(),
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
+        done = run_job(["sh", "-ec", "\n".join(runnable)], 600, cwd=tmp_path, env=launch_environment())
         assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -84,7 +77,7 @@ def test_an_objective_that_raises_on_one_rank_ends_its_test(mpirun, tmp_path):
         "    objective_is_exact(hpc_bnn.Gathered(loss), lambda f, y: loss(f, y).mean(),\n"
         "                       likelihood=hpc_bnn.Implicit(2), num_samples=(5,))\n"
     )
-    done = mpirun(4, "-m", "pytest", "-q", tmp_path, timeout=240)
+    done = mpirun(4, "-m", "pytest", "-q", tmp_path)
     assert done.returncode != 0 and "deliberate fault" in done.stderr
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import JOB_SECONDS, patience
 from matplotlib.image import imread
 
 from hpc_bnn import plots, write_shards
@@ -144,7 +145,9 @@ def test_a_browser_shows_it(runs, tmp_path):
     probe = tmp_path / "probe.html"
     probe.write_text(path.read_text().replace("</body>", f"{check}</body>"))
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000", "--dump-dom"]
-    done = subprocess.run([CHROMIUM, *flags, probe.as_uri()], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [CHROMIUM, *flags, probe.as_uri()], capture_output=True, text=True, timeout=patience(JOB_SECONDS)
+    )
     title = done.stdout.partition("<title>")[2].partition("</title>")[0]
     num_pictures = len(check_page(path).loads)
     assert title == ",".join(["true"] * num_pictures)

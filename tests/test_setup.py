@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, patience
 
 TOOLS = ("sh", "cat", "cksum", "dirname", "env", "grep", "sort", "tr", "make", "c++", "python3")
 
@@ -24,7 +24,12 @@ def setup_with(tmp_path, without=(), python="python3", **variables):
         (path / name).symlink_to(target)
     environment = {"PATH": str(path), "HOME": os.environ["HOME"], "PYTHON": python, **variables}
     done = subprocess.run(
-        ["/bin/sh", "tools/setup.sh"], cwd=tree, env=environment, capture_output=True, text=True, timeout=60
+        ["/bin/sh", "tools/setup.sh"],
+        cwd=tree,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=patience(60),
     )
     assert not (tree / ".venv").exists()
     return done

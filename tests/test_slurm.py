@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY, free_port, launch_environment
+from conftest import JOB_SECONDS, REPOSITORY, free_port, launch_environment, patience
 
 SCRIPTS = REPOSITORY / "jobscripts"
 CONFIG = REPOSITORY / "configs/digits.yaml"
@@ -49,7 +49,7 @@ class Cluster:
             env=self.environment | environment,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=patience(JOB_SECONDS),
         )
         assert done.returncode == 0, (command, done.stdout, done.stderr)
         return done.stdout
@@ -58,7 +58,12 @@ class Cluster:
         environment = self.environment | {"PYTHONPATH": str(REPOSITORY)} | environment
         command = ["srun", *map(str, command)]
         return subprocess.run(
-            command, cwd=self.work, env=environment, capture_output=True, text=True, timeout=60
+            command,
+            cwd=self.work,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=patience(JOB_SECONDS),
         )
 
     def submit(self, script, *arguments, nodes=2, tasks=1, options=(), **environment) -> str:
@@ -71,8 +76,8 @@ class Cluster:
         lines = self.run("scontrol", "show", "job", "-o", job).splitlines()
         return [dict(re.findall(r"(\w+)=(\S*)", line)) for line in lines]
 
-    def wait(self, job, seconds=150) -> list[dict[str, str]]:
-        end = time.time() + seconds
+    def wait(self, job, seconds=JOB_SECONDS) -> list[dict[str, str]]:
+        end = time.time() + patience(seconds)
         while True:
             tasks = self.show(job)
             if all(task["JobState"] not in ("PENDING", "RUNNING", "COMPLETING") for task in tasks):
@@ -88,8 +93,8 @@ class Cluster:
     def output(self, job) -> str:
         return "".join(path.read_text() for path in sorted(self.work.glob(f"hpc_bnn_{job}*.out")))
 
-    def wait_for(self, path: Path, job, seconds=100) -> None:
-        end = time.time() + seconds
+    def wait_for(self, path: Path, job, seconds=JOB_SECONDS) -> None:
+        end = time.time() + patience(seconds)
         while not path.exists():
             (task,) = self.show(job)
             is_alive = task["JobState"] in ("PENDING", "RUNNING")
@@ -104,7 +109,7 @@ def cluster():
     tool, place = str(REPOSITORY / "tools/slurm.sh"), str(directory / "slurm")
     environment = os.environ | {"CPUS": "2", "WITH_PID": str(os.getpid())}
     started = subprocess.run(
-        [tool, "start", place], env=environment, capture_output=True, text=True, timeout=120
+        [tool, "start", place], env=environment, capture_output=True, text=True, timeout=patience(JOB_SECONDS)
     )
     try:
         if started.returncode == 3:
@@ -120,7 +125,7 @@ def cluster():
             cluster.run("srun", "--nodes=2", "--ntasks-per-node=1", "sh", "-ec", bridge)
         yield cluster
     finally:
-        subprocess.run([tool, "stop", place], timeout=120, check=False)
+        subprocess.run([tool, "stop", place], timeout=patience(120), check=False)
         shutil.rmtree(directory, ignore_errors=True)
 
 
@@ -186,7 +191,7 @@ def test_a_killed_rank_ends_the_job(cluster, jobs):
     os.kill(victim, signal.SIGKILL)
     start = time.time()
     state, code, restarts = cluster.ended(job)
-    assert state == "FAILED" and code != "0:0" and restarts == "0" and time.time() - start < 40
+    assert state == "FAILED" and code != "0:0" and restarts == "0" and time.time() - start < patience(40)
 
 
 def rank_processes(cluster, job) -> list[int]:
@@ -255,7 +260,7 @@ def test_a_rank_that_fails_on_the_other_node_ends_the_job(cluster, tmp_path, lau
     done = cluster.srun("--nodes=2", f"--ntasks-per-node={tasks}", *runner, program)
     ended = time.time()
     assert done.returncode != 0
-    assert ended - float(done.stdout.split("FAULT")[1].split()[0]) < 10, done.stderr
+    assert ended - float(done.stdout.split("FAULT")[1].split()[0]) < patience(10), done.stderr
     assert (
         "rank 3 on n2 ended with code 137" if launcher == "torchrun" else "RuntimeError: deliberate"
     ) in done.stderr

@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from conftest import REPOSITORY, free_port, launch_environment
+from conftest import REPOSITORY, free_port, launch_environment, patience, run_job
 
 WITHOUT_MPI = "import sys; sys.modules['mpi4py'] = sys.modules['horovod'] = None\n"
 COMMAND = WITHOUT_MPI + "from hpc_bnn.__main__ import run\nrun()\n"
@@ -18,15 +18,12 @@ COMMAND = WITHOUT_MPI + "from hpc_bnn.__main__ import run\nrun()\n"
 def torchrun(tmp_path):
     """Start a program: ``torchrun(2, "import hpc_bnn ...", "train", ...)``; returns the finished process."""
 
-    def start(num_ranks, program, *arguments, timeout=90):
+    def start(num_ranks, program, *arguments):
         path = tmp_path / "program.py"
         path.write_text(program)
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(num_ranks)]
         command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1"]
-        return subprocess.run(
-            [*command, path, *map(str, arguments)],
-            cwd=REPOSITORY, env=launch_environment(), capture_output=True, text=True, timeout=timeout,
-        )  # fmt: skip
+        return run_job([*command, path, *map(str, arguments)], env=launch_environment())
 
     return start
 
@@ -90,7 +87,7 @@ def test_a_rank_that_fails_ends_the_job(torchrun, fault):
     done = torchrun(2, WITHOUT_MPI + program)
     ended = time.time()
     assert done.returncode != 0
-    assert ended - float(done.stdout.split("FAULT")[1].split()[0]) < 10
+    assert ended - float(done.stdout.split("FAULT")[1].split()[0]) < patience(10)
     assert "raise" not in fault or "RuntimeError: deliberate fault" in done.stderr
 
 
@@ -118,9 +115,7 @@ def test_a_store_that_is_not_reached_is_a_problem_of_doctor(tmp_path):
         "TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9",
         "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0",
     }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, program, "doctor"], env=environment, capture_output=True, text=True, timeout=60
-    )
+    done = run_job([sys.executable, program, "doctor"], env=environment)
     assert done.returncode == 1
     assert "grid_failed: the store of torchrun at 127.0.0.1:9 cannot be reached from rank 0" in done.stdout
     assert "Traceback" not in done.stderr
@@ -139,14 +134,14 @@ import signal, sys, time
 stopped = []
 signal.signal(signal.SIGUSR1, lambda *_: stopped.append(1))
 print("READY", flush=True)
-end = time.time() + 20
+end = time.time() + {seconds}
 while not stopped and time.time() < end: time.sleep(0.05)
 sys.exit(75 if stopped else 3)
 """
 
 
 def test_signals_and_exit_codes_pass_through_the_agent_of_the_job_scripts(tmp_path):
-    (program := tmp_path / "program.py").write_text(STOPPING)
+    (program := tmp_path / "program.py").write_text(STOPPING.format(seconds=patience(20)))
     agent = (
         REPOSITORY / "jobscripts/torchrun.py",
         "--nproc-per-node",
@@ -164,7 +159,7 @@ def test_signals_and_exit_codes_pass_through_the_agent_of_the_job_scripts(tmp_pa
     try:
         assert [job.stdout.readline() for _ in range(2)] == [b"READY\n"] * 2
         job.send_signal(signal.SIGUSR1)
-        assert job.wait(30) == 75
+        assert job.wait(patience(30)) == 75
     finally:
         job.kill()
         job.communicate()
