@@ -24,18 +24,23 @@ def patience(seconds: float) -> float:
     return seconds * float(os.environ.get("HPC_BNN_TEST_PATIENCE") or 1)
 
 
-TEST_SECONDS = 1800
+TEST_SECONDS = 3600
 """Limit of a single test that has no mark of its own. Tests take seconds; the longest, a job of 4 ranks, minutes."""
-JOB_SECONDS = 300
+JOB_SECONDS = 600
 """Limit of a process or a job of ranks that a test starts."""
 
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory):
-    """Shard directory of scikit-learn's digits, written by data_prep/digits.py."""
+    """Shard directory of scikit-learn's digits, written by data_prep/digits.py in this process."""
+    import common
+    import digits as script
+
+    from hpc_bnn import Grid, GridComm
+
     directory = tmp_path_factory.mktemp("data") / "digits"
-    command = [sys.executable, "data_prep/digits.py", "--output", str(directory)]
-    subprocess.run(command, cwd=REPOSITORY, check=True, timeout=patience(JOB_SECONDS))
+    options = common.make_parser(script.__doc__).parse_args(["--output", str(directory)])
+    script.prepare(options, GridComm(Grid()))
     return directory
 
 
@@ -99,26 +104,25 @@ def pytest_configure(config):
         signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_runtest_logreport(report):
-    """Say at once what failed and why, in one line; the whole story comes at the end."""
-    reporter = Reporter.of
-    if report.failed and reporter is not None:
-        crash = getattr(report.longrepr, "reprcrash", None)
-        reason = (crash.message if crash else str(report.longrepr)).strip().partition("\n")[0]
-        reporter.ensure_newline()
-        reporter.write_line(f"FAILED {report.nodeid} ({report.when}): {reason[:300]}", red=True)
-
-
-class Reporter:
-    """The terminal of the process that reports; workers have none."""
-
-    of = None
-
-
 def pytest_sessionstart(session):
-    if not hasattr(session.config, "workerinput"):
-        Reporter.of = session.config.pluginmanager.getplugin("terminalreporter")
+    reporter = session.config.pluginmanager.getplugin("terminalreporter")
+    if reporter is not None and not hasattr(session.config, "workerinput"):
+        session.config.pluginmanager.register(FailuresAtOnce(reporter))
+
+
+class FailuresAtOnce:
+    """Says what failed and why in one line, when it fails; the whole story comes at the end."""
+
+    def __init__(self, reporter):
+        self.reporter = reporter
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_runtest_logreport(self, report):
+        if report.failed:
+            crash = getattr(report.longrepr, "reprcrash", None)
+            reason = (crash.message if crash else str(report.longrepr)).strip().partition("\n")[0]
+            self.reporter.ensure_newline()
+            self.reporter.write_line(f"FAILED {report.nodeid} ({report.when}): {reason[:300]}", red=True)
 
 
 LONG = (
@@ -144,10 +148,13 @@ SPLIT = ("test_mpi.py", "test_readme.py", "test_torchrun.py")
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     def rank(item):
-        name = item.nodeid.rpartition("/")[2]
+        name = f"{item.path.name}::{item.name}"
         return next((i for i, long in enumerate(LONG) if name.startswith(long)), len(LONG))
 
     items.sort(key=rank)  # stable: within a file as it is written
+    for item in items:
+        if item.path.name == "test_slurm.py" and "cluster" in item.fixturenames:
+            item.add_marker(pytest.mark.slow)
     if config.pluginmanager.hasplugin("timeout"):
         for item in items:
             if item.get_closest_marker("timeout") is None:

@@ -23,19 +23,24 @@ from hpc_bnn.train import check
 QUICK = ("--num_epochs", "2", "--num_test_samples", "4", "--num_samples", "2")
 
 
-def train(digits, run_dir, *flags, code=None):
-    """Run `hpc-bnn train` on the digits in a process of its own."""
-    call = ["-m", "hpc_bnn"] if code is None else ["-c", code]
+def train(digits, run_dir, *flags):
+    """Run `hpc-bnn train` on the digits in this process; return its exit code."""
+    command = ["train", "--config", str(REPOSITORY / "configs/digits.yaml"), "--data.shards", str(digits)]
+    return main([*command, "--run_dir", str(run_dir), *QUICK, *flags])
+
+
+def train_in_a_process(digits, run_dir, code):
+    """Run a program that is `hpc-bnn train` in a process of its own."""
     return subprocess.run(
-        [sys.executable, *call, "train", "--config", "configs/digits.yaml", "--data.shards", str(digits),
-         "--run_dir", str(run_dir), *QUICK, *flags],
+        [sys.executable, "-c", code, "train", "--config", "configs/digits.yaml", "--data.shards", str(digits),
+         "--run_dir", str(run_dir), *QUICK],
         cwd=REPOSITORY, capture_output=True, text=True, timeout=patience(JOB_SECONDS),
     )  # fmt: skip
 
 
 def test_one_process_trains_without_horovod(digits, tmp_path):
     hide = "import sys; sys.modules['horovod'] = None; from hpc_bnn.__main__ import run; run()"
-    done = train(digits, tmp_path / "run", code=hide)
+    done = train_in_a_process(digits, tmp_path / "run", hide)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("one process: no communication") == 1
     summary = json.loads((tmp_path / "run/summary.json").read_text())
@@ -49,7 +54,7 @@ def test_one_process_trains_without_horovod(digits, tmp_path):
 
 
 def test_resolved_config_reproduces_the_run(digits, tmp_path):
-    assert train(digits, tmp_path / "a", "--seed", "3", "--dtype", "float64").returncode == 0
+    assert train(digits, tmp_path / "a", "--seed", "3", "--dtype", "float64") == 0
     stored = tmp_path / "a/config.yaml"
     assert yaml.safe_load(stored.read_text())["seed"] == 3
     again = main(["train", "--config", str(stored), "--run_dir", str(tmp_path / "b")])
@@ -65,8 +70,8 @@ def load_model(run_dir):
 
 def test_seed_and_max_steps(digits, tmp_path):
     flags = ("--max_steps", "3")
-    assert train(digits, tmp_path / "a", *flags).returncode == 0
-    assert train(digits, tmp_path / "b", *flags, "--seed", "1").returncode == 0
+    assert train(digits, tmp_path / "a", *flags) == 0
+    assert train(digits, tmp_path / "b", *flags, "--seed", "1") == 0
     a, b = (load_model(tmp_path / name) for name in "ab")
     assert json.loads((tmp_path / "a/summary.json").read_text())["num_steps"] == 3
     assert a["1.weight.loc"].shape == (128, 64)
@@ -75,8 +80,7 @@ def test_seed_and_max_steps(digits, tmp_path):
 
 @pytest.mark.parametrize("dtype, stored", [("float64", torch.float64), ("bfloat16", torch.float32)])
 def test_dtypes(digits, tmp_path, dtype, stored):
-    done = train(digits, tmp_path / "run", "--dtype", dtype, "--max_steps", "2")
-    assert done.returncode == 0, done.stderr
+    assert train(digits, tmp_path / "run", "--dtype", dtype, "--max_steps", "2") == 0
     assert {t.dtype for t in load_model(tmp_path / "run").values()} == {stored}
 
 
@@ -133,25 +137,28 @@ def test_pretrained_network_is_the_start(digits, tmp_path):
     assert main(["train", "--config", config, *shards, *flags]) == 2
 
 
-def test_former_run_is_moved_aside_not_overwritten(digits, tmp_path):
+def test_former_run_is_moved_aside_not_overwritten(digits, tmp_path, capfd):
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     (run_dir / "precious").write_text("result")
-    done = train(digits, run_dir, "--max_steps", "1")
-    assert done.returncode == 2 and "--run_dir" in done.stderr and "no run" in done.stderr
+    assert train(digits, run_dir, "--max_steps", "1") == 2
+    error = capfd.readouterr().err
+    assert "--run_dir" in error and "no run" in error
     (run_dir / "config.yaml").write_text("seed: 0")
-    done = train(digits, run_dir, "--max_steps", "1")
-    assert done.returncode == 0 and "moved to" in done.stderr
+    assert train(digits, run_dir, "--max_steps", "1") == 0 and "moved to" in capfd.readouterr().err
     assert (tmp_path / "run.1/precious").read_text() == "result"
     assert not (run_dir / "precious").exists()
 
 
-def test_missing_shards_are_prepared_or_their_remedy_is_named(tmp_path):
+def test_missing_shards_are_prepared_or_their_remedy_is_named(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(REPOSITORY)
     prepare = ("--data.prepare", "data_prep/digits.py")
-    done = train(tmp_path / "made", tmp_path / "run", "--max_steps", "1", *prepare)
-    assert done.returncode == 0 and (tmp_path / "made/manifest.json").exists()
-    done = train(tmp_path / "nowhere", tmp_path / "run2")  # not the shards that the config prepares
-    assert done.returncode == 1 and "data_prep" in done.stderr and "Traceback" not in done.stderr
+    assert train(tmp_path / "made", tmp_path / "run", "--max_steps", "1", *prepare) == 0
+    assert (tmp_path / "made/manifest.json").exists()
+    capfd.readouterr()
+    assert train(tmp_path / "nowhere", tmp_path / "run2") == 1  # not the shards that the config prepares
+    error = capfd.readouterr().err
+    assert "data_prep" in error and "Traceback" not in error
 
 
 @pytest.mark.parametrize(
