@@ -1,6 +1,7 @@
 """Start the tests of tests/mpi on 1, 2, 3 and 4 ranks, and jobs that fail on purpose."""
 
 import json
+import re
 import shutil
 import time
 
@@ -9,20 +10,28 @@ import pytest
 import torch
 from conftest import REPOSITORY, TEST_SECONDS, patience
 
-SUITES = [(1, "horovod"), (2, "torch"), (3, "horovod"), (4, "horovod"), (4, "torch")]
+SUITES = [(1, "horovod"), (2, "torch"), (3, "horovod"), (4, "horovod")]
+SUITES += [pytest.param(4, "torch", marks=pytest.mark.slow)]
 """The same tests on either library."""
-RANK_SECONDS = 120
+RANK_SECONDS = 300
 """Limit of a test on the ranks: the watchdog of tests/mpi/conftest.py."""
 
 
 @pytest.mark.parametrize(("num_ranks", "library"), SUITES)
-def test_suite_on_ranks(mpirun, num_ranks, library):
+def test_suite_on_ranks(mpirun, request, num_ranks, library):
+    """The tests of tests/mpi that the markers given to this pytest select: `slow` ones are left out there, too."""
     environment = {"TEST_LIBRARY": library, "TEST_SECONDS": str(patience(RANK_SECONDS))}
     # Horovod's own pace: with hpc_bnn's, ten times as quick, the threads of 4 ranks take 2 cores from the tests
     environment["HOROVOD_CYCLE_TIME"] = "1"
-    done = mpirun(num_ranks, "tests/mpi/run.py", timeout=TEST_SECONDS - 60, environment=environment)
+    selected = ("-m", request.config.option.markexpr)
+    done = mpirun(
+        num_ranks, "tests/mpi/run.py", *selected, timeout=TEST_SECONDS - 60, environment=environment
+    )
     print(done.stdout, done.stderr)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    signs = ("FAILED", "ERROR", "rank ", "Timeout")
+    signs = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith(signs)]
+    signs += sorted(set(re.findall(r'tests/mpi/test_\w+\.py", line \d+ in test_\w+', done.stderr)))
+    assert done.returncode == 0, "; ".join(signs) + done.stdout[-4000:] + done.stderr[-4000:]
     assert " passed" in done.stdout and "failed" not in done.stdout
 
 
@@ -43,16 +52,28 @@ FAULTS = {
     "exits": "sys.exit(3)",
     "is_killed": "os.kill(os.getpid(), signal.SIGKILL)",
 }
-BACKENDS = ("horovod", "torch")
 OTHERS = {"tensor_collective": "comm.sum_(torch.ones(3))", "object_collective": "comm.gather_objects(1)"}
 
 
 # Objects go by MPI with both libraries.
-@pytest.mark.parametrize(
-    ("others", "backend"),
-    [("tensor_collective", "horovod"), ("tensor_collective", "torch"), ("object_collective", "horovod")],
-)
-@pytest.mark.parametrize("fault", FAULTS)
+QUICK_FAULTS = {("raises", "horovod"), ("is_killed", "torch")}
+FAULTY = [
+    pytest.param(
+        fault,
+        others,
+        backend,
+        marks=[] if others == "tensor_collective" and (fault, backend) in QUICK_FAULTS else pytest.mark.slow,
+    )
+    for others, backend in (
+        ("tensor_collective", "horovod"),
+        ("tensor_collective", "torch"),
+        ("object_collective", "horovod"),
+    )
+    for fault in FAULTS
+]
+
+
+@pytest.mark.parametrize(("fault", "others", "backend"), FAULTY)
 def test_a_rank_that_fails_ends_the_job_within_ten_seconds(mpirun, fault, others, backend, tmp_path):
     program = tmp_path / "program.py"
     program.write_text(
@@ -162,7 +183,7 @@ def test_both_libraries_give_the_same_run_and_auto_finds_the_one_that_is_there(m
             assert (value - runs[0][1][name]).norm() <= 1e-12 * runs[0][1][name].norm(), name
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["horovod", pytest.param("torch", marks=pytest.mark.slow)])
 def test_the_quickstart_learns(mpirun, digits, backend, tmp_path):
     """2 x 2 ranks: accuracy >= 0.97 and NLL <= 0.12 nats on the held-out fifth."""
     summary, _ = train(mpirun, 4, 2, digits, tmp_path / "run", "--backend", backend)
@@ -183,9 +204,9 @@ def test_wrong_grid_is_said_once_and_ends_in_order(mpirun, digits, tmp_path):
     ("reading", "fault"),
     [
         ("group", "flipped"),
-        ("rank", "flipped"),
-        ("node", "flipped"),
-        ("group", "vanished"),
+        pytest.param("rank", "flipped", marks=pytest.mark.slow),
+        pytest.param("node", "flipped", marks=pytest.mark.slow),
+        pytest.param("group", "vanished", marks=pytest.mark.slow),
         ("node", "vanished"),
     ],
 )
@@ -218,7 +239,7 @@ def test_unwritable_run_dir_on_rank_0_ends_all_ranks(mpirun, digits, tmp_path):
     assert done.stderr.count("hpc-bnn: error: rank 0 on ") == 1 and "opening" in done.stderr
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["horovod", pytest.param("torch", marks=pytest.mark.slow)])
 def test_a_rank_that_ends_early_does_not_take_the_library_from_the_others(mpirun, backend, tmp_path):
     program = tmp_path / "program.py"
     program.write_text(
@@ -251,7 +272,7 @@ def test_an_error_on_which_the_ranks_did_not_agree_is_printed_and_ends_the_job(m
     assert done.returncode != 0 and "error: only here" in done.stderr and time.time() - start < patience(25)
 
 
-@pytest.mark.parametrize("family", ["mean_field", "ensemble"])
+@pytest.mark.parametrize("family", ["mean_field", pytest.param("ensemble", marks=pytest.mark.slow)])
 def test_a_run_goes_on_across_grids(mpirun, digits, tmp_path, family):
     """4 x 1, 2 x 2, 1 x 1, 3 x 1 against the uninterrupted 1 x 1, stopped in the middle of epochs; float64."""
     flags = (

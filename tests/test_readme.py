@@ -32,7 +32,7 @@ def test_commands(block, tmp_path):
             subprocess.run(["bash", "-n", line.split()[1]], cwd=REPOSITORY, check=True)
             assert (REPOSITORY / line.split()[2]).exists()
     if runnable:
-        done = run_job(["sh", "-ec", "\n".join(runnable)], 600, cwd=tmp_path, env=launch_environment())
+        done = run_job(["sh", "-ec", "\n".join(runnable)], 1200, cwd=tmp_path, env=launch_environment())
         assert done.returncode == 0, done.stdout + done.stderr
 
 

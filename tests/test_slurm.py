@@ -104,6 +104,7 @@ class Cluster:
 
 @pytest.fixture(scope="module")
 def cluster():
+    """A Slurm of two nodes. Whatever needs it carries the marker `slow`, by conftest.py."""
     directory = Path(tempfile.mkdtemp(prefix="hpc_bnn-"))  # a short name: it holds a socket
     directory.chmod(0o755)
     tool, place = str(REPOSITORY / "tools/slurm.sh"), str(directory / "slurm")

@@ -26,7 +26,7 @@ from mpi4py import MPI  # noqa: E402
 from hpc_bnn.comm.mpi import MpiComm  # noqa: E402
 
 WORLD = MPI.COMM_WORLD
-TEST_SECONDS = float(os.environ.get("TEST_SECONDS", 120))
+TEST_SECONDS = float(os.environ.get("TEST_SECONDS", 300))
 """Limit of a test; test_mpi.py gives it, stretched by HPC_BNN_TEST_PATIENCE."""
 
 

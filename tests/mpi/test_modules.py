@@ -62,7 +62,7 @@ def assert_equal(posterior, reference, results, expected, tolerance=1e-12):
         assert a.kl == pytest.approx(b.kl, rel=tolerance)
 
 
-@pytest.mark.parametrize("chunk_size", [1, 2])
+@pytest.mark.parametrize("chunk_size", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("name", MODULES)
 def test_module_trains_alike_on_every_grid(comm, name, chunk_size):
     reference, expected = train_alone(name)
@@ -72,7 +72,7 @@ def test_module_trains_alike_on_every_grid(comm, name, chunk_size):
     comm.check_replicas([v for v in posterior.state_dict().values()], name)
 
 
-@pytest.mark.parametrize("chunk_size", [1, 3])
+@pytest.mark.parametrize("chunk_size", [1, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_family_trains_alike_on_every_grid(comm, family, chunk_size):
     reference, expected = train_alone("vit", family)

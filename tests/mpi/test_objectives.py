@@ -117,7 +117,13 @@ CASES |= {
 CASES["own"] = (Gathered(log_cosh), Gaussian(2, scale=1.0), lambda f, y: log_cosh(f, y).mean())
 
 
-@pytest.mark.parametrize("case", CASES)
+QUICK = {"elbo_categorical", "log_predictive_gaussian_heteroscedastic", "moment_matched_gaussian_learned"}
+QUICK |= {"log_predictive_student_t", "crps_0.95", "energy_0.95_1.0", "own"}
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[] if case in QUICK else pytest.mark.slow) for case in CASES]
+)
 def test_loss_and_gradient_equal_the_definition(comm, case):
     objective, likelihood, definition = CASES[case]
     needs_pairs = getattr(objective, "fairness", 0) > 0

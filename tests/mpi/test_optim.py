@@ -92,7 +92,13 @@ LAMB = {"name": "pytorch_optimizer.Lamb"}
     [{}, {"name": "SGD", "arguments": {"momentum": 0.9}}, {"name": "AdamW"}, {"max_gradient_norm": 0.05}],
     ids=["adam", "sgd", "adamw", "clipped"],
 )
-@pytest.mark.parametrize("family", REPLICATED)
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(f, marks=[] if f in ("mean_field", "with_points") else pytest.mark.slow)
+        for f in REPLICATED
+    ],
+)
 def test_a_sharded_optimizer_gives_the_numbers_of_the_whole_one(comm, family, options):
     expected = alone(family, **options)
     step = train(make_step(comm, family, sharded=True, **options), range(2))
@@ -116,7 +122,11 @@ def test_each_rank_of_a_sample_group_keeps_its_part_of_the_state_only(comm):
 
 
 @pytest.mark.parametrize("family", ["mean_field", "with_points", "low_rank", "ensemble"])
-@pytest.mark.parametrize("options", [LAMB, {"name": "torch.optim.Adafactor"}], ids=["lamb", "adafactor"])
+@pytest.mark.parametrize(
+    "options",
+    [LAMB, pytest.param({"name": "torch.optim.Adafactor"}, marks=pytest.mark.slow)],
+    ids=["lamb", "adafactor"],
+)
 def test_optimizers_that_look_at_tensors_see_each_weight(comm, family, options):
     expected = alone(family, **options)
     step = train(make_step(comm, family, **options), range(2))
@@ -127,7 +137,14 @@ def test_optimizers_that_look_at_tensors_see_each_weight(comm, family, options):
 
 @pytest.mark.parametrize("family", list(FAMILIES))
 @pytest.mark.parametrize(
-    "options", [{}, {"sharded": True}, LAMB, {"name": "SGD"}], ids=["adam", "sharded", "lamb", "sgd"]
+    "options",
+    [
+        {},
+        {"sharded": True},
+        pytest.param(LAMB, marks=pytest.mark.slow),
+        pytest.param({"name": "SGD"}, marks=pytest.mark.slow),
+    ],
+    ids=["adam", "sharded", "lamb", "sgd"],
 )
 def test_a_state_of_this_grid_goes_on_in_one_process_and_back(comm, family, options):
     if family == "ensemble" and options.get("sharded"):
