@@ -327,7 +327,8 @@ class Network:
         self.looked_at.add(self.module.training)
         if not self.module.training:
             self._keep_attributes()
-        is_repeatable = _alike(first.outputs, again.outputs, 1e-3 if x.device.type != "cpu" else 1e-6)
+        tolerance = 1e-6 if x.device.type == "cpu" else 2e-2  # elsewhere kernels may be chosen anew
+        is_repeatable = _alike(first.outputs, again.outputs, tolerance)
         return Look(
             type(self.module).__name__, first.changed["generator"], is_repeatable, self._own_buffers(first)
         )
