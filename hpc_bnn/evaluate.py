@@ -244,6 +244,15 @@ def predict_values(
     return replace(predictive, mixture=likelihood.mixture(outputs), members=means.movedim(0, 1))
 
 
+def block_size(likelihood: Likelihood, dataset: ShardDataset, num_samples: int, keep_members: bool) -> int:
+    """Return how many examples of a data set a rank takes up at once. Local."""
+    num_bytes = math.prod(dataset.in_shape) * dataset.dtype.itemsize
+    if keep_members:
+        places = math.prod(dataset.manifest.arrays["y"].shape[1:])
+        num_bytes = max(num_bytes, 8 * num_samples * likelihood.num_outputs * places)
+    return max(1, BLOCK_BYTES // num_bytes)
+
+
 @dataclass(frozen=True)
 class Block:
     """Some examples of a data set, and what the job says about them; numbers in units of y."""
@@ -273,12 +282,9 @@ def predict_dataset(
     """
     is_class = likelihood.num_classes is not None
     part = torch.arange(len(dataset))[comm.grid.local_examples(len(dataset))]
-    num_bytes = math.prod(dataset.in_shape) * dataset.dtype.itemsize
-    if keep_members:
-        places = math.prod(dataset.manifest.arrays["y"].shape[1:])
-        num_bytes = max(num_bytes, 8 * num_samples * likelihood.num_outputs * places)
+    size = block_size(likelihood, dataset, num_samples, keep_members)
     options = {"num_samples": num_samples, "seed": seed, "keep_members": keep_members}
-    for examples in part.split(max(1, BLOCK_BYTES // num_bytes)) if len(part) else ():
+    for examples in part.split(size) if len(part) else ():
         x, y = dataset.fetch(examples)
         y = y if with_targets else None
         if is_class:
@@ -333,6 +339,27 @@ def evaluate_dataset(
         Called with the global indices [B], the predictive, and the targets of every block of this rank; numbers in
         units of y.
     """
+    scores = score_dataset(posterior, likelihood, comm, dataset, num_samples=num_samples, seed=seed, see=see)
+    scores.combine(comm)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a rank without examples has no update of its own
+        return Evaluation(scores.compute(), scores.curves(), scores.uncertainties)
+
+
+def score_dataset(
+    posterior: Posterior,
+    likelihood: Likelihood,
+    comm: GridComm,
+    dataset: ShardDataset,
+    *,
+    num_samples: int,
+    seed: int = 0,
+    see: Callable[[Tensor, Predictive, Tensor], None] | None = None,
+) -> _Scores:
+    """Return what this rank says about its share of a data set; as `evaluate_dataset`, before ranks combine it.
+
+    Collective over ``sample_comm``.
+    """
     is_class = likelihood.num_classes is not None
     scores = (_ClassScores if is_class else _ValueScores)(likelihood, dataset, num_samples)
     blocks = predict_dataset(
@@ -351,10 +378,7 @@ def evaluate_dataset(
             scores.see(block.examples[start:stop], block.predictive.rows(start, stop), block.y[start:stop])
         if see:
             see(block.examples, block.predictive, block.y)
-    scores.combine(comm)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # a rank without examples has no update of its own
-        return Evaluation(scores.compute(), scores.curves(), scores.uncertainties)
+    return scores
 
 
 def uncertainties_of(predictive: Predictive, unit: Tensor | None = None) -> dict[str, Tensor]:

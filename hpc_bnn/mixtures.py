@@ -73,11 +73,11 @@ class Mixture:
         return distance - 0.5 * pairs / count**2, distance - 0.5 * fair
 
     def _by_chunks(self, function: Callable[..., tuple[Tensor, ...]], *fields: Tensor) -> tuple[Tensor, ...]:
-        """Apply a function to parts of the targets that fit into the cache of a core (a quarter of the time)."""
+        """Apply a function to parts of the targets: what it takes besides is bounded, whatever it does inside."""
         shape = self.components[0].shape[1:]
         flat = [component.flatten(1) for component in self.components]
         fields = tuple(field.expand(shape).flatten() for field in fields)
-        size = flat[0].shape[1] if flat[0].is_cuda else CHUNK_ELEMENTS // self.num_components
+        size = CHUNK_ELEMENTS["cuda" if flat[0].is_cuda else "cpu"] // self.num_components
         parts = [
             function(self._of(*chunk[: len(flat)]), *(field[0] for field in chunk[len(flat) :]))
             for chunk in zip(*(t.split(max(size, 1), dim=-1) for t in (*flat, *(f[None] for f in fields))))
@@ -92,8 +92,9 @@ class Mixture:
         raise NotImplementedError
 
 
-CHUNK_ELEMENTS = 2**16
-"""Numbers of a component tensor that are worked on at once on a CPU."""
+CHUNK_ELEMENTS = {"cpu": 2**16, "cuda": 2**22}
+"""Numbers of a component tensor that are worked on at once: they fit into the cache of a core (a quarter of the time); on a
+GPU they are work for longer than a launch takes, and what a sort takes inside itself stays small."""
 
 
 class Members(Mixture):

@@ -27,7 +27,7 @@ from .likelihoods import Categorical
 from .models import MLP
 from .network import Network, measure_network
 from .posteriors import MeanFieldGaussian
-from .rehearsal import ImaginedComm, Rehearsal, rehearse, share_of
+from .rehearsal import ImaginedComm, Rehearsal, fitting_test_samples, rehearse, share_of
 from .step import VariationalStep
 
 logger = logging.getLogger(__name__)
@@ -75,6 +75,9 @@ class Row:
     """Collectives; where the grid was tried with all its ranks, what a step took beyond computing."""
     epochs_per_hour: float
     fits: bool
+    """Whether a step and an evaluation fit."""
+    fitting_test_samples: int | None = None
+    """The largest ``num_test_samples`` that would fit, where only the evaluation does not."""
 
     @property
     def step_seconds(self) -> float:
@@ -144,8 +147,14 @@ def make_plan(
     rows = []
     for sample_size in sizes:
         grid = Grid(machine.num_ranks, sample_size, 0)
+        is_on_gpu, fitting = device.startswith("cuda"), None
         with ranks.agree(f"rehearsing the grid {grid}"):
-            rehearsal = rehearse(config, manifest, grid, is_on_gpu=device.startswith("cuda"))
+            rehearsal = rehearse(config, manifest, grid, is_on_gpu=is_on_gpu)
+            is_free = config.posterior.family != "ensemble"  # whose members are the test samples
+            if rehearsal.peak_bytes <= machine.memory_bytes < rehearsal.evaluation_bytes and is_free:
+                fitting = fitting_test_samples(
+                    config, manifest, grid, rehearsal, machine.memory_bytes, is_on_gpu=is_on_gpu
+                )
         if machine.flops is not None:
             compute = rehearsal.flops / machine.flops
         else:
@@ -160,8 +169,8 @@ def make_plan(
                 for c in rehearsal.collectives
             )
         per_hour = 3600 / (steps_per_epoch * (compute + reduce))
-        fits = rehearsal.peak_bytes <= machine.memory_bytes
-        rows.append(Row(sample_size, grid.data_size, rehearsal, compute, reduce, per_hour, fits))
+        fits = rehearsal.needed_bytes <= machine.memory_bytes
+        rows.append(Row(sample_size, grid.data_size, rehearsal, compute, reduce, per_hour, fits, fitting))
     best, why = choose(rows, machine)
     data_bytes = sum(spec.num_bytes for spec in manifest.arrays.values()) * num_examples
     return Plan(machine, tuple(rows), best, why, process_bytes, data_bytes)
@@ -174,8 +183,10 @@ def choose(rows: Sequence[Row], machine: Machine) -> tuple[Row, str]:
     """
     fitting = [row for row in rows if row.fits]
     if not fitting:
-        best = min(rows, key=lambda row: row.rehearsal.peak_bytes)
-        why = f"no grid fits into {_size(machine.memory_bytes)}; this one takes least"
+        best = min(rows, key=lambda row: row.rehearsal.needed_bytes)
+        why = f"no grid fits into {_size(machine.memory_bytes)}; this one takes least{_misfit(best, machine)}"
+        if best.rehearsal.peak_bytes <= machine.memory_bytes:
+            return best, why
         remedy = "more ranks, a smaller --global_batch_size or --chunk_size, or --optimizer.sharded true"
         return best, f"{why}. Try {remedy}"
     least = min(row.step_seconds for row in fitting)
@@ -188,12 +199,22 @@ def choose(rows: Sequence[Row], machine: Machine) -> tuple[Row, str]:
     ]
     for row in others[:2]:
         if not row.fits:
-            reasons.append(f"{row} does not fit")
+            reasons.append(f"{row} does not fit{_misfit(row, machine)}")
         else:
             change = 100 * (row.step_seconds / best.step_seconds - 1)
             parts = f"computing {_ms(row.compute_seconds)}, reducing {_ms(row.reduce_seconds)}"
             reasons.append(f"{row} takes {change:+.0f} % ({parts})")
     return best, "; ".join(reasons)
+
+
+def _misfit(row: Row, machine: Machine) -> str:
+    """Return what of a row does not fit, and how many test samples would."""
+    sizes = {"a step": row.rehearsal.peak_bytes, "the evaluation": row.rehearsal.evaluation_bytes}
+    found = [f"{what} takes {_size(size)}" for what, size in sizes.items() if size > machine.memory_bytes]
+    if row.fitting_test_samples is not None:
+        fits = f"--num_test_samples {row.fitting_test_samples} fits"
+        found.append(fits if row.fitting_test_samples else "no --num_test_samples fits")
+    return f" ({', '.join(found)})" if found else ""
 
 
 # --- measuring -----------------------------------------------------------------------------------------
@@ -349,13 +370,15 @@ def describe(config: Config, plan: Plan) -> str:
         f"{machine.num_ranks} ranks, {machine.ranks_per_node} per node; {config.num_samples} samples, "
         f"{config.global_batch_size} examples per step; {how}; network {', '.join(networks)} nodes",
         "",
-        "grid        samples x examples   memory of a rank   computing    reducing        step   epochs/hour",
+        "                                   memory of a rank",
+        "grid        samples x examples      step   evaluation   computing    reducing        step   epochs/hour",
     ]
     for row in plan.rows:
         share = f"{row.rehearsal.local_samples} x {row.rehearsal.local_batch_size}"
         mark = ("  <-- best" if row is plan.best else "") + ("" if row.fits else "  does not fit")
+        step, evaluation = row.rehearsal.peak_bytes, row.rehearsal.evaluation_bytes
         lines.append(
-            f"{row!s:<12}{share:>18} {_size(row.rehearsal.peak_bytes):>18} {_ms(row.compute_seconds):>11} "
+            f"{row!s:<12}{share:>18} {_size(step):>9} {_size(evaluation):>12} {_ms(row.compute_seconds):>11} "
             f"{_ms(row.reduce_seconds):>11} {_ms(row.step_seconds):>11} {row.epochs_per_hour:>13.4g}{mark}"
         )
     parts = {
@@ -369,7 +392,8 @@ def describe(config: Config, plan: Plan) -> str:
         "",
         f"Take --grid.sample_size {plan.best.sample_size}: {plan.why}.",
         "Memory of a rank: " + ", ".join(f"{name} {_size(size)}" for name, size in parts.items())
-        + f" (at different moments; the peak is {_size(best.peak_bytes)}). Besides: {_size(plan.process_bytes)} of Python and "
+        + f" (at different moments; the peak of a step is {_size(best.peak_bytes)}); of an "
+        f"evaluation with {config.num_test_samples} samples, {_size(best.evaluation_bytes)}. Besides: {_size(plan.process_bytes)} of Python and "
         f"libraries per rank on the host, {_size(plan.data_bytes)} of training examples per node.",
     ]  # fmt: skip
     return "\n".join(lines)

@@ -1,5 +1,6 @@
 """Every config of configs/: it is sound, its network is as large as it says, and so is the command that makes its shards."""
 
+import dataclasses
 import importlib
 import math
 import shlex
@@ -11,7 +12,11 @@ from conftest import REPOSITORY
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hpc_bnn.cli import config_of_words
+from hpc_bnn.data import Manifest
+from hpc_bnn.data.manifest import ArraySpec, ShardFile, Statistics
 from hpc_bnn.errors import import_object
+from hpc_bnn.grid import Grid
+from hpc_bnn.rehearsal import evaluation_bytes
 from hpc_bnn.train import check
 
 CONFIGS = sorted(path.name for path in (REPOSITORY / "configs").glob("*.yaml"))
@@ -40,3 +45,22 @@ def test_the_swin_of_full_size_has_200_million_weights():
         net = import_object("--model.name", model.name)((69, 721, 1440), 69, **model.arguments)
         assert 200e6 < sum(math.prod(p.shape) for p in net.parameters()) < 260e6
         assert net(torch.empty(1, 69, 721, 1440)).shape == (1, 69, 721, 1440)
+
+
+@pytest.mark.parametrize("is_on_gpu", [True, False])
+def test_the_evaluation_of_the_swin_of_full_size_fits_into_80_gb(is_on_gpu):
+    config, field = read("era5_swin.yaml"), ArraySpec((69, 721, 1440), "float32")
+    statistics = dict.fromkeys(("x", "y"), Statistics([0.0] * 69, [1.0] * 69))
+    files = {split: (ShardFile(split, 9000, 1, "", ""),) for split in ("train", "validation")}
+    arrays, weights = {"x": field, "y": field}, [[0.5]] * 721
+    manifest = Manifest("ERA5", "here", "none", arrays, files, statistics, target_weights=weights)
+    # By `hpc-bnn plan`, which rehearses the network for minutes
+    resident, forward = 8.00e9, 1.15e9
+
+    def needed(num_test_samples):
+        other = dataclasses.replace(config, num_test_samples=num_test_samples)
+        grid = Grid(64, config.grid.sample_size, 0)
+        return evaluation_bytes(other, manifest, grid, resident, forward, is_on_gpu=is_on_gpu)
+
+    assert needed(config.num_test_samples) <= 80e9 < needed(config.num_test_samples + config.grid.sample_size)
+    assert needed(64) > 140e9

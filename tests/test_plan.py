@@ -10,15 +10,19 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_bnn import plan
+from hpc_bnn import mixtures, plan
 from hpc_bnn.cli import main
 from hpc_bnn.config import Config, ModelConfig
 from hpc_bnn.data import Manifest
+from hpc_bnn.data.manifest import ArraySpec, ShardFile, Statistics
 from hpc_bnn.errors import ConfigError, DataError
+from hpc_bnn.evaluate import score_dataset
+from hpc_bnn.experiment import Experiment
 from hpc_bnn.grid import Grid, grids
 from hpc_bnn.network import Network
-from hpc_bnn.plan import ALIKE, Machine, Row, choose, make_plan
-from hpc_bnn.rehearsal import ImaginedComm, LiveMemory, Rehearsal, rehearse, share_of
+from hpc_bnn.plan import ALIKE, Machine, Row, choose, describe, make_plan
+from hpc_bnn.rehearsal import ImaginedComm, ImaginedDataset, LiveMemory, Rehearsal, rehearse, share_of
+from hpc_bnn.shown import shown_examples
 
 GB = 1e9
 
@@ -49,7 +53,7 @@ def make_config(**changes):
         {"posterior__family": "deterministic", "num_samples": 1},
         {"posterior__family": "mc_dropout", "model__arguments": {"hidden": [64], "dropout": 0.2}},
         {"posterior__family": "low_rank"},
-        {"posterior__family": "ensemble", "num_samples": 2},
+        {"posterior__family": "ensemble", "num_samples": 2, "num_test_samples": 2},
         {"objective__name": "log_predictive", "chunk_size": 3},
         {"optimizer__name": "SGD", "optimizer__arguments": {"momentum": 0.9}},
     ],
@@ -67,6 +71,86 @@ def test_rehearsed_memory_is_that_of_the_real_step(manifest, changes):
         step(*arguments)
     assert rehearsed.peak_bytes == pytest.approx(memory.peak_bytes, rel=0.03)
     assert rehearsed.parameter_bytes == step.posterior.flat.nbytes
+
+
+def make_evaluated(likelihood, num_samples, shape=(3, 4, 8), num_examples=120, objective="elbo"):
+    """Return config and manifest of targets of a shape, an int for so many classes."""
+    is_class = isinstance(shape, int)
+    arrays = {"x": ArraySpec((6,), "float32"), "y": ArraySpec(() if is_class else shape, "float32")}
+    scales = {name: Statistics([0.0] * n, [1.0] * n) for name, n in (("x", 6), ("y", is_class or shape[0]))}
+    files = {split: (ShardFile("a", num_examples, 1, "", ""),) for split in ("train", "test")}
+    about = {"num_classes": shape} if is_class else {}
+    if not is_class and shape[1:]:
+        about = {"target_weights": [[0.5]] * shape[1]}
+    manifest = Manifest("made", "here", "none", arrays, files, {} if is_class else scales, **about)
+    config = make_config(num_test_samples=num_samples, likelihood__name=likelihood, objective__name=objective)
+    config.model = ModelConfig("test_plan.Onto", {"hidden": 512 if is_class else 16})
+    return config, manifest
+
+
+class Onto(torch.nn.Module):
+    """A network onto classes or fields."""
+
+    def __init__(self, in_shape, num_outputs, places=(), hidden=16):
+        super().__init__()
+        self.form = (num_outputs, *places)
+        self.inner = torch.nn.Linear(in_shape[0], hidden)
+        self.outer = torch.nn.Linear(hidden, math.prod(self.form))
+
+    def forward(self, x):
+        return self.outer(self.inner(x).relu()).unflatten(1, self.form)
+
+
+@pytest.mark.parametrize("sample_size", [1, 4])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("categorical", 16, 10, 3000),
+        ("gaussian", 8),
+        ("gaussian", 4, (2,)),
+        ("student_t", 4, (3, 2, 4), 40),
+        ("implicit", 6, (3, 4, 8), 120, "crps"),
+        ("implicit", 64, (3, 12, 24), 3, "crps"),
+    ],
+    ids=str,
+)
+def test_rehearsed_memory_is_that_of_the_real_evaluation(arguments, sample_size, monkeypatch):
+    """The whole evaluation in full size, on real numbers: predictive, members of all ranks, scores, pictures."""
+    monkeypatch.setitem(
+        mixtures.CHUNK_ELEMENTS, "cpu", 2**12
+    )  # as many chunks in a small evaluation as in a large one
+    config, manifest = make_evaluated(*arguments)
+    grid = Grid(sample_size, sample_size, 0)
+    rehearsed = rehearse(config, manifest, grid)
+    comm = ImaginedComm(grid, config, num_gathered=config.num_test_samples)
+    with LiveMemory() as memory:
+        experiment = Experiment(config, comm, manifest)
+        likelihood, begun = experiment.likelihood, memory.live_bytes
+        dataset = ImaginedDataset(manifest, torch.float32, manifest.num_examples("test"), likelihood)
+        shown = shown_examples(likelihood, comm, dataset)
+        score_dataset(
+            experiment.posterior, likelihood, comm, dataset,
+            num_samples=config.num_test_samples, see=shown.see,
+        )  # fmt: skip
+    above = rehearsed.evaluation_bytes - rehearsed.resident_bytes
+    assert above == pytest.approx(memory.peak_bytes - begun, rel=0.05)
+
+
+def test_a_grid_fits_only_with_its_evaluation(monkeypatch):
+    config, manifest = make_evaluated("implicit", 64, (3, 12, 24), 3, "crps")
+    rehearsed = rehearse(config, manifest, Grid(1, 1, 0))
+    assert rehearsed.evaluation_bytes > rehearsed.peak_bytes
+    memory = (rehearsed.evaluation_bytes + rehearsed.peak_bytes) / 2
+    plan = make_plan(config, manifest, Machine(1, 1, flops=1e12, memory_bytes=memory))
+    (row,) = plan.rows
+    assert not row.fits and 1 < row.fitting_test_samples < 64
+    fewer = f"--num_test_samples {row.fitting_test_samples} fits"
+    assert "the evaluation takes" in plan.why and fewer in plan.why and "a step" not in plan.why
+    assert f"{rehearsed.evaluation_bytes / 1e6:.1f} MB" in describe(config, plan)
+    for count, fits in ((row.fitting_test_samples, True), (row.fitting_test_samples + 1, False)):
+        config.num_test_samples = count
+        machine = Machine(1, 1, flops=1e12, memory_bytes=memory)
+        assert make_plan(config, manifest, machine).best.fits == fits
 
 
 def test_memory_grows_with_the_chunk_and_not_with_the_samples(manifest):

@@ -30,7 +30,7 @@ def make_manifest():
 
 
 def make_config(**parts):
-    config = Config(num_samples=8, global_batch_size=13, device="cpu")
+    config = Config(num_samples=8, num_test_samples=8, global_batch_size=13, device="cpu")
     config.model = ModelConfig("hpc_bnn.models.MLP", {"hidden": [8]})
     config.data.prepare = None
     for part, values in parts.items():
