@@ -116,9 +116,21 @@ def run_cases(root: Path, grid: str, backend: str, only: str) -> list[dict]:
         arguments = ["--child", str(root), str(result), grid, backend, only]
         command = [*launcher, sys.executable, *runner, __file__, *arguments]
         start = time.perf_counter()
-        done = subprocess.run(command, cwd=root, env=environment(root), capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(f"{root} on {grid} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
+        with subprocess.Popen(
+            command,
+            cwd=root,
+            env=environment(root),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        ) as process:
+            try:
+                output, _ = process.communicate()
+            except BaseException:
+                process.terminate()  # not killed: mpirun ends its ranks
+                raise
+        if process.returncode:
+            raise SystemExit(f"{root} on {grid} failed:\n{output[-6000:]}")
         ranks = [torch.load(f"{result}.{rank}", weights_only=True) for rank in range(num_ranks)]
     print(f"{grid}: {root} in {time.perf_counter() - start:.0f} s", file=sys.stderr)
     return ranks

@@ -260,9 +260,12 @@ def _core() -> Iterator[Case]:
         yield Case(objective=objective, likelihood=likelihood)
     for likelihood in ("gaussian_learned", "student_t", "bernoulli", "poisson"):
         yield Case(likelihood=likelihood)
-    yield from _crossed(family=["mean_field", "low_rank", "flipout"], chunk_size=[3])
+    yield from _crossed(family=["mean_field", "low_rank", "flipout"], num_samples=[7], chunk_size=[3])
     yield Case(chunk_size=16, num_samples=16)
-    yield from (Case(objective=name, likelihood=likelihood, chunk_size=3) for name, likelihood in SCORED[:3])
+    yield from (
+        Case(objective=name, likelihood=likelihood, num_samples=7, chunk_size=3)
+        for name, likelihood in SCORED[:3]
+    )
     for optimizer in OPTIMIZERS:
         yield Case(optimizer=optimizer, max_gradient_norm=0.3)
     yield Case("ensemble", optimizer="adam", max_gradient_norm=0.3)
@@ -272,7 +275,7 @@ def _core() -> Iterator[Case]:
 
 def _more() -> Iterator[Case]:
     """The other cases: what only a comparison of two versions on one machine sees."""
-    chunks = ({"chunk_size": 1}, {"chunk_size": 3}, {"chunk_size": 16, "num_samples": 16})
+    chunks = ({"chunk_size": 1}, {"chunk_size": 3, "num_samples": 7}, {"chunk_size": 16, "num_samples": 16})
     # families x networks, walking
     for family in (*GAUSSIAN, "deterministic"):
         for network in ("mlp", "vit", "dropout", "attention"):
@@ -295,7 +298,7 @@ def _more() -> Iterator[Case]:
         ("flipout", "vit"),
         ("mc_dropout", "dropout"),
     ):
-        yield Case(family, network, chunk_size=3)
+        yield Case(family, network, num_samples=7, chunk_size=3)
     # objectives
     for chunk in chunks:
         for family in ("antithetic", "student_t", "low_rank", "flipout"):
