@@ -186,6 +186,17 @@ def test_batch_norm_of_something_else_than_the_batch_is_left_alone(layer, num_ex
     torch.testing.assert_close(drawn, expected.softmax(-1), rtol=1e-6, atol=1e-7)
 
 
+def test_scripted_modules_train_or_are_refused():
+    scripted = [
+        torch.jit.script(mlp(layer)) for layer in (nn.Tanh(), nn.BatchNorm1d(8).eval(), nn.BatchNorm1d(8))
+    ]
+    for net in scripted[:2]:
+        step = make(net, lr=0.1)
+        assert step(X, Y, 8) != step(X, Y, 8) and members(step).std(1).max() > 0
+    with pytest.raises(ConfigError, match=r"1 \(RecursiveScriptModule\): its statistics of the batch"):
+        make(scripted[2])(X, Y, 8)
+
+
 def test_a_layer_that_normalises_by_the_batch_in_a_predictive_is_refused():
     class Always(nn.BatchNorm1d):
         def forward(self, x):

@@ -335,7 +335,7 @@ class Network:
 
     def _own_buffers(self, a_pass: _Pass) -> list[str]:
         """Return the buffers that a pass has changed, but for the counters of BatchNorm layers, which a step mends."""
-        counters = {id(layer._buffers.get("num_batches_tracked")) for layer in self.batch_norms.layers}
+        counters = {id(getattr(layer, "num_batches_tracked", None)) for layer in self.batch_norms.layers}
         buffers = dict(self.module.named_buffers(remove_duplicate=False))
         return [name for name in a_pass.changed["buffer"] if id(buffers.get(name)) not in counters]
 
@@ -358,7 +358,8 @@ class Network:
         self, unseen: Sequence[nn.Module], ran: Sequence[nn.Module], first: _Pass
     ) -> None:
         changed = first.changed
-        names = {layer: name for name, layer in self.module.named_modules()}
+        layers = dict(self.module.named_modules())
+        names = {layer: name for name, layer in layers.items()}
         norms, faults = self.batch_norms, []
         for layer in dict.fromkeys(unseen):
             what = "it keeps dropout or batch_norm of torch.nn.functional in a way in which it cannot be replaced"
@@ -367,7 +368,7 @@ class Network:
         moved = {
             name.removesuffix("running_mean") for name in changed["buffer"] if name.endswith("running_mean")
         }
-        moved = [self.module.get_submodule(prefix.rstrip(".")) for prefix in moved]
+        moved = [layers[prefix.rstrip(".")] for prefix in moved]
         candidates = [layer for layer in ran if layer.training] + [
             layer for layer in moved if layer in norms.layers
         ]

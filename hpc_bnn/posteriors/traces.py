@@ -60,14 +60,16 @@ class Traces:
         """
         changed: dict[str, list[str]] = {"buffer": [], "weight": [], "attribute": [], "generator": []}
         for kind, prefix, registry, held in self._registries:
-            for key in registry.keys() - held.keys() - _OF_EVERY_MODULE:
+            is_open = isinstance(registry, dict)  # not that of a scripted layer
+            for key in registry.keys() - held.keys() - _OF_EVERY_MODULE if is_open else ():
                 del registry[key]
                 changed[kind].append(prefix + key)
             for key, restore in held.items():
                 value, is_other = restore()
-                if is_other or registry.get(key) is not value:
+                if is_other or (is_open and registry.get(key) is not value):
                     changed[kind].append(prefix + key)
-                    registry[key] = value
+                    if is_open:
+                        registry[key] = value
         for name, get, put, state in self._generators:
             if not _same(get(), state):
                 changed["generator"].append(name)
