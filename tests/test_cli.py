@@ -29,18 +29,19 @@ def train(digits, run_dir, *flags):
     return main([*command, "--run_dir", str(run_dir), *QUICK, *flags])
 
 
-def train_in_a_process(digits, run_dir, code):
-    """Run a program that is `hpc-bnn train` in a process of its own."""
+def train_in_a_process(digits, run_dir, *flags, code=None):
+    """Run `hpc-bnn train` on the digits in a process of its own."""
+    call = ["-m", "hpc_bnn"] if code is None else ["-c", code]
     return subprocess.run(
-        [sys.executable, "-c", code, "train", "--config", "configs/digits.yaml", "--data.shards", str(digits),
-         "--run_dir", str(run_dir), *QUICK],
+        [sys.executable, *call, "train", "--config", "configs/digits.yaml", "--data.shards", str(digits),
+         "--run_dir", str(run_dir), *QUICK, *flags],
         cwd=REPOSITORY, capture_output=True, text=True, timeout=patience(JOB_SECONDS),
     )  # fmt: skip
 
 
 def test_one_process_trains_without_horovod(digits, tmp_path):
     hide = "import sys; sys.modules['horovod'] = None; from hpc_bnn.__main__ import run; run()"
-    done = train_in_a_process(digits, tmp_path / "run", hide)
+    done = train_in_a_process(digits, tmp_path / "run", code=hide)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("one process: no communication") == 1
     summary = json.loads((tmp_path / "run/summary.json").read_text())
@@ -145,7 +146,8 @@ def test_former_run_is_moved_aside_not_overwritten(digits, tmp_path, capfd):
     error = capfd.readouterr().err
     assert "--run_dir" in error and "no run" in error
     (run_dir / "config.yaml").write_text("seed: 0")
-    assert train(digits, run_dir, "--max_steps", "1") == 0 and "moved to" in capfd.readouterr().err
+    done = train_in_a_process(digits, run_dir, "--max_steps", "1")
+    assert done.returncode == 0 and "moved to" in done.stderr
     assert (tmp_path / "run.1/precious").read_text() == "result"
     assert not (run_dir / "precious").exists()
 
