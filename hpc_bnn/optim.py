@@ -67,14 +67,19 @@ class JobOptimizer:
                 raise ConfigError(Fault("maximize", True, "the objective is minimised", "Leave it out"))
             for key, value in group.items():
                 is_decay = "weight_decay" in key and not isinstance(value, bool) and value
-                if is_decay and any(map(self.posterior.has_prior, group["params"])):
+                if is_decay and any(map(self._has_prior, group["params"])):
                     raise ConfigError(_decay_fault(key, value))
-        num_parameters = sum(len(group["params"]) for group in groups)
-        if num_parameters != self._num_checked:
-            self._check_parameters({id(p) for group in groups for p in group["params"]})
-            self._num_checked = num_parameters
+        updated = [id(p) for group in groups for p in group["params"]]
+        now = updated, [id(p) for p in self.posterior.parameters()]
+        if now != self._checked:
+            self._check_parameters(set(updated))
+            self._checked = now
 
-    _num_checked = 0
+    _checked: tuple[list[int], list[int]] | None = None
+
+    def _has_prior(self, parameter: nn.Parameter) -> bool:
+        is_ours = any(parameter is p for p in self.posterior.all_parameters())
+        return is_ours and self.posterior.has_prior(parameter)
 
     def _check_parameters(self, updated: set[int]) -> None:
         of_network = {id(p) for p in self.posterior.module.parameters()} & updated
@@ -331,6 +336,9 @@ class ShardedOptimizer(JobOptimizer):
 
     def _check_parameters(self, updated: set[int]) -> None:
         pass  # it has made its parameter itself
+
+    def _has_prior(self, parameter: nn.Parameter) -> bool:
+        return True  # a share of all weights
 
     def reduce_(self) -> None:
         """See `JobOptimizer.reduce_`; only this rank's part of the gradient is then that of the job."""

@@ -209,7 +209,7 @@ def rehearse(config: Config, manifest: Manifest, grid: Grid, *, is_on_gpu: bool 
         step, arguments = share_of(config, manifest, comm)
         posterior = step.posterior
         step._is_prepared = step._has_tried_batch = True  # what is prepared asks for numbers
-        posterior.network.looked_at = {True, False}
+        posterior.network.looks = False
         step._has_said_passes = True
         begun = memory.live_bytes
         memory.peak_bytes = 0

@@ -1049,3 +1049,121 @@ def test_weights_that_a_forward_writes_itself_are_no_fault_of_the_user(chunk_siz
     assert len(set(results)) == 3
     members(step, x=tokens)
     step(tokens, Y, 8)
+
+
+def test_training_in_evaluation_mode_trains_points_and_leaves_state_alone():
+    class Remembers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.last, self.calls = mlp(nn.LayerNorm(8), nn.BatchNorm1d(8)), None, 0
+
+        def forward(self, x):
+            self.calls += 1
+            self.last = x.mean()
+            return self.net(x)
+
+    net = Remembers().eval()
+    step = make(net, num_samples=2, lr=0.5)
+    before = step.posterior.points.detach().clone()
+    results = [step(X, Y, 8).nelbo for _ in range(5)]
+    assert len(set(results)) == 5 and (step.posterior.points - before).abs().max() > 1e-3
+    assert net.calls == 10 and net.net[2].num_batches_tracked == 0
+    members(step)
+    net.train()
+    step(X, Y, 8)
+    assert net.net[2].num_batches_tracked == 1 and net.calls == 12
+
+
+def test_a_step_is_copied_with_its_optimizer():
+    step = make(mlp(nn.BatchNorm1d(8)), lr=0.5)
+    step(X, Y, 8)
+    twin = copy.deepcopy(step)
+    assert [twin(X, Y, 8) for _ in range(3)] == [step(X, Y, 8) for _ in range(3)]
+    assert torch.equal(twin.posterior.flat, step.posterior.flat)
+    shallow = copy.copy(step.posterior)
+    assert torch.equal(members(step), members(make(None, lambda _: shallow)))
+    step.posterior = copy.deepcopy(step.posterior)  # and the optimizer still has the former's
+    step.optimizer.posterior = step.posterior
+    with pytest.raises(ConfigError, match="none of the posterior's parameters"):
+        step(X, Y, 8)
+
+
+def test_networks_in_threads_and_within_each_other_do_not_disturb_each_other():
+    import threading
+
+    def train(results):
+        step = make(mlp(nn.BatchNorm1d(8), nn.Dropout(0.3)))
+        for _ in range(10):
+            step.num_steps = 0
+            results.append(step(X, Y, 8).data_term)
+        results.append(step.posterior.module[1].num_batches_tracked.item())
+
+    seen = [[], []]
+    threads = [threading.Thread(target=train, args=(results,)) for results in seen]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert seen[0] == seen[1] and len(set(seen[0])) == 2 and seen[0][-1] == 10
+    assert F.dropout.__module__ == "torch.nn.functional" and not hasattr(F.dropout, "original")
+
+    teacher = make(mlp(nn.Dropout(0.3))).posterior
+
+    class Student(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.teacher = mlp(nn.BatchNorm1d(8), nn.Dropout(0.3)), [teacher]
+
+        def forward(self, x):
+            with torch.no_grad():
+                self.teacher[0].network(x)
+            return self.net(x)
+
+    alone, taught = make(mlp(nn.BatchNorm1d(8), nn.Dropout(0.3))), make(Student())
+    assert [taught(X, Y, 8).data_term for _ in range(2)] == [alone(X, Y, 8).data_term for _ in range(2)]
+    assert not hasattr(F.dropout, "original")
+
+
+def test_a_layer_that_is_made_at_first_use_leaves_torch_alone():
+    class Lazy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.act = mlp(nn.Dropout(0.5)), None
+
+        def forward(self, x):
+            if self.act is None:
+                self.act = nn.Tanh()
+            return self.net(self.act(x))
+
+    net = seeded(Lazy)
+    step = make(net)
+    step(X, Y, 8), step(X, Y, 8)
+    assert not hasattr(F.dropout, "original")
+    assert not torch.equal(net(X), net(X))
+
+
+def test_weights_that_are_unfrozen_later_are_an_error():
+    net = mlp(nn.Tanh())
+    net[0].requires_grad_(False)
+    step = make(net)
+    step(X, Y, 8)
+    net.requires_grad_(True)
+    with pytest.raises(ConfigError, match=r"0\.weight, 0\.bias: it was unfrozen"):
+        step(X, Y, 8)
+
+
+def test_a_computed_weight_that_a_user_caches_is_computed_for_each_sample():
+    net = mlp(nn.Tanh())
+    nn.utils.parametrizations.weight_norm(net[0])
+    steps = [make(copy.deepcopy(net), init_std=0.3, lr=0.1) for _ in range(2)]
+    expected = steps[0](X, Y, 8), members(steps[0])
+    with nn.utils.parametrize.cached():
+        assert (steps[1](X, Y, 8), True) == (expected[0], torch.equal(members(steps[1]), expected[1]))
+    torch.testing.assert_close(steps[0].posterior.flat, steps[1].posterior.flat, rtol=0, atol=0)
+
+
+def test_an_input_that_is_changed_in_place_only_later_is_copied():
+    net = seeded(lambda: InPlace(nn.ReLU(inplace=True)))
+    step = make(net, init_std=1e-9)
+    step(X.abs(), Y, 8)  # nothing to change
+    x = X.clone()
+    expected = F.cross_entropy(net.layer(X.relu()), Y).item()
+    assert step(x, Y, 8).data_term == pytest.approx(expected, abs=1e-6) and torch.equal(x, X)

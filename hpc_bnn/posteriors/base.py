@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import enum
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -136,14 +137,15 @@ class Posterior:
         """
         lengths = [slot.numel() for slot in slots.values()]
         num_statistics = self.batch_norms.num_statistics
-        self.flat = flat = torch.cat([slot.reshape(-1) for slot in slots.values()])
+        self.flat = flat = torch.cat([slot.detach().reshape(-1) for slot in slots.values()])
         self.reduced = flat.new_zeros(len(flat) + num_statistics + len(Tally))
         gradients, self._statistics, self.tally = self.reduced.split([len(flat), num_statistics, len(Tally)])
         self.behind_gradient = self.reduced[len(flat) :]
         self._parameters: dict[str, nn.Parameter] = {}
         self._gradients: dict[str, Tensor] = {}
         for (name, slot), part, gradient in zip(slots.items(), flat.split(lengths), gradients.split(lengths)):
-            self._parameters[name] = nn.Parameter(part.view(slot.shape))
+            self._parameters[name] = slot if isinstance(slot, nn.Parameter) else nn.Parameter(slot)
+            self._parameters[name].data = part.view(slot.shape)
             self._gradients[name] = gradient.view(slot.shape)
             setattr(self, name, self._parameters[name])
         self._slots = dict(zip(slots, flat.split(lengths)))
@@ -153,9 +155,23 @@ class Posterior:
             self._point_grads = list(self.point.views(self._gradients["points"]).values())
         self._weight_parameters: dict[str, nn.Parameter] = {}
 
+    def _state(self) -> dict[str, Any]:
+        """Return what a copy is made of: all that was there before `_allocate`, and the parameters."""
+        return {name: self.__dict__[name] for name in (*self._kept, "_kept")} | {"slots": self._parameters}
+
     def __getstate__(self) -> dict[str, Any]:
-        kept = {name: self.__dict__[name] for name in (*self._kept, "_kept")}
-        return kept | {"slots": {name: p.detach().clone() for name, p in self._parameters.items()}}
+        state = self._state()
+        return state | {"slots": {name: p.detach().clone() for name, p in state["slots"].items()}}
+
+    def __copy__(self) -> Posterior:
+        return copy.deepcopy(self)  # two posteriors cannot share a module
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Posterior:
+        memo[id(self)] = twin = type(self).__new__(type(self))
+        twin.__setstate__(
+            copy.deepcopy(self._state(), memo)
+        )  # an optimizer that is copied along keeps its parameters
+        return twin
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         slots = state.pop("slots")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
+import threading
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
+from dataclasses import dataclass
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
@@ -52,8 +54,6 @@ class Interception:
     def __init__(self, handlers: dict[str, Handler]):
         self._handlers = handlers
         self._places: list[tuple[dict[str, Any], str, Callable]] = []  # (namespace, name there, function)
-        self._replacements: dict[tuple[Callable, bool], Callable] = {}
-        self._is_active = False
 
     def find(self, layers: Iterable[nn.Module]) -> None:
         """Find where the Python code of some layers has the functions. Local."""
@@ -66,56 +66,88 @@ class Interception:
             for namespace in namespaces
             for name, value in namespace.items()
             if isinstance(value, (FunctionType, BuiltinFunctionType))
-            if (function := getattr(value, "__wrapped__", value)) in _FUNCTIONS
+            if (function := _original(value)) in _FUNCTIONS
         ]
 
-    def _handler_of(self, function: Callable) -> Handler:
+    def handler_of(self, function: Callable) -> Handler:
+        """Return what takes the arguments of a function of torch. Local."""
         name, order = _FUNCTIONS[function]
         handler = self._handlers[name]
         return handler if order is None else lambda *args, **kwargs: handler(*order(*args, **kwargs))
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """Intercept, in this thread and in those of its backward passes. Local; contexts may be nested."""
-        if self._is_active:
+        """Intercept, in all threads. Local; contexts may be nested, and those of several networks may overlap in threads."""
+        if self in _RUNNING:
             yield
             return
-        replacements = [self._replacement(function) for _, _, function in self._places]
-        self._is_active = True
+        places = self._places
+        with _LOCK:
+            _RUNNING.append(self)
+            for namespace, name, function in places:
+                place = _REPLACED.setdefault((id(namespace), name), _Replaced(namespace[name]))
+                place.num_users += 1
+                namespace[name] = _dispatcher(function)
         try:
-            for (namespace, name, _), replacement in zip(self._places, replacements):
-                namespace[name] = replacement
             yield
         finally:
-            self._is_active = False
-            for namespace, name, function in self._places:
-                namespace[name] = function
-
-    def _replacement(self, function: Callable) -> Callable:
-        """Return the same function for each context: a compiled module asks whether it is another one."""
-        key = function, "torch._dynamo" in sys.modules
-        if key not in self._replacements:
-            handler = self._handler_of(function)
-
-            @functools.wraps(function)
-            def replacement(*args, **kwargs):
-                result = handler(*args, **kwargs)
-                return function(*args, **kwargs) if result is NotImplemented else result
-
-            # What a handler counts cannot be part of a compiled graph
-            self._replacements[key] = torch.compiler.disable(replacement) if key[1] else replacement
-        return self._replacements[key]
+            with _LOCK:
+                _RUNNING.remove(self)
+                for namespace, name, _ in places:
+                    place = _REPLACED[id(namespace), name]
+                    place.num_users -= 1
+                    if place.num_users == 0:
+                        namespace[name] = _REPLACED.pop((id(namespace), name)).former
 
     @contextlib.contextmanager
     def watching(self, layers: Collection[nn.Module]) -> Iterator[list[nn.Module]]:
         """Give a list of those of some layers that call a function in a way that is not intercepted. Local."""
         unseen: list[nn.Module] = []
-        handlers = {function: self._handler_of(function) for function in _FUNCTIONS}
+        handlers = {function: self.handler_of(function) for function in _FUNCTIONS}
         with self.active(), _Watch(handlers, layers, unseen):
             yield unseen
 
     def __getstate__(self):
-        return self.__dict__ | {"_is_active": False, "_places": [], "_replacements": {}}
+        return self.__dict__ | {"_places": []}
+
+
+@dataclass
+class _Replaced:
+    """A name in a namespace that some networks have replaced, and what stood there before."""
+
+    former: Callable
+    num_users: int = 0
+
+
+_LOCK = threading.RLock()
+_RUNNING: list[Interception] = []
+_REPLACED: dict[tuple[int, str], _Replaced] = {}
+_DISPATCHERS: dict[tuple[Callable, bool], Callable] = {}
+
+
+def _dispatcher(function: Callable) -> Callable:
+    """Return the same function for each context: a compiled module asks whether it is another one."""
+    key = function, "torch._dynamo" in sys.modules
+    if key not in _DISPATCHERS:
+
+        @functools.wraps(function)
+        def dispatch(*args, **kwargs):
+            for interception in reversed(_RUNNING):
+                result = interception.handler_of(function)(*args, **kwargs)
+                if result is not NotImplemented:
+                    return result
+            return function(*args, **kwargs)
+
+        # What a handler counts cannot be part of a compiled graph
+        dispatch = torch.compiler.disable(dispatch) if key[1] else dispatch
+        dispatch.original = function
+        _DISPATCHERS[key] = dispatch
+    return _DISPATCHERS[key]
+
+
+def _original(function: Any) -> Any:
+    """Return the function of torch for which another one may stand."""
+    return getattr(function, "original", function)
 
 
 class _Watch(TorchFunctionMode):
@@ -129,7 +161,7 @@ class _Watch(TorchFunctionMode):
         self._handlers = handlers | {
             value: handlers[function]
             for value in vars(functional).values()
-            if (function := getattr(value, "__wrapped__", None)) in _FUNCTIONS
+            if isinstance(value, FunctionType) and (function := _original(value)) in _FUNCTIONS
         }
         self._layers, self._unseen = layers, unseen
 

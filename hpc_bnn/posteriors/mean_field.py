@@ -249,10 +249,10 @@ class MeanFieldGaussian(Posterior):
             self._noisy.switch_(on=False)  # as `finish_` left it, also after a step that did not come so far
         super().check_()
 
-    def __getstate__(self) -> dict[str, Any]:
+    def _state(self) -> dict[str, Any]:
         if self._noisy is not None:
             self._noisy.switch_(on=False)
-        return super().__getstate__()
+        return super()._state()
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
 
 from ..errors import ConfigError, Fault
 from .batch_norm import BatchNorms, SumOverData, of_one_rank
@@ -39,8 +40,8 @@ class Network:
     ----------
     batch_norms, dropout
         What its BatchNorm layers and its dropout have in place of torch's.
-    looked_at : set of bool
-        Modes (training or not) in which `look` has seen it.
+    looks : bool
+        Whether somebody is to look at the module before it is used.
     """
 
     def __init__(self, module: nn.Module, parameters: dict[str, nn.Parameter], drawn: Sequence[str]):
@@ -55,7 +56,8 @@ class Network:
         self._views: dict[str, Tensor] = {}
         self._changes_input = self._changes_attributes = False
         self._attributes: Traces | None = None  # to put back before each member of a predictive
-        self.looked_at: set[bool] = set()
+        self.looks = True
+        self._looked_at: set[tuple[bool, bool]] = set()
         self.leave()
 
     # --- weights ------------------------------------------------------------------------------------
@@ -80,6 +82,8 @@ class Network:
         for name, parameter in self.module.named_parameters(remove_duplicate=False):
             names.setdefault(id(parameter), name)
         self._names = {name: names.get(id(p), name) for name, p in self._parameters.items()}
+        trainable = {id(p) for p in self._parameters.values()}
+        self._frozen = {name: p for name, p in self.module.named_parameters() if id(p) not in trainable}
         self.leave_weights()
 
     def leave_weights(self) -> None:
@@ -132,10 +136,15 @@ class Network:
         self.leave()  # a layer without weights was put in or taken out, and others may have other names
 
     def check_trainable(self) -> None:
-        """Raise `ConfigError` where weights were frozen after the posterior was made. Local; some microseconds."""
+        """Raise `ConfigError` where weights were frozen or unfrozen since the posterior was made. Local; microseconds."""
         if not all([p.requires_grad for p in self._parameters.values()]):
             frozen = [name for name, p in self._parameters.items() if not p.requires_grad]
             raise _changed(frozen, "it was frozen after the posterior was made: its noise would train on")
+        if any([p.requires_grad for p in self._frozen.values()]):
+            thawed = [name for name, p in self._frozen.items() if p.requires_grad]
+            raise _changed(
+                thawed, "it was unfrozen after the posterior was made: no optimizer would update it"
+            )
 
     @contextlib.contextmanager
     def drawing(self) -> Iterator[None]:
@@ -144,6 +153,7 @@ class Network:
         As timm's LeViT, which keeps a table of attention biases until ``train`` is called.
         """
         torch.clear_autocast_cache()  # the casts of the former weights
+        parametrize._cache.clear()  # what a user's parametrize.cached() keeps of them
         with self._nothing_derived():
             if self._attributes is not None:
                 self._attributes.put_back()
@@ -244,8 +254,11 @@ class Network:
     # --- looks --------------------------------------------------------------------------------------
 
     def needs_look(self) -> bool:
-        """Whether nobody has looked at the module in the mode that it is in."""
-        return self.module.training not in self.looked_at
+        """Whether nobody has looked at the module in the mode that it is in, for a step or a predictive."""
+        return self.looks and self._use() not in self._looked_at
+
+    def _use(self) -> tuple[bool, bool]:
+        return self.batch_norms.is_evaluating, self.module.training
 
     def look(
         self,
@@ -303,8 +316,9 @@ class Network:
                 with self._subclasses_that_run() as ran:
                     first = one(samples[0], inputs)
                 self._refuse_what_is_not_intercepted(unseen, ran, first)
-                self._changes_input |= not _alike(inputs, x, 0.0)
-                if not self.module.training:
+                is_written = not inputs.is_inference() and inputs._version > 0
+                self._changes_input |= is_written or not _alike(inputs, x, 0.0)
+                if norms.is_evaluating:
                     self._changes_attributes |= bool(first.changed["attribute"] + first.changed["buffer"])
                 again = one(samples[0], x.clone())
                 if (
@@ -324,8 +338,8 @@ class Network:
             put_back()
             norms.sum_over_data = sum_over_data
             self.allow_writes()
-        self.looked_at.add(self.module.training)
-        if not self.module.training:
+        self._looked_at.add(self._use())
+        if norms.is_evaluating:
             self._keep_attributes()
         tolerance = 1e-6 if x.device.type == "cpu" else 2e-2  # elsewhere kernels may be chosen anew
         is_repeatable = _alike(first.outputs, again.outputs, tolerance)
