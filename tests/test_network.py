@@ -1167,3 +1167,58 @@ def test_an_input_that_is_changed_in_place_only_later_is_copied():
     x = X.clone()
     expected = F.cross_entropy(net.layer(X.relu()), Y).item()
     assert step(x, Y, 8).data_term == pytest.approx(expected, abs=1e-6) and torch.equal(x, X)
+
+
+def test_a_network_that_differentiates_in_its_forward_pass():
+    class Forces(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+
+        def forward(self, x):
+            with torch.enable_grad():
+                x = x.detach().requires_grad_()
+                y = self.net(x)
+                (force,) = torch.autograd.grad(y.sum(), x, create_graph=self.training)
+            return y + force[:, :3]
+
+    step = make(seeded(Forces), lr=0.1)
+    assert step(X, Y, 8).nelbo != step(X, Y, 8).nelbo and members(step).std(1).max() > 0
+
+
+def helper(x, training):
+    x = F.dropout(x, 0.5, training)
+    return torch.cat([x, F.dropout(torch.ones_like(x), 0.5, training)], 1)
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+def test_calls_within_a_helper_have_masks_of_their_own(compiles):
+    class Helped(nn.Module):
+        def forward(self, x):
+            return helper(torch.ones_like(x), self.training)
+
+    net = mlp(Helped(), nn.Linear(16, 8))
+    seen = []
+    net[1].register_forward_hook(lambda *args: seen.append(args[2].detach()))
+    step = make(torch.compile(net, backend="eager") if compiles else net)
+    step(X, Y, 8)
+    assert not any(torch.equal(y[:, :8], y[:, 8:]) for y in seen[-4:])
+
+
+def test_batch_norm_of_16_bits_subtracts_before_it_rounds():
+    norm = nn.BatchNorm1d(4)
+    posterior = posteriors.DeterministicNetwork(norm)
+    x = (100 + torch.randn(4096, 4, generator=torch.Generator().manual_seed(0))).bfloat16()
+    posterior.begin()
+    posterior.draw_(0, lambda s: torch.Generator().manual_seed(s))
+    y = posterior.network(x)
+    assert y.float().mean(0).abs().max() < 5e-3
+
+
+def test_a_norm_that_comes_in_later_is_an_error():
+    net = mlp(nn.Identity())
+    step = make(net)
+    step(X, Y, 8)
+    net[1] = nn.BatchNorm1d(8, affine=False).double()
+    with pytest.raises(ConfigError, match="1: this BatchNorm layer came into the network"):
+        step(X, Y, 8)

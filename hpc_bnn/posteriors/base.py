@@ -43,10 +43,11 @@ class Posterior:
     The life of a step::
 
         posterior.begin()                        # zero the gradient buffer
-        for each sample:
-            posterior.draw_(sample, keyed)       # put the sample into the module
-            loss(posterior.network(x)).backward()
-            posterior.accumulate_()              # fold the gradients of this sample in
+        with posterior.network.running():        # BatchNorm and dropout of the module are ours
+            for each sample:
+                posterior.draw_(sample, keyed)   # put the sample into the module
+                loss(posterior.network(x)).backward()
+                posterior.accumulate_()          # fold the gradients of this sample in
         posterior.finish_(batch_norm_share)      # this rank's part of everything that is summed
         sum posterior.reduced over the job
         posterior.attach_gradients_()
@@ -277,6 +278,7 @@ class Posterior:
     @torch.no_grad()
     def draw_(self, sample: int, keyed: KeyedGenerator) -> None:
         """Put the weights (and the dropout masks) of a global sample into the module. Local."""
+        self.network.put_attributes_back()
         self.dropout.begin_sample(lambda: keyed(sample).initial_seed())
         self.batch_norms.begin_sample()
 

@@ -291,7 +291,8 @@ class _Normalise(torch.autograd.Function):
         variance = variance / count
         inverse_std = (variance + eps).rsqrt()
         form = (1, -1) + (1,) * (x.ndim - 2)
-        y = (x - mean.view(form).to(x.dtype)) * inverse_std.view(form).to(x.dtype)
+        wide = x.to(channels.dtype)  # 16 bits are too few for a difference
+        y = ((wide - mean.view(form)) * inverse_std.view(form)).to(x.dtype)
         ctx.save_for_backward(y, inverse_std, count)
         ctx.sum_over_data = sum_over_data
         ctx.mark_non_differentiable(mean, variance, count)
@@ -301,7 +302,8 @@ class _Normalise(torch.autograd.Function):
     def backward(ctx, grad: Tensor, *_):
         y, inverse_std, count = ctx.saved_tensors
         over = [dim for dim in range(y.ndim) if dim != 1]
-        sums = torch.stack([grad.sum(over), (grad * y).sum(over)]).to(inverse_std.dtype)  # [2, C]
+        wide = grad.to(inverse_std.dtype)
+        sums = torch.stack([wide.sum(over), (wide * y).sum(over)])  # [2, C]
         ctx.sum_over_data(sums)
         form = (1, -1) + (1,) * (y.ndim - 2)
         mean_grad, mean_grad_y = ((s / count).view(form).to(y.dtype) for s in sums)

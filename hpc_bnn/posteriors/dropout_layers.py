@@ -11,7 +11,6 @@ from collections.abc import Callable, Hashable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 
 from ..errors import ConfigError, Fault
 from ..noise import Stream, keyed_generator
@@ -27,7 +26,8 @@ FUNCTIONS = {"dropout": False, "dropout1d": True, "dropout2d": True, "dropout3d"
 """Names in ``torch.nn.functional``, and whether they drop whole channels."""
 
 _FIRST_CALL, _LINES = 1 << 20, 1 << 12
-"""Numbers of masks that no dropout layer asks for: `_LINES` for each layer in whose method the call stands."""
+"""Numbers of masks that no dropout layer asks for: `_LINES` for each layer in whose method the call stands, one for each place
+(line) there. Calls in a loop share their mask, as the uses of one dropout layer do."""
 
 
 class DropoutMasks:
@@ -62,7 +62,8 @@ class DropoutMasks:
         self.layers = [layer for layer in module.modules() if isinstance(layer, _ELEMENTS + _CHANNELS)]
         self.always = self.is_batched = False
         self._numbers = {layer: number for number, layer in enumerate(self.layers)}
-        self._modules = {layer: number for number, layer in enumerate(module.modules())}
+        self._modules: dict[nn.Module, int] = {}
+        self.find(module)
         self._seed: Callable[[], int] | int | None = None
         self._masks: dict[tuple[int, torch.Size], Tensor] = {}
         self.shapes: Shapes | None = None
@@ -85,6 +86,12 @@ class DropoutMasks:
                 )
                 layer.dropout = 0.0
 
+    def find(self, module: nn.Module) -> None:
+        """Number the layers; those that have a number keep it. Local."""
+        for layer in module.modules():
+            if not hasattr(layer, "_orig_mod"):  # what torch.compile puts around a module
+                self._modules.setdefault(layer, len(self._modules))
+
     def begin_sample(self, seed: Callable[[], int] | None) -> None:
         """Forget the masks; draw new ones by a seed when they are needed. None: nothing is dropped. Local."""
         self._masks.clear()
@@ -106,14 +113,14 @@ class DropoutMasks:
             return input
         if self.is_batched:
             raise NotImplementedError("dropout in training mode")
-        layer, line = called
+        layer, place = called
         number = self._numbers.get(layer)
         if number is None:
-            number = _FIRST_CALL + _LINES * self._modules[layer] + line % _LINES
+            number = _FIRST_CALL + _LINES * self._modules[layer] + place % _LINES
         if self.shapes is not None:
             self.shapes.setdefault(number, []).append(input.shape)
         mask = self._mask(number, p, input, drops_channels)
-        return input.mul_(mask) if inplace and not input.requires_grad else input * mask
+        return input.mul_(mask) if inplace else input * mask
 
     def attend(
         self,
@@ -153,17 +160,9 @@ class DropoutMasks:
             self._masks[number, shape] = keep.to(x.dtype) / (1 - p) if p < 1 else keep.to(x.dtype)
         return self._masks[number, shape].to(x.dtype)
 
-    def unkeyed_layers(self, shapes: Shapes) -> list[nn.Module]:
-        """Return dropout layers of other classes than torch's that are to drop, and asked for no mask in a look. Local."""
-        return [
-            layer
-            for layer in self._modules
-            if isinstance(layer, _DropoutNd)
-            and layer.p > 0
-            and layer.training
-            and type(layer) not in _ELEMENTS + _CHANNELS
-            and self._numbers.get(layer) not in shapes
-        ]
+    def asked(self, layer: nn.Module, shapes: Shapes) -> bool:
+        """Whether a dropout layer has asked for a mask in a look. Local."""
+        return self._numbers.get(layer) in shapes
 
     def __getstate__(self):
         return self.__dict__ | {"_seed": None, "_masks": {}}

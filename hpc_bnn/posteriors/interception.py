@@ -77,7 +77,7 @@ class Interception:
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """Intercept, in all threads. Local; contexts may be nested, and those of several networks may overlap in threads."""
+        """Intercept, in all threads. Local; contexts may be nested, and those of several networks may overlap."""
         if self in _RUNNING:
             yield
             return
@@ -197,17 +197,21 @@ def batch_dims(whole: Shapes, part: Shapes) -> dict[tuple[Hashable, int], list[i
 
 
 def calling_layer(layers: Collection[nn.Module]) -> tuple[nn.Module, int] | None:
-    """Return the innermost of some layers in whose method the intercepted call stands, and the line within it. Local.
+    """Return the innermost of some layers in whose method the intercepted call stands, and which lines lead to it. Local.
 
     By the call stack: it holds in every thread, and when a checkpointed block runs once more in the backward pass.
     None where the call stands in none of them.
     """
-    frame = sys._getframe(1)
+    frame, place = sys._getframe(1), 0
     while frame is not None:
-        code = frame.f_code
-        if code.co_argcount:
-            first = frame.f_locals.get(code.co_varnames[0])
-            if isinstance(first, nn.Module) and first in layers:
-                return first, frame.f_lineno - code.co_firstlineno
+        code, package = frame.f_code, frame.f_globals.get("__name__", "").partition(".")[0]
+        if package not in ("hpc_bnn", "torch"):
+            place = 31 * place + frame.f_lineno - code.co_firstlineno
+        for name in code.co_varnames[: code.co_argcount]:  # the first, but for code that torch.compile makes
+            value = frame.f_locals.get(name)
+            if isinstance(value, nn.Module) and value in layers:
+                return value, place
+            if not name.startswith("__"):
+                break
         frame = frame.f_back
     return None

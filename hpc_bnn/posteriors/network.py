@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils import parametrize
 
 from ..errors import ConfigError, Fault
@@ -76,6 +77,7 @@ class Network:
         self._layers = list(self.module.modules())
         self._deriving = [layer for layer in self._layers if _has_own_modes(type(layer))]
         self.interception.find(self._layers)
+        self.dropout.find(self.module)
         self._registries = [d for layer in self._layers for d in (layer._modules, layer._parameters)]
         self._members = self._ids()
         names: dict[int, str] = {}
@@ -131,8 +133,14 @@ class Network:
                 faults.append((name, "it has other memory than the posterior gave it"))
             elif parameter._version != versions.get(name, parameter._version):
                 faults.append((name, "its values were changed; each draw writes them anew"))
+        for name, layer in self.module.named_modules():
+            if isinstance(layer, _BatchNorm) and layer not in self.batch_norms.layers:
+                faults.append(
+                    (name, "this BatchNorm layer came into the network after the posterior was made")
+                )
         if faults:
             raise _changed([name for name, _ in faults], faults[0][1])
+        self._looked_at.clear()
         self.leave()  # a layer without weights was put in or taken out, and others may have other names
 
     def check_trainable(self) -> None:
@@ -155,9 +163,13 @@ class Network:
         torch.clear_autocast_cache()  # the casts of the former weights
         parametrize._cache.clear()  # what a user's parametrize.cached() keeps of them
         with self._nothing_derived():
-            if self._attributes is not None:
-                self._attributes.put_back()
             yield
+
+    def put_attributes_back(self) -> None:
+        """Before each member of a predictive: forget what the passes of others have left in the module. Local."""
+        if self._attributes is not None:
+            with self._nothing_derived():
+                self._attributes.put_back()
 
     @contextlib.contextmanager
     def _nothing_derived(self) -> Iterator[None]:
@@ -169,10 +181,12 @@ class Network:
         modes = _modes(self.module)
         for layer in derived:
             layer.train(True)
-        yield
-        for layer in derived:
-            layer.train(False)
-        _set_modes(modes)
+        try:
+            yield
+        finally:
+            for layer in derived:
+                layer.train(False)
+            _set_modes(modes)
 
     # --- calls --------------------------------------------------------------------------------------
 
@@ -233,9 +247,7 @@ class Network:
                 yield
             finally:
                 self.batch_norms.is_evaluating = False
-                with self._nothing_derived():
-                    if self._attributes is not None:
-                        self._attributes.put_back()
+                self.put_attributes_back()
                 self._attributes = None
 
     def _keep_attributes(self) -> None:
@@ -297,8 +309,8 @@ class Network:
             norms.shapes, dropout.shapes = {}, {}
             try:
                 draw(sample)
-                if scale != 1:
-                    torch._foreach_mul_([p.detach() for p in self._drawn_parameters()], scale)
+                for parameter in self._drawn_parameters() if scale != 1 else ():
+                    parameter.detach().mul_(scale)
                 versions = self._written()
                 outputs = _first_tensor(self(inputs, autocast_dtype))
                 written = [
@@ -310,7 +322,7 @@ class Network:
                 norms.shapes = dropout.shapes = None
 
         try:
-            with torch.no_grad(), self.interception.watching(set(self._layers)) as unseen:
+            with self.interception.watching(set(self._layers)) as unseen:
                 norms.begin()
                 inputs = x.clone()
                 with self._subclasses_that_run() as ran:
@@ -355,12 +367,13 @@ class Network:
 
     @contextlib.contextmanager
     def _subclasses_that_run(self) -> Iterator[list[nn.Module]]:
-        """Give a list of those BatchNorm layers that run with a forward of their own."""
+        """Give a list of those BatchNorm and dropout layers that run with a forward of their own."""
         ran: list[nn.Module] = []
         handles = [
             layer.register_forward_hook(lambda layer, *_: ran.append(layer))
             for layer in self._layers
-            if isinstance(layer, _BatchNorm) and type(layer).forward is not _BatchNorm.forward
+            if isinstance(layer, (_BatchNorm, _DropoutNd))
+            and not type(layer).forward.__module__.startswith("torch.")
         ]
         try:
             yield ran
@@ -383,7 +396,8 @@ class Network:
             name.removesuffix("running_mean") for name in changed["buffer"] if name.endswith("running_mean")
         }
         moved = [layers[prefix.rstrip(".")] for prefix in moved]
-        candidates = [layer for layer in ran if layer.training] + [
+        ran = [layer for layer in ran if layer.training]
+        candidates = [layer for layer in ran if isinstance(layer, _BatchNorm)] + [
             layer for layer in moved if layer in norms.layers
         ]
         for layer in dict.fromkeys(candidates):
@@ -397,8 +411,9 @@ class Network:
             rule = "its forward pass writes these weights and notes that it has: the next draw would undo it"
             remedy = "Run the network once on a batch before the posterior is made"
             faults.append(Fault("--model", ", ".join(first.written[:3]), rule, remedy))
-        if changed["generator"]:
-            for layer in self.dropout.unkeyed_layers(first.dropped):
+        dropping = [layer for layer in ran if isinstance(layer, _DropoutNd) and layer.p > 0]
+        for layer in dict.fromkeys(dropping) if changed["generator"] else ():
+            if not self.dropout.asked(layer, first.dropped):
                 what = f"its masks come from {' and '.join(changed['generator'])}, not from torch.nn.functional.dropout"
                 remedy = "Call that function, or use nn.Dropout: then they are keyed by the sample"
                 faults.append(Fault("--model", f"{names[layer]} ({type(layer).__name__})", what, remedy))
