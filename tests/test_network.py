@@ -738,7 +738,7 @@ def test_weights_that_are_merged_in_evaluation_mode_come_apart_again(caplog):
     frozen = net.layer.weight.detach().clone()
     step = make(net, init_std=0.5)
     for _ in range(2):
-        drawn = members(step)
+        drawn = members(step, 7)
         assert torch.equal(net.layer.weight, frozen) and net.training and not net.is_merged
         step(X, Y, 8)
     with step.posterior.evaluating():
@@ -1091,15 +1091,15 @@ def test_a_step_is_copied_with_its_optimizer():
 def test_networks_in_threads_and_within_each_other_do_not_disturb_each_other():
     import threading
 
-    def train(results):
-        step = make(mlp(nn.BatchNorm1d(8), nn.Dropout(0.3)))
+    def train(step, results):
         for _ in range(10):
             step.num_steps = 0
             results.append(step(X, Y, 8).data_term)
         results.append(step.posterior.module[1].num_batches_tracked.item())
 
     seen = [[], []]
-    threads = [threading.Thread(target=train, args=(results,)) for results in seen]
+    steps = [make(mlp(nn.BatchNorm1d(8), nn.Dropout(0.3))) for _ in seen]
+    threads = [threading.Thread(target=train, args=both) for both in zip(steps, seen)]
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
     assert seen[0] == seen[1] and len(set(seen[0])) == 2 and seen[0][-1] == 10

@@ -240,20 +240,21 @@ class Network:
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
         """Put the module into evaluation mode, without gradients, and then each layer back into its own. Local."""
-        with eval_mode(self.module), torch.no_grad(), self.interception.active():
-            self.batch_norms.is_evaluating = True
-            self._keep_attributes()
+        with torch.no_grad():
+            self._keep_attributes()  # before anything is derived, and put back after: to the bit
             try:
-                yield
+                with eval_mode(self.module), self.interception.active():
+                    self.batch_norms.is_evaluating = True
+                    yield
             finally:
                 self.batch_norms.is_evaluating = False
                 self.put_attributes_back()
                 self._attributes = None
 
     def _keep_attributes(self) -> None:
-        if self._changes_attributes or self._deriving:
+        if self._attributes is None and (self._changes_attributes or self._deriving):
             with self._nothing_derived():
-                self._attributes = Traces(self.module, drawn=self._drawn_parameters())
+                self._attributes = Traces(self.module, drawn=self._drawn_parameters(), with_modes=False)
 
     def traces(self) -> Traces:
         """Return what a pass may change, as it is now, with all global generators. Local."""

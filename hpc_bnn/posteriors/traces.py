@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-_OF_EVERY_MODULE = frozenset(nn.Module().__dict__) - {"training"}
+_OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
 
 Restore = Callable[[], tuple[object, bool]]
 """Gives an object its former content back; returns it, and whether it had another."""
@@ -30,16 +30,23 @@ class Traces:
         Keep the state of all global generators as well, that of this device among them.
     drawn : collection of nn.Parameter
         Weights whose values need not be kept.
+    with_modes : bool
+        Whether the mode of each layer is kept.
     """
 
     def __init__(
-        self, module: nn.Module, device: torch.device | None = None, drawn: Collection[nn.Parameter] = ()
+        self,
+        module: nn.Module,
+        device: torch.device | None = None,
+        drawn: Collection[nn.Parameter] = (),
+        with_modes: bool = True,
     ):
+        self._ours = _OF_EVERY_MODULE - ({"training"} if with_modes else set())
         seen: dict[int, Restore] = {id(p): lambda p=p: (p, False) for p in drawn}
         self._registries = []  # (registry, prefix, what it held, kind)
         for name, layer in module.named_modules():
             prefix = f"{name}." if name else ""
-            attributes = {key: v for key, v in layer.__dict__.items() if key not in _OF_EVERY_MODULE}
+            attributes = {key: v for key, v in layer.__dict__.items() if key not in self._ours}
             for kind, registry, content in (
                 ("buffer", layer._buffers, layer._buffers),
                 ("weight", layer._parameters, layer._parameters),
@@ -61,7 +68,7 @@ class Traces:
         changed: dict[str, list[str]] = {"buffer": [], "weight": [], "attribute": [], "generator": []}
         for kind, prefix, registry, held in self._registries:
             is_open = isinstance(registry, dict)  # not that of a scripted layer
-            for key in registry.keys() - held.keys() - _OF_EVERY_MODULE if is_open else ():
+            for key in registry.keys() - held.keys() - self._ours if is_open else ():
                 del registry[key]
                 changed[kind].append(prefix + key)
             for key, restore in held.items():
