@@ -111,6 +111,7 @@ def measure(options: argparse.Namespace, roots: tuple[Path, Path]) -> Iterator[t
                 pairs.append([1 / ratio for ratio in found])
             else:
                 pairs.append(ratios_of_pair(roots, model, num_samples, options.core))
+            print(f"{case}, pair {len(pairs)}: {median(pairs[-1]):.3f}", file=sys.stderr, flush=True)
             if len(pairs) >= LEAST_PAIRS:
                 low, high = interval(pairs)
         ratio = median(ratio for pair in pairs for ratio in pair)

@@ -383,7 +383,13 @@ def make_data(likelihood: str) -> tuple[Tensor, Tensor]:
 
 
 def _make_network(case: Case, likelihood) -> nn.Module:
-    return likelihood.wrap(NETWORKS[case.network](likelihood.num_outputs).double())
+    # Made in float64: torch's uniform numbers in float32 are not the same on all kinds of CPUs.
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        return likelihood.wrap(NETWORKS[case.network](likelihood.num_outputs).double())
+    finally:
+        torch.set_default_dtype(default)
 
 
 def _make_posterior(case: Case, likelihood, comm):
@@ -418,7 +424,7 @@ def _batches_of_shards(case: Case, comm, x: Tensor, y: Tensor, directory: Path) 
     loader = hpc_bnn.BatchLoader(
         dataset, comm.grid, case.global_batch_size, SEED, with_partners=mixes, prefetch=0
     )
-    transforms = [Crop(padding=1), lambda x, random: x + 0.3 * random.normal(*x.shape[1:]).to(x.dtype)]
+    transforms = [Crop(padding=1), lambda x, random: x + random.uniform(*x.shape[1:]).to(x.dtype)]
     transforms += [Mixup(0.3)] if mixes else []
     augmentation = hpc_bnn.Augmentation(
         transforms, "per_sample" if mixes else case.views.replace("none_of_shards", "shared"),
@@ -470,7 +476,8 @@ def _predict(case: Case, posterior, likelihood, comm, x: Tensor, y: Tensor) -> T
         options["chunk_size"] = 1
     found = predict(posterior, likelihood, comm, *((x,) if is_of_classes else (x, y)), **options)
     if is_of_classes:
-        numbers = [found.probabilities, found.std, found.expected_entropy]
+        # The square: the root of what is 0 up to rounding differs in its first digits.
+        numbers = [found.probabilities, found.std.square(), found.expected_entropy]
     else:
         numbers = [found.mean, found.aleatoric_variance, found.epistemic_variance, found.log_prob]
     numbers = torch.cat([part.flatten() for part in numbers if part is not None])
