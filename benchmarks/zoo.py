@@ -533,12 +533,15 @@ TORCHVISION = [
     "shufflenet_v2_x0_5", "squeezenet1_1", "swin_t", "swin_v2_t", "vgg11", "vgg11_bn", "vit_b_32",
 ]  # fmt: skip
 IMAGE_SIZES = (32, 64, 96, 128, 160, 224, 256, 288, 299, 384)
+ONES = (1, 1, 1, 1)
 LESS = (
-    {"embed_dim": 48, "depth": 2, "num_heads": 3}, {"depths": (1, 1, 1, 1)}, {"layers": (1, 1, 1, 1)}, {"depth": 2},
-    {"channel_multiplier": 0.25}, {"stem_size": 24, "num_features": 1008}, {"mlp_ratio": 0.01},
+    {"embed_dim": 48, "depth": 2, "num_heads": 3}, {"embed_dim": 24, "depths": ONES},
+    {"embed_dims": (16, 32, 48, 64), "depths": ONES}, {"dims": (16, 32, 48, 64), "depths": ONES},
+    {"depths": ONES}, {"layers": ONES}, {"depth": 2}, {"channel_multiplier": 0.25},
+    {"stem_size": 24, "num_features": 1008}, {"mlp_ratio": 0.01},
 )  # fmt: skip
-SMALL_IMAGE_ABOVE, MANY_WEIGHTS, TOO_MANY_FOR_FLOAT64 = 1_000_000, 5_000_000, 60_000_000
-"""Networks above the second are built with less depth or width, where they take it."""
+MANY_WEIGHTS, TOO_MANY_FOR_FLOAT64 = 1_000_000, 60_000_000
+"""Networks above the first are built with less depth or width, where they take it, and get smaller images."""
 
 
 def images(size: int, channels: int = 3) -> Tensor:
@@ -577,7 +580,7 @@ def timm_candidates(family: str) -> Candidates:
             if net is None:
                 continue
             channels, default, _ = net.pretrained_cfg.get("input_size", (3, 224, 224))
-            sizes = dict.fromkeys((*IMAGE_SIZES[size < SMALL_IMAGE_ABOVE : 5], default))
+            sizes = dict.fromkeys((*IMAGE_SIZES[size < MANY_WEIGHTS : 5], default))
             for pixels in (64,) if form else sizes:
                 yield net, images(pixels, channels)
 
