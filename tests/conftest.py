@@ -26,7 +26,7 @@ def patience(seconds: float) -> float:
 
 TEST_SECONDS = 3600
 """Limit of a single test that has no mark of its own. Tests take seconds; the longest, a job of 4 ranks, minutes."""
-JOB_SECONDS = 600
+JOB_SECONDS = 1800
 """Limit of a process or a job of ranks that a test starts."""
 
 
