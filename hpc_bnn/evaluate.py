@@ -138,9 +138,7 @@ def _member_outputs(
         if posterior.network.needs_look() and len(x):
             some = range(2) if posterior.is_replicated else mine[:1]
             look = posterior.network.look(x[:batch_size], lambda sample: posterior.draw_(sample, keyed), some)
-            if comm.grid.rank == 0:
-                for warning in look.warnings(comm.grid.world_size):
-                    logger.warning("%s", warning)
+            look.say(logger, comm.grid)
         for sample in mine or range(1):
             posterior.draw_(sample, keyed)
             outputs = torch.cat([posterior.network(part).double() for part in x.split(batch_size)])

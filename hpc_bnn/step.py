@@ -267,9 +267,7 @@ class VariationalStep:
             look = network.look(
                 x.of(samples[0]), lambda s: posterior.draw_(s, self._keyed), some, self.autocast_dtype
             )
-            if self.comm.grid.rank == 0:
-                for warning in look.warnings(self.comm.grid.world_size):
-                    logger.warning("%s", warning)
+            look.say(logger, self.comm.grid)
 
     def _try_batch(self, samples: Sequence[int], x: SharedView, y: Tensor) -> None:
         """Fall back where a chunk of samples fails, changes the module, or differs from a walk over them. Local."""

@@ -207,13 +207,18 @@ class BatchNorms:
         if self.shapes is not None:
             self.shapes.setdefault(call, []).append(input.shape)
             return True
-        return set(self.batch_dims.get((call, input.ndim), () if len(input) == 1 else (0,))) <= {1}
+        return not self._spans_batch(call, input.shape)
+
+    def _spans_batch(self, call: Hashable, shape: torch.Size) -> bool:
+        """Whether a call reduces over examples: a dim of the batch is another one than the channels' (dim 1)."""
+        unknown = () if shape[0] == 1 else (0,)
+        return not set(self.batch_dims.get((call, len(shape)), unknown)) <= {1}
 
     def check_calls(self, shapes: Shapes) -> None:
         """Raise `ConfigError` where one of the calls of a look normalises over the batch without statistics of ours. Local."""
         for call, inputs in shapes.items():
             for shape in inputs:
-                if not set(self.batch_dims.get((call, len(shape)), () if shape[0] == 1 else (0,))) <= {1}:
+                if self._spans_batch(call, shape):
                     raise self._fault_of(call[0], "it has no running statistics")
 
     @staticmethod

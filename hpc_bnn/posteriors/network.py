@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import methodcaller
@@ -18,6 +19,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils import parametrize
 
 from ..errors import ConfigError, Fault
+from ..grid import Grid
 from .batch_norm import BatchNorms, SumOverData, of_one_rank
 from .dropout_layers import FUNCTIONS, DropoutMasks
 from .flat import FlatLayout
@@ -268,9 +270,9 @@ class Network:
 
     def needs_look(self) -> bool:
         """Whether nobody has looked at the module in the mode that it is in, for a step or a predictive."""
-        return self.looks and self._use() not in self._looked_at
+        return self.looks and self._occasion() not in self._looked_at
 
-    def _use(self) -> tuple[bool, bool]:
+    def _occasion(self) -> tuple[bool, bool]:
         return self.batch_norms.is_evaluating, self.module.training
 
     def look(
@@ -351,7 +353,7 @@ class Network:
             put_back()
             norms.sum_over_data = sum_over_data
             self.allow_writes()
-        self._looked_at.add(self._use())
+        self._looked_at.add(self._occasion())
         if norms.is_evaluating:
             self._keep_attributes()
         tolerance = 1e-6 if x.device.type == "cpu" else 2e-2  # elsewhere kernels may be chosen anew
@@ -480,6 +482,11 @@ class Look:
     """Whether two passes with the same sample gave the same outputs."""
     buffers: Sequence[str]
     """Buffers that its forward pass changes by itself."""
+
+    def say(self, logger: logging.Logger, grid: Grid) -> None:
+        """Log what a user should know, on rank 0. Local."""
+        for warning in self.warnings(grid.world_size) if grid.rank == 0 else ():
+            logger.warning("%s", warning)
 
     def warnings(self, world_size: int) -> list[str]:
         """Return what a user should know, on so many ranks."""
