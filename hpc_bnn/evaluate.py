@@ -11,18 +11,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
-from torchmetrics.classification import MulticlassAccuracy
-from torchmetrics.functional.classification import binary_auroc
 
 from .comm import GridComm
 from .data import ShardDataset
 from .grid import share
 from .likelihoods import Categorical, Likelihood
 from .metrics import (
+    Accuracy,
     BrierScore,
     ChannelMean,
     ExpectedCalibrationError,
+    Metric,
     NegativeLogLikelihood,
     PitHistogram,
     adaptive_calibration_error,
@@ -424,11 +423,10 @@ def out_of_distribution_auroc(inside: dict[str, Tensor], outside: dict[str, Tens
     """
     found = {}
     for name, values in inside.items():
-        both = torch.cat([values, outside[name]])
-        is_outside = torch.arange(len(both)) >= len(values)
-        # By ranks, which keep the order of float64; binary_auroc would take numbers outside of [0, 1] for logits
-        _, ranks = both.unique(return_inverse=True)
-        found[f"ood_auroc/{name}"] = binary_auroc(ranks.double() / len(both), is_outside.long()).item()
+        # The share of pairs in which the foreign example is the less certain one, ties by half (Mann and Whitney, 1947)
+        ordered, foreign = values.sort().values, outside[name]
+        below, up_to = (torch.searchsorted(ordered, foreign, right=right) for right in (False, True))
+        found[f"ood_auroc/{name}"] = (below + up_to).double().mean().item() / (2 * len(ordered))
     return found
 
 
@@ -483,12 +481,7 @@ class _Scores:
         self._columns = _Columns()
 
     def _add(self, device: torch.device, **metrics: Metric) -> None:
-        for metric in metrics.values():
-            own = [m for m in metric.modules() if isinstance(m, Metric) and m.sync_on_compute]
-            assert not own, (
-                f"{own} would sum by themselves what combine sums: give them sync_on_compute=False"
-            )
-        self.metrics |= {name: metric.set_dtype(torch.float64).to(device) for name, metric in metrics.items()}
+        self.metrics |= {name: metric.to(device) for name, metric in metrics.items()}
 
     def see(self, examples: Tensor, predictive: Predictive, y: Tensor) -> None:
         """Take in examples that no other rank takes in. Local."""
@@ -496,9 +489,7 @@ class _Scores:
 
     def combine(self, comm: GridComm) -> None:
         """Sum the states of the metrics, gather the columns. Collective over the world."""
-        states = [state for metric in self.metrics.values() for state in metric.metric_state.values()]
-        assert all(isinstance(state, Tensor) for state in states), "only states that are sums can be reduced"
-        comm.sum_(states)
+        comm.sum_([state for metric in self.metrics.values() for state in metric.states.values()])
         self.gathered = self._columns.gather(comm, self.columns)
 
     def compute(self) -> dict[str, float]:
@@ -519,7 +510,7 @@ class _ClassScores(_Scores):
         super().__init__(likelihood, dataset, num_samples)
         self._add(
             dataset.device,
-            accuracy=MulticlassAccuracy(likelihood.num_classes, average="micro", sync_on_compute=False),
+            accuracy=Accuracy(),
             nll=NegativeLogLikelihood(),
             brier=BrierScore(),
             ece=ExpectedCalibrationError(),

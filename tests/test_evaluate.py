@@ -1,7 +1,5 @@
 """The predictive in one process, against references."""
 
-import inspect
-
 import numpy as np
 import pytest
 import scipy.stats
@@ -9,7 +7,7 @@ import scoringrules
 import torch
 from sklearn.metrics import accuracy_score, log_loss, roc_auc_score
 from torch import nn
-from torchmetrics import MeanSquaredError, Metric, RunningMean
+from torchmetrics import MeanSquaredError
 from torchmetrics.classification import MulticlassCalibrationError
 
 from hpc_bnn import (
@@ -20,7 +18,6 @@ from hpc_bnn import (
     MeanFieldGaussian,
     ShardDataset,
     evaluate,
-    metrics,
     predict_values,
     write_shards,
 )
@@ -81,9 +78,7 @@ def test_metrics_equal_scikit_learn(digits, monkeypatch):
     assert torch.cat([examples for examples, _, _ in seen]).tolist() == list(range(359))
     _, y = dataset.fetch(slice(None))
     p = torch.cat([predictive.probabilities for _, predictive, _ in seen]).numpy()
-    assert metrics["accuracy"] == pytest.approx(
-        accuracy_score(y, p.argmax(1)), rel=1e-7
-    )  # float32 in torchmetrics
+    assert metrics["accuracy"] == pytest.approx(accuracy_score(y, p.argmax(1)), rel=1e-14)
     assert metrics["nll"] == pytest.approx(log_loss(y, p), rel=1e-10)
     assert metrics["brier"] == pytest.approx(np.square(p - np.eye(10)[y]).sum(1).mean(), rel=1e-12)
     reference = MulticlassCalibrationError(num_classes=10, n_bins=15)(torch.from_numpy(p).double(), y)
@@ -222,21 +217,6 @@ def quantile_of_mixture(loc, scale, level):
     return low
 
 
-def test_no_metric_sums_over_the_ranks_by_itself(digits):
-    """What `_Scores` reduces is not reduced by torchmetrics again: our own never, a foreign one is refused."""
-    dataset = ShardDataset(digits, "test")
-    kinds = [kind for kind in vars(metrics).values() if isinstance(kind, type) and issubclass(kind, Metric)]
-    made = [kind for kind in kinds if not inspect.isabstract(kind)]
-    assert len(made) == 5
-    for kind in made:
-        assert not kind(**({"num_channels": 1} if kind is metrics.ChannelMean else {})).sync_on_compute, kind
-    scores = evaluate._ClassScores(Categorical(10), dataset, 1)
-    scores._add(dataset.device, mse=MeanSquaredError(sync_on_compute=False))
-    for foreign in (MeanSquaredError(), RunningMean()):  # the second one within a metric
-        with pytest.raises(AssertionError, match="sync_on_compute=False"):
-            scores._add(dataset.device, foreign=foreign)
-
-
 def test_adaptive_calibration_error_has_bins_of_equal_count():
     rng = np.random.default_rng(0)
     confidence = rng.beta(8, 2, 150)
@@ -254,4 +234,4 @@ def test_auroc_equals_scikit_learn_and_knows_ties():
     got = out_of_distribution_auroc(*({"entropy": torch.from_numpy(values)} for values in (inside, outside)))
     truth = np.repeat([0, 1], [50, 30])
     expected = roc_auc_score(truth, np.concatenate([inside, outside]))
-    assert got == {"ood_auroc/entropy": pytest.approx(expected, rel=1e-6)}
+    assert got == {"ood_auroc/entropy": pytest.approx(expected, rel=1e-12)}

@@ -208,7 +208,7 @@ def test_the_easyconfigs_bring_what_setup_cfg_asks_for():
     for name, version in minimum_versions().items():
         if name in brought:  # the others are in bundles: comments in the easyconfig say which
             assert as_numbers(brought[name]) >= version, name
-    assert {"torchmetrics", "jsonargparse", "h5py", "mpi4py", "tqdm", "pyyaml", "pytorch"} <= set(brought)
+    assert {"jsonargparse", "h5py", "mpi4py", "tqdm", "pyyaml", "pytorch"} <= set(brought)
 
 
 def dict_of(parameters):

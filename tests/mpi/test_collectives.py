@@ -151,9 +151,9 @@ def test_an_epoch_makes_the_collectives_of_comm_and_no_others(sample_size, direc
     states, compute = [], _Scores.compute
 
     def looked_at(scores):
-        copies = [[{n: s.clone() for n, s in m.metric_state.items()} for m in scores.metrics.values()]]
+        copies = [[{n: s.clone() for n, s in m.states.items()} for m in scores.metrics.values()]]
         values = compute(scores)
-        copies.append([m.metric_state for m in scores.metrics.values()])
+        copies.append([m.states for m in scores.metrics.values()])
         states.append(copies)
         return values
 

@@ -34,7 +34,6 @@ class PyHpcBnn(PythonPackage, CudaPackage):
         depends_on("py-pyyaml@6.0.1:")
         depends_on("py-scipy@1.11.2:")
         depends_on("py-torch@2.4:")
-        depends_on("py-torchmetrics@1.4:")
         depends_on("py-tqdm@4.64:")
 
         depends_on("py-matplotlib@3.7:", when="+plots")
