@@ -25,14 +25,14 @@ from statistics import median
 import torch
 
 import hpc_bnn
-from hpc_bnn import network
-from hpc_bnn.cli import config_of_words
+from hpc_bnn.cli.commands import config_of_words
 from hpc_bnn.comm import MpiComm
+from hpc_bnn.comm import timing as network
+from hpc_bnn.comm.timing import LARGE_BYTES, SMALL_BYTES
 from hpc_bnn.data import Manifest
-from hpc_bnn.experiment import connect_grid
 from hpc_bnn.grid import Grid, sample_sizes
-from hpc_bnn.network import LARGE_BYTES, SMALL_BYTES
-from hpc_bnn.rehearsal import share_of
+from hpc_bnn.plan.simulate import share_of
+from hpc_bnn.run.experiment import connect_grid
 
 CONFIGS = ("configs/digits.yaml", "configs/cifar10_vit_small.yaml")
 MIDDLE_BYTES = 2**20

@@ -26,8 +26,8 @@ from statistics import median
 import psutil
 import torch
 
-from hpc_bnn.checkpoint import CheckpointStore
 from hpc_bnn.errors import DataError
+from hpc_bnn.run.checkpoint import CheckpointStore
 
 
 def command(options: argparse.Namespace, run_dir: Path) -> list[str]:

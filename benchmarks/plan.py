@@ -20,10 +20,10 @@ from pathlib import Path
 from statistics import median
 
 import hpc_bnn
-from hpc_bnn import plan
-from hpc_bnn.cli import config_of_words
+from hpc_bnn.cli.commands import config_of_words
 from hpc_bnn.data import Manifest
-from hpc_bnn.rehearsal import share_of
+from hpc_bnn.plan import plan
+from hpc_bnn.plan.simulate import share_of
 
 CONFIGS = ("configs/digits.yaml", "configs/cifar10_vit_small.yaml", "configs/era5_swin_small.yaml")
 

@@ -17,7 +17,7 @@ into draw, forward, backward, reduce (waiting included) and update. Writes OUT/r
 scaling.md.
 
 The simulation takes the parts of one rank as they were measured, draw, forward and backward in proportion to the samples and examples
-of the busiest rank, and adds an all-reduce over each axis (`hpc_bnn.network`). It knows no jitter, no contention between groups, and no
+of the busiest rank, and adds an all-reduce over each axis (`hpc_bnn.comm.timing`). It knows no jitter, no contention between groups, and no
 overlap. Memory is the peak of the resident memory above what it was before, in a job of its own for each case
 (``local``; ``measure`` alone gives that of its first case only).
 """
@@ -45,9 +45,9 @@ from statistics import median
 import torch
 
 import hpc_bnn
+from hpc_bnn.comm.timing import Network, measure_network
 from hpc_bnn.models import MLP, ViT
-from hpc_bnn.network import Network, measure_network
-from hpc_bnn.plan import resident_bytes
+from hpc_bnn.plan.plan import resident_bytes
 
 PARTS = ("draw", "forward", "backward", "reduce", "update")
 MODELS = {  # shape of an input, outputs, batch, network

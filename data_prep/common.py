@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from hpc_bnn.cli import run_and_report
+from hpc_bnn.cli.commands import run_and_report
 from hpc_bnn.comm import GridComm, connect_for_files, finalize
 from hpc_bnn.data import Examples, Manifest, write_shards
 from hpc_bnn.data.manifest import sha256_of_file

@@ -13,7 +13,7 @@ def entry() -> None:
 
 def run() -> None:
     """Run the command line, leave MPI in order, and exit with the command's code."""
-    from .cli import main
+    from .cli.commands import main
     from .comm import finalize
 
     code = main()  # an exception that the ranks did not agree on passes here, and aborts the job

@@ -1,4 +1,4 @@
-"""What a user can set, one dataclass per room, one sentence and unit per field (floor 0)."""
+"""What a user can set, one dataclass per room, one sentence and unit per field."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Exceptions of hpc_bnn (floor 0: imports nothing of the package)."""
+"""Exceptions of hpc_bnn."""
 
 from __future__ import annotations
 

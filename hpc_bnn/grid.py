@@ -1,4 +1,4 @@
-"""The process grid: rank arithmetic in pure Python (floor 1).
+"""The process grid: rank arithmetic in pure Python.
 
 The ranks of a job form a grid ``sample axis x data axis``. The sample index varies
 fastest, so that with block placement of ranks a sample group sits inside one node:

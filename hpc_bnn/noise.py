@@ -1,4 +1,4 @@
-"""Keyed random numbers: noise belongs to what it is for, never to a rank or a time (floor 2).
+"""Keyed random numbers: noise belongs to what it is for, never to a rank or a time.
 
 A draw is named by (seed, stream, step, index). Whichever rank needs the noise of sample 7 at
 step 300 makes the same generator and gets the same numbers, on any grid. No global generator

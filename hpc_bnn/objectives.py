@@ -1,4 +1,4 @@
-"""Objectives: how the samples of the whole job make one data term (floor 4).
+"""Objectives: how the samples of the whole job make one data term.
 
 An objective looks at a *statistic* t[s, b, ...] of each sample s and example b: its log-likelihood, or its
 prediction. It tells the derivative of the data term with respect to the statistics of this rank's samples, and the
@@ -35,6 +35,7 @@ from .comm import GridComm
 from .config import ObjectiveConfig
 from .errors import ConfigError, Fault, import_object
 from .likelihoods import Implicit, Likelihood
+from .reductions import LogMeanExp, Moments
 
 # --- the interface -------------------------------------------------------------------------------------
 
@@ -151,55 +152,29 @@ class LogPredictive(_OfLogLikelihood):
 
     name = "log_predictive"
 
-    def begin(self, y: Tensor, samples: range, num_samples: int) -> LogMeanExp:
-        return LogMeanExp(y, samples, num_samples)
+    def begin(self, y: Tensor, samples: range, num_samples: int) -> Coupling:
+        return _LogPredictiveCoupling(y, samples, num_samples)
 
 
-class LogMeanExp(Coupling):
-    """Running log-sum-exp of l[s, b] over samples: shifted by the largest, so that nothing under- or overflows."""
-
-    _max: Tensor | None = None  # [B] of l over the samples seen
-    _sum: Tensor | None = None  # [B] of exp(l - max)
+class _LogPredictiveCoupling(Coupling):
+    def __init__(self, y: Tensor, samples: range, num_samples: int):
+        super().__init__(y, samples, num_samples)
+        self._density = LogMeanExp(num_samples)
 
     def see(self, samples: Sequence[int], statistic: Tensor) -> None:
-        if self._max is None:
-            self._max = statistic.new_full(statistic.shape[1:], -math.inf)
-            self._sum = torch.zeros_like(self._max)
-        if len(statistic) == 0:
-            return
-        top = torch.maximum(self._max, statistic.amax(0))
-        shift = _finite(top)
-        self._sum = self._sum * torch.exp(self._max - shift) + torch.exp(statistic - shift).sum(0)
-        self._max = top
+        self._density.add(statistic)
 
     def combine(self, comm: GridComm) -> None:
-        if self._max is None:  # a rank without examples
-            return
-        top = self._max.clone()
-        comm.max_(top, "sample")
-        self._shift = _finite(top)
-        self._sum *= torch.exp(self._max - self._shift)
-        comm.sum_(self._sum, "sample")
-        self._log_sum = self._sum.log()
-
-    @property
-    def log_mean(self) -> Tensor:
-        """[B] log (1/K) sum_s exp l[s, b] of the job (nats)."""
-        return self._shift + self._log_sum - math.log(self.num_samples)
+        self._density.exchange(comm)
 
     def gradient(self, samples: Sequence[int], statistic: Tensor) -> Tensor:
-        # The difference of the two large numbers first: it is exact.
-        return -torch.exp((statistic - self._shift) - self._log_sum)
+        return -self._density.responsibilities(statistic)
 
     def data_term(self) -> Tensor:
-        if self._max is None or not self.counts_group:
+        log_mean = self._density.log_mean
+        if log_mean is None or not self.counts_group:
             return torch.zeros(())
-        return -self.log_mean.sum()
-
-
-def _finite(top: Tensor) -> Tensor:
-    """A shift that may be subtracted: a likelihood of exactly 0 under all samples (-inf) stays 0, not NaN."""
-    return torch.where(top.isinf(), 0, top)
+        return -log_mean.sum()
 
 
 # --- moment-matched Gaussian ---------------------------------------------------------------------------
@@ -209,7 +184,7 @@ class MomentMatched(Objective):
     """Negative log density of the Gaussian with the predictive's mean and variance, target by target.
 
     The variance is the total one: the mean over samples of the likelihood's variance, and the variance over
-    samples of its mean (law of total variance, `Moments`). It is positive with one sample, too.
+    samples of its mean (law of total variance, `hpc_bnn.reductions.Moments`). It is positive with one sample, too.
 
     Collective over ``sample_comm``: 3 B T floats per step in two sums: of means and likelihood variances, then of
     squared differences from the mean of the job, which keep their digits where the spread is small.
@@ -235,69 +210,32 @@ class MomentMatched(Objective):
         return _MomentMatchedCoupling(y, samples, num_samples)
 
 
-class Moments(Coupling):
-    """Running mean and variances of predictions over samples: statistic [c, B, 2, ...] of mean and variance.
-
-    Attributes
-    ----------
-    mean, aleatoric, epistemic : Tensor
-        [B, ...] after `combine`: mean of the predictive; mean over samples of the likelihood's variance;
-        variance over samples of its mean (divided by K). Their sum is the total variance.
-    """
-
-    _count = 0
-    _mean: Tensor | None = None
-    _square: Tensor | None = None  # sum of squared differences from the mean of the samples seen
-    _variance: Tensor | None = None
+class _MomentMatchedCoupling(Coupling):
+    def __init__(self, y: Tensor, samples: range, num_samples: int):
+        super().__init__(y, samples, num_samples)
+        self._moments = Moments(num_samples)
 
     def see(self, samples: Sequence[int], statistic: Tensor) -> None:
-        # Chan, Golub, LeVeque, Algorithms for computing the sample variance, 1983
-        mean, variance = statistic.unbind(2)
-        if self._mean is None:
-            self._mean, self._square, self._variance = mean.new_zeros(3, *mean.shape[1:]).unbind(0)
-        if len(mean) == 0:
-            return
-        total = self._count + len(mean)
-        chunk_mean = mean.mean(0)
-        delta = chunk_mean - self._mean
-        self._square += (mean - chunk_mean).square().sum(0)
-        self._square += delta.square() * (self._count * len(mean) / total)
-        self._mean += delta * (len(mean) / total)
-        self._variance += variance.sum(0)
-        self._count = total
+        self._moments.add(statistic)
 
     def combine(self, comm: GridComm) -> None:
-        if self._mean is None:  # a rank without examples
-            return
-        sums = torch.stack([self._mean * (self._count / self.num_samples), self._variance / self.num_samples])
-        comm.sum_(sums, "sample")
-        self.mean, self.aleatoric = sums.unbind(0)
-        square = self._square + self._count * (self._mean - self.mean).square()
-        comm.sum_(square, "sample")
-        self.epistemic = square / self.num_samples
-
-    @property
-    def total(self) -> Tensor:
-        """[B, ...] variance of the predictive."""
-        return self.aleatoric + self.epistemic
-
-
-class _MomentMatchedCoupling(Moments):
-    def combine(self, comm: GridComm) -> None:
-        super().combine(comm)
-        if self._mean is not None:
-            self._error = self.mean - self.y.view_as(self.mean).to(self.mean)
+        self._moments.exchange(comm)
+        mean = self._moments.mean
+        if mean is not None:
+            self._error = mean - self.y.view_as(mean).to(mean)
 
     def gradient(self, samples: Sequence[int], statistic: Tensor) -> Tensor:
-        by_mean = self._error / self.total
-        by_variance = 0.5 / self.total * (1 - by_mean * self._error)
-        by_mean = by_mean + 2 * by_variance * (statistic[:, :, 0] - self.mean)
+        mean, total = self._moments.mean, self._moments.total
+        by_mean = self._error / total
+        by_variance = 0.5 / total * (1 - by_mean * self._error)
+        by_mean = by_mean + 2 * by_variance * (statistic[:, :, 0] - mean)
         return torch.stack([by_mean, by_variance.expand_as(by_mean)], dim=2) / self.num_samples
 
     def data_term(self) -> Tensor:
-        if self._mean is None or not self.counts_group:
+        if self._moments.mean is None or not self.counts_group:
             return torch.zeros(())
-        return 0.5 * (torch.log(2 * math.pi * self.total) + self._error.square() / self.total).sum()
+        total = self._moments.total
+        return 0.5 * (torch.log(2 * math.pi * total) + self._error.square() / total).sum()
 
 
 # --- objectives of all members -------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""For the tests of your own objectives: is it exact on every grid? (floor 7; needs pytest.)
+"""For the tests of your own objectives: is it exact on every grid? (needs pytest)
 
 In a test file::
 
@@ -26,7 +26,7 @@ from .likelihoods import Bernoulli, Categorical, Likelihood, Poisson
 from .noise import Stream, keyed_generator, keyed_global_generator
 from .objectives import Objective
 from .posteriors import GaussianPrior, MeanFieldGaussian
-from .step import VariationalStep
+from .training.step import VariationalStep
 
 NUM_EXAMPLES, NUM_INPUTS, SEED = 13, 6, 5
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}

@@ -1,4 +1,4 @@
-"""Where ranks meet (hpc_bnn.comm.addresses): the order of addresses, and who answers there."""
+"""Where ranks meet (hpc_bnn.comm.rendezvous): the order of addresses, and who answers there."""
 
 import socket
 import threading
@@ -6,7 +6,7 @@ import threading
 import pytest
 from conftest import patience
 
-from hpc_bnn.comm import addresses
+from hpc_bnn.comm import rendezvous as addresses
 from hpc_bnn.errors import CommunicationError
 
 NODE = [

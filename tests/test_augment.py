@@ -9,7 +9,16 @@ from scipy import stats
 from hpc_bnn import Categorical, Grid, GridComm, MeanFieldGaussian, VariationalStep
 from hpc_bnn.config import AugmentationConfig
 from hpc_bnn.data import ArraySpec, Augmentation, Batch, Manifest
-from hpc_bnn.data.augment import Crop, Erase, ExampleRandom, Flip, Mask, Mixup, Noise, build_augmentation
+from hpc_bnn.data.augment import (
+    Crop,
+    Erase,
+    ExampleRandom,
+    Flip,
+    Mask,
+    Mixup,
+    Noise,
+    build_augmentation,
+)
 from hpc_bnn.errors import ConfigError
 from hpc_bnn.noise import Stream, keyed_uniform
 

@@ -14,11 +14,11 @@ import torch
 from conftest import JOB_SECONDS, REPOSITORY, patience
 
 from hpc_bnn import write_shards
-from hpc_bnn.checkpoint import CheckpointStore
-from hpc_bnn.cli import main
+from hpc_bnn.cli.commands import main
 from hpc_bnn.config import OptimizerConfig
 from hpc_bnn.errors import DataError
-from hpc_bnn.optim import learning_rate_factor
+from hpc_bnn.run.checkpoint import CheckpointStore
+from hpc_bnn.training.optim import learning_rate_factor
 
 
 def state(step):

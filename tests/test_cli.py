@@ -15,10 +15,10 @@ from sklearn.datasets import load_diabetes
 
 import hpc_bnn.models
 from hpc_bnn import write_shards
-from hpc_bnn.cli import main
+from hpc_bnn.cli.commands import main
 from hpc_bnn.config import Config
 from hpc_bnn.errors import ConfigError
-from hpc_bnn.train import check
+from hpc_bnn.run.train import check
 
 QUICK = ("--num_epochs", "2", "--num_test_samples", "4", "--num_samples", "2")
 

@@ -11,13 +11,13 @@ import torch
 from conftest import REPOSITORY
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hpc_bnn.cli import config_of_words
+from hpc_bnn.cli.commands import config_of_words
 from hpc_bnn.data import Manifest
 from hpc_bnn.data.manifest import ArraySpec, ShardFile, Statistics
 from hpc_bnn.errors import import_object
 from hpc_bnn.grid import Grid
-from hpc_bnn.rehearsal import evaluation_bytes
-from hpc_bnn.train import check
+from hpc_bnn.plan.simulate import evaluation_bytes
+from hpc_bnn.run.train import check
 
 CONFIGS = sorted(path.name for path in (REPOSITORY / "configs").glob("*.yaml"))
 

@@ -12,16 +12,16 @@ from conftest import JOB_SECONDS, REPOSITORY, launch_environment, patience
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_bnn.carrier import carrier_of
 from hpc_bnn.comm import DistributedFacts
-from hpc_bnn.diagnosis import RULES, diagnose
-from hpc_bnn.doctor import default_sample_size
-from hpc_bnn.facts import VARIABLES, Gpu, Hdf5Facts, RankFacts, memory_limit_bytes
-from hpc_bnn.launcher import Launcher, launcher_of
-from hpc_bnn.network import Network, read_network
-from hpc_bnn.problems import KINDS, Problem, has_errors, table_of_kinds
-from hpc_bnn.sights import ranges
-from hpc_bnn.stack import HorovodFacts, MpiFacts, library_name, mpi_libraries
+from hpc_bnn.comm.installed import HorovodFacts, MpiFacts, library_name, mpi_libraries
+from hpc_bnn.comm.launcher import Launcher, launcher_of
+from hpc_bnn.comm.timing import Network, read_network
+from hpc_bnn.doctor.backend_choice import carrier_of
+from hpc_bnn.doctor.examine import default_sample_size
+from hpc_bnn.doctor.facts import VARIABLES, Gpu, Hdf5Facts, RankFacts, memory_limit_bytes
+from hpc_bnn.doctor.problems import KINDS, Problem, has_errors, table_of_kinds
+from hpc_bnn.doctor.rules import RULES, diagnose
+from hpc_bnn.doctor.summarise import ranges
 
 QUIET = {
     "HDF5_USE_FILE_LOCKING": "FALSE",
@@ -476,7 +476,7 @@ def test_a_second_mpi_library_is_no_error_without_horovod(mpirun, tmp_path):
     """A copy of the library stands for another MPI."""
     program = tmp_path / "program.py"
     program.write_text(
-        "import ctypes, shutil, hpc_bnn.comm as comm, hpc_bnn.stack as stack\n"
+        "import ctypes, shutil, hpc_bnn.comm as comm, hpc_bnn.comm.installed as stack\n"
         "comm.world_size()\n"
         f"copy = shutil.copy(stack.mpi_libraries()[0], f'{tmp_path}/libmpi.so.{{comm.launched_rank()}}')\n"
         "ctypes.CDLL(copy, ctypes.RTLD_LOCAL)\n" + COMMAND
@@ -501,10 +501,10 @@ def test_threads_that_are_too_many_and_a_rank_that_cannot_look(mpirun, tmp_path)
     """Rank 1 fails in one check: the others hear of it, nobody waits, and the rest is known nevertheless."""
     program = tmp_path / "program.py"
     program.write_text(
-        "import hpc_bnn.comm, hpc_bnn.facts\n"
+        "import hpc_bnn.comm, hpc_bnn.doctor.facts\n"
         "from hpc_bnn.__main__ import run\n"
         "def broken(): raise RuntimeError('deliberate fault')\n"
-        "if hpc_bnn.comm.launched_rank() == 1: hpc_bnn.facts.visible_gpus = broken\n"
+        "if hpc_bnn.comm.launched_rank() == 1: hpc_bnn.doctor.facts.visible_gpus = broken\n"
         "run()\n"
     )
     threads = str(max(8, os.cpu_count()))
@@ -521,10 +521,10 @@ def test_threads_that_are_too_many_and_a_rank_that_cannot_look(mpirun, tmp_path)
 def test_a_sum_that_fails_on_one_rank_ends_the_job(mpirun, tmp_path):
     program = tmp_path / "program.py"
     program.write_text(
-        "import hpc_bnn.comm as comm, hpc_bnn.doctor\n"
+        "import hpc_bnn.comm as comm, hpc_bnn.doctor.examine\n"
         "from hpc_bnn.__main__ import run\n"
         "def broken(*_): raise RuntimeError('deliberate fault')\n"
-        "hpc_bnn.doctor.GRACE_SECONDS = 1.0\n"
+        "hpc_bnn.doctor.examine.GRACE_SECONDS = 1.0\n"
         "if comm.launched_rank() == 1: comm.HorovodComm.sum_ = broken\n"
         "run()\n"
     )
@@ -537,7 +537,7 @@ def test_a_sum_that_fails_on_one_rank_ends_the_job(mpirun, tmp_path):
 def test_a_step_that_does_not_end_is_named():
     code = (
         "import time\n"
-        "from hpc_bnn.doctor import Report, Watch\n"
+        "from hpc_bnn.doctor.examine import Report, Watch\n"
         "with Watch(1.0, Report(True)) as watch:\n"
         "    watch.step('waiting for Godot')\n"
         "    time.sleep(3600)\n"
@@ -560,7 +560,7 @@ def test_a_step_that_does_not_end_is_named():
     ],
 )
 def test_impossible_requests(flags, said, capfd):
-    from hpc_bnn.cli import main
+    from hpc_bnn.cli.commands import main
 
     assert main(["doctor", *flags]) == 2
     assert said in capfd.readouterr().err

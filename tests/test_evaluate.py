@@ -17,13 +17,13 @@ from hpc_bnn import (
     GridComm,
     MeanFieldGaussian,
     ShardDataset,
-    evaluate,
     predict_values,
     write_shards,
 )
-from hpc_bnn.evaluate import evaluate_dataset, out_of_distribution_auroc, predict_classes
-from hpc_bnn.metrics import adaptive_calibration_error
 from hpc_bnn.noise import Stream, keyed_generator, keyed_global_generator
+from hpc_bnn.predictive import evaluation as evaluate
+from hpc_bnn.predictive.evaluation import evaluate_dataset, out_of_distribution_auroc, predict_classes
+from hpc_bnn.predictive.metrics import adaptive_calibration_error
 
 
 def make_posterior(dropout=0.0):

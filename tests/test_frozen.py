@@ -14,7 +14,7 @@ from conftest import REPOSITORY
 from frozen_cases import CORE, digests, run
 
 import hpc_bnn
-from hpc_bnn.cli import main
+from hpc_bnn.cli.commands import main
 
 TOLERANCE = 1e-10
 STORED = json.loads((REPOSITORY / "tests/frozen.json").read_text())

@@ -7,7 +7,13 @@ import scipy.stats
 import scoringrules
 import torch
 
-from hpc_bnn.mixtures import BernoulliMixture, GaussianMixture, Members, PoissonMixture, StudentTMixture
+from hpc_bnn.likelihoods.mixtures import (
+    BernoulliMixture,
+    GaussianMixture,
+    Members,
+    PoissonMixture,
+    StudentTMixture,
+)
 
 K, N, T = 7, 5, 3
 

@@ -19,11 +19,11 @@ RANK_SECONDS = 300
 
 @pytest.mark.parametrize(("num_ranks", "library"), SUITES)
 def test_suite_on_ranks(mpirun, request, num_ranks, library):
-    """The tests of tests/mpi that the markers given to this pytest select: `slow` ones are left out there, too."""
+    """The tests of tests/mpi; those marked `slow` with `make test-all`, on 4 ranks by either library."""
     environment = {"TEST_LIBRARY": library, "TEST_SECONDS": str(patience(RANK_SECONDS))}
     # Horovod's own pace: with hpc_bnn's, ten times as quick, the threads of 4 ranks take 2 cores from the tests
     environment["HOROVOD_CYCLE_TIME"] = "1"
-    selected = ("-m", request.config.option.markexpr)
+    selected = ("-m", request.config.option.markexpr if num_ranks == 4 else "not slow")
     done = mpirun(
         num_ranks, "tests/mpi/run.py", *selected, timeout=TEST_SECONDS - 60, environment=environment
     )
@@ -225,7 +225,7 @@ def test_a_shard_that_is_damaged_or_gone_ends_the_job_with_one_message(
     path.write_bytes(whole) if fault == "flipped" else path.unlink()
     program = tmp_path / "program.py"
     program.write_text(
-        "import time, hpc_bnn.train as t\n"
+        "import time, hpc_bnn.run.train as t\n"
         "from hpc_bnn.__main__ import run\n"
         "init = t.Run.__init__\n"
         "def begin(self, *arguments):\n"
@@ -271,7 +271,7 @@ def test_a_rank_that_ends_early_does_not_take_the_library_from_the_others(mpirun
 def test_an_error_on_which_the_ranks_did_not_agree_is_printed_and_ends_the_job(mpirun, tmp_path):
     program = tmp_path / "program.py"
     program.write_text(
-        "import time, hpc_bnn.cli, hpc_bnn.comm, hpc_bnn.errors\n"
+        "import time, hpc_bnn.cli.commands, hpc_bnn.comm, hpc_bnn.errors\n"
         "from hpc_bnn.__main__ import run\n"
         "def command(*_):\n"
         "    comm = hpc_bnn.comm.connect(1, 'cpu')\n"
@@ -279,7 +279,7 @@ def test_an_error_on_which_the_ranks_did_not_agree_is_printed_and_ends_the_job(m
         "        print('FAULT', time.time(), flush=True)\n"
         "        raise hpc_bnn.errors.DataError('only here')\n"
         "    comm.gather_objects(1)\n"
-        "hpc_bnn.cli._train = command\n"
+        "hpc_bnn.cli.commands._train = command\n"
         "run()\n"
     )
     done = mpirun(2, program, "train", "--config", "configs/digits.yaml")
@@ -343,7 +343,7 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(mpirun, digits, tmp_pa
 def test_a_checkpoint_that_cannot_be_written_ends_all_ranks_and_keeps_the_last(mpirun, digits, tmp_path):
     program = tmp_path / "program.py"
     program.write_text(
-        "import os, time, hpc_bnn.checkpoint as c\n"
+        "import os, time, hpc_bnn.run.checkpoint as c\n"
         "from hpc_bnn.__main__ import run\n"
         "write, calls = c.write_atomically, []\n"
         "def full(path, content):\n"

@@ -14,7 +14,14 @@ from torch.nn.functional import batch_norm, dropout
 from torch.utils.checkpoint import checkpoint
 
 import hpc_bnn
-from hpc_bnn import Categorical, Grid, GridComm, VariationalStep, posteriors, predict_classes
+from hpc_bnn import (
+    Categorical,
+    Grid,
+    GridComm,
+    VariationalStep,
+    posteriors,
+    predict_classes,
+)
 from hpc_bnn.errors import ConfigError
 
 COMM, CLASSES = GridComm(Grid()), Categorical(3)

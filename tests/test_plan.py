@@ -10,19 +10,34 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_bnn import mixtures, plan
-from hpc_bnn.cli import main
+from hpc_bnn.cli.commands import main
+from hpc_bnn.comm.timing import Network
 from hpc_bnn.config import Config, ModelConfig
 from hpc_bnn.data import Manifest
 from hpc_bnn.data.manifest import ArraySpec, ShardFile, Statistics
 from hpc_bnn.errors import ConfigError, DataError
-from hpc_bnn.evaluate import score_dataset
-from hpc_bnn.experiment import Experiment
 from hpc_bnn.grid import Grid, grids
-from hpc_bnn.network import Network
-from hpc_bnn.plan import ALIKE, Machine, Row, choose, describe, make_plan
-from hpc_bnn.rehearsal import ImaginedComm, ImaginedDataset, LiveMemory, Rehearsal, rehearse, share_of
-from hpc_bnn.shown import shown_examples
+from hpc_bnn.likelihoods import mixtures
+from hpc_bnn.plan import plan
+from hpc_bnn.plan.plan import (
+    ALIKE,
+    Machine,
+    Row,
+    choose,
+    describe,
+    make_plan,
+)
+from hpc_bnn.plan.simulate import (
+    ImaginedComm,
+    ImaginedDataset,
+    LiveMemory,
+    Rehearsal,
+    rehearse,
+    share_of,
+)
+from hpc_bnn.predictive.evaluation import score_dataset
+from hpc_bnn.run.experiment import Experiment
+from hpc_bnn.run.plotted_examples import shown_examples
 
 GB = 1e9
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from hpc_bnn import ShardDataset, write_shards
-from hpc_bnn.cli import main
+from hpc_bnn.cli.commands import main
 
 REPOSITORY = Path(__file__).parent.parent
 

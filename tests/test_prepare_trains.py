@@ -8,7 +8,7 @@ import pytest
 from conftest import REPOSITORY, SHARED_DATA
 from torch import nn
 
-from hpc_bnn.cli import main
+from hpc_bnn.cli.commands import main
 
 
 class FieldNet(nn.Sequential):

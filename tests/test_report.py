@@ -13,8 +13,9 @@ import pytest
 from conftest import JOB_SECONDS, patience
 from matplotlib.image import imread
 
-from hpc_bnn import plots, write_shards
-from hpc_bnn.cli import main
+from hpc_bnn import write_shards
+from hpc_bnn.cli.commands import main
+from hpc_bnn.run import plots
 
 REPOSITORY = Path(__file__).parent.parent
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")

@@ -16,7 +16,7 @@ def test_import_contracts():
 def test_training_imports_no_more_than_it_needs():
     """Each rank pays for it, in seconds and in files that it opens: pictures and checks of tests wait until they are asked for."""
     program = (
-        "import sys, hpc_bnn.__main__, hpc_bnn.cli, hpc_bnn.train\n"
+        "import sys, hpc_bnn.__main__, hpc_bnn.cli, hpc_bnn.run.train\n"
         "large = 'scipy', 'matplotlib', 'torchmetrics', 'torchvision', 'sklearn', 'pandas', 'sympy', 'torch._dynamo'\n"
         "print([name for name in large if name in sys.modules])\n"
     )

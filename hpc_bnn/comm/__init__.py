@@ -1,4 +1,4 @@
-"""Communication over the process grid (floor 2).
+"""Communication over the process grid.
 
 The only package that imports mpi4py, horovod and torch.distributed. `connect` splits ``MPI.COMM_WORLD`` into sample
 and data sub-communicators, makes the process sets of Horovod or the process groups of torch.distributed of the same
@@ -12,7 +12,14 @@ Neither mpi4py.MPI nor horovod is imported before `world_size` or `connect` is c
 starts MPI; a worker process that imports this package stays an ordinary process.
 """
 
-from .base import Axis, GridComm, NodeArray, ObjectAxis, Operation, Traffic
+from .base import (
+    Axis,
+    GridComm,
+    NodeArray,
+    ObjectAxis,
+    Operation,
+    Traffic,
+)
 from .devices import choose_device, set_num_threads
 from .horovod import HorovodComm
 from .mpi import MpiComm

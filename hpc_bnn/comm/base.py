@@ -13,9 +13,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from ..compression import Compression, decode, encode, encoded_bytes
 from ..errors import CommunicationError, HpcBnnError, RankError
 from ..grid import Grid, share
+from .compression import Compression, decode, encode, encoded_bytes
 from .packing import Outline, as_list, bucket_spans, map_leaves, packed_buckets
 
 Axis = Literal["sample", "data", "world"]

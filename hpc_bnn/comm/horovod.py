@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 import torch
 
-from ..stack import horovod_facts
 from .base import Axis, Operation
+from .installed import horovod_facts
 from .mpi import STALL_SECONDS, MpiComm, running_mpi, wait_for_others
 
 logger = logging.getLogger(__name__)

@@ -12,11 +12,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from ..compression import Compression
 from ..errors import CommunicationError
 from ..grid import Grid
-from ..launcher import launcher_of
 from .base import GridComm, NodeArray, ObjectAxis, no_shared_memory
+from .compression import Compression
+from .launcher import launcher_of
 
 STALL_SECONDS = 600.0
 """How long a collective of tensors waits for a rank that does not come."""

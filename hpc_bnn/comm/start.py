@@ -9,14 +9,14 @@ from typing import Literal
 
 import torch
 
-from ..compression import Compression
 from ..errors import CommunicationError
 from ..grid import Grid
-from ..launcher import launcher_of
 from . import horovod, mpi, torch_distributed, torchrun
 from .base import GridComm
+from .compression import Compression
 from .devices import agree_on_device, check_one_rank_per_gpu, choose_device, num_visible_gpus, set_num_threads
 from .horovod import HorovodComm
+from .launcher import launcher_of
 from .mpi import MpiComm, install_abort_hook, running_mpi, split_by_node, start_mpi
 from .torch_distributed import TorchComm
 from .torchrun import TorchrunComm

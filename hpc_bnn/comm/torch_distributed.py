@@ -19,10 +19,10 @@ import torch
 import torch.distributed as dist
 
 from ..errors import CommunicationError
-from .addresses import Meeting, find_meeting
 from .base import Axis, GridComm, ObjectAxis, Operation
 from .devices import ranks_on_one_gpu
 from .mpi import STALL_SECONDS, MpiComm
+from .rendezvous import Meeting, find_meeting
 
 START_SECONDS = 60.0
 """Longest wait for the port of rank 0."""

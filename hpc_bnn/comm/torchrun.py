@@ -16,12 +16,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from ..compression import Compression
 from ..errors import CommunicationError
 from ..grid import Grid
-from ..launcher import Launcher, launcher_of
-from .addresses import find_meeting
 from .base import NodeArray, ObjectAxis, no_shared_memory
+from .compression import Compression
+from .launcher import Launcher, launcher_of
+from .rendezvous import find_meeting
 from .torch_distributed import (
     STALL,
     START_SECONDS,

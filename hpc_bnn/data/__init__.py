@@ -1,4 +1,4 @@
-"""Training data: HDF5 shards, the order of examples, reading, augmentation (floor 3)."""
+"""Training data: HDF5 shards, the order of examples, reading, augmentation."""
 
 from .augment import Augmentation
 from .dataset import ShardDataset

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..atomic import replacing, write_atomically
 from ..comm import GridComm
 from ..errors import ConfigError, DataError, Fault
+from ..safe_files import replacing, write_atomically
 from .manifest import MANIFEST, STAGED, Manifest, ShardFile, sha256_of_file
 
 BLOCK_BYTES = 8 * 2**20

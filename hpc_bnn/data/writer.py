@@ -19,11 +19,10 @@ from typing import Any
 import h5py
 import numpy as np
 
-from ..atomic import replacing, write_atomically
 from ..comm import GridComm
-from ..disk import Disk
 from ..errors import ConfigError, DataError, Fault
 from ..grid import Grid
+from ..safe_files import Disk, replacing, write_atomically
 from .manifest import (
     MANIFEST,
     PREPARATION,

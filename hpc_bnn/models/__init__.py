@@ -1,4 +1,4 @@
-"""Plain networks; any ``nn.Module`` can stand in their place (floor 3)."""
+"""Plain networks; any ``nn.Module`` can stand in their place."""
 
 from .mlp import MLP
 from .resnet import ResNet

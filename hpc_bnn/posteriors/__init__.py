@@ -1,4 +1,4 @@
-"""Posteriors over the weights of an ordinary ``nn.Module`` (floor 3).
+"""Posteriors over the weights of an ordinary ``nn.Module``.
 
 Nothing here knows of ranks: a posterior draws from generators that it is given, and turns the gradients of
 module weights into gradients of its own parameters.

@@ -13,7 +13,14 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, Fault, check_positive
 from .base import KeyedGenerator, Posterior, Tally
-from .estimators import Estimator, ExampleNoise, find_layers, flipout_forward, local_forward, override_forward
+from .estimators import (
+    Estimator,
+    ExampleNoise,
+    find_layers,
+    flipout_forward,
+    local_forward,
+    override_forward,
+)
 from .flat import FlatLayout, Part, take_gradients
 from .network import eval_mode
 from .priors import GaussianPrior, Prior, gaussian_entropy

@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hpc_bnn import connect
 from hpc_bnn.config import Config
-from hpc_bnn.evaluate import _Scores
-from hpc_bnn.predict import predict_run
-from hpc_bnn.train import Run
+from hpc_bnn.predictive.evaluation import _Scores
+from hpc_bnn.run.export import predict_run
+from hpc_bnn.run.train import Run
 
 COLLECTIVES = (
     "allgather",

@@ -21,8 +21,12 @@ from hpc_bnn import (
     StudentT,
     write_shards,
 )
-from hpc_bnn.evaluate import evaluate_dataset, out_of_distribution_auroc, uncertainties_of_dataset
 from hpc_bnn.noise import Stream, keyed_global_generator
+from hpc_bnn.predictive.evaluation import (
+    evaluate_dataset,
+    out_of_distribution_auroc,
+    uncertainties_of_dataset,
+)
 
 
 @pytest.mark.parametrize("num_examples", [31, 2], ids=["uneven", "fewer_than_ranks"])

@@ -21,7 +21,7 @@ from hpc_bnn import (
 )
 from hpc_bnn.errors import NonFiniteError
 from hpc_bnn.noise import Stream, keyed_generator
-from hpc_bnn.optim import JobOptimizer
+from hpc_bnn.training.optim import JobOptimizer
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-5}  # float32: 1e-5 per step, five steps
 

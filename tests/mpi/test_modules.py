@@ -5,7 +5,14 @@ import torch
 from modules import MODULES, NUM_CLASSES, make_examples, make_module
 from reference import computed_once, relative_difference
 
-from hpc_bnn import Categorical, Grid, GridComm, VariationalStep, posteriors, predict_classes
+from hpc_bnn import (
+    Categorical,
+    Grid,
+    GridComm,
+    VariationalStep,
+    posteriors,
+    predict_classes,
+)
 from hpc_bnn.noise import Stream, keyed_global_generator
 
 NUM_EXAMPLES, NUM_SAMPLES = 11, 5  # uneven on 2, 3 and 4 ranks

@@ -8,7 +8,6 @@ from modules import NUM_CLASSES, make_examples, make_module
 from reference import relative_difference
 from torch.distributions import Normal
 
-import hpc_bnn
 from hpc_bnn import (
     Bernoulli,
     Categorical,
@@ -30,7 +29,7 @@ from hpc_bnn import (
 )
 from hpc_bnn.errors import ConfigError
 from hpc_bnn.noise import Stream, keyed_generator
-from hpc_bnn.objectives import LogMeanExp
+from hpc_bnn.reductions import LogMeanExp, Moments
 
 
 def log_lik(likelihood):
@@ -236,16 +235,16 @@ def test_tiny_likelihoods_keep_their_digits(comm, dtype):
     ).to(dtype)
     log_probs[0, 3] = log_probs[1, 3] + 1
     mine = comm.grid.local_samples(6)
-    coupling = LogMeanExp(torch.zeros(4), mine, 6)
+    density = LogMeanExp(6)
     for sample in mine:
-        coupling.see([sample], log_probs[sample : sample + 1])
-    coupling.combine(comm)
+        density.add(log_probs[sample : sample + 1])
+    density.exchange(comm)
     expected = torch.logsumexp(log_probs.double(), 0) - math.log(6)
     accuracy = {torch.float32: 1e-6, torch.float64: 1e-14}[dtype]
-    torch.testing.assert_close(coupling.log_mean.double(), expected, rtol=accuracy, atol=0)
-    responsibilities = coupling.gradient(mine, log_probs[mine.start : mine.stop]).sum(0)
+    torch.testing.assert_close(density.log_mean.double(), expected, rtol=accuracy, atol=0)
+    responsibilities = density.responsibilities(log_probs[mine.start : mine.stop]).sum(0)
     comm.sum_(responsibilities, "sample")
-    torch.testing.assert_close(responsibilities, -torch.ones(4, dtype=dtype), rtol=accuracy, atol=0)
+    torch.testing.assert_close(responsibilities, torch.ones(4, dtype=dtype), rtol=accuracy, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
@@ -254,11 +253,11 @@ def test_a_small_spread_on_a_large_mean_keeps_its_digits(comm, dtype):
     f = 1000 + 0.01 * torch.randn(8, 5, 1, generator=keyed_generator(0, Stream.NOISE), dtype=torch.float64)
     f = f.to(dtype)
     mine = comm.grid.local_samples(8)
-    moments = hpc_bnn.objectives.Moments(torch.zeros(5), mine, 8)
+    moments = Moments(8)
     for sample in mine:
         part = f[sample : sample + 1]
-        moments.see([sample], torch.stack([part, torch.ones_like(part)], dim=2))
-    moments.combine(comm)
+        moments.add(torch.stack([part, torch.ones_like(part)], dim=2))
+    moments.exchange(comm)
     expected = f.double().var(0, correction=0)
     tolerance = {torch.float32: 2e-2, torch.float64: 1e-9}[dtype]  # eps * 1000 / 0.01 of the spread
     torch.testing.assert_close(moments.epistemic.double(), expected, rtol=tolerance, atol=0)

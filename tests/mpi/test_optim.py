@@ -19,11 +19,11 @@ from hpc_bnn import (
     connect,
     global_batches,
 )
-from hpc_bnn.checkpoint import gather_state, restore_state
 from hpc_bnn.config import OptimizerConfig
 from hpc_bnn.errors import ConfigError
 from hpc_bnn.noise import Stream, keyed_global_generator
-from hpc_bnn.optim import build_optimizer
+from hpc_bnn.run.checkpoint import gather_state, restore_state
+from hpc_bnn.training.optim import build_optimizer
 
 NUM_SAMPLES = 5
 

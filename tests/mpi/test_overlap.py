@@ -5,7 +5,7 @@ import torch
 from reference import GLOBAL_BATCH_SIZE, NUM_EXAMPLES, computed_once, make_problem, relative_difference
 from torch import nn
 
-import hpc_bnn.optim
+import hpc_bnn.training.optim
 from hpc_bnn import (
     Categorical,
     DeepEnsemble,
@@ -25,7 +25,7 @@ from hpc_bnn import (
 from hpc_bnn.config import OptimizerConfig
 from hpc_bnn.errors import ConfigError, NonFiniteError
 from hpc_bnn.noise import Stream, keyed_global_generator
-from hpc_bnn.optim import JobOptimizer, build_optimizer
+from hpc_bnn.training.optim import JobOptimizer, build_optimizer
 
 NUM_SAMPLES = 9
 
@@ -56,8 +56,8 @@ FAMILIES = {
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
     """Each tensor is a part of its own."""
-    monkeypatch.setattr(hpc_bnn.optim, "OVERLAP_BYTES", 8)
-    monkeypatch.setattr(hpc_bnn.optim, "OVERLAP_PARTS", 10**6)
+    monkeypatch.setattr(hpc_bnn.training.optim, "OVERLAP_BYTES", 8)
+    monkeypatch.setattr(hpc_bnn.training.optim, "OVERLAP_PARTS", 10**6)
 
 
 def make_step(comm, family="mean_field", overlap=True, **options):

@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from hpc_bnn import Grid, connect
+from hpc_bnn.comm.timing import measure_network
 from hpc_bnn.config import Config, ModelConfig
 from hpc_bnn.data import Manifest
 from hpc_bnn.data.manifest import ArraySpec, ShardFile
 from hpc_bnn.errors import ConfigError
 from hpc_bnn.grid import grids
-from hpc_bnn.network import measure_network
-from hpc_bnn.plan import plan_here
-from hpc_bnn.rehearsal import ImaginedComm, rehearse, share_of
+from hpc_bnn.plan.plan import plan_here
+from hpc_bnn.plan.simulate import ImaginedComm, rehearse, share_of
 
 ARRAYS = {"x": ArraySpec((6,), "float32"), "y": ArraySpec((2,), "float32")}
 CASES = {

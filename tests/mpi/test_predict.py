@@ -12,9 +12,9 @@ from hpc_bnn import Grid, GridComm
 from hpc_bnn.config import Config
 from hpc_bnn.data import Manifest
 from hpc_bnn.errors import ConfigError, DataError
-from hpc_bnn.experiment import Experiment
-from hpc_bnn.predict import predict_run
-from hpc_bnn.train import Run
+from hpc_bnn.run.experiment import Experiment
+from hpc_bnn.run.export import predict_run
+from hpc_bnn.run.train import Run
 
 
 class ToField:
@@ -47,13 +47,13 @@ def make_experiment(comm, directory, num_test_samples=5, family="mean_field"):
 
 @pytest.mark.parametrize("name", ["categorical", "gaussian"])
 def test_the_file_of_any_grid_is_that_of_one_process(comm, directory, monkeypatch, name):
-    import hpc_bnn.evaluate
+    import hpc_bnn.predictive.evaluation
 
     likelihood = LIKELIHOODS[name]
     with comm.agree("writing"):
         if comm.grid.rank == 0:
             write_field_shards(directory / "shards", likelihood)
-    monkeypatch.setattr(hpc_bnn.evaluate, "BLOCK_BYTES", 1000)  # several blocks
+    monkeypatch.setattr(hpc_bnn.predictive.evaluation, "BLOCK_BYTES", 1000)  # several blocks
     options = {"quantiles": (0.1, 0.5), "with_members": True}
     here = make_experiment(comm, directory)
     assert predict_run(here, "train", directory / "here.h5", **options) == directory / "here.h5"

@@ -1,0 +1,188 @@
+"""What is wrong in flags and config files, all of it at once.
+
+jsonargparse stops at the first error. Here each key is tried by itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import yaml
+
+from ..config import Config
+from ..errors import ConfigError, Fault
+
+
+class Parser(jsonargparse.ArgumentParser):
+    """A parser whose errors are `ConfigError`, and that takes flags as they are written only."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str, *args: Any, **kwargs: Any):
+        raise ConfigError(f"{message}\nSee {self.prog} --help")
+
+
+def faults_of(words: Sequence[str], known: set[str]) -> tuple[list[Fault], dict[str, Any]]:
+    """Return every unknown key and wrong type in the words behind a subcommand, and the values that are right. Local.
+
+    Parameters
+    ----------
+    words : sequence of str
+        As typed.
+    known : set of str
+        Options of the subcommand, ``--config`` for example; those that are not fields of `Config` are passed over.
+
+    Returns
+    -------
+    faults : list of Fault
+    values : dict of str to object
+        Dotted names of fields, as files and flags set them.
+    """
+    fields = _fields(Config)
+    of_users = tuple(f"{name}." for name, (type_, _) in fields.items() if typing.get_origin(type_) is dict)
+    faults, values = [], {}
+    for name, value in _settings(words):
+        flag = f"--{name}"
+        if name.startswith(of_users):  # arguments of a user's class: anything
+            continue
+        if name not in fields:
+            if flag not in known:
+                near = difflib.get_close_matches(name, fields, 1)
+                remedy = f"Did you mean --{near[0]}?" if near else "See --help for all"
+                faults.append(Fault(flag, "" if value is None else value, "there is no such field", remedy))
+            continue
+        if _fits(name, value):
+            values[name] = value
+        else:
+            type_, default = fields[name]
+            values.pop(name, None)
+            rule = f"must be {_in_words(type_)}"
+            faults.append(
+                Fault(flag, value, rule, f"The default is {yaml.safe_dump(default).split(chr(10))[0]}")
+            )
+    return faults, values
+
+
+def make_config(values: dict[str, Any]) -> Config:
+    """Return a config from dotted names, with defaults for the rest. Local."""
+    parser = _config_parser()
+    return Config(**parser.instantiate(parser.parse_object(_nested(values))).as_dict())
+
+
+def check_together(words: Sequence[str], known: set[str], check: Callable[[Config], object]) -> None:
+    """Raise one `ConfigError` with everything that is wrong: keys, types, and what ``check`` finds in the rest. Local.
+
+    Nothing happens where every key by itself is right.
+    """
+    faults, values = faults_of(words, known)
+    if not faults:
+        return
+    try:
+        check(make_config(values))
+    except ConfigError as error:
+        faults += [fault for fault in error.faults if isinstance(fault, Fault)]
+    raise ConfigError(*faults)
+
+
+def _config_parser() -> Parser:
+    parser = Parser(prog="hpc-bnn")
+    parser.add_class_arguments(Config, fail_untyped=True)
+    return parser
+
+
+def _fits(name: str, value: Any) -> bool:
+    try:
+        _config_parser().parse_object(_nested({name: value}))
+    except ConfigError:
+        return False
+    return True
+
+
+def _nested(values: dict[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for name, value in values.items():
+        *groups, last = name.split(".")
+        branch = tree
+        for group in groups:
+            branch = branch.setdefault(group, {})
+        branch[last] = value
+    return tree
+
+
+def _fields(kind: type, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Return type and default of each field, by dotted name."""
+    found, hints, defaults = {}, typing.get_type_hints(kind), kind()
+    for field in dataclasses.fields(kind):
+        type_, default = hints[field.name], getattr(defaults, field.name)
+        if dataclasses.is_dataclass(type_):
+            found |= _fields(type_, f"{prefix}{field.name}.")
+        else:
+            found[prefix + field.name] = (type_, default)
+    return found
+
+
+def _settings(words: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """Yield (dotted name, value) of what files and flags set, in their order."""
+    words = list(words)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            continue
+        name, equals, text = word[2:].partition("=")
+        if not equals:
+            text = words.pop(0) if words and not words[0].startswith("--") else None
+        value = _load(text)
+        if name == "config":
+            path = Path(text or "")
+            content = _load(path.read_text()) if path.is_file() else None
+            yield from _leaves(content) if isinstance(content, dict) else ()
+        elif isinstance(value, dict) and any(field.startswith(f"{name}.") for field in _fields(Config)):
+            yield from _leaves({name: value})
+        else:
+            yield name, value
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    groups = {name.rpartition(".")[0] for name in _fields(Config)}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict) and name in groups:
+            yield from _leaves(value, f"{name}.")
+        else:
+            yield name, value
+
+
+def _load(text: str | None) -> Any:
+    try:
+        return None if text is None else yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def _in_words(type_: Any) -> str:
+    """Return a type as a user says it."""
+    names = {
+        int: "a whole number",
+        float: "a number",
+        str: "a text",
+        bool: "true or false",
+        type(None): "null",
+    }
+    if type_ in names:
+        return names[type_]
+    origin, arguments = typing.get_origin(type_), typing.get_args(type_)
+    if origin is typing.Literal:
+        return f"one of {', '.join(map(str, arguments))}" if len(arguments) > 1 else str(arguments[0])
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_in_words(argument) for argument in arguments)
+    if origin is list:
+        return "a list such as [a, b]"
+    return "key-value pairs such as {a: 1}" if origin is dict else str(type_)

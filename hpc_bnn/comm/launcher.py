@@ -1,0 +1,71 @@
+"""What a launcher says about its job in the environment."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+_SIGNS = (
+    # name, number of ranks, rank, ranks of the node
+    ("mpirun of Open MPI", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    ("mpiexec of MPICH or its kin", "PMI_SIZE", "PMI_RANK", "MPI_LOCALNRANKS"),
+    ("jsrun", "JSM_NAMESPACE_SIZE", "JSM_NAMESPACE_RANK", "JSM_NAMESPACE_LOCAL_SIZE"),
+    ("srun", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID", None),
+    ("PALS", None, "PALS_RANKID", None),
+    ("PMIx", None, "PMIX_RANK", None),
+)
+"""In the order in which they count: the daemons of mpirun are themselves tasks of srun, and not the ranks."""
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """The launcher of this process by its environment variables; no name where there is none."""
+
+    name: str | None = None
+    size: int | None = None
+    """Ranks that it says it started; not every launcher says it."""
+    rank: int = 0
+    local_size: int | None = None
+    """Ranks on this node."""
+    variables: dict[str, str] = field(default_factory=dict)
+    """Where this was read."""
+
+    @property
+    def signs(self) -> str:
+        """Where this was read, in words: "WORLD_SIZE=4, RANK=0"."""
+        return ", ".join(f"{name}={value}" for name, value in self.variables.items())
+
+    @property
+    def least_size(self) -> int:
+        """Ranks that there are at the least."""
+        return max(self.size or 1, self.rank + 1)
+
+    @property
+    def needs_no_mpi(self) -> bool:
+        """Whether torchrun has started several ranks: torch.distributed is all they need."""
+        return self.name == "torchrun" and self.least_size > 1
+
+
+def launcher_of(environment: Mapping[str, str]) -> Launcher:
+    """Return what started a process with this environment. Local, no MPI."""
+    if environment.get("TORCHELASTIC_RUN_ID"):  # torchrun may itself be a task of srun: it counts first
+        names = ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE")
+        found = {name: environment[name] for name in names if environment.get(name, "").isdigit()}
+        if len(found) == len(names):
+            size, rank, local_size = (int(found[name]) for name in names)
+            return Launcher("torchrun", size, rank, local_size, found)
+    is_step = environment.get("SLURM_STEP_ID", "").isdigit() and "SLURM_PROCID" in environment
+    without_size = None
+    for name, *variables in _SIGNS:
+        if name == "srun" and not is_step:  # the shell of a batch script has a SLURM_PROCID as well
+            continue
+        found = {v: environment[v] for v in variables if v and environment.get(v, "").isdigit()}
+        size, rank, local_size = (int(found[v]) if v in found else None for v in variables)
+        by_slurm = tuple(environment.get(v) for v in ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"))
+        if is_step and by_slurm == (str(size), str(rank)):
+            name = "srun"  # it speaks PMI to the ranks
+        if size is not None:
+            return Launcher(name, size, rank or 0, local_size, found)
+        if rank is not None and without_size is None:
+            without_size = Launcher(name, None, rank, local_size, found)
+    return without_size or Launcher()

@@ -1,0 +1,247 @@
+"""What `hpc-bnn doctor` says: its text, and its JSON. Every function is Local."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import shutil
+import socket
+import sys
+import textwrap
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from .. import __version__
+from ..comm.launcher import Launcher
+from ..comm.timing import LARGE_BYTES, SMALL_BYTES, network_of_sums
+from ..grid import Grid
+from .backend_choice import Carrier
+from .facts import PREFIXES, RankFacts, versions
+from .problems import Problem
+from .summarise import by_host, plural, ranges
+
+NUM_SHOWN_NODES = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Bandwidth:
+    """What sums over an axis cost while all groups of the axis sum at the same time."""
+
+    ranks: int
+    """Extent of the axis."""
+    latency_seconds: float | None
+    """Median time of a sum of `SMALL_BYTES` on the slowest rank; None over one rank."""
+    large_seconds: float | None
+    """Of a sum of `LARGE_BYTES`."""
+
+    @property
+    def bytes_per_second(self) -> float | None:
+        """Algorithm bandwidth: bytes of the buffer by time."""
+        return LARGE_BYTES / self.large_seconds if self.large_seconds else None
+
+
+def as_dict(
+    ranks: Sequence[RankFacts],
+    grid: Grid,
+    carrier: Carrier,
+    bandwidths: dict[str, Bandwidth],
+    problems: Sequence[Problem],
+) -> dict[str, Any]:
+    """Return what ``--json`` writes; docs/doctor.md describes it."""
+    world = bandwidths.get("world")
+    network = world and network_of_sums(world.latency_seconds, world.large_seconds, world.ranks)
+    return {
+        "format": 1,
+        "hpc_bnn": __version__,
+        "grid": {name: getattr(grid, name) for name in ("world_size", "sample_size", "data_size")},
+        "tensors": dataclasses.asdict(carrier),
+        "nodes": {host: [r.rank for r in node] for host, node in by_host(ranks).items()},
+        "axes": {
+            axis: {
+                "ranks": measured.ranks,
+                "latency_seconds": measured.latency_seconds,
+                "latency_bytes": SMALL_BYTES,
+                "bandwidth_bytes_per_second": measured.bytes_per_second,
+                "bandwidth_bytes": LARGE_BYTES,
+            }
+            for axis, measured in bandwidths.items()
+        },
+        "network": network and dataclasses.asdict(network),
+        "problems": [
+            {name: getattr(p, name) for name in ("code", "severity", "seen", "why", "remedy")}
+            for p in problems
+        ],
+        "ranks": [dataclasses.asdict(r) for r in ranks],
+    }
+
+
+# --- words ---------------------------------------------------------------------------------------------
+
+
+class Report:
+    """Aligned text, printed as it becomes known: what hangs or crashes later leaves it on the screen."""
+
+    def __init__(self, is_speaker: bool):
+        self.is_speaker = is_speaker
+
+    def section(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
+        """Print names and what they are."""
+        width = max((len(name) for name, _ in rows), default=0)
+        self._print(title, [f"{name:{width}}  {value}" if name else value for name, value in rows])
+
+    def table(self, title: str, rows: Sequence[Sequence[str]]) -> None:
+        """Print columns, the first row as their heads."""
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        self._print(
+            title, ["  ".join(f"{cell:{w}}" for cell, w in zip(row, widths)).rstrip() for row in rows]
+        )
+
+    def problems(self, problems: Sequence[Problem]) -> None:
+        """Print what was seen, why it matters, and the remedy."""
+        lines = []
+        for problem in problems:
+            heads = (f"{problem.severity:8}{problem.code}: ", f"{'':8}why: ", f"{'':8}remedy: ")
+            for head, text in zip(heads, (problem.seen, problem.why, problem.remedy)):
+                lines += textwrap.wrap(head + text, 108, subsequent_indent=" " * 10, break_on_hyphens=False)
+        self._print("problems", lines or ["none"])
+
+    def _print(self, title: str, lines: Sequence[str]) -> None:
+        if self.is_speaker:
+            print("\n".join([title, *(f"  {line}" for line in lines)]), flush=True)
+
+
+def process_rows(launcher: Launcher) -> list[tuple[str, str]]:
+    """Rows about what needs no MPI."""
+    found = versions()
+    started = "none: this process is alone"
+    if launcher.name is not None:
+        started = f"{launcher.name} ({launcher.signs})"
+    return [
+        ("host", f"{socket.gethostname()}, {platform.system()} {platform.release()}, {platform.machine()}"),
+        ("python", f"{found.pop('python')}, {sys.executable}"),
+        ("packages", ", ".join(f"{name} {version}" for name, version in found.items())),
+        ("launcher", started),
+        ("mpirun", shutil.which("mpirun") or "none on the PATH"),
+    ]
+
+
+def sections(
+    ranks: Sequence[RankFacts], grid: Grid, carrier: Carrier
+) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+    first, nodes = ranks[0], by_host(ranks)
+    hdf5 = first.hdf5
+    per_node = "/".join(map(str, sorted({len(node) for node in nodes.values()})))
+    yield (
+        "job",
+        [
+            ("ranks", f"{len(ranks)} on {plural(len(nodes), 'node')}, {per_node} on each"),
+            ("grid", str(grid)),
+            ("runner", _runner(first)),
+            ("tensors", f"{carrier}: {carrier.why}"),
+        ],
+    )
+    yield "MPI", _mpi_rows(first)
+    yield "Horovod", _horovod_rows(first)
+    yield "torch.distributed", _distributed_rows(first)
+    if hdf5.error:
+        yield "HDF5", [("error", hdf5.error)]
+    else:
+        locking = first.environment.get("HDF5_USE_FILE_LOCKING", "not set")
+        yield (
+            "HDF5",
+            [
+                ("library", f"{hdf5.hdf5}, h5py {hdf5.h5py}"),
+                ("parallel", f"{_yes(hdf5.mpi)} (not needed)"),
+                ("HDF5_USE_FILE_LOCKING", locking),
+            ],
+        )
+    yield "threads and binding", list(_per_node(nodes, _cpu_row))
+    yield "memory", list(_per_node(nodes, _memory_row))
+    yield "GPUs", list(_per_node(nodes, _gpu_row))
+
+
+def _runner(r: RankFacts) -> str:
+    if r.launcher.needs_no_mpi:
+        return "torchrun"
+    return "python -m mpi4py" if r.has_runner else "plain python"
+
+
+def _mpi_rows(r: RankFacts) -> list[tuple[str, str]]:
+    if r.mpi is None:
+        is_needed = not r.launcher.needs_no_mpi
+        return [("", "not seen" if is_needed else "not started: ranks of torchrun need none")]
+    rows = [("library", f"{r.mpi.library}, MPI {r.mpi.standard}"), ("threads", r.mpi.thread_level)]
+    files = ", ".join(r.mpi_libraries) or "none is mapped"
+    return [*([("error", r.mpi.error)] if r.mpi.error else rows), ("files", files)]
+
+
+def _horovod_rows(r: RankFacts) -> list[tuple[str, str]]:
+    horovod = r.horovod
+    if horovod is None:
+        return [("", "not imported: training would not either")]
+    if horovod.error:
+        return [("error", horovod.error)]
+    parts = [(n, getattr(horovod, n.lower())) for n in ("MPI", "NCCL", "Gloo", "CUDA", "ROCm")]
+    return [
+        ("version", horovod.version),
+        ("built with", ", ".join(f"{name} {_yes(value)}" for name, value in parts)),
+        ("process sets", _yes(horovod.process_sets)),
+    ]
+
+
+def _distributed_rows(r: RankFacts) -> list[tuple[str, str]]:
+    found, named = r.distributed, ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+    if not found.is_available:
+        return [("error", found.why_not())]
+    tuned = [f"{n}={v}" for n, v in r.environment.items() if n.startswith(PREFIXES) and n not in named]
+    return [
+        ("built with", f"Gloo {_yes(found.gloo)}, NCCL {found.nccl or 'no'}"),
+        ("networks", ", ".join(f"{name} {r.environment.get(name, 'not set')}" for name in named)),
+        *([("variables", ", ".join(tuned))] if tuned else []),
+    ]
+
+
+def _per_node(nodes: dict[str, list[RankFacts]], row: Any) -> Iterator[tuple[str, str]]:
+    for host, node in list(nodes.items())[:NUM_SHOWN_NODES]:
+        yield host, row(node)
+    if len(nodes) > NUM_SHOWN_NODES:
+        yield "", f"and {len(nodes) - NUM_SHOWN_NODES} nodes more (all of them with --json)"
+
+
+def _cpu_row(node: list[RankFacts]) -> str:
+    bound = ", ".join(dict.fromkeys(f"CPUs {ranges(r.cpus)}" for r in node))
+    threads = "/".join(sorted({str(r.torch_threads) for r in node}))
+    omp = node[0].environment.get("OMP_NUM_THREADS", "not set")
+    ranks = f"{'rank' if len(node) == 1 else 'ranks'} {ranges(r.rank for r in node)}"
+    return f"{ranks} on {bound} of {node[0].node_cpus}; torch threads {threads} each (OMP_NUM_THREADS {omp})"
+
+
+def _memory_row(node: list[RankFacts]) -> str:
+    limits = [r.memory_limit_bytes for r in node if r.memory_limit_bytes is not None]
+    limit = f"{min(limits) / 2**30:.1f} GiB" if limits else "none"
+    return f"{node[0].memory_bytes / 2**30:.1f} GiB, limit of the job's control group: {limit}"
+
+
+def _gpu_row(node: list[RankFacts]) -> str:
+    visible = {gpu.uuid: gpu for r in node for gpu in r.gpus}
+    if not visible:
+        return f"none visible, {node[0].node_gpus} in the node; torch is built for {node[0].accelerator or 'CPUs only'}"
+    models = ", ".join(sorted({f"{gpu.name} {gpu.memory_bytes / 2**30:.0f} GiB" for gpu in visible.values()}))
+    taken = ", ".join(f"rank {r.rank}: {r.gpus[r.gpu].uuid}" for r in node if r.gpu is not None)
+    return f"{len(visible)} visible ({models}); {taken or 'none taken'}"
+
+
+def bandwidth_rows(bandwidths: dict[str, Bandwidth]) -> list[list[str]]:
+    large = f"{LARGE_BYTES / 2**20:.0f} MiB"
+    rows = [["axis", "ranks", f"{SMALL_BYTES} B", large, "bandwidth"]]
+    for axis, measured in bandwidths.items():
+        cells = ["-", "-", "no communication"]
+        if measured.latency_seconds is not None:
+            times = (f"{t * 1e3:.3f} ms" for t in (measured.latency_seconds, measured.large_seconds))
+            cells = [*times, f"{measured.bytes_per_second / 1e9:.3f} GB/s"]
+        rows.append([axis, str(measured.ranks), *cells])
+    return rows
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"

@@ -1,0 +1,19 @@
+"""Likelihoods: what the outputs of a network say about an example, and the mixture over samples that follows."""
+
+from .base import Likelihood
+from .build import build_likelihood
+from .classes import Bernoulli, Categorical
+from .numbers import Gaussian, Implicit, LearnedScale, LocationScale, Poisson, StudentT
+
+__all__ = [
+    "Bernoulli",
+    "Categorical",
+    "Gaussian",
+    "Implicit",
+    "LearnedScale",
+    "Likelihood",
+    "LocationScale",
+    "Poisson",
+    "StudentT",
+    "build_likelihood",
+]

@@ -1,0 +1,115 @@
+"""What all likelihoods share.
+
+Log-likelihoods are in nats, one per example, summed over its targets; summing over samples and examples, and
+dividing by their global numbers, is the business of `hpc_bnn.training.step`.
+
+A network has its outputs on dim 1: [B, num_outputs] or, for fields, [B, num_outputs, ...]. Targets y are
+[B, num_targets, ...], or [B] for one target. Everything here is Local and differentiable.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..errors import ConfigError, DataError, Fault
+from .mixtures import Mixture
+
+__all__ = ["Likelihood", "sum_targets"]
+
+
+class Likelihood:
+    """What all likelihoods share.
+
+    Attributes
+    ----------
+    num_targets : int
+        Extent of dim 1 of the targets (1 where they have none; for classes, see `Categorical`).
+    num_outputs : int
+        Extent of dim 1 that the network must have.
+    num_classes : int or None
+        Number of classes where the target is one.
+    has_density : bool
+        Whether `log_prob` exists.
+    has_variance : bool
+        Whether the variance of the target, given a sample, is positive and finite.
+    is_equivariant : bool
+        Whether it holds for shifted and rescaled targets as well, so that the network may see normalised ones.
+    """
+
+    num_classes: int | None = None
+    has_density = True
+    has_variance = True
+    is_equivariant = False
+
+    def __init__(self, num_targets: int = 1):
+        if num_targets < 1:
+            raise ConfigError(Fault("num_targets", num_targets, "must be at least 1", "Count the targets"))
+        self.num_targets = self.num_outputs = num_targets
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """Return the module with what the likelihood itself learns; wrap before making a posterior."""
+        return module
+
+    def log_prob(self, outputs: Tensor, y: Tensor) -> Tensor:
+        """Return log p(y | outputs), [B], summed over the targets of an example (nats)."""
+        raise NotImplementedError
+
+    def mean(self, outputs: Tensor) -> Tensor:
+        """Return the mean of y given the outputs of a sample, [B, num_targets, ...]."""
+        raise NotImplementedError
+
+    def variance(self, outputs: Tensor) -> Tensor:
+        """Return the variance of y given the outputs of a sample, like `mean`: the aleatoric part."""
+        raise NotImplementedError
+
+    def mixture(self, outputs: Tensor) -> Mixture | None:
+        """Return the predictive of every target by itself, from the outputs of all samples [K, B, num_outputs, ...].
+
+        None where a likelihood has nothing to say: the predictive then has no quantiles and no CRPS.
+        """
+        return None
+
+    @property
+    def has_mixture(self) -> bool:
+        """Whether `mixture` is there."""
+        return type(self).mixture is not Likelihood.mixture
+
+    support = "finite numbers"
+    """Which targets there are, for messages."""
+
+    def fits(self, y: Tensor) -> Tensor:
+        """Return for each element of y whether it is in the support. Local."""
+        return y.isfinite()
+
+    def check_targets(self, y: Tensor) -> None:
+        """Raise `DataError` where a target [B, ...] lies outside the support. Local."""
+        wrong = ~self.fits(y)
+        if wrong.any():
+            raise DataError(
+                f"a target is {y[wrong][0].item():g}, and the likelihood {type(self).__name__} is for {self.support}. "
+                "Look at the data, or use another --likelihood.name"
+            )
+
+    def targets(self, y: Tensor, like: Tensor) -> Tensor:
+        """Return y in the shape and dtype of predictions; a silent broadcast would be another model.
+
+        Raises
+        ------
+        ConfigError
+            The targets have another shape than the predictions.
+        """
+        y = y.unsqueeze(1) if y.ndim == like.ndim - 1 and like.shape[1] == 1 else y
+        if y.shape != like.shape:
+            raise ConfigError(
+                Fault(
+                    f"likelihood {type(self).__name__}",
+                    f"num_targets {self.num_targets}",
+                    f"the network gives {list(like.shape[1:])} per example, the targets are {list(y.shape[1:])}",
+                    f"Let the network have num_outputs = {self.num_outputs} on dim 1",
+                )
+            )
+        return y.to(like.dtype)
+
+
+def sum_targets(per_target: Tensor) -> Tensor:
+    return per_target.flatten(1).sum(1) if per_target.ndim > 1 else per_target

@@ -1,0 +1,66 @@
+"""Likelihoods of classes and of binary targets."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .base import Likelihood, sum_targets
+from .mixtures import BernoulliMixture, Mixture
+
+__all__ = ["Bernoulli", "Categorical"]
+
+
+class Categorical(Likelihood):
+    """Classes with softmax probabilities; one class per example or per place of a field.
+
+    Parameters
+    ----------
+    num_classes : int
+        Number of classes, C.
+    """
+
+    has_variance = False  # a class is no number
+
+    def __init__(self, num_classes: int):
+        super().__init__()
+        self.num_classes = self.num_outputs = num_classes
+        self.support = f"classes 0 to {num_classes - 1}, or their probabilities"
+
+    def fits(self, y: Tensor) -> Tensor:
+        return (y >= 0) & (y <= (1 if y.is_floating_point() else self.num_classes - 1))
+
+    def log_prob(self, outputs: Tensor, y: Tensor) -> Tensor:
+        """Return log p(y | outputs), [B], from logits [B, C, ...] and classes [B, ...] of a whole-number dtype.
+
+        Targets [B, C, ...] of a floating-point dtype are class probabilities: the mean over them of log p.
+        """
+        y = y.to(outputs.dtype) if y.is_floating_point() else y.long()
+        return -sum_targets(F.cross_entropy(outputs, y, reduction="none"))
+
+    def probabilities(self, outputs: Tensor) -> Tensor:
+        """Return class probabilities [B, C, ...] from logits [B, C, ...]."""
+        return torch.softmax(outputs, dim=1)
+
+
+class Bernoulli(Likelihood):
+    """Independent yes-no targets; the outputs are logits."""
+
+    support = "0, 1, and probabilities between them"
+
+    def fits(self, y: Tensor) -> Tensor:
+        return (y >= 0) & (y <= 1)
+
+    def log_prob(self, outputs: Tensor, y: Tensor) -> Tensor:
+        y = self.targets(y, outputs)
+        return -sum_targets(F.binary_cross_entropy_with_logits(outputs, y, reduction="none"))
+
+    def mean(self, outputs: Tensor) -> Tensor:
+        return torch.sigmoid(outputs)
+
+    def variance(self, outputs: Tensor) -> Tensor:
+        return torch.sigmoid(outputs) * torch.sigmoid(-outputs)
+
+    def mixture(self, outputs: Tensor) -> Mixture:
+        return BernoulliMixture(torch.sigmoid(outputs))

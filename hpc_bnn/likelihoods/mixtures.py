@@ -1,0 +1,327 @@
+"""What the samples of the job say about a number, as one distribution: an equal mixture of theirs.
+
+A mixture holds K components for each of n examples and its targets, [K, n, targets, ...]. It answers what a mean and a
+variance cannot: quantiles, where an observation lies (PIT), and the CRPS. Everything here is Local; give the
+components in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+class Mixture:
+    """Equal mixture of K distributions for each target.
+
+    Parameters
+    ----------
+    components : Tensor
+        [K, n, targets, ...] each: what the distributions are made of.
+    """
+
+    def __init__(self, *components: Tensor):
+        self.components = components
+
+    def _of(self, *components: Tensor) -> Mixture:
+        """Return a mixture of the same kind."""
+        return type(self)(*components)
+
+    @property
+    def num_components(self) -> int:
+        """Number of components, K."""
+        return len(self.components[0])
+
+    def rows(self, start: int, stop: int) -> Mixture:
+        """Return the mixture of some examples."""
+        return self._of(*(component[:, start:stop] for component in self.components))
+
+    def in_units(self, mean: Tensor, std: Tensor) -> Mixture:
+        """Return the mixture of ``std * y + mean``; they broadcast to [n, targets, ...]."""
+        raise NotImplementedError(f"{type(self).__name__} does not hold for shifted and rescaled targets")
+
+    def cdf(self, z: Tensor) -> Tensor:
+        """Return P(Y <= z), [n, targets, ...]."""
+        raise NotImplementedError
+
+    def pit(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the ends of the interval on which the probability integral transform of y is uniform.
+
+        For a continuous distribution both are P(Y <= y). With steps they are P(Y < y) and P(Y <= y): the
+        nonrandomised PIT (Czado, Gneiting, Held, Predictive model assessment for count data, 2009).
+        """
+        value = self.cdf(y)
+        return value, value
+
+    def quantile(self, level: float) -> Tensor:
+        """Return the quantile of a level between 0 and 1, [n, targets, ...]."""
+        return self._by_chunks(lambda part: (part._quantile(level),))[0]
+
+    def crps(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the CRPS of the mixture and the fair CRPS, [n, targets, ...] (units of y).
+
+        The first scores the K components as they are, ``E|Y - y| - E|Y - Y'| / 2`` (Gneiting and Raftery, 2007). In
+        the fair one Y and Y' never are of the same component, so that its expectation does not depend on K (Ferro,
+        2014); it is NaN for K = 1.
+        """
+        distance, pairs, own_pairs = self._by_chunks(lambda part, y: part._distances(y), y)
+        count = self.num_components
+        fair = (pairs - own_pairs) / (count * (count - 1)) if count > 1 else torch.full_like(pairs, math.nan)
+        return distance - 0.5 * pairs / count**2, distance - 0.5 * fair
+
+    def _by_chunks(self, function: Callable[..., tuple[Tensor, ...]], *fields: Tensor) -> tuple[Tensor, ...]:
+        """Apply a function to parts of the targets: what it takes besides is bounded, whatever it does inside."""
+        shape = self.components[0].shape[1:]
+        flat = [component.flatten(1) for component in self.components]
+        fields = tuple(field.expand(shape).flatten() for field in fields)
+        size = CHUNK_ELEMENTS["cuda" if flat[0].is_cuda else "cpu"] // self.num_components
+        parts = [
+            function(self._of(*chunk[: len(flat)]), *(field[0] for field in chunk[len(flat) :]))
+            for chunk in zip(*(t.split(max(size, 1), dim=-1) for t in (*flat, *(f[None] for f in fields))))
+        ]
+        return tuple(torch.cat(columns).view(shape) for columns in zip(*parts))
+
+    def _quantile(self, level: float) -> Tensor:
+        raise NotImplementedError
+
+    def _distances(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return E|Y - y|, the sum of E|Y_i - Y_j'| over ordered pairs of components, and that of the pairs i = j."""
+        raise NotImplementedError
+
+
+CHUNK_ELEMENTS = {"cpu": 2**16, "cuda": 2**22}
+"""Numbers of a component tensor that are worked on at once: they fit into the cache of a core (a quarter of the time); on a
+GPU they are work for longer than a launch takes, and what a sort takes inside itself stays small."""
+
+
+class Members(Mixture):
+    """K numbers without a density: an ensemble.
+
+    An observation that is exchangeable with the members has each rank among them with probability 1 / (K + 1);
+    PIT and quantiles are those of this rule (Hyndman and Fan, 1996, type 6; not beyond the members).
+    """
+
+    def in_units(self, mean: Tensor, std: Tensor) -> Members:
+        return Members(self.components[0] * std + mean)
+
+    def cdf(self, z: Tensor) -> Tensor:
+        return (self.components[0] <= z).to(z).mean(0)
+
+    def pit(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        members, num_ranks = self.components[0], self.num_components + 1
+        return (members < y).sum(0) / num_ranks, ((members <= y).sum(0) + 1) / num_ranks
+
+    def _quantile(self, level: float) -> Tensor:
+        count = self.num_components
+        place = min(max(level * (count + 1) - 1, 0), count - 1)
+        low = int(place)
+        ordered = self.components[0].sort(0).values
+        return torch.lerp(ordered[low], ordered[min(low + 1, count - 1)], place - low)
+
+    def _distances(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        members, count = self.components[0], self.num_components
+        rank = torch.arange(1 - count, count, 2, dtype=members.dtype, device=members.device)
+        pairs = 2 * torch.einsum("k,k...->...", rank, (members - members.mean(0)).sort(0).values)
+        return (members - y).abs().mean(0), pairs, torch.zeros_like(pairs)
+
+
+class GaussianMixture(Mixture):
+    """Components of a mean and a standard deviation."""
+
+    def in_units(self, mean: Tensor, std: Tensor) -> Mixture:
+        loc, scale = self.components
+        return self._of(loc * std + mean, scale * std)
+
+    def cdf(self, z: Tensor) -> Tensor:
+        loc, scale = self.components
+        return self._standard_cdf((z - loc) / scale).mean(0)
+
+    def _quantile(self, level: float) -> Tensor:
+        loc, scale = self.components
+        of_components = loc + scale * self._standard_quantile(level)
+        low, high = of_components.amin(0), of_components.amax(0)
+        return _root(lambda z: self.cdf(z) - level, low, high)
+
+    def _standard_cdf(self, z: Tensor) -> Tensor:
+        return torch.special.ndtr(z)
+
+    def _standard_quantile(self, level: float) -> float:
+        return torch.special.ndtri(torch.tensor(level, dtype=torch.float64)).item()
+
+    def _distances(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        # Grimit, Gneiting, Berrocal, Johnson, The CRPS for circular variables, 2006: E|N(m, s^2)| in closed form
+        loc, scale = self.components
+        own = 2 / math.sqrt(math.pi) * scale.sum(0)
+        variance, pairs = scale.square(), own.clone()
+        for shift in range(1, self.num_components):  # pairs (i, i + shift)
+            std = (variance[shift:] + variance[:-shift]).sqrt()
+            pairs += 2 * _mean_distance(loc[shift:] - loc[:-shift], std).sum(0)
+        return _mean_distance(loc - y, scale).mean(0), pairs, own
+
+
+def _mean_distance(mean: Tensor, std: Tensor) -> Tensor:
+    """Return E|X| of X ~ N(mean, std^2)."""
+    z = mean / std
+    return std * (math.sqrt(2 / math.pi) * torch.exp(-0.5 * z.square())) + mean * torch.special.erf(
+        z / math.sqrt(2)
+    )
+
+
+class StudentTMixture(GaussianMixture):
+    """Components of a location and a scale, with ``df`` degrees of freedom."""
+
+    def __init__(self, loc: Tensor, scale: Tensor, df: float):
+        super().__init__(loc, scale)
+        self.df = df
+
+    def _of(self, *components: Tensor) -> Mixture:
+        return StudentTMixture(*components, df=self.df)
+
+    def _standard_cdf(self, z: Tensor) -> Tensor:
+        from scipy.special import stdtr  # torch has no incomplete beta function
+
+        return torch.from_numpy(stdtr(self.df, z.cpu().numpy())).to(z)
+
+    def _standard_quantile(self, level: float) -> float:
+        from scipy.special import stdtrit
+
+        return float(stdtrit(self.df, level))
+
+    def _distances(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what `Mixture._distances` does.
+
+        E|Y_i - y| and E|Y_i - Y_i'| in closed form (Jordan, Krueger, Lerch, Evaluating probabilistic forecasts with
+        scoringRules, 2019); for the pairs the integral of 2 F (1 - F), by sinh-sinh quadrature (Takahasi and Mori, 1974).
+        """
+        df, (loc, scale) = self.df, self.components
+        if df <= 1:
+            infinite = torch.full_like(y, math.inf)
+            return infinite, torch.zeros_like(y), torch.zeros_like(y)
+        log_norm = math.lgamma((df + 1) / 2) - math.lgamma(df / 2) - 0.5 * math.log(df * math.pi)
+        z = (y - loc) / scale
+        density = torch.exp(log_norm - (df + 1) / 2 * torch.log1p(z.square() / df))
+        distance = z * (2 * self._standard_cdf(z) - 1) + 2 * density * (df + z.square()) / (df - 1)
+        log_beta = [math.lgamma(0.5) + math.lgamma(b) - math.lgamma(b + 0.5) for b in (df - 0.5, df / 2)]
+        own = 4 * math.sqrt(df) / (df - 1) * math.exp(log_beta[0] - 2 * log_beta[1]) * scale.sum(0)
+        centre, width = loc.mean(0), loc.std(0, correction=0) + scale.mean(0)
+        pairs = torch.zeros_like(own)
+        for node in range(-7 * NODES_PER_UNIT // 2, 7 * NODES_PER_UNIT // 2 + 1):
+            u = node / NODES_PER_UNIT
+            inner = math.pi / 2 * math.sinh(u)
+            weight = math.pi / 2 * math.cosh(u) * math.cosh(inner) / NODES_PER_UNIT
+            below = self.cdf(centre + math.sinh(inner) * width)
+            pairs += 2 * weight * width * below * (1 - below)
+        return (scale * distance).mean(0), pairs * self.num_components**2, own
+
+
+NODES_PER_UNIT = 32
+"""Density of the nodes of the quadrature. Relative error of the CRPS, measured: below 1e-6 where the scales are at least
+0.3 of the spread of the locations, below 1e-3 at 0.1, below 0.03 at 0.01."""
+
+
+# --- counts and yes-no targets -----------------------------------------------------------------------------
+
+
+class PoissonMixture(Mixture):
+    """Components of a rate."""
+
+    def cdf(self, z: Tensor) -> Tensor:
+        return self._cdfs(z).mean(0)
+
+    def _cdfs(self, z: Tensor) -> Tensor:
+        (rate,) = self.components
+        above = torch.special.gammaincc(z.floor().clamp_min(0).expand_as(rate) + 1, rate)
+        return torch.where(z < 0, 0.0, above)
+
+    def pit(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        return self.cdf(y - 1), self.cdf(y)
+
+    def _range(self) -> tuple[Tensor, Tensor]:
+        """Return whole numbers between which all but 1e-10 of each component lies."""
+        (rate,) = self.components
+        reach = 8 * rate.sqrt() + 25
+        return (rate - reach).amin(0).floor().clamp_min(0), (rate + reach).amax(0).ceil()
+
+    def _quantile(self, level: float) -> Tensor:
+        low, high = self._range()  # the quantile is the least k with F(k) >= level
+        while bool((low < high).any()):
+            middle = ((low + high) / 2).floor()
+            is_enough = self.cdf(middle) >= level
+            low, high = torch.where(is_enough, low, middle + 1), torch.where(is_enough, middle, high)
+        return high
+
+    def _distances(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        low, high = self._range()
+        distance = (low - y).clamp_min(0) + (y - high - 1).clamp_min(0)
+        pairs, own = torch.zeros_like(y), torch.zeros_like(y)
+        for offset in range(int((high - low).max()) + 1 if y.numel() else 0):
+            k = low + offset
+            of_components = self._cdfs(k)
+            below, is_inside = of_components.mean(0), k <= high
+            distance += torch.where(is_inside, torch.where(k < y, below, 1 - below), 0)
+            pairs += 2 * below * (1 - below)
+            own += 2 * (of_components * (1 - of_components)).sum(0)
+        return distance, pairs * self.num_components**2, own
+
+
+class BernoulliMixture(Mixture):
+    """Components of the probability of 1."""
+
+    def cdf(self, z: Tensor) -> Tensor:
+        none = 1 - self.components[0].mean(0)
+        return torch.where(z < 0, 0, torch.where(z < 1, none, 1))
+
+    def pit(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        none = 1 - self.components[0].mean(0)
+        return torch.where(y <= 0, 0, none), self.cdf(y)
+
+    def _quantile(self, level: float) -> Tensor:
+        none = 1 - self.components[0].mean(0)
+        return (none < level).to(none)
+
+    def _distances(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        (p,) = self.components
+        total = p.sum(0)
+        distance = (p * (1 - y).abs() + (1 - p) * y.abs()).mean(0)
+        return distance, 2 * total * (self.num_components - total), (2 * p * (1 - p)).sum(0)
+
+
+# --- roots -----------------------------------------------------------------------------------------------
+
+
+ROOT_TOLERANCE = 1e-8
+"""Error of a quantile, as a part of the distance of the outermost ones of the components."""
+
+
+def _root(function: Callable[[Tensor], Tensor], low: Tensor, high: Tensor) -> Tensor:
+    """Return where an increasing function is 0, elementwise, between ends that hold the roots.
+
+    Inverse quadratic interpolation where it is safe, otherwise bisection (Chandrupatla, 1997).
+    """
+    a, b = high, low
+    fa, fb = function(a), function(b)
+    c, fc = a, fa
+    t = torch.full_like(a, 0.5)
+    tolerance = ROOT_TOLERANCE * (high - low)
+    best = torch.where(fa.abs() < fb.abs(), a, b)
+    for _ in range(100):
+        x = a + t * (b - a)
+        fx = function(x)
+        is_same = fx.sign() == fa.sign()
+        c, fc = torch.where(is_same, a, b), torch.where(is_same, fa, fb)
+        b, fb = torch.where(is_same, b, a), torch.where(is_same, fb, fa)
+        a, fa = x, fx
+        best = torch.where(fa.abs() < fb.abs(), a, b)
+        least = tolerance / (b - a).abs()
+        is_done = (least > 0.5) | (fa == 0) | (a == b)
+        if bool(is_done.all()):
+            break
+        xi, phi = (a - b) / (c - b), (fa - fb) / (fc - fb)
+        is_safe = (phi.square() < xi) & ((1 - phi).square() < 1 - xi)
+        inverse = fa / (fb - fa) * fc / (fb - fc) + (c - a) / (b - a) * fa / (fc - fa) * fb / (fc - fb)
+        t = torch.where(is_safe, inverse, 0.5).clamp(min=least, max=1 - least)
+        t = torch.where(is_done | ~t.isfinite(), 0.5, t)
+    return best

@@ -1,0 +1,205 @@
+"""Likelihoods of numbers."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError, Fault, check_positive
+from .base import Likelihood, sum_targets
+from .mixtures import GaussianMixture, Members, Mixture, PoissonMixture, StudentTMixture
+
+__all__ = ["Gaussian", "Implicit", "LearnedScale", "LocationScale", "Poisson", "StudentT"]
+
+
+class Poisson(Likelihood):
+    """Independent counts; the outputs are logarithms of the rates."""
+
+    support = "whole numbers from 0 on"
+
+    def fits(self, y: Tensor) -> Tensor:
+        return (y >= 0) & (y == y.floor())
+
+    def log_prob(self, outputs: Tensor, y: Tensor) -> Tensor:
+        y = self.targets(y, outputs)
+        return sum_targets(y * outputs - outputs.exp() - torch.lgamma(y + 1))
+
+    def mean(self, outputs: Tensor) -> Tensor:
+        return outputs.exp()
+
+    def variance(self, outputs: Tensor) -> Tensor:
+        return outputs.exp()
+
+    def mixture(self, outputs: Tensor) -> Mixture:
+        return PoissonMixture(outputs.exp())
+
+
+class LocationScale(Likelihood):
+    """A location per target, and a scale that is fixed, learned once, or given by the network.
+
+    Parameters
+    ----------
+    num_targets : int
+        Extent of dim 1 of the targets.
+    scale : float, "learned" or "heteroscedastic"
+        A number fixes it (units of the targets as the network sees them: of their standard deviation where the
+        shards are normalised). "learned": one scale per target, a point parameter that `wrap` adds
+        to the network. "heteroscedastic": the network gives the logarithms of the scales behind the
+        locations, [B, 2 num_targets, ...].
+    init_scale : float
+        Start of a learned scale (in the same units).
+    """
+
+    is_equivariant = True
+
+    def __init__(
+        self,
+        num_targets: int = 1,
+        scale: float | Literal["learned", "heteroscedastic"] = "heteroscedastic",
+        init_scale: float = 1.0,
+    ):
+        super().__init__(num_targets)
+        self.scale, self.init_scale = scale, init_scale
+        if scale == "heteroscedastic":
+            self.num_outputs = 2 * num_targets
+        elif scale != "learned":
+            check_positive("--likelihood.scale", scale, 1.0)
+        check_positive("--likelihood.init_scale", init_scale, 1.0)
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        if self.scale != "learned":
+            return module
+        return LearnedScale(module, self.num_targets, self.init_scale)
+
+    def _split(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return locations and logarithms of the scales, alike in shape."""
+        if isinstance(self.scale, str):
+            if outputs.shape[1] != 2 * self.num_targets:
+                remedy = "Wrap the network with likelihood.wrap" if self.scale == "learned" else "Widen it"
+                raise ConfigError(
+                    Fault(
+                        "--likelihood.scale",
+                        self.scale,
+                        f"needs {2 * self.num_targets} outputs on dim 1, and there are {outputs.shape[1]}",
+                        remedy,
+                    )
+                )
+            return outputs.split(self.num_targets, dim=1)
+        return outputs, torch.full_like(outputs, math.log(self.scale))
+
+    def mean(self, outputs: Tensor) -> Tensor:
+        return self._split(outputs)[0]
+
+    def _loc_and_scale(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return locations and scales [K, B, num_targets, ...] from the outputs of all samples."""
+        loc, log_scale = self._split(outputs.flatten(0, 1))
+        return loc.unflatten(0, outputs.shape[:2]), log_scale.exp().unflatten(0, outputs.shape[:2])
+
+
+class Gaussian(LocationScale):
+    """Independent Gaussian targets; parameters as for `LocationScale`."""
+
+    def log_prob(self, outputs: Tensor, y: Tensor) -> Tensor:
+        loc, log_scale = self._split(outputs)
+        z = (self.targets(y, loc) - loc) * torch.exp(-log_scale)
+        return -sum_targets(0.5 * z.square() + log_scale + 0.5 * math.log(2 * math.pi))
+
+    def variance(self, outputs: Tensor) -> Tensor:
+        return torch.exp(2 * self._split(outputs)[1])
+
+    def mixture(self, outputs: Tensor) -> Mixture:
+        return GaussianMixture(*self._loc_and_scale(outputs))
+
+
+class StudentT(LocationScale):
+    """Independent Student-t targets: heavy tails, for data with outliers.
+
+    Parameters
+    ----------
+    num_targets, scale, init_scale
+        As for `LocationScale`; the scale is not the standard deviation.
+    df : float
+        Degrees of freedom, above 0; the variance is finite above 2.
+    """
+
+    def __init__(
+        self,
+        num_targets: int = 1,
+        scale: float | Literal["learned", "heteroscedastic"] = "heteroscedastic",
+        init_scale: float = 1.0,
+        df: float = 4.0,
+    ):
+        super().__init__(num_targets, scale, init_scale)
+        check_positive("--likelihood.df", df, 4.0)
+        self.df = df
+        self.has_variance = df > 2
+
+    def log_prob(self, outputs: Tensor, y: Tensor) -> Tensor:
+        loc, log_scale = self._split(outputs)
+        df = self.df
+        z = (self.targets(y, loc) - loc) * torch.exp(-log_scale)
+        constant = math.lgamma((df + 1) / 2) - math.lgamma(df / 2) - 0.5 * math.log(df * math.pi)
+        return sum_targets(constant - log_scale - (df + 1) / 2 * torch.log1p(z.square() / df))
+
+    def variance(self, outputs: Tensor) -> Tensor:
+        factor = self.df / (self.df - 2) if self.has_variance else math.inf
+        return factor * torch.exp(2 * self._split(outputs)[1])
+
+    def mixture(self, outputs: Tensor) -> Mixture:
+        return StudentTMixture(*self._loc_and_scale(outputs), df=self.df)
+
+
+class Implicit(Likelihood):
+    """No density: the outputs themselves are the members of the predictive.
+
+    For objectives that score the members (CRPS, energy score), where the weights carry all uncertainty.
+    """
+
+    has_density = has_variance = False
+    is_equivariant = True
+
+    def log_prob(self, outputs: Tensor, y: Tensor) -> Tensor:
+        raise ConfigError(
+            Fault("--likelihood.name", "implicit", "it has no density", "Use gaussian, or the objective crps")
+        )
+
+    def mean(self, outputs: Tensor) -> Tensor:
+        return outputs
+
+    def variance(self, outputs: Tensor) -> Tensor:
+        return torch.zeros_like(outputs)
+
+    def mixture(self, outputs: Tensor) -> Mixture:
+        return Members(outputs)
+
+
+class LearnedScale(nn.Module):
+    """A network with one learned scale per target, the same for all inputs.
+
+    The scale is a point weight whatever the posterior is (maximum likelihood of the second kind).
+
+    Parameters
+    ----------
+    network : nn.Module
+        Gives [B, num_targets, ...].
+    num_targets : int
+        Number of scales.
+    init_scale : float
+        Their start (units of y).
+    """
+
+    point_parameters = ("log_scale",)
+
+    def __init__(self, network: nn.Module, num_targets: int, init_scale: float = 1.0):
+        super().__init__()
+        self.network = network
+        like = next(network.parameters())
+        self.log_scale = nn.Parameter(like.new_full((num_targets,), math.log(init_scale)))
+
+    def forward(self, x: Tensor) -> Tensor:  # -> [B, 2 num_targets, ...]
+        loc = self.network(x)
+        log_scale = self.log_scale.view(-1, *(1,) * (loc.ndim - 2)).expand_as(loc)
+        return torch.cat([loc, log_scale], dim=1)

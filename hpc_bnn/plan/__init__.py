@@ -1,0 +1,1 @@
+"""Memory, time and communication of every grid, before a job runs."""

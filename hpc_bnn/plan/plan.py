@@ -1,0 +1,407 @@
+"""Which grid, before the job: memory, time and communication of every grid of so many ranks."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from .. import comm as communication
+from ..comm import GridComm
+from ..comm.timing import Network, measure_network
+from ..config import Config
+from ..data import Manifest
+from ..data.dataset import free_memory_bytes
+from ..errors import ConfigError, Fault, check_all
+from ..grid import Grid, grids
+from ..likelihoods import Categorical
+from ..models import MLP
+from ..posteriors import MeanFieldGaussian
+from ..run.experiment import connect_grid, read_or_prepare
+from ..training.step import VariationalStep
+from .simulate import ImaginedComm, Rehearsal, fitting_test_samples, rehearse, share_of
+
+logger = logging.getLogger(__name__)
+
+ASSUMED_BETWEEN = Network(bandwidth=20e9, latency=20e-6)
+"""Between nodes, where nothing was measured: one 200 Gbit/s adapter per rank."""
+ASSUMED_WITHIN = Network(bandwidth=100e9, latency=10e-6)
+"""Within a node, where nothing was measured."""
+ALIKE = 0.03
+"""Grids whose times differ by less are taken for equally fast."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a plan is made for."""
+
+    num_ranks: int
+    ranks_per_node: int
+    between: Network = ASSUMED_BETWEEN
+    """Network between ranks of different nodes."""
+    within: Network = ASSUMED_WITHIN
+    """Network between ranks of a node."""
+    memory_bytes: float = math.inf
+    """What a rank may take for its tensors."""
+    flops: float | None = None
+    """Floating-point operations per second of a rank; None to measure a rank's share here."""
+
+    def network(self, axis: str, grid: Grid) -> Network:
+        """Return the network that an axis runs over: ranks of a sample group stand side by side."""
+        span = grid.sample_size if axis == "sample" else grid.world_size
+        is_within = span <= self.ranks_per_node and self.ranks_per_node % span == 0
+        return self.within if is_within or self.num_ranks <= self.ranks_per_node else self.between
+
+
+@dataclass(frozen=True)
+class Row:
+    """A grid, and what it is predicted to take."""
+
+    sample_size: int
+    data_size: int
+    rehearsal: Rehearsal
+    compute_seconds: float
+    """Draw, forward, backward, update of the busiest rank."""
+    reduce_seconds: float
+    """Collectives; where the grid was tried with all its ranks, what a step took beyond computing."""
+    epochs_per_hour: float
+    fits: bool
+    """Whether a step and an evaluation fit."""
+    fitting_test_samples: int | None = None
+    """The largest ``num_test_samples`` that would fit, where only the evaluation does not."""
+
+    @property
+    def step_seconds(self) -> float:
+        return self.compute_seconds + self.reduce_seconds
+
+    def __str__(self) -> str:
+        return f"{self.sample_size} x {self.data_size}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All grids, the best one, and why."""
+
+    machine: Machine
+    rows: tuple[Row, ...]
+    best: Row
+    why: str
+    process_bytes: int
+    """Of Python and the libraries, on each rank besides."""
+    data_bytes: int
+    """Of the training examples, on each node besides."""
+
+    def to_json(self) -> str:
+        """Return all of it, as one JSON object."""
+        content = asdict(self)
+        for row, kept in zip(content["rows"], self.rows):
+            row["step_seconds"] = kept.step_seconds
+        content["machine"]["memory_bytes"] = (
+            None if math.isinf(self.machine.memory_bytes) else self.machine.memory_bytes
+        )
+        return json.dumps(content, indent=1) + "\n"
+
+
+def make_plan(
+    config: Config, manifest: Manifest, machine: Machine, ranks: GridComm | None = None, device: str = "cpu"
+) -> Plan:
+    """Return memory, time and communication of every grid.
+
+    Parameters
+    ----------
+    config : Config
+        Approved by its `Config.check`; ``grid.sample_size`` is not looked at.
+    manifest : Manifest
+        Of the data.
+    machine : Machine
+        What the plan is for.
+    ranks : GridComm, optional
+        Ranks that compute their shares at the same time, so that what they take from each other is in the measurement; where
+        they are as many as the plan is for, they try each grid. Alone by default. Collective over their world.
+    device : str
+        Where they compute.
+
+    Raises
+    ------
+    ConfigError
+        No grid has a sample and an example for every rank.
+    DataError
+        The network cannot be rehearsed.
+    """
+    ranks = ranks or GridComm(Grid(1, 1, 0))
+    can_try = 1 < machine.num_ranks == ranks.grid.world_size and machine.flops is None
+    process_bytes = resident_bytes()
+    num_examples = manifest.num_examples(config.data.train_split)
+    batch = min(config.global_batch_size, num_examples)
+    sizes = grids(machine.num_ranks, config.num_samples, batch)
+    steps_per_epoch = -(-num_examples // batch)
+    rows = []
+    for sample_size in sizes:
+        grid = Grid(machine.num_ranks, sample_size, 0)
+        is_on_gpu, fitting = device.startswith("cuda"), None
+        with ranks.agree(f"rehearsing the grid {grid}"):
+            rehearsal = rehearse(config, manifest, grid, is_on_gpu=is_on_gpu)
+            is_free = config.posterior.family != "ensemble"  # whose members are the test samples
+            if rehearsal.peak_bytes <= machine.memory_bytes < rehearsal.evaluation_bytes and is_free:
+                fitting = fitting_test_samples(
+                    config, manifest, grid, rehearsal, machine.memory_bytes, is_on_gpu=is_on_gpu
+                )
+        if machine.flops is not None:
+            compute = rehearsal.flops / machine.flops
+        else:
+            compute = measure_share(config, manifest, grid, ranks, device)
+        if can_try:
+            tried = try_grid(config, manifest, sample_size, ranks)
+            compute = min(compute, tried)  # of two measurements that differ, a step is what was tried
+            reduce = tried - compute
+        else:
+            reduce = sum(
+                machine.network(c.axis, grid).seconds(c.operation, c.num_bytes, grid.extents[c.axis])
+                for c in rehearsal.collectives
+            )
+        per_hour = 3600 / (steps_per_epoch * (compute + reduce))
+        fits = rehearsal.needed_bytes <= machine.memory_bytes
+        rows.append(Row(sample_size, grid.data_size, rehearsal, compute, reduce, per_hour, fits, fitting))
+    best, why = choose(rows, machine)
+    data_bytes = sum(spec.num_bytes for spec in manifest.arrays.values()) * num_examples
+    return Plan(machine, tuple(rows), best, why, process_bytes, data_bytes)
+
+
+def choose(rows: Sequence[Row], machine: Machine) -> tuple[Row, str]:
+    """Return the row to take, and why. Local.
+
+    The fastest of those that fit; of equally fast ones that with the largest sample axis, which reads least.
+    """
+    fitting = [row for row in rows if row.fits]
+    if not fitting:
+        best = min(rows, key=lambda row: row.rehearsal.needed_bytes)
+        why = f"no grid fits into {_size(machine.memory_bytes)}; this one takes least{_misfit(best, machine)}"
+        if best.rehearsal.peak_bytes <= machine.memory_bytes:
+            return best, why
+        remedy = "more ranks, a smaller --global_batch_size or --chunk_size, or --optimizer.sharded true"
+        return best, f"{why}. Try {remedy}"
+    least = min(row.step_seconds for row in fitting)
+    best = max(
+        (row for row in fitting if row.step_seconds <= (1 + ALIKE) * least), key=lambda row: row.sample_size
+    )
+    others = sorted((row for row in rows if row is not best), key=lambda row: row.step_seconds)
+    reasons = [
+        f"{100 * best.compute_seconds / best.step_seconds:.0f} % of its step is computing, the rest reduces"
+    ]
+    for row in others[:2]:
+        if not row.fits:
+            reasons.append(f"{row} does not fit{_misfit(row, machine)}")
+        else:
+            change = 100 * (row.step_seconds / best.step_seconds - 1)
+            parts = f"computing {_ms(row.compute_seconds)}, reducing {_ms(row.reduce_seconds)}"
+            reasons.append(f"{row} takes {change:+.0f} % ({parts})")
+    return best, "; ".join(reasons)
+
+
+def _misfit(row: Row, machine: Machine) -> str:
+    """Return what of a row does not fit, and how many test samples would."""
+    sizes = {"a step": row.rehearsal.peak_bytes, "the evaluation": row.rehearsal.evaluation_bytes}
+    found = [f"{what} takes {_size(size)}" for what, size in sizes.items() if size > machine.memory_bytes]
+    if row.fitting_test_samples is not None:
+        fits = f"--num_test_samples {row.fitting_test_samples} fits"
+        found.append(fits if row.fitting_test_samples else "no --num_test_samples fits")
+    return f" ({', '.join(found)})" if found else ""
+
+
+# --- measuring -----------------------------------------------------------------------------------------
+
+
+def measure_share(config: Config, manifest: Manifest, grid: Grid, ranks: GridComm, device: str) -> float:
+    """Return the seconds of a step of the busiest rank of a grid, without its collectives. Collective over ``ranks``.
+
+    The step is the real one, with as many examples as that rank has, and up to three chunks of samples; more go on in
+    a straight line.
+    """
+    chunk = 1 if config.chunk_size == "auto" else config.chunk_size
+    num_chunks = -(-len(grid.local_samples(config.num_samples)) // chunk)
+
+    def measure(num_samples: int) -> float:
+        fewer = copy.copy(config)
+        fewer.num_samples = num_samples
+        return _measure(fewer, manifest, ImaginedComm(grid, fewer, device), ranks)
+
+    if num_chunks <= 3:
+        return measure(config.num_samples)
+    two, three = (measure(n * chunk * grid.sample_size) for n in (2, 3))
+    return three + (num_chunks - 3) * max(three - two, 0.0)
+
+
+def try_grid(config: Config, manifest: Manifest, sample_size: int, ranks: GridComm) -> float:
+    """Return the seconds of a step on a grid of all ranks, collectives included. Collective over ``ranks``."""
+    with connect_grid(config, sample_size) as comm:
+        return _measure(config, manifest, comm, ranks)
+
+
+def _measure(
+    config: Config, manifest: Manifest, comm: GridComm, ranks: GridComm, limit: float = 1.0
+) -> float:
+    """Return the median seconds of a step with a rank's share, of the slowest rank. Collective over ``ranks``."""
+    with ranks.agree(f"computing on the grid {comm.grid}"):
+        step, arguments = share_of(config, manifest, comm)
+        step(*arguments)
+        first = _timed(step, arguments)
+    num_rounds = min(15, max(3, int(limit / max(ranks.gather_objects(first)))))
+    seconds = []
+    for _ in range(num_rounds):
+        ranks.barrier()
+        seconds.append(_timed(step, arguments))
+    return median(max(times) for times in zip(*ranks.gather_objects(seconds)))
+
+
+def _timed(step, arguments) -> float:
+    start = time.perf_counter()
+    step(*arguments)  # it looks at numbers of the device: nothing is left to wait for
+    return time.perf_counter() - start
+
+
+def resident_bytes() -> int:
+    """Return the memory of this process, when it has loaded what a first step loads. Local."""
+    posterior = MeanFieldGaussian(MLP((4,), 2, (4,)))
+    optimizer = torch.optim.Adam(posterior.parameters())
+    step = VariationalStep(
+        posterior, Categorical(2), optimizer, GridComm(Grid(1, 1, 0)), num_samples=1, num_train_examples=4
+    )
+    step(torch.zeros(4, 4), torch.zeros(4, dtype=torch.int64), 4)
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+# --- what a user calls ---------------------------------------------------------------------------------
+
+
+def plan_here(
+    config: Config,
+    num_ranks: int | None = None,
+    ranks_per_node: int | None = None,
+    *,
+    between: Network | None = None,
+    within: Network | None = None,
+    memory_bytes: float | None = None,
+    flops: float | None = None,
+) -> Plan:
+    """Return the plan for a number of ranks, measured with the ranks of this job. Collective over the world.
+
+    Parameters
+    ----------
+    config : Config
+        The run.
+    num_ranks : int, optional
+        Ranks to plan for; by default those of this job.
+    ranks_per_node : int, optional
+        By default those of this job on this node, where it has several ranks; otherwise as many as this machine has
+        GPUs, or cores.
+    between, within : Network, optional
+        Between nodes and within one. By default measured, where this job has several ranks; otherwise assumed.
+    memory_bytes : float, optional
+        What a rank may take; by default the memory of its GPU, or its part of the free memory of this node.
+    flops : float, optional
+        See `Machine`.
+    """
+    faults = [
+        Fault(flag, value, "must be at least 1", "Leave it out for the ranks of this job")
+        for flag, value in (("--ranks", num_ranks), ("--ranks_per_node", ranks_per_node))
+        if value is not None and value < 1
+    ]
+    faults += [
+        Fault(flag, value, "must be positive", "Leave it out")
+        for flag, value in (("--memory", memory_bytes), ("--flops", flops))
+        if value is not None and not value > 0
+    ]
+    if faults:
+        raise ConfigError(*faults)
+    check_all(config.check)
+    world_size = communication.world_size()
+    flag = "--ranks" if num_ranks else "number of ranks"
+    num_ranks = num_ranks or world_size
+    grids(num_ranks, config.num_samples, config.global_batch_size, flag)
+    ranks = communication.connect_for_files()  # stays, while grids come and go
+    manifest = read_or_prepare(config.data, ranks)
+    device, local_size = str(communication.choose_device(config.device, 0, torch.cuda.device_count())), 1
+    if world_size > 1:
+        with connect_grid(config, 1) as comm:
+            device, local_size = str(comm.device), comm.local_size
+            if between is None or within is None:
+                measured = measure_network(comm)
+                between, within = between or measured, within or measured
+    if ranks_per_node is None:
+        alike = torch.cuda.device_count() or len(os.sched_getaffinity(0))
+        ranks_per_node = local_size if world_size > 1 else min(num_ranks, alike)
+    if memory_bytes is None:
+        memory_bytes = min(ranks.gather_objects(_free_bytes(torch.device(device), ranks_per_node)))
+    machine = Machine(
+        num_ranks, ranks_per_node, between or ASSUMED_BETWEEN, within or ASSUMED_WITHIN, memory_bytes, flops
+    )
+    plan = make_plan(config, manifest, machine, ranks, device)
+    ranks.close()
+    return plan
+
+
+def _free_bytes(device: torch.device, num_sharing: int) -> float:
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[1])
+    return free_memory_bytes(is_shared=False) / num_sharing
+
+
+def describe(config: Config, plan: Plan) -> str:
+    """Return a plan as text."""
+    machine, best = plan.machine, plan.best.rehearsal
+    how = (
+        "measured here"
+        if machine.flops is None
+        else f"computing at {machine.flops:.3g} FLOP/s, noise and update left out"
+    )
+    networks = [f"{n.bandwidth / 1e9:.3g} GB/s and {1e6 * n.latency:.3g} µs {where}"
+                for n, where in ((machine.within, "within"), (machine.between, "between"))]  # fmt: skip
+    lines = [
+        f"{machine.num_ranks} ranks, {machine.ranks_per_node} per node; {config.num_samples} samples, "
+        f"{config.global_batch_size} examples per step; {how}; network {', '.join(networks)} nodes",
+        "",
+        "                                   memory of a rank",
+        "grid        samples x examples      step   evaluation   computing    reducing        step   epochs/hour",
+    ]
+    for row in plan.rows:
+        share = f"{row.rehearsal.local_samples} x {row.rehearsal.local_batch_size}"
+        mark = ("  <-- best" if row is plan.best else "") + ("" if row.fits else "  does not fit")
+        step, evaluation = row.rehearsal.peak_bytes, row.rehearsal.evaluation_bytes
+        lines.append(
+            f"{row!s:<12}{share:>18} {_size(step):>9} {_size(evaluation):>12} {_ms(row.compute_seconds):>11} "
+            f"{_ms(row.reduce_seconds):>11} {_ms(row.step_seconds):>11} {row.epochs_per_hour:>13.4g}{mark}"
+        )
+    parts = {
+        "parameters": best.parameter_bytes,
+        "gradients": best.gradient_bytes,
+        "weights and noise of a sample": best.sample_bytes,
+        "optimizer": best.optimizer_bytes,
+        "activations": best.activation_bytes,
+    }
+    lines += [
+        "",
+        f"Take --grid.sample_size {plan.best.sample_size}: {plan.why}.",
+        "Memory of a rank: " + ", ".join(f"{name} {_size(size)}" for name, size in parts.items())
+        + f" (at different moments; the peak of a step is {_size(best.peak_bytes)}); of an "
+        f"evaluation with {config.num_test_samples} samples, {_size(best.evaluation_bytes)}. Besides: {_size(plan.process_bytes)} of Python and "
+        f"libraries per rank on the host, {_size(plan.data_bytes)} of training examples per node.",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"

@@ -1,0 +1,469 @@
+"""One rank's share of a step and of an evaluation, rehearsed: its memory without the memory, its collectives without the ranks.
+
+The step is the real one. Its tensors are torch's fake tensors, which have shapes and no content, so that the share of a large
+network on 1,024 ranks is rehearsed on a laptop; a `GridComm` whose other ranks are imagined notes what would be sent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..comm import GridComm
+from ..comm.installed import first_line
+from ..comm.timing import Operation
+from ..config import Config, ModelConfig, PosteriorConfig
+from ..data import Manifest, ShardDataset
+from ..data.dataset import _Scale
+from ..errors import DataError
+from ..grid import Grid
+from ..likelihoods import Likelihood
+from ..likelihoods.mixtures import CHUNK_ELEMENTS
+from ..predictive.evaluation import _member_outputs, block_size, score_dataset
+from ..run.experiment import Experiment
+from ..run.plotted_examples import shown_examples
+from ..training.optim import optimizer_maker
+from ..training.step import VariationalStep
+
+
+@dataclass(frozen=True)
+class Collective:
+    """What a rank takes part in at every step."""
+
+    operation: Operation
+    axis: str
+    num_bytes: float
+    """Of the whole buffer."""
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What a step takes on one rank, the busiest."""
+
+    local_samples: int
+    local_batch_size: int
+    parameter_bytes: int
+    """Parameters that are trained."""
+    gradient_bytes: int
+    """Their gradients, and what travels with them."""
+    sample_bytes: int
+    """Weights, noise and scales of the sample at hand, buffers of the module."""
+    optimizer_bytes: int
+    """State of the optimizer, and what its update takes besides."""
+    activation_bytes: int
+    """Batch, activations of a chunk of samples, gradients of its weights: the peak above the rest."""
+    peak_bytes: int
+    """All of it at its peak in a step."""
+    resident_bytes: int
+    """What stays between steps, and during an evaluation: parameters, gradients, the sample, state of the optimizer."""
+    forward_bytes: int
+    """Of an evaluation: outputs and activations of a block of examples, with one sample."""
+    evaluation_bytes: int
+    """All of it at its peak in an evaluation with ``num_test_samples``."""
+    flops: float
+    """Of all samples of this rank: products of matrices and convolutions, forward and backward (FLOP)."""
+    collectives: tuple[Collective, ...]
+
+    @property
+    def needed_bytes(self) -> int:
+        """Peak of a run: of a step, or of an evaluation."""
+        return max(self.peak_bytes, self.evaluation_bytes)
+
+
+class ImaginedComm(GridComm):
+    """The place of rank 0 in a grid whose other ranks are not there: what is sent is noted, and goes nowhere.
+
+    Sums are what this rank has, gathered tensors its own again and again. Local.
+
+    Parameters
+    ----------
+    num_gathered : int, optional
+        Rows of gathered tensors, where other ranks have fewer than this one; by default as many of each.
+    """
+
+    library = "imagined"
+
+    def __init__(
+        self,
+        grid: Grid,
+        config: Config,
+        device: torch.device | str = "cpu",
+        num_gathered: int | None = None,
+    ):
+        super().__init__(grid, device, config.grid.reduction, config.grid.compression)
+        self.num_gathered = num_gathered
+        self.collectives: list[Collective] = []
+
+    def sum_(self, tensors, axis="world", *, compressed=False) -> None:
+        tensors = [tensors] if isinstance(tensors, torch.Tensor) else tensors
+        for route in self._routes[axis]:
+            for tensor in tensors:
+                self._note("all-reduce", route, tensor, compressed)
+
+    def start_sum_(self, flat, axis="world") -> Callable[[], None]:
+        self._note("all-reduce", axis, flat)
+        return lambda: None
+
+    def max_(self, tensors, axis="world") -> None:
+        self.sum_(tensors, axis)
+
+    def reduce_scatter_(self, flat, axis, *, compressed=False) -> torch.Tensor:
+        self._note("reduce-scatter", axis, flat, compressed)
+        shares, index = self._shares(len(flat), axis)
+        return flat.detach()[shares[index].start : shares[index].stop]
+
+    def gather_shares_(self, flat, axis, *, compressed=False) -> None:
+        self._note("all-gather", axis, flat, compressed)
+
+    def gather(self, tensor, axis) -> torch.Tensor:
+        if not self._routes[axis]:
+            return tensor
+        num_rows = self.num_gathered or self._extents[axis] * len(tensor)
+        rows = torch.arange(num_rows, device=tensor.device) % max(len(tensor), 1)
+        gathered = tensor.detach()[rows]
+        self._note("all-gather", axis, gathered)
+        return gathered
+
+    def broadcast_(self, tensors, root=0, axis="world") -> None:
+        pass  # at the start only
+
+    def _note(self, operation: Operation, axis: str, tensor: torch.Tensor, compressed: bool = False) -> None:
+        if self._extents[axis] > 1 and tensor.numel():
+            is_half = compressed and self.compression != "none"
+            num_bytes = tensor.numel() * (2 if is_half else tensor.element_size())
+            self.collectives.append(Collective(operation, axis, num_bytes))
+
+
+class LiveMemory(TorchDispatchMode):
+    """Counts the bytes of the tensors that are alive, and their peak, real or fake.
+
+    Attributes
+    ----------
+    live_bytes, peak_bytes : int
+        After the last operation; most so far. What an operation takes inside itself is not seen.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak_bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_iter(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self._storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+        return result
+
+    @property
+    def live_bytes(self) -> int:
+        self._storages = {key: held for key, held in self._storages.items() if not held[0].expired()}
+        return sum(num_bytes for _, num_bytes in self._storages.values())
+
+
+def share_of(config: Config, manifest: Manifest, comm: GridComm) -> tuple[VariationalStep, tuple]:
+    """Return the step of a rank of a grid, and the arguments of a call: a batch of nothing in particular. Local.
+
+    A ``chunk_size`` that is measured on GPUs at the first step counts as 1.
+    """
+    if config.chunk_size == "auto":
+        config = replace(config, chunk_size=1)
+    experiment = Experiment(config, comm, manifest)
+    num_examples = manifest.num_examples(config.data.train_split)
+    batch = min(config.global_batch_size, num_examples)
+    step, _ = experiment.build_step(num_examples, num_batches=-(-num_examples // batch))
+    part = comm.grid.local_examples(batch)
+    shapes = {name: (part.stop - part.start, *spec.shape) for name, spec in manifest.arrays.items()}
+    x = torch.randn(shapes["x"], dtype=experiment.dtype, device=comm.device)
+    if manifest.num_classes is None:
+        y = torch.randn(shapes["y"], dtype=experiment.dtype, device=comm.device)
+    else:
+        y = torch.randint(0, manifest.num_classes, shapes["y"], device=comm.device)
+    return step, (x, y, batch)
+
+
+def rehearse(config: Config, manifest: Manifest, grid: Grid, *, is_on_gpu: bool = False) -> Rehearsal:
+    """Return what a step takes on a rank of a grid. Local, and without that memory.
+
+    Raises
+    ------
+    DataError
+        The network cannot be rehearsed, because what it does depends on numbers (it asks a tensor for its content).
+    """
+    comm = ImaginedComm(grid, config)
+    with _default_dtype(config), FakeTensorMode(), LiveMemory() as memory:
+        step, arguments = share_of(config, manifest, comm)
+        posterior = step.posterior
+        step._is_prepared = step._has_tried_batch = True  # what is prepared asks for numbers
+        posterior.network.looks = False
+        step._has_said_passes = True
+        begun = memory.live_bytes
+        memory.peak_bytes = 0
+        batch_bytes = sum(a.numel() * a.element_size() for a in arguments[:2])
+        with _rehearsing(config), FlopCounterMode(display=False) as flops:
+            step.accumulate_gradient_(*arguments)
+            posterior.attach_gradients_()
+        posterior.add_kl_gradient_(1.0)
+        if config.optimizer.max_gradient_norm is not None:
+            step.optimizer.clip_(config.optimizer.max_gradient_norm)
+        peak = memory.peak_bytes
+        if config.optimizer.sharded:
+            comm.gather_shares_(posterior.flat, "sample")  # of the update
+        with _rehearsing(config):
+            forward = _forward_bytes(config, manifest, step, memory)
+        updated = [p.numel() for g in step.optimizer.optimizer.param_groups for p in g["params"]]
+        item_bytes = posterior.flat.element_size()
+    state, besides = optimizer_bytes(config, num_tensors=min(len(updated), 2))
+    at_once = sum(updated) if is_on_gpu else max(updated)  # torch updates tensors together on GPUs only
+    state, besides = int(state * sum(updated) * item_bytes), int(besides * at_once * item_bytes)
+    parameters, gradients = (t.numel() * item_bytes for t in (posterior.flat, posterior.reduced))
+    resident = begun - batch_bytes + state
+    evaluation = evaluation_bytes(config, manifest, grid, resident, forward, is_on_gpu=is_on_gpu)
+    return Rehearsal(
+        local_samples=len(grid.local_samples(config.num_samples)),
+        local_batch_size=len(arguments[0]),
+        parameter_bytes=parameters,
+        gradient_bytes=gradients,
+        sample_bytes=begun - batch_bytes - parameters - gradients,
+        optimizer_bytes=state + besides,
+        activation_bytes=batch_bytes + max(0, peak - begun),
+        peak_bytes=max(peak + state, begun + state + besides),
+        resident_bytes=resident,
+        forward_bytes=forward,
+        evaluation_bytes=evaluation,
+        flops=float(flops.get_total_flops()),
+        collectives=tuple(comm.collectives),
+    )
+
+
+@contextlib.contextmanager
+def _rehearsing(config: Config) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise DataError(f"{config.model.name} cannot be rehearsed: {first_line(error)}") from error
+
+
+# --- an evaluation --------------------------------------------------------------------------------------
+
+
+class ImaginedDataset(ShardDataset):
+    """Examples of zeros in the shapes of a manifest. Local.
+
+    Parameters
+    ----------
+    manifest : Manifest
+        Of the data.
+    dtype : torch.dtype
+        Of the inputs.
+    num_examples : int
+        Their number.
+    likelihood : Likelihood
+        For which targets may be normalised.
+    """
+
+    def __init__(self, manifest: Manifest, dtype: torch.dtype, num_examples: int, likelihood: Likelihood):
+        self.manifest, self.dtype, self.device = manifest, dtype, torch.device("cpu")
+        self._num_examples = num_examples
+        has_scale = likelihood.is_equivariant and "y" in manifest.statistics
+        self._y_scale = _Scale(manifest, "y", self.device, dtype) if has_scale else None
+
+    def __len__(self) -> int:
+        return self._num_examples
+
+    def fetch(self, indices):
+        shapes = {name: (len(indices), *spec.shape) for name, spec in self.manifest.arrays.items()}
+        kind = self.dtype if self.manifest.num_classes is None else torch.int64
+        return torch.zeros(shapes["x"], dtype=self.dtype), torch.zeros(shapes["y"], dtype=kind)
+
+
+class Outputs(nn.Module):
+    """A network of one weight that takes no memory: its outputs differ by place and sample.
+
+    Attributes
+    ----------
+    look : callable
+        Called at each forward pass.
+    """
+
+    def __init__(self, in_shape, num_outputs: int, places=()):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+        self.form = (num_outputs, *places)
+        self.look = lambda: None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.look()
+        pattern = torch.linspace(-1, 1, math.prod(self.form), dtype=x.dtype).view(self.form)
+        return (self.scale * pattern).expand(len(x), *self.form)
+
+
+def evaluation_bytes(
+    config: Config,
+    manifest: Manifest,
+    grid: Grid,
+    resident: float,
+    forward: float,
+    *,
+    is_on_gpu: bool = False,
+) -> int:
+    """Return the memory of a rank, the busiest, at the peak of an evaluation. Local, and without that memory.
+
+    The real evaluation runs on real numbers, by which some of its loops end: with all samples, but on few examples and
+    places, and without the network. What it takes grows with them in a straight line.
+
+    Parameters
+    ----------
+    resident, forward : float
+        See `Rehearsal` (bytes).
+    is_on_gpu : bool
+        Whether scores are computed in the chunks of a GPU.
+    """
+    num_samples = config.num_test_samples
+    shape = manifest.arrays["y"].shape
+    num_channels, places = math.prod(shape[:1]), shape[1:]
+    # Some thousand numbers
+    wanted = max(2**13 // (num_samples * num_channels), 1)
+    extent = max(2, math.ceil(wanted ** (1 / max(len(places), 1))))
+    few_places = tuple(min(place, extent) for place in places)
+    config, small = _in_small(config, manifest, few_places)
+    comm = ImaginedComm(grid, config, num_gathered=num_samples)
+    with _default_dtype(config):
+        experiment = Experiment(config, comm, small)
+    likelihood = experiment.likelihood
+    block, mine = _block(config, manifest, grid, likelihood)
+    scorers = min(grid.sample_size, 8)  # they share the scores of a block; of more, each has little
+    few = min(block, scorers * max(1, wanted // (scorers * math.prod(few_places))))
+    factor = block * math.prod(places) / (few * math.prod(few_places))
+    # As small a part of the targets as in full size, but not more chunks than can be waited for
+    least = num_samples * num_channels * few * math.prod(few_places) / 16
+    chunk = math.ceil(max(CHUNK_ELEMENTS["cuda" if is_on_gpu else "cpu"] / factor, least))
+    before, held = [0], []
+
+    def try_(num_examples: int) -> tuple[int, int]:
+        """Return the bytes at the peak, and at the end."""
+        dataset = ImaginedDataset(small, experiment.dtype, num_examples * grid.data_size, likelihood)
+        shown = shown_examples(likelihood, comm, dataset)
+        with LiveMemory() as memory, mock.patch.dict(CHUNK_ELEMENTS, cpu=chunk):
+            network = next(m for m in experiment.posterior.module.modules() if isinstance(m, Outputs))
+            network.look = lambda: before.append(memory.live_bytes)
+            scores = score_dataset(
+                experiment.posterior, likelihood, comm, dataset, num_samples=num_samples, see=shown.see
+            )
+            held[:] = shown, scores
+            return memory.peak_bytes, memory.live_bytes
+
+    (fixed, empty), (peak, kept) = try_(0), try_(few)
+    inputs = block * math.prod(manifest.arrays["x"].shape) * experiment.dtype.itemsize
+    above = max(factor * (peak - fixed), factor * (max(before) - fixed) + forward)
+    of_former_blocks = (kept - empty) * (mine - block) / few
+    return int(resident + inputs + above + of_former_blocks)
+
+
+def fitting_test_samples(
+    config: Config,
+    manifest: Manifest,
+    grid: Grid,
+    rehearsal: Rehearsal,
+    memory_bytes: float,
+    *,
+    is_on_gpu: bool = False,
+) -> int:
+    """Return the largest ``num_test_samples`` below that of a config whose evaluation fits, 0 if none does. Local."""
+    fits, fails = 0, config.num_test_samples
+    while fails - fits > 1:
+        middle = (fits + fails) // 2
+        fewer = replace(config, num_test_samples=middle)
+        resident, forward = rehearsal.resident_bytes, rehearsal.forward_bytes
+        needed = evaluation_bytes(fewer, manifest, grid, resident, forward, is_on_gpu=is_on_gpu)
+        fits, fails = (middle, fails) if needed <= memory_bytes else (fits, middle)
+    return fits
+
+
+def _block(config: Config, manifest: Manifest, grid: Grid, likelihood: Likelihood) -> tuple[int, int]:
+    """Return how many examples a rank evaluates at once, and in all. Local."""
+    data = config.data
+    num_examples = manifest.num_examples(
+        data.test_split if data.test_split in manifest.splits else data.train_split
+    )
+    mine = -(-num_examples // grid.data_size)
+    dataset = ImaginedDataset(manifest, _dtype(config), num_examples, likelihood)
+    return min(block_size(likelihood, dataset, config.num_test_samples, likelihood.has_mixture), mine), mine
+
+
+def _in_small(config: Config, manifest: Manifest, places: tuple[int, ...]) -> tuple[Config, Manifest]:
+    """Return a config and a manifest of the same likelihood, with few places of each target and without a network."""
+    arrays = {
+        "x": replace(manifest.arrays["x"], shape=(1,)),
+        "y": replace(manifest.arrays["y"], shape=(*manifest.arrays["y"].shape[:1], *places)),
+    }
+    weights = manifest.target_weights
+    if weights is not None:
+        weights = np.array(weights)
+        cut = [slice(place) for place in places][max(len(places) - weights.ndim, 0) :]
+        weights = weights[(..., *cut)].tolist()
+    small = replace(
+        config,
+        model=ModelConfig(f"{__name__}.Outputs"),
+        posterior=PosteriorConfig(init_std=0.1, deterministic=[]),
+    )
+    return small, replace(manifest, arrays=arrays, target_weights=weights)
+
+
+def _forward_bytes(config: Config, manifest: Manifest, step: VariationalStep, memory: LiveMemory) -> int:
+    """Return what an evaluation takes for the outputs of a sample for a block of examples. Local."""
+    block, _ = _block(config, manifest, step.comm.grid, step.likelihood)
+    x, _ = ImaginedDataset(manifest, _dtype(config), block, step.likelihood).fetch(range(block))
+    before, memory.peak_bytes = memory.live_bytes, 0
+    with torch.no_grad():
+        next(_member_outputs(step.posterior, step.comm, x, config.num_test_samples, config.seed, 1024))
+    return memory.peak_bytes - before
+
+
+def _dtype(config: Config) -> torch.dtype:
+    """Return the dtype of weights and inputs."""
+    return torch.float64 if config.dtype == "float64" else torch.float32
+
+
+@contextlib.contextmanager
+def _default_dtype(config: Config) -> Iterator[None]:
+    """Make networks in their dtype at once: fake ones cannot be converted."""
+    former = torch.get_default_dtype()
+    torch.set_default_dtype(_dtype(config))
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(former)
+
+
+def optimizer_bytes(config: Config, num_tensors: int) -> tuple[float, float]:
+    """Return what an optimizer keeps, and what its update takes besides, as multiples of what it updates at once. Local.
+
+    Tried on tensors of its own: two where there are several, because one may still hold what the next one takes anew.
+    """
+    with LiveMemory() as memory:
+        parameters = [nn.Parameter(torch.zeros(256, 256)) for _ in range(num_tensors)]
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        begun = memory.live_bytes
+        optimizer = optimizer_maker(config.optimizer)(parameters)
+        for _ in range(2):
+            memory.peak_bytes = 0
+            optimizer.step()
+        kept, peak = memory.live_bytes, memory.peak_bytes
+    unit = parameter.numel() * parameter.element_size()
+    return (kept - begun) / (num_tensors * unit), (peak - kept) / unit

@@ -1,0 +1,592 @@
+"""The predictive of the whole ensemble, and its metrics."""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..comm import GridComm
+from ..data import ShardDataset
+from ..grid import share
+from ..likelihoods import Categorical, Likelihood
+from ..likelihoods.mixtures import Mixture
+from ..noise import Stream, keyed_generator
+from ..posteriors import Posterior
+from ..reductions import LogMeanExp, Moments
+from .metrics import (
+    Accuracy,
+    BrierScore,
+    ChannelMean,
+    ExpectedCalibrationError,
+    Metric,
+    NegativeLogLikelihood,
+    PitHistogram,
+    adaptive_calibration_error,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class _Rows:
+    """A dataclass of tensors with a row for each example."""
+
+    def rows(self, start: int, stop: int):
+        """Return the predictive of some examples."""
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        cut = {name: part[start:stop] for name, part in parts.items() if isinstance(part, Tensor)}
+        return replace(self, **cut)
+
+
+@dataclass(frozen=True)
+class ClassPredictive(_Rows):
+    """Predictive of some examples over all samples of the job; B examples, C classes."""
+
+    probabilities: Tensor
+    """[B, C] mean over samples of the class probabilities."""
+    std: Tensor
+    """[B, C] standard deviation over samples of the class probabilities."""
+    expected_entropy: Tensor
+    """[B] mean over samples of the entropy (nats): the aleatoric part."""
+    members: Tensor | None = None
+    """[B, K, C] class probabilities of each sample, where they were asked for."""
+
+    @property
+    def entropy(self) -> Tensor:
+        """[B] entropy of the mean probabilities (nats): the total uncertainty."""
+        return torch.special.entr(self.probabilities).sum(-1)
+
+    @property
+    def mutual_information(self) -> Tensor:
+        """[B] entropy less expected entropy (nats): the epistemic part (Houlsby et al., 2011)."""
+        return (self.entropy - self.expected_entropy).clamp_min(0)
+
+
+@dataclass(frozen=True)
+class ValuePredictive(_Rows):
+    """Predictive of numbers over all samples of the job; B examples, targets [T, ...].
+
+    The total variance is the mean over samples of the likelihood's variance (aleatoric) and the variance over
+    samples of its mean (epistemic): the law of total variance.
+    """
+
+    mean: Tensor
+    """[B, T, ...] mean (units of y)."""
+    aleatoric_variance: Tensor
+    """[B, T, ...] mean over samples of the variance that the likelihood states."""
+    epistemic_variance: Tensor
+    """[B, T, ...] variance over samples of the mean that the likelihood states."""
+    log_prob: Tensor | None = None
+    """[B] log of the mean over samples of p(y | x, w_s) (nats), where y was given and has a density."""
+    mixture: Mixture | None = None
+    """The samples' distributions of each target, where they were asked for and the likelihood has them."""
+    members: Tensor | None = None
+    """[B, K, T, ...] mean of each sample, where they were asked for."""
+
+    def rows(self, start: int, stop: int) -> ValuePredictive:
+        mixture = self.mixture and self.mixture.rows(start, stop)
+        return replace(super().rows(start, stop), mixture=mixture)
+
+    @property
+    def variance(self) -> Tensor:
+        """[B, T, ...] total variance."""
+        return self.aleatoric_variance + self.epistemic_variance
+
+    def in_units(self, mean: Tensor, std: Tensor) -> ValuePredictive:
+        """Return the predictive of ``std * y + mean`` from that of y; they broadcast to [B, T, ...]."""
+        log_prob = self.log_prob
+        if log_prob is not None:
+            log_prob = log_prob - std.to(log_prob).expand(self.mean[:1].shape).log().sum()
+        square = std.square()
+        return ValuePredictive(
+            self.mean * std + mean,
+            self.aleatoric_variance * square,
+            self.epistemic_variance * square,
+            log_prob,
+            self.mixture and self.mixture.in_units(mean, std),
+            None if self.members is None else self.members * std[:, None] + mean[:, None],
+        )
+
+
+Predictive = ClassPredictive | ValuePredictive
+
+BLOCK_BYTES = 128 * 2**20
+"""Bytes of inputs, and of outputs of all samples, that a rank takes up at once."""
+
+
+def _member_outputs(
+    posterior: Posterior, comm: GridComm, x: Tensor, num_samples: int, seed: int, batch_size: int
+) -> Iterator[tuple[range, Tensor]]:
+    """Yield (samples, outputs [c, B, ...] in float64) for the samples of this rank, one by one. Local.
+
+    A rank without samples (fewer than ranks of the sample axis) yields once, with c = 0: it learns the shape.
+    """
+
+    def keyed(sample: int) -> torch.Generator:
+        return keyed_generator(seed, Stream.PREDICTION, 0, sample, x.device)
+
+    posterior.check_num_samples(num_samples)
+    mine = comm.grid.local_samples(num_samples)
+    with posterior.evaluating():
+        if posterior.network.needs_look() and len(x):
+            some = range(2) if posterior.is_replicated else mine[:1]
+            look = posterior.network.look(x[:batch_size], lambda sample: posterior.draw_(sample, keyed), some)
+            look.say(logger, comm.grid)
+        for sample in mine or range(1):
+            posterior.draw_(sample, keyed)
+            outputs = torch.cat([posterior.network(part).double() for part in x.split(batch_size)])
+            samples = range(sample, sample + min(len(mine), 1))
+            yield samples, outputs[None][: len(samples)]
+
+
+@torch.no_grad()
+def predict_classes(
+    posterior: Posterior,
+    likelihood: Categorical,
+    comm: GridComm,
+    x: Tensor,
+    *,
+    num_samples: int,
+    seed: int = 0,
+    batch_size: int = 1024,
+    keep_members: bool = False,
+) -> ClassPredictive:
+    """Return the predictive of this rank's examples over the samples of all ranks of its sample group.
+
+    Collective over ``sample_comm``: one sum of [B, 2 C + 1]; a gather of [K, B, C] to keep the members.
+
+    Parameters
+    ----------
+    x : Tensor
+        [B, ...] inputs; the same on all ranks of a sample group.
+    num_samples : int
+        Samples in the whole job, any number; the same samples on every grid.
+    seed : int
+        Key of the samples.
+    batch_size : int
+        Examples per forward pass on this rank.
+    keep_members : bool
+        Whether the probabilities of each sample are kept as well.
+    """
+    num_classes = likelihood.num_classes
+    # p, p^2, entropy; in float64, because the variance is a small difference
+    sums = torch.zeros(len(x), 2 * num_classes + 1, dtype=torch.float64, device=x.device)
+    kept = []
+    for _, outputs in _member_outputs(posterior, comm, x, num_samples, seed, batch_size):
+        p = likelihood.probabilities(outputs.flatten(0, 1)).unflatten(0, outputs.shape[:2])
+        parts = torch.cat([p, p.square(), torch.special.entr(p).sum(-1, keepdim=True)], dim=-1)
+        sums += parts.sum(0)
+        kept += [p] if keep_members else []
+    comm.sum_(sums, "sample")
+    mean, square, entropy = (sums / num_samples).split([num_classes, num_classes, 1], dim=-1)
+    members = comm.gather(torch.cat(kept), "sample").movedim(0, 1) if keep_members else None
+    return ClassPredictive(mean, (square - mean.square()).clamp_min(0).sqrt(), entropy.squeeze(-1), members)
+
+
+@torch.no_grad()
+def predict_values(
+    posterior: Posterior,
+    likelihood: Likelihood,
+    comm: GridComm,
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    num_samples: int,
+    seed: int = 0,
+    batch_size: int = 1024,
+    keep_members: bool = False,
+) -> ValuePredictive:
+    """Return the predictive of this rank's examples over the samples of all ranks of its sample group.
+
+    Collective over ``sample_comm``: two sums, of 2 and 1 numbers per target; with targets y a maximum and a sum of
+    B numbers more; a gather of the outputs of all samples to keep the members.
+
+    Parameters
+    ----------
+    x, y : Tensor
+        [B, ...] inputs, and targets where their log-density is wanted; the same on all ranks of a sample group.
+    num_samples, seed, batch_size
+        As for `predict_classes`.
+    keep_members : bool
+        Whether the distribution of each sample is kept as well: for quantiles, PIT and CRPS.
+    """
+    moments, density = Moments(num_samples), LogMeanExp(num_samples)
+    has_density = y is not None and likelihood.has_density
+    kept = []
+    for samples, members in _member_outputs(posterior, comm, x, num_samples, seed, batch_size):
+        form, outputs = (len(samples), len(x)), members.flatten(0, 1)
+        mean_and_variance = torch.stack([likelihood.mean(outputs), likelihood.variance(outputs)], dim=1)
+        moments.add(mean_and_variance.unflatten(0, form))
+        if has_density:
+            targets = y.expand(len(samples), *y.shape).flatten(0, 1)
+            density.add(likelihood.log_prob(outputs, targets).unflatten(0, form))
+        kept += [members] if keep_members else []
+    moments.exchange(comm)
+    if has_density:
+        density.exchange(comm)
+    predictive = ValuePredictive(
+        moments.mean, moments.aleatoric, moments.epistemic, density.log_mean if has_density else None
+    )
+    if not keep_members:
+        return predictive
+    outputs = comm.gather(torch.cat(kept), "sample")  # [K, B, ...]
+    means = likelihood.mean(outputs.flatten(0, 1)).unflatten(0, outputs.shape[:2])
+    return replace(predictive, mixture=likelihood.mixture(outputs), members=means.movedim(0, 1))
+
+
+def block_size(likelihood: Likelihood, dataset: ShardDataset, num_samples: int, keep_members: bool) -> int:
+    """Return how many examples of a data set a rank takes up at once. Local."""
+    num_bytes = math.prod(dataset.in_shape) * dataset.dtype.itemsize
+    if keep_members:
+        places = math.prod(dataset.manifest.arrays["y"].shape[1:])
+        num_bytes = max(num_bytes, 8 * num_samples * likelihood.num_outputs * places)
+    return max(1, BLOCK_BYTES // num_bytes)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some examples of a data set, and what the job says about them; numbers in units of y."""
+
+    examples: Tensor
+    """[B] their global indices."""
+    predictive: Predictive
+    y: Tensor | None
+    """[B, ...] their targets, where they were asked for."""
+
+
+def predict_dataset(
+    posterior: Posterior,
+    likelihood: Likelihood,
+    comm: GridComm,
+    dataset: ShardDataset,
+    *,
+    num_samples: int,
+    seed: int = 0,
+    keep_members: bool = False,
+    with_targets: bool = True,
+) -> Iterator[Block]:
+    """Yield the predictive of a data set in blocks of bounded size: each data group its part of the examples.
+
+    Collective over ``sample_comm``; data groups may have different numbers of blocks. Each block is one pass over the
+    samples.
+    """
+    is_class = likelihood.num_classes is not None
+    part = torch.arange(len(dataset))[comm.grid.local_examples(len(dataset))]
+    size = block_size(likelihood, dataset, num_samples, keep_members)
+    options = {"num_samples": num_samples, "seed": seed, "keep_members": keep_members}
+    for examples in part.split(size) if len(part) else ():
+        x, y = dataset.fetch(examples)
+        y = y if with_targets else None
+        if is_class:
+            yield Block(examples, predict_classes(posterior, likelihood, comm, x, **options), y)
+            continue
+        predictive = predict_values(posterior, likelihood, comm, x, y, **options)
+        if dataset.target_scale:
+            predictive = predictive.in_units(*dataset.target_scale)
+        if with_targets:
+            y = likelihood.targets(dataset.in_units(y), predictive.mean)
+        yield Block(examples, predictive, y)
+
+
+# --- evaluation ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a data set says about a posterior; the same on all ranks."""
+
+    metrics: dict[str, float]
+    """Of the whole data set, in units of y."""
+    curves: dict[str, Any]
+    """What a picture needs: for classes "reliability"; for numbers "pit", and "channels" with their metrics."""
+    uncertainties: dict[str, Tensor]
+    """[N] uncertainties of each example, in the order of the data set: see `uncertainties_of`."""
+
+
+def evaluate_dataset(
+    posterior: Posterior,
+    likelihood: Likelihood,
+    comm: GridComm,
+    dataset: ShardDataset,
+    *,
+    num_samples: int,
+    seed: int = 0,
+    see: Callable[[Tensor, Predictive, Tensor], None] | None = None,
+) -> Evaluation:
+    """Evaluate a data set: each data group its part of the examples, each sample group all samples.
+
+    Collective over the world. Examples are read in blocks of bounded size; every block is one pass over the samples.
+    The ranks of a sample group share the work on its scores; sums and counts are then summed over the world, never
+    means.
+
+    Parameters
+    ----------
+    dataset : ShardDataset
+        What is evaluated.
+    num_samples, seed
+        As for `predict_classes`.
+    see : callable, optional
+        Called with the global indices [B], the predictive, and the targets of every block of this rank; numbers in
+        units of y.
+    """
+    scores = score_dataset(posterior, likelihood, comm, dataset, num_samples=num_samples, seed=seed, see=see)
+    scores.combine(comm)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a rank without examples has no update of its own
+        return Evaluation(scores.compute(), scores.curves(), scores.uncertainties)
+
+
+def score_dataset(
+    posterior: Posterior,
+    likelihood: Likelihood,
+    comm: GridComm,
+    dataset: ShardDataset,
+    *,
+    num_samples: int,
+    seed: int = 0,
+    see: Callable[[Tensor, Predictive, Tensor], None] | None = None,
+) -> _Scores:
+    """Return what this rank says about its share of a data set; as `evaluate_dataset`, before ranks combine it.
+
+    Collective over ``sample_comm``.
+    """
+    is_class = likelihood.num_classes is not None
+    scores = (_ClassScores if is_class else _ValueScores)(likelihood, dataset, num_samples)
+    blocks = predict_dataset(
+        posterior,
+        likelihood,
+        comm,
+        dataset,
+        num_samples=num_samples,
+        seed=seed,
+        keep_members=likelihood.has_mixture,
+    )
+    for block in blocks:
+        mine = share(len(block.examples), comm.grid.sample_size, comm.grid.sample_index)
+        if mine:
+            start, stop = mine.start, mine.stop
+            scores.see(block.examples[start:stop], block.predictive.rows(start, stop), block.y[start:stop])
+        if see:
+            see(block.examples, block.predictive, block.y)
+    return scores
+
+
+def uncertainties_of(predictive: Predictive, unit: Tensor | None = None) -> dict[str, Tensor]:
+    """Return scalar uncertainties [B] of examples: the larger, the less the job knows. Local.
+
+    Parameters
+    ----------
+    predictive : ClassPredictive or ValuePredictive
+        For classes entropy and mutual information (nats); for numbers the means over targets of the total and the
+        epistemic standard deviation.
+    unit : Tensor, optional
+        By which standard deviations are divided first, so that targets of different units can be averaged.
+    """
+    if isinstance(predictive, ClassPredictive):
+        return {"entropy": predictive.entropy, "mutual_information": predictive.mutual_information}
+    unit = 1.0 if unit is None else unit
+    parts = {"std": predictive.variance, "epistemic_std": predictive.epistemic_variance}
+    return {name: (variance.sqrt() / unit).flatten(1).mean(1) for name, variance in parts.items()}
+
+
+def uncertainties_of_dataset(
+    posterior: Posterior,
+    likelihood: Likelihood,
+    comm: GridComm,
+    dataset: ShardDataset,
+    *,
+    num_samples: int,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Return `uncertainties_of` all examples of a data set, [N]; its targets are not looked at. Collective over the world."""
+    columns = _Columns()
+    unit = dataset.target_scale and dataset.target_scale[1]
+    for block in predict_dataset(
+        posterior, likelihood, comm, dataset, num_samples=num_samples, seed=seed, with_targets=False
+    ):
+        if comm.grid.sample_index == 0:
+            columns.see(block.examples, uncertainties_of(block.predictive, unit))
+    return columns.gather(comm, UNCERTAINTIES[likelihood.num_classes is not None])
+
+
+def out_of_distribution_auroc(inside: dict[str, Tensor], outside: dict[str, Tensor]) -> dict[str, float]:
+    """Return how well each uncertainty tells foreign examples from those of the data, as an AUROC. Local.
+
+    0.5: not at all; 1: every foreign example is less certain than every one of the data.
+    """
+    found = {}
+    for name, values in inside.items():
+        # The share of pairs in which the foreign example is the less certain one, ties by half (Mann and Whitney, 1947)
+        ordered, foreign = values.sort().values, outside[name]
+        below, up_to = (torch.searchsorted(ordered, foreign, right=right) for right in (False, True))
+        found[f"ood_auroc/{name}"] = (below + up_to).double().mean().item() / (2 * len(ordered))
+    return found
+
+
+def metrics_to_minimise(likelihood: Likelihood) -> tuple[str, ...]:
+    """Return the metrics by which one checkpoint is better than another, less is better. Local."""
+    if likelihood.num_classes is not None:
+        return ("nll", "brier", "ece", "adaptive_ece")
+    density = ("nll",) if likelihood.has_density else ()
+    return (
+        *density,
+        "rmse",
+        "mae",
+        *(("crps", "fair_crps", "calibration_error") if likelihood.has_mixture else ()),
+    )
+
+
+UNCERTAINTIES = {True: ("entropy", "mutual_information"), False: ("std", "epistemic_std")}
+"""Names of what `uncertainties_of` returns, for classes and for numbers."""
+
+INTERVALS = (0.5, 0.9, 0.95)
+"""Central intervals of which coverage and width are measured."""
+
+
+class _Columns:
+    """Numbers of every example of the job."""
+
+    def __init__(self):
+        self._seen: list[Tensor] = []
+
+    def see(self, examples: Tensor, columns: dict[str, Tensor]) -> None:
+        """Take in columns [B] of examples that no other rank takes in. Local."""
+        parts = [examples.to(next(iter(columns.values())).device), *columns.values()]
+        self._seen.append(torch.stack([part.double() for part in parts], dim=1).cpu())
+
+    def gather(self, comm: GridComm, names: tuple[str, ...]) -> dict[str, Tensor]:
+        """Return the columns [N] of all examples, in their order, on the CPU. Collective over the world."""
+        mine = torch.cat([torch.zeros(0, 1 + len(names), dtype=torch.float64), *self._seen])
+        for axis in ("sample", "data"):
+            mine = comm.gather(mine.to(comm.device), axis)
+        mine = mine.cpu()
+        ordered = mine[mine[:, 0].argsort()]
+        return dict(zip(names, ordered[:, 1:].unbind(1)))
+
+
+class _Scores:
+    """Metrics of a data set in the making."""
+
+    columns: tuple[str, ...]
+
+    def __init__(self, likelihood: Likelihood, dataset: ShardDataset, num_samples: int):
+        self.metrics: dict[str, Metric] = {}
+        self._columns = _Columns()
+
+    def _add(self, device: torch.device, **metrics: Metric) -> None:
+        self.metrics |= {name: metric.to(device) for name, metric in metrics.items()}
+
+    def see(self, examples: Tensor, predictive: Predictive, y: Tensor) -> None:
+        """Take in examples that no other rank takes in. Local."""
+        raise NotImplementedError
+
+    def combine(self, comm: GridComm) -> None:
+        """Sum the states of the metrics, gather the columns. Collective over the world."""
+        comm.sum_([state for metric in self.metrics.values() for state in metric.states.values()])
+        self.gathered = self._columns.gather(comm, self.columns)
+
+    def compute(self) -> dict[str, float]:
+        return {name: metric.compute().item() for name, metric in self.metrics.items()}
+
+    def curves(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    @property
+    def uncertainties(self) -> dict[str, Tensor]:
+        return {name: self.gathered[name] for name in self.columns if name in sum(UNCERTAINTIES.values(), ())}
+
+
+class _ClassScores(_Scores):
+    columns = (*UNCERTAINTIES[True], "confidence", "correct")
+
+    def __init__(self, likelihood: Likelihood, dataset: ShardDataset, num_samples: int):
+        super().__init__(likelihood, dataset, num_samples)
+        self._add(
+            dataset.device,
+            accuracy=Accuracy(),
+            nll=NegativeLogLikelihood(),
+            brier=BrierScore(),
+            ece=ExpectedCalibrationError(),
+        )
+
+    def see(self, examples: Tensor, predictive: ClassPredictive, y: Tensor) -> None:
+        for metric in self.metrics.values():
+            metric.update(predictive.probabilities, y)
+        confidence, said = predictive.probabilities.max(1)
+        columns = {"confidence": confidence, "correct": said == y}
+        self._columns.see(examples, uncertainties_of(predictive) | columns)
+
+    def compute(self) -> dict[str, float]:
+        adaptive = adaptive_calibration_error(self.gathered["confidence"], self.gathered["correct"])
+        return super().compute() | {"adaptive_ece": adaptive}
+
+    def curves(self) -> dict[str, Any]:
+        return {"reliability": self.metrics["ece"].curve()}
+
+
+class _ValueScores(_Scores):
+    columns = UNCERTAINTIES[False]
+
+    def __init__(self, likelihood: Likelihood, dataset: ShardDataset, num_samples: int):
+        super().__init__(likelihood, dataset, num_samples)
+        self._unit = dataset.target_scale and dataset.target_scale[1]
+        self._names = dataset.manifest.arrays["y"].channels
+        self._num_samples = num_samples
+        weights = dataset.manifest.target_weights
+        weights = None if weights is None else torch.tensor(weights, dtype=torch.float64)
+        count = likelihood.num_targets
+        means = {name: ChannelMean(count, weights) for name in ("mae", "crps", "fair_crps")}
+        roots = {name: ChannelMean(count, weights, is_root=True) for name in ("rmse", "spread")}
+        widths = {_percent("width", level): ChannelMean(count, weights) for level in INTERVALS}
+        nll = {"nll": NegativeLogLikelihood()} if likelihood.has_density else {}
+        self._add(dataset.device, **roots, **means, **nll, **widths, pit=PitHistogram(weights))
+        self._has_mixture = likelihood.has_mixture
+
+    def see(self, examples: Tensor, predictive: ValuePredictive, y: Tensor) -> None:
+        metrics, mixture, y = self.metrics, predictive.mixture, y.double()
+        error = predictive.mean - y
+        metrics["rmse"].update(error.square())
+        metrics["mae"].update(error.abs())
+        # The variance that the squared error of the mean has if y is like one more sample (Fortin et al., 2014)
+        count = self._num_samples
+        factor = (count + 1) / (count - 1) if count > 1 else 0.0
+        metrics["spread"].update(predictive.aleatoric_variance + factor * predictive.epistemic_variance)
+        if predictive.log_prob is not None:
+            metrics["nll"].update(predictive.log_prob)
+        if mixture is not None:
+            for name, score in zip(("crps", "fair_crps"), mixture.crps(y)):
+                metrics[name].update(score)
+            metrics["pit"].update(*mixture.pit(y))
+            for level in INTERVALS:
+                low, high = (mixture.quantile(end) for end in ((1 - level) / 2, (1 + level) / 2))
+                metrics[_percent("width", level)].update(high - low)
+        self._columns.see(examples, uncertainties_of(predictive, self._unit))
+
+    def compute(self) -> dict[str, float]:
+        values = super().compute()
+        values["spread_skill"] = values.pop("spread") / values["rmse"] if values["rmse"] else math.nan
+        pit = self.metrics["pit"]
+        values["calibration_error"] = values.pop("pit")
+        values |= {_percent("coverage", level): pit.coverage(level) for level in INTERVALS}
+        return {name: value for name, value in values.items() if math.isfinite(value) or name == "nll"}
+
+    def curves(self) -> dict[str, Any]:
+        means = {
+            n: metric.by_channel() for n, metric in self.metrics.items() if isinstance(metric, ChannelMean)
+        }
+        spread = means.pop("spread")
+        means["spread_skill"] = [s / r if r else math.nan for s, r in zip(spread, means["rmse"])]
+        means = {n: values for n, values in means.items() if all(map(math.isfinite, values))}
+        names = list(self._names) or [str(number) for number in range(len(spread))]
+        pit = {"pit": self.metrics["pit"].curve()} if self._has_mixture else {}
+        return {**pit, "channels": {"name": names, **means}}
+
+
+def _percent(name: str, level: float) -> str:
+    return f"{name}_{100 * level:.0f}"

@@ -1,0 +1,323 @@
+"""What a config describes, without training it: data, network, likelihood, posterior."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import os
+import pickle
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..comm import GridComm, connect
+from ..config import Config, DataConfig
+from ..data import Manifest, ShardDataset
+from ..data.manifest import MANIFEST
+from ..errors import ConfigError, DataError, Fault, import_object
+from ..likelihoods import Likelihood, build_likelihood
+from ..objectives import build_objective
+from ..posteriors import Posterior, build_posterior
+from ..predictive.evaluation import Evaluation, evaluate_dataset, uncertainties_of_dataset
+from ..safe_files import write_atomically
+from ..training.optim import KlAnnealing, build_optimizer
+from ..training.step import VariationalStep
+from .checkpoint import CheckpointStore, restore_model
+from .plotted_examples import ShownClasses, ShownValues, shown_examples
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Tested:
+    """What a test has brought."""
+
+    evaluation: Evaluation
+    shown: ShownClasses | ShownValues
+    """Examples to look at, on their ranks."""
+
+
+class Experiment:
+    """A posterior over the weights of a network, its likelihood, and the data that it is for.
+
+    Collective over the world, in construction and in every method.
+
+    Parameters
+    ----------
+    config : Config
+        Approved by its `Config.check`.
+    comm : GridComm
+        The process grid.
+    manifest : Manifest
+        Of the data that the network is trained on: shapes, and the statistics by which everything is normalised.
+    """
+
+    def __init__(self, config: Config, comm: GridComm, manifest: Manifest):
+        self.config = config
+        self.comm = comm
+        self.manifest = manifest
+        self.is_writer = comm.grid.rank == 0
+        self.run_dir = Path(config.run_dir)
+        self.dtype = torch.float64 if config.dtype == "float64" else torch.float32
+        self.likelihood = self._build_likelihood()
+        self.posterior = self._build_posterior()
+        self.checkpoints = CheckpointStore(
+            self.run_dir / "checkpoints", config.checkpoint.keep_last, config.checkpoint.asynchronous
+        )
+
+    @classmethod
+    def of_run(cls, config: Config, comm: GridComm, which: str = "newest") -> Experiment:
+        """Return the experiment of a run, with the parameters of its newest or best checkpoint.
+
+        Raises
+        ------
+        DataError
+            There is no sound checkpoint, or no manifest of the data.
+        """
+        with comm.agree(f"reading {config.run_dir}"):
+            if not Path(config.run_dir, MANIFEST).exists():
+                raise DataError(f"{config.run_dir} holds no run ({MANIFEST} is missing). Train one there")
+            manifest = Manifest.read(config.run_dir)
+        experiment = cls(config, comm, manifest)
+        experiment.restore(which)
+        return experiment
+
+    def restore(self, which: str) -> None:
+        """Take over the parameters of the newest or the best checkpoint."""
+        state, store = None, self.checkpoints
+        with self.comm.agree(f"reading {store.directory}"):
+            if self.is_writer:
+                state = store.load_best() if which == "best" else store.load_newest()
+                if state is None:
+                    raise DataError(f"{store.directory} holds no sound checkpoint ({which})")
+                state = {"model": state["model"], "num_steps": state["num_steps"]}
+        state = self.comm.broadcast_tree(state)
+        with self.comm.agree("restoring the checkpoint"):
+            restore_model(state["model"], self.posterior)
+        self.num_steps = state["num_steps"]
+
+    def build_step(
+        self, num_train_examples: int, num_batches: int
+    ) -> tuple[VariationalStep, torch.optim.lr_scheduler.LambdaLR]:
+        """Return the step of the training, with its optimizer, and the schedule of the learning rate.
+
+        Parameters
+        ----------
+        num_train_examples : int
+            N in the ELBO.
+        num_batches : int
+            Steps per epoch.
+        """
+        config, comm = self.config, self.comm
+        with comm.agree(f"making the objective {config.objective.name}"):
+            objective = build_objective(config.objective, self.manifest.target_weights)
+        optimizer, schedule = build_optimizer(
+            config.optimizer, self.posterior, comm, config.num_epochs, num_batches, config.grid.overlap
+        )
+        annealing = config.kl_annealing
+        step = VariationalStep(
+            self.posterior,
+            self.likelihood,
+            optimizer,
+            comm,
+            num_samples=config.num_samples,
+            num_train_examples=num_train_examples,
+            seed=config.seed,
+            kl_weight=KlAnnealing(config.kl_weight, annealing.schedule, annealing.num_epochs * num_batches),
+            objective=objective,
+            autocast_dtype=torch.bfloat16 if config.dtype == "bfloat16" else None,
+            max_gradient_norm=config.optimizer.max_gradient_norm,
+            chunk_size=config.chunk_size,
+        )
+        return step, schedule
+
+    def open(self, split: str, shards: str | None = None) -> ShardDataset:
+        """Open a split of shards (``config.data.shards``), normalised as the data that the network is trained on."""
+        return ShardDataset(
+            shards or self.config.data.shards,
+            split,
+            self.comm.device,
+            self.dtype,
+            comm=self.comm,
+            reading=self.config.data.reading,
+            normalises_targets=self.likelihood.is_equivariant,
+            scaling=self.manifest,
+        )
+
+    def open_to_test(self) -> ShardDataset:
+        """Open the test split, after preparing the shards where they are missing and the config says how."""
+        read_or_prepare(self.config.data, self.comm)
+        return self.open(self.config.data.test_split)
+
+    def uncertainties(self, dataset: ShardDataset) -> dict[str, torch.Tensor]:
+        """Return the uncertainties [N] of all examples of a data set (`hpc_bnn.predictive.evaluation.uncertainties_of`)."""
+        return uncertainties_of_dataset(
+            self.posterior,
+            self.likelihood,
+            self.comm,
+            dataset,
+            num_samples=self.config.num_test_samples,
+            seed=self.config.seed,
+        )
+
+    def evaluate(self, dataset: ShardDataset) -> Tested:
+        """Evaluate a data set with ``config.num_test_samples``.
+
+        Raises
+        ------
+        DataError
+            Its classes are not those of the training data.
+        """
+        mine, theirs = self.manifest.num_classes, dataset.manifest.num_classes
+        if mine != theirs:
+            raise DataError(
+                f"the network is for {mine or 'no'} classes, and the data have {theirs or 'none'}: they can be "
+                "predicted (hpc-bnn predict), not evaluated"
+            )
+        shown = shown_examples(self.likelihood, self.comm, dataset)
+        evaluation = evaluate_dataset(
+            self.posterior,
+            self.likelihood,
+            self.comm,
+            dataset,
+            num_samples=self.config.num_test_samples,
+            seed=self.config.seed,
+            see=shown.see,
+        )
+        return Tested(evaluation, shown)
+
+    def write_evaluation(
+        self,
+        tested: Tested,
+        num_steps: int,
+        which: str = "newest",
+        foreign: dict[str, float] | None = None,
+        foreign_data: str | None = None,
+    ) -> Path:
+        """Write RUN_DIR/evaluation.json. Local: the writer calls it.
+
+        Parameters
+        ----------
+        tested : Tested
+            What the test has brought.
+        num_steps : int
+            Steps of the checkpoint.
+        which : str
+            Of the checkpoints.
+        foreign : dict, optional
+            Metrics of foreign data, and
+        foreign_data : str, optional
+            what those are.
+        """
+        data = self.config.data
+        content = {
+            "metrics": tested.evaluation.metrics | (foreign or {}),
+            "curves": tested.evaluation.curves,
+            "checkpoint": which,
+            "num_steps": num_steps,
+            "num_samples": self.config.num_test_samples,
+            "data": {"shards": data.shards, "split": data.test_split, "foreign": foreign_data},
+        }
+        path = self.run_dir / "evaluation.json"
+        write_atomically(path, json.dumps(content, indent=1) + "\n")
+        return path
+
+    def _build_likelihood(self) -> Likelihood:
+        config, manifest = self.config.likelihood, self.manifest
+        objective = self.config.objective.name
+        if config.name == "auto" and objective in ("crps", "energy"):
+            if manifest.num_classes is not None:
+                rule = f"it scores predictions of numbers, and the targets of these data are {manifest.num_classes} classes"
+                raise ConfigError(Fault("--objective.name", objective, rule, "Use elbo or log_predictive"))
+            config = replace(config, name="implicit")
+        return build_likelihood(config, manifest.num_classes, manifest.arrays["y"].shape)
+
+    def _build_posterior(self) -> Posterior:
+        config, comm = self.config, self.comm
+
+        def make_module() -> nn.Module:
+            network, arguments = import_object("--model.name", config.model.name), config.model.arguments
+            shapes = {"in_shape": self.manifest.arrays["x"].shape, "num_outputs": self.likelihood.num_outputs}
+            places = self.manifest.arrays["y"].shape[1:]
+            try:
+                if places and "places" in inspect.signature(network).parameters:
+                    shapes["places"] = places
+                module = network(**shapes, **arguments)
+            except (TypeError, ValueError, AttributeError) as error:
+                raise ConfigError(
+                    Fault(
+                        "--model.arguments",
+                        arguments,
+                        f"{config.model.name} refuses them ({error})",
+                        "Mend them",
+                    )
+                ) from error
+            if config.model.pretrained is not None:
+                _load_pretrained(module, config.model.pretrained)
+            module = self.likelihood.wrap(module)
+            kinds = {(p.device, p.dtype) for p in module.parameters()}
+            return module if kinds == {(comm.device, self.dtype)} else module.to(comm.device, self.dtype)
+
+        with comm.agree(f"building {config.model.name}"):
+            posterior = build_posterior(
+                config.posterior,
+                make_module,
+                num_samples=config.num_samples,
+                local_samples=comm.grid.local_samples(config.num_samples),
+                seed=config.seed,
+            )
+        if posterior.is_replicated:
+            comm.broadcast_(list(posterior.parameters()))  # the buffers are keyed, and may be bool
+        return posterior
+
+
+def connect_grid(config: Config, sample_size: int) -> GridComm:
+    """Join the process grid as a config wants it, with a sample axis of this extent. Collective over the world."""
+    grid = config.grid
+    return connect(sample_size, config.device, grid.reduction, grid.compression, backend=config.backend)
+
+
+def read_or_prepare(config: DataConfig, comm: GridComm) -> Manifest:
+    """Read the manifest, after preparing the shards where it cannot be read and the config says how.
+
+    Collective over the world.
+    """
+    with comm.agree(f"preparing {config.shards}"):
+        if comm.grid.rank == 0 and config.prepare:
+            try:
+                Manifest.read(config.shards)
+            except DataError as error:
+                logger.info("%s; running %s", error, config.prepare)
+                _prepare_shards(config.prepare, config.shards)
+    with comm.agree(f"reading {config.shards}"):
+        return Manifest.read(config.shards)
+
+
+def _load_pretrained(module: nn.Module, path: str) -> None:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        module.load_state_dict(state)
+    except (OSError, RuntimeError, pickle.UnpicklingError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            Fault(
+                "--model.pretrained",
+                path,
+                f"not a state_dict of this network ({error})",
+                "Save net.state_dict()",
+            )
+        ) from error
+
+
+def _prepare_shards(script: str, directory: str) -> None:
+    """Run a data_prep script as a process of its own, outside of this MPI job."""
+    launcher = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "HYDRA_", "MPI_", "SLURM_")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(launcher)}
+    command = [sys.executable, script, "--output", directory]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise DataError(f"{' '.join(command)} ended with exit code {done.returncode}: {done.stderr.strip()}")

@@ -1,0 +1,272 @@
+"""Predictions of a trained network for a data set, streamed to HDF5."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import h5py
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import __version__
+from ..comm import GridComm
+from ..errors import ConfigError, DataError, Fault
+from ..grid import share
+from ..predictive.evaluation import Block, ClassPredictive, predict_dataset
+from ..safe_files import Disk
+from .experiment import Experiment
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+
+def predict_run(
+    experiment: Experiment,
+    split: str,
+    output: str | os.PathLike,
+    *,
+    quantiles: Sequence[float] = QUANTILES,
+    with_members: bool = False,
+) -> Path:
+    """Write the predictive of a split of ``config.data.shards`` to an HDF5 file, block by block.
+
+    Collective over the world. The first rank of each sample group writes. Where h5py has parallel HDF5 all write into
+    one file; otherwise each data group has a file of its own, and OUTPUT shows them as one (virtual datasets).
+
+    Rows are in the order of the split; numbers are in units of y.
+
+    ===========================================  =====================================================================
+    classes (C), numbers ([targets, ...])        over the samples
+    ===========================================  =====================================================================
+    ``probabilities`` [N, C]                     mean of the class probabilities; ``class`` [N] its largest
+    ``mean``, ``std`` [N, targets, ...]          of the predictive
+    ``std`` [N, C]                               standard deviation of the class probabilities
+    ``entropy``, ``mutual_information`` [N]      total and epistemic uncertainty (nats)
+    ``aleatoric_std``, ``epistemic_std``         the parts of ``std`` of numbers
+    ``quantiles`` [N, Q, ...]                    of the class probabilities, or of the predictive of each target
+    ``members`` [N, K, ...]                      class probabilities, or means, of each sample, on request
+    ===========================================  =====================================================================
+
+    Parameters
+    ----------
+    experiment : Experiment
+        With its parameters.
+    split : str
+        Of the shards.
+    output : path
+        File to write; it must not be there.
+    quantiles : sequence of float
+        Levels between 0 and 1; without any none are written.
+    with_members : bool
+        Whether every sample is written.
+
+    Returns
+    -------
+    path : Path
+    """
+    comm, path = experiment.comm, Path(output)
+    bad = [level for level in quantiles if not 0 < level < 1]
+    if bad:
+        raise ConfigError(Fault("--quantiles", bad[0], "must be between 0 and 1", "Try 0.05"))
+    quantiles = quantiles if experiment.likelihood.num_classes or experiment.likelihood.has_mixture else ()
+    with comm.agree(f"opening {path}"), _as_data_error(path):
+        if comm.grid.rank == 0:
+            if path.exists():
+                raise ConfigError(
+                    Fault("--output", path, "it is there already", "Remove it, or name another")
+                )
+            path.parent.mkdir(parents=True, exist_ok=True)
+    dataset = experiment.open(split)
+    blocks = predict_dataset(
+        experiment.posterior,
+        experiment.likelihood,
+        comm,
+        dataset,
+        num_samples=experiment.config.num_test_samples,
+        seed=experiment.config.seed,
+        keep_members=with_members or len(quantiles) > 0,
+        with_targets=False,
+    )
+    shapes = _shapes(experiment, quantiles, with_members)
+    dtype = np.float64 if experiment.dtype == torch.float64 else np.float32
+    with _Output(path, comm, len(dataset), shapes, dtype) as file:
+        for block in blocks:
+            file.write(int(block.examples[0]), _columns(block, quantiles, with_members))
+    with comm.agree(f"writing {path}"):
+        if comm.grid.rank == 0:
+            file.complete(_attributes(experiment, split, quantiles))
+    return path
+
+
+def _shapes(
+    experiment: Experiment, quantiles: Sequence[float], with_members: bool
+) -> dict[str, tuple[int, ...]]:
+    """Return the shape of a row of each dataset."""
+    likelihood, manifest = experiment.likelihood, experiment.manifest
+    num_classes = likelihood.num_classes
+    if num_classes is not None:
+        one = (num_classes,)
+        shapes = {"probabilities": one, "std": one, "class": (), "entropy": (), "mutual_information": ()}
+    else:
+        one = (likelihood.num_targets, *manifest.arrays["y"].shape[1:])
+        shapes = dict.fromkeys(("mean", "std", "aleatoric_std", "epistemic_std"), one)
+    if quantiles:
+        shapes["quantiles"] = (len(quantiles), *one)
+    if with_members:
+        shapes["members"] = (experiment.config.num_test_samples, *one)
+    return shapes
+
+
+def _columns(block: Block, quantiles: Sequence[float], with_members: bool) -> dict[str, Tensor]:
+    """Return the rows [B, ...] of each dataset."""
+    predictive = block.predictive
+    if isinstance(predictive, ClassPredictive):
+        columns = {
+            "probabilities": predictive.probabilities,
+            "std": predictive.std,
+            "class": predictive.probabilities.argmax(1),
+            "entropy": predictive.entropy,
+            "mutual_information": predictive.mutual_information,
+        }
+        if quantiles:
+            levels = torch.tensor(quantiles, dtype=torch.float64, device=predictive.members.device)
+            columns["quantiles"] = predictive.members.quantile(levels, dim=1).movedim(0, 1)
+    else:
+        columns = {
+            "mean": predictive.mean,
+            "std": predictive.variance.sqrt(),
+            "aleatoric_std": predictive.aleatoric_variance.sqrt(),
+            "epistemic_std": predictive.epistemic_variance.sqrt(),
+        }
+        if quantiles:
+            columns["quantiles"] = torch.stack([predictive.mixture.quantile(level) for level in quantiles], 1)
+    return columns | ({"members": predictive.members} if with_members else {})
+
+
+def _attributes(experiment: Experiment, split: str, quantiles: Sequence[float]) -> dict[str, object]:
+    config = experiment.config
+    channels = experiment.manifest.arrays["y"].channels
+    return {
+        "run_dir": str(experiment.run_dir),
+        "num_steps": experiment.num_steps,
+        "shards": config.data.shards,
+        "split": split,
+        "num_samples": config.num_test_samples,
+        "seed": config.seed,
+        "quantile_levels": np.array(quantiles, dtype=np.float64),
+        "channels": [str(name) for name in channels],
+        "hpc_bnn": __version__,
+    }
+
+
+class _Output:
+    """The file, as the ranks of a job write it; nothing stands under its name before it is complete.
+
+    Collective over the world in construction and at the end of the context; `write` is Local.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        comm: GridComm,
+        num_rows: int,
+        shapes: dict[str, tuple[int, ...]],
+        dtype: type,
+    ):
+        self.path, self.comm, self.num_rows, self.shapes, self.dtype = path, comm, num_rows, shapes, dtype
+        grid = comm.grid
+        self._is_shared = comm.world_comm is not None and grid.world_size > 1 and h5py.get_config().mpi
+        num_parts = 1 if self._is_shared else grid.data_size
+        self._spans = [share(num_rows, num_parts, part) for part in range(num_parts)]
+        self._parts = [path]
+        if num_parts > 1:
+            self._parts = [
+                path.with_name(f"{path.stem}-{part:05d}{path.suffix}") for part in range(num_parts)
+            ]
+        self._mine = 0 if self._is_shared else grid.data_index
+        self._file: h5py.File | None = None
+        self._disk: Disk | None = None
+        self._writes = grid.sample_index == 0
+
+    def _temporary(self, part: int) -> Path:
+        return self._parts[part].with_name(f".{self._parts[part].name}.part")
+
+    def __enter__(self) -> _Output:
+        with self.comm.agree(f"opening {self.path}"), _as_data_error(self.path):
+            if self._is_shared:
+                self._file = h5py.File(self._temporary(0), "w", driver="mpio", comm=self.comm.world_comm)
+            elif self._writes:
+                self._disk = Disk(self._temporary(self._mine))
+                self._file = h5py.File(self._disk, "w")
+            if self._file is not None:
+                for name, shape in self.shapes.items():
+                    self._create(name, shape)
+        return self
+
+    def _create(self, name: str, shape: tuple[int, ...]) -> None:
+        num_rows = len(self._spans[self._mine])
+        dtype = np.int64 if name == "class" else self.dtype
+        # Chunks of about 1 MiB of whole rows; no checksums where several write: filters need them all at once
+        rows = min(max(1, 2**20 // (math.prod(shape) * np.dtype(dtype).itemsize)), max(num_rows, 1))
+        options = {} if self._is_shared else {"chunks": (rows, *shape), "fletcher32": True}
+        self._file.create_dataset(name, (num_rows, *shape), dtype, **(options if num_rows else {}))
+
+    def write(self, first_row: int, columns: dict[str, Tensor]) -> None:
+        """Write some rows of this rank's data group."""
+        if not self._writes:
+            return
+        start = first_row - self._spans[self._mine].start
+        with _as_data_error(self.path):
+            for name, column in columns.items():
+                self._file[name][start : start + len(column)] = column.cpu().numpy()
+            if self._disk is not None:
+                self._disk.check()
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if error is not None:
+            with contextlib.suppress(Exception):
+                self._file.close()
+                self._disk.close()
+                self._temporary(self._mine).unlink()
+            return
+        with self.comm.agree(f"writing {self.path}"), _as_data_error(self.path):
+            if self._file is not None:
+                self._file.close()
+            if self._disk is not None:
+                self._disk.close()
+                self._disk.check()
+
+    def complete(self, attributes: dict[str, object]) -> None:
+        """Give all their names, the file with everything last. Local: rank 0 calls it when all have closed theirs."""
+        with _as_data_error(self.path):
+            if len(self._parts) == 1:
+                with h5py.File(self._temporary(0), "a") as file:
+                    file.attrs.update(attributes)
+                os.replace(self._temporary(0), self.path)
+                return
+            whole = self.path.with_name(f".{self.path.name}.part")
+            with h5py.File(whole, "w") as file:
+                file.attrs.update(attributes)
+                for name, shape in self.shapes.items():
+                    dtype = np.int64 if name == "class" else self.dtype
+                    layout = h5py.VirtualLayout((self.num_rows, *shape), dtype)
+                    for part, span in zip(self._parts, self._spans):
+                        if len(span):
+                            source = h5py.VirtualSource(part.name, name, (len(span), *shape))
+                            layout[span.start : span.stop] = source
+                    file.create_virtual_dataset(name, layout)
+            for number, part in enumerate(self._parts):
+                os.replace(self._temporary(number), part)
+            os.replace(whole, self.path)
+
+
+@contextlib.contextmanager
+def _as_data_error(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # h5py reports a full disk as either
+        raise DataError(f"{path} cannot be written ({error}). Look at the disk and the rights") from error

@@ -1,0 +1,136 @@
+"""Test examples with their predictive, kept for a picture.
+
+`evaluate_dataset` hands every block of predictions to `see`; `gather` brings those worth a look to rank 0.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..comm import GridComm
+from ..data import ShardDataset
+from ..likelihoods import Likelihood
+from ..predictive.evaluation import ClassPredictive, ValuePredictive
+
+NUM_SHOWN_EXAMPLES = 12
+"""Classes: half the surest, half the least sure."""
+
+NUM_SHOWN_POINTS, NUM_SHOWN_TARGETS = 200, 256
+"""Numbers: examples, evenly spread, and targets of each."""
+
+NUM_SHOWN_FIELDS, LEAST_FIELD = 3, 8
+"""Fields [channels, rows, columns]: examples, evenly spread; and rows and columns that make a field."""
+
+
+class ShownClasses:
+    """The surest and the least sure examples of the job."""
+
+    def __init__(self, comm: GridComm, dataset: ShardDataset):
+        self.comm, self.dataset = comm, dataset
+        self._seen: list[tuple[Tensor, ClassPredictive]] = []
+
+    def see(self, examples: Tensor, predictive: ClassPredictive, y: Tensor) -> None:
+        """Take in the predictive of some examples [B] of this rank, and their classes. Local."""
+        self._seen.append((examples, predictive))
+
+    def gather(self) -> dict[str, Any]:
+        """Return the examples on rank 0, elsewhere nothing. Collective over the world."""
+        half = NUM_SHOWN_EXAMPLES // 2
+        # One rank of a sample group chooses: fetching is collective over the group where it reads together.
+        chosen = self.comm.gather_objects(self._choose(half), "sample")[0]
+        x, y = self.dataset.fetch(torch.tensor([example["index"] for example in chosen], dtype=torch.int64))
+        mine = [example | {"x": x[i].cpu(), "y": int(y[i])} for i, example in enumerate(chosen)]
+        mine = mine if self.comm.grid.sample_index == 0 else []
+        everyones = list(itertools.chain.from_iterable(self.comm.gather_objects(mine)))
+        if self.comm.grid.rank != 0:
+            return {}
+        everyones.sort(key=lambda example: example["entropy"])
+        surest = {int(e["probabilities"].argmax()): e for e in reversed(everyones)}  # one of each class
+        surest = sorted(surest.values(), key=lambda example: example["entropy"])
+        return {"surest": surest[:half], "least_sure": everyones[-half:][::-1]}
+
+    def _choose(self, half: int) -> list[dict[str, Any]]:
+        """Return candidates of this rank: the surest of each class, and the least sure."""
+        if not self._seen:
+            return []
+        entropy = torch.cat([predictive.entropy for _, predictive in self._seen])
+        said = torch.cat([predictive.probabilities.argmax(-1) for _, predictive in self._seen]).tolist()
+        order = entropy.argsort().tolist()
+        surest = {said[i]: i for i in reversed(order)}.values()
+        places = dict.fromkeys([*sorted(surest, key=order.index)[:half], *order[-half:]])
+        starts = list(itertools.accumulate((len(examples) for examples, _ in self._seen), initial=0))
+        found = []
+        for place in places:
+            block = next(b for b, stop in enumerate(starts[1:]) if place < stop)
+            examples, predictive = self._seen[block]
+            row = place - starts[block]
+            found.append(
+                {
+                    "index": int(examples[row]),
+                    "probabilities": predictive.probabilities[row].cpu(),
+                    "std": predictive.std[row].cpu(),
+                    "entropy": float(entropy[place]),
+                    "mutual_information": float(predictive.mutual_information[row]),
+                }
+            )
+        return found
+
+
+class ShownValues:
+    """Targets and predictive of evenly spread examples of the job, in units of y."""
+
+    num_shown = NUM_SHOWN_POINTS
+
+    def __init__(self, comm: GridComm, dataset: ShardDataset):
+        self.comm = comm
+        self._every = -(-len(dataset) // self.num_shown)
+        self._seen: list[dict[str, Tensor]] = []
+
+    def see(self, examples: Tensor, predictive: ValuePredictive, y: Tensor) -> None:
+        """Take in the predictive of some examples [B] of this rank, and their targets. Local."""
+        rows = examples % self._every == 0
+        columns = {
+            "y": y,
+            "mean": predictive.mean,
+            "aleatoric_std": predictive.aleatoric_variance.sqrt(),
+            "epistemic_std": predictive.epistemic_variance.sqrt(),
+        }
+        self._seen.append({name: self._cut(column[rows]).cpu() for name, column in columns.items()})
+
+    def _cut(self, column: Tensor) -> Tensor:
+        return column.flatten(1)[:, :NUM_SHOWN_TARGETS]
+
+    def gather(self) -> dict[str, Tensor]:
+        """Return the columns [n, targets], of fields [n, rows, columns], on rank 0, elsewhere nothing.
+
+        Collective over the world.
+        """
+        mine = self._seen if self.comm.grid.sample_index == 0 else []
+        parts = list(itertools.chain.from_iterable(self.comm.gather_objects(mine)))
+        if self.comm.grid.rank != 0:
+            return {}
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+class ShownFields(ShownValues):
+    """The same of a few examples that are fields [channels, rows, columns]: their first channel."""
+
+    num_shown = NUM_SHOWN_FIELDS
+
+    def _cut(self, column: Tensor) -> Tensor:
+        return column[:, 0]
+
+
+def shown_examples(
+    likelihood: Likelihood, comm: GridComm, dataset: ShardDataset
+) -> ShownClasses | ShownValues:
+    """Return what keeps the examples that suit a likelihood and the targets."""
+    if likelihood.num_classes is not None:
+        return ShownClasses(comm, dataset)
+    shape = dataset.manifest.arrays["y"].shape
+    is_field = len(shape) == 3 and min(shape[1:]) >= LEAST_FIELD
+    return (ShownFields if is_field else ShownValues)(comm, dataset)

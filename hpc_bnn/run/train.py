@@ -1,0 +1,571 @@
+"""Train a Bayesian network from a config."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import platform
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import h5py
+import torch
+import yaml
+from tqdm import tqdm
+
+from .. import __version__
+from ..comm import GridComm, Traffic
+from ..config import Config, flatten
+from ..data import BatchLoader, Manifest
+from ..data.augment import Augmentation, build_augmentation
+from ..data.manifest import MANIFEST
+from ..errors import ConfigError, DataError, Fault, Interrupted, check_all
+from ..grid import Grid, grids
+from ..predictive.evaluation import metrics_to_minimise
+from ..safe_files import write_atomically
+from ..training.step import StepResult
+from .checkpoint import gather_state, restore_state
+from .experiment import Experiment, Tested, read_or_prepare
+
+logger = logging.getLogger(__name__)
+
+
+def check(config: Config, world_size: int, num_examples: int | None = None) -> None:
+    """Raise one `ConfigError` with everything in a config that cannot work on so many ranks. Local.
+
+    Parameters
+    ----------
+    config : Config
+        The run.
+    world_size : int
+        Ranks of the job.
+    num_examples : int, optional
+        Examples of the training set, where it is known.
+    """
+    size, num_samples, batch = config.grid.sample_size, config.num_samples, config.global_batch_size
+
+    def check_grid() -> None:
+        if size == "auto":
+            if num_samples >= 1 and batch >= 1:  # otherwise that is the fault
+                grids(world_size, num_samples, batch)
+            return
+        grid = Grid(world_size, size)
+        check_all(lambda: grid.check_num_samples(num_samples), lambda: grid.check_batch(batch, num_examples))
+
+    check_all(config.check, check_grid)
+
+
+class Run(Experiment):
+    """A training run on the process grid: data, model, step, and what it writes.
+
+    Collective over the world, in construction and in every method.
+
+    Parameters
+    ----------
+    config : Config
+        The run, as `check` approves it.
+    comm : GridComm
+        The process grid.
+    stop : StopRequest, optional
+        On any rank it ends the run with a checkpoint after the step that it comes in; by default signals, from the
+        beginning of `train` on.
+    """
+
+    def __init__(self, config: Config, comm: GridComm, stop: StopRequest | None = None):
+        check(config, comm.grid.world_size)
+        super().__init__(config, comm, read_or_prepare(config.data, comm))
+        self._check_metric()
+        self.augmentation = self._build_augmentation()
+        self.train_set, self.test_set = (
+            self.open(split) for split in (config.data.train_split, config.data.test_split)
+        )
+        check(config, comm.grid.world_size, len(self.train_set))
+        self.loader = BatchLoader(
+            self.train_set,
+            comm.grid,
+            config.global_batch_size,
+            config.seed,
+            drop_last=config.data.drop_last,
+            prefetch=config.data.prefetch,
+            with_partners=self.augmentation is not None and self.augmentation.needs_partners,
+        )
+        self.step, self.schedule = self.build_step(len(self.train_set), self.loader.num_batches)
+        self.optimizer = self.step.optimizer
+        self.place = _Place()
+        self.stop = stop or StopRequest()
+        self._writer_of_board = self._find_board()
+        self._board = None
+        self._begun = time.perf_counter()
+
+    # --- construction -------------------------------------------------------------------------------
+
+    def _build_augmentation(self) -> Augmentation | None:
+        config = self.config
+        with self.comm.agree("making the augmentation"):
+            return build_augmentation(
+                config.augmentation, self.manifest, num_samples=config.num_samples, seed=config.seed
+            )
+
+    # --- the run ------------------------------------------------------------------------------------
+
+    def train(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Train, evaluate, write everything.
+
+        Returns
+        -------
+        summary : dict
+            What summary.json holds.
+        examples : dict
+            Test examples with their predictive, for a picture (on rank 0, elsewhere empty).
+        """
+        self._open_run_dir()
+        with self.stop.watching_signals():
+            row, tested = self._train_epochs()
+        self._close_checkpoints()
+        if tested is None:  # the run was complete already
+            tested = self.evaluate(self.test_set)
+            row = row | _prefixed(tested)
+            self._restore_last_row(row)
+        examples = tested.shown.gather()
+        summary = self._summary(row)
+        with self.comm.agree(f"writing {self.run_dir}"):
+            if self.is_writer:
+                self.write_evaluation(tested, self.step.num_steps)
+                text = json.dumps(summary, indent=1) + "\n"
+                write_atomically(self.run_dir / "summary.json", text)
+        return summary, examples
+
+    def _train_epochs(self) -> tuple[dict[str, Any], Tested | None]:
+        """Train to the end of the run; return the last row, and its evaluation."""
+        row, tested, before = self.place.row, None, self.place.run_seconds
+        self._first_step = self.step.num_steps
+        progress = tqdm(
+            total=self._num_planned_steps(),
+            initial=self.step.num_steps,
+            unit="step",
+            disable=None if self.is_writer else True,  # None: off where stderr is no terminal
+            desc="train",
+        )
+        with progress:
+            while not self._is_over():
+                self._train_epoch(progress)
+                row, tested = self._finish_epoch(progress)
+                self.place.run_seconds = before + time.perf_counter() - self._begun
+                if self._is_over() or row["epoch"] % self.config.checkpoint.every_epochs == 0:
+                    self._write_checkpoint(row.get(self._metric_name))
+        return row, tested
+
+    def _is_over(self) -> bool:
+        """Whether the epochs, the steps or the patience are used up."""
+        place, config, patience = self.place, self.config, self.config.early_stopping.patience
+        return (
+            place.epoch >= config.num_epochs
+            or (config.max_steps is not None and self.step.num_steps >= config.max_steps)
+            or (patience is not None and place.num_without_improvement >= patience)
+        )
+
+    def _num_planned_steps(self) -> int:
+        planned = self.config.num_epochs * self.loader.num_batches
+        return min(planned, self.config.max_steps or planned)
+
+    def _train_epoch(self, progress: tqdm) -> None:
+        """Train to the end of the epoch that the run is in; raise `Interrupted` where some rank wants to stop."""
+        place, config = self.place, self.config
+        start, before, in_run = time.perf_counter(), place.seconds, place.run_seconds
+        for batch in self.loader.epoch(place.epoch, place.num_batches):
+            x, y = self.augmentation(batch, place.epoch) if self.augmentation else (batch.x, batch.y)
+            if config.max_seconds is not None and time.perf_counter() - self._begun > config.max_seconds:
+                self.stop.why = "--max_seconds is over"
+            self.step.wants_stop = self.stop.why is not None
+            traffic = replace(self.comm.traffic)
+            result = self.step(x, y, batch.num_examples)
+            self.schedule.step()
+            place.add(result, batch.num_examples)
+            place.add_traffic(traffic, self.comm.traffic)
+            seconds = time.perf_counter() - start
+            place.seconds, place.run_seconds = before + seconds, in_run + seconds
+            progress.update()
+            rate = place.num_examples / place.seconds
+            progress.set_postfix_str(
+                f"nelbo {result.nelbo:.4f}, {rate:.0f} examples/s, {self._samples_per_second():.0f} samples/s",
+                refresh=False,
+            )
+            if result.wants_stop:
+                self._write_checkpoint()
+                self._close_checkpoints()
+                why = next(filter(None, self.comm.gather_objects(self.stop.why)), "a signal")
+                raise Interrupted(
+                    f"after step {self.step.num_steps}: {why}. The same command with --resume true goes on from there"
+                )
+            if self._is_over():
+                break
+            every = config.checkpoint.every_steps
+            if every and self.step.num_steps % every == 0 and place.num_batches < self.loader.num_batches:
+                self._write_checkpoint()
+
+    def _finish_epoch(self, progress: tqdm) -> tuple[dict[str, Any], Tested | None]:
+        """Close the epoch: evaluate where it is time, write the row, and go to the next one."""
+        place, tested = self.place, None
+        row = {
+            "epoch": place.epoch + 1,
+            "step": self.step.num_steps,
+            **place.means(),
+            "samples_per_second": self._samples_per_second(),
+            "learning_rate": self.schedule.get_last_lr()[0],
+        }
+        is_whole = place.num_batches == self.loader.num_batches  # not where --max_steps ended it
+        if is_whole:
+            place.next_epoch()
+        is_planned = row["epoch"] % self.config.test_every_epochs == 0
+        if self._is_over() or is_planned:
+            axis = "world" if self.posterior.is_replicated else "data"
+            self.comm.check_replicas(list(self.posterior.parameters()), f"after epoch {row['epoch']}", axis)
+            tested = self.evaluate(self.test_set)
+            row |= _prefixed(tested)
+            if is_whole and is_planned:
+                place.judge(row.get(self._metric_name), self.config.early_stopping.min_change)
+        place.row = row
+        self._write_row(row, progress)
+        return row, tested
+
+    def _samples_per_second(self) -> float:
+        """Weight samples of the job per second of this epoch."""
+        return self.config.num_samples * self.place.num_batches / self.place.seconds
+
+    @property
+    def _metric_name(self) -> str:
+        name, names = self.config.checkpoint.metric, metrics_to_minimise(self.likelihood)
+        return f"test/{names[0]}" if name == "auto" else name
+
+    def _check_metric(self) -> None:
+        names = [f"test/{name}" for name in metrics_to_minimise(self.likelihood)]
+        if self._metric_name not in names:
+            rule = f"must be one of {', '.join(names)}"
+            raise ConfigError(Fault("--checkpoint.metric", self._metric_name, rule, "Leave it at auto"))
+
+    # --- what it writes -----------------------------------------------------------------------------
+
+    def _open_run_dir(self) -> None:
+        """Make the run directory and begin, or go on from the newest checkpoint in it."""
+        state = None
+        with self.comm.agree(f"opening {self.run_dir}"):
+            if self.is_writer:
+                state = self.checkpoints.load_newest() if self.config.resume else None
+                if state is None:
+                    self._make_run_dir()
+                else:
+                    self._check_data()
+                    self._say_differences(state["config"])
+                    self._write_config()
+                    _keep_rows(self.run_dir / "metrics.jsonl", state["place"]["epoch"])
+                if self._writer_of_board is not None:
+                    self._board = self._writer_of_board(str(self.run_dir / "tensorboard"))
+        state = self.comm.broadcast_tree(state)
+        if state is not None:
+            with self.comm.agree("restoring the checkpoint"):
+                self._restore(state)
+            if self.is_writer:
+                logger.info(
+                    "going on from the checkpoint of step %d: epoch %d, batch %d",
+                    self.step.num_steps,
+                    self.place.epoch + 1,
+                    self.place.num_batches + 1,
+                )
+        if self.is_writer:
+            logger.info(
+                "grid %s, %d samples, %d examples per step, %s over %d weights, KL: %s, reading %s, %s, %s",
+                self.comm.grid,
+                self.config.num_samples,
+                self.config.global_batch_size,
+                self.posterior.family,
+                self.posterior.num_weights,
+                self.posterior.kl_kind,
+                self.train_set.reading,
+                self.comm.device,
+                self.comm.library if self.comm.grid.world_size > 1 else "one process, no communication",
+            )
+
+    def _write_row(self, row: dict[str, Any], progress: tqdm) -> None:
+        with self.comm.agree(f"writing {self.run_dir}"):
+            if self.is_writer:
+                self._append_row(row)
+                if self._board is not None:
+                    for name, value in row.items():
+                        self._board.add_scalar(name, value, row["step"])
+                    self._board.flush()
+        if self.is_writer and any(name.startswith("test/") for name in row):
+            done = self.step.num_steps - self._first_step
+            per_step = (time.perf_counter() - self._begun) / max(done, 1)
+            left = tqdm.format_interval(per_step * (self._num_planned_steps() - self.step.num_steps))
+            line = _one_line(row) + ("" if self._is_over() else f"  {left} left")
+            progress.write(line, file=sys.stderr)
+
+    def _restore_last_row(self, row: dict[str, Any]) -> None:
+        """Write the last row again, where it was that of an epoch that did not come to its end. Collective."""
+        with self.comm.agree(f"writing {self.run_dir}"):
+            if self.is_writer and self.place.row and row["epoch"] > self.place.epoch:
+                self._append_row(row)
+
+    def _append_row(self, row: dict[str, Any]) -> None:
+        with open(self.run_dir / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def _find_board(self) -> type | None:
+        """Return the class that writes for TensorBoard, where the config wants it. Collective over the world."""
+        if not self.config.tensorboard:
+            return None
+        with self.comm.agree("importing tensorboard"):
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                rule = f"the package tensorboard is not there ({error})"
+                raise ConfigError(
+                    Fault("--tensorboard", True, rule, "pip install 'hpc_bnn[tensorboard]', or leave it out")
+                ) from error
+        return SummaryWriter
+
+    def _make_run_dir(self) -> None:
+        """Move a former run aside, make the directory and write the config."""
+        if self.run_dir.exists() and any(self.run_dir.iterdir()):
+            if not (self.run_dir / "config.yaml").exists():
+                raise ConfigError(
+                    Fault("--run_dir", self.run_dir, "it holds files, but no run", "Name a new directory")
+                )
+            aside = _free_name(self.run_dir)
+            self.run_dir.rename(aside)
+            logger.warning("%s holds a former run: moved to %s", self.run_dir, aside)
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.run_dir / MANIFEST, self.manifest.to_json())
+        self._write_config()
+
+    def _check_data(self) -> None:
+        """Raise `DataError` where the shards are not those that the run began with."""
+        former, now = Manifest.read(self.run_dir), self.manifest
+        for name in ("arrays", "splits", "statistics", "num_classes", "target_weights"):
+            if getattr(former, name) != getattr(now, name):
+                raise DataError(
+                    f"{self.config.data.shards} is not what the run began with: {name} of the manifest differ. "
+                    "Go on with the former shards, or begin another run_dir"
+                )
+
+    def _write_config(self) -> None:
+        text = yaml.safe_dump(self.config.to_dict(), sort_keys=False)
+        write_atomically(self.run_dir / "config.yaml", text)
+
+    def _say_differences(self, former: dict[str, Any]) -> None:
+        """Say what of the config is not as it was when the checkpoint was written."""
+        mine = flatten(self.config.to_dict())
+        for name, value in flatten(former).items():
+            if mine.get(name) != value and not name.startswith(
+                ("run_dir", "resume", "max_seconds", "grid.", "backend")
+            ):
+                logger.warning("--%s is %s; the checkpoint was written with %s", name, mine.get(name), value)
+
+    def _write_checkpoint(self, metric: float | None = None) -> None:
+        """Write the state of the job. Collective over the world."""
+        state = {
+            **gather_state(self.posterior, self.optimizer, self.comm),
+            "schedule": self.schedule.state_dict(),
+            "num_steps": self.step.num_steps,
+            "place": asdict(self.place),
+            "config": self.config.to_dict(),
+        }
+        with self.comm.agree(f"writing a checkpoint to {self.checkpoints.directory}"):
+            if self.is_writer:
+                self.checkpoints.save(state, self.step.num_steps, metric)
+
+    def _close_checkpoints(self) -> None:
+        """Wait for what is being written. Collective over the world."""
+        with self.comm.agree(f"writing a checkpoint to {self.checkpoints.directory}"):
+            self.checkpoints.close()
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        restore_state(state, self.posterior, self.optimizer)
+        self.schedule.load_state_dict(state["schedule"])
+        self.step.num_steps = state["num_steps"]
+        self.place = _Place(**state["place"])
+
+    def _summary(self, row: dict[str, Any]) -> dict[str, Any]:
+        grid, traffic = self.comm.grid, self.comm.traffic
+        return {
+            **{name: value for name, value in row.items() if name.startswith(("train/", "test/"))},
+            "num_epochs": self.place.epoch,
+            "num_steps": self.step.num_steps,
+            "seconds": self.place.run_seconds,
+            "num_samples": self.config.num_samples,
+            "objective": {"name": self.step.objective.name, "num_passes": self.step.num_passes},
+            "likelihood": type(self.likelihood).__name__,
+            "reading": {"mode": self.train_set.reading, "num_bytes_of_rank_0": self.train_set.num_bytes_read},
+            "posterior": {
+                "family": self.posterior.family,
+                "num_random_weights": self.posterior.num_weights,
+                "kl": self.posterior.kl_kind,
+            },
+            "grid": {
+                "world_size": grid.world_size,
+                "sample_size": grid.sample_size,
+                "data_size": grid.data_size,
+            },
+            "communication": {
+                "library": self.comm.library,
+                "num_collectives": traffic.num_collectives,
+                "num_bytes": traffic.num_bytes,
+                "seconds": traffic.seconds,
+            },
+            "device": str(self.comm.device),
+            "versions": _versions(),
+        }
+
+
+# --- stopping ------------------------------------------------------------------------------------------
+
+
+class StopRequest:
+    """The wish of this rank to stop; all ranks stop together after the next step.
+
+    Attributes
+    ----------
+    why : str or None
+        Set it to stop.
+    """
+
+    why: str | None = None
+
+    @contextlib.contextmanager
+    def watching_signals(self) -> Iterator[None]:
+        """Take SIGUSR1 and SIGTERM as the wish to stop. Local; elsewhere than in the main thread it does nothing."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def handle(received: int, _) -> None:
+            self.why = signal.Signals(received).name
+
+        former = {number: signal.signal(number, handle) for number in (signal.SIGUSR1, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in former.items():
+                signal.signal(number, handler)
+
+
+# --- the place in a run --------------------------------------------------------------------------------
+
+
+@dataclass
+class _Place:
+    """How far a run has come, of plain numbers: with parameters and optimizer all that a checkpoint needs."""
+
+    epoch: int = 0
+    """Epochs that are complete."""
+    num_batches: int = 0
+    """Batches of the epoch that is not."""
+    nelbo_sum: float = 0.0
+    data_sum: float = 0.0
+    num_examples: int = 0
+    seconds: float = 0.0
+    """Time in the epoch (seconds)."""
+    kl: float = 0.0
+    kl_weight: float = 1.0
+    num_collectives: int = 0
+    num_bytes: int = 0
+    communication_seconds: float = 0.0
+    """Of rank 0 in the steps of the epoch, waiting for others included."""
+    run_seconds: float = 0.0
+    """Time in the run (seconds)."""
+    best_metric: float | None = None
+    num_without_improvement: int = 0
+    """Evaluations since the best one."""
+    row: dict[str, Any] = field(default_factory=dict)
+    """Of the last complete epoch."""
+
+    def add(self, result: StepResult, num_examples: int) -> None:
+        """Take in a step."""
+        self.num_batches += 1
+        self.nelbo_sum += result.nelbo * num_examples
+        self.data_sum += result.data_term * num_examples
+        self.num_examples += num_examples
+        self.kl, self.kl_weight = result.kl, result.kl_weight
+
+    def add_traffic(self, before: Traffic, after: Traffic) -> None:
+        """Take in what a step has sent."""
+        self.num_collectives += after.num_collectives - before.num_collectives
+        self.num_bytes += after.num_bytes - before.num_bytes
+        self.communication_seconds += after.seconds - before.seconds
+
+    def means(self) -> dict[str, float]:
+        """Return what a row of metrics says of the epoch."""
+        return {
+            "train/nelbo": self.nelbo_sum / self.num_examples,
+            "train/data_term": self.data_sum / self.num_examples,
+            "train/kl": self.kl,
+            "train/kl_weight": self.kl_weight,
+            "seconds": self.seconds,
+            "examples_per_second": self.num_examples / self.seconds,
+            "collectives_per_step": self.num_collectives / self.num_batches,
+            "bytes_per_step": self.num_bytes / self.num_batches,
+            "communication_share": self.communication_seconds / self.seconds,
+        }
+
+    def next_epoch(self) -> None:
+        """Go to the beginning of the next epoch."""
+        self.epoch += 1
+        self.num_batches = self.num_examples = self.num_collectives = self.num_bytes = 0
+        self.nelbo_sum = self.data_sum = self.seconds = self.communication_seconds = 0.0
+
+    def judge(self, metric: float | None, min_change: float) -> None:
+        """Take in the metric of an evaluation, less is better."""
+        if metric is None:
+            return
+        if self.best_metric is None or metric < self.best_metric - min_change:
+            self.best_metric, self.num_without_improvement = metric, 0
+        else:
+            self.num_without_improvement += 1
+
+
+def _prefixed(tested: Tested) -> dict[str, float]:
+    return {f"test/{name}": value for name, value in tested.evaluation.metrics.items()}
+
+
+# --- helpers -------------------------------------------------------------------------------------------
+
+
+def _keep_rows(path: Path, num_epochs: int) -> None:
+    """Keep the rows of complete epochs: a run that goes on writes those behind again."""
+    rows = path.read_text().splitlines() if path.exists() else []
+    kept = [row for row in rows if json.loads(row)["epoch"] <= num_epochs]
+    write_atomically(path, "".join(f"{row}\n" for row in kept))
+
+
+def _free_name(path: Path) -> Path:
+    path = path.absolute()  # "." has no name
+    number = 1
+    while (aside := path.with_name(f"{path.name}.{number}")).exists():
+        number += 1
+    return aside
+
+
+def _one_line(row: dict[str, Any]) -> str:
+    shown = ["train/nelbo", "train/kl", *(name for name in row if name.startswith("test/"))]
+    values = "  ".join(f"{name} {row[name]:.4g}" for name in shown)
+    return f"epoch {row['epoch']:4d}  step {row['step']:6d}  {values}  {row['examples_per_second']:.0f} examples/s"
+
+
+def _versions() -> dict[str, str]:
+    found = {
+        "hpc_bnn": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "h5py": h5py.__version__,
+    }
+    for name in ("horovod", "mpi4py"):
+        if version := getattr(sys.modules.get(name), "__version__", None):
+            found[name] = version
+    return found

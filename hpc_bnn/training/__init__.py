@@ -1,0 +1,14 @@
+"""The step: samples and examples of this rank, one sum over the job, one update."""
+
+from .optim import JobOptimizer, KlAnnealing, OverlappingOptimizer, ShardedOptimizer, build_optimizer
+from .step import StepResult, VariationalStep
+
+__all__ = [
+    "JobOptimizer",
+    "KlAnnealing",
+    "OverlappingOptimizer",
+    "ShardedOptimizer",
+    "StepResult",
+    "VariationalStep",
+    "build_optimizer",
+]
