@@ -1,7 +1,9 @@
 """Small problems whose result must not depend on the grid."""
 
 import functools
+import math
 
+import pytest
 import torch
 from torch import nn
 
@@ -54,21 +56,54 @@ def make_step(comm, dtype=torch.float64, num_samples=16, **options):
     )  # fmt: skip
 
 
+class Results(list):
+    """The results of the steps of a run, with its grid and its parameters after each step."""
+
+    def __init__(self, comm):
+        super().__init__()
+        self.grid = f"{comm.grid.sample_size} x {comm.grid.data_size}"
+        self.states = []
+
+    def take(self, step, x, y, global_batch_size):
+        """Make a step on this rank's examples of a batch."""
+        mine = step.comm.grid.local_examples(global_batch_size)
+        self.append(step(x[mine], y[mine], global_batch_size))
+        self.states.append({name: value.clone() for name, value in step.posterior.state_dict().items()})
+
+
+def assert_layout_law(results, expected, tolerance=1e-12):
+    """Name what differs after the first step in which anything does, and the grids."""
+    for number, (state, other) in enumerate(zip(results.states, expected.states, strict=True), 1):
+        assert state.keys() == other.keys()
+        differences = {name: relative_difference(value, other[name]) for name, value in state.items()}
+        different = [f"{name} by {size:.1e}" for name, size in differences.items() if not size < tolerance]
+        assert not different, (
+            f"grid {results.grid} and grid {expected.grid} differ first after step {number}, "
+            f"by more than {tolerance}: {', '.join(different)}"
+        )
+    for result, other in zip(results, expected, strict=True):
+        for name in ("nelbo", "kl", "data_term"):
+            assert getattr(result, name) == pytest.approx(getattr(other, name), rel=tolerance), name
+
+
 def train(comm, dtype=torch.float64, num_samples=16, num_steps=5):
     """Make some steps and return the step object and the results."""
     step = make_step(comm, dtype, num_samples)
     x, y = make_problem(dtype)
-    results = []
+    results = Results(comm)
     for epoch in range(num_steps):
         for batch in global_batches(NUM_EXAMPLES, GLOBAL_BATCH_SIZE, 5, epoch):
-            mine = batch[comm.grid.local_examples(len(batch))]
-            results.append(step(x[mine], y[mine], len(batch)))
+            results.take(step, x[batch], y[batch], len(batch))
             if len(results) == num_steps:
                 return step, results
 
 
 def relative_difference(a, b):
-    return ((a - b).norm() / b.norm()).item()
+    """Return the norm of a difference by that of the second; 0 of two that are equal, infinity of numbers that are not finite."""
+    if torch.equal(a, b):
+        return 0.0
+    size = ((a - b).double().norm() / b.double().norm()).item()
+    return math.inf if math.isnan(size) else size
 
 
 @computed_once

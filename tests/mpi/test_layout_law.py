@@ -6,7 +6,15 @@ import math
 import pytest
 import torch
 from conftest import LIBRARY
-from reference import GLOBAL_BATCH_SIZE, make_problem, make_step, relative_difference, train, train_alone
+from reference import (
+    GLOBAL_BATCH_SIZE,
+    assert_layout_law,
+    make_problem,
+    make_step,
+    relative_difference,
+    train,
+    train_alone,
+)
 
 from hpc_bnn import (
     Categorical,
@@ -29,15 +37,29 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-5}  # float32: 1e-5 per ste
 @pytest.mark.parametrize("num_samples", [16, 5])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 def test_parameters_after_five_steps_equal_those_of_one_process(comm, dtype, num_samples):
-    alone, expected = train_alone(dtype, num_samples)
+    _, expected = train_alone(dtype, num_samples)
     step, results = train(comm, dtype, num_samples)
-    tolerance = TOLERANCE[dtype]
-    for mine, reference in zip(step.posterior.parameters(), alone.posterior.parameters()):
-        assert relative_difference(mine, reference) < tolerance
-    for a, b in zip(results, expected):
-        assert a.nelbo == pytest.approx(b.nelbo, rel=tolerance)
-        assert a.data_term == pytest.approx(b.data_term, rel=tolerance)
+    assert_layout_law(results, expected, TOLERANCE[dtype])
     comm.check_replicas(list(step.posterior.parameters()), "parameters")
+
+
+def test_a_broken_layout_law_names_the_parameter_the_step_and_the_grids(comm, monkeypatch):
+    """Broken on purpose: from the second step on one weight gets a gradient that depends on the grid."""
+    _, expected = train_alone()
+    reduce_, count = JobOptimizer.reduce_, iter(range(5))
+
+    def broken(self):
+        reduce_(self)
+        if next(count) >= 1:
+            self.posterior.state_dict()["2.bias.loc"].add_(1e-6)
+
+    monkeypatch.setattr(JobOptimizer, "reduce_", broken)
+    _, results = train(comm)
+    grid = f"{comm.grid.sample_size} x {comm.grid.data_size}"
+    with pytest.raises(
+        AssertionError, match=f"grid {grid} and grid 1 x 1 differ first after step 2.*2.bias.loc by"
+    ):
+        assert_layout_law(results, expected)
 
 
 @pytest.mark.parametrize("reduction", ["axes", "world"])
