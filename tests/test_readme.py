@@ -1,22 +1,41 @@
-"""The commands of README.md run, and what it shows is what is there."""
+"""The commands of README.md and of docs/first_steps.md run, and what they show is what is there."""
 
 import re
 import shutil
 import subprocess
+import sys
 
 import pytest
 from conftest import REPOSITORY, launch_environment, run_job
 
 README = (REPOSITORY / "README.md").read_text()
-BLOCKS = re.findall(r"```sh\n(.*?)```", README, flags=re.DOTALL)
+FIRST_STEPS = (REPOSITORY / "docs/first_steps.md").read_text()
+BLOCKS = re.findall(r"```sh\n(.*?)```", README + FIRST_STEPS, flags=re.DOTALL)
 NOT_RUN = ("make ", "sbatch ", "srun ")
 """Commands that are only parsed here: the tests themselves, and those that need a Slurm."""
 
 
-def test_the_example_in_the_readme_is_the_file():
-    (shown,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+def test_the_example_of_the_first_steps_is_the_file():
+    (shown,) = re.findall(r"```python\n(.*?)```", FIRST_STEPS, flags=re.DOTALL)
     assert shown == (REPOSITORY / "examples/minimal.py").read_text()
     assert len(shown.splitlines()) <= 45 and shown.count("# <--") >= 4
+
+
+def test_the_readme_is_short_and_its_loop_runs(tmp_path):
+    """With a network and a loader for those of the user."""
+    lines = README.splitlines()
+    assert len(lines) <= 150 and lines.index("```sh") < 30 and lines.index("```python") < 60
+    (loop,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import torch\n"
+        "net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 10))\n"
+        "x_test, num_train_examples = torch.randn(5, 4), 384\n"
+        "loader = [(torch.randn(128, 4), torch.randint(10, (128,))) for _ in range(3)]\n" + loop
+    )
+    done = subprocess.run([sys.executable, program], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("tensor(") == 2
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: " ".join(block.split())[:50])
@@ -48,8 +67,11 @@ def test_the_example_gives_the_same_numbers_on_every_grid(mpirun):
     assert lines[0][1] > 0.9
 
 
-def test_files_named_in_the_readme_exist():
-    for path in set(re.findall(r"\b(?:configs|data_prep|examples|jobscripts|tools)/[\w./-]+\w", README)):
+def test_files_that_they_name_exist():
+    named = re.findall(
+        r"\b(?:configs|data_prep|docs|examples|jobscripts|tools)/[\w./-]+\w", README + FIRST_STEPS
+    )
+    for path in {*named, "CONTRIBUTING.md"}:
         assert (REPOSITORY / path).exists(), path
 
 

@@ -171,7 +171,7 @@ def _allgather_before_start(value: Any) -> list[Any]:
         return pickle.loads(Running.store.get(key))
     except dist.DistError as error:
         raise CommunicationError(
-            f"rank {job.rank} on {socket.gethostname()} waited in vain for the other ranks of torchrun ({error}). "
+            f"rank {job.rank} on {socket.gethostname()} timed out waiting for the other ranks of torchrun ({error}). "
             "Look for the first rank that failed"
         ) from error
 

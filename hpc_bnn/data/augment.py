@@ -381,7 +381,7 @@ def _build_transform(entry: dict[str, Any]) -> Transform | Mixup:
                 "--augmentation.transforms",
                 {"name": name, **entry},
                 f"it refuses them ({error})",
-                "Mend them",
+                "Fix the arguments",
             )
         ) from error
 

@@ -254,7 +254,7 @@ class Experiment:
                         "--model.arguments",
                         arguments,
                         f"{config.model.name} refuses them ({error})",
-                        "Mend them",
+                        "Fix the arguments",
                     )
                 ) from error
             if config.model.pretrained is not None:

@@ -460,7 +460,7 @@ def optimizer_maker(config: OptimizerConfig) -> Callable[[Iterable[nn.Parameter]
                     "--optimizer.arguments",
                     config.arguments,
                     f"{config.name} refuses them ({error})",
-                    "Mend them",
+                    "Fix the arguments",
                 )
             ) from error
 
