@@ -110,6 +110,22 @@ class _OfLogLikelihood(Objective):
         return likelihood.log_prob(outputs, y)
 
 
+class _Reduced(Coupling):
+    """Samples that couple by a running statistic."""
+
+    reduction: type[LogMeanExp | Moments]
+
+    def __init__(self, y: Tensor, samples: range, num_samples: int):
+        super().__init__(y, samples, num_samples)
+        self._over_samples = self.reduction(num_samples)
+
+    def see(self, samples: Sequence[int], statistic: Tensor) -> None:
+        self._over_samples.add(statistic)
+
+    def combine(self, comm: GridComm) -> None:
+        self._over_samples.exchange(comm)
+
+
 # --- negative ELBO -------------------------------------------------------------------------------------
 
 
@@ -156,22 +172,14 @@ class LogPredictive(_OfLogLikelihood):
         return _LogPredictiveCoupling(y, samples, num_samples)
 
 
-class _LogPredictiveCoupling(Coupling):
-    def __init__(self, y: Tensor, samples: range, num_samples: int):
-        super().__init__(y, samples, num_samples)
-        self._density = LogMeanExp(num_samples)
-
-    def see(self, samples: Sequence[int], statistic: Tensor) -> None:
-        self._density.add(statistic)
-
-    def combine(self, comm: GridComm) -> None:
-        self._density.exchange(comm)
+class _LogPredictiveCoupling(_Reduced):
+    reduction = LogMeanExp
 
     def gradient(self, samples: Sequence[int], statistic: Tensor) -> Tensor:
-        return -self._density.responsibilities(statistic)
+        return -self._over_samples.responsibilities(statistic)
 
     def data_term(self) -> Tensor:
-        log_mean = self._density.log_mean
+        log_mean = self._over_samples.log_mean
         if log_mean is None or not self.counts_group:
             return torch.zeros(())
         return -log_mean.sum()
@@ -210,31 +218,26 @@ class MomentMatched(Objective):
         return _MomentMatchedCoupling(y, samples, num_samples)
 
 
-class _MomentMatchedCoupling(Coupling):
-    def __init__(self, y: Tensor, samples: range, num_samples: int):
-        super().__init__(y, samples, num_samples)
-        self._moments = Moments(num_samples)
-
-    def see(self, samples: Sequence[int], statistic: Tensor) -> None:
-        self._moments.add(statistic)
+class _MomentMatchedCoupling(_Reduced):
+    reduction = Moments
 
     def combine(self, comm: GridComm) -> None:
-        self._moments.exchange(comm)
-        mean = self._moments.mean
+        super().combine(comm)
+        mean = self._over_samples.mean
         if mean is not None:
             self._error = mean - self.y.view_as(mean).to(mean)
 
     def gradient(self, samples: Sequence[int], statistic: Tensor) -> Tensor:
-        mean, total = self._moments.mean, self._moments.total
+        mean, total = self._over_samples.mean, self._over_samples.total
         by_mean = self._error / total
         by_variance = 0.5 / total * (1 - by_mean * self._error)
         by_mean = by_mean + 2 * by_variance * (statistic[:, :, 0] - mean)
         return torch.stack([by_mean, by_variance.expand_as(by_mean)], dim=2) / self.num_samples
 
     def data_term(self) -> Tensor:
-        if self._moments.mean is None or not self.counts_group:
+        if self._over_samples.mean is None or not self.counts_group:
             return torch.zeros(())
-        total = self._moments.total
+        total = self._over_samples.total
         return 0.5 * (torch.log(2 * math.pi * total) + self._error.square() / total).sum()
 
 
