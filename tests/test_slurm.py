@@ -37,20 +37,28 @@ class Cluster:
             "HPC_BNN_ROOT": str(REPOSITORY),
             "HPC_BNN_VENV": sys.prefix,
             "HPC_BNN_LOCAL_DIR": str(self.local),
-            # Where the nodes cannot have host names of their own, shared memory between them would crash
+            # Where the nodes cannot have host names of their own, shared memory between them would crash; so did
+            # PMIx's, once in MPI_Init: the nodes are one machine with one /dev/shm
             "OMPI_MCA_btl": "tcp,self",
             "OMPI_MCA_btl_tcp_if_include": "lo",
+            "PMIX_MCA_gds": "hash",
         }
 
     def run(self, *command, **environment) -> str:
-        done = subprocess.run(
-            list(map(str, command)),
-            cwd=self.work,
-            env=self.environment | environment,
-            capture_output=True,
-            text=True,
-            timeout=patience(JOB_SECONDS),
-        )
+        """Run a command of Slurm; ask a controller again that is too busy to answer a query within its ten seconds."""
+        end = time.monotonic() + patience(300)
+        while True:
+            done = subprocess.run(
+                list(map(str, command)),
+                cwd=self.work,
+                env=self.environment | environment,
+                capture_output=True,
+                text=True,
+                timeout=patience(JOB_SECONDS),
+            )
+            is_query = command[:2] == ("scontrol", "show") or command[0] in ("sacct", "squeue", "sinfo")
+            if not (is_query and "Socket timed out" in done.stderr and time.monotonic() < end):
+                break
         assert done.returncode == 0, (command, done.stdout, done.stderr)
         return done.stdout
 
