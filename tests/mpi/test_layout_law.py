@@ -44,7 +44,7 @@ def test_parameters_after_five_steps_equal_those_of_one_process(comm, dtype, num
 
 
 def test_a_broken_layout_law_names_the_parameter_the_step_and_the_grids(comm, monkeypatch):
-    """Broken on purpose: from the second step on one weight gets a gradient that depends on the grid."""
+    """Broken on purpose: from the second step on, one bias is moved."""
     _, expected = train_alone()
     reduce_, count = JobOptimizer.reduce_, iter(range(5))
 
