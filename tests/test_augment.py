@@ -226,7 +226,7 @@ def test_transforms_by_name_and_import_path():
     [
         ({"name": "cropp"}, ["cropp", "crop, flip"]),
         ({"padding": 3}, ["None", "Try {name: flip}"]),
-        ({"name": "crop", "pad": 3}, ["pad", "Mend"]),
+        ({"name": "crop", "pad": 3}, ["pad", "Fix the arguments"]),
         ({"name": "crop", "padding": 0}, ["padding: 0", "whole number from 1 on"]),
         ({"name": "flip", "probability": 2}, ["probability: 2", "between 0 and 1"]),
         ({"name": "flip", "probability": "high"}, ["probability: high", "a number between 0 and 1"]),
