@@ -29,7 +29,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibratio
 from tqdm import tqdm
 
 import hpc_bnn
-from hpc_bnn.noise import Stream, keyed_global_generator
+from hpc_bnn.noise import Key, Stream
 
 GLOBAL_BATCH_SIZE = 64
 
@@ -91,7 +91,7 @@ def load(name: str) -> tuple[Tensor, Tensor, int]:
 def make_step(name: str, objective: hpc_bnn.objectives.Objective, num_samples: int, seed: int = 0):
     x, _, n = load(name)
     likelihood = hpc_bnn.Categorical(10) if name == "digits" else hpc_bnn.Implicit()
-    with keyed_global_generator(seed, Stream.INIT):
+    with Key(seed, Stream.INIT).global_generator():
         net = nn.Sequential(
             nn.Linear(x.shape[1], 128),
             nn.ReLU(),

@@ -50,7 +50,7 @@ from torch import Tensor, nn
 
 import hpc_bnn
 from hpc_bnn.errors import HpcBnnError, NonFiniteError
-from hpc_bnn.noise import Stream, keyed_generator
+from hpc_bnn.noise import Key, Stream
 
 NUM_EXAMPLES, NUM_CLASSES = 3, 5
 NUM_SAMPLES, NUM_MEMBERS = 2, 2
@@ -107,7 +107,7 @@ class Bnn:
             return self._drawn(sample, Stream.PREDICTION, 0)
 
     def _drawn(self, sample: int, stream: Stream, num: int) -> Named:
-        self.posterior.draw_(sample, lambda s: keyed_generator(SEED, stream, num, s))
+        self.posterior.draw_(Key(SEED, stream, step=num, sample=sample))
         return {name: p.detach().clone() for name, p in self.posterior.module.named_parameters()}
 
 

@@ -17,8 +17,12 @@ Nothing here communicates; every function is Local.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from .errors import ConfigError, Fault
+
+Axis = Literal["sample", "data", "world"]
+"""An axis of the process grid, or all ranks of the job."""
 
 
 def share(count: int, parts: int, part: int) -> range:
@@ -110,9 +114,22 @@ class Grid:
         return self.world_size // self.sample_size
 
     @property
-    def extents(self) -> dict[str, int]:
-        """Number of ranks along "sample", "data" and "world"."""
+    def extents(self) -> dict[Axis, int]:
+        """Number of ranks along each axis."""
         return {"sample": self.sample_size, "data": self.data_size, "world": self.world_size}
+
+    @property
+    def indices(self) -> dict[Axis, int]:
+        """Coordinate of this rank along each axis."""
+        return {"sample": self.sample_index, "data": self.data_index, "world": self.rank}
+
+    def is_first(self, axis: Axis) -> bool:
+        """Whether this rank counts what all ranks of an axis have alike: one of them does."""
+        return self.indices[axis] == 0
+
+    def share(self, count: int, axis: Axis) -> range:
+        """Return this rank's share of ``count`` items that are divided along an axis (see `share`)."""
+        return share(count, self.extents[axis], self.indices[axis])
 
     @property
     def sample_index(self) -> int:
@@ -135,17 +152,17 @@ class Grid:
         return range(start, self.world_size, self.sample_size)
 
     @property
-    def groups(self) -> dict[str, range]:
-        """World ranks of this rank's group along "sample", "data" and "world"."""
+    def groups(self) -> dict[Axis, range]:
+        """World ranks of this rank's group along each axis."""
         return {"sample": self.sample_group(), "data": self.data_group(), "world": range(self.world_size)}
 
     def local_samples(self, num_samples: int) -> range:
         """Global indices of the samples that this rank draws, of ``num_samples`` in the job."""
-        return share(num_samples, self.sample_size, self.sample_index)
+        return self.share(num_samples, "sample")
 
     def local_examples(self, global_batch_size: int) -> slice:
         """Positions in a global batch of the examples that this rank evaluates."""
-        mine = share(global_batch_size, self.data_size, self.data_index)
+        mine = self.share(global_batch_size, "data")
         return slice(mine.start, mine.stop)
 
     def check_num_samples(self, num_samples: int) -> None:

@@ -1,8 +1,8 @@
 """Keyed random numbers: noise belongs to what it is for, never to a rank or a time.
 
-A draw is named by (seed, stream, step, index). Whichever rank needs the noise of sample 7 at
-step 300 makes the same generator and gets the same numbers, on any grid. No global generator
-is read or advanced anywhere in the package.
+A draw is named by a `Key`. Whichever rank needs the noise of sample 7 at step 300 makes the same
+generator and gets the same numbers, on any grid. No global generator is read or advanced anywhere
+in the package.
 
 The numbers of one key depend on the kind of device (a CPU and a GPU have different generators)
 and on the dtype that is drawn, not on the number of threads.
@@ -13,8 +13,11 @@ from __future__ import annotations
 import contextlib
 import enum
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
+
+__all__ = ["Key", "Stream"]
 
 
 class Stream(enum.IntEnum):
@@ -24,13 +27,13 @@ class Stream(enum.IntEnum):
     DATA_ORDER = 2
     AUGMENTATION = 3
     NOISE = 4
-    """Draws of weight samples during training: step = optimizer step, index = global sample."""
+    """Draws of weight samples during training."""
     PREDICTION = 5
-    """Draws of weight samples for a predictive: step = 0, index = global sample."""
+    """Draws of weight samples for a predictive: step 0."""
     MASK = 6
-    """Dropout masks of a weight sample: seed = that sample's derived seed, step = layer."""
+    """Dropout masks of a draw of weights: in its path, before layer and size."""
     ACTIVATION = 7
-    """Noise per example of a weight sample: seed = that sample's derived seed, step = layer, index = block."""
+    """Noise per example of a draw of weights: in its path, before layer and block."""
 
 
 _MASK64 = (1 << 64) - 1
@@ -51,12 +54,9 @@ def _mix32(x: int) -> int:
     return x ^ (x >> 16)
 
 
-def derive_seed(seed: int, stream: Stream, step: int = 0, index: int = 0) -> int:
-    """Map a key to the 32-bit seed of a generator.
-
-    torch's CPU generator keeps only the low 32 bits of its seed, so a key must be hashed into
-    them. For a fixed (seed, stream, step) the map is a bijection of ``index``: the samples of one
-    step can never share their noise. Two keys of different steps coincide with probability 2^-32.
+@dataclass(frozen=True)
+class Key:
+    """The name of a draw: equal keys have equal numbers, on whichever rank they are drawn. Local in every method.
 
     Parameters
     ----------
@@ -64,73 +64,85 @@ def derive_seed(seed: int, stream: Stream, step: int = 0, index: int = 0) -> int
         Seed of the run.
     stream : Stream
         What the numbers are for.
+    path : tuple of int
+        What they are for within the stream, such as a layer; at most three words.
     step : int
         Optimizer step or epoch.
-    index : int
-        Global sample index, or another index below 2^32.
+    sample : int
+        Global sample index.
+    """
 
-    Returns
-    -------
-    int
-        In ``range(2**32)``.
+    seed: int
+    stream: Stream
+    path: tuple[int, ...] = ()
+    step: int = 0
+    sample: int = 0
+
+    def of(self, sample: int) -> Key:
+        """Return the key of another sample."""
+        return replace(self, sample=sample)
+
+    def child(self, *path: int) -> Key:
+        """Return the key of a part of what this one is for."""
+        return replace(self, path=self.path + path)
+
+    def generator(self, device: torch.device | str = "cpu") -> torch.Generator:
+        """Return a new generator on a device, at the first number of this key."""
+        return torch.Generator(device).manual_seed(self._derive_seed())
+
+    @contextlib.contextmanager
+    def global_generator(self) -> Iterator[None]:
+        """Run foreign code that draws from torch's global CPU generator under this key.
+
+        It is for the constructors of modules, which take no generator. The state of the global generator is put back
+        afterwards.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(self._derive_seed())
+            yield
+
+    def _derive_seed(self) -> int:
+        seed = derive_seed(self.seed, self.stream, self.step, self.sample)
+        return derive_seed(seed, *self.path) if self.path else seed
+
+    def uniform(self, rows: torch.Tensor, count: int, first: int = 0) -> torch.Tensor:
+        """Return uniform numbers in [0, 1) for many rows at once: a counter-based generator.
+
+        Number j of a row depends on the key and the row alone: not on the other rows, their order, the device or the
+        threads. (SplitMix64 of a hash of the key and a counter; 24 random bits each.)
+
+        Parameters
+        ----------
+        rows : Tensor
+            [B] int64, such as global indices of examples.
+        count : int
+            Numbers per row.
+        first : int
+            Skip so many numbers of each row.
+
+        Returns
+        -------
+        Tensor
+            [B, count] float32 on the device of ``rows``.
+        """
+        key = self.seed & _MASK64
+        for word in (self.stream, self.step, *(self.path or (0,))):
+            key = _mix64(key) ^ word
+        state = _mix64_of(rows ^ _signed(_mix64(key)))
+        counter = torch.arange(first, first + count, device=rows.device) * _signed(0x9E3779B97F4A7C15)
+        bits = _mix64_of(state[:, None] + counter)
+        return _shift_right(bits, 40).float() * 2.0**-24
+
+
+def derive_seed(seed: int, stream: int, step: int = 0, index: int = 0) -> int:
+    """Map words to the 32-bit seed of a generator. Local.
+
+    torch's CPU generator keeps only the low 32 bits of its seed, so a key must be hashed into
+    them. For a fixed (seed, stream, step) the map is a bijection of ``index`` below 2^32: the samples of one
+    step can never share their noise. Two keys of different steps coincide with probability 2^-32.
     """
     key = _mix64(_mix64(_mix64(seed & _MASK64) ^ stream) ^ step)
     return _mix32(_mix32((index ^ key) & 0xFFFFFFFF) ^ (key >> 32))
-
-
-def keyed_generator(
-    seed: int, stream: Stream, step: int = 0, index: int = 0, device: torch.device | str = "cpu"
-) -> torch.Generator:
-    """Return a new generator on ``device`` for one key (see `derive_seed`). Local."""
-    return torch.Generator(device).manual_seed(derive_seed(seed, stream, step, index))
-
-
-@contextlib.contextmanager
-def keyed_global_generator(seed: int, stream: Stream, step: int = 0, index: int = 0) -> Iterator[None]:
-    """Run foreign code that draws from torch's global CPU generator under a key. Local.
-
-    For the constructors of modules, which take no generator. The state of the global generator
-    is put back afterwards.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(derive_seed(seed, stream, step, index))
-        yield
-
-
-# --- numbers of many keys at once ----------------------------------------------------------------------
-
-
-def keyed_uniform(
-    seed: int, stream: Stream, step: int, indices: torch.Tensor, num: int, *, purpose: int = 0, first: int = 0
-) -> torch.Tensor:
-    """Return uniform numbers in [0, 1) for many indices at once: a counter-based generator. Local.
-
-    Number j of an index depends on the key alone: not on the other indices, their order, the device or the threads.
-    (SplitMix64 of a hash of the key and a counter; 24 random bits each.)
-
-    Parameters
-    ----------
-    seed, stream, step
-        Key, as for `derive_seed`.
-    indices : Tensor
-        [B] int64, such as global indices of examples.
-    num : int
-        Numbers per index.
-    purpose : int
-        A further part of the key.
-    first : int
-        Skip so many numbers of each index.
-
-    Returns
-    -------
-    Tensor
-        [B, num] float32 on the device of ``indices``.
-    """
-    key = _mix64(_mix64(_mix64(_mix64(seed & _MASK64) ^ stream) ^ step) ^ (purpose & _MASK64))
-    state = _mix64_of(indices ^ _signed(key))
-    counter = torch.arange(first, first + num, device=indices.device) * _signed(0x9E3779B97F4A7C15)
-    bits = _mix64_of(state[:, None] + counter)
-    return _shift_right(bits, 40).float() * 2.0**-24
 
 
 def _mix64_of(x: torch.Tensor) -> torch.Tensor:

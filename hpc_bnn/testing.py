@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .comm import GridComm, abort, connect, wait_for_others, world_size
 from .grid import sample_sizes
 from .likelihoods import Bernoulli, Categorical, Likelihood, Poisson
-from .noise import Stream, keyed_generator, keyed_global_generator
+from .noise import Key, Stream
 from .objectives import Objective
 from .posteriors import GaussianPrior, MeanFieldGaussian
 from .training.step import VariationalStep
@@ -119,7 +119,7 @@ def make_step(
     comm: GridComm, objective: Objective, likelihood: Likelihood, dtype: torch.dtype, **options
 ) -> VariationalStep:
     """Return a step of a small mean-field network. Local."""
-    with keyed_global_generator(SEED, Stream.INIT):
+    with Key(SEED, Stream.INIT).global_generator():
         net = nn.Sequential(nn.Linear(NUM_INPUTS, 10), nn.Tanh(), nn.Linear(10, likelihood.num_outputs))
     posterior = MeanFieldGaussian(
         likelihood.wrap(net).to(dtype), prior=GaussianPrior(0.7), init_std=0.1, deterministic=()
@@ -139,7 +139,7 @@ def make_step(
 
 def make_examples(likelihood: Likelihood, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return inputs [13, 6] and targets [13, ...] that go with a likelihood. Local."""
-    generator = keyed_generator(SEED, Stream.DATA_ORDER)
+    generator = Key(SEED, Stream.DATA_ORDER).generator()
     x = torch.randn(NUM_EXAMPLES, NUM_INPUTS, generator=generator, dtype=torch.float64)
     if isinstance(likelihood, Categorical):
         return x.to(dtype), torch.randint(0, likelihood.num_classes, (NUM_EXAMPLES,), generator=generator)
@@ -159,7 +159,7 @@ def differentiate(
     points = posterior.point.views(leaves["points"]) if "points" in leaves else {}
     outputs = []
     for sample in range(step.num_samples):
-        generator = keyed_generator(step.seed, Stream.NOISE, step.num_steps, sample)
+        generator = step.key.of(sample).generator()
         eps = torch.randn(posterior.num_weights, dtype=x.dtype, generator=generator)
         weights = posterior.random.views(leaves["loc"] + leaves["log_scale"].exp() * eps)
         outputs.append(torch.func.functional_call(posterior.module, weights | points, (x,)))

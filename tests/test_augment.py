@@ -20,7 +20,7 @@ from hpc_bnn.data.augment import (
     build_augmentation,
 )
 from hpc_bnn.errors import ConfigError
-from hpc_bnn.noise import Stream, keyed_uniform
+from hpc_bnn.noise import Key, Stream
 
 
 def random(examples, view=0, transform=0, epoch=0, seed=3):
@@ -72,7 +72,7 @@ def test_generator_is_splitmix64():
     key = mix(mix(mix(mix(12) ^ Stream.AUGMENTATION) ^ 5) ^ 9)
     index, place = 2**40 + 17, 1000
     expected = (mix((mix(index ^ key) + place * golden) & mask) >> 40) / 2**24
-    got = keyed_uniform(12, Stream.AUGMENTATION, 5, torch.tensor([index]), 1, purpose=9, first=place)
+    got = Key(12, Stream.AUGMENTATION, path=(9,), step=5).uniform(torch.tensor([index]), 1, first=place)
     assert got.item() == expected
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from hpc_bnn.errors import ConfigError
-from hpc_bnn.noise import Stream, keyed_generator, keyed_global_generator
+from hpc_bnn.noise import Key, Stream
 from hpc_bnn.posteriors import LowRankGaussian, MeanFieldGaussian, StudentTPrior
 from hpc_bnn.posteriors.estimators import BLOCK, ExampleNoise
 
@@ -22,14 +22,14 @@ NETS = {
 
 
 def make(name, estimator, **options):
-    with keyed_global_generator(0, Stream.INIT):
+    with Key(0, Stream.INIT).global_generator():
         net = NETS[name][0]().double()
     return MeanFieldGaussian(net, init_std=0.4, estimator=estimator, **options)
 
 
 def inputs(name):
     shape = NETS[name][1]
-    return torch.randn(*shape, generator=keyed_generator(1, Stream.DATA_ORDER), dtype=torch.float64)
+    return torch.randn(*shape, generator=Key(1, Stream.DATA_ORDER).generator(), dtype=torch.float64)
 
 
 def gradients(name, estimator, num_draws, seed=0):
@@ -39,7 +39,7 @@ def gradients(name, estimator, num_draws, seed=0):
     rows = []
     for step in range(num_draws):
         posterior.begin()
-        posterior.draw_(0, lambda s, step=step: keyed_generator(seed, Stream.NOISE, step, s))
+        posterior.draw_(Key(seed, Stream.NOISE, step=step))
         y = posterior.network(x)
         (y.square().mean() + y.sin().mean()).backward()
         posterior.accumulate_()
@@ -71,14 +71,14 @@ def test_gradient_equals_autograd_of_the_definition(estimator):
     expected = 0.0
     posterior.begin()
     for sample in range(2):
-        generator = keyed_generator(0, Stream.NOISE, 0, sample)
-        posterior.draw_(sample, lambda s: keyed_generator(0, Stream.NOISE, 0, s))
+        key = Key(0, Stream.NOISE, sample=sample)
+        posterior.draw_(key)
         posterior.network(x).sin().sum().backward()
         posterior.accumulate_()
         noise = ExampleNoise()
-        noise.begin_sample(generator)
+        noise.begin_sample(key)
         eps = posterior.random.views(
-            torch.randn(posterior.num_weights, generator=generator, dtype=torch.float64)
+            torch.randn(posterior.num_weights, generator=key.generator(), dtype=torch.float64)
         )
         h = x
         for number, name in enumerate(("0", "2")):
@@ -103,7 +103,7 @@ def test_gradient_equals_autograd_of_the_definition(estimator):
 
 def test_local_draws_have_the_moments_of_the_weights():
     """Outputs of one linear layer: mean x mu, variance x^2 sigma^2, independent between examples."""
-    with keyed_global_generator(0, Stream.INIT):
+    with Key(0, Stream.INIT).global_generator():
         layer = nn.Linear(3, 2).double()
     posterior = MeanFieldGaussian(nn.Sequential(layer), init_std=0.4, estimator="local")
     x, n = inputs("mlp"), 4000
@@ -111,7 +111,7 @@ def test_local_draws_have_the_moments_of_the_weights():
     draws = []
     posterior.begin()
     for sample in range(n):
-        posterior.draw_(sample, lambda s: keyed_generator(0, Stream.NOISE, 0, s))
+        posterior.draw_(Key(0, Stream.NOISE, sample=sample))
         draws.append(posterior.network(x).detach())
     draws = torch.stack(draws)  # [n, B, 2]
     mean = nn.functional.linear(
@@ -152,7 +152,7 @@ def test_predictive_draws_weights():
     outputs = []
     for posterior in (local, plain):
         with posterior.evaluating():
-            posterior.draw_(3, lambda s: keyed_generator(0, Stream.PREDICTION, 0, s))
+            posterior.draw_(Key(0, Stream.PREDICTION, sample=3))
             outputs.append(posterior.network(x))
     assert torch.equal(*outputs)
     assert "forward" not in local.module[0].__dict__
@@ -164,7 +164,7 @@ def test_predictive_draws_weights():
 
 def test_noise_of_an_example_depends_on_its_place_alone():
     noise = ExampleNoise()
-    noise.begin_sample(keyed_generator(0, Stream.NOISE))
+    noise.begin_sample(Key(0, Stream.NOISE))
     whole = noise.draw(1, torch.empty(3 * BLOCK, 1), 5)
     for start, stop in ((0, 7), (5, BLOCK + 3), (BLOCK, 2 * BLOCK), (70, 96), (9, 9)):
         noise.first_example = start

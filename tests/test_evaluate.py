@@ -20,14 +20,14 @@ from hpc_bnn import (
     predict_values,
     write_shards,
 )
-from hpc_bnn.noise import Stream, keyed_generator, keyed_global_generator
+from hpc_bnn.noise import Key, Stream
 from hpc_bnn.predictive import evaluation as evaluate
 from hpc_bnn.predictive.evaluation import evaluate_dataset, out_of_distribution_auroc, predict_classes
 from hpc_bnn.predictive.metrics import adaptive_calibration_error
 
 
 def make_posterior(dropout=0.0):
-    with keyed_global_generator(0, Stream.INIT):
+    with Key(0, Stream.INIT).global_generator():
         net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.Dropout(dropout)).double()
     return MeanFieldGaussian(net, init_std=0.5)
 
@@ -40,7 +40,7 @@ def test_predictive_is_the_mean_of_probabilities_and_its_parts_add_up():
     members = []
     posterior.begin()
     for sample in range(7):
-        posterior.draw_(sample, lambda s: keyed_generator(2, Stream.PREDICTION, 0, s))
+        posterior.draw_(Key(2, Stream.PREDICTION, sample=sample))
         members.append(torch.softmax(posterior.network(x).detach(), -1))
     members = torch.stack(members)  # [S, B, C]
     torch.testing.assert_close(got.probabilities, members.mean(0), rtol=1e-12, atol=1e-14)
@@ -87,16 +87,16 @@ def test_metrics_equal_scikit_learn(digits, monkeypatch):
 
 def test_total_variance_is_aleatoric_plus_epistemic():
     """Law of total variance, against the variance of draws of y from the mixture over the samples."""
-    with keyed_global_generator(0, Stream.INIT):
+    with Key(0, Stream.INIT).global_generator():
         net = nn.Linear(3, 4).double()
     posterior, likelihood = MeanFieldGaussian(net, init_std=0.4), Gaussian(2)
-    generator = keyed_generator(0, Stream.DATA_ORDER)
+    generator = Key(0, Stream.DATA_ORDER).generator()
     x, y = (torch.randn(6, n, generator=generator, dtype=torch.float64) for n in (3, 2))
     got = predict_values(posterior, likelihood, GridComm(Grid()), x, y, num_samples=9, seed=1, batch_size=4)
     members = []
     posterior.begin()
     for sample in range(9):
-        posterior.draw_(sample, lambda s: keyed_generator(1, Stream.PREDICTION, 0, s))
+        posterior.draw_(Key(1, Stream.PREDICTION, sample=sample))
         members.append(posterior.network(x).detach())
     loc, scale = torch.stack(members)[..., :2], torch.stack(members)[..., 2:].exp()
     torch.testing.assert_close(got.mean, loc.mean(0), rtol=1e-12, atol=1e-14)
@@ -136,7 +136,7 @@ def test_metrics_are_in_units_of_y_where_the_network_sees_normalised_targets(tmp
             return torch.cat([loc * std + mean, log_scale + std.log()], dim=1)
 
     def make_net():
-        with keyed_global_generator(0, Stream.INIT):
+        with Key(0, Stream.INIT).global_generator():
             return nn.Linear(3, 4).double()
 
     got, expected = (
@@ -158,7 +158,7 @@ def test_metrics_of_numbers_equal_the_references_on_gathered_predictions(tmp_pat
     facts = {"name": "toy", "source": "test", "licence": "none", "channels": {"y": ["t", "z"]}}
     write_shards(tmp_path, {"train": (x, y)}, target_weights=weights, **facts)
     dataset = ShardDataset(tmp_path, "train", dtype=torch.float64)
-    with keyed_global_generator(0, Stream.INIT):
+    with Key(0, Stream.INIT).global_generator():
         net = nn.Sequential(nn.Linear(3, 16), nn.Unflatten(1, (4, 4))).double()
     posterior, likelihood, comm = MeanFieldGaussian(net, init_std=0.2), Gaussian(2), GridComm(Grid())
     evaluation = evaluate_dataset(posterior, likelihood, comm, dataset, num_samples=6)
@@ -167,7 +167,7 @@ def test_metrics_of_numbers_equal_the_references_on_gathered_predictions(tmp_pat
     outputs, (inputs, _) = [], dataset.fetch(slice(None))
     posterior.begin()
     for sample in range(6):
-        posterior.draw_(sample, lambda s: keyed_generator(0, Stream.PREDICTION, 0, s))
+        posterior.draw_(Key(0, Stream.PREDICTION, sample=sample))
         outputs.append(posterior.network(inputs).detach())
     mean, std = (part.numpy() for part in dataset.target_scale)
     outputs = torch.stack(outputs, -1).numpy()  # [B, 2 * channels, places, K]

@@ -10,7 +10,7 @@ from torch.distributions import MultivariateNormal, kl_divergence
 
 from hpc_bnn import Categorical, Grid, GridComm, VariationalStep
 from hpc_bnn.errors import ConfigError
-from hpc_bnn.noise import Stream, keyed_generator, keyed_global_generator
+from hpc_bnn.noise import Key, Stream
 from hpc_bnn.posteriors import (
     DeterministicNetwork,
     GaussianPrior,
@@ -26,11 +26,11 @@ from hpc_bnn.posteriors.network import Network
 
 
 def keyed(sample):
-    return keyed_generator(0, Stream.NOISE, 0, sample)
+    return Key(0, Stream.NOISE, sample=sample)
 
 
 def make_net(*layers):
-    with keyed_global_generator(0, Stream.INIT):
+    with Key(0, Stream.INIT).global_generator():
         return nn.Sequential(*(layers or (nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)))).double()
 
 
@@ -40,7 +40,7 @@ def weights_of(posterior):
 
 
 def inputs(*shape):
-    return torch.randn(*shape, generator=keyed_generator(1, Stream.DATA_ORDER), dtype=torch.float64)
+    return torch.randn(*shape, generator=Key(1, Stream.DATA_ORDER).generator(), dtype=torch.float64)
 
 
 # --- which weights are random --------------------------------------------------------------------------
@@ -75,7 +75,7 @@ def test_point_weights_train_beside_random_ones():
     assert posterior.num_weights == 3 * 4 + 4 + 4 * 2 + 2 and posterior.points.shape == (8,)
     posterior.begin()
     for sample in range(2):
-        posterior.draw_(sample, keyed)
+        posterior.draw_(keyed(sample))
         net(inputs(5, 3)).square().sum().backward()
         posterior.accumulate_()
     posterior.finish_()
@@ -138,7 +138,7 @@ def test_low_rank_samples_have_its_covariance():
     posterior.begin()
     draws = []
     for sample in range(n):
-        posterior.draw_(sample, keyed)
+        posterior.draw_(keyed(sample))
         draws.append(weights_of(posterior))
     draws = torch.stack(draws) - posterior.loc.detach()
     expected = covariance(posterior.log_scale.detach(), posterior.factor.detach())
@@ -165,7 +165,7 @@ def test_gradient_of_objective_and_kl_equals_autograd(make, chunked):
     loc, log_scale, *factor = leaves
     expected = 0
     for sample in range(3):
-        noise = torch.randn(8 + 2 * len(factor), dtype=torch.float64, generator=keyed(sample))
+        noise = torch.randn(8 + 2 * len(factor), dtype=torch.float64, generator=keyed(sample).generator())
         w = loc + log_scale.exp() * noise[:8] + (noise[8:] @ factor[0] if factor else 0)
         outputs = torch.func.functional_call(posterior.module, posterior.random.views(w), (x,))
         expected = expected + outputs.square().sum()
@@ -177,14 +177,14 @@ def test_gradient_of_objective_and_kl_equals_autograd(make, chunked):
         expected = expected + 0.7 * posterior.prior.cross_entropy(loc, cov.diagonal().sqrt())
     posterior.begin()
     if chunked:
-        ((layout, weights),) = posterior.draw_chunk(range(3), keyed)
+        ((layout, weights),) = posterior.draw_chunk(range(3), keyed(0))
         torch.vmap(lambda w: torch.func.functional_call(posterior.module, layout.views(w), (x,)))(
             weights
         ).square().sum().backward()
         posterior.accumulate_chunk_(prior_share=1 / 3, kl_weight=0.7)
     else:
         for sample in range(3):
-            posterior.draw_(sample, keyed)
+            posterior.draw_(keyed(sample))
             posterior.network(x).square().sum().backward()
             posterior.accumulate_(prior_share=1 / 3, kl_weight=0.7)
     posterior.finish_()
@@ -203,7 +203,7 @@ def test_antithetic_pairs_mirror_each_other_in_any_order():
     drawn = {}
     for sample in (3, 0, 1, 2, 5, 4):
         posterior.begin() if sample == 5 else None
-        posterior.draw_(sample, keyed)
+        posterior.draw_(keyed(sample))
         drawn[sample] = weights_of(posterior) - loc
     for first in (0, 2, 4):
         torch.testing.assert_close(drawn[first], -drawn[first + 1], rtol=1e-12, atol=1e-15)
@@ -216,7 +216,7 @@ def test_antithetic_pairs_mirror_each_other_in_any_order():
 def drop(net, sample):
     """Return what makes a module meet the masks of a sample."""
     network = Network(net, dict(net.named_parameters()), [])
-    network.dropout.begin_sample(lambda: keyed(sample).initial_seed())
+    network.dropout.begin_sample(keyed(sample))
     return network.running()
 
 
@@ -254,11 +254,11 @@ def test_mc_dropout_samples_in_the_predictive_and_decays_weights():
     posterior = MCDropout(net, prior_std=0.5)
     x = inputs(4, 3)
     with posterior.evaluating():
-        posterior.draw_(0, keyed)
+        posterior.draw_(keyed(0))
         first = net(x)
-        posterior.draw_(1, keyed)
+        posterior.draw_(keyed(1))
         assert not torch.equal(net(x), first)
-        posterior.draw_(0, keyed)
+        posterior.draw_(keyed(0))
         assert torch.equal(net(x), first)
     squares = sum(p.square().sum().item() for p in net.parameters())
     assert posterior.kl().item() == pytest.approx(0.75 / (2 * 0.25) * squares, rel=1e-12)
@@ -294,7 +294,7 @@ def test_batch_norm_equals_torch_for_one_sample(shape):
         leaf = x.clone().requires_grad_()
         if layer is mine:
             posterior.begin()
-            posterior.draw_(0, keyed)
+            posterior.draw_(keyed(0))
         with posterior.network.running() if layer is mine else contextlib.nullcontext():
             y = layer(leaf)
             (y * weight).sum().backward()
@@ -327,7 +327,7 @@ def test_running_statistics_take_one_step_towards_the_mean_over_samples():
     hidden = []
     posterior.begin()
     for sample in range(6):
-        posterior.draw_(sample, keyed)
+        posterior.draw_(keyed(sample))
         hidden.append(net[0](x).detach())
     hidden = torch.stack(hidden)  # [S, B, 4]
     torch.testing.assert_close(net[1].running_mean, 0.1 * hidden.mean((0, 1)), rtol=1e-10, atol=1e-12)
@@ -350,7 +350,7 @@ def test_batch_norm_that_is_used_twice_or_frozen():
     x = inputs(6, 3)
     posterior.begin()
     for sample in range(2):
-        posterior.draw_(sample, keyed)
+        posterior.draw_(keyed(sample))
         posterior.network(x)
     posterior.finish_(0.5)
     posterior.attach_gradients_()

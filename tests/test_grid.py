@@ -44,6 +44,9 @@ def test_coordinates_are_a_bijection_and_groups_partition_the_world(sample_size,
         assert set(g.sample_group()) & set(g.data_group()) == {g.rank}
         assert all(grids[r].data_index == g.data_index for r in g.sample_group())
         assert all(grids[r].sample_index == g.sample_index for r in g.data_group())
+        for axis, group in g.groups.items():
+            assert [grids[r].is_first(axis) for r in group] == [True] + [False] * (g.extents[axis] - 1)
+            assert [i for r in group for i in grids[r].share(7, axis)] == list(range(7))
 
 
 @given(sample_size=sizes, data_size=sizes, num_samples=st.integers(0, 500), batch_size=st.integers(0, 500))

@@ -22,11 +22,11 @@ from hpc_bnn import (
 from hpc_bnn.config import LikelihoodConfig
 from hpc_bnn.errors import ConfigError, DataError
 from hpc_bnn.likelihoods import build_likelihood
-from hpc_bnn.noise import Stream, keyed_generator
+from hpc_bnn.noise import Key, Stream
 
 
 def outputs_and_targets(num_outputs, num_targets, place=()):
-    generator = keyed_generator(1, Stream.NOISE)
+    generator = Key(1, Stream.NOISE).generator()
     f = torch.randn(5, num_outputs, *place, generator=generator, dtype=torch.float64)
     return f, torch.randint(0, 2, (5, num_targets, *place), generator=generator).double()
 
@@ -82,7 +82,7 @@ def test_a_learned_scale_is_a_point_and_finds_the_noise(dtype):
     """Targets of noise 0.3 around a constant: maximum likelihood of the second kind gives the scale."""
     from hpc_bnn import GaussianPrior, Grid, GridComm, VariationalStep
 
-    generator = keyed_generator(2, Stream.NOISE)
+    generator = Key(2, Stream.NOISE).generator()
     x = torch.ones(400, 1, dtype=dtype)
     y = 2 + 0.3 * torch.randn(400, 1, generator=generator, dtype=torch.float64).to(dtype)
     likelihood = Gaussian(1, scale="learned")

@@ -701,9 +701,7 @@ def test_a_table_derived_from_weights_is_made_anew_for_each_member(kind):
     for k in range(5):
         posterior = step.posterior
         with posterior.evaluating():
-            posterior.draw_(
-                k, lambda s: hpc_bnn.noise.keyed_generator(0, hpc_bnn.noise.Stream.PREDICTION, 0, s)
-            )
+            posterior.draw_(hpc_bnn.noise.Key(0, hpc_bnn.noise.Stream.PREDICTION, sample=k))
             expected = (X @ net.weight.softmax(0)).softmax(-1)
         torch.testing.assert_close(drawn[:, k], expected, rtol=1e-12, atol=1e-14)
     for _ in range(3):
@@ -749,9 +747,7 @@ def test_weights_that_are_merged_in_evaluation_mode_come_apart_again(caplog):
         assert torch.equal(net.layer.weight, frozen) and net.training and not net.is_merged
         step(X, Y, 8)
     with step.posterior.evaluating():
-        step.posterior.draw_(
-            3, lambda s: hpc_bnn.noise.keyed_generator(0, hpc_bnn.noise.Stream.PREDICTION, 0, s)
-        )
+        step.posterior.draw_(hpc_bnn.noise.Key(0, hpc_bnn.noise.Stream.PREDICTION, sample=3))
         expected = X @ (frozen + net.b @ net.a).T + net.layer.bias
     torch.testing.assert_close(drawn[:, 3], expected.softmax(-1), rtol=1e-10, atol=1e-12)
     assert not caplog.text

@@ -7,11 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_bnn.noise import Stream, derive_seed, keyed_generator, keyed_global_generator
+from hpc_bnn.noise import Key, Stream, derive_seed
 
 
-def draw(*key, n=100):
-    return torch.randn(n, generator=keyed_generator(*key))
+def draw(seed, stream, step, sample, n=100):
+    return torch.randn(n, generator=Key(seed, stream, step=step, sample=sample).generator())
 
 
 def test_a_key_always_gives_the_same_numbers_whatever_was_drawn_before():
@@ -52,17 +52,17 @@ def test_foreign_code_is_keyed_and_the_global_generator_put_back():
     torch.manual_seed(1)
     expected = torch.randn(3)
     torch.manual_seed(1)
-    with keyed_global_generator(0, Stream.INIT):
+    with Key(0, Stream.INIT).global_generator():
         inside = torch.nn.Linear(2, 2).weight.detach().clone()
     assert torch.equal(torch.randn(3), expected)
-    with keyed_global_generator(0, Stream.INIT):
+    with Key(0, Stream.INIT).global_generator():
         assert torch.equal(torch.nn.Linear(2, 2).weight, inside)
-    with keyed_global_generator(1, Stream.INIT):
+    with Key(1, Stream.INIT).global_generator():
         assert not torch.equal(torch.nn.Linear(2, 2).weight, inside)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_keys_on_a_gpu():
-    a = torch.randn(10, device="cuda", generator=keyed_generator(0, Stream.NOISE, 0, 0, "cuda"))
-    b = torch.randn(10, device="cuda", generator=keyed_generator(0, Stream.NOISE, 0, 1, "cuda"))
+    a = torch.randn(10, device="cuda", generator=Key(0, Stream.NOISE).generator("cuda"))
+    b = torch.randn(10, device="cuda", generator=Key(0, Stream.NOISE, sample=1).generator("cuda"))
     assert not torch.equal(a, b)

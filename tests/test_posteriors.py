@@ -6,16 +6,16 @@ from torch import nn
 from torch.distributions import Normal, kl_divergence
 
 from hpc_bnn.errors import ConfigError
-from hpc_bnn.noise import Stream, keyed_generator, keyed_global_generator
+from hpc_bnn.noise import Key, Stream
 from hpc_bnn.posteriors import FlatLayout, GaussianPrior, MeanFieldGaussian
 
 
 def keyed(sample):
-    return keyed_generator(0, Stream.NOISE, 0, sample)
+    return Key(0, Stream.NOISE, sample=sample)
 
 
 def make_net(dtype=torch.float64):
-    with keyed_global_generator(0, Stream.INIT):
+    with Key(0, Stream.INIT).global_generator():
         return nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 2)).to(dtype)
 
 
@@ -23,7 +23,7 @@ def make_posterior(**options):
     posterior = MeanFieldGaussian(make_net(), init_std=0.3, **options)
     with torch.no_grad():  # scales that differ
         noise = torch.randn(
-            posterior.num_weights, generator=keyed_generator(9, Stream.INIT), dtype=torch.float64
+            posterior.num_weights, generator=Key(9, Stream.INIT).generator(), dtype=torch.float64
         )
         posterior.log_scale += 0.5 * noise
     return posterior
@@ -43,11 +43,13 @@ def test_gradient_of_samples_equals_autograd_through_the_sampling():
     posterior.begin()
     expected = [torch.zeros_like(p) for p in posterior.parameters()]
     for sample in range(3):
-        posterior.draw_(sample, keyed)
+        posterior.draw_(keyed(sample))
         posterior.network(x).square().sum().backward()
         posterior.accumulate_()
         eps = torch.randn(
-            posterior.num_weights, dtype=torch.float64, generator=keyed_generator(0, Stream.NOISE, 0, sample)
+            posterior.num_weights,
+            dtype=torch.float64,
+            generator=Key(0, Stream.NOISE, sample=sample).generator(),
         )
         loss, *leaves = reference_loss(posterior, eps, x)
         for total, gradient in zip(expected, torch.autograd.grad(loss, leaves)):
@@ -64,7 +66,7 @@ def test_gradient_against_finite_differences():
 
     def loss():
         posterior.begin()
-        posterior.draw_(0, keyed)
+        posterior.draw_(keyed(0))
         return posterior.network(x).square().sum()
 
     loss().backward()
@@ -114,7 +116,7 @@ def test_samples_have_the_moments_of_the_posterior():
     draws = []
     posterior.begin()
     for sample in range(n):
-        posterior.draw_(sample, keyed)
+        posterior.draw_(keyed(sample))
         draws.append(torch.cat([p.detach().reshape(-1) for p in posterior.module.parameters()]))
     draws = torch.stack(draws)
     views = posterior.random.views
@@ -132,7 +134,7 @@ def test_module_keeps_its_parameter_objects_and_tied_weights_stay_tied():
     posterior = MeanFieldGaussian(net)
     assert all(after is before[name] for name, after in net.named_parameters(remove_duplicate=False))
     posterior.begin()
-    posterior.draw_(0, keyed)
+    posterior.draw_(keyed(0))
     assert net[1].weight.data_ptr() == net[0].weight.data_ptr()
     assert posterior.num_weights == 16 + 4 + 4
 
@@ -146,7 +148,7 @@ def test_unused_and_frozen_weights():
     posterior = MeanFieldGaussian(net)
     frozen = net[0].bias.clone()
     posterior.begin()
-    posterior.draw_(0, keyed)
+    posterior.draw_(keyed(0))
     net.forward(torch.ones(1, 3, dtype=torch.float64)).sum().backward()
     posterior.accumulate_()
     posterior.finish_()
@@ -179,7 +181,7 @@ def test_layout_starts_on_vector_boundaries():
 def test_mean_weights():
     posterior = make_posterior()
     posterior.begin()
-    posterior.draw_(0, keyed)
+    posterior.draw_(keyed(0))
     net = posterior.use_mean_()
     assert torch.equal(net[0].weight, posterior.random.views(posterior.loc.detach())["0.weight"])
 

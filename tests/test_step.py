@@ -18,11 +18,11 @@ from hpc_bnn import (
     VariationalStep,
 )
 from hpc_bnn.errors import ConfigError, NonFiniteError
-from hpc_bnn.noise import Stream, keyed_generator, keyed_global_generator
+from hpc_bnn.noise import Key, Stream
 
 
 def make_step(num_samples=3, dtype=torch.float64, **options):
-    with keyed_global_generator(0, Stream.INIT):
+    with Key(0, Stream.INIT).global_generator():
         net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).to(dtype)
     posterior = MeanFieldGaussian(net, prior=GaussianPrior(0.5), init_std=0.2)
     optimizer = torch.optim.SGD(posterior.parameters(), lr=0.1)
@@ -39,7 +39,7 @@ def make_step(num_samples=3, dtype=torch.float64, **options):
 
 
 def batch(dtype=torch.float64):
-    generator = keyed_generator(0, Stream.DATA_ORDER)
+    generator = Key(0, Stream.DATA_ORDER).generator()
     return torch.randn(10, 4, generator=generator, dtype=dtype), torch.arange(10) % 3
 
 
@@ -49,7 +49,9 @@ def test_negative_elbo_and_its_gradient_equal_the_definition():
     loc, log_scale = (p.detach().clone().requires_grad_() for p in step.posterior.parameters())
     data_term = 0
     for sample in range(3):
-        eps = torch.randn(len(loc), dtype=loc.dtype, generator=keyed_generator(7, Stream.NOISE, 0, sample))
+        eps = torch.randn(
+            len(loc), dtype=loc.dtype, generator=Key(7, Stream.NOISE, sample=sample).generator()
+        )
         weights = step.posterior.random.views(loc + log_scale.exp() * eps)
         data_term += F.cross_entropy(torch.func.functional_call(step.posterior.module, weights, (x,)), y) / 3
     kl = kl_divergence(Normal(loc, log_scale.exp()), Normal(0.0, 0.5)).sum()

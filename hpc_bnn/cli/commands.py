@@ -374,7 +374,7 @@ def _stage(options: jsonargparse.Namespace, given: set[str]) -> int:
     from ..data import stage_shards, unstage_shards
 
     ranks = comm.connect_for_files()
-    is_first, host = ranks.grid.rank == 0, socket.gethostname()
+    is_first, host = ranks.grid.is_first("world"), socket.gethostname()
     if options.clean:
         stays = unstage_shards(options.destination, ranks)
         if ranks.local_rank == 0:

@@ -14,11 +14,10 @@ import numpy as np
 import torch
 
 from ..errors import CommunicationError, HpcBnnError, RankError
-from ..grid import Grid, share
+from ..grid import Axis, Grid, share
 from .compression import Compression, decode, encode, encoded_bytes
 from .packing import Outline, as_list, bucket_spans, map_leaves, packed_buckets
 
-Axis = Literal["sample", "data", "world"]
 ObjectAxis = Literal["sample", "data", "world", "node"]
 Operation = Literal["sum", "max"]
 
@@ -442,8 +441,9 @@ class GridComm:
     def _shares(self, count: int, axis: Axis) -> tuple[list[range], int]:
         """Return the shares of all ranks of an axis, and this rank's place among them."""
         grid = self.grid
-        index = {"sample": grid.sample_index, "data": grid.data_index, "world": grid.rank}[axis]
-        return [share(count, self._extents[axis], rank) for rank in range(self._extents[axis])], index
+        return [share(count, self._extents[axis], rank) for rank in range(self._extents[axis])], grid.indices[
+            axis
+        ]
 
     @contextlib.contextmanager
     def _counted(self, tensor: torch.Tensor) -> Iterator[None]:

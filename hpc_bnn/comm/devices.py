@@ -112,5 +112,5 @@ def check_one_rank_per_gpu(comm: GridComm) -> None:
             f"{text}, which NCCL refuses. Start one rank per GPU of a node; for a trial --backend torch sends "
             "through host memory"
         )
-    if comm.grid.rank == 0:
+    if comm.grid.is_first("world"):
         logger.warning("%s: right for a trial, slow for work. Start one rank per GPU of a node", text)

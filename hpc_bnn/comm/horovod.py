@@ -31,7 +31,7 @@ class HorovodComm(MpiComm):
         self._operations = {"sum": hvd.Sum, "max": hvd.Max}
         self.needs_own_gpu = hvd.nccl_built()
         self._through_host = self.device.type == "cuda" and not hvd.nccl_built()
-        if self._through_host and self.grid.rank == 0:
+        if self._through_host and self.grid.is_first("world"):
             logger.warning(
                 "Horovod was built without NCCL: tensors go through host memory. "
                 "Build it with HOROVOD_GPU_OPERATIONS=NCCL for direct reductions between GPUs"

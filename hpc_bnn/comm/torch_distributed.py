@@ -254,12 +254,12 @@ def _polite_threads() -> Iterator[None]:
 
 def _open_store(comm: MpiComm) -> dist.Store:
     """Open a port on rank 0 and reach it from all. Collective over the world."""
-    meeting = find_meeting(comm.gather_objects, comm.grid.rank == 0)
+    meeting = find_meeting(comm.gather_objects, comm.grid.is_first("world"))
     use_interface(meeting)
     options = {"timeout": datetime.timedelta(seconds=START_SECONDS), "wait_for_workers": False}
     store = None
     with comm.agree("opening a port for torch.distributed"):
-        if comm.grid.rank == 0:
+        if comm.grid.is_first("world"):
             store = dist.TCPStore(meeting.address, 0, None, True, **options)
     port = comm.broadcast_object(store and store.port)
     with comm.agree(f"reaching port {port} of {meeting.address} for torch.distributed"):

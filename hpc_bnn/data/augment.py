@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from ..config import AugmentationConfig
 from ..errors import ConfigError, Fault, import_object
 from ..grid import share
-from ..noise import Stream, keyed_uniform
+from ..noise import Key, Stream
 from ..views import Views
 from .loader import Batch
 from .manifest import Manifest
@@ -45,14 +45,14 @@ class ExampleRandom:
     """
 
     def __init__(self, seed: int, epoch: int, examples: Tensor, view: int, transform: int):
-        self._key = (seed, Stream.AUGMENTATION, epoch, examples)
-        self._purpose = (transform << 32) + view
+        self._key = Key(seed, Stream.AUGMENTATION, path=((transform << 32) + view,), step=epoch)
+        self._examples = examples
         self._num_drawn = 0
 
     def uniform(self, *shape: int) -> Tensor:
         """Return numbers [B, *shape] in [0, 1)."""
         num = math.prod(shape)
-        numbers = keyed_uniform(*self._key, num, purpose=self._purpose, first=self._num_drawn)
+        numbers = self._key.uniform(self._examples, num, first=self._num_drawn)
         self._num_drawn += num
         return numbers.view(-1, *shape)
 

@@ -149,7 +149,7 @@ class ShardDataset:
         if self._memory is not None:
             np.take(self._memory[0], indices, axis=0, out=x)
             np.take(self._memory[1], indices, axis=0, out=y)
-        elif self.reading == "rank" or self._comm.grid.sample_index == 0:
+        elif self.reading == "rank" or self._comm.grid.is_first("sample"):
             self._files.read(indices, x, y)
         return buffer.pin_memory() if self.device.type == "cuda" else buffer
 

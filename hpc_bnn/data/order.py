@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 import torch
 
-from ..noise import Stream, keyed_generator
+from ..noise import Key, Stream
 
 
 def epoch_order(num_examples: int, seed: int, epoch: int) -> torch.Tensor:
     """Return the permutation [num_examples] of one epoch. Local; equal on all ranks."""
-    return torch.randperm(num_examples, generator=keyed_generator(seed, Stream.DATA_ORDER, epoch))
+    return torch.randperm(num_examples, generator=Key(seed, Stream.DATA_ORDER, step=epoch).generator())
 
 
 def num_global_batches(num_examples: int, global_batch_size: int, drop_last: bool = False) -> int:

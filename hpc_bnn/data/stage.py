@@ -70,8 +70,8 @@ def stage_shards(
         if here == there or here in there.parents or there in here.parents:
             rule = "it is SRC itself, in it, or around it"
             raise ConfigError(Fault("DST", destination, rule, "Name a directory on the node"))
-        manifest = Manifest.read(source) if comm.grid.rank == 0 else None
-        text = (source / MANIFEST).read_text() if comm.grid.rank == 0 else None
+        manifest = Manifest.read(source) if comm.grid.is_first("world") else None
+        text = (source / MANIFEST).read_text() if comm.grid.is_first("world") else None
     text, manifest = comm.broadcast_object((text, manifest))
     # Large files first, dealt round: the ranks of the node have about the same to do
     files = sorted(manifest.shards, key=lambda shard: -shard.num_bytes)[comm.local_rank :: comm.local_size]

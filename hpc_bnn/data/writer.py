@@ -147,7 +147,7 @@ def write_shards(
         "options": [num_classes, examples_per_shard, train_split, normalise_targets, compression],
     }
     with comm.agree(f"opening {directory}"):
-        if comm.grid.rank == 0:
+        if comm.grid.is_first("world"):
             _open(directory, plan)
     tasks = [
         _Task(split, number, start, min(start + examples_per_shard, examples.num_examples))
@@ -184,7 +184,7 @@ def write_shards(
         key_sha256=sha256_of_key(key),
     )
     with comm.agree(f"writing {directory / MANIFEST}"):
-        if comm.grid.rank == 0:
+        if comm.grid.is_first("world"):
             write_atomically(directory / MANIFEST, manifest.to_json())
             shutil.rmtree(directory / PREPARATION)
     return manifest

@@ -4,7 +4,7 @@ Nothing here knows of ranks: a posterior draws from generators that it is given,
 module weights into gradients of its own parameters.
 """
 
-from .base import DeterministicNetwork, KeyedGenerator, Posterior, Tally
+from .base import DeterministicNetwork, Posterior, Tally
 from .build import build_posterior, build_prior
 from .ensemble import DeepEnsemble
 from .flat import FlatLayout
@@ -19,7 +19,6 @@ __all__ = [
     "DeterministicNetwork",
     "FlatLayout",
     "GaussianPrior",
-    "KeyedGenerator",
     "LaplacePrior",
     "LowRankGaussian",
     "MCDropout",

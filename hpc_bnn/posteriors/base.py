@@ -13,12 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, Fault
+from ..noise import Key
 from .flat import FlatLayout, Part, take_gradients
 from .network import Network, addresses
 from .select import Rule, split_weights
-
-KeyedGenerator = Callable[[int], torch.Generator]
-"""Gives the generator of a global sample index (of this step, or of a predictive)."""
 
 
 class Tally(enum.IntEnum):
@@ -45,7 +43,7 @@ class Posterior:
         posterior.begin()                        # zero the gradient buffer
         with posterior.network.running():        # BatchNorm and dropout of the module are ours
             for each sample:
-                posterior.draw_(sample, keyed)   # put the sample into the module
+                posterior.draw_(key)             # put the sample into the module
                 loss(posterior.network(x)).backward()
                 posterior.accumulate_()          # fold the gradients of this sample in
         posterior.finish_(batch_norm_share)      # this rank's part of everything that is summed
@@ -276,10 +274,10 @@ class Posterior:
                 )
 
     @torch.no_grad()
-    def draw_(self, sample: int, keyed: KeyedGenerator) -> None:
-        """Put the weights (and the dropout masks) of a global sample into the module. Local."""
+    def draw_(self, key: Key) -> None:
+        """Put the weights (and the dropout masks) of ``key.sample`` into the module. Local."""
         self.network.put_attributes_back()
-        self.dropout.begin_sample(lambda: keyed(sample).initial_seed())
+        self.dropout.begin_sample(key)
         self.batch_norms.begin_sample()
 
     def why_indivisible(self) -> str | None:

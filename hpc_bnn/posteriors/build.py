@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from torch import nn
 
 from ..config import PosteriorConfig
-from ..noise import Stream, keyed_global_generator
+from ..noise import Key, Stream
 from .base import DeterministicNetwork, Posterior
 from .ensemble import DeepEnsemble
 from .low_rank import LowRankGaussian
@@ -58,7 +58,7 @@ def build_posterior(
     """
     if config.family == "ensemble":
         return DeepEnsemble(make_module, num_samples, local_samples, seed=seed, prior_std=config.prior_std)
-    with keyed_global_generator(seed, Stream.INIT):
+    with Key(seed, Stream.INIT).global_generator():
         module = make_module()
     if config.family == "deterministic":
         return DeterministicNetwork(module)

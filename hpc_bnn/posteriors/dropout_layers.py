@@ -7,13 +7,13 @@ intercepted (`hpc_bnn.posteriors.interception`), whether a layer of torch, a sub
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, Fault
-from ..noise import Stream, keyed_generator
+from ..noise import Key, Stream
 from .interception import Shapes, calling_layer
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class DropoutMasks:
         self._numbers = {layer: number for number, layer in enumerate(self.layers)}
         self._modules: dict[nn.Module, int] = {}
         self.find(module)
-        self._seed: Callable[[], int] | int | None = None
+        self._key: Key | None = None
         self._masks: dict[tuple[int, torch.Size], Tensor] = {}
         self.shapes: Shapes | None = None
         self.batch_dims: dict[tuple[Hashable, int], list[int]] = {}
@@ -92,10 +92,10 @@ class DropoutMasks:
             if not hasattr(layer, "_orig_mod"):  # what torch.compile puts around a module
                 self._modules.setdefault(layer, len(self._modules))
 
-    def begin_sample(self, seed: Callable[[], int] | None) -> None:
+    def begin_sample(self, key: Key | None) -> None:
         """Forget the masks; draw new ones by a seed when they are needed. None: nothing is dropped. Local."""
         self._masks.clear()
-        self._seed = seed
+        self._key = key
 
     def handle(
         self,
@@ -109,7 +109,7 @@ class DropoutMasks:
         called = calling_layer(self._modules) if 0 < p <= 1 and (training or self.always) else None
         if called is None:
             return NotImplemented
-        if self._seed is None:
+        if self._key is None:
             return input
         if self.is_batched:
             raise NotImplementedError("dropout in training mode")
@@ -153,9 +153,7 @@ class DropoutMasks:
             for dim, size in enumerate(x.shape)
         )
         if (number, shape) not in self._masks:
-            if callable(self._seed):
-                self._seed = self._seed()
-            generator = keyed_generator(self._seed, Stream.MASK, number, shape.numel(), x.device)
+            generator = self._key.child(Stream.MASK, number, shape.numel()).generator(x.device)
             keep = torch.rand(shape, generator=generator, device=x.device) >= p
             self._masks[number, shape] = keep.to(x.dtype) / (1 - p) if p < 1 else keep.to(x.dtype)
         return self._masks[number, shape].to(x.dtype)
@@ -165,4 +163,4 @@ class DropoutMasks:
         return self._numbers.get(layer) in shapes
 
     def __getstate__(self):
-        return self.__dict__ | {"_seed": None, "_masks": {}}
+        return self.__dict__ | {"_key": None, "_masks": {}}

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, Fault, check_positive
-from ..noise import Stream, keyed_global_generator
-from .base import KeyedGenerator, Posterior, Tally
+from ..noise import Key, Stream
+from .base import Posterior, Tally
 from .flat import take_gradients
 
 
@@ -56,7 +56,7 @@ class DeepEnsemble(Posterior):
         check_positive("--posterior.prior_std", prior_std, 1.0)
         modules = []
         for member in members:
-            with keyed_global_generator(seed, Stream.INIT, 0, member):
+            with Key(seed, Stream.INIT, sample=member).global_generator():
                 modules.append(make_module())
         super().__init__(modules[0])
         if self.batch_norms.layers:
@@ -97,9 +97,9 @@ class DeepEnsemble(Posterior):
         self.network.use(self._member_views[0])
 
     @torch.no_grad()
-    def draw_(self, sample: int, keyed: KeyedGenerator) -> None:
-        super().draw_(sample, keyed)
-        self._current = self._indices.index(sample)
+    def draw_(self, key: Key) -> None:
+        super().draw_(key)
+        self._current = self._indices.index(key.sample)
         with self.network.drawing():
             self.network.use(self._member_views[self._current])
 

@@ -23,7 +23,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..noise import Stream, keyed_generator
+from ..noise import Key, Stream
 
 logger = logging.getLogger(__name__)
 
@@ -46,17 +46,17 @@ class ExampleNoise:
 
     def __init__(self):
         self.first_example = 0
-        self._seed = 0
+        self._key = Key(0, Stream.NOISE)
 
-    def begin_sample(self, generator: torch.Generator) -> None:
-        self._seed = generator.initial_seed()
+    def begin_sample(self, key: Key) -> None:
+        self._key = key
 
     def draw(self, layer: int, like: Tensor, width: int, signs: bool = False) -> Tensor:
         """Return noise [len(like), width], standard normal or +-1. Local."""
         first, stop = self.first_example, self.first_example + len(like)
         blocks = []
         for block in range(first // BLOCK, -(-stop // BLOCK)):
-            generator = keyed_generator(self._seed, Stream.ACTIVATION, layer, block, like.device)
+            generator = self._key.child(Stream.ACTIVATION, layer, block).generator(like.device)
             noise = torch.empty(BLOCK, width, dtype=like.dtype, device=like.device)
             if signs:
                 noise.random_(0, 2, generator=generator).mul_(2).sub_(1)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, Fault, check_positive
-from .base import KeyedGenerator, Posterior, Tally
+from ..noise import Key
+from .base import Posterior, Tally
 from .estimators import (
     Estimator,
     ExampleNoise,
@@ -135,29 +136,29 @@ class MeanFieldGaussian(Posterior):
         self._completed.clear()
 
     @torch.no_grad()
-    def draw_(self, sample: int, keyed: KeyedGenerator) -> None:
-        super().draw_(sample, keyed)
+    def draw_(self, key: Key) -> None:
+        super().draw_(key)
         if self._noisy is None or self._noisy.needs_weights:
-            self._draw_noise_(sample, keyed)
+            self._draw_noise_(key)
             with self.network.drawing():
                 self._assemble(self._all_noise, out=self._weights)
         if self._noisy is not None:
-            self._noisy.begin_sample_(keyed(sample))
+            self._noisy.begin_sample_(key)
 
     def _assemble(self, noise: Tensor, out: Tensor | None = None) -> Tensor:
         """Return the weights of a sample, [P], from its noise."""
         return torch.addcmul(self.loc, self._scale, noise[: self.num_weights], out=out)
 
-    def _draw_noise_(self, sample: int, keyed: KeyedGenerator) -> None:
+    def _draw_noise_(self, key: Key) -> None:
         """Fill the noise buffer for a sample; the second of an antithetic pair turns the first's around."""
         if not self.antithetic:
-            self._all_noise.normal_(generator=keyed(sample))
+            self._all_noise.normal_(generator=key.generator(self._all_noise.device))
             return
-        pair, is_mirror = divmod(sample, 2)
+        pair, is_mirror = divmod(key.sample, 2)
         if self._pair == pair and is_mirror:
             self._all_noise.neg_()
         else:
-            self._all_noise.normal_(generator=keyed(2 * pair))
+            self._all_noise.normal_(generator=key.of(2 * pair).generator(self._all_noise.device))
             if is_mirror:
                 self._all_noise.neg_()
         self._pair = pair if not is_mirror else None
@@ -276,7 +277,7 @@ class MeanFieldGaussian(Posterior):
     # --- samples in batches -----------------------------------------------------------------------
 
     @torch.no_grad()
-    def draw_chunk(self, samples: Sequence[int], keyed: KeyedGenerator) -> list[tuple[FlatLayout, Tensor]]:
+    def draw_chunk(self, samples: Sequence[int], key: Key) -> list[tuple[FlatLayout, Tensor]]:
         """Return the random weights of some samples: layouts, and leaves [len(samples), P_i] that want a gradient. Local.
 
         One for all weights, or one for each part where they are divided (`divide_`).
@@ -285,7 +286,7 @@ class MeanFieldGaussian(Posterior):
         self._chunk_noise = self._all_noise.new_empty(len(samples), len(self._all_noise))
         weights = self.loc.new_empty(len(samples), self.num_weights)
         for sample, noise, row in zip(samples, self._chunk_noise, weights):
-            self._draw_noise_(sample, keyed)
+            self._draw_noise_(key.of(sample))
             noise.copy_(self._all_noise)
             self._assemble(noise, out=row)
         self._chunk_weights = weights
@@ -406,8 +407,8 @@ class _NoisyLayers:
         views = self.posterior.random.views(source)
         self.posterior.network.use({name: views[name] for name in self._parameters})
 
-    def begin_sample_(self, generator: torch.Generator) -> None:
-        self.noise.begin_sample(generator)
+    def begin_sample_(self, key: Key) -> None:
+        self.noise.begin_sample(key)
         if self.posterior.estimator == "flipout":
             noise, scales = (
                 self.posterior.random.views(t) for t in (self.posterior._noise, self.posterior._scale)

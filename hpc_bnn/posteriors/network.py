@@ -485,7 +485,7 @@ class Look:
 
     def say(self, logger: logging.Logger, grid: Grid) -> None:
         """Log what a user should know, on rank 0. Local."""
-        for warning in self.warnings(grid.world_size) if grid.rank == 0 else ():
+        for warning in self.warnings(grid.world_size) if grid.is_first("world") else ():
             logger.warning("%s", warning)
 
     def warnings(self, world_size: int) -> list[str]:

@@ -14,10 +14,9 @@ from torch import Tensor
 
 from ..comm import GridComm
 from ..data import ShardDataset
-from ..grid import share
 from ..likelihoods import Categorical, Likelihood
 from ..likelihoods.mixtures import Mixture
-from ..noise import Stream, keyed_generator
+from ..noise import Key, Stream
 from ..posteriors import Posterior
 from ..reductions import LogMeanExp, Moments
 from .metrics import (
@@ -127,19 +126,18 @@ def _member_outputs(
 
     A rank without samples (fewer than ranks of the sample axis) yields once, with c = 0: it learns the shape.
     """
-
-    def keyed(sample: int) -> torch.Generator:
-        return keyed_generator(seed, Stream.PREDICTION, 0, sample, x.device)
-
+    key = Key(seed, Stream.PREDICTION)
     posterior.check_num_samples(num_samples)
     mine = comm.grid.local_samples(num_samples)
     with posterior.evaluating():
         if posterior.network.needs_look() and len(x):
             some = range(2) if posterior.is_replicated else mine[:1]
-            look = posterior.network.look(x[:batch_size], lambda sample: posterior.draw_(sample, keyed), some)
+            look = posterior.network.look(
+                x[:batch_size], lambda sample: posterior.draw_(key.of(sample)), some
+            )
             look.say(logger, comm.grid)
         for sample in mine or range(1):
-            posterior.draw_(sample, keyed)
+            posterior.draw_(key.of(sample))
             outputs = torch.cat([posterior.network(part).double() for part in x.split(batch_size)])
             samples = range(sample, sample + min(len(mine), 1))
             yield samples, outputs[None][: len(samples)]
@@ -368,7 +366,7 @@ def score_dataset(
         keep_members=likelihood.has_mixture,
     )
     for block in blocks:
-        mine = share(len(block.examples), comm.grid.sample_size, comm.grid.sample_index)
+        mine = comm.grid.share(len(block.examples), "sample")
         if mine:
             start, stop = mine.start, mine.stop
             scores.see(block.examples[start:stop], block.predictive.rows(start, stop), block.y[start:stop])
@@ -410,7 +408,7 @@ def uncertainties_of_dataset(
     for block in predict_dataset(
         posterior, likelihood, comm, dataset, num_samples=num_samples, seed=seed, with_targets=False
     ):
-        if comm.grid.sample_index == 0:
+        if comm.grid.is_first("sample"):
             columns.see(block.examples, uncertainties_of(block.predictive, unit))
     return columns.gather(comm, UNCERTAINTIES[likelihood.num_classes is not None])
 

@@ -61,7 +61,7 @@ class Experiment:
         self.config = config
         self.comm = comm
         self.manifest = manifest
-        self.is_writer = comm.grid.rank == 0
+        self.is_writer = comm.grid.is_first("world")
         self.run_dir = Path(config.run_dir)
         self.dtype = torch.float64 if config.dtype == "float64" else torch.float32
         self.likelihood = self._build_likelihood()
@@ -288,7 +288,7 @@ def read_or_prepare(config: DataConfig, comm: GridComm) -> Manifest:
     Collective over the world.
     """
     with comm.agree(f"preparing {config.shards}"):
-        if comm.grid.rank == 0 and config.prepare:
+        if comm.grid.is_first("world") and config.prepare:
             try:
                 Manifest.read(config.shards)
             except DataError as error:

@@ -74,7 +74,7 @@ def predict_run(
         raise ConfigError(Fault("--quantiles", bad[0], "must be between 0 and 1", "Try 0.05"))
     quantiles = quantiles if experiment.likelihood.num_classes or experiment.likelihood.has_mixture else ()
     with comm.agree(f"opening {path}"), _as_data_error(path):
-        if comm.grid.rank == 0:
+        if comm.grid.is_first("world"):
             if path.exists():
                 raise ConfigError(
                     Fault("--output", path, "it is there already", "Remove it, or name another")
@@ -97,7 +97,7 @@ def predict_run(
         for block in blocks:
             file.write(int(block.examples[0]), _columns(block, quantiles, with_members))
     with comm.agree(f"writing {path}"):
-        if comm.grid.rank == 0:
+        if comm.grid.is_first("world"):
             file.complete(_attributes(experiment, split, quantiles))
     return path
 
@@ -190,7 +190,7 @@ class _Output:
         self._mine = 0 if self._is_shared else grid.data_index
         self._file: h5py.File | None = None
         self._disk: Disk | None = None
-        self._writes = grid.sample_index == 0
+        self._writes = grid.is_first("sample")
 
     def _temporary(self, part: int) -> Path:
         return self._parts[part].with_name(f".{self._parts[part].name}.part")

@@ -44,7 +44,7 @@ class ShownClasses:
         chosen = self.comm.gather_objects(self._choose(half), "sample")[0]
         x, y = self.dataset.fetch(torch.tensor([example["index"] for example in chosen], dtype=torch.int64))
         mine = [example | {"x": x[i].cpu(), "y": int(y[i])} for i, example in enumerate(chosen)]
-        mine = mine if self.comm.grid.sample_index == 0 else []
+        mine = mine if self.comm.grid.is_first("sample") else []
         everyones = list(itertools.chain.from_iterable(self.comm.gather_objects(mine)))
         if self.comm.grid.rank != 0:
             return {}
@@ -109,7 +109,7 @@ class ShownValues:
 
         Collective over the world.
         """
-        mine = self._seen if self.comm.grid.sample_index == 0 else []
+        mine = self._seen if self.comm.grid.is_first("sample") else []
         parts = list(itertools.chain.from_iterable(self.comm.gather_objects(mine)))
         if self.comm.grid.rank != 0:
             return {}

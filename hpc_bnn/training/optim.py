@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from ..comm import GridComm, map_leaves
 from ..config import OptimizerConfig
 from ..errors import ConfigError, Fault, check_positive, import_object
-from ..grid import share
 from ..posteriors import Posterior
 
 ELEMENTWISE = (
@@ -327,7 +326,7 @@ class ShardedOptimizer(JobOptimizer):
                 "an ensemble has its members, and their optimizer states, spread over the sample axis already"
             )
             raise ConfigError(Fault("--optimizer.sharded", True, rule, "Leave it out"))
-        mine = share(len(posterior.flat), comm.grid.sample_size, comm.grid.sample_index)
+        mine = comm.grid.share(len(posterior.flat), "sample")
         self._part = slice(mine.start, mine.stop)
         self._parameter = nn.Parameter(posterior.flat[self._part])
         optimizer = make([self._parameter])

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..comm import GridComm
 from ..errors import ConfigError, Fault, HpcBnnError, NonFiniteError
 from ..likelihoods import Likelihood
-from ..noise import Stream, keyed_generator
+from ..noise import Key, Stream
 from ..objectives import Coupling, NegativeElbo, Objective
 from ..posteriors import Posterior, Tally
 from ..views import SharedView
@@ -212,7 +212,7 @@ class VariationalStep:
             mine = range(0)  # nothing to evaluate, and nobody waits for this rank
         if len(x):
             self._prepare(x, y, samples)
-        if self.num_steps == 0 and comm.grid.rank == 0 and global_batch_size < comm.grid.data_size:
+        if self.num_steps == 0 and comm.grid.is_first("world") and global_batch_size < comm.grid.data_size:
             logger.warning(
                 "a batch of %d examples for %d data groups: the others have nothing to do. Use a larger "
                 "global_batch_size or sample_size",
@@ -265,7 +265,7 @@ class VariationalStep:
                 some = (samples[0], samples[0] + 1)  # any sample can be drawn on any rank
             posterior.begin()
             look = network.look(
-                x.of(samples[0]), lambda s: posterior.draw_(s, self._keyed), some, self.autocast_dtype
+                x.of(samples[0]), lambda s: posterior.draw_(self.key.of(s)), some, self.autocast_dtype
             )
             look.say(logger, self.comm.grid)
 
@@ -316,10 +316,12 @@ class VariationalStep:
     @property
     def _prior_share(self) -> float:
         """Share of a sample of this rank in what depends on the sample alone: it counts once in the job."""
-        return 1.0 / self.num_samples if self.comm.grid.data_index == 0 else 0.0
+        return 1.0 / self.num_samples if self.comm.grid.is_first("data") else 0.0
 
-    def _keyed(self, sample: int) -> torch.Generator:
-        return keyed_generator(self.seed, Stream.NOISE, self.num_steps, sample, self.posterior.reduced.device)
+    @property
+    def key(self) -> Key:
+        """Of the weights of sample 0 in the next step."""
+        return Key(self.seed, Stream.NOISE, step=self.num_steps)
 
     def _pass_over(self, mine: range, x: SharedView, y: Tensor, coupling: Coupling, share: float) -> None:
         """Evaluate the samples of this rank and fold in the gradient of ``share`` times the data term.
@@ -349,7 +351,7 @@ class VariationalStep:
         self._walk(mine, x, y, differentiate)
 
     def _say_two_passes(self, num_local_samples: int) -> None:
-        if self.comm.grid.rank == 0 and not self._has_said_passes:
+        if self.comm.grid.is_first("world") and not self._has_said_passes:
             remedy = f"--chunk_size {num_local_samples} makes it one, with the memory of that many"
             logger.info(
                 "the objective %s couples the samples: two passes over the %d of this rank per step (%s)",
@@ -415,7 +417,7 @@ class VariationalStep:
         return True
 
     def _fall_back(self, error: BaseException | None) -> None:
-        if self.comm.grid.rank == 0:
+        if self.comm.grid.is_first("world"):
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             if isinstance(error, torch.OutOfMemoryError):
                 reason = (
@@ -430,7 +432,7 @@ class VariationalStep:
     def _evaluate_one(self, samples: Sequence[int], x: SharedView, y: Tensor) -> tuple[Tensor, bool]:
         """Return the statistic [1, B, ...] of one sample, and that it was not drawn in a batch."""
         (sample,), posterior = samples, self.posterior
-        posterior.draw_(sample, self._keyed)
+        posterior.draw_(self.key.of(sample))
         outputs = posterior.network(x.of(sample), self.autocast_dtype)
         return self.objective.statistic(self.likelihood, outputs.to(posterior.dtype), y)[None], False
 
@@ -438,7 +440,7 @@ class VariationalStep:
         """Return the statistics [c, B, ...] of some samples, and that they were drawn in a batch."""
         posterior = self.posterior
         posterior.check_batchable()
-        layouts, leaves = zip(*posterior.draw_chunk(samples, self._keyed))  # [c, P_i] each
+        layouts, leaves = zip(*posterior.draw_chunk(samples, self.key))  # [c, P_i] each
 
         is_shared = len({x.number(sample) for sample in samples}) == 1
         inputs = x.of(samples[0]) if is_shared else torch.stack([x.of(sample) for sample in samples])

@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from hpc_bnn.noise import Stream, keyed_generator, keyed_global_generator
+from hpc_bnn.noise import Key, Stream
 
 NUM_CLASSES = 3
 
@@ -236,12 +236,12 @@ MODULES = {
 
 
 def make_module(name, dtype=torch.float64):
-    with keyed_global_generator(1, Stream.INIT):
+    with Key(1, Stream.INIT).global_generator():
         return MODULES[name]().to(dtype)
 
 
 def make_examples(num=11, dtype=torch.float64):
     """Return inputs [num, 1, 8, 8] and classes [num]."""
-    generator = keyed_generator(2, Stream.DATA_ORDER)
+    generator = Key(2, Stream.DATA_ORDER).generator()
     x = torch.randn(num, 1, 8, 8, generator=generator, dtype=torch.float64).to(dtype)
     return x, torch.randint(0, NUM_CLASSES, (num,), generator=generator)

@@ -16,7 +16,7 @@ from hpc_bnn import (
     VariationalStep,
     global_batches,
 )
-from hpc_bnn.noise import Stream, keyed_generator, keyed_global_generator
+from hpc_bnn.noise import Key, Stream
 
 NUM_EXAMPLES = 31
 GLOBAL_BATCH_SIZE = 13
@@ -40,13 +40,13 @@ def computed_once(function):
 
 def make_problem(dtype):
     """Return inputs [31, 6] and classes [31]."""
-    generator = keyed_generator(11, Stream.DATA_ORDER)
+    generator = Key(11, Stream.DATA_ORDER).generator()
     x = torch.randn(NUM_EXAMPLES, 6, generator=generator, dtype=torch.float64).to(dtype)
     return x, torch.randint(0, 3, (NUM_EXAMPLES,), generator=generator)
 
 
 def make_step(comm, dtype=torch.float64, num_samples=16, **options):
-    with keyed_global_generator(5, Stream.INIT):
+    with Key(5, Stream.INIT).global_generator():
         net = nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 3)).to(dtype)
     posterior = MeanFieldGaussian(net, prior=GaussianPrior(0.7), init_std=0.1)
     optimizer = torch.optim.Adam(posterior.parameters(), lr=1e-2)

@@ -21,7 +21,7 @@ from hpc_bnn import (
     StudentT,
     write_shards,
 )
-from hpc_bnn.noise import Stream, keyed_global_generator
+from hpc_bnn.noise import Key, Stream
 from hpc_bnn.predictive.evaluation import (
     evaluate_dataset,
     out_of_distribution_auroc,
@@ -96,7 +96,7 @@ def test_all_metrics_curves_and_uncertainties_equal_those_of_one_process(comm, t
     with comm.agree("writing"):
         if comm.grid.rank == 0:
             write_field_shards(directory, likelihood)
-    with keyed_global_generator(0, Stream.INIT):
+    with Key(0, Stream.INIT).global_generator():
         posterior = MeanFieldGaussian(ToField(likelihood), init_std=0.3)
     results = []
     for one in (GridComm(Grid()), comm):

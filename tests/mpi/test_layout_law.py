@@ -28,7 +28,7 @@ from hpc_bnn import (
     testing,
 )
 from hpc_bnn.errors import NonFiniteError
-from hpc_bnn.noise import Stream, keyed_generator
+from hpc_bnn.noise import Key, Stream
 from hpc_bnn.training.optim import JobOptimizer
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-5}  # float32: 1e-5 per step, five steps
@@ -75,7 +75,7 @@ def test_mirror_samples_differ_on_every_rank_and_only_with_the_sample(comm):
     posterior = step.posterior
     (sample,) = comm.grid.local_samples(comm.grid.sample_size)
     posterior.begin()
-    posterior.draw_(sample, lambda s: keyed_generator(5, Stream.NOISE, 0, s))
+    posterior.draw_(Key(5, Stream.NOISE, sample=sample))
     drawn = comm.gather_objects([p.detach().clone() for p in posterior.module.parameters()])
     grids = [Grid(comm.grid.world_size, comm.grid.sample_size, rank) for rank in range(comm.grid.world_size)]
     for a in grids:

@@ -13,7 +13,7 @@ from hpc_bnn import (
     posteriors,
     predict_classes,
 )
-from hpc_bnn.noise import Stream, keyed_global_generator
+from hpc_bnn.noise import Key, Stream
 
 NUM_EXAMPLES, NUM_SAMPLES = 11, 5  # uneven on 2, 3 and 4 ranks
 FAMILIES = {
@@ -147,7 +147,7 @@ def test_ensemble_members_train_alone_and_alike_on_every_grid(comm):
 
 def test_an_ensemble_member_is_the_network_trained_without_the_others():
     _, state, _ = train_ensemble(GridComm(Grid()))
-    with keyed_global_generator(4, Stream.INIT, 0, 2):
+    with Key(4, Stream.INIT, sample=2).global_generator():
         net = MODULES["mlp"]()
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
     x, y = make_examples(NUM_EXAMPLES, torch.float32)

@@ -28,7 +28,7 @@ from hpc_bnn import (
     testing,
 )
 from hpc_bnn.errors import ConfigError
-from hpc_bnn.noise import Stream, keyed_generator
+from hpc_bnn.noise import Key, Stream
 from hpc_bnn.reductions import LogMeanExp, Moments
 
 
@@ -231,7 +231,7 @@ def test_one_pass_where_one_chunk_holds_the_samples_of_the_rank(comm):
 def test_tiny_likelihoods_keep_their_digits(comm, dtype):
     """Log-likelihoods of -700 to -1000 nats: exp underflows, the shifted sum does not."""
     log_probs = (
-        -700 - 300 * torch.rand(6, 4, generator=keyed_generator(0, Stream.NOISE), dtype=torch.float64)
+        -700 - 300 * torch.rand(6, 4, generator=Key(0, Stream.NOISE).generator(), dtype=torch.float64)
     ).to(dtype)
     log_probs[0, 3] = log_probs[1, 3] + 1
     mine = comm.grid.local_samples(6)
@@ -250,7 +250,7 @@ def test_tiny_likelihoods_keep_their_digits(comm, dtype):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 def test_a_small_spread_on_a_large_mean_keeps_its_digits(comm, dtype):
     """Predictions of 1000 with a spread of 0.01: the difference of squares would have no digit left in float32."""
-    f = 1000 + 0.01 * torch.randn(8, 5, 1, generator=keyed_generator(0, Stream.NOISE), dtype=torch.float64)
+    f = 1000 + 0.01 * torch.randn(8, 5, 1, generator=Key(0, Stream.NOISE).generator(), dtype=torch.float64)
     f = f.to(dtype)
     mine = comm.grid.local_samples(8)
     moments = Moments(8)
@@ -268,7 +268,7 @@ def test_a_small_spread_on_a_large_mean_keeps_its_digits(comm, dtype):
 def test_scores_equal_scoringrules_on_gathered_samples(comm, fairness):
     import scoringrules
 
-    generator = keyed_generator(3, Stream.NOISE)
+    generator = Key(3, Stream.NOISE).generator()
     members = torch.randn(7, 4, 3, generator=generator, dtype=torch.float64)
     y = torch.randn(4, 3, generator=generator, dtype=torch.float64)
     mine = comm.grid.local_samples(7)
@@ -291,7 +291,7 @@ def test_scores_equal_scoringrules_on_gathered_samples(comm, fairness):
 def test_weights_of_latitudes_broadcast_over_a_field(comm):
     """Members [K, B, channels, latitudes, longitudes], weights [latitudes, 1]."""
     weights = torch.tensor([0.2, 0.9, 0.4], dtype=torch.float64).view(3, 1)
-    generator = keyed_generator(4, Stream.NOISE)
+    generator = Key(4, Stream.NOISE).generator()
     members = torch.randn(5, 2, 2, 3, 4, generator=generator, dtype=torch.float64)
     y = torch.randn(2, 2, 3, 4, generator=generator, dtype=torch.float64)
     mine = comm.grid.local_samples(5)

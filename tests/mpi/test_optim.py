@@ -21,7 +21,7 @@ from hpc_bnn import (
 )
 from hpc_bnn.config import OptimizerConfig
 from hpc_bnn.errors import ConfigError
-from hpc_bnn.noise import Stream, keyed_global_generator
+from hpc_bnn.noise import Key, Stream
 from hpc_bnn.run.checkpoint import gather_state, restore_state
 from hpc_bnn.training.optim import build_optimizer
 
@@ -44,7 +44,7 @@ def make_module():
 
 
 def make_net(dropout=0.0):
-    with keyed_global_generator(5, Stream.INIT):
+    with Key(5, Stream.INIT).global_generator():
         net = make_module()
     net.insert(2, nn.Dropout(dropout)) if dropout else None
     return net

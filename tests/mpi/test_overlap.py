@@ -24,7 +24,7 @@ from hpc_bnn import (
 )
 from hpc_bnn.config import OptimizerConfig
 from hpc_bnn.errors import ConfigError, NonFiniteError
-from hpc_bnn.noise import Stream, keyed_global_generator
+from hpc_bnn.noise import Key, Stream
 from hpc_bnn.training.optim import JobOptimizer, build_optimizer
 
 NUM_SAMPLES = 9
@@ -61,7 +61,7 @@ def small_parts(monkeypatch):
 
 
 def make_step(comm, family="mean_field", overlap=True, **options):
-    with keyed_global_generator(5, Stream.INIT):
+    with Key(5, Stream.INIT).global_generator():
         net = Net(0.2 if family == "mc_dropout" else 0.0).double()
     posterior = FAMILIES[family](net)
     config = OptimizerConfig(learning_rate=0.02, schedule="constant")
