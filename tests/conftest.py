@@ -10,12 +10,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
 
 collect_ignore = ["mpi"]
+hypothesis.settings.register_profile("hpc_bnn", deadline=None)  # no limit ends a test on a slow machine
+hypothesis.settings.load_profile("hpc_bnn")
 sys.path.insert(0, str(REPOSITORY / "data_prep"))  # the scripts are imported by their names
 
 
