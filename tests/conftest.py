@@ -129,7 +129,6 @@ class FailuresAtOnce:
 
 
 LONG = (
-    "test_slurm.py",
     "test_mpi.py::test_suite_on_ranks[4-horovod",
     "test_mpi.py::test_suite_on_ranks[4-torch",
     "test_mpi.py::test_suite_on_ranks[3-horovod",
@@ -140,12 +139,15 @@ LONG = (
     "test_mpi.py",
     "test_readme.py",
     "test_torchrun.py",
+    "test_slurm.py",
+    "test_checkpoint.py",
     "test_doctor.py",
     "test_cli.py",
 )
 """What takes long comes first, so that two workers end together."""
-SPLIT = ("test_mpi.py", "test_readme.py", "test_torchrun.py")
-"""Files whose tests share nothing that costs: any worker takes any of them. Of other files one worker takes all."""
+OF_RANKS = ("test_mpi.py", "test_readme.py", "test_torchrun.py")
+"""Files that start jobs of up to four ranks: one worker takes them all. Two such jobs at once would take 1.7 times the
+CPU time of one after the other on two cores."""
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -166,13 +168,13 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """With ``-n 2``: a file per worker, a test per worker for those of SPLIT, in our order."""
+    """With ``-n 2``: a file per worker, and those of OF_RANKS together, in our order."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid):
             file = nodeid.partition("::")[0]
-            return nodeid if file.rpartition("/")[2] in SPLIT else file
+            return "of ranks" if file.rpartition("/")[2] in OF_RANKS else file
 
     config.option.loadscopereorder = False
     return Scheduling(config, log)
