@@ -59,14 +59,11 @@ class Interception:
         """Find where the Python code of some layers has the functions. Local."""
         classes = {kind for layer in layers for kind in type(layer).__mro__}
         names = {kind.__module__ for kind in classes if not kind.__module__.startswith("torch.")}
-        namespaces = [vars(functional), vars(torch)]
-        namespaces += [vars(sys.modules[name]) for name in sorted(names) if name in sys.modules]
+        namespaces = [vars(sys.modules[name]) for name in sorted(names) if name in sys.modules]
         self._places = [
-            (namespace, name, function)
-            for namespace in namespaces
-            for name, value in namespace.items()
-            if isinstance(value, (FunctionType, BuiltinFunctionType))
-            if (function := _original(value)) in _FUNCTIONS
+            *_places_in(vars(functional), _NAMES),
+            *_places_in(vars(torch), ("dropout", "batch_norm")),  # of its 2,000 names
+            *(place for namespace in namespaces for place in _places_in(namespace, namespace)),
         ]
 
     def handler_of(self, function: Callable) -> Handler:
@@ -143,6 +140,17 @@ def _dispatcher(function: Callable) -> Callable:
         dispatch.original = function
         _DISPATCHERS[key] = dispatch
     return _DISPATCHERS[key]
+
+
+def _places_in(
+    namespace: dict[str, Any], names: Iterable[str]
+) -> Iterator[tuple[dict[str, Any], str, Callable]]:
+    """Yield where, among some names of a namespace, functions stand that can be intercepted."""
+    for name in names:
+        value = namespace.get(name)
+        is_function = isinstance(value, (FunctionType, BuiltinFunctionType))
+        if is_function and (function := _original(value)) in _FUNCTIONS:
+            yield namespace, name, function
 
 
 def _original(function: Any) -> Any:
