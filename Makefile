@@ -5,6 +5,8 @@ ACTIVATE = . tools/activate.sh
 RUN_DIR ?= runs/quickstart
 BACKEND ?= auto
 # A line per test as it ends, the longest first; -u: also into a pipe
+# The bytecode of hpc_bnn and of the tests is kept: a hundred processes would each compile all of it again
+unexport PYTHONDONTWRITEBYTECODE
 PYTEST = python -u -m pytest tests -v -n 2 --durations 40
 
 .PHONY: help setup quickstart test test-all lint clean
