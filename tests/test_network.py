@@ -1213,7 +1213,7 @@ def test_batch_norm_of_16_bits_subtracts_before_it_rounds():
     posterior = posteriors.DeterministicNetwork(norm)
     x = (100 + torch.randn(4096, 4, generator=torch.Generator().manual_seed(0))).bfloat16()
     posterior.begin()
-    posterior.draw_(0, lambda s: torch.Generator().manual_seed(s))
+    posterior.draw_(hpc_bnn.noise.Key(0, hpc_bnn.noise.Stream.NOISE))
     y = posterior.network(x)
     assert y.float().mean(0).abs().max() < 5e-3
 
