@@ -1,72 +1,156 @@
-"""Exceptions of hpc_bnn."""
+"""Exceptions of hpc_bnn. They name a field in the words of the caller: a flag on the command line, an argument in Python.
+
+In a text ``<grid.sample_size>`` stands for a field of `hpc_bnn.Config`: it is read as ``--grid.sample_size`` or as
+``sample_size``. Other words in angle brackets stay as they are.
+"""
 
 from __future__ import annotations
 
 import importlib
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from numbers import Real
+from typing import Any, NamedTuple
+
+_NAME = re.compile(r"<([a-z_.]+)>")
 
 
-class HpcBnnError(Exception):
-    """Base of every error that hpc_bnn raises on purpose."""
+def _as_flag(name: str) -> str:
+    return f"--{name}"
 
-    exit_code = 1
-    label = "error"
-    """What a message on the terminal begins with."""
+
+def _as_argument(name: str) -> str:
+    """Return the last word of a name; of ``objective.name`` it is the objective that Python takes."""
+    *groups, last = name.split(".")
+    return groups[-1] if groups and last == "name" else last
+
+
+def _is_field(name: str) -> bool:
+    from .config import NAMES  # here, because config imports this module
+
+    return name in NAMES
+
+
+def _spelled(text: str, spell: Callable[[str], str]) -> str:
+    return _NAME.sub(lambda match: spell(match[1]) if _is_field(match[1]) else match[0], text)
 
 
 @dataclass(frozen=True)
 class Fault:
     """One thing that is wrong in what the user asked for."""
 
-    flag: str
-    """The flag as it is typed, for example ``--grid.sample_size``."""
+    field: str
+    """Name in `hpc_bnn.Config`, such as ``grid.sample_size``; anything else is written as it is."""
     value: object
     """The value that was given."""
     rule: str
     """The rule that the value breaks."""
     remedy: str
     """What to do instead."""
+    argument: str = ""
+    """Name of the argument in Python, where it is not the last word of the field."""
 
     def __str__(self) -> str:
-        return f"{self.flag} {self.value}: {self.rule}. {self.remedy}"
+        return self._text(self.argument or self.field, _as_argument)
+
+    def on_command_line(self) -> str:
+        """Return the text with flags."""
+        return self._text(self.field, _as_flag)
+
+    def _text(self, name: str, spell: Callable[[str], str]) -> str:
+        name = spell(name) if _is_field(name) else name
+        return f"{name} {self.value}: {_spelled(f'{self.rule}. {self.remedy}', spell)}"
+
+    def __reduce__(self):  # a value may be anything; its text can travel to other ranks
+        return Fault, (self.field, str(self.value), self.rule, self.remedy, self.argument)
 
 
-class ConfigError(HpcBnnError, ValueError):
-    """The request of the user cannot be carried out.
+class HpcBnnError(Exception):
+    """Base of every error that hpc_bnn raises on purpose.
 
     Parameters
     ----------
-    *faults : Fault or str
+    *parts : Fault or str
         Everything that is wrong, so that the user mends it in one go.
+    where : str
+        What stands in front of them.
     """
+
+    exit_code = 1
+    label = "error"
+    """What a message on the terminal begins with."""
+
+    def __init__(self, *parts: Fault | str, where: str = ""):
+        super().__init__(*parts)
+        self.where = where
+
+    def __str__(self) -> str:
+        return self._text(str, _as_argument)
+
+    def on_command_line(self) -> str:
+        """Return the text with flags."""
+        return self._text(Fault.on_command_line, _as_flag)
+
+    def _text(self, of_fault: Callable[[Fault], str], spell: Callable[[str], str]) -> str:
+        parts = [
+            of_fault(part) if isinstance(part, Fault) else _spelled(str(part), spell) for part in self.args
+        ]
+        return self.where + "\n".join(parts)
+
+
+class ConfigError(HpcBnnError, ValueError):
+    """The request of the user cannot be carried out."""
 
     exit_code = 2
 
-    def __init__(self, *faults: Fault | str):
-        super().__init__(*faults)
-        self.faults = faults
-
-    def __str__(self) -> str:
-        return "\n".join(str(fault) for fault in self.faults)
+    @property
+    def faults(self) -> tuple[Fault | str, ...]:
+        """Everything that is wrong."""
+        return self.args
 
 
-def check_positive(flag: str, value: float, example: float) -> None:
-    """Raise `ConfigError` unless a value is a positive, finite number; ``example`` is the remedy."""
-    if not (isinstance(value, (int, float)) and 0 < value < math.inf):
-        raise ConfigError(Fault(flag, value, "must be positive and finite", f"Try {example}"))
+class Rule(NamedTuple):
+    """What a value must be. It stands once, beside the field of the config; constructors ask for it by the field's name."""
+
+    fits: Callable[[Any], bool]
+    text: str
+    """Goes on after "must be"."""
+    remedy: str
+
+    def check(self, field: str, value: object, argument: str = "") -> None:
+        """Raise `ConfigError` unless a value fits."""
+        if not self.fits(value):
+            shown = value if str(value).strip() else repr(value)
+            raise ConfigError(Fault(field, shown, f"must be {self.text}", self.remedy, argument))
 
 
-def import_object(flag: str, path: str) -> Any:
-    """Return what ``package.module.name`` stands for, or raise a `ConfigError` that names the flag."""
+def positive(remedy: str) -> Rule:
+    """Return the rule of a positive, finite number."""
+    return Rule(lambda value: isinstance(value, Real) and 0 < value < math.inf, "positive and finite", remedy)
+
+
+def at_least(least: int, remedy: str, text: str = "") -> Rule:
+    """Return the rule of a finite number that has a least value."""
+    text = text or (f"at least {least}" if least else "0 or more")
+    return Rule(lambda value: isinstance(value, Real) and least <= value < math.inf, text, remedy)
+
+
+def above_and_below(low: float, high: float, remedy: str) -> Rule:
+    """Return the rule of a number between two others, which it must not reach."""
+    text = f"above {low} and below {high}"
+    return Rule(lambda value: isinstance(value, Real) and low < value < high, text, remedy)
+
+
+def import_object(field: str, path: str) -> Any:
+    """Return what ``package.module.name`` stands for, or raise a `ConfigError` that names the field."""
     module_path, _, name = path.rpartition(".")
     try:
         return getattr(importlib.import_module(module_path), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(
-            Fault(flag, path, f"it cannot be imported ({error})", "Give package.module.Class")
+            Fault(field, path, f"it cannot be imported ({error})", "Give package.module.Class")
         ) from error
 
 

@@ -67,7 +67,7 @@ def grids(num_ranks: int, num_samples: int, batch: int, flag: str = "number of r
     if not sizes:
         rule = f"no grid of {num_ranks} ranks has a sample and an example for each, with {num_samples} samples and {batch} examples"
         remedy = (
-            "Use fewer ranks, more --num_samples, or more examples (--global_batch_size, --data.train_split)"
+            "Use fewer ranks, more <num_samples>, or more examples (<global_batch_size>, <data.train_split>)"
         )
         raise ConfigError(Fault(flag, num_ranks, rule, remedy))
     return sizes
@@ -101,7 +101,7 @@ class Grid:
         if self.sample_size < 1 or self.world_size % self.sample_size:
             raise ConfigError(
                 Fault(
-                    "--grid.sample_size",
+                    "grid.sample_size",
                     self.sample_size,
                     f"sample_size x data_size must be the number of ranks, and the job has {self.world_size}",
                     f"Use one of {', '.join(map(str, sample_sizes(self.world_size)))}, or start another number of ranks",
@@ -170,10 +170,10 @@ class Grid:
         if num_samples < self.sample_size:
             raise ConfigError(
                 Fault(
-                    "--num_samples",
+                    "num_samples",
                     num_samples,
-                    f"each of the {self.sample_size} ranks of the sample axis (--grid.sample_size) draws one or more",
-                    f"Use --num_samples {self.sample_size} or a smaller --grid.sample_size",
+                    f"each of the {self.sample_size} ranks of the sample axis (<grid.sample_size>) draws one or more",
+                    f"Use <num_samples> {self.sample_size} or a smaller <grid.sample_size>",
                 )
             )
 
@@ -187,18 +187,18 @@ class Grid:
         num_examples : int, optional
             Examples of the training set, where it is known.
         """
-        ranks = f"the {self.data_size} data groups ({self.world_size} ranks, --grid.sample_size {self.sample_size})"
-        remedy = "a larger --grid.sample_size, or fewer ranks"
+        ranks = f"the {self.data_size} data groups ({self.world_size} ranks, <grid.sample_size> {self.sample_size})"
+        remedy = "a larger <grid.sample_size>, or fewer ranks"
         faults = []
         if 0 < global_batch_size < self.data_size:  # below 1 it is a fault of its own
             rule = f"each of {ranks} evaluates one example or more in a step"
-            remedy_of_batch = f"Use --global_batch_size {self.data_size}, {remedy}"
-            faults.append(Fault("--global_batch_size", global_batch_size, rule, remedy_of_batch))
+            remedy_of_batch = f"Use <global_batch_size> {self.data_size}, {remedy}"
+            faults.append(Fault("global_batch_size", global_batch_size, rule, remedy_of_batch))
         if num_examples is not None and num_examples < self.data_size:
             rule = (
                 f"the training set has fewer examples than {ranks}, and each evaluates one or more in a step"
             )
-            faults.append(Fault("--data.train_split", f"with {num_examples} examples", rule, f"Use {remedy}"))
+            faults.append(Fault("data.train_split", f"with {num_examples} examples", rule, f"Use {remedy}"))
         if faults:
             raise ConfigError(*faults)
 

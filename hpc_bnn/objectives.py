@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import get_args
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from .comm import GridComm
-from .config import ObjectiveConfig
+from .config import ObjectiveConfig, Score, check_field, check_pairs
 from .errors import ConfigError, Fault, import_object
 from .likelihoods import Implicit, Likelihood
 from .reductions import LogMeanExp, Moments
@@ -98,7 +99,7 @@ class Objective:
 
     def _fault(self, likelihood: Likelihood, rule: str, remedy: str) -> ConfigError:
         text = f"{self.name} with likelihood {type(likelihood).__name__}"
-        return ConfigError(Fault("--objective.name", text, rule, remedy))
+        return ConfigError(Fault("objective.name", text, rule, remedy))
 
 
 class _OfLogLikelihood(Objective):
@@ -312,7 +313,7 @@ class Gathered(Objective):
             if loss.shape != members.shape[1:2]:
                 raise ConfigError(
                     Fault(
-                        "--objective.name",
+                        "objective.name",
                         self.name,
                         f"the function must give one loss per example, {list(members.shape[1:2])}, "
                         f"and gave {list(loss.shape)}",
@@ -366,8 +367,7 @@ class _Score(Gathered):
     """
 
     def __init__(self, fairness: float = 0.95, weights: ArrayLike | None = None):
-        if not 0 <= fairness <= 1:
-            raise ConfigError(Fault("--objective.fairness", fairness, "must be between 0 and 1", "Try 0.95"))
+        check_field("objective.fairness", fairness)
         super().__init__(self.score, "mean", self.name)
         self.fairness = fairness
         if weights is not None:
@@ -379,7 +379,7 @@ class _Score(Gathered):
         ):
             raise ConfigError(
                 Fault(
-                    "weights",
+                    "objective.weights",
                     f"of shape {list(weights.shape)}",
                     "must be finite, 0 or more, and not all 0",
                     "Use cos(latitude)",
@@ -391,17 +391,9 @@ class _Score(Gathered):
             raise self._fault(
                 likelihood,
                 "it scores the members and knows no noise of a likelihood",
-                "Use --likelihood.name implicit",
+                "Use <likelihood.name> implicit",
             )
-        if num_samples < 2 and self.fairness > 0:
-            raise ConfigError(
-                Fault(
-                    "--num_samples",
-                    num_samples,
-                    f"{self.name} with fairness {self.fairness} compares pairs of samples",
-                    "Use 2 or more, or --objective.fairness 0",
-                )
-            )
+        check_pairs(self.name, self.fairness, num_samples)
 
     def pair_factor(self, num_samples: int) -> float:
         """Return c, the factor of half the sum over ordered pairs of samples."""
@@ -419,7 +411,7 @@ class _Score(Gathered):
         except RuntimeError:
             raise ConfigError(
                 Fault(
-                    "weights",
+                    "objective.weights",
                     f"of shape {list(self.weights.shape)}",
                     f"must broadcast to the targets of an example, {list(shape)}",
                     "Use [latitudes, 1] for targets [channels, latitudes, longitudes]",
@@ -493,8 +485,7 @@ class Energy(_Score):
 
     def __init__(self, fairness: float = 0.95, beta: float = 1.0, weights: ArrayLike | None = None):
         super().__init__(fairness, weights)
-        if not 0 < beta < 2:
-            raise ConfigError(Fault("--objective.beta", beta, "must be above 0 and below 2", "Try 1"))
+        check_field("objective.beta", beta)
         self.beta = beta
 
     def _power(self, difference: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -551,13 +542,13 @@ def build_objective(config: ObjectiveConfig, target_weights: list | None = None)
         The name is unknown, its class cannot be imported, or the file of weights cannot be read.
     """
     name = config.name
-    if name in ("crps", "energy"):
+    if name in get_args(Score):
         weights = target_weights if config.weights == "auto" else _read_weights(config.weights)
         options = {"fairness": config.fairness, "weights": weights}
         return Crps(**options) if name == "crps" else Energy(beta=config.beta, **options)
     if name in OBJECTIVES:
         return OBJECTIVES[name]()
-    found = import_object("--objective.name", name)
+    found = import_object("objective.name", name)
     objective = found() if isinstance(found, type) else found
     return objective if isinstance(objective, Objective) else Gathered(objective)
 
@@ -569,5 +560,5 @@ def _read_weights(path: str | None) -> np.ndarray | None:
         return np.load(path, allow_pickle=False).astype(np.float64)
     except (OSError, EOFError, ValueError, TypeError) as error:
         raise ConfigError(
-            Fault("--objective.weights", path, f"it cannot be read ({error})", "Write it with numpy.save")
+            Fault("objective.weights", path, f"it cannot be read ({error})", "Write it with numpy.save")
         ) from error

@@ -51,7 +51,7 @@ def test_one_gpu_per_rank_of_a_node(requested, local_rank, num_visible, expected
 
 @pytest.mark.parametrize("requested", ["gpu", "cuda:x", "cpu:0", "", "cuda", "cuda:0"])
 def test_devices_that_are_not_there(requested):
-    with pytest.raises(ConfigError, match=f"--device {requested}"):
+    with pytest.raises(ConfigError, match=f"^device {requested}"):
         choose_device(requested, 0, 0)
 
 

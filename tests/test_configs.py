@@ -42,7 +42,7 @@ def test_a_config_is_sound_and_its_shards_can_be_made(name):
 def test_the_swin_of_full_size_has_200_million_weights():
     model = read("era5_swin.yaml").model
     with FakeTensorMode():
-        net = import_object("--model.name", model.name)((69, 721, 1440), 69, **model.arguments)
+        net = import_object("model.name", model.name)((69, 721, 1440), 69, **model.arguments)
         assert 200e6 < sum(math.prod(p.shape) for p in net.parameters()) < 260e6
         assert net(torch.empty(1, 69, 721, 1440)).shape == (1, 69, 721, 1440)
 

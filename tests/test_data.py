@@ -146,7 +146,7 @@ def test_an_error_of_the_reading_thread_arrives(shards):
 
 
 def test_a_batch_that_drop_last_leaves_nothing_of(shards):
-    with pytest.raises(ConfigError, match="--global_batch_size 24: the split has 23 examples"):
+    with pytest.raises(ConfigError, match=r"^global_batch_size 24: the split has 23 examples, and drop_last"):
         BatchLoader(ShardDataset(shards, "train"), Grid(), 24, seed=0, drop_last=True)
 
 
@@ -181,8 +181,8 @@ def test_examples_that_are_not_there_are_not_fetched(shards, reading, indices):
 def test_a_loader_refuses_what_it_cannot_do(shards):
     dataset = ShardDataset(shards, "train")
     for options, words in (
-        ({"global_batch_size": 0}, "--global_batch_size 0"),
-        ({"global_batch_size": 4, "prefetch": -1}, "--data.prefetch -1"),
+        ({"global_batch_size": 0}, "^global_batch_size 0"),
+        ({"global_batch_size": 4, "prefetch": -1}, "^prefetch -1"),
     ):
         with pytest.raises(ConfigError, match=words):
             BatchLoader(dataset, Grid(), seed=0, **options)

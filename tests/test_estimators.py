@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from hpc_bnn import Grid
 from hpc_bnn.errors import ConfigError
 from hpc_bnn.noise import Key, Stream
 from hpc_bnn.posteriors import LowRankGaussian, MeanFieldGaussian, StudentTPrior
@@ -128,8 +129,8 @@ def test_local_draws_have_the_moments_of_the_weights():
 def test_what_does_not_apply_is_said_and_drawn_once_per_sample(caplog):
     for name, estimator in (("tokens", "local"), ("conv", "local")):
         posterior = make(name, estimator)
-        with caplog.at_level(logging.WARNING):
-            posterior.prepare_(inputs(name))
+        posterior.prepare_(inputs(name))
+        posterior.network.say(logging.getLogger("rank"), Grid())
         assert "drawn once per sample" in caplog.text and "0.weight" in caplog.text
         caplog.clear()
         reference = gradients(name, "reparameterisation", 3)
@@ -140,8 +141,8 @@ def test_a_layer_used_twice_is_left_out(caplog):
     net = nn.Sequential(nn.Linear(3, 3), nn.Tanh()).double()
     twice = nn.Sequential(net[0], net[1], net[0])
     posterior = MeanFieldGaussian(twice, estimator="flipout")
-    with caplog.at_level(logging.WARNING):
-        posterior.prepare_(inputs("mlp"))
+    posterior.prepare_(inputs("mlp"))
+    posterior.network.say(logging.getLogger("rank"), Grid())
     assert "drawn once per sample" in caplog.text
 
 
@@ -196,6 +197,7 @@ def test_tokens_folded_into_the_batch_are_seen(caplog):
 
     posterior = MeanFieldGaussian(Fold(), estimator="local")
     posterior.prepare_(inputs("tokens"))
+    posterior.network.say(logging.getLogger("rank"), Grid())
     assert "drawn once per sample" in caplog.text and not posterior._noisy.layers
 
 

@@ -1,6 +1,7 @@
 """Families, selection of weights, dropout masks, BatchNorm, chunks: in one process, in float64."""
 
 import contextlib
+import copy
 import logging
 
 import pytest
@@ -270,10 +271,13 @@ def test_mc_dropout_samples_in_the_predictive_and_decays_weights():
 
 
 def test_dropout_that_cannot_be_keyed_is_said_or_refused(caplog):
-    with caplog.at_level(logging.WARNING):
-        net = nn.LSTM(3, 4, num_layers=2, dropout=0.5)
-        Network(net, dict(net.named_parameters()), [])
-    assert "cannot be keyed" in caplog.text and net.dropout == 0
+    layers = {"a": nn.LSTM(3, 4, num_layers=2, dropout=0.5), "b": nn.MultiheadAttention(4, 2, 0.1)}
+    network, logger = Network(nn.ModuleDict(layers), {}, []), logging.getLogger("rank")
+    assert layers["a"].dropout == layers["b"].dropout == 0
+    copy.deepcopy(network).say(logger, Grid(2, 1, 1))
+    assert not caplog.text  # rank 0 says it
+    network.say(logger, Grid(2)), network.say(logger, Grid(2))
+    assert caplog.text.count("cannot be keyed") == 1 and "a (LSTM), b (MultiheadAttention)" in caplog.text
     with pytest.raises(ConfigError, match="AlphaDropout"):
         Network(nn.Sequential(nn.AlphaDropout(0.1)), {}, [])
     with pytest.raises(ConfigError, match="no dropout layer"):

@@ -826,6 +826,8 @@ def test_noise_of_every_global_generator_is_noticed(source, caplog):
     step(X, Y, 8), step(X, Y, 8)
     assert caplog.text.count(source) == 1 and "not keyed" in caplog.text
     members(step)
+    assert caplog.text.count(source) == 1  # a process says it once
+    members(make(seeded(lambda: Noisy(SOURCES[source]))))
     assert caplog.text.count(source) == 2  # in the predictive as well
 
 

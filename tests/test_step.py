@@ -108,7 +108,7 @@ def test_autocast_keeps_weights_and_gradients_in_float32():
 
 
 def test_too_few_samples_are_refused():
-    with pytest.raises(ConfigError, match="--num_samples 0"):
+    with pytest.raises(ConfigError, match=r"^num_samples 0"):
         make_step(num_samples=0)
 
 

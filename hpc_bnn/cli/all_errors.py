@@ -5,7 +5,6 @@ jsonargparse stops at the first error. Here each key is tried by itself.
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import types
 import typing
@@ -16,7 +15,7 @@ from typing import Any
 import jsonargparse
 import yaml
 
-from ..config import Config
+from ..config import FIELDS, NAMES, Config
 from ..errors import ConfigError, Fault
 
 
@@ -46,28 +45,25 @@ def faults_of(words: Sequence[str], known: set[str]) -> tuple[list[Fault], dict[
     values : dict of str to object
         Dotted names of fields, as files and flags set them.
     """
-    fields = _fields(Config)
-    of_users = tuple(f"{name}." for name, (type_, _) in fields.items() if typing.get_origin(type_) is dict)
+    of_users = tuple(f"{name}." for name, field in FIELDS.items() if typing.get_origin(field.type) is dict)
     faults, values = [], {}
     for name, value in _settings(words):
-        flag = f"--{name}"
         if name.startswith(of_users):  # arguments of a user's class: anything
             continue
-        if name not in fields:
-            if flag not in known:
-                near = difflib.get_close_matches(name, fields, 1)
-                remedy = f"Did you mean --{near[0]}?" if near else "See --help for all"
-                faults.append(Fault(flag, "" if value is None else value, "there is no such field", remedy))
+        if name not in FIELDS:
+            if f"--{name}" not in known:
+                near = difflib.get_close_matches(name, FIELDS, 1)
+                remedy = f"Did you mean <{near[0]}>?" if near else "See --help for all"
+                shown = "" if value is None else value
+                faults.append(Fault(f"--{name}", shown, "there is no such field", remedy))
             continue
         if _fits(name, value):
             values[name] = value
         else:
-            type_, default = fields[name]
             values.pop(name, None)
-            rule = f"must be {_in_words(type_)}"
-            faults.append(
-                Fault(flag, value, rule, f"The default is {yaml.safe_dump(default).split(chr(10))[0]}")
-            )
+            default = yaml.safe_dump(FIELDS[name].default).split("\n")[0]
+            rule = f"must be {_in_words(FIELDS[name].type)}"
+            faults.append(Fault(name, value, rule, f"The default is {default}"))
     return faults, values
 
 
@@ -117,18 +113,6 @@ def _nested(values: dict[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def _fields(kind: type, prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    """Return type and default of each field, by dotted name."""
-    found, hints, defaults = {}, typing.get_type_hints(kind), kind()
-    for field in dataclasses.fields(kind):
-        type_, default = hints[field.name], getattr(defaults, field.name)
-        if dataclasses.is_dataclass(type_):
-            found |= _fields(type_, f"{prefix}{field.name}.")
-        else:
-            found[prefix + field.name] = (type_, default)
-    return found
-
-
 def _settings(words: Sequence[str]) -> Iterator[tuple[str, Any]]:
     """Yield (dotted name, value) of what files and flags set, in their order."""
     words = list(words)
@@ -144,17 +128,16 @@ def _settings(words: Sequence[str]) -> Iterator[tuple[str, Any]]:
             path = Path(text or "")
             content = _load(path.read_text()) if path.is_file() else None
             yield from _leaves(content) if isinstance(content, dict) else ()
-        elif isinstance(value, dict) and any(field.startswith(f"{name}.") for field in _fields(Config)):
+        elif isinstance(value, dict) and name in NAMES - FIELDS.keys():
             yield from _leaves({name: value})
         else:
             yield name, value
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    groups = {name.rpartition(".")[0] for name in _fields(Config)}
     for key, value in tree.items():
         name = f"{prefix}{key}"
-        if isinstance(value, dict) and name in groups:
+        if isinstance(value, dict) and name in NAMES - FIELDS.keys():
             yield from _leaves(value, f"{name}.")
         else:
             yield name, value

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from .. import __version__, comm
 from ..comm.timing import Network, read_network
-from ..config import Config, config_of_run
+from ..config import Backend, Config, config_of_run
 from ..errors import ConfigError, DataError, Fault, HpcBnnError, check_all
 from ..grid import Grid, grids, sample_sizes
 from ..safe_files import write_atomically
@@ -105,7 +105,7 @@ def build_parser() -> jsonargparse.ArgumentParser:
         help="Extent of the sample axis (default: one that suits the job).",
     )
     doctor.add_argument("--device", type=str, default="auto", help="As for train (default: auto).")
-    doctor.add_argument("--backend", type=comm.Backend, default="auto", help="As for train (default: auto).")
+    doctor.add_argument("--backend", type=Backend, default="auto", help="As for train (default: auto).")
     doctor.add_argument("--json", type=str | None, help="File for all facts and measurements.")
     doctor.add_argument(
         "--seconds", type=float, default=120.0, help="Longest time of one step, before the job is ended."
@@ -184,7 +184,7 @@ def run_and_report(name: str, work: Callable[[], int]) -> int:
     except HpcBnnError as error:
         together = comm.wait_for_others(5.0)  # an error that only this rank saw must not leave them waiting
         if is_first or not together:
-            print(f"{name}: {error.label}: {error}", file=sys.stderr, flush=True)
+            print(f"{name}: {error.label}: {error.on_command_line()}", file=sys.stderr, flush=True)
         if not together:
             comm.abort(error.exit_code)
         return error.exit_code

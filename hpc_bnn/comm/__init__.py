@@ -25,7 +25,6 @@ from .horovod import HorovodComm
 from .mpi import MpiComm
 from .packing import map_leaves
 from .start import (
-    Backend,
     abort,
     connect,
     connect_for_files,
@@ -39,7 +38,6 @@ from .torchrun import TorchrunComm
 
 __all__ = [
     "Axis",
-    "Backend",
     "DistributedFacts",
     "GridComm",
     "HorovodComm",

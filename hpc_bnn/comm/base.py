@@ -13,12 +13,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from ..config import Compression, Reduction
 from ..errors import CommunicationError, HpcBnnError, RankError
 from ..grid import Axis, Grid, share
-from .compression import Compression, decode, encode, encoded_bytes
+from .compression import decode, encode, encoded_bytes
 from .packing import Outline, as_list, bucket_spans, map_leaves, packed_buckets
 
-ObjectAxis = Literal["sample", "data", "world", "node"]
+ObjectAxis = Literal[Axis, "node"]
 Operation = Literal["sum", "max"]
 
 
@@ -88,7 +89,7 @@ class GridComm:
         self,
         grid: Grid,
         device: torch.device | str = "cpu",
-        reduction: Literal["axes", "world"] = "axes",
+        reduction: Reduction = "axes",
         compression: Compression = "none",
     ):
         self.grid = grid
@@ -336,16 +337,15 @@ class GridComm:
             error = caught
         report = None
         if error is not None:
-            kind = type(error) if isinstance(error, HpcBnnError) else RankError
-            text = str(error) if isinstance(error, HpcBnnError) else f"{type(error).__name__}: {error}"
-            report = (kind, self.grid.rank, socket.gethostname(), text)
+            ours = error if isinstance(error, HpcBnnError) else RankError(f"{type(error).__name__}: {error}")
+            report = (type(ours), ours.args, f"{doing}: {ours.where}", self.grid.rank, socket.gethostname())
         reports = [r for r in self.gather_objects(report) if r is not None]
         if reports:
-            kind, rank, host, text = reports[0]
-            if self.grid.world_size == 1:
-                raise kind(f"{doing}: {text}") from error
-            others = f" (and {len(reports) - 1} other ranks)" if len(reports) > 1 else ""
-            raise kind(f"rank {rank} on {host}{others}, {doing}: {text}") from error
+            kind, parts, where, rank, host = reports[0]
+            if self.grid.world_size > 1:
+                others = f" (and {len(reports) - 1} other ranks)" if len(reports) > 1 else ""
+                where = f"rank {rank} on {host}{others}, {where}"
+            raise kind(*parts, where=where) from error
 
     def check_replicas(
         self, tensors: torch.Tensor | Sequence[torch.Tensor], what: str, axis: Axis = "world"
@@ -459,5 +459,5 @@ def no_shared_memory(num_bytes: int, error: object) -> CommunicationError:
     """Return the error of a `GridComm.node_array` that does not fit."""
     return CommunicationError(
         f"{num_bytes / 1e9:.2f} GB of shared memory cannot be had on {socket.gethostname()} ({error}). "
-        "Make /dev/shm larger, or use --data.reading group or rank"
+        "Make /dev/shm larger, or use <data.reading> group or rank"
     )

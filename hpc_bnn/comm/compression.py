@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 
-Compression = Literal["none", "fp16", "bf16"]
+from ..config import Compression
 
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 _HEAD_BYTES = 4

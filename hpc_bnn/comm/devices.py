@@ -33,7 +33,7 @@ def choose_device(requested: str, local_rank: int, num_visible: int) -> torch.de
     kind, _, number = requested.partition(":")
     if kind not in ("auto", "cpu", "cuda") or (number and (kind != "cuda" or not number.isdigit())):
         raise ConfigError(
-            Fault("--device", requested, "the device is auto, cpu, cuda or cuda:N", "Leave it at auto")
+            Fault("device", requested, "the device is auto, cpu, cuda or cuda:N", "Leave it at auto")
         )
     if kind == "cpu" or (kind == "auto" and num_visible == 0):
         return torch.device("cpu")
@@ -41,10 +41,10 @@ def choose_device(requested: str, local_rank: int, num_visible: int) -> torch.de
     if index >= num_visible:
         raise ConfigError(
             Fault(
-                "--device",
+                "device",
                 requested,
                 f"this process sees {num_visible} GPUs",
-                "Ask the batch system for GPUs, check CUDA_VISIBLE_DEVICES, or use --device cpu",
+                "Ask the batch system for GPUs, check CUDA_VISIBLE_DEVICES, or use <device> cpu",
             )
         )
     return torch.device("cuda", index)
@@ -73,16 +73,16 @@ def agree_on_device(allgather: Callable[[Any], list[Any]], requested: str, local
     seen = allgather((faults, device and device.type, socket.gethostname()))
     for rank, (theirs, _, host) in enumerate(seen):
         if theirs:
-            raise ConfigError(f"rank {rank} on {host}: {theirs[0]}")
+            raise ConfigError(*theirs, where=f"rank {rank} on {host}: ")
     kinds = {kind: (rank, host) for rank, (_, kind, host) in reversed(list(enumerate(seen)))}
     if len(kinds) > 1:
         places = ", ".join(f"{kind} on rank {rank} ({host})" for kind, (rank, host) in sorted(kinds.items()))
         raise ConfigError(
             Fault(
-                "--device",
+                "device",
                 requested,
                 f"the ranks must compute on one kind of device, and there is {places}",
-                "Check the GPUs of that node, or use --device cpu",
+                "Check the GPUs of that node, or use <device> cpu",
             )
         )
     return device
@@ -109,7 +109,7 @@ def check_one_rank_per_gpu(comm: GridComm) -> None:
     text = f"ranks {ranks} share one GPU ({uuid})"
     if comm.needs_own_gpu:
         raise CommunicationError(
-            f"{text}, which NCCL refuses. Start one rank per GPU of a node; for a trial --backend torch sends "
+            f"{text}, which NCCL refuses. Start one rank per GPU of a node; for a trial <backend> torch sends "
             "through host memory"
         )
     if comm.grid.is_first("world"):

@@ -7,15 +7,15 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
+from ..config import Compression, Reduction
 from ..errors import CommunicationError
 from ..grid import Grid
 from .base import GridComm, NodeArray, ObjectAxis, no_shared_memory
-from .compression import Compression
 from .launcher import launcher_of
 
 STALL_SECONDS = 600.0
@@ -39,7 +39,7 @@ class MpiComm(GridComm):
         self,
         grid: Grid,
         device: torch.device | str = "cpu",
-        reduction: Literal["axes", "world"] = "axes",
+        reduction: Reduction = "axes",
         compression: Compression = "none",
         *,
         mpi,

@@ -5,15 +5,14 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from typing import Literal
 
 import torch
 
+from ..config import Backend, Compression, Reduction
 from ..errors import CommunicationError
 from ..grid import Grid
 from . import horovod, mpi, torch_distributed, torchrun
 from .base import GridComm
-from .compression import Compression
 from .devices import agree_on_device, check_one_rank_per_gpu, choose_device, num_visible_gpus, set_num_threads
 from .horovod import HorovodComm
 from .launcher import launcher_of
@@ -23,13 +22,11 @@ from .torchrun import TorchrunComm
 
 logger = logging.getLogger(__name__)
 
-Backend = Literal["auto", "horovod", "torch"]
-
 
 def connect(
     sample_size: int = 1,
     device: str = "auto",
-    reduction: Literal["axes", "world"] = "axes",
+    reduction: Reduction = "axes",
     compression: Compression = "none",
     *,
     backend: Backend = "auto",
@@ -95,7 +92,7 @@ def _connect_torchrun(sample_size, device, reduction, compression, backend, node
     """As `connect`, for ranks without MPI."""
     if backend == "horovod":
         raise CommunicationError(
-            "torchrun starts ranks without MPI, and Horovod needs it. Use mpirun or srun, or --backend torch"
+            "torchrun starts ranks without MPI, and Horovod needs it. Use mpirun or srun, or <backend> torch"
         )
     job = torchrun.launcher()
     install_abort_hook(abort)
@@ -120,7 +117,7 @@ def _choose_library(world, backend: Backend, device: torch.device) -> type[Horov
     if not is_free:
         raise CommunicationError(
             f"{world.size} ranks need Horovod, and {problem}. "
-            "Build it for this PyTorch and MPI with tools/install_horovod.sh, or use --backend torch"
+            "Build it for this PyTorch and MPI with tools/install_horovod.sh, or use <backend> torch"
         )
     if world.rank == 0:
         _say_once(f"torch.distributed carries the tensors; of Horovod: {problem}")

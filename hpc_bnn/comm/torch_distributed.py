@@ -198,7 +198,7 @@ def refuse_foreign_start() -> None:
     if Running.backend is None and dist.is_initialized():
         raise CommunicationError(
             "this program has called torch.distributed.init_process_group. Leave that to hpc_bnn, "
-            "or use --backend horovod"
+            "or use <backend> horovod"
         )
 
 
@@ -224,7 +224,7 @@ def start(backend: str, rank: int, world_size: int) -> None:
         raise CommunicationError(
             f"torch.distributed does not start on rank {rank} on {socket.gethostname()} ({error}). "
             "Name the network interface of the nodes in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, "
-            "or use --backend horovod"
+            "or use <backend> horovod"
         ) from error
     finally:
         # torch keeps what the former hook prints until it returns, and ours ends the job before (`install_abort_hook`).

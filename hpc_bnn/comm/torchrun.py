@@ -10,16 +10,16 @@ import pickle
 import socket
 import tempfile
 import time
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from ..config import Compression, Reduction
 from ..errors import CommunicationError
 from ..grid import Grid
 from .base import NodeArray, ObjectAxis, no_shared_memory
-from .compression import Compression
 from .launcher import Launcher, launcher_of
 from .rendezvous import find_meeting
 from .torch_distributed import (
@@ -50,7 +50,7 @@ class TorchrunComm(TorchTensors):
         self,
         grid: Grid,
         device: torch.device | str = "cpu",
-        reduction: Literal["axes", "world"] = "axes",
+        reduction: Reduction = "axes",
         compression: Compression = "none",
         *,
         node_size: int | None = None,

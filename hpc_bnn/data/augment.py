@@ -11,22 +11,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..config import AugmentationConfig
+from ..config import AugmentationConfig, ViewKind, check_field, check_groups
 from ..errors import ConfigError, Fault, import_object
 from ..grid import share
 from ..noise import Key, Stream
 from ..views import Views
 from .loader import Batch
 from .manifest import Manifest
-
-ViewKind = Literal["per_sample", "per_group", "shared"]
 
 
 class ExampleRandom:
@@ -277,18 +275,11 @@ class Augmentation:
     ):
         self._mixups = [(i, t) for i, t in enumerate(transforms) if isinstance(t, Mixup)]
         self._transforms = [(i, t) for i, t in enumerate(transforms) if not isinstance(t, Mixup)]
-        if kind not in ("per_sample", "per_group", "shared"):
-            raise ConfigError(
-                Fault(
-                    "--augmentation.views", kind, "must be per_sample, per_group or shared", "Try per_sample"
-                )
-            )
-        if kind == "per_group" and not 1 <= num_groups <= num_samples:
-            rule = f"must be between 1 and num_samples, {num_samples}"
-            raise ConfigError(Fault("--augmentation.num_groups", num_groups, rule, "Try 2"))
+        check_field("augmentation.views", kind, "kind")
+        check_groups(kind, num_groups, num_samples)
         if len(self._mixups) > 1:
             raise ConfigError(
-                Fault("--augmentation.transforms", "mixup, mixup", "one mixup is possible", "Drop one")
+                Fault("augmentation.transforms", "mixup, mixup", "one mixup is possible", "Drop one")
             )
         self.seed, self.num_classes = seed, num_classes
         groups = {"shared": 1, "per_sample": num_samples, "per_group": num_groups}[kind]
@@ -324,7 +315,7 @@ class Augmentation:
                     remedy = "Keep shape and dtype"
                 if rule:
                     name = getattr(transform, "__name__", type(transform).__name__)
-                    raise ConfigError(Fault("--augmentation.transforms", name, rule, remedy))
+                    raise ConfigError(Fault("augmentation.transforms", name, rule, remedy))
             return x
 
         return Views(x, self._numbers, make), y
@@ -349,10 +340,10 @@ def build_augmentation(
         kind = {2: "series [channels, length]", 3: "images [channels, height, width]"}.get(num_dims)
         if num_dims != len(x):
             rule = f"it is for {kind}, and an input is {list(x)}"
-            raise ConfigError(Fault("--augmentation.transforms", name, rule, "Leave it out"))
+            raise ConfigError(Fault("augmentation.transforms", name, rule, "Leave it out"))
         if getattr(transform, "moves", False) and len(y) > 1:
             rule = f"it would move the inputs {list(x)} and not the targets {list(y)}"
-            raise ConfigError(Fault("--augmentation.transforms", name, rule, "Leave it out"))
+            raise ConfigError(Fault("augmentation.transforms", name, rule, "Leave it out"))
     return Augmentation(
         transforms,
         config.views,
@@ -367,8 +358,8 @@ def _build_transform(entry: dict[str, Any]) -> Transform | Mixup:
     name = entry.pop("name", None)
     if not isinstance(name, str) or not (name in TRANSFORMS or "." in name):
         rule = f"its name must be one of {', '.join(TRANSFORMS)}, or package.module.name"
-        raise ConfigError(Fault("--augmentation.transforms", name, rule, "Try {name: flip}"))
-    found = TRANSFORMS.get(name) or import_object("--augmentation.transforms", name)
+        raise ConfigError(Fault("augmentation.transforms", name, rule, "Try {name: flip}"))
+    found = TRANSFORMS.get(name) or import_object("augmentation.transforms", name)
     if not isinstance(found, type) and not entry:
         return found
     try:
@@ -378,7 +369,7 @@ def _build_transform(entry: dict[str, Any]) -> Transform | Mixup:
     except (TypeError, ValueError) as error:
         raise ConfigError(
             Fault(
-                "--augmentation.transforms",
+                "augmentation.transforms",
                 {"name": name, **entry},
                 f"it refuses them ({error})",
                 "Fix the arguments",
@@ -388,7 +379,7 @@ def _build_transform(entry: dict[str, Any]) -> Transform | Mixup:
 
 def _check(name: str, value: object, fits: bool, rule: str, remedy: str) -> None:
     if not fits:
-        raise ConfigError(Fault("--augmentation.transforms", f"{name}: {value}", f"must be {rule}", remedy))
+        raise ConfigError(Fault("augmentation.transforms", f"{name}: {value}", f"must be {rule}", remedy))
 
 
 def _probability(value: float) -> float:

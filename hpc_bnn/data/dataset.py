@@ -6,18 +6,16 @@ import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 
 from ..comm import GridComm
-from ..errors import ConfigError, DataError, Fault
+from ..config import Reading, check_field
+from ..errors import DataError
 from ..grid import Grid
 from .files import SplitFiles
 from .manifest import Manifest, torch_dtype
-
-Reading = Literal["auto", "node", "group", "rank"]
 
 MEMORY_SHARE = 0.5
 """Share of the free memory of a node that a split may take with the reading "auto"."""
@@ -174,10 +172,7 @@ class ShardDataset:
 
     def _choose(self, reading: Reading) -> Reading:
         """Return the reading that "auto" stands for; the same on all ranks."""
-        if reading not in ("auto", "node", "group", "rank"):
-            raise ConfigError(
-                Fault("--data.reading", reading, "must be auto, node, group or rank", "Leave it at auto")
-            )
+        check_field("data.reading", reading)
         has_groups = self._comm.grid.sample_size > 1
         if reading != "auto":
             return "rank" if reading == "group" and not has_groups else reading

@@ -50,7 +50,7 @@ class SplitFiles:
         if split not in self.manifest.splits:
             raise DataError(
                 f"{directory} has the splits {', '.join(self.manifest.splits)}, not '{split}'. Name one of "
-                "them (--data.train_split, --data.test_split, --split), or prepare it (--test-fraction)"
+                "them (<data.train_split>, <data.test_split>, --split), or prepare it (--test-fraction)"
             )
         self.shards = self.manifest.splits[split]
         self.starts = np.cumsum([0, *(shard.num_examples for shard in self.shards)])

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..config import check_field
 from ..errors import ConfigError, Fault
 from ..grid import Grid
 from .dataset import ShardDataset
@@ -67,12 +68,8 @@ class BatchLoader:
         prefetch: int = 2,
         with_partners: bool = False,
     ):
-        for flag, value, least in (
-            ("--global_batch_size", global_batch_size, 1),
-            ("--data.prefetch", prefetch, 0),
-        ):
-            if value < least:
-                raise ConfigError(Fault(flag, value, f"must be at least {least}", f"Try {least + 1}"))
+        check_field("global_batch_size", global_batch_size)
+        check_field("data.prefetch", prefetch)
         self.dataset, self.grid = dataset, grid
         self.global_batch_size, self.seed, self.drop_last = global_batch_size, seed, drop_last
         self.prefetch, self.with_partners = prefetch, with_partners
@@ -81,8 +78,8 @@ class BatchLoader:
         self.num_examples = min(len(dataset), self.num_batches * global_batch_size)
         """Examples of an epoch."""
         if self.num_batches == 0:
-            rule = f"the split has {len(dataset)} examples, and --data.drop_last leaves out a smaller batch"
-            raise ConfigError(Fault("--global_batch_size", global_batch_size, rule, "Make it smaller"))
+            rule = f"the split has {len(dataset)} examples, and <data.drop_last> leaves out a smaller batch"
+            raise ConfigError(Fault("global_batch_size", global_batch_size, rule, "Make it smaller"))
 
     def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
         """Yield the batches of an epoch, from ``first_batch`` on: an interrupted epoch goes on where it stopped."""

@@ -86,7 +86,7 @@ def stage_shards(
         if missing > free:
             raise DataError(
                 f"{missing / 1e9:.2f} GB are to be copied and {free / 1e9:.2f} GB are free on "
-                f"{socket.gethostname()}. Stage to a larger file system, or train with --data.shards {source}"
+                f"{socket.gethostname()}. Stage to a larger file system, or train with <data.shards> {source}"
             )
         copied = [shard for shard in progress(files) if _bring(shard, source, destination, verify)]
     with comm.agree(f"writing {destination / MANIFEST}"):

@@ -20,7 +20,7 @@ import h5py
 import numpy as np
 
 from ..comm import GridComm
-from ..errors import ConfigError, DataError, Fault
+from ..errors import DataError, at_least
 from ..grid import Grid
 from ..safe_files import Disk, replacing, write_atomically
 from .manifest import (
@@ -133,10 +133,7 @@ def write_shards(
         if examples_per_shard is None:
             examples_per_shard = max(1, SHARD_BYTES // sum(spec.num_bytes for spec in arrays.values()))
         _check_weights(target_weights, arrays["y"])
-        if examples_per_shard < 1:
-            raise ConfigError(
-                Fault("examples_per_shard", examples_per_shard, "must be at least 1", "Try 1000")
-            )
+        at_least(1, "Try 1000").check("examples_per_shard", examples_per_shard)
     if normalise_targets is None:
         normalise_targets = np.issubdtype(np.dtype(arrays["y"].dtype), np.floating)
     plan = {

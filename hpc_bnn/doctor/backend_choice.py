@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ..comm import Backend
+from ..config import Backend, Library
 from .facts import RankFacts
 from .summarise import same
 
@@ -17,7 +17,7 @@ class Carrier:
 
     backend: Backend
     """What was asked for."""
-    library: Literal["horovod", "torch"]
+    library: Library
     transport: Literal["NCCL", "Gloo", "MPI"]
     """By which this library sends them."""
     why: str

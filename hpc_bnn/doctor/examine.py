@@ -19,7 +19,8 @@ from .. import comm
 from ..comm.installed import first_line
 from ..comm.launcher import launcher_of
 from ..comm.timing import LARGE_BYTES, SMALL_BYTES, seconds_of_sum
-from ..errors import CommunicationError, ConfigError, HpcBnnError, check_positive
+from ..config import Backend
+from ..errors import CommunicationError, ConfigError, HpcBnnError, positive
 from ..grid import Grid, sample_sizes
 from ..safe_files import write_atomically
 from .backend_choice import LIBRARY_NAMES, Carrier, carrier_of
@@ -47,7 +48,7 @@ def examine(
     device: str = "auto",
     json_path: str | None = None,
     seconds: float = 120.0,
-    backend: comm.Backend = "auto",
+    backend: Backend = "auto",
 ) -> int:
     """Print a report about this job and return 1 where training would fail, otherwise 0.
 
@@ -71,7 +72,7 @@ def examine(
     ConfigError
         The sample axis does not fit the number of ranks, or the device is not there.
     """
-    check_positive("--seconds", seconds, 120)
+    positive("Try 120").check("--seconds", seconds, "seconds")
     launcher = launcher_of(os.environ)
     # Ranks that cannot reach each other do not know of each other: the first speaks, or the second where its
     # number alone tells that there are several.
@@ -85,7 +86,7 @@ def _examine(
     sample_size: int | None,
     device: str,
     json_path: str | None,
-    backend: comm.Backend,
+    backend: Backend,
     report: Report,
     watch: Watch,
 ) -> int:
@@ -95,7 +96,7 @@ def _examine(
     try:
         ranks = comm.connect_for_files()
     except CommunicationError as error:  # what it means, the facts will tell
-        ranks, start_error = comm.GridComm(Grid()), str(error)
+        ranks, start_error = comm.GridComm(Grid()), error.on_command_line()
         sample_size = None  # it is for the ranks that should be there
     world_size = ranks.grid.world_size
     if sample_size is not None:
@@ -158,7 +159,7 @@ def _try_the_grid(
     except ConfigError:
         raise
     except Exception as caught:  # of the libraries many kinds
-        error = str(caught) if isinstance(caught, HpcBnnError) else first_line(caught)
+        error = caught.on_command_line() if isinstance(caught, HpcBnnError) else first_line(caught)
     errors = [e for e in _gather_from_all(ranks, error, watch) if e is not None]
     if errors:
         report.section("self-test", [("", "the grid does not start")])

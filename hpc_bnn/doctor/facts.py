@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..comm import Backend, DistributedFacts, choose_device, distributed_facts
+from ..comm import DistributedFacts, choose_device, distributed_facts
 from ..comm.installed import (
     HorovodFacts,
     MpiFacts,
@@ -31,6 +31,7 @@ from ..comm.installed import (
     mpi_libraries,
 )
 from ..comm.launcher import Launcher, launcher_of
+from ..config import Backend
 from ..errors import ConfigError
 
 PACKAGES = ("torch", "numpy", "mpi4py", "horovod", "h5py")

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..errors import ConfigError, DataError, Fault
+from ..errors import ConfigError, DataError, Fault, at_least
 from .mixtures import Mixture
 
 __all__ = ["Likelihood", "sum_targets"]
@@ -42,8 +42,7 @@ class Likelihood:
     is_equivariant = False
 
     def __init__(self, num_targets: int = 1):
-        if num_targets < 1:
-            raise ConfigError(Fault("num_targets", num_targets, "must be at least 1", "Count the targets"))
+        at_least(1, "Count the targets").check("num_targets", num_targets)
         self.num_targets = self.num_outputs = num_targets
 
     def wrap(self, module: nn.Module) -> nn.Module:
@@ -87,7 +86,7 @@ class Likelihood:
         if wrong.any():
             raise DataError(
                 f"a target is {y[wrong][0].item():g}, and the likelihood {type(self).__name__} is for {self.support}. "
-                "Look at the data, or use another --likelihood.name"
+                "Look at the data, or use another <likelihood.name>"
             )
 
     def targets(self, y: Tensor, like: Tensor) -> Tensor:

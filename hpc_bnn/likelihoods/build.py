@@ -34,7 +34,7 @@ def build_likelihood(
     if (name == "categorical") != (num_classes is not None) and (name, num_classes) != ("bernoulli", 2):
         kind = "numbers" if num_classes is None else f"{num_classes} classes"
         raise ConfigError(
-            Fault("--likelihood.name", name, f"the targets of these data are {kind}", "Leave it at auto")
+            Fault("likelihood.name", name, f"the targets of these data are {kind}", "Leave it at auto")
         )
     num_targets = target_shape[0] if target_shape else 1
     match name:

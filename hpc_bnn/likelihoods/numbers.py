@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, Fault, check_positive
+from ..config import LikelihoodScale, check_field
+from ..errors import ConfigError, Fault
 from .base import Likelihood, sum_targets
 from .mixtures import GaussianMixture, Members, Mixture, PoissonMixture, StudentTMixture
 
@@ -58,16 +58,15 @@ class LocationScale(Likelihood):
     def __init__(
         self,
         num_targets: int = 1,
-        scale: float | Literal["learned", "heteroscedastic"] = "heteroscedastic",
+        scale: LikelihoodScale = "heteroscedastic",
         init_scale: float = 1.0,
     ):
         super().__init__(num_targets)
         self.scale, self.init_scale = scale, init_scale
         if scale == "heteroscedastic":
             self.num_outputs = 2 * num_targets
-        elif scale != "learned":
-            check_positive("--likelihood.scale", scale, 1.0)
-        check_positive("--likelihood.init_scale", init_scale, 1.0)
+        check_field("likelihood.scale", scale)
+        check_field("likelihood.init_scale", init_scale)
 
     def wrap(self, module: nn.Module) -> nn.Module:
         if self.scale != "learned":
@@ -81,7 +80,7 @@ class LocationScale(Likelihood):
                 remedy = "Wrap the network with likelihood.wrap" if self.scale == "learned" else "Widen it"
                 raise ConfigError(
                     Fault(
-                        "--likelihood.scale",
+                        "likelihood.scale",
                         self.scale,
                         f"needs {2 * self.num_targets} outputs on dim 1, and there are {outputs.shape[1]}",
                         remedy,
@@ -128,12 +127,12 @@ class StudentT(LocationScale):
     def __init__(
         self,
         num_targets: int = 1,
-        scale: float | Literal["learned", "heteroscedastic"] = "heteroscedastic",
+        scale: LikelihoodScale = "heteroscedastic",
         init_scale: float = 1.0,
         df: float = 4.0,
     ):
         super().__init__(num_targets, scale, init_scale)
-        check_positive("--likelihood.df", df, 4.0)
+        check_field("likelihood.df", df)
         self.df = df
         self.has_variance = df > 2
 
@@ -163,7 +162,7 @@ class Implicit(Likelihood):
 
     def log_prob(self, outputs: Tensor, y: Tensor) -> Tensor:
         raise ConfigError(
-            Fault("--likelihood.name", "implicit", "it has no density", "Use gaussian, or the objective crps")
+            Fault("likelihood.name", "implicit", "it has no density", "Use gaussian, or the objective crps")
         )
 
     def mean(self, outputs: Tensor) -> Tensor:

@@ -90,7 +90,7 @@ class Posterior:
         if self.has_random_weights and not random:
             raise ConfigError(
                 Fault(
-                    "--posterior.deterministic",
+                    "posterior.deterministic",
                     ", ".join(map(str, deterministic)) or "()",
                     f"{type(module).__name__} has no trainable weight left to be random",
                     "Exclude less, or unfreeze some weights",
@@ -100,7 +100,7 @@ class Posterior:
         if len(kinds) != 1:
             raise ConfigError(
                 Fault(
-                    "--model",
+                    "model",
                     type(module).__name__,
                     f"its trainable weights are of {len(kinds)} kinds {sorted(map(str, kinds))}; exactly 1 is needed",
                     "Convert the module with module.to(device, dtype)",
@@ -448,16 +448,13 @@ class Posterior:
         mine = self.state_dict()
         faults = [
             Fault(
-                "--model",
-                name,
-                "this weight is only in the checkpoint or only in the model",
-                "Use its config",
+                "model", name, "this weight is only in the checkpoint or only in the model", "Use its config"
             )
             for name in sorted(mine.keys() ^ state.keys())
         ]
         faults += [
             Fault(
-                "--model",
+                "model",
                 name,
                 f"{tuple(state[name].shape)} in the checkpoint, {tuple(v.shape)} here",
                 "Use its config",

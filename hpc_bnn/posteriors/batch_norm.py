@@ -227,7 +227,7 @@ class BatchNorms:
         remedy = (
             "Keep buffers running_mean and running_var in the layer, for evaluation mode; or use GroupNorm"
         )
-        return ConfigError(Fault("--model", type(layer).__name__, rule, remedy))
+        return ConfigError(Fault("model", type(layer).__name__, rule, remedy))
 
     def has_called(self, layer: nn.Module) -> bool:
         """Whether a layer has called ``F.batch_norm`` since `begin`, in either mode."""
@@ -263,12 +263,12 @@ def _check(name: str, layer: _BatchNorm) -> None:
     """Raise `ConfigError` for a BatchNorm layer that cannot be exact; let SyncBatchNorm call ``F.batch_norm``."""
     if not layer.track_running_stats or layer.momentum is None:
         rule = "track_running_stats=False and momentum=None are not supported"
-        raise ConfigError(Fault("--model", type(layer).__name__, rule, "Use momentum=0.1, or GroupNorm"))
+        raise ConfigError(Fault("model", type(layer).__name__, rule, "Use momentum=0.1, or GroupNorm"))
     if isinstance(layer, nn.SyncBatchNorm):
         if type(layer) is not nn.SyncBatchNorm or "forward" in layer.__dict__:
             rule = "it sums over all ranks by itself, over those of other samples as well"
             raise ConfigError(
-                Fault("--model", f"{name} ({type(layer).__name__})", rule, "Use the class without Sync: hpc_bnn sums")
+                Fault("model", f"{name} ({type(layer).__name__})", rule, "Use the class without Sync: hpc_bnn sums")
             )  # fmt: skip
         layer.forward = types.MethodType(_BatchNorm.forward, layer)
 

@@ -6,7 +6,6 @@ intercepted (`hpc_bnn.posteriors.interception`), whether a layer of torch, a sub
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Hashable
 
 import torch
@@ -15,8 +14,6 @@ from torch import Tensor, nn
 from ..errors import ConfigError, Fault
 from ..noise import Key, Stream
 from .interception import Shapes, calling_layer
-
-logger = logging.getLogger(__name__)
 
 _ELEMENTS = (nn.Dropout,)
 _CHANNELS = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
@@ -42,12 +39,14 @@ class DropoutMasks:
     ----------
     module : nn.Module
         Its layers stay as they are. Dropout hidden inside recurrent and attention layers, which
-        cannot be keyed, is switched off with a warning.
+        cannot be keyed, is switched off.
 
     Attributes
     ----------
     layers : list of nn.Module
         The dropout layers.
+    switched_off : list of str
+        The layers whose dropout is switched off.
     always : bool
         Whether layers drop in evaluation too: MC dropout.
     is_batched : bool
@@ -60,6 +59,7 @@ class DropoutMasks:
 
     def __init__(self, module: nn.Module):
         self.layers = [layer for layer in module.modules() if isinstance(layer, _ELEMENTS + _CHANNELS)]
+        self.switched_off: list[str] = []
         self.always = self.is_batched = False
         self._numbers = {layer: number for number, layer in enumerate(self.layers)}
         self._modules: dict[nn.Module, int] = {}
@@ -72,18 +72,14 @@ class DropoutMasks:
             if isinstance(layer, _UNKEYED) and layer.p > 0:
                 raise ConfigError(
                     Fault(
-                        "--model",
+                        "model",
                         f"{name} ({type(layer).__name__})",
                         "its masks cannot be keyed",
                         "Use Dropout",
                     )
                 )
             if isinstance(layer, (nn.RNNBase, nn.MultiheadAttention)) and layer.dropout > 0:
-                logger.warning(
-                    "the dropout inside %s (%s) cannot be keyed by the sample and is switched off",
-                    name,
-                    type(layer).__name__,
-                )
+                self.switched_off.append(f"{name} ({type(layer).__name__})".strip())
                 layer.dropout = 0.0
 
     def find(self, module: nn.Module) -> None:

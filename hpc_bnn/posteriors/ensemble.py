@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, Fault, check_positive
+from ..config import check_field
+from ..errors import ConfigError, Fault
 from ..noise import Key, Stream
 from .base import Posterior, Tally
 from .flat import take_gradients
@@ -53,7 +54,7 @@ class DeepEnsemble(Posterior):
         seed: int = 0,
         prior_std: float = 1.0,
     ):
-        check_positive("--posterior.prior_std", prior_std, 1.0)
+        check_field("posterior.prior_std", prior_std)
         modules = []
         for member in members:
             with Key(seed, Stream.INIT, sample=member).global_generator():
@@ -62,7 +63,7 @@ class DeepEnsemble(Posterior):
         if self.batch_norms.layers:
             raise ConfigError(
                 Fault(
-                    "--model",
+                    "model",
                     type(self.module).__name__,
                     "members would share the running statistics of BatchNorm",
                     "Use GroupNorm or LayerNorm in an ensemble",
@@ -75,7 +76,7 @@ class DeepEnsemble(Posterior):
             if any(not torch.equal(fixed[name], theirs[name]) for name in fixed):
                 raise ConfigError(
                     Fault(
-                        "--model",
+                        "model",
                         type(module).__name__,
                         "members differ in frozen weights or buffers, which they would share",
                         "Make those the same for all members, or trainable",
@@ -146,10 +147,10 @@ class DeepEnsemble(Posterior):
         if num_samples != self.num_members:
             raise ConfigError(
                 Fault(
-                    "--num_samples",
+                    "num_samples",
                     num_samples,
                     f"an ensemble of {self.num_members} members has that many samples, in training and for tests",
-                    f"Set --num_samples and --num_test_samples to {self.num_members}",
+                    f"Set <num_samples> and <num_test_samples> to {self.num_members}",
                 )
             )
 

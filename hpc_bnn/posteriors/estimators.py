@@ -15,19 +15,14 @@ depend on the grid and a rank draws only what it needs.
 
 from __future__ import annotations
 
-import logging
 import types
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from ..config import Estimator
 from ..noise import Key, Stream
-
-logger = logging.getLogger(__name__)
-
-Estimator = Literal["reparameterisation", "local", "flipout"]
 
 BLOCK = 32
 """Examples whose noise comes from one generator."""
@@ -75,8 +70,8 @@ def find_layers(
     random: set[int],
     num_examples: int,
     call: Callable[[], object],
-) -> dict[str, nn.Module]:
-    """Return the layers, by name, for which an estimator is exact; say which it leaves out. Local.
+) -> tuple[dict[str, nn.Module], list[str]]:
+    """Return the layers, by name, for which an estimator is exact, and the random weights of all others. Local.
 
     Parameters
     ----------
@@ -127,15 +122,7 @@ def find_layers(
         ):
             found[name] = layer
             covered |= own
-    left = [name for name, p in module.named_parameters() if id(p) in random - covered]
-    if left:
-        logger.warning(
-            "the %s estimator is not exact for, or does not know, the layers of %s: their weights are "
-            "drawn once per sample",
-            estimator,
-            ", ".join(left),
-        )
-    return found
+    return found, [name for name, p in module.named_parameters() if id(p) in random - covered]
 
 
 def apply_layer(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..config import check_field
 from ..errors import ConfigError, Fault
 from .base import Tally
 from .mean_field import MeanFieldGaussian
@@ -33,15 +34,12 @@ class LowRankGaussian(MeanFieldGaussian):
     family = "low-rank Gaussian"
 
     def __init__(self, module: nn.Module, *, rank: int = 4, **options):
-        if rank < 1:
-            raise ConfigError(
-                Fault("--posterior.rank", rank, "must be at least 1", "Use MeanFieldGaussian for none")
-            )
+        check_field("posterior.rank", rank)
         estimator = options.get("estimator", "reparameterisation")
         if estimator != "reparameterisation":
             raise ConfigError(
                 Fault(
-                    "--posterior.estimator",
+                    "posterior.estimator",
                     estimator,
                     "noise per example knows independent weights only",
                     "Use reparameterisation with the low_rank family",

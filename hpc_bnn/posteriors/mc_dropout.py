@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, Fault, check_positive
+from ..config import check_field
+from ..errors import ConfigError, Fault
 from .base import Posterior
 
 
@@ -32,14 +33,14 @@ class MCDropout(Posterior):
     kl_kind = "closed form"
 
     def __init__(self, module: nn.Module, *, prior_std: float = 1.0):
-        check_positive("--posterior.prior_std", prior_std, 1.0)
+        check_field("posterior.prior_std", prior_std)
         super().__init__(module)
         self.prior_std = prior_std
         rates = [layer.p for layer in self.dropout.layers if layer.p > 0]
         if not rates:
             raise ConfigError(
                 Fault(
-                    "--model",
+                    "model",
                     type(module).__name__,
                     "it has no dropout layer with p > 0",
                     "Add nn.Dropout(0.1)",
@@ -48,7 +49,7 @@ class MCDropout(Posterior):
         if len(set(rates)) > 1:
             raise ConfigError(
                 Fault(
-                    "--model",
+                    "model",
                     rates,
                     "all dropout layers must have the same rate for the weight decay",
                     "Use one",

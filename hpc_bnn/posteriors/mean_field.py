@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, Fault, check_positive
+from ..config import Estimator, check_field
+from ..errors import ConfigError, Fault
 from ..noise import Key
 from .base import Posterior, Tally
 from .estimators import (
-    Estimator,
     ExampleNoise,
     find_layers,
     flipout_forward,
@@ -84,10 +84,11 @@ class MeanFieldGaussian(Posterior):
         self.kl_kind = "closed form" if prior.closed_form else "Monte Carlo"
         self.antithetic = antithetic
         self.estimator = estimator
+        check_field("posterior.estimator", estimator)
         if estimator != "reparameterisation" and (antithetic or not prior.closed_form):
             raise ConfigError(
                 Fault(
-                    "--posterior.estimator",
+                    "posterior.estimator",
                     estimator,
                     "noise per example has no mirrored pairs and no single draw for a Monte Carlo KL",
                     "Use reparameterisation, or antithetic false and a Gaussian or Laplace prior",
@@ -363,7 +364,7 @@ class _NoisyLayers:
         random = {id(p): name for name, p in posterior._named.items() if name in posterior.random.shapes}
         before = posterior.network.traces()
         with eval_mode(posterior.module), torch.no_grad():
-            layers = find_layers(
+            layers, left = find_layers(
                 posterior.module,
                 posterior.estimator,
                 set(random),
@@ -371,6 +372,11 @@ class _NoisyLayers:
                 lambda: posterior.network(x.clone()),
             )
         before.put_back()
+        if left:
+            posterior.network.notes.append(
+                f"the {posterior.estimator} estimator is not exact for, or does not know, the layers of "
+                f"{', '.join(left)}: their weights are drawn once per sample"
+            )
         self.layers = list(layers.values())
         scales = posterior.random.views(posterior._scale)
         for number, layer in enumerate(self.layers):
@@ -435,8 +441,8 @@ class _NoisyLayers:
 
 
 def _initial_log_scale(weights: Tensor, std: float, relative: float | None) -> Tensor:
-    flag, value = ("init_std", std) if relative is None else ("init_std_relative", relative)
-    check_positive(f"--posterior.{flag}", value, 0.01)
+    check_field("posterior.init_std", std)
+    check_field("posterior.init_std_relative", relative)
     if relative is None:
         return torch.full_like(weights, math.log(std))
     magnitude = weights.abs()

@@ -43,6 +43,8 @@ class Network:
     ----------
     batch_norms, dropout
         What its BatchNorm layers and its dropout have in place of torch's.
+    notes : list of str
+        What a user should know, for `say`.
     looks : bool
         Whether somebody is to look at the module before it is used.
     """
@@ -54,6 +56,9 @@ class Network:
         handlers = {name: functools.partial(self.dropout.handle, drops) for name, drops in FUNCTIONS.items()}
         handlers["scaled_dot_product_attention"] = self.dropout.attend
         self.interception = Interception({"batch_norm": self.batch_norms.handle, **handlers})
+        off = ", ".join(self.dropout.switched_off)
+        text = f"the dropout inside {off} cannot be keyed by the sample and is switched off"
+        self.notes, self._said = [text] if off else [], set()
         self._parameters = parameters
         self._drawn = list(drawn)
         self._views: dict[str, Tensor] = {}
@@ -362,6 +367,14 @@ class Network:
             type(self.module).__name__, first.changed["generator"], is_repeatable, self._own_buffers(first)
         )
 
+    def say(self, logger: logging.Logger, grid: Grid, look: Look | None = None) -> None:
+        """Log what a user should know, and what a look has found: each once, on rank 0. Local."""
+        found = self.notes + (look.warnings(grid.world_size) if look else [])
+        for note in found if self.looks and grid.is_first("world") else ():
+            if note not in self._said:
+                logger.warning("%s", note)
+        self._said.update(found)
+
     def _own_buffers(self, a_pass: _Pass) -> list[str]:
         """Return the buffers that a pass has changed, but for the counters of BatchNorm layers, which a step mends."""
         counters = {id(getattr(layer, "num_batches_tracked", None)) for layer in self.batch_norms.layers}
@@ -394,7 +407,7 @@ class Network:
         for layer in dict.fromkeys(unseen):
             what = "it keeps dropout or batch_norm of torch.nn.functional in a way in which it cannot be replaced"
             remedy = "Call it as torch.nn.functional.dropout, or use the layer nn.Dropout (nn.BatchNorm2d)"
-            faults.append(Fault("--model", f"{names[layer]} ({type(layer).__name__})", what, remedy))
+            faults.append(Fault("model", f"{names[layer]} ({type(layer).__name__})", what, remedy))
         moved = {
             name.removesuffix("running_mean") for name in changed["buffer"] if name.endswith("running_mean")
         }
@@ -409,17 +422,17 @@ class Network:
                 remedy = (
                     "Call that function, use torch's BatchNorm or GroupNorm, or freeze the layer with eval()"
                 )
-                faults.append(Fault("--model", f"{names[layer]} ({type(layer).__name__})", what, remedy))
+                faults.append(Fault("model", f"{names[layer]} ({type(layer).__name__})", what, remedy))
         if first.written and (self._own_buffers(first) or changed["attribute"]):
             rule = "its forward pass writes these weights and notes that it has: the next draw would undo it"
             remedy = "Run the network once on a batch before the posterior is made"
-            faults.append(Fault("--model", ", ".join(first.written[:3]), rule, remedy))
+            faults.append(Fault("model", ", ".join(first.written[:3]), rule, remedy))
         dropping = [layer for layer in ran if isinstance(layer, _DropoutNd) and layer.p > 0]
         for layer in dict.fromkeys(dropping) if changed["generator"] else ():
             if not self.dropout.asked(layer, first.dropped):
                 what = f"its masks come from {' and '.join(changed['generator'])}, not from torch.nn.functional.dropout"
                 remedy = "Call that function, or use nn.Dropout: then they are keyed by the sample"
-                faults.append(Fault("--model", f"{names[layer]} ({type(layer).__name__})", what, remedy))
+                faults.append(Fault("model", f"{names[layer]} ({type(layer).__name__})", what, remedy))
         if faults:
             raise ConfigError(*faults)
 
@@ -450,13 +463,13 @@ class Network:
         remedy = (
             "Its forward must read its own parameters: look for copies, caches and weights held elsewhere"
         )
-        raise ConfigError(Fault("--model", type(self.module).__name__, rule, remedy))
+        raise ConfigError(Fault("model", type(self.module).__name__, rule, remedy))
 
 
 def _changed(names: Sequence[str], rule: str) -> ConfigError:
     shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
     remedy = "Load, edit, freeze and convert the network first, and make the posterior then"
-    return ConfigError(Fault("--model", shown, rule, remedy))
+    return ConfigError(Fault("model", shown, rule, remedy))
 
 
 class _Pass(NamedTuple):
@@ -482,11 +495,6 @@ class Look:
     """Whether two passes with the same sample gave the same outputs."""
     buffers: Sequence[str]
     """Buffers that its forward pass changes by itself."""
-
-    def say(self, logger: logging.Logger, grid: Grid) -> None:
-        """Log what a user should know, on rank 0. Local."""
-        for warning in self.warnings(grid.world_size) if grid.is_first("world") else ():
-            logger.warning("%s", warning)
 
     def warnings(self, world_size: int) -> list[str]:
         """Return what a user should know, on so many ranks."""

@@ -14,17 +14,13 @@ import copy
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, Fault, check_positive
+from ..config import PriorMean, PriorScale, check_field
 from .flat import FlatLayout
-
-Scale = float | Literal["fan_in"]
-"""A number, or "fan_in": 1 / sqrt(fan-in) per weight matrix, 1 for vectors (Neal, 1996: a proper limit of
-infinite width)."""
 
 
 @dataclass(frozen=True)
@@ -78,11 +74,6 @@ class Prior:
         """Return the gradient of the log density, [P]."""
         raise NotImplementedError
 
-    def _check_positive(self, **values: object) -> None:
-        for name, value in values.items():
-            if value != "fan_in":
-                check_positive(f"--posterior.prior_{name}", value, 1.0)
-
 
 @dataclass(frozen=True)
 class GaussianPrior(Prior):
@@ -98,11 +89,11 @@ class GaussianPrior(Prior):
     """
 
     closed_form = True
-    std: Scale = 1.0
-    mean: float | Literal["initial"] = 0.0
+    std: PriorScale = 1.0
+    mean: PriorMean = 0.0
 
     def __post_init__(self):
-        self._check_positive(std=self.std)
+        check_field("posterior.prior_std", self.std, "std")
 
     def cross_entropy(self, loc: Tensor, scale: Tensor) -> Tensor:
         # With the entropy: Kingma and Welling, Auto-Encoding Variational Bayes, 2014, appendix B.
@@ -148,11 +139,11 @@ class LaplacePrior(Prior):
     """
 
     closed_form = True
-    scale: Scale = 1.0
-    mean: float | Literal["initial"] = 0.0
+    scale: PriorScale = 1.0
+    mean: PriorMean = 0.0
 
     def __post_init__(self):
-        self._check_positive(scale=self.scale)
+        check_field("posterior.prior_std", self.scale, "scale")
 
     def cross_entropy(self, loc: Tensor, scale: Tensor) -> Tensor:
         # E|w - mean| is the mean of a folded normal (Leone, Nelson, Nottingham, 1961).
@@ -196,11 +187,9 @@ class ScaleMixturePrior(Prior):
     fraction: float = 0.5
 
     def __post_init__(self):
-        self._check_positive(std=self.std, narrow_std=self.narrow_std)
-        if not 0 < self.fraction < 1:
-            raise ConfigError(
-                Fault("--posterior.prior_fraction", self.fraction, "must lie between 0 and 1", "Try 0.5")
-            )
+        check_field("posterior.prior_std", self.std, "std")
+        check_field("posterior.prior_narrow_std", self.narrow_std, "narrow_std")
+        check_field("posterior.prior_fraction", self.fraction, "fraction")
 
     def _log_parts(self, w: Tensor) -> tuple[Tensor, Tensor]:
         square = w * w
@@ -233,10 +222,11 @@ class StudentTPrior(Prior):
     """
 
     df: float = 3.0
-    scale: Scale = 1.0
+    scale: PriorScale = 1.0
 
     def __post_init__(self):
-        self._check_positive(df=self.df, scale=self.scale)
+        check_field("posterior.prior_df", self.df, "df")
+        check_field("posterior.prior_std", self.scale, "scale")
 
     def log_prob(self, w: Tensor) -> Tensor:
         nu = self.df

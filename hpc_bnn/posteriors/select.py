@@ -63,7 +63,7 @@ def split_weights(
         if not matched:
             raise ConfigError(
                 Fault(
-                    "--posterior.deterministic",
+                    "posterior.deterministic",
                     rule,
                     "no parameter has such a name",
                     f"The names are {', '.join(name for name, _ in module.named_parameters())}",

@@ -130,12 +130,13 @@ def _member_outputs(
     posterior.check_num_samples(num_samples)
     mine = comm.grid.local_samples(num_samples)
     with posterior.evaluating():
+        look = None
         if posterior.network.needs_look() and len(x):
             some = range(2) if posterior.is_replicated else mine[:1]
             look = posterior.network.look(
                 x[:batch_size], lambda sample: posterior.draw_(key.of(sample)), some
             )
-            look.say(logger, comm.grid)
+        posterior.network.say(logger, comm.grid, look)
         for sample in mine or range(1):
             posterior.draw_(key.of(sample))
             outputs = torch.cat([posterior.network(part).double() for part in x.split(batch_size)])

@@ -11,12 +11,13 @@ import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import nn
 
 from ..comm import GridComm, connect
-from ..config import Config, DataConfig
+from ..config import Config, DataConfig, Score
 from ..data import Manifest, ShardDataset
 from ..data.manifest import MANIFEST
 from ..errors import ConfigError, DataError, Fault, import_object
@@ -230,10 +231,10 @@ class Experiment:
     def _build_likelihood(self) -> Likelihood:
         config, manifest = self.config.likelihood, self.manifest
         objective = self.config.objective.name
-        if config.name == "auto" and objective in ("crps", "energy"):
+        if config.name == "auto" and objective in get_args(Score):
             if manifest.num_classes is not None:
                 rule = f"it scores predictions of numbers, and the targets of these data are {manifest.num_classes} classes"
-                raise ConfigError(Fault("--objective.name", objective, rule, "Use elbo or log_predictive"))
+                raise ConfigError(Fault("objective.name", objective, rule, "Use elbo or log_predictive"))
             config = replace(config, name="implicit")
         return build_likelihood(config, manifest.num_classes, manifest.arrays["y"].shape)
 
@@ -241,7 +242,7 @@ class Experiment:
         config, comm = self.config, self.comm
 
         def make_module() -> nn.Module:
-            network, arguments = import_object("--model.name", config.model.name), config.model.arguments
+            network, arguments = import_object("model.name", config.model.name), config.model.arguments
             shapes = {"in_shape": self.manifest.arrays["x"].shape, "num_outputs": self.likelihood.num_outputs}
             places = self.manifest.arrays["y"].shape[1:]
             try:
@@ -251,7 +252,7 @@ class Experiment:
             except (TypeError, ValueError, AttributeError) as error:
                 raise ConfigError(
                     Fault(
-                        "--model.arguments",
+                        "model.arguments",
                         arguments,
                         f"{config.model.name} refuses them ({error})",
                         "Fix the arguments",
@@ -305,7 +306,7 @@ def _load_pretrained(module: nn.Module, path: str) -> None:
     except (OSError, RuntimeError, pickle.UnpicklingError, TypeError, AttributeError) as error:
         raise ConfigError(
             Fault(
-                "--model.pretrained",
+                "model.pretrained",
                 path,
                 f"not a state_dict of this network ({error})",
                 "Save net.state_dict()",

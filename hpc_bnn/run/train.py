@@ -57,7 +57,12 @@ def check(config: Config, world_size: int, num_examples: int | None = None) -> N
                 grids(world_size, num_samples, batch)
             return
         grid = Grid(world_size, size)
-        check_all(lambda: grid.check_num_samples(num_samples), lambda: grid.check_batch(batch, num_examples))
+        check_all(
+            lambda: (
+                num_samples < 1 or grid.check_num_samples(num_samples)
+            ),  # below 1 it is a fault of its own
+            lambda: grid.check_batch(batch, num_examples),
+        )
 
     check_all(config.check, check_grid)
 
@@ -182,7 +187,7 @@ class Run(Experiment):
         for batch in self.loader.epoch(place.epoch, place.num_batches):
             x, y = self.augmentation(batch, place.epoch) if self.augmentation else (batch.x, batch.y)
             if config.max_seconds is not None and time.perf_counter() - self._begun > config.max_seconds:
-                self.stop.why = "--max_seconds is over"
+                self.stop.why = "<max_seconds> is over"
             self.step.wants_stop = self.stop.why is not None
             traffic = replace(self.comm.traffic)
             result = self.step(x, y, batch.num_examples)
@@ -202,7 +207,7 @@ class Run(Experiment):
                 self._close_checkpoints()
                 why = next(filter(None, self.comm.gather_objects(self.stop.why)), "a signal")
                 raise Interrupted(
-                    f"after step {self.step.num_steps}: {why}. The same command with --resume true goes on from there"
+                    f"after step {self.step.num_steps}: {why}. The same command with <resume> true goes on from there"
                 )
             if self._is_over():
                 break
@@ -248,7 +253,7 @@ class Run(Experiment):
         names = [f"test/{name}" for name in metrics_to_minimise(self.likelihood)]
         if self._metric_name not in names:
             rule = f"must be one of {', '.join(names)}"
-            raise ConfigError(Fault("--checkpoint.metric", self._metric_name, rule, "Leave it at auto"))
+            raise ConfigError(Fault("checkpoint.metric", self._metric_name, rule, "Leave it at auto"))
 
     # --- what it writes -----------------------------------------------------------------------------
 
@@ -327,7 +332,7 @@ class Run(Experiment):
             except ImportError as error:
                 rule = f"the package tensorboard is not there ({error})"
                 raise ConfigError(
-                    Fault("--tensorboard", True, rule, "pip install 'hpc_bnn[tensorboard]', or leave it out")
+                    Fault("tensorboard", True, rule, "pip install 'hpc_bnn[tensorboard]', or leave it out")
                 ) from error
         return SummaryWriter
 
@@ -336,7 +341,7 @@ class Run(Experiment):
         if self.run_dir.exists() and any(self.run_dir.iterdir()):
             if not (self.run_dir / "config.yaml").exists():
                 raise ConfigError(
-                    Fault("--run_dir", self.run_dir, "it holds files, but no run", "Name a new directory")
+                    Fault("run_dir", self.run_dir, "it holds files, but no run", "Name a new directory")
                 )
             aside = _free_name(self.run_dir)
             self.run_dir.rename(aside)

@@ -8,14 +8,14 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..comm import GridComm, map_leaves
-from ..config import OptimizerConfig
-from ..errors import ConfigError, Fault, check_positive, import_object
+from ..config import KlSchedule, OptimizerConfig, check_field
+from ..errors import ConfigError, Fault, import_object
 from ..posteriors import Posterior
 
 ELEMENTWISE = (
@@ -139,12 +139,13 @@ class JobOptimizer:
 
 def _decay_fault(key: str, value: float) -> Fault:
     return Fault(
-        f"--optimizer.arguments {key}",
-        value,
+        "optimizer.arguments",
+        f"{key} {value}",
         "the prior is what decays the weights of a posterior, and a decay of the optimizer would shrink them once more, and "
         "pull the logarithms of the scales to 0, which is scales to 1",
-        f"Set {key} to 0 and choose the prior (--posterior.prior_std, GaussianPrior(std)); weights without a prior "
+        f"Set {key} to 0 and choose the prior (<posterior.prior_std>, GaussianPrior(std)); weights without a prior "
         "(posterior.points) may decay in a group of their own",
+        "optimizer",
     )
 
 
@@ -173,7 +174,7 @@ class OverlappingOptimizer(JobOptimizer):
         if comm.compression != "none":
             problem = "compressed sums are made in shares, one after another"
         if problem is not None:
-            raise ConfigError(Fault("--grid.overlap", True, problem, "Leave it out"))
+            raise ConfigError(Fault("grid.overlap", True, problem, "Leave it out"))
         super().__init__(optimizer, posterior, comm)
         num_bytes = max(OVERLAP_BYTES, posterior.gradient.nbytes // OVERLAP_PARTS)
         self._parts = posterior.divide_(num_bytes, self._see)
@@ -215,7 +216,7 @@ class OverlappingOptimizer(JobOptimizer):
         started = itertools.chain(*map(self.posterior.parameters_of, self._parts[: self._num_started]))
         if any(parameter.grad is not None for parameter in started):
             rule = "a weight of this network gets its gradient in several goes (reentrant checkpointing)"
-            raise ConfigError(Fault("--grid.overlap", True, rule, "Leave it out, or use_reentrant=False"))
+            raise ConfigError(Fault("grid.overlap", True, rule, "Leave it out, or use_reentrant=False"))
 
     def start_(self) -> None:
         while self._num_started < len(self._parts):
@@ -325,7 +326,7 @@ class ShardedOptimizer(JobOptimizer):
             rule = (
                 "an ensemble has its members, and their optimizer states, spread over the sample axis already"
             )
-            raise ConfigError(Fault("--optimizer.sharded", True, rule, "Leave it out"))
+            raise ConfigError(Fault("optimizer.sharded", True, rule, "Leave it out"))
         mine = comm.grid.share(len(posterior.flat), "sample")
         self._part = slice(mine.start, mine.stop)
         self._parameter = nn.Parameter(posterior.flat[self._part])
@@ -400,7 +401,7 @@ def _check_elementwise(optimizer: torch.optim.Optimizer) -> None:
             f"its state can be divided for {', '.join(ELEMENTWISE)} only, which treat every number by itself"
         )
         raise ConfigError(
-            Fault("--optimizer.sharded", kind.__name__, rule, "Leave it out, or use --optimizer.name AdamW")
+            Fault("optimizer.sharded", kind.__name__, rule, "Leave it out, or use <optimizer.name> AdamW")
         )
 
 
@@ -445,7 +446,7 @@ def optimizer_maker(config: OptimizerConfig) -> Callable[[Iterable[nn.Parameter]
         The optimizer is unknown; and, when it is made, that it refuses its arguments.
     """
     # The prior is the decay of the weights: an optimizer's own would pull the scales as well.
-    kind = import_object("--optimizer.name", _path(config))
+    kind = import_object("optimizer.name", _path(config))
     arguments = config.arguments
     if "weight_decay" in inspect.signature(kind).parameters:
         arguments = {"weight_decay": 0.0, **arguments}
@@ -456,7 +457,7 @@ def optimizer_maker(config: OptimizerConfig) -> Callable[[Iterable[nn.Parameter]
         except (TypeError, ValueError) as error:
             raise ConfigError(
                 Fault(
-                    "--optimizer.arguments",
+                    "optimizer.arguments",
                     config.arguments,
                     f"{config.name} refuses them ({error})",
                     "Fix the arguments",
@@ -501,11 +502,13 @@ class KlAnnealing:
     """
 
     weight: float = 1.0
-    schedule: Literal["constant", "linear", "cosine", "cyclical"] = "constant"
+    schedule: KlSchedule = "constant"
     num_steps: float = 1.0
 
     def __post_init__(self):
-        check_positive("--kl_annealing.num_epochs", self.num_steps, 10)
+        check_field("kl_weight", self.weight, "weight")
+        check_field("kl_annealing.schedule", self.schedule)
+        check_field("kl_annealing.num_epochs", self.num_steps, "num_steps")
 
     def __call__(self, num_steps: int) -> float:
         done = num_steps / self.num_steps

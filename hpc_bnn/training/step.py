@@ -13,12 +13,12 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ..comm import GridComm
+from ..config import Auto, check_field
 from ..errors import ConfigError, Fault, HpcBnnError, NonFiniteError
 from ..likelihoods import Likelihood
 from ..noise import Key, Stream
@@ -116,18 +116,20 @@ class VariationalStep:
         objective: Objective | None = None,
         autocast_dtype: torch.dtype | None = None,
         max_gradient_norm: float | None = None,
-        chunk_size: int | Literal["auto"] = 1,
+        chunk_size: int | Auto = 1,
     ):
         comm.grid.check_num_samples(num_samples)
         posterior.check_num_samples(num_samples)
-        if chunk_size != "auto" and chunk_size < 1:
-            raise ConfigError(Fault("--chunk_size", chunk_size, "must be auto or at least 1", "Try auto"))
+        check_field("chunk_size", chunk_size)
+        check_field("optimizer.max_gradient_norm", max_gradient_norm)
+        if not callable(kl_weight):
+            check_field("kl_weight", kl_weight)
         objective = objective or NegativeElbo()
         objective.check(likelihood, num_samples)
         if objective.couples and not posterior.is_replicated:
             raise ConfigError(
                 Fault(
-                    "--objective.name",
+                    "objective.name",
                     objective.name,
                     "the members of an ensemble train alone",
                     "Use elbo, or another family",
@@ -204,7 +206,7 @@ class VariationalStep:
         if x.num_samples not in (None, self.num_samples):
             rule = f"the views are made for {x.num_samples} samples"
             raise ConfigError(
-                Fault("--num_samples", self.num_samples, rule, "Make them for as many as the step has")
+                Fault("num_samples", self.num_samples, rule, "Make them for as many as the step has")
             )
         mine = samples = comm.grid.local_samples(self.num_samples)
         counts_samples = posterior.kl_kind in ("Monte Carlo", "point") and self._prior_share > 0
@@ -259,6 +261,7 @@ class VariationalStep:
             self.likelihood.check_targets(y)
             posterior.prepare_(x.of(samples[0]))
             self._is_prepared = True
+        look = None
         if network.needs_look():
             some = samples[:1]  # the members of an ensemble are alike or not by themselves
             if posterior.is_replicated:
@@ -267,7 +270,7 @@ class VariationalStep:
             look = network.look(
                 x.of(samples[0]), lambda s: posterior.draw_(self.key.of(s)), some, self.autocast_dtype
             )
-            look.say(logger, self.comm.grid)
+        network.say(logger, self.comm.grid, look)
 
     def _try_batch(self, samples: Sequence[int], x: SharedView, y: Tensor) -> None:
         """Fall back where a chunk of samples fails, changes the module, or differs from a walk over them. Local."""
@@ -352,7 +355,7 @@ class VariationalStep:
 
     def _say_two_passes(self, num_local_samples: int) -> None:
         if self.comm.grid.is_first("world") and not self._has_said_passes:
-            remedy = f"--chunk_size {num_local_samples} makes it one, with the memory of that many"
+            remedy = f"chunk_size {num_local_samples} makes it one, with the memory of that many"
             logger.info(
                 "the objective %s couples the samples: two passes over the %d of this rank per step (%s)",
                 self.objective.name,
@@ -420,9 +423,7 @@ class VariationalStep:
         if self.comm.grid.is_first("world"):
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             if isinstance(error, torch.OutOfMemoryError):
-                reason = (
-                    f"its memory is not enough for chunks of {self.chunk_size}; set --chunk_size to fewer"
-                )
+                reason = f"its memory is not enough for chunks of {self.chunk_size}; set chunk_size to fewer"
             logger.warning(
                 "samples are evaluated one after another: the module cannot be batched (%s)", reason
             )

@@ -338,7 +338,7 @@ def test_targets_of_another_dtype_and_without_a_dim(comm, objective, dtype):
         (MomentMatched(), Categorical(3), 8, "variance"),
         (MomentMatched(), StudentT(2, df=2.0), 8, "variance"),
         (Crps(), Gaussian(2), 8, "implicit"),
-        (Crps(), Implicit(2), 1, "--objective.fairness 0"),
+        (Crps(), Implicit(2), 1, "or fairness 0"),
     ],
 )
 def test_what_does_not_exist_is_refused(objective, likelihood, num_samples, words):

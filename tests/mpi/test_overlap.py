@@ -165,7 +165,7 @@ def test_gradients_that_come_in_several_goes_are_an_error(comm):
     step = VariationalStep(
         posterior, Categorical(3), optimizer, comm, num_samples=NUM_SAMPLES, num_train_examples=NUM_EXAMPLES
     )
-    with pytest.raises(ConfigError, match=r"--grid.overlap True: .* in several goes"):
+    with pytest.raises(ConfigError, match=r"overlap True: .* in several goes"):
         train(step, [GLOBAL_BATCH_SIZE])
     comm.barrier()
 
@@ -182,5 +182,5 @@ def test_gradients_that_come_in_several_goes_are_an_error(comm):
 )
 def test_posteriors_that_cannot_be_divided_are_refused(make, why):
     posterior = make(Net())
-    with pytest.raises(ConfigError, match=f"--grid.overlap True: .*{why}"):
+    with pytest.raises(ConfigError, match=f"^overlap True: .*{why}"):
         OverlappingOptimizer(torch.optim.SGD(posterior.parameters(), lr=0.1), posterior, GridComm(Grid()))

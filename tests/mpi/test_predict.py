@@ -142,5 +142,5 @@ def test_a_training_set_smaller_than_the_data_groups_is_refused(comm, directory)
     if comm.grid.data_size <= 2:
         assert Run(config, comm).loader.num_batches == 1
         return
-    with pytest.raises(ConfigError, match=r"--data\.train_split with 2 examples: .* fewer examples than the"):
+    with pytest.raises(ConfigError, match=r"train_split with 2 examples: .* fewer examples than the"):
         Run(config, comm)
