@@ -188,9 +188,9 @@ def test_mean_weights():
 
 @pytest.mark.parametrize("std", [0.0, -1.0, float("nan"), float("inf")])
 def test_senseless_scales_are_refused(std):
-    with pytest.raises(ConfigError, match="prior_std"):
+    with pytest.raises(ConfigError, match=f"^std {std}: must be positive"):
         GaussianPrior(std)
-    with pytest.raises(ConfigError, match="init_std"):
+    with pytest.raises(ConfigError, match=f"^init_std {std}: must be positive"):
         MeanFieldGaussian(make_net(), init_std=std)
 
 
