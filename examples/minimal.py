@@ -28,7 +28,7 @@ def main(comm: hpc_bnn.GridComm) -> None:
             result = step(x[mine], y[mine], global_batch_size=len(batch))  # sums over both axes inside
     predictive = hpc_bnn.predict_classes(posterior, likelihood, comm, x[1500:], num_samples=64)
     accuracy = (predictive.probabilities.argmax(-1) == y[1500:]).float().mean()
-    if comm.grid.rank == 0:  # <-- say it once
+    if comm.grid.rank == 0:  # <-- one rank prints
         print(f"grid {comm.grid}: negative ELBO {result.nelbo:.4f} nats, test accuracy {accuracy:.3f}")
 
 

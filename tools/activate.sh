@@ -1,20 +1,20 @@
-# Source this file: the environment of `make setup`, and launch settings for a laptop or workstation.
+# Source this file to get the environment of `make setup`, and launch settings for a laptop or workstation.
 #
 #     . tools/activate.sh
 #     mpirun -np 4 python -m mpi4py -m hpc_bnn train --config configs/digits.yaml --grid.sample_size 2
 #
-# At a computing centre you need none of it: load your modules and use the batch scripts of jobscripts/.
+# At a computing centre you do not need this file: load your modules and use the batch scripts of jobscripts/.
 
 if [ -f .venv/bin/activate ]; then
     . .venv/bin/activate
 fi
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-# More ranks than cores: Open MPI 4 and 5 need to be told (MPICH needs nothing)
+# Allow more ranks than cores: Open MPI 4 and 5 need these settings (MPICH needs none)
 export OMPI_MCA_rmaps_base_oversubscribe=1
 export PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe
-# Waiting ranks give up their core instead of spinning
+# Waiting ranks yield their core instead of spinning
 export OMPI_MCA_mpi_yield_when_idle=1
-# Open MPI asks root to confirm, in a container for example
+# Open MPI requires these from root, for example in a container
 if [ "$(id -u)" = 0 ]; then
     export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 fi

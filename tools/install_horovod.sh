@@ -5,9 +5,9 @@
 #
 # PYTHON (default python3) must have torch, mpi4py, setuptools, wheel, packaging, cmake, cloudpickle,
 # psutil, pyyaml and cffi; mpicxx and mpirun must be on the PATH (the environment's bin counts).
-# The wheel is kept in ${HPC_BNN_CACHE:-${XDG_CACHE_HOME:-~/.cache}/hpc_bnn}/wheels, in a folder named after
-# everything that it depends on, and is taken from there the next time.
-# For GPUs: HOROVOD_GPU_OPERATIONS=NCCL (and HOROVOD_NCCL_HOME) in the environment.
+# The script keeps the wheel in ${HPC_BNN_CACHE:-${XDG_CACHE_HOME:-~/.cache}/hpc_bnn}/wheels, in a folder whose name is a
+# key of everything that the wheel depends on, and uses it the next time.
+# For GPUs set HOROVOD_GPU_OPERATIONS=NCCL (and HOROVOD_NCCL_HOME) in the environment.
 set -eu
 
 version=0.28.1
@@ -65,7 +65,7 @@ if [ -z "$wheel" ]; then
         grep -iE 'error' "$log" | tail -n 20 >&2 || true
         fail "the build failed; its log is $log"
     fi
-    # Complete or not there: another set-up may look at this moment
+    # The wheel appears only when it is complete, because another set-up may look for it at this moment
     mkdir -p "$cache"
     name=$(cd "$work" && ls horovod-*.whl)
     cp "$work/$name" "$cache/.$name.$$"

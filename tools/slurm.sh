@@ -1,14 +1,15 @@
 #!/bin/bash
-# A Slurm of its own on this machine, to try batch scripts with: one slurmctld, and nodes that are slurmd processes.
+# A separate Slurm on this machine to try batch scripts: one slurmctld, and nodes that are slurmd processes.
 #
 #     tools/slurm.sh start DIR      as root; needs slurm-wlm, munge, libpmix-dev (apt) and an empty or missing DIR
 #     export SLURM_CONF=DIR/slurm.conf; sinfo; sbatch ...
-#     tools/slurm.sh stop DIR       ends every daemon that start began, and nothing else
+#     tools/slurm.sh stop DIR       ends the daemons of `start`, and nothing else
 #
-# NODES=2, CPUS=4 (per node). WITH_PID=PID: stop as well when that process ends. Exit code 3: something is not installed. Ports, munge key and socket are its own, so that a Slurm of the machine is not touched.
-# Each node has a host name of its own (n1, n2) and its own storage at DIR/local, which MPI and staging see as on a cluster,
-# and its own network: eth0 on a bridge, and a hosts file in which its own name is 127.0.1.1, as Debian has it.
-# Where the machine does not allow that (unshare, ip link), start says so. Every wait is bounded.
+# NODES=2, CPUS=4 (per node). WITH_PID=PID: also stop when that process ends. Exit code 3: a program is not installed.
+# It has its own ports, munge key and socket, so it does not affect another Slurm of the machine.
+# Each node has its own host name (n1, n2) and its own storage at DIR/local, as MPI and staging expect on a cluster, and
+# its own network: eth0 on a bridge, and a hosts file in which its own name is 127.0.1.1, as on Debian.
+# If the machine does not allow this (unshare, ip link), `start` prints a message. Every wait has a time limit.
 set -euo pipefail
 
 fail() { echo "slurm.sh: $1" >&2; exit "${2:-1}"; }
@@ -34,7 +35,7 @@ wait_until() { # SECONDS WHAT COMMAND...
 write_configuration() {
     local host i address
     host=$(hostname)
-    # cred_expire: a requeued job may begin again after so many seconds (the default is 120)
+    # cred_expire: seconds after which a requeued job may start again (the default is 120)
     cat >"$dir/slurm.conf" <<CONF
 ClusterName=hpc_bnn
 SlurmctldHost=$host($(address_of 254))
@@ -105,7 +106,7 @@ start_network() {
     ip link set "$bridge" up
 }
 
-start_node() { # N: with a host name, storage, shared memory and network of its own where that is allowed
+start_node() { # N: with its own host name, storage, shared memory and network, if the machine allows it
     local name=n$1
     if $own_network; then
         # shellcheck disable=SC2016  # expanded by that sh
