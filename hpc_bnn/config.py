@@ -1,4 +1,4 @@
-"""What a user can set: one dataclass per room; one sentence, unit and rule per field; and the words that fields take."""
+"""Fields that a user can set: one dataclass per room; one sentence, unit and rule per field; and their vocabularies."""
 
 from __future__ import annotations
 
@@ -44,38 +44,38 @@ class GridConfig:
     """The process grid; the data axis takes the ranks that the sample axis leaves."""
 
     sample_size: int | Auto = 1
-    """Ranks along the sample axis; must divide the number of ranks of the job. auto: measured at the start, as
-    `hpc-bnn plan` does."""
+    """Ranks along the sample axis; must divide the number of ranks of the job. auto: hpc_bnn measures the grids at
+    the start, as `hpc-bnn plan` does."""
     reduction: Reduction = "axes"
     """Sum gradients over the sample group and then the data group (axes), or over all ranks at once (world)."""
     compression: Compression = "none"
-    """Send gradients in half the bytes, rounded to 11 bits of a scaled float16 or to 8 of bfloat16; results then depend
-    on the grid to that rounding."""
+    """Send gradients in half the bytes, rounded to 11 bits (scaled float16) or 8 bits (bfloat16); results on two
+    grids then agree only to that rounding."""
     overlap: bool = False
-    """Sum the gradient in parts while the last backward pass of a step still runs, over all ranks at once. It pays where
-    ranks wait for the network."""
+    """Sum the gradient in buckets while the last backward pass of a step still runs, over all ranks at once. Use it
+    if ranks wait for the network."""
 
 
 @dataclass
 class DataConfig:
-    """Where the training data are."""
+    """The training data, and how the ranks read them."""
 
     shards: str = "data/digits"
     """Shard directory with a manifest.json."""
     prepare: str | None = None
-    """Script that writes these shards where they are missing, called once with --output SHARDS; not used
-    when the command line names other shards."""
+    """Script that writes these shards if they are missing, called once with --output SHARDS; not used if the command
+    line names other shards."""
     train_split: str = "train"
     """Name of the split to train on."""
     test_split: str = "test"
     """Name of the held-out split."""
     reading: Reading = "auto"
-    """node: read once into memory that the ranks of a node share; group: one rank of a sample group reads each batch
-    for all; rank: each reads its own; auto: node where the data fit, otherwise group."""
+    """node: the ranks of a node read the data once into common memory; group: one rank of a sample group reads each
+    batch for all; rank: each rank reads its own examples; auto: node if the data fit, otherwise group."""
     prefetch: int = _ruled(2, at_least(0, "Try 2"))
-    """Batches read ahead by a thread, from files or on the way to a GPU."""
+    """Number of batches that a thread reads ahead, from files or on the way to a GPU."""
     drop_last: bool = False
-    """Leave out the last, smaller batch of an epoch; kept, it is exact as well."""
+    """Leave out the last, smaller batch of an epoch; if it is kept, its gradient is exact, too."""
 
 
 @dataclass
@@ -86,9 +86,10 @@ class AugmentationConfig:
     """In order, such as [{name: crop, padding: 4}, {name: flip}]: crop, flip, erase, mask, noise, mixup, or the import
     path of your own, with arguments."""
     views: ViewKind = "per_sample"
-    """Whether each sample sees its own view of a batch, each group of samples, or all the same."""
+    """Each sample gets its own view of a batch (per_sample), each group of samples does (per_group), or all samples
+    get the same view (shared)."""
     num_groups: int = 2
-    """Groups of samples with a view each, for per_group."""
+    """Number of groups of samples for per_group; each group gets its own view."""
 
 
 @dataclass
@@ -96,8 +97,8 @@ class ModelConfig:
     """The network, an ordinary nn.Module."""
 
     name: str = "hpc_bnn.models.MLP"
-    """Import path of the class; it is called with in_shape, num_outputs and arguments, and with places (extents of
-    the targets behind their channels) where it takes them."""
+    """Import path of the class. hpc_bnn calls it with in_shape, num_outputs and arguments, and with places (spatial
+    shape of the targets) if the class accepts it."""
     arguments: dict[str, Any] = field(default_factory=dict)
     """Further keyword arguments of the class."""
     pretrained: str | None = None
@@ -109,9 +110,10 @@ class PosteriorConfig:
     """The variational family and its prior."""
 
     family: Family = "mean_field"
-    """Gaussian with independent weights or low-rank covariance, dropout masks, networks, or one network."""
+    """Gaussian with independent weights (mean_field) or low-rank covariance, dropout masks, an ensemble of networks,
+    or one deterministic network."""
     prior: PriorName = "gaussian"
-    """Prior of each weight; the KL has a closed form for the first two and is a Monte Carlo one otherwise."""
+    """Prior of each weight; the KL has a closed form for the first two, otherwise it is a Monte Carlo estimate."""
     prior_std: PriorScale = _ruled(1.0, positive("Try 0.1"))
     """Scale of the prior (units of the weight), or fan_in: 1/sqrt(fan-in) of each weight matrix."""
     prior_mean: PriorMean = 0.0
@@ -121,15 +123,16 @@ class PosteriorConfig:
     prior_narrow_std: float = _ruled(0.1, positive("Try 0.1"))
     """Second, narrow standard deviation of a scale mixture (units of the weight)."""
     prior_fraction: float = _ruled(0.5, above_and_below(0, 1, "Try 0.5"))
-    """Weight of the wide part of a scale mixture, between 0 and 1."""
+    """Weight of the wide component of a scale mixture, between 0 and 1."""
     init_std: float = _ruled(0.01, positive("Try 0.1"))
     """Standard deviation of each weight at the start (units of the weight)."""
     init_std_relative: float | None = _ruled(None, positive("Try 0.1"))
-    """Instead of init_std: as this fraction of the weight's magnitude (MOPED, for pretrained networks)."""
+    """Instead of init_std: this fraction of the weight's magnitude (MOPED, for pretrained networks)."""
     deterministic: list[str] = field(default_factory=lambda: ["norm", "embedding"])
     """Weights that stay points: norm, embedding, or patterns of parameter names such as head.*"""
     estimator: Estimator = "reparameterisation"
-    """One draw of the weights per sample, or noise per example (less variance) where layers allow it."""
+    """One draw of the weights per sample (reparameterisation), or noise per example (local, flipout: less variance)
+    in the layers that allow it."""
     antithetic: bool = False
     """Draw samples 2i and 2i+1 with opposite noise."""
     rank: int = _ruled(4, at_least(1, "Try 4"))
@@ -138,23 +141,23 @@ class PosteriorConfig:
 
 @dataclass
 class LikelihoodConfig:
-    """What the network's outputs say about a target."""
+    """The distribution of a target given the network's outputs."""
 
     name: LikelihoodName = "auto"
     """Distribution of a target; auto: implicit for the objectives crps and energy, otherwise categorical for classes
     and gaussian for numbers."""
     scale: LikelihoodScale = _ruled("heteroscedastic", positive("Try 1.0 or heteroscedastic"))
-    """Scale of gaussian and student_t: a number (units of the targets, normalised where the shards have their
-    statistics), one learned per target, or an output of the network."""
+    """Scale of gaussian and student_t: a number (units of the targets, normalised if the shards have their
+    statistics), learned (one per target), or heteroscedastic (an output of the network)."""
     init_scale: float = _ruled(1.0, positive("Try 1.0"))
-    """Start of a learned scale (in the same units)."""
+    """Initial value of a learned scale (in the same units)."""
     df: float = _ruled(4.0, positive("Try 4.0"))
     """Degrees of freedom of student_t."""
 
 
 @dataclass
 class ObjectiveConfig:
-    """How the samples of the whole job make one data term."""
+    """The data term, computed from the samples of the whole job."""
 
     name: str = _ruled(
         "elbo",
@@ -169,22 +172,25 @@ class ObjectiveConfig:
         0.95,
         Rule(lambda value: isinstance(value, Real) and 0 <= value <= 1, "between 0 and 1", "Try 0.95"),
     )
-    """Of crps and energy to the finite number of samples: 0 the ordinary score, 1 the fair, 0.95 almost fair."""
+    """Fairness of crps and energy to the finite number of samples: 0 the ordinary score, 1 the fair, 0.95 almost
+    fair."""
     beta: float = _ruled(1.0, above_and_below(0, 2, "Try 1"))
-    """Exponent of the energy score, above 0 and below 2; other than 1 is the beta-energy score."""
+    """Exponent of the energy score, above 0 and below 2; a value other than 1 gives the beta-energy score."""
     weights: str | None = "auto"
-    """Weights of the targets in crps and energy: auto takes those of the shards where they have any (such as
-    cos(latitude)), null none, a file (.npy) its array, such as [latitudes, 1]."""
+    """Weights of the targets in crps and energy. auto: those of the shards, if they have any (such as cos(latitude));
+    null: no weights; a file (.npy): its array, such as [latitudes, 1]."""
 
 
 @dataclass
 class KlAnnealingConfig:
-    """How the factor of the KL comes up to kl_weight."""
+    """How the factor of the KL increases to kl_weight."""
 
     schedule: KlSchedule = "constant"
-    """constant: from the start; linear or cosine: up from 0; cyclical: up from 0 again and again."""
+    """constant: kl_weight from the start; linear or cosine: increase from 0; cyclical: increase from 0 in every
+    cycle."""
     num_epochs: float = _ruled(10.0, positive("Try 10"))
-    """Epochs until kl_weight is reached; of cyclical: length of a cycle, which rises for its first half."""
+    """Epochs until the factor reaches kl_weight; for cyclical: length of a cycle, in which the factor rises for the
+    first half."""
 
 
 @dataclass
@@ -200,41 +206,41 @@ class OptimizerConfig:
     warmup_epochs: float = 0.0
     """Epochs in which the learning rate rises from 0."""
     schedule: LearningRateSchedule = "cosine"
-    """Course of the learning rate over num_epochs; cosine ends at 0; step: times decay every decay_every_epochs."""
+    """Learning rate over num_epochs; cosine ends at 0; step multiplies it by decay every decay_every_epochs."""
     decay: float = _ruled(0.1, positive("Try 0.1"))
     """Factor of a step of the learning rate."""
     decay_every_epochs: float = _ruled(30.0, positive("Try 30"))
     """Epochs between steps of the learning rate."""
     max_gradient_norm: float | None = _ruled(None, positive("Try 1.0, or leave it out"))
-    """Scale the gradient of the job down to this norm where it is larger."""
+    """Scale the gradient of the job down to this norm if it is larger; null: no clipping."""
     sharded: bool = False
     """Divide the optimizer's state over the ranks of the sample group (ZeRO stage 1): less memory, the same numbers."""
 
 
 @dataclass
 class CheckpointConfig:
-    """When the state of the run is written, and how much of it is kept."""
+    """When hpc_bnn writes checkpoints, and how many it keeps."""
 
     every_epochs: int = _ruled(1, at_least(1, "Try 1"))
-    """Write after so many epochs; at the end and when the run is stopped in any case."""
+    """Write after this number of epochs; hpc_bnn also writes at the end and when the run is stopped."""
     every_steps: int | None = _ruled(None, at_least(1, "Try 1"))
-    """Write after so many steps besides, within an epoch."""
+    """In addition, write after this number of steps, within an epoch."""
     keep_last: int = _ruled(2, at_least(1, "Try 1"))
-    """Newest checkpoints to keep; the best one stays besides."""
+    """Number of newest checkpoints to keep; hpc_bnn keeps the best one in addition."""
     metric: str = "auto"
-    """Metric of the evaluation that makes a checkpoint the best, less is better; auto: test/nll or test/rmse."""
+    """Metric of the evaluation that selects the best checkpoint, lower is better; auto: test/nll or test/rmse."""
     asynchronous: bool = False
-    """Write in a thread while training goes on, from a copy in memory."""
+    """A thread writes from a copy in memory while training continues."""
 
 
 @dataclass
 class EarlyStoppingConfig:
-    """When a run ends before num_epochs because it no longer improves."""
+    """Ends a run before num_epochs if it no longer improves."""
 
     patience: int | None = _ruled(None, at_least(1, "Try 1"))
     """Evaluations without improvement after which the run ends; null: never."""
     min_change: float = 0.0
-    """Least change of the metric (that of the checkpoints) that counts as an improvement."""
+    """Smallest change of the metric of the checkpoints that counts as an improvement."""
 
 
 @dataclass
@@ -242,7 +248,7 @@ class Config:
     """A training run."""
 
     run_dir: str = _ruled("runs/default", Rule(lambda path: path.strip() != "", "a path", "Try runs/NAME"))
-    """Directory of everything that the run writes; a former run there is moved aside."""
+    """Directory of everything that the run writes; hpc_bnn moves a former run there aside, to RUN_DIR.1 and so on."""
     seed: int = 0
     """Key of all random numbers of the run; with the config it fixes the result, on every grid."""
     dtype: Dtype = "float32"
@@ -250,14 +256,14 @@ class Config:
     device: str = "auto"
     """auto, cpu, cuda (one GPU per rank of a node) or cuda:N."""
     backend: Backend = "auto"
-    """What carries tensors between ranks: Horovod, torch.distributed (NCCL or Gloo), or auto: Horovod where all ranks
-    can use it, otherwise torch."""
+    """Communication library for tensors: Horovod or torch.distributed (NCCL or Gloo). auto: Horovod if all ranks can
+    use it, otherwise torch."""
     num_samples: int = _ruled(8, at_least(1, "Give a positive number"))
     """Weight samples per step in the whole job."""
     num_test_samples: int = _ruled(64, at_least(1, "Give a positive number"))
     """Weight samples of the predictive in the whole job."""
     chunk_size: int | Auto = _ruled("auto", at_least(1, "Try auto", "auto or at least 1"))
-    """Samples that a rank evaluates at once; memory grows with it. auto: 1 on a CPU, measured on a GPU."""
+    """Samples that a rank evaluates at once; memory grows with this number. auto: 1 on a CPU, measured on a GPU."""
     global_batch_size: int = _ruled(128, at_least(1, "Give a positive number"))
     """Examples per step in the whole job."""
     num_epochs: int = _ruled(10, at_least(1, "Give a positive number"))
@@ -265,15 +271,17 @@ class Config:
     max_seconds: float | None = _ruled(
         None, Rule(lambda value: value > 0, "positive", "Leave it out for no limit")
     )
-    """Stop with a checkpoint and exit code 75 when the run has taken so long (seconds)."""
+    """Stop with a checkpoint and exit code 75 after this time (seconds)."""
     resume: bool = False
-    """Go on from the newest sound checkpoint in run_dir, on any grid; without one begin."""
+    """Continue from the newest sound checkpoint in run_dir, on any grid; without a checkpoint start at the
+    beginning."""
     max_steps: int | None = _ruled(None, at_least(1, "Leave it out for no limit"))
-    """Stop after so many optimizer steps, wherever the epoch is; the learning rate keeps its course."""
+    """Stop after this number of optimizer steps, also within an epoch; the schedule of the learning rate does not
+    change."""
     tensorboard: bool = False
-    """Write the metrics of each epoch for TensorBoard, too, to run_dir/tensorboard."""
+    """Also write the metrics of each epoch for TensorBoard, to run_dir/tensorboard."""
     test_every_epochs: int = _ruled(10, at_least(1, "Give a positive number"))
-    """Evaluate on the held-out split after so many epochs, and at the end."""
+    """Evaluate on the held-out split after this number of epochs, and at the end."""
     kl_weight: float = _ruled(1.0, at_least(0, "1 is Bayes", "0 or more and finite"))
     """Factor of the KL; 1 is Bayes, below 1 a cold posterior."""
     kl_annealing: KlAnnealingConfig = field(default_factory=KlAnnealingConfig)
@@ -298,7 +306,7 @@ class Config:
         Raises
         ------
         ConfigError
-            With all faults together; the same on each rank.
+            It names all faults together; the same on each rank.
         """
         augmentation, objective, samples = self.augmentation, self.objective, self.num_samples
         is_score = objective.name in get_args(Score)
@@ -385,7 +393,7 @@ def config_of_run(run_dir: str | Path) -> Path:
     Raises
     ------
     ConfigError
-        It is not there: the directory holds no run.
+        The file does not exist: the directory holds no run.
     """
     path = Path(run_dir, "config.yaml")
     if not path.exists():
