@@ -1,8 +1,7 @@
 """Bayesian neural networks on supercomputers by sampling parallelism.
 
-Samples of the weights, examples, or both are spread over the ranks of an MPI job; the result does not
-depend on how.
-"""
+hpc_bnn distributes samples of the weights, examples, or both over the ranks of an MPI job. The result does not depend
+on the grid."""
 
 from importlib import import_module
 

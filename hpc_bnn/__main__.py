@@ -12,7 +12,7 @@ def entry() -> None:
 
 
 def run() -> None:
-    """Run the command line, leave MPI in order, and exit with the command's code."""
+    """Run the command line, shut MPI down, and exit with the command's code."""
     from .cli.commands import main
     from .comm import finalize
 

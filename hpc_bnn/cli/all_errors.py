@@ -1,7 +1,5 @@
-"""What is wrong in flags and config files, all of it at once.
-
-jsonargparse stops at the first error. Here each key is tried by itself.
-"""
+"""Find all errors in flags and config files at once. jsonargparse stops at the first error; this module tries each
+key by itself."""
 
 from __future__ import annotations
 
@@ -20,7 +18,7 @@ from ..errors import ConfigError, Fault
 
 
 class Parser(jsonargparse.ArgumentParser):
-    """A parser whose errors are `ConfigError`, and that takes flags as they are written only."""
+    """A parser whose errors are `ConfigError`, and that does not accept abbreviated flags."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, allow_abbrev=False, **kwargs)
@@ -30,14 +28,15 @@ class Parser(jsonargparse.ArgumentParser):
 
 
 def faults_of(words: Sequence[str], known: set[str]) -> tuple[list[Fault], dict[str, Any]]:
-    """Return every unknown key and wrong type in the words behind a subcommand, and the values that are right. Local.
+    """Return every unknown key and wrong type in the arguments of a subcommand, and the correct values. Local.
 
     Parameters
     ----------
     words : sequence of str
         As typed.
     known : set of str
-        Options of the subcommand, ``--config`` for example; those that are not fields of `Config` are passed over.
+        Options of the subcommand, ``--config`` for example; this function ignores those that are not fields of
+        `Config`.
 
     Returns
     -------
@@ -74,10 +73,8 @@ def make_config(values: dict[str, Any]) -> Config:
 
 
 def check_together(words: Sequence[str], known: set[str], check: Callable[[Config], object]) -> None:
-    """Raise one `ConfigError` with everything that is wrong: keys, types, and what ``check`` finds in the rest. Local.
-
-    Nothing happens where every key by itself is right.
-    """
+    """Raise one `ConfigError` with all faults: keys, types, and those that ``check`` finds in the correct values.
+    Local. Return without effect if every key by itself is correct."""
     faults, values = faults_of(words, known)
     if not faults:
         return
@@ -114,7 +111,7 @@ def _nested(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _settings(words: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    """Yield (dotted name, value) of what files and flags set, in their order."""
+    """Yield (dotted name, value) of the fields that files and flags set, in their order."""
     words = list(words)
     while words:
         word = words.pop(0)
@@ -151,7 +148,7 @@ def _load(text: str | None) -> Any:
 
 
 def _in_words(type_: Any) -> str:
-    """Return a type as a user says it."""
+    """Return the name of a type in the user's words."""
     names = {
         int: "a whole number",
         float: "a number",

@@ -115,7 +115,7 @@ def build_parser() -> jsonargparse.ArgumentParser:
 
 
 def _parser_for_a_run(description: str) -> Parser:
-    """Return the parser of a command that takes up a run."""
+    """Return the parser of a command that works on an existing run."""
     parser = Parser(description=description)
     parser.add_argument(
         "run", type=str, metavar="RUN_DIR", help="Directory of the run; flags override its config."
@@ -128,7 +128,7 @@ def _parser_for_a_run(description: str) -> Parser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code: 0, 1 for an error, 2 for a request that cannot be met.
+    """Run a command and return its exit code: 0, 1 for an error, 2 for a request that cannot be fulfilled.
 
     Collective over the world when launched by ``mpirun`` or ``srun``. Errors on which all ranks agree are
     printed once and end the job in order; any other exception is left to ``python -m mpi4py``, which
@@ -156,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _say_all_faults(parser: Parser, words: list[str]) -> None:
-    """Raise one error with all that is wrong, where a command takes a config. Local."""
+    """Raise one error with all faults, if the command takes a config. Local."""
     from ..run.train import check
 
     command = words[0] if words else None
@@ -168,7 +168,7 @@ def _say_all_faults(parser: Parser, words: list[str]) -> None:
 
 
 def run_and_report(name: str, work: Callable[[], int]) -> int:
-    """Run a command on this rank; say once an error on which all ranks agree, and return the exit code.
+    """Run a command on this rank; print an error on which all ranks agree once, and return the exit code.
 
     Collective over the world. An error of `hpc_bnn.errors` that only this rank sees ends the job; any other
     exception passes through.
@@ -283,7 +283,7 @@ def _plan(options: jsonargparse.Namespace, given: set[str]) -> int:
 def _network(
     bandwidth: float | None, latency: float | None, measured: Network | None, assumed: Network
 ) -> Network | None:
-    """Return the network that the flags say, or None."""
+    """Return the network model that the flags describe, or None."""
     if bandwidth is None and latency is None:
         return measured
     assumed = measured or assumed

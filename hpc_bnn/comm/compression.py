@@ -1,4 +1,4 @@
-"""Numbers in half the bytes, for gradients on their way between ranks."""
+"""Encode gradients in half the bytes for sending between ranks."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ _HEAD_BYTES = 4
 """Bytes of the scale in front of the numbers."""
 
 _LARGEST = 2.0**15
-"""What the largest number becomes; float16 ends at 65504."""
+"""Scaled value of the largest number; the largest float16 is 65504."""
 
 
 def encoded_bytes(count: int) -> int:
-    """Bytes that so many numbers take."""
+    """Return the number of bytes of n encoded numbers."""
     return _HEAD_BYTES + 2 * count
 
 
 def encode(flat: torch.Tensor, compression: Compression) -> torch.Tensor:
-    """Return numbers [n] as bytes: their largest magnitude, and halves of what they are beside it. Local.
+    """Return numbers [n] as bytes: their largest magnitude, then the numbers relative to it in 16 bits. Local.
 
     The scale keeps float16 from underflow: numbers down to 2e-12 of the largest survive, above 2e-9 of it with 11 bits;
     bfloat16 has 8 bits and needs no scale, but gets it. A NaN or an infinity makes everything NaN.

@@ -1,4 +1,4 @@
-"""Which GPU and how many threads a rank has."""
+"""Choose the GPU and the number of threads of a rank."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 def choose_device(requested: str, local_rank: int, num_visible: int) -> torch.device:
     """Return the device of a rank. Local.
 
-    One rank per GPU of the node; where the launcher shows each rank only its own GPU, that is number 0.
+    One rank per GPU of the node; if the launcher shows each rank only its own GPU, the number is 0.
 
     Parameters
     ----------
@@ -55,7 +55,7 @@ def num_visible_gpus() -> int:
 
 
 def set_num_threads(local_size: int) -> None:
-    """Share the cores among the ranks of a node, unless the user has set OMP_NUM_THREADS. Local."""
+    """Divide the cores among the ranks of a node, unless the user has set OMP_NUM_THREADS. Local."""
     if "OMP_NUM_THREADS" not in os.environ:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         total = os.cpu_count() or 1
@@ -89,7 +89,7 @@ def agree_on_device(allgather: Callable[[Any], list[Any]], requested: str, local
 
 
 def ranks_on_one_gpu(comm: GridComm) -> tuple[list[int], str]:
-    """Return the ranks of a GPU that has several, and its name; no ranks where each has one. Collective."""
+    """Return the ranks that use one GPU together, and its name; no ranks if each has its own. Collective."""
     uuid = None
     if comm.device.type == "cuda":
         torch.cuda.set_device(comm.device)
@@ -102,7 +102,7 @@ def ranks_on_one_gpu(comm: GridComm) -> tuple[list[int], str]:
 
 
 def check_one_rank_per_gpu(comm: GridComm) -> None:
-    """Refuse two ranks on one GPU where NCCL would, warn elsewhere. Collective over the world."""
+    """Raise an error for two ranks on one GPU if NCCL would, otherwise warn. Collective over the world."""
     ranks, uuid = ranks_on_one_gpu(comm)
     if not ranks:
         return

@@ -40,9 +40,8 @@ class HorovodComm(MpiComm):
     def _start_horovod(self) -> None:
         """Initialise Horovod with one process set per sample group and per data group.
 
-        Horovod refuses a set that equals the world (there the global set is used), wants all sets at
-        init, and the same list in the same order on each rank.
-        """
+        Horovod refuses a set that equals the world (there the global set is used), needs all sets at init, as the
+        same list in the same order on each rank."""
         grid, hvd = self.grid, self._hvd
         sets = {"sample": [], "data": []}
         if 1 < grid.sample_size < grid.world_size:
@@ -127,20 +126,20 @@ class HorovodComm(MpiComm):
 
 
 def why_not(world, needs_nccl: bool = False) -> str | None:
-    """Return why Horovod cannot be used, None where it can. Collective over the world, with one answer."""
+    """Return why Horovod cannot be used, or None if it can. Collective over the world, with one answer."""
     problem = horovod_facts().why_not(needs_nccl)
     problems = [(rank, p) for rank, p in enumerate(world.allgather(problem)) if p]
     return f"it cannot be used on rank {problems[0][0]} ({problems[0][1]})" if problems else None
 
 
 def shutdown() -> None:
-    """End Horovod where it runs. Collective over the world."""
+    """Shut Horovod down if it runs. Collective over the world."""
     hvd = sys.modules.get("horovod.torch")
     if hvd is not None and hvd.is_initialized():
         hvd.shutdown()
 
 
 def wait_a_moment_for_the_others() -> None:
-    """At exit: let ranks that are a little behind finish. Bounded, because one of them may have failed."""
+    """At exit, wait for slower ranks to finish. The wait has a limit, because one of them may have failed."""
     if running_mpi() is not None and sys.modules["horovod.torch"].is_initialized():
         wait_for_others(5.0)

@@ -1,4 +1,4 @@
-"""What MPI and Horovod say about themselves.
+"""Read what MPI and Horovod report about their build.
 
 Nothing here communicates or starts Horovod; every function is Local.
 """
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _PARTS = ("cxx", "mpifh", "java", "usempi", "gtl")
-"""Libraries libmpi_* that belong to a libmpi and are none; gtl is Cray's for GPUs."""
+"""Names of libraries libmpi_* that belong to a libmpi but are not one; gtl is Cray's for GPUs."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class HorovodFacts:
     process_sets: bool = False
 
     def why_not(self, needs_nccl: bool = False) -> str | None:
-        """Return why it cannot carry tensors, None where it can."""
+        """Return why it cannot carry tensors, or None if it can."""
         if self.error is not None:
             return self.error
         if not self.mpi:
@@ -54,7 +54,7 @@ class HorovodFacts:
 
 
 def mpi_facts() -> MpiFacts:
-    """Return what the MPI of mpi4py is. Starts it where it is not running yet."""
+    """Return facts about the MPI of mpi4py. Starts MPI if it does not run yet."""
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py found no MPI library
@@ -96,7 +96,7 @@ def horovod_facts() -> HorovodFacts:
 
 
 def mpi_libraries(maps: str | None = None) -> tuple[str, ...]:
-    """Return the files of the MPI libraries that are mapped in this process; one is right.
+    """Return the files of the MPI libraries that are mapped in this process; there should be one.
 
     Parameters
     ----------
@@ -111,7 +111,7 @@ def mpi_libraries(maps: str | None = None) -> tuple[str, ...]:
 
 
 def library_name(version: str) -> str:
-    """Return name and version from what MPI_Get_library_version says, which is several lines of some MPIs."""
+    """Return name and version from the text of MPI_Get_library_version, which has several lines with some MPIs."""
     line = version.replace("\0", "").splitlines()[0].split(",")[0]
     return " ".join(line.replace(" Version:", "").split())
 

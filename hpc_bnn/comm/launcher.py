@@ -1,4 +1,4 @@
-"""What a launcher says about its job in the environment."""
+"""Read what a launcher reports about its job in the environment."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ _SIGNS = (
 
 @dataclass(frozen=True)
 class Launcher:
-    """The launcher of this process by its environment variables; no name where there is none."""
+    """The launcher of this process by its environment variables; the name is empty if there is none."""
 
     name: str | None = None
     size: int | None = None
-    """Ranks that it says it started; not every launcher says it."""
+    """Number of ranks that it reports to have started; not every launcher reports it."""
     rank: int = 0
     local_size: int | None = None
     """Ranks on this node."""
     variables: dict[str, str] = field(default_factory=dict)
-    """Where this was read."""
+    """Environment variables of this information."""
 
     @property
     def signs(self) -> str:
-        """Where this was read, in words: "WORLD_SIZE=4, RANK=0"."""
+        """Environment variables of this information, in words: "WORLD_SIZE=4, RANK=0"."""
         return ", ".join(f"{name}={value}" for name, value in self.variables.items())
 
     @property
     def least_size(self) -> int:
-        """Ranks that there are at the least."""
+        """Smallest possible number of ranks."""
         return max(self.size or 1, self.rank + 1)
 
     @property

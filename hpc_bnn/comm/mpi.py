@@ -19,7 +19,7 @@ from .base import GridComm, NodeArray, ObjectAxis, no_shared_memory
 from .launcher import launcher_of
 
 STALL_SECONDS = 600.0
-"""How long a collective of tensors waits for a rank that does not come."""
+"""Time that a collective of tensors waits for a missing rank."""
 
 
 class MpiComm(GridComm):
@@ -30,7 +30,7 @@ class MpiComm(GridComm):
     mpi : module
         mpi4py.MPI.
     node_size : int, optional
-        Largest number of ranks that share memory, to give each part of a node (a socket) its own copy.
+        Largest number of ranks that share memory, to give each socket of a node its own copy.
     """
 
     library = "mpi4py"
@@ -62,7 +62,8 @@ class MpiComm(GridComm):
         self._start_library()
 
     def _start_library(self) -> None:
-        """Start what carries the tensors, when communicators and places are known. Collective over the world."""
+        """Start the communication library for tensors when communicators and grid are known. Collective over the
+        world."""
 
     def broadcast_object(self, value: Any, root: int = 0) -> Any:
         self.traffic.num_object_collectives += 1
@@ -109,7 +110,7 @@ class MpiComm(GridComm):
 
 
 def start_mpi():
-    """Import and thereby start mpi4py.MPI; None where there is none and one process needs none."""
+    """Import and thereby start mpi4py.MPI; return None if it is missing and one process does not need it."""
     launched = launcher_of(os.environ).size or 1
     _be_gentle_when_oversubscribed()
     # Shared memory needs no network; Open MPI's UCX prints an error for each window where it has no device.
@@ -132,7 +133,7 @@ def start_mpi():
 
 
 def _be_gentle_when_oversubscribed() -> None:
-    """Let MPI yield the core while it waits, where ranks fill the node. Before MPI starts.
+    """Let MPI yield the core while it waits, if ranks fill the node. Call it before MPI starts.
 
     Horovod adds a thread to each rank; with spinning waits the two fight for the core (measured on two
     ranks and two cores: a training step of 31 ms instead of 5 ms).
@@ -151,7 +152,7 @@ def running_mpi():
 
 
 def split_by_node(mpi, node_size: int | None = None):
-    """Return the communicator of the ranks that share memory, in parts of at most ``node_size``. Collective."""
+    """Return the communicator of the ranks that share memory, in groups of at most ``node_size``. Collective."""
     node = mpi.COMM_WORLD.Split_type(mpi.COMM_TYPE_SHARED)
     if node_size is None:
         return node

@@ -1,4 +1,4 @@
-"""Few flat buffers for many tensors, and shares in parts (Local)."""
+"""Pack many tensors into few flat buffers, and split shards into buckets (Local)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BUCKET_BYTES = 256 * 2**20
 
 
 SHARE_BUCKET_BYTES = 4 * 2**20
-"""Smallest buffer of a sum or gather by shares (bytes): memory that it needs besides. At most `SHARE_BUCKETS` are used."""
+"""Smallest buffer of a sum or gather by shards (bytes): its additional memory. There are at most `SHARE_BUCKETS`."""
 
 SHARE_BUCKETS = 32
 
@@ -25,7 +25,7 @@ def as_list(tensors: torch.Tensor | Sequence[torch.Tensor]) -> list[torch.Tensor
 
 @dataclass(frozen=True)
 class Outline:
-    """What a tensor looks like; one on the CPU (a counter of an optimizer) stays there."""
+    """Shape, dtype and device of a tensor; a tensor on the CPU (a counter of an optimizer) stays there."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -51,7 +51,7 @@ def map_leaves(tree: Any, kind: type, function: Callable[[Any], Any]) -> Any:
 
 
 def bucket_spans(shares: list[range], item_bytes: int) -> Iterator[list[range]]:
-    """Yield parts of shares, one of each, that together fill a buffer; nothing for one share."""
+    """Yield slices of the shards, one of each, that together fill a buffer; nothing for one shard."""
     if len(shares) == 1:
         return
     num_bytes = sum(len(s) for s in shares) * item_bytes
@@ -62,7 +62,7 @@ def bucket_spans(shares: list[range], item_bytes: int) -> Iterator[list[range]]:
 
 @contextlib.contextmanager
 def packed_buckets(tensors: torch.Tensor | Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    """Offer tensors as few flat buffers of one dtype; copy back what had to be copied.
+    """Offer tensors as few flat buffers of one dtype; copy those back that had to be copied.
 
     A contiguous tensor that fills a bucket alone is offered as a view, without a copy.
     """

@@ -1,8 +1,7 @@
-"""By which address of rank 0, and which interface, the ranks of a job reach each other: tried, not guessed.
-
-The name of a host does not tell: Debian resolves it to 127.0.1.1, some nodes do not know the names of others, and
-containers share a name, or have the same address on each node. So rank 0 listens, and all ranks try its addresses in turn.
-"""
+"""Find the address of rank 0, and the network interface, by which the ranks of a job reach each other. Try them: the
+name of a host does not help. Debian resolves a host's own name to 127.0.1.1, some nodes do not know the names of
+others, and containers share a name, or have the same address on each node. So rank 0 listens, and all ranks try its
+addresses in turn."""
 
 from __future__ import annotations
 
@@ -22,7 +21,7 @@ from ..errors import CommunicationError
 PROBE_SECONDS = 5.0
 """Longest wait for an answer from one address."""
 MAX_ADDRESSES = 12
-"""So many are tried: the search ends after a minute at the latest."""
+"""Number of addresses to try: the search ends after a minute at the latest."""
 
 _FAST = ("ib", "hsn")  # IP over InfiniBand, Slingshot
 _INSIDE_A_NODE = ("docker", "virbr", "veth", "br-", "cni", "lxc", "podman", "usb")
@@ -32,12 +31,12 @@ _TOKEN_BYTES = 16
 
 @dataclass(frozen=True)
 class Meeting:
-    """Where the ranks meet."""
+    """The address at which the ranks meet."""
 
     address: str
-    """Of rank 0, reached by all ranks."""
+    """Address of rank 0 that all ranks reach."""
     interface: str | None
-    """By which this rank reaches it; None where the system does not tell."""
+    """Interface by which this rank reaches it; None if the system does not report it."""
 
 
 def find_meeting(allgather: Callable[[Any], list[Any]], is_first: bool) -> Meeting:
@@ -48,7 +47,7 @@ def find_meeting(allgather: Callable[[Any], list[Any]], is_first: bool) -> Meeti
     Raises
     ------
     CommunicationError
-        There is none, on all ranks, after a minute at the latest.
+        There is no such address. All ranks raise it, after a minute at the latest.
     """
     with contextlib.ExitStack() as stack:
         offer, only = None, os.environ.get("GLOO_SOCKET_IFNAME")
@@ -81,7 +80,7 @@ def find_meeting(allgather: Callable[[Any], list[Any]], is_first: bool) -> Meeti
 
 
 def interfaces() -> list[tuple[str | None, str]]:
-    """Return name and address of the network interfaces of this process; link-local ones are of no use. Local."""
+    """Return name and address of the network interfaces of this process; without link-local ones. Local."""
     found: list[tuple[str | None, str]] = []
     with contextlib.suppress(ImportError, OSError):
         import fcntl
@@ -104,7 +103,7 @@ def interfaces() -> list[tuple[str | None, str]]:
 def candidates(found: list[tuple[str | None, str]], environment: dict[str, str] | os._Environ) -> list[str]:
     """Return the addresses to try, in order: loopback, fast networks, that of the host's name, others. Local.
 
-    GLOO_SOCKET_IFNAME allows some interfaces only, NCCL_SOCKET_IFNAME lets some come first.
+    GLOO_SOCKET_IFNAME allows only some interfaces; NCCL_SOCKET_IFNAME puts some first.
     """
     allowed = environment.get("GLOO_SOCKET_IFNAME", "").split(",")
     if allowed != [""]:
@@ -152,7 +151,7 @@ def _addresses_of_the_name() -> set[str]:
 
 @contextlib.contextmanager
 def _listening() -> Iterator[tuple[int, bytes]]:
-    """Answer with a token whoever connects to the port, until the end of the block. Local."""
+    """Send a token to every client that connects to the port, until the end of the block. Local."""
     token = secrets.token_bytes(_TOKEN_BYTES)
     if socket.has_dualstack_ipv6():
         server = socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=4096)
@@ -180,7 +179,7 @@ def _listening() -> Iterator[tuple[int, bytes]]:
 
 
 def _reach(address: str, port: int, token: bytes) -> str | OSError:
-    """Return this end of a connection to rank 0, or why there is none. Local."""
+    """Return the local address of a connection to rank 0, or why there is no connection. Local."""
     try:
         with socket.create_connection((address, port), timeout=PROBE_SECONDS) as connection:
             if connection.recv(_TOKEN_BYTES, socket.MSG_WAITALL) != token:

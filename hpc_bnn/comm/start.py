@@ -1,4 +1,4 @@
-"""Joining the ranks of a job, and leaving them."""
+"""Join the ranks of a job, and leave them."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def connect(
     """Join the process grid of this job. Collective over the world.
 
     Under ``mpirun``, ``srun`` or ``torchrun`` the ranks of the job form the grid; without a launcher, one process is
-    a grid of 1 x 1 and needs neither MPI nor a library for tensors. Calling it again makes a new grid of the same
-    ranks; the former object is then of no use.
+    a grid of 1 x 1 and needs neither MPI nor a library for tensors. A second call makes a new grid of the same ranks;
+    do not use the former object afterwards.
 
     Use it as a context (``with connect(2) as comm:``): at its end all ranks wait for each other, because
     Horovod stops on all of them when one process ends.
@@ -46,14 +46,14 @@ def connect(
     sample_size : int
         Extent of the sample axis; must divide the number of ranks.
     device : {"auto", "cpu", "cuda", "cuda:N"}
-        ``auto`` and ``cuda`` give each rank of a node its own GPU, by its rank on the node; ``auto``
-        takes the CPU where there is no GPU.
+        ``auto`` and ``cuda`` give each rank of a node its own GPU, by its rank on the node; ``auto`` uses the CPU if
+        there is no GPU.
     reduction : {"axes", "world"}
         See `GridComm`.
     compression : {"none", "fp16", "bf16"}
-        What the sum of the gradient sends; other sums are never compressed.
+        Number format for the sum of the gradient; other sums are never compressed.
     backend : {"auto", "horovod", "torch"}
-        What carries the tensors: Horovod or torch.distributed. ``auto``: Horovod where all ranks can use it.
+        Communication library for tensors: Horovod or torch.distributed. ``auto``: Horovod if all ranks can use it.
     node_size : int, optional
         See `MpiComm`.
 
@@ -64,9 +64,9 @@ def connect(
     Raises
     ------
     ConfigError
-        The sample axis does not fit the number of ranks, or the device is not there.
+        The sample axis does not fit the number of ranks, or the device does not exist.
     CommunicationError
-        Several ranks and a library that does not start, or a launcher of another MPI.
+        The job has several ranks and the library does not start, or the launcher belongs to another MPI.
     """
     if torchrun.launcher():
         return _connect_torchrun(sample_size, device, reduction, compression, backend, node_size)
@@ -89,7 +89,7 @@ def connect(
 
 
 def _connect_torchrun(sample_size, device, reduction, compression, backend, node_size) -> TorchrunComm:
-    """As `connect`, for ranks without MPI."""
+    """Do the same as `connect`, for ranks without MPI."""
     if backend == "horovod":
         raise CommunicationError(
             "torchrun starts ranks without MPI, and Horovod needs it. Use mpirun or srun, or <backend> torch"
@@ -107,7 +107,7 @@ def _connect_torchrun(sample_size, device, reduction, compression, backend, node
 
 
 def _choose_library(world, backend: Backend, device: torch.device) -> type[HorovodComm] | type[TorchComm]:
-    """Return the class that carries the tensors, the same on all ranks. Collective over the world."""
+    """Return the `GridComm` class of the communication library, the same on all ranks. Collective over the world."""
     if backend == "torch":
         return TorchComm
     is_free = backend == "auto"
@@ -132,7 +132,7 @@ def _say_once(text: str) -> None:
 def connect_for_files(node_size: int | None = None) -> GridComm:
     """Join the ranks of this job for work on files: objects and shared memory, no tensors, no Horovod.
 
-    Collective over the world. All ranks stand along the data axis.
+    Collective over the world. All ranks lie along the data axis.
 
     Parameters
     ----------

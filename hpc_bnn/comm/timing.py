@@ -1,4 +1,4 @@
-"""The network between ranks, as two numbers: to measure it, and to say what a collective costs."""
+"""Describe the network between ranks by latency and bandwidth, measure them, and predict the time of a collective."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Network:
     """Latency and bandwidth of messages between ranks."""
 
     bandwidth: float
-    """Bytes per second that a rank sends while it receives as many."""
+    """Bytes per second that a rank sends while it receives at the same rate."""
     latency: float
     """Seconds of a message without content."""
 
@@ -32,13 +32,13 @@ class Network:
         """Return the time of a collective over some ranks.
 
         A ring for the bytes and a tree for the latency: 2 (P-1)/P n / bandwidth + 2 log2(P) latency for an all-reduce
-        of n bytes, half of it for a reduce-scatter or an all-gather (Thakur, Rabenseifner and Gropp, 2005). It knows no
-        contention between groups and no jitter.
+        of n bytes, half of it for a reduce-scatter or an all-gather (Thakur, Rabenseifner and Gropp, 2005). It does
+        not model contention between groups or jitter.
 
         Parameters
         ----------
         operation : {"all-reduce", "reduce-scatter", "all-gather"}
-            What is done.
+            The operation.
         num_bytes : float
             Bytes of the whole buffer: of the result, for an all-gather.
         extent : int
@@ -51,20 +51,21 @@ class Network:
 
 
 SMALL_BYTES, LARGE_BYTES = 8, 16 * 2**20
-"""What is summed for the latency and for the bandwidth."""
+"""Sizes of the sums for the latency and for the bandwidth."""
 
 MAX_REPETITIONS, MAX_SECONDS = 30, 0.5
-"""A measurement ends at the first of both, but not before three repetitions."""
+"""A measurement ends when one of the two is reached, but not before three repetitions."""
 
 
 def measure_network(comm: GridComm) -> Network:
-    """Return what sums over the world say of the network. Collective over the world, of two ranks or more."""
+    """Measure the network by sums over the world. Collective over the world, of two ranks or more."""
     small, large = (seconds_of_sum(comm, "world", num_bytes) for num_bytes in (SMALL_BYTES, LARGE_BYTES))
     return network_of_sums(small, large, comm.grid.world_size)
 
 
 def network_of_sums(small_seconds: float, large_seconds: float, num_ranks: int) -> Network:
-    """Return the network on which sums of `SMALL_BYTES` and of `LARGE_BYTES` over some ranks take so long. Local."""
+    """Return the network on which sums of `SMALL_BYTES` and of `LARGE_BYTES` over some ranks take these times.
+    Local."""
     traffic = 2 * (num_ranks - 1) / num_ranks * LARGE_BYTES
     latency = max(small_seconds, 1e-8) / (2 * math.log2(num_ranks))
     return Network(bandwidth=traffic / max(large_seconds - small_seconds, 1e-9), latency=latency)
@@ -91,7 +92,7 @@ def seconds_of(
     call : callable
         Called with the arguments, by all ranks together.
     limit : float
-        About so long it is repeated (seconds).
+        Approximate time of all repetitions (seconds).
     repetitions : (int, int)
         Least and largest number of repetitions.
     """

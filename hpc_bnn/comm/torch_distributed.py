@@ -1,8 +1,7 @@
 """Tensors by torch.distributed: NCCL between GPUs, Gloo between CPUs. The only module that imports it.
 
-Under MPI it is started over MPI: rank 0 opens a port and tells the others where, and no environment variable is needed.
-Under torchrun it is all there is (`hpc_bnn.comm.torchrun`).
-"""
+Under MPI hpc_bnn starts it over MPI: rank 0 opens a port and sends its address to the others; no environment variable
+is needed. Under torchrun it also carries objects (`hpc_bnn.comm.torchrun`)."""
 
 from __future__ import annotations
 
@@ -56,7 +55,7 @@ class TorchTensors(GridComm):
     def _group(self, axis: ObjectAxis) -> dist.ProcessGroup | None:
         """Return the process group of an axis, None for one rank; made at the first call, which is collective over it.
 
-        Looked up and not kept: a group that outlives the interpreter takes the process down at its exit.
+        It is looked up and not kept: a group that outlives the interpreter crashes the process at its exit.
         """
         ranks = self._ranks[axis]
         if len(ranks) == self.grid.world_size:
@@ -99,7 +98,7 @@ class TorchTensors(GridComm):
             flat.copy_(buffer)
 
     def _gather(self, tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
-        """Of all ranks what the longest has, because the library gathers equal lengths only."""
+        """Gather from all ranks as much as the longest has, because the library gathers equal lengths only."""
         buffer, size, group = self._near(tensor), self._extents[axis], self._group(axis)
         lengths = torch.empty(size, dtype=torch.int64, device=buffer.device)
         getattr(dist, _GATHER)(lengths, lengths.new_tensor([len(buffer)]), group=group)
@@ -117,7 +116,7 @@ class TorchTensors(GridComm):
         return gathered.to(tensor.device)
 
     def _reduce_scatter(self, flat: torch.Tensor, axis: Axis) -> torch.Tensor:
-        """Each rank sums what all others have of its share: shares of two lengths, which the library has no sum for."""
+        """Each rank sums its shard from all others: the shards have two lengths, for which the library has no sum."""
         shares, index = self._shares(len(flat), axis)
         received = self._all_to_all(flat, [len(share) for share in shares], axis)
         return received.view(len(shares), len(shares[index])).sum(0)
@@ -154,7 +153,7 @@ class TorchComm(TorchTensors, MpiComm):
 
 @dataclass(frozen=True)
 class DistributedFacts:
-    """What torch.distributed can do; a torch may be built without it."""
+    """Capabilities of torch.distributed; a torch may be built without it."""
 
     is_available: bool = True
     gloo: bool = True
@@ -162,7 +161,7 @@ class DistributedFacts:
     """Its version."""
 
     def why_not(self) -> str | None:
-        """Return why it cannot carry tensors, None where it can. Gloo carries those of the host, NCCL or not."""
+        """Return why it cannot carry tensors, or None if it can. Gloo carries host tensors, with or without NCCL."""
         if not self.is_available:
             return "torch was built without torch.distributed"
         return None if self.gloo else "torch was built without Gloo"
@@ -234,11 +233,10 @@ def start(backend: str, rank: int, world_size: int) -> None:
 
 @contextlib.contextmanager
 def _polite_threads() -> Iterator[None]:
-    """Let threads that begin here stand back for those that wake up (SCHED_BATCH, where there is that). Local.
+    """Let threads that start here yield to threads that wake up (SCHED_BATCH, if the system has it). Local.
 
-    Gloo's thread looks again and again at data that came before their sum was called, and keeps the core from the rank
-    until the next tick of the clock: a sum of 1 MiB over two ranks on two cores took 3 to 5 ms instead of 0.4.
-    """
+    If data arrive before the rank calls their sum, Gloo's thread polls and blocks the rank's core until the next tick
+    of the clock: a sum of 1 MiB over two ranks on two cores took 3 to 5 ms instead of 0.4."""
     usual = getattr(os, "SCHED_OTHER", None)
     if usual is None or os.sched_getscheduler(0) != usual:  # the user has chosen, or there is no choice
         yield
@@ -253,7 +251,7 @@ def _polite_threads() -> Iterator[None]:
 
 
 def _open_store(comm: MpiComm) -> dist.Store:
-    """Open a port on rank 0 and reach it from all. Collective over the world."""
+    """Open a port on rank 0 and connect to it from all ranks. Collective over the world."""
     meeting = find_meeting(comm.gather_objects, comm.grid.is_first("world"))
     use_interface(meeting)
     options = {"timeout": datetime.timedelta(seconds=START_SECONDS), "wait_for_workers": False}
@@ -270,13 +268,13 @@ def _open_store(comm: MpiComm) -> dist.Store:
 
 
 def use_interface(meeting: Meeting) -> None:
-    """Let Gloo use the interface by which rank 0 is reached: by itself it takes that of the host's name. Local."""
+    """Let Gloo use the interface that leads to rank 0: by default it uses that of the host's name. Local."""
     if meeting.interface is not None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", meeting.interface)
 
 
 def group_of(key: tuple, ranks: range) -> dist.ProcessGroup:
-    """Return the process group of some ranks, which is made for a new key. Collective over these ranks."""
+    """Return the process group of some ranks; make it if the key is new. Collective over these ranks."""
     if key not in Running.groups:
         with _polite_threads():
             Running.groups[key] = dist.new_group(list(ranks), timeout=STALL, use_local_synchronization=True)
@@ -284,7 +282,7 @@ def group_of(key: tuple, ranks: range) -> dist.ProcessGroup:
 
 
 def shutdown() -> None:
-    """Leave all groups, where hpc_bnn has made them. Local."""
+    """Leave all groups, if hpc_bnn has made them. Local."""
     if Running.backend is not None:
         Running.groups.clear()
         Running.backend = None

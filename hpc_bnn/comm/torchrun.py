@@ -38,7 +38,7 @@ SHARED_MEMORY = "/dev/shm"
 
 
 class TorchrunComm(TorchTensors):
-    """The collectives of `GridComm` by torch.distributed alone; `join` comes first.
+    """The collectives of `GridComm` by torch.distributed alone; call `join` first.
 
     Parameters
     ----------
@@ -115,7 +115,7 @@ class TorchrunComm(TorchTensors):
 
 
 def _shared_file(num_bytes: int) -> str:
-    """Return a new file in shared memory of this size, which is there and not only promised."""
+    """Return a new file in shared memory of this size, with its memory really allocated."""
     descriptor, path = tempfile.mkstemp(prefix="hpc_bnn.", dir=SHARED_MEMORY)
     try:
         os.posix_fallocate(descriptor, 0, num_bytes)
@@ -138,7 +138,7 @@ def allgather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
 
 
 def launcher() -> Launcher | None:
-    """Return torchrun where it has started several ranks. Local."""
+    """Return torchrun if it has started several ranks. Local."""
     found = launcher_of(os.environ)
     return found if found.needs_no_mpi else None
 
@@ -160,7 +160,7 @@ def join() -> None:
 
 
 def _allgather_before_start(value: Any) -> list[Any]:
-    """As `allgather`, by the store alone; through rank 0, or each rank would ask for each. Collective over the world."""
+    """Gather by the store alone, through rank 0, so that no rank has to ask every other. Collective over the world."""
     Running.num_waits += 1
     key, job = f"hpc_bnn.gather.{Running.num_waits}", launcher()
     try:
@@ -177,7 +177,7 @@ def _allgather_before_start(value: Any) -> list[Any]:
 
 
 def wait_for_others(seconds: float) -> bool:
-    """As `hpc_bnn.comm.wait_for_others`; where torchrun is gone, and its store with it, they do not come."""
+    """Do the same as `hpc_bnn.comm.wait_for_others`; return False if torchrun and its store have ended."""
     try:
         _open_store(seconds)
     except CommunicationError:  # whoever needed it before has said it

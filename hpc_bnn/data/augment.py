@@ -1,8 +1,8 @@
 """Augmentation: keyed by (seed, epoch, example, view), on batched tensors, on their device.
 
 A *view* is one augmented version of a batch. The K samples of a step may all see the same view (``shared``), each its
-own (``per_sample``), or share one within groups of samples (``per_group``, the scheme of the paper, where a group is
-what one GPU holds). Which view a sample sees, and what a view looks like, depends on neither rank nor grid.
+own (``per_sample``), or each group of samples its own (``per_group``, the scheme of the paper, if a group is the
+samples of one GPU). The views do not depend on rank or grid.
 
 Inputs are normalised when they come here: 0 is the mean of a channel.
 """
@@ -30,7 +30,7 @@ from .manifest import Manifest
 class ExampleRandom:
     """Random numbers of the examples of a batch, for one transform of one view.
 
-    Each call returns new numbers; those of an example do not depend on which others are in the batch.
+    Each call returns new numbers; those of an example do not depend on the other examples of the batch.
 
     Parameters
     ----------
@@ -39,7 +39,7 @@ class ExampleRandom:
     examples : Tensor
         [B] global indices of the examples.
     view, transform : int
-        Key: number of the view, and place of the transform in the list.
+        Key: number of the view, and position of the transform in the list.
     """
 
     def __init__(self, seed: int, epoch: int, examples: Tensor, view: int, transform: int):
@@ -70,7 +70,7 @@ Transform = Callable[[Tensor, ExampleRandom], Tensor]
 
 
 class Crop:
-    """Shift an image [C, H, W] by up to ``padding`` pixels in both directions; what comes in from outside is 0."""
+    """Shift an image [C, H, W] by up to ``padding`` pixels in both directions; pixels from outside are 0."""
 
     num_dims, moves = 3, True
 
@@ -111,9 +111,9 @@ class Erase:
     probability : float
         Of a rectangle.
     min_area, max_area : float
-        Bounds of its area, as shares of the image.
+        Bounds of its area, as fractions of the image.
     max_aspect : float
-        Its height is at most so many times its width, and the reverse.
+        Largest ratio of its height to its width, and of its width to its height.
     """
 
     num_dims = 3
@@ -150,7 +150,7 @@ class Mask:
     probability : float
         Of a stretch.
     max_share : float
-        Its length is uniform up to this share of the series.
+        Its length is uniform up to this fraction of the series.
     """
 
     num_dims = 2
@@ -193,10 +193,9 @@ class Noise:
 class Mixup:
     """Mix each example with the one at the mirrored position of the global batch (Zhang et al., 2018).
 
-    ``x = w x1 + (1 - w) x2`` with w from Beta(alpha, alpha), keyed by the example; targets are mixed likewise, classes as
-    probabilities. All samples see the same mixture, whatever the views are, so that they share their targets, which
-    objectives that couple the samples need.
-    """
+    ``x = w x1 + (1 - w) x2`` with w from Beta(alpha, alpha), keyed by the example; targets are mixed in the same way,
+    classes as probabilities. All samples get the same mixture with every kind of views, so they have the same
+    targets. Objectives that couple the samples need this."""
 
     def __init__(self, alpha: float = 0.2):
         _check("alpha", alpha, 0 < alpha < math.inf, "positive and finite", "Try 0.2")
@@ -245,14 +244,14 @@ TRANSFORMS: dict[str, type] = {
 
 
 class Augmentation:
-    """What happens to the batches of a run. Local.
+    """The augmentation of the batches of a run. Local.
 
     Parameters
     ----------
     transforms : sequence
         Transforms in order: functions ``transform(x, random)``; a `Mixup` acts on the batch before all others.
     kind : {"per_sample", "per_group", "shared"}
-        Which samples see the same view.
+        Which samples get the same view.
     num_samples : int
         Samples per step in the whole job, K.
     num_groups : int
@@ -287,7 +286,7 @@ class Augmentation:
 
     @property
     def needs_partners(self) -> bool:
-        """Whether a batch has to bring the examples of the mirrored positions."""
+        """Whether a batch needs the examples of the mirrored positions."""
         return bool(self._mixups)
 
     def __call__(self, batch: Batch, epoch: int) -> tuple[Views, Tensor]:
@@ -324,7 +323,7 @@ class Augmentation:
 def build_augmentation(
     config: AugmentationConfig, manifest: Manifest, *, num_samples: int, seed: int
 ) -> Augmentation | None:
-    """Return the augmentation of a config for a data set, None where it has no transforms. Local.
+    """Return the augmentation of a config for a data set, None if it has no transforms. Local.
 
     Raises
     ------

@@ -18,7 +18,7 @@ from .files import SplitFiles
 from .manifest import Manifest, torch_dtype
 
 MEMORY_SHARE = 0.5
-"""Share of the free memory of a node that a split may take with the reading "auto"."""
+"""Fraction of the free memory of a node that a split may take with the reading "auto"."""
 
 
 class ShardDataset:
@@ -31,7 +31,7 @@ class ShardDataset:
     split : str
         Name of the split.
     device : torch.device
-        Where the examples are delivered.
+        Device of the examples.
     dtype : torch.dtype
         Floating-point dtype of the inputs, and of targets that are numbers.
     comm : GridComm, optional
@@ -42,14 +42,14 @@ class ShardDataset:
         - ``node``: the ranks of a node read the split into memory that they share, each file once.
         - ``group``: the first rank of a sample group reads the examples of a batch, the others receive them over
           ``sample_comm``; `fetch` is then collective over it.
-        - ``rank``: each rank reads the examples of its batches from the files.
-        - ``auto``: ``node`` where the split takes at most half of the free memory on each node; otherwise ``group``, or
-          ``rank`` where a sample group is one rank.
+        - ``rank``: each rank reads the examples of its batches from the files. - ``auto``: ``node`` if the split
+        takes at most half of the free memory on each node; otherwise ``group``, or ``rank`` if a sample group is one
+        rank.
     normalises_targets : bool
-        Whether targets are delivered with mean 0 and standard deviation 1 where the manifest has their statistics.
+        Whether targets get mean 0 and standard deviation 1, if the manifest has their statistics.
     scaling : Manifest, optional
-        Whose statistics normalise; by default those of this directory. A network wants those of the data that it
-        was trained on.
+        Manifest whose statistics are used for normalisation (default: that of this directory). For a trained network
+        pass the manifest of its training data.
 
     Attributes
     ----------
@@ -60,8 +60,8 @@ class ShardDataset:
     Raises
     ------
     DataError
-        The split or a file is missing, truncated, corrupt, or not what the manifest says. An error that only one
-        rank sees while it fetches is raised there, and has to end the job.
+        The split or a file is missing, truncated, corrupt, or not what the manifest says. If only one rank finds an
+        error while it fetches, only this rank raises it, and the error has to end the job.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class ShardDataset:
 
     @property
     def target_scale(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Mean and standard deviation of the targets per channel, [1, channels, 1, ...], where they are normalised."""
+        """Mean and standard deviation of the targets per channel, [1, channels, 1, ...], if they are normalised."""
         return (self._y_scale.mean, self._y_scale.std) if self._y_scale else None
 
     # --- examples -----------------------------------------------------------------------------------
@@ -139,7 +139,7 @@ class ShardDataset:
     def read(self, indices: torch.Tensor) -> torch.Tensor:
         """Return the bytes of some examples, for `deliver`. Local, also in a thread of its own.
 
-        A rank that receives them from another returns memory to receive them in.
+        A rank that receives them from another rank returns memory for them.
         """
         indices = indices.cpu().numpy()
         buffer = torch.empty(len(indices) * self._bytes_per_example, dtype=torch.uint8)
@@ -152,7 +152,7 @@ class ShardDataset:
         return buffer.pin_memory() if self.device.type == "cuda" else buffer
 
     def deliver(self, buffer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return inputs and targets from what `read` gave: received, on the device, normalised.
+        """Return inputs and targets from the bytes of `read`: received, on the device, normalised.
 
         Collective over ``sample_comm`` with the reading ``group``, otherwise local.
         """
@@ -208,7 +208,7 @@ class ShardDataset:
 
 
 def _check_alike(scaling: Manifest, manifest: Manifest, directory: str | os.PathLike) -> None:
-    """Raise `DataError` where examples have another form than those that the statistics are of."""
+    """Raise `DataError` if the examples have another shape than those of the statistics."""
     for name, spec in manifest.arrays.items():
         expected = scaling.arrays[name]
         if name == "y" and manifest.num_classes != scaling.num_classes:
@@ -238,7 +238,7 @@ class _Scale:
 
 
 def free_memory_bytes(is_shared: bool) -> float:
-    """Return the memory that this process may still take; of shared memory where a node has several ranks. Local."""
+    """Return the memory that this process may still take; the shared memory if a node has several ranks. Local."""
     limits = [float("inf")]
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()

@@ -41,7 +41,7 @@ class SplitFiles:
     Raises
     ------
     DataError
-        The split is not there; in reading: a file is missing, truncated, corrupt, or not what the manifest says.
+        The split does not exist; while reading: a file is missing, truncated, corrupt, or not what the manifest says.
     """
 
     def __init__(self, directory: str | os.PathLike, split: str):
@@ -61,7 +61,7 @@ class SplitFiles:
         return int(self.starts[-1])
 
     def check_sizes(self) -> None:
-        """Raise `DataError` where a file is missing or has another size than the manifest says; nothing is read."""
+        """Raise `DataError` if a file is missing or has another size than the manifest says; nothing is read."""
         for shard in self.shards:
             path = self.directory / shard.file
             with _naming(path):
@@ -113,7 +113,7 @@ class SplitFiles:
 
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Let what the file system, HDF5 or h5py raises become a `DataError` that names the file."""
+    """Convert errors of the file system, HDF5 or h5py to a `DataError` that names the file."""
     try:
         yield
     except (OSError, KeyError, RuntimeError, ValueError, TypeError, MemoryError) as error:

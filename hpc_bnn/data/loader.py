@@ -19,7 +19,7 @@ from .order import global_batches, num_global_batches
 
 @dataclass(frozen=True)
 class Batch:
-    """This rank's part of one global batch."""
+    """The examples of one global batch for this rank."""
 
     x: torch.Tensor
     """[B_local, ...] normalised inputs."""
@@ -30,27 +30,27 @@ class Batch:
     num_examples: int
     """Examples of the batch in the whole job."""
     partners: tuple[torch.Tensor, torch.Tensor] | None = None
-    """Inputs and targets of the mirrored positions of the global batch, where they are asked for."""
+    """Inputs and targets of the mirrored positions of the global batch, if they are requested."""
 
 
 class BatchLoader:
     """Iterates over the batches of an epoch. With the reading ``group`` collective over ``sample_comm``, else local.
 
-    Batches are read ahead by a thread, not by a forked process: a fork after MPI has started is not safe. What the
-    ranks exchange is exchanged by the main thread.
+    Batches are read ahead by a thread, not by a forked process: a fork after MPI has started is not safe. The main
+    thread makes all exchanges between ranks.
 
     Parameters
     ----------
     dataset : ShardDataset
         Where the examples come from.
     grid : Grid
-        Place of this rank: the data axis takes disjoint parts of each batch.
+        Coordinates of this rank: the ranks of the data axis take disjoint ranges of each batch.
     global_batch_size : int
         Examples per batch in the whole job.
     seed : int
         Key of the order.
     drop_last : bool
-        Leave out the last batch where it is smaller.
+        Leave out the last batch if it is smaller.
     prefetch : int
         Batches that are read ahead; 0 reads each when it is needed.
     with_partners : bool
@@ -82,7 +82,7 @@ class BatchLoader:
             raise ConfigError(Fault("global_batch_size", global_batch_size, rule, "Make it smaller"))
 
     def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
-        """Yield the batches of an epoch, from ``first_batch`` on: an interrupted epoch goes on where it stopped."""
+        """Yield the batches of an epoch, from ``first_batch`` on: an interrupted epoch continues where it stopped."""
         if not 0 <= first_batch <= self.num_batches:
             raise ConfigError(
                 Fault(

@@ -1,4 +1,4 @@
-"""The manifest of a shard directory: what stands in it, and how it is known to be sound.
+"""The manifest of a shard directory: its content and its checksums.
 
 ::
 
@@ -6,9 +6,8 @@
     DIR/train-00000.h5       datasets x [n, ...], y [n, ...], crc32 [n]; chunks of whole examples, fletcher32
     DIR/test-00000.h5
 
-Every file has its SHA-256 in the manifest, every example its CRC-32 in its file; the SHA-256 of those stands in the
-manifest, too, so that a reader can check each example that it takes without reading the whole file.
-"""
+Every file has its SHA-256 in the manifest, every example its CRC-32 in its file; the manifest has the SHA-256 of
+these, too, so that a reader can check each example without reading the whole file."""
 
 from __future__ import annotations
 
@@ -31,7 +30,7 @@ FORMAT = "hpc_bnn shards"
 VERSION = 3
 MANIFEST = "manifest.json"
 PREPARATION = ".preparation"
-"""Directory of what is known of the finished files while a preparation goes on."""
+"""Directory of the records of finished files during a preparation."""
 STAGED = ".staged"
 """Mark of a directory that was staged: the names of its files."""
 
@@ -45,7 +44,7 @@ class ArraySpec:
     dtype: str
     """Name of the NumPy dtype as stored."""
     channels: tuple[str, ...] = ()
-    """Names of the channels (first dim of an example), where they have any."""
+    """Names of the channels (first dim of an example), if they have any."""
 
     @property
     def num_bytes(self) -> int:
@@ -82,21 +81,21 @@ class Manifest:
     source: str
     """Where the data come from."""
     licence: str
-    """Under which terms."""
+    """Licence of the data."""
     arrays: dict[str, ArraySpec]
     """x (inputs) and y (targets)."""
     splits: dict[str, tuple[ShardFile, ...]]
     """Files of each split, in order."""
     statistics: dict[str, Statistics]
-    """Of x, and of y where the targets are numbers that the network shall see normalised."""
+    """Statistics of x, and of y if the targets are numbers that hpc_bnn normalises for the network."""
     num_classes: int | None = None
-    """Number of classes where y is a class."""
+    """Number of classes if y is a class."""
     target_weights: list | None = None
     """Weights of the targets in a score or a mean error, as nested lists that broadcast to an example of y."""
     details: dict[str, Any] = field(default_factory=dict)
-    """What else the preparation wants known, such as the lead time."""
+    """Further facts from the preparation, such as the lead time."""
     key_sha256: str | None = None
-    """SHA-256 of the key of the preparation: of what fixes the content."""
+    """SHA-256 of the key of the preparation, which determines the content."""
 
     def num_examples(self, split: str) -> int:
         """Number of examples of a split."""

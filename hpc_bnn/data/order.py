@@ -30,7 +30,7 @@ def global_batches(
 ) -> Iterator[torch.Tensor]:
     """Yield the example indices of each global batch of an epoch. Local; equal on all ranks.
 
-    A rank evaluates the part ``batch[comm.grid.local_examples(len(batch))]``.
+    A rank evaluates the examples ``batch[comm.grid.local_examples(len(batch))]``.
 
     Parameters
     ----------
@@ -41,9 +41,9 @@ def global_batches(
     seed, epoch : int
         Key of the order.
     drop_last : bool
-        Leave out the last batch where it is smaller; otherwise it is kept, and sums with counts keep it exact.
+        Leave out the last batch if it is smaller; otherwise it is kept, and is exact because of sums with counts.
     first_batch : int
-        Begin with this batch, to go on in the middle of an epoch.
+        Start with this batch, to continue in the middle of an epoch.
     """
     order = epoch_order(num_examples, seed, epoch)
     number = num_global_batches(num_examples, global_batch_size, drop_last)

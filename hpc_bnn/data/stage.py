@@ -28,7 +28,7 @@ class Staged:
     num_copied: int
     """Files copied."""
     num_kept: int
-    """Files that were there already, and sound."""
+    """Files that were already present and sound."""
     num_bytes_read: int
     """Bytes read from the source by the ranks of the node."""
 
@@ -43,15 +43,16 @@ def stage_shards(
 ) -> Staged:
     """Copy a shard directory to local storage, once per node. Collective over the world.
 
-    The ranks of a node share the files among them. An interrupted copy goes on where it stopped; the manifest comes
-    last, so that a directory with a manifest is complete. What was staged is marked, and nothing else is replaced.
+    The ranks of a node divide the files among themselves. An interrupted copy continues where it stopped; the
+    manifest is copied last, so a directory with a manifest is complete. Staged files are marked, and nothing else is
+    replaced.
 
     Parameters
     ----------
     source : path
         Shard directory that all ranks see.
     destination : path
-        Directory on storage of the node; made where it is missing.
+        Directory on storage of the node; created if it is missing.
     comm : GridComm
         The ranks of the job (`hpc_bnn.comm.connect_for_files`).
     verify : bool
@@ -97,12 +98,12 @@ def stage_shards(
 
 
 def unstage_shards(destination: str | os.PathLike, comm: GridComm) -> list[str]:
-    """Remove a staged shard directory from every node; files that are not of it stay. Collective over the world.
+    """Remove a staged shard directory from every node; other files in it stay. Collective over the world.
 
     Returns
     -------
     list of str
-        Names of what stays, on this rank's node.
+        Names of the files that stay, on this rank's node.
 
     Raises
     ------
@@ -130,7 +131,7 @@ def _prepare(destination: Path, text: str, manifest: Manifest) -> None:
 
 
 def _remove_staged(destination: Path, but: Iterable[str] = ()) -> None:
-    """Remove the files of a staged directory, and what a process that was killed has left; refuse any other."""
+    """Remove the files of a staged directory, and leftovers of killed processes; refuse any other directory."""
     mark = destination / STAGED
     if not mark.exists():
         if any(destination.glob("*.h5")) or (destination / MANIFEST).exists():

@@ -1,4 +1,4 @@
-"""Whether the files of a shard directory are what its manifest says."""
+"""Check the files of a shard directory against its manifest."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .manifest import MANIFEST, STAGED, Manifest, sha256_of_file
 
 
 def verify_shards(directory: str | os.PathLike, progress: Callable[[Iterable], Iterable] = iter) -> list[str]:
-    """Compare every file of a shard directory with its manifest; return what is wrong. Local.
+    """Compare every file of a shard directory with its manifest; return the problems. Local.
 
     Parameters
     ----------
@@ -23,8 +23,8 @@ def verify_shards(directory: str | os.PathLike, progress: Callable[[Iterable], I
     Returns
     -------
     list of str
-        One sentence per problem: missing, truncated, changed and foreign files, files in each other's place, or
-        a manifest that cannot be used. Empty where all is well.
+        One sentence per problem: missing, truncated, changed and unknown files, swapped files, or a manifest that
+        cannot be used. Empty if there is no problem.
     """
     directory = Path(directory)
     try:

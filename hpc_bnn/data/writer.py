@@ -50,10 +50,10 @@ class Examples:
     Parameters
     ----------
     num_examples : int
-        How many.
+        Number of examples.
     read : callable
         ``read(start, stop)`` returns inputs x [n, channels, ...] and targets y [n, ...] as NumPy arrays; any rank may
-        ask for any part.
+        ask for any range.
     """
 
     num_examples: int
@@ -84,32 +84,32 @@ def write_shards(
     Parameters
     ----------
     directory : path
-        Created where it is missing; on a file system that all ranks see. A former preparation that stands there is
-        removed, or continued where ``key`` says so.
+        Created if it is missing; on a file system that all ranks can read. A former preparation in it is removed, or
+        continued if it has the same ``key``.
     splits : dict of str to (x, y) or Examples
         Inputs [n, channels, ...] and targets [n, ...] of each split, the same on each rank.
     name, source, licence : str
         See `Manifest`.
     num_classes : int, optional
-        Number of classes where y is a class.
+        Number of classes if y is a class.
     examples_per_shard : int, optional
         Examples per file; by default about 256 MiB.
     train_split : str
         The split that the statistics come from, and no other.
     normalise_targets : bool, optional
-        Whether the network shall see targets of mean 0 and standard deviation 1 per channel; metrics stay in units of
-        y. By default where y has a floating-point dtype.
+        Whether the network gets targets of mean 0 and standard deviation 1 per channel; metrics stay in units of y.
+        Default: True if y has a floating-point dtype.
     target_weights : array, optional
         Weights of the targets that broadcast to an example of y, such as cos(latitude) as [latitudes, 1].
     channels : dict of str to names, optional
         Names of the channels of x and y.
     details : dict, optional
-        What else shall be known, of plain numbers, strings and lists.
+        Further facts, as plain numbers, strings and lists.
     compression : str, optional
         HDF5 filter such as "gzip"; compressed examples are smaller on disk and slower to read.
     key : optional
-        Anything that ``json`` takes and that fixes the content (checksums of the source, flags). A preparation that
-        was interrupted is continued by one with the same key; without a key it begins anew.
+        Any ``json`` value that determines the content (checksums of the source, flags). A preparation with the same
+        key continues an interrupted one; without a key it starts again.
     comm : GridComm, optional
         The ranks that write (`hpc_bnn.comm.connect_for_files`).
     progress : callable
@@ -123,7 +123,7 @@ def write_shards(
     Raises
     ------
     DataError
-        The examples are not what they should be, or hold a value that is not finite; on all ranks.
+        The examples have a wrong form or a value that is not finite; on all ranks.
     """
     comm = comm or GridComm(Grid(1, 1, 0))
     directory = Path(directory)
@@ -188,7 +188,7 @@ def write_shards(
 
 
 def sha256_of_key(key: Any) -> str | None:
-    """Return what a manifest holds of the key of its preparation."""
+    """Return the form in which a manifest holds the key of its preparation."""
     return None if key is None else sha256_of_json({"key": key})
 
 
@@ -294,7 +294,7 @@ def _finish(
     num_classes: int | None,
     compression: str | None,
 ) -> dict[str, Any]:
-    """Write a file unless a former preparation has finished it; return what is known of it."""
+    """Write a file unless a former preparation has finished it; return its record."""
     path, notes = directory / task.file, directory / PREPARATION / f"{task.file}.json"
     with contextlib.suppress(OSError, ValueError, KeyError):
         record = json.loads(notes.read_text())
