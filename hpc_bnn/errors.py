@@ -39,7 +39,7 @@ def _spelled(text: str, spell: Callable[[str], str]) -> str:
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing that is wrong in what the user asked for."""
+    """One error in the user's request."""
 
     field: str
     """Name in `hpc_bnn.Config`, such as ``grid.sample_size``; anything else is written as it is."""
@@ -48,7 +48,7 @@ class Fault:
     rule: str
     """The rule that the value breaks."""
     remedy: str
-    """What to do instead."""
+    """The remedy: what the user should do."""
     argument: str = ""
     """Name of the argument in Python, where it is not the last word of the field."""
 
@@ -73,14 +73,14 @@ class HpcBnnError(Exception):
     Parameters
     ----------
     *parts : Fault or str
-        Everything that is wrong, so that the user mends it in one go.
+        All errors, so the user can fix them at once.
     where : str
         What stands in front of them.
     """
 
     exit_code = 1
     label = "error"
-    """What a message on the terminal begins with."""
+    """Prefix of a message on the terminal."""
 
     def __init__(self, *parts: Fault | str, where: str = ""):
         super().__init__(*parts)
@@ -107,7 +107,7 @@ class ConfigError(HpcBnnError, ValueError):
 
     @property
     def faults(self) -> tuple[Fault | str, ...]:
-        """Everything that is wrong."""
+        """All errors."""
         return self.args
 
 

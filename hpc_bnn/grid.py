@@ -26,7 +26,7 @@ Axis = Literal["sample", "data", "world"]
 
 
 def share(count: int, parts: int, part: int) -> range:
-    """Return the contiguous share of ``range(count)`` that one of ``parts`` owners has.
+    """Return the contiguous range of ``range(count)`` that one of ``parts`` owners has.
 
     The first ``count % parts`` owners have one item more than the others: nothing is
     padded or dropped. Sixteen samples on three ranks are 6, 5 and 5.
@@ -43,7 +43,7 @@ def share(count: int, parts: int, part: int) -> range:
     Returns
     -------
     range
-        The items of this owner; empty where there are fewer items than owners.
+        The items of this owner; may be empty if there are fewer items than owners.
     """
     quotient, remainder = divmod(count, parts)
     start = part * quotient + min(part, remainder)
@@ -51,7 +51,7 @@ def share(count: int, parts: int, part: int) -> range:
 
 
 def sample_sizes(num_ranks: int) -> list[int]:
-    """Return the extents that the sample axis of so many ranks can have: the divisors."""
+    """Return the possible extents of the sample axis for a number of ranks: its divisors."""
     return [size for size in range(1, num_ranks + 1) if num_ranks % size == 0]
 
 
@@ -75,7 +75,7 @@ def grids(num_ranks: int, num_samples: int, batch: int, flag: str = "number of r
 
 @dataclass(frozen=True)
 class Grid:
-    """Place of one rank in the process grid.
+    """Coordinates of one rank in the process grid.
 
     Parameters
     ----------
@@ -124,11 +124,11 @@ class Grid:
         return {"sample": self.sample_index, "data": self.data_index, "world": self.rank}
 
     def is_first(self, axis: Axis) -> bool:
-        """Whether this rank counts what all ranks of an axis have alike: one of them does."""
+        """Whether this rank is the first along an axis; only it adds values that all ranks of the axis have."""
         return self.indices[axis] == 0
 
     def share(self, count: int, axis: Axis) -> range:
-        """Return this rank's share of ``count`` items that are divided along an axis (see `share`)."""
+        """Return this rank's range of ``count`` items that are divided along an axis (see `share`)."""
         return share(count, self.extents[axis], self.indices[axis])
 
     @property
@@ -142,12 +142,12 @@ class Grid:
         return self.rank // self.sample_size
 
     def sample_group(self, data_index: int | None = None) -> range:
-        """World ranks that share the examples of ``data_index`` (default: of this rank)."""
+        """World ranks with the same examples, those of ``data_index`` (default: of this rank)."""
         start = (self.data_index if data_index is None else data_index) * self.sample_size
         return range(start, start + self.sample_size)
 
     def data_group(self, sample_index: int | None = None) -> range:
-        """World ranks that share the samples of ``sample_index`` (default: of this rank)."""
+        """World ranks with the same samples, those of ``sample_index`` (default: of this rank)."""
         start = self.sample_index if sample_index is None else sample_index
         return range(start, self.world_size, self.sample_size)
 
@@ -185,7 +185,7 @@ class Grid:
         global_batch_size : int
             Examples of a batch in the whole job.
         num_examples : int, optional
-            Examples of the training set, where it is known.
+            Examples of the training set, if known.
         """
         ranks = f"the {self.data_size} data groups ({self.world_size} ranks, <grid.sample_size> {self.sample_size})"
         remedy = "a larger <grid.sample_size>, or fewer ranks"

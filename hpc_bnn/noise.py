@@ -1,8 +1,7 @@
-"""Keyed random numbers: noise belongs to what it is for, never to a rank or a time.
+"""Keyed random numbers: noise belongs to its key, never to a rank or a time.
 
-A draw is named by a `Key`. Whichever rank needs the noise of sample 7 at step 300 makes the same
-generator and gets the same numbers, on any grid. No global generator is read or advanced anywhere
-in the package.
+A draw is named by a `Key`. Every rank that needs the noise of sample 7 at step 300 makes the same generator and gets
+the same numbers, on any grid. No global generator is read or advanced anywhere in the package.
 
 The numbers of one key depend on the kind of device (a CPU and a GPU have different generators)
 and on the dtype that is drawn, not on the number of threads.
@@ -21,7 +20,7 @@ __all__ = ["Key", "Stream"]
 
 
 class Stream(enum.IntEnum):
-    """What random numbers are for. The values are part of the checkpoint format."""
+    """Purpose of random numbers. The values belong to the checkpoint format."""
 
     INIT = 1
     DATA_ORDER = 2
@@ -56,16 +55,15 @@ def _mix32(x: int) -> int:
 
 @dataclass(frozen=True)
 class Key:
-    """The name of a draw: equal keys have equal numbers, on whichever rank they are drawn. Local in every method.
+    """The name of a draw: equal keys have equal numbers on every rank. Local in every method.
 
     Parameters
     ----------
     seed : int
         Seed of the run.
     stream : Stream
-        What the numbers are for.
-    path : tuple of int
-        What they are for within the stream, such as a layer; at most three words.
+        Purpose of the numbers. path : tuple of int
+        Purpose within the stream, such as a layer; at most three words.
     step : int
         Optimizer step or epoch.
     sample : int
@@ -83,7 +81,7 @@ class Key:
         return replace(self, sample=sample)
 
     def child(self, *path: int) -> Key:
-        """Return the key of a part of what this one is for."""
+        """Return a key within this one, such as that of a layer."""
         return replace(self, path=self.path + path)
 
     def generator(self, device: torch.device | str = "cpu") -> torch.Generator:
@@ -92,7 +90,7 @@ class Key:
 
     @contextlib.contextmanager
     def global_generator(self) -> Iterator[None]:
-        """Run foreign code that draws from torch's global CPU generator under this key.
+        """Run code of others that draws from torch's global CPU generator under this key.
 
         It is for the constructors of modules, which take no generator. The state of the global generator is put back
         afterwards.
@@ -118,7 +116,7 @@ class Key:
         count : int
             Numbers per row.
         first : int
-            Skip so many numbers of each row.
+            Skip this number of numbers in each row.
 
         Returns
         -------

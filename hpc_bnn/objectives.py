@@ -1,10 +1,10 @@
-"""Objectives: how the samples of the whole job make one data term.
+"""Objectives: one data term from the samples of the whole job.
 
-An objective looks at a *statistic* t[s, b, ...] of each sample s and example b: its log-likelihood, or its
-prediction. It tells the derivative of the data term with respect to the statistics of this rank's samples, and the
-step differentiates those: the gradients are then summed over the job. Where the samples couple, what that
-derivative needs of the other samples is exchanged over the sample group without gradient, between a first pass
-over the samples and the gradient pass. No gradient travels through a collective.
+An objective uses a *statistic* t[s, b, ...] of each sample s and example b: its log-likelihood, or its prediction. It
+gives the derivative of the data term with respect to the statistics of this rank's samples, and the step
+differentiates these statistics; the job then sums the gradients. If the samples couple, the sample group exchanges
+the values of the other samples without gradient, between a first pass over the samples and the gradient pass. No
+gradient travels through a collective.
 
 With K samples in the job, l the log-likelihood and f the predictions, the data term of one example is
 
@@ -42,7 +42,7 @@ from .reductions import LogMeanExp, Moments
 
 
 class Coupling:
-    """What one step keeps of the samples of this rank; the methods are called in the order that they stand in.
+    """State of one step for the samples of this rank; the step calls the methods in the order of their definition.
 
     Parameters
     ----------
@@ -57,37 +57,37 @@ class Coupling:
     def __init__(self, y: Tensor, samples: range, num_samples: int):
         self.y, self.samples, self.num_samples = y, samples, num_samples
         self.counts_group = samples.start == 0
-        """Whether this rank states what all ranks of its sample group know, so that it counts once."""
+        """True on the one rank of a sample group that adds group-wide values."""
 
     def see(self, samples: Sequence[int], statistic: Tensor) -> None:
         """Take in the statistic [c, B, ...] of some samples, without gradient. Local."""
 
     def combine(self, comm: GridComm) -> None:
-        """Exchange what couples the samples. Collective over ``sample_comm``."""
+        """Exchange the statistics that couple the samples. Collective over ``sample_comm``."""
 
     def gradient(self, samples: Sequence[int], statistic: Tensor) -> Tensor:
         """Return d(sum over examples of the data term) / d(statistic), [c, B, ...]. Local."""
         raise NotImplementedError
 
     def data_term(self) -> Tensor:
-        """Return a part of the sum over this rank's examples, such that the sample group sums to it. Local."""
+        """Return this rank's contribution; the contributions of the sample group add up to the data term. Local."""
         raise NotImplementedError
 
 
 class Objective:
-    """What all objectives share.
+    """Base class of all objectives.
 
     Attributes
     ----------
     couples : bool
-        Whether the samples couple: then a rank that does not evaluate all its samples at once needs two passes.
+        Whether the samples couple: a rank that does not evaluate all its samples at once then needs two passes.
     """
 
     name = ""
     couples = True
 
     def check(self, likelihood: Likelihood, num_samples: int) -> None:
-        """Raise `ConfigError` where the objective does not exist for a likelihood or so many samples. Local."""
+        """Raise `ConfigError` if the objective does not exist for a likelihood or a number of samples. Local."""
 
     def statistic(self, likelihood: Likelihood, outputs: Tensor, y: Tensor) -> Tensor:
         """Return t [n, ...] of n examples from a network's outputs [n, ...] and targets [n, ...]. Local."""
@@ -160,11 +160,11 @@ class _Mean(Coupling):
 class LogPredictive(_OfLogLikelihood):
     """Negative log of the *mean likelihood* over the samples: the direct loss.
 
-    ``-log (1/K) sum_s exp l[s, b]``, the loss of the method's published code, where it is taken per rank and so
-    depends on the samples per rank; here over all samples of the job. Its gradient weighs each sample by its
+    ``-log (1/K) sum_s exp l[s, b]``, the loss of the method's published code, which computes it per rank, so it
+    depends on the samples per rank; here it covers all samples of the job. Its gradient weighs each sample by its
     responsibility ``p_s / sum_s p_s``.
 
-    Collective over ``sample_comm``: 2 B floats per step (a maximum and a sum), whatever K and C are.
+    Collective over ``sample_comm``: 2 B floats per step (a maximum and a sum), for all K and C.
     """
 
     name = "log_predictive"
@@ -196,7 +196,7 @@ class MomentMatched(Objective):
     samples of its mean (law of total variance, `hpc_bnn.reductions.Moments`). It is positive with one sample, too.
 
     Collective over ``sample_comm``: 3 B T floats per step in two sums: of means and likelihood variances, then of
-    squared differences from the mean of the job, which keep their digits where the spread is small.
+    squared differences from the mean of the job, which stay precise if the spread is small.
     """
 
     name = "moment_matched"
@@ -264,7 +264,7 @@ class Gathered(Objective):
         The statistic: predictions, log-likelihoods, or a function ``(likelihood, outputs [n, ...],
         y [n, ...]) -> [n, ...]``.
     name : str
-        For messages.
+        Name in messages.
     """
 
     def __init__(
@@ -296,7 +296,7 @@ class Gathered(Objective):
         return _Members(self, y, samples, num_samples)
 
     def evaluate(self, members: Tensor, y: Tensor, own: slice) -> tuple[Tensor, Tensor]:
-        """Return this rank's part of the sum of the losses, and its derivative for its own samples. Local.
+        """Return this rank's contribution to the sum of the losses, and its derivative for its own samples. Local.
 
         Parameters
         ----------
@@ -359,11 +359,11 @@ class _Members(Coupling):
 
 
 class _Score(Gathered):
-    """A proper scoring rule of the members, fair to their finite number in part or whole.
+    """A proper scoring rule of the members, fair or partly fair to their finite number.
 
     The factor of the pairs is ``c = (1 - (1 - fairness) / K) / (K (K - 1))``: with fairness 0 the
     ordinary score (c = 1 / K^2), with 1 the fair one, unbiased in K (Ferro, 2014), between them the
-    almost fair one (Lang et al., AIFS-CRPS, 2024), whose members cannot grow apart for free.
+    almost fair one (Lang et al., AIFS-CRPS, 2024), whose members cannot diverge without cost.
     """
 
     def __init__(self, fairness: float = 0.95, weights: ArrayLike | None = None):
@@ -434,7 +434,7 @@ class Crps(_Score):
     fairness : float
         0 the ordinary CRPS, 1 the fair one, 0.95 the almost fair one (α of AIFS-CRPS).
     weights : array, optional
-        Weights of the places of a field, such as cos(latitude) as [latitudes, 1]; they broadcast to the targets of
+        Weights of the points of a field, such as cos(latitude) as [latitudes, 1]; they broadcast to the targets of
         an example and are normalised to a mean of 1. Default: all alike.
     """
 
@@ -502,7 +502,7 @@ class Energy(_Score):
         return self._parts(members, y, slice(0, len(members)))[0]
 
     def _parts(self, members: Tensor, y: Tensor, own: slice) -> tuple[Tensor, Tensor]:
-        """Return the share [B] of some samples in the score, and the derivative of the whole by them."""
+        """Return the contribution [B] of some samples to the score, and the derivative of the score by them."""
         num_samples = len(members)
         weights = self.location_weights(members)
         values, gradients = self._power(members[own] - y, weights)
@@ -532,9 +532,9 @@ def build_objective(config: ObjectiveConfig, target_weights: list | None = None)
     Parameters
     ----------
     config : ObjectiveConfig
-        What is wanted.
+        The config of the objective.
     target_weights : nested list, optional
-        What the weights "auto" stand for.
+        The weights for "auto".
 
     Raises
     ------

@@ -1,1 +1,2 @@
-"""What the ranks of a job find on their nodes, tests of their sums, and remedies. The door is `hpc_bnn.doctor.examine`."""
+"""Facts of the ranks of a job, tests of their sums, problems and remedies. The entry point is
+`hpc_bnn.doctor.examine`."""

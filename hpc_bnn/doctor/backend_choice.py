@@ -13,13 +13,13 @@ from .summarise import same
 
 @dataclass(frozen=True)
 class Carrier:
-    """What carries the tensors between the ranks."""
+    """The communication library for tensors."""
 
     backend: Backend
-    """What was asked for."""
+    """The requested backend."""
     library: Library
     transport: Literal["NCCL", "Gloo", "MPI"]
-    """By which this library sends them."""
+    """Transport of the library: NCCL, MPI or Gloo."""
     why: str
     """Why this library."""
 

@@ -1,4 +1,4 @@
-"""Is this job in order? Facts of all ranks, sums over the grid, bandwidth, and problems with remedies."""
+"""Examine a job: facts of all ranks, sums over the grid, bandwidth, and problems with remedies."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from .summarise import by_host, ranges
 AXES: tuple[comm.Axis, ...] = ("sample", "data", "world")
 
 GRACE_SECONDS = 5.0
-"""How long a rank with a fault waits for the others."""
+"""Time that a failing rank waits for the others."""
 
 
 def examine(
@@ -50,7 +50,7 @@ def examine(
     seconds: float = 120.0,
     backend: Backend = "auto",
 ) -> int:
-    """Print a report about this job and return 1 where training would fail, otherwise 0.
+    """Print a report about this job and return 1 if training would fail, otherwise 0.
 
     Collective over the world.
 
@@ -70,7 +70,7 @@ def examine(
     Raises
     ------
     ConfigError
-        The sample axis does not fit the number of ranks, or the device is not there.
+        The sample axis does not fit the number of ranks, or the device does not exist.
     """
     positive("Try 120").check("--seconds", seconds, "seconds")
     launcher = launcher_of(os.environ)
@@ -136,7 +136,7 @@ def _examine(
 
 
 def default_sample_size(ranks: Sequence[RankFacts]) -> int:
-    """Return the ranks of a node, where there are several nodes alike, or else what makes the grid most square."""
+    """Return the ranks of a node if there are several equal nodes, otherwise the extent of the most square grid."""
     sizes = {len(node) for node in by_host(ranks).values()}
     num_ranks = len(ranks)
     if len(sizes) == 1 and num_ranks not in sizes:
@@ -196,7 +196,7 @@ def _grid_failed(error: str, carrier: Carrier) -> Problem:
 
 
 def self_test(grid_comm: comm.GridComm) -> dict[str, str]:
-    """Return the axes whose sums are wrong on this rank, and what was seen. Collective over the world.
+    """Return the axes whose sums are wrong on this rank, and the sums. Collective over the world.
 
     Each rank adds its number, the square of it, and 1: the sums tell which ranks took part.
     """
@@ -223,9 +223,9 @@ def self_test(grid_comm: comm.GridComm) -> dict[str, str]:
 
 
 def _gather_from_all(ranks: comm.GridComm, mine: Any, watch: Watch) -> list[Any]:
-    """Return what the ranks have after a step that can fail on one of them. Collective over the world.
+    """Return the results of all ranks after a step that can fail on one of them. Collective over the world.
 
-    A rank with a fault does not wait long for those that it left waiting: it says so and ends the job.
+    A failing rank waits `GRACE_SECONDS`, prints its error and aborts the job.
     """
     if not comm.wait_for_others(GRACE_SECONDS if mine else watch.seconds):
         if mine:
@@ -240,7 +240,7 @@ def _gather_from_all(ranks: comm.GridComm, mine: Any, watch: Watch) -> list[Any]
 
 
 def measure(grid_comm: comm.GridComm, axis: comm.Axis) -> Bandwidth:
-    """Return what sums over an axis cost. Collective over the world."""
+    """Measure the time of sums over an axis. Collective over the world."""
     extent = grid_comm.grid.extents[axis]
     if extent == 1:
         return Bandwidth(1, None, None)
@@ -252,10 +252,8 @@ def measure(grid_comm: comm.GridComm, axis: comm.Axis) -> Bandwidth:
 
 
 class Watch:
-    """Ends the job when a step takes too long: a rank that is stuck must not hang the others for ever.
-
-    Every rank has its own; each says on which step it was, and the one that is behind tells itself apart.
-    """
+    """Ends the job when a step takes too long: a rank that hangs must not block the others for ever. Every rank has
+    its own watchdog and prints its step, so the output shows which rank is behind."""
 
     def __init__(self, seconds: float, report: Report):
         self.problems: list[Problem] = []

@@ -1,6 +1,6 @@
-"""What a rank sees of itself and its node: CPUs, memory, GPUs, versions, MPI, Horovod, HDF5.
+"""Facts of a rank and its node: CPUs, memory, GPUs, versions, MPI, Horovod, HDF5.
 
-Nothing here communicates; every function is Local. `collect` starts MPI where it is not running.
+Nothing here communicates; every function is Local. `collect` starts MPI if it does not run yet.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ VARIABLES = (
     "PBS_NP",
     "LSB_DJOB_NUMPROC",
 )
-"""Environment variables that rules look at."""
+"""Environment variables that the rules use."""
 
 PREFIXES = ("NCCL_", "TORCH_NCCL_", "GLOO_")
-"""Of variables by which the network of tensors is chosen and tuned."""
+"""Prefixes of the variables that choose and tune the network for tensors."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Gpu:
     name: str = ""
     memory_bytes: int = 0
     bus: str | None = None
-    """Place on the PCI bus, which slices of one GPU share."""
+    """Address on the PCI bus; slices of one GPU have the same."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Hdf5Facts:
 
 @dataclass(frozen=True)
 class RankFacts:
-    """What one rank sees of itself and its node."""
+    """The facts of one rank and its node."""
 
     rank: int = 0
     host: str = "localhost"
@@ -89,7 +89,7 @@ class RankFacts:
     """Of Python and of packages, by name."""
     launcher: Launcher = field(default_factory=Launcher)
     mpi: MpiFacts | None = field(default_factory=MpiFacts)
-    """None where training starts none."""
+    """None if training starts no MPI."""
     mpi_libraries: tuple[str, ...] = ()
     """Files of the MPI libraries in this process."""
     mpirun: str | None = None
@@ -97,7 +97,7 @@ class RankFacts:
     has_runner: bool = True
     """Started as ``python -m mpi4py``."""
     horovod: HorovodFacts | None = field(default_factory=HorovodFacts)
-    """None where training does not look for it."""
+    """None if training does not look for Horovod."""
     distributed: DistributedFacts = field(default_factory=DistributedFacts)
     """torch.distributed."""
     hdf5: Hdf5Facts = field(default_factory=Hdf5Facts)
@@ -109,11 +109,11 @@ class RankFacts:
     gpus: tuple[Gpu, ...] = ()
     """That this process sees."""
     gpu: int | None = None
-    """Index of the one that it takes."""
+    """Index of the GPU of this rank."""
     node_gpus: int = 0
     """NVIDIA GPUs of the node, other jobs' included."""
     accelerator: str | None = None
-    """What torch was built for besides CPUs: "CUDA 12.8"."""
+    """Accelerators that torch was built for: "CUDA 12.8"."""
     memory_bytes: int = 0
     """Of the node."""
     memory_limit_bytes: int | None = None
@@ -121,11 +121,11 @@ class RankFacts:
     environment: dict[str, str] = field(default_factory=dict)
     """Variables that matter here."""
     failures: dict[str, str] = field(default_factory=dict)
-    """Errors of looking, by what was looked at."""
+    """Errors of the checks, by name of the check."""
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python, of this package and of what it stands on, without importing them."""
+    """Return the versions of Python, of this package and of its dependencies, without importing them."""
     found = {"python": platform.python_version(), "hpc_bnn": __version__}
     for name in PACKAGES:
         try:
@@ -136,7 +136,7 @@ def versions() -> dict[str, str]:
 
 
 def collect(rank: int, device: str, local_rank: int, backend: Backend) -> RankFacts:
-    """Return what this rank sees; what cannot be seen is in ``failures``.
+    """Return the facts of this rank; ``failures`` has the checks that failed.
 
     Parameters
     ----------
@@ -147,7 +147,7 @@ def collect(rank: int, device: str, local_rank: int, backend: Backend) -> RankFa
     local_rank : int
         This rank among the ranks of its node.
     backend : {"auto", "horovod", "torch"}
-        As for `hpc_bnn.connect`. What training does not import is not imported here either.
+        As for `hpc_bnn.connect`. This function imports only libraries that training imports.
     """
     launcher = launcher_of(os.environ)
     values: dict[str, Any] = {}
@@ -211,7 +211,7 @@ def allowed_cpus() -> tuple[int, ...]:
 
 
 def visible_gpus() -> tuple[Gpu, ...]:
-    """Return the GPUs that torch sees. A slice of one (MIG) goes by its own name, where the launcher gave it."""
+    """Return the GPUs that torch sees. A slice of one (MIG) has its own name, if the launcher gave it."""
     if not torch.cuda.is_available():
         return ()
     named = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
@@ -227,7 +227,7 @@ def visible_gpus() -> tuple[Gpu, ...]:
 
 
 def accelerator() -> str | None:
-    """Return what torch was built for besides CPUs."""
+    """Return the accelerators that torch was built for."""
     if torch.version.hip:
         return f"ROCm {torch.version.hip}"
     return f"CUDA {torch.version.cuda}" if torch.version.cuda else None

@@ -1,4 +1,4 @@
-"""Kinds of problems of a job: how bad each is, why it matters, what to do."""
+"""Kinds of problems of a job: severity, reason, remedy."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SEVERITIES: tuple[Severity, ...] = ("error", "warning", "hint")
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of problem: how bad, why it matters, what to do."""
+    """A kind of problem: severity, reason, remedy."""
 
     severity: Severity
     title: str
@@ -251,14 +251,14 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that is wrong with a job."""
+    """A problem of a job."""
 
     code: str
     """A key of `KINDS`."""
     seen: str
-    """What was seen, and where."""
+    """The observation, and where."""
     values: dict[str, Any] = field(default_factory=dict)
-    """For the remedy."""
+    """Values for the remedy."""
 
     @property
     def severity(self) -> Severity:

@@ -1,4 +1,4 @@
-"""What `hpc-bnn doctor` says: its text, and its JSON. Every function is Local."""
+"""Write the output of `hpc-bnn doctor`: its text, and its JSON. Every function is Local."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ NUM_SHOWN_NODES = 8
 
 @dataclasses.dataclass(frozen=True)
 class Bandwidth:
-    """What sums over an axis cost while all groups of the axis sum at the same time."""
+    """Times of sums over an axis while all groups of the axis sum at the same time."""
 
     ranks: int
     """Extent of the axis."""
     latency_seconds: float | None
-    """Median time of a sum of `SMALL_BYTES` on the slowest rank; None over one rank."""
+    """Median time of a sum of `SMALL_BYTES` on the slowest rank; None for one rank."""
     large_seconds: float | None
-    """Of a sum of `LARGE_BYTES`."""
+    """Median time of a sum of `LARGE_BYTES`."""
 
     @property
     def bytes_per_second(self) -> float | None:
-        """Algorithm bandwidth: bytes of the buffer by time."""
+        """Algorithm bandwidth: bytes of the buffer divided by time."""
         return LARGE_BYTES / self.large_seconds if self.large_seconds else None
 
 
@@ -47,7 +47,7 @@ def as_dict(
     bandwidths: dict[str, Bandwidth],
     problems: Sequence[Problem],
 ) -> dict[str, Any]:
-    """Return what ``--json`` writes; docs/doctor.md describes it."""
+    """Return the content of the ``--json`` file; docs/doctor.md describes it."""
     world = bandwidths.get("world")
     network = world and network_of_sums(world.latency_seconds, world.large_seconds, world.ranks)
     return {
@@ -79,13 +79,13 @@ def as_dict(
 
 
 class Report:
-    """Aligned text, printed as it becomes known: what hangs or crashes later leaves it on the screen."""
+    """Aligned text, printed as soon as it is known: a later crash leaves it on the screen."""
 
     def __init__(self, is_speaker: bool):
         self.is_speaker = is_speaker
 
     def section(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
-        """Print names and what they are."""
+        """Print names and values."""
         width = max((len(name) for name, _ in rows), default=0)
         self._print(title, [f"{name:{width}}  {value}" if name else value for name, value in rows])
 
@@ -97,7 +97,7 @@ class Report:
         )
 
     def problems(self, problems: Sequence[Problem]) -> None:
-        """Print what was seen, why it matters, and the remedy."""
+        """Print the observation, the reason, and the remedy."""
         lines = []
         for problem in problems:
             heads = (f"{problem.severity:8}{problem.code}: ", f"{'':8}why: ", f"{'':8}remedy: ")
@@ -111,7 +111,7 @@ class Report:
 
 
 def process_rows(launcher: Launcher) -> list[tuple[str, str]]:
-    """Rows about what needs no MPI."""
+    """Rows of facts that need no MPI."""
     found = versions()
     started = "none: this process is alone"
     if launcher.name is not None:

@@ -1,7 +1,5 @@
-"""From facts about the ranks of a job to its problems and their remedies.
-
-Pure: facts in, problems out. Nothing here communicates or looks at the machine; every function is Local.
-"""
+"""Derive the problems of a job and their remedies from the facts of its ranks. Pure: nothing here communicates or
+examines the machine; every function is Local."""
 
 from __future__ import annotations
 
@@ -24,7 +22,7 @@ from .summarise import (
 
 
 def diagnose(ranks: Sequence[RankFacts], carrier: Carrier) -> list[Problem]:
-    """Return the problems of a job, the worst first, one for each kind and sight however many nodes have it."""
+    """Return the problems of a job, the worst first: one for each kind and observation, for any number of nodes."""
     found = [problem for rule in RULES for problem in rule(ranks, carrier)]
     return sorted(found, key=lambda problem: SEVERITIES.index(problem.severity))
 
@@ -81,7 +79,7 @@ TASKS = ("SLURM_NTASKS", "PBS_NP", "LSB_DJOB_NUMPROC")
 
 
 def _libraries(ranks: Sequence[RankFacts], carrier: Carrier) -> Iterator[Problem]:
-    """Look at what carries the tensors, and at a Horovod that could and does not."""
+    """Check the communication library, and a Horovod that is installed and not used."""
     if carrier.library == "horovod" and ranks[0].launcher.needs_no_mpi:
         yield Problem("horovod_under_torchrun", f"torchrun started these ranks ({ranks[0].launcher.signs})")
         return

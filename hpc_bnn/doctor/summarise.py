@@ -1,4 +1,4 @@
-"""What several ranks or nodes show, said once and in few words. Every function is Local."""
+"""Group identical findings of ranks or nodes into one message. Every function is Local."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Sight:
     problem: Problem
     host: str
     example: str = ""
-    """What is of this node alone."""
+    """Facts that differ between nodes."""
 
 
 def by_host(ranks: Iterable[RankFacts]) -> dict[str, list[RankFacts]]:
@@ -30,7 +30,7 @@ def by_host(ranks: Iterable[RankFacts]) -> dict[str, list[RankFacts]]:
 
 
 def ranges(numbers: Iterable[int]) -> str:
-    """Return numbers in the way of "0-3,8"."""
+    """Return numbers as text, such as "0-3,8"."""
     runs: list[list[int]] = []
     for number in sorted(set(numbers)):
         if runs and number == runs[-1][-1] + 1:
@@ -47,7 +47,7 @@ def ranks_in_words(ranks: Sequence[RankFacts]) -> str:
 
 
 def same(ranks: Sequence[RankFacts], look: Callable[[RankFacts], Iterable[Any]]) -> Iterator[tuple[Any, str]]:
-    """Yield what ranks show, each once, with the ranks that show it."""
+    """Yield each different finding once, with its ranks."""
     seen = defaultdict(list)
     for r in ranks:
         for sight in look(r):
@@ -57,7 +57,7 @@ def same(ranks: Sequence[RankFacts], look: Callable[[RankFacts], Iterable[Any]])
 
 
 def merged(nodes: Iterable[Iterable[Sight]]) -> Iterator[Problem]:
-    """Yield the problems of nodes, one for those that look alike, with the example of the first."""
+    """Yield the problems of nodes, one for all nodes that have the same, with the facts of the first."""
     alike: dict[tuple[str, str], list[Sight]] = defaultdict(list)
     for sight in (sight for node in nodes for sight in node):
         alike[sight.problem.code, sight.problem.seen].append(sight)
@@ -68,7 +68,7 @@ def merged(nodes: Iterable[Iterable[Sight]]) -> Iterator[Problem]:
 
 
 def counted(items: Iterable[str]) -> str:
-    """Return the first items, and how many more there are."""
+    """Return the first items as text, and the number of the others."""
     items = list(items)
     more = f" and {len(items) - 4} more" if len(items) > 4 else ""
     return ", ".join(items[:4]) + more

@@ -1,4 +1,4 @@
-"""Likelihoods: what the outputs of a network say about an example, and the mixture over samples that follows."""
+"""Likelihoods: p(y | outputs of a network), and the mixture over samples."""
 
 from .base import Likelihood
 from .build import build_likelihood

@@ -1,7 +1,5 @@
-"""What all likelihoods share.
-
-Log-likelihoods are in nats, one per example, summed over its targets; summing over samples and examples, and
-dividing by their global numbers, is the business of `hpc_bnn.training.step`.
+"""Base class of all likelihoods. Log-likelihoods are in nats, one per example, summed over its targets;
+`hpc_bnn.training.step` sums over samples and examples and divides by their global numbers.
 
 A network has its outputs on dim 1: [B, num_outputs] or, for fields, [B, num_outputs, ...]. Targets y are
 [B, num_targets, ...], or [B] for one target. Everything here is Local and differentiable.
@@ -18,22 +16,20 @@ __all__ = ["Likelihood", "sum_targets"]
 
 
 class Likelihood:
-    """What all likelihoods share.
-
-    Attributes
+    """Base class of all likelihoods. Attributes
     ----------
     num_targets : int
-        Extent of dim 1 of the targets (1 where they have none; for classes, see `Categorical`).
+        Extent of dim 1 of the targets (1 if they have no dim 1; for classes, see `Categorical`).
     num_outputs : int
         Extent of dim 1 that the network must have.
     num_classes : int or None
-        Number of classes where the target is one.
+        Number of classes if the target is a class.
     has_density : bool
         Whether `log_prob` exists.
     has_variance : bool
         Whether the variance of the target, given a sample, is positive and finite.
     is_equivariant : bool
-        Whether it holds for shifted and rescaled targets as well, so that the network may see normalised ones.
+        Whether the likelihood also holds for shifted and rescaled targets, so the network may get normalised ones.
     """
 
     num_classes: int | None = None
@@ -46,7 +42,7 @@ class Likelihood:
         self.num_targets = self.num_outputs = num_targets
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        """Return the module with what the likelihood itself learns; wrap before making a posterior."""
+        """Return the module with the parameters of the likelihood added; wrap before you make a posterior."""
         return module
 
     def log_prob(self, outputs: Tensor, y: Tensor) -> Tensor:
@@ -64,24 +60,24 @@ class Likelihood:
     def mixture(self, outputs: Tensor) -> Mixture | None:
         """Return the predictive of every target by itself, from the outputs of all samples [K, B, num_outputs, ...].
 
-        None where a likelihood has nothing to say: the predictive then has no quantiles and no CRPS.
+        None if a likelihood has no mixture: the predictive then has no quantiles and no CRPS.
         """
         return None
 
     @property
     def has_mixture(self) -> bool:
-        """Whether `mixture` is there."""
+        """Whether `mixture` returns one."""
         return type(self).mixture is not Likelihood.mixture
 
     support = "finite numbers"
-    """Which targets there are, for messages."""
+    """Name of the allowed targets, for messages."""
 
     def fits(self, y: Tensor) -> Tensor:
         """Return for each element of y whether it is in the support. Local."""
         return y.isfinite()
 
     def check_targets(self, y: Tensor) -> None:
-        """Raise `DataError` where a target [B, ...] lies outside the support. Local."""
+        """Raise `DataError` if a target [B, ...] lies outside the support. Local."""
         wrong = ~self.fits(y)
         if wrong.any():
             raise DataError(

@@ -13,7 +13,7 @@ __all__ = ["Bernoulli", "Categorical"]
 
 
 class Categorical(Likelihood):
-    """Classes with softmax probabilities; one class per example or per place of a field.
+    """Classes with softmax probabilities; one class per example or per point of a field.
 
     Parameters
     ----------

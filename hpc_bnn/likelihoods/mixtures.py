@@ -1,9 +1,8 @@
-"""What the samples of the job say about a number, as one distribution: an equal mixture of theirs.
+"""The predictive distribution of a number: a mixture of the samples' distributions with equal weights.
 
-A mixture holds K components for each of n examples and its targets, [K, n, targets, ...]. It answers what a mean and a
-variance cannot: quantiles, where an observation lies (PIT), and the CRPS. Everything here is Local; give the
-components in float64.
-"""
+A mixture holds K components for each of n examples and its targets, [K, n, targets, ...]. It gives quantiles, the PIT
+of an observation, and the CRPS, which need more than mean and variance. Everything here is Local; give the components
+in float64."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ class Mixture:
     Parameters
     ----------
     components : Tensor
-        [K, n, targets, ...] each: what the distributions are made of.
+        [K, n, targets, ...] each: parameters of the distributions.
     """
 
     def __init__(self, *components: Tensor):
@@ -73,7 +72,7 @@ class Mixture:
         return distance - 0.5 * pairs / count**2, distance - 0.5 * fair
 
     def _by_chunks(self, function: Callable[..., tuple[Tensor, ...]], *fields: Tensor) -> tuple[Tensor, ...]:
-        """Apply a function to parts of the targets: what it takes besides is bounded, whatever it does inside."""
+        """Apply a function to blocks of the targets, so that its additional memory is bounded."""
         shape = self.components[0].shape[1:]
         flat = [component.flatten(1) for component in self.components]
         fields = tuple(field.expand(shape).flatten() for field in fields)
@@ -93,8 +92,8 @@ class Mixture:
 
 
 CHUNK_ELEMENTS = {"cpu": 2**16, "cuda": 2**22}
-"""Numbers of a component tensor that are worked on at once: they fit into the cache of a core (a quarter of the time); on a
-GPU they are work for longer than a launch takes, and what a sort takes inside itself stays small."""
+"""Numbers of a component tensor that are worked on at once: they fit into the cache of a core (a quarter of the
+time); on a GPU they take longer than a kernel launch, and a sort needs little temporary memory."""
 
 
 class Members(Mixture):
@@ -191,11 +190,11 @@ class StudentTMixture(GaussianMixture):
         return float(stdtrit(self.df, level))
 
     def _distances(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return what `Mixture._distances` does.
+        """Return the distances of `Mixture._distances`.
 
         E|Y_i - y| and E|Y_i - Y_i'| in closed form (Jordan, Krueger, Lerch, Evaluating probabilistic forecasts with
-        scoringRules, 2019); for the pairs the integral of 2 F (1 - F), by sinh-sinh quadrature (Takahasi and Mori, 1974).
-        """
+        scoringRules, 2019); for the pairs the integral of 2 F (1 - F), by sinh-sinh quadrature (Takahasi and Mori,
+        1974)."""
         df, (loc, scale) = self.df, self.components
         if df <= 1:
             infinite = torch.full_like(y, math.inf)
@@ -293,7 +292,7 @@ class BernoulliMixture(Mixture):
 
 
 ROOT_TOLERANCE = 1e-8
-"""Error of a quantile, as a part of the distance of the outermost ones of the components."""
+"""Error of a quantile, relative to the distance of the outermost quantiles of the components."""
 
 
 def _root(function: Callable[[Tensor], Tensor], low: Tensor, high: Tensor) -> Tensor:

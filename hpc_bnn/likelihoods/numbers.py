@@ -45,12 +45,11 @@ class LocationScale(Likelihood):
     num_targets : int
         Extent of dim 1 of the targets.
     scale : float, "learned" or "heteroscedastic"
-        A number fixes it (units of the targets as the network sees them: of their standard deviation where the
-        shards are normalised). "learned": one scale per target, a point parameter that `wrap` adds
-        to the network. "heteroscedastic": the network gives the logarithms of the scales behind the
-        locations, [B, 2 num_targets, ...].
+        A number fixes it (units of the network's targets: standard deviations if the shards are normalised).
+        "learned": one scale per target, a point parameter that `wrap` adds to the network. "heteroscedastic": the
+        network gives the locations and then the logarithms of the scales, [B, 2 num_targets, ...].
     init_scale : float
-        Start of a learned scale (in the same units).
+        Initial value of a learned scale (in the same units).
     """
 
     is_equivariant = True
@@ -154,7 +153,7 @@ class StudentT(LocationScale):
 class Implicit(Likelihood):
     """No density: the outputs themselves are the members of the predictive.
 
-    For objectives that score the members (CRPS, energy score), where the weights carry all uncertainty.
+    Use it for objectives that score the members (CRPS, energy score); the weights then describe all uncertainty.
     """
 
     has_density = has_variance = False
@@ -178,7 +177,7 @@ class Implicit(Likelihood):
 class LearnedScale(nn.Module):
     """A network with one learned scale per target, the same for all inputs.
 
-    The scale is a point weight whatever the posterior is (maximum likelihood of the second kind).
+    The scale is a point weight with every posterior (maximum likelihood of the second kind).
 
     Parameters
     ----------
@@ -187,7 +186,7 @@ class LearnedScale(nn.Module):
     num_targets : int
         Number of scales.
     init_scale : float
-        Their start (units of y).
+        Initial value of the scales (units of y).
     """
 
     point_parameters = ("log_scale",)

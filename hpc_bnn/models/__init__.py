@@ -1,4 +1,4 @@
-"""Plain networks; any ``nn.Module`` can stand in their place."""
+"""Plain networks; any ``nn.Module`` can replace them."""
 
 from .mlp import MLP
 from .resnet import ResNet

@@ -15,7 +15,7 @@ class Swin(nn.Module):
 
     Attention within windows that shift by half their size from block to block (Liu et al., Swin Transformer, 2021), in
     stages of half the resolution and twice the width each, and back up with skip connections (Cao et al., Swin-Unet,
-    2021). Windows that shift over the date line see both sides of it; over a pole nothing is seen.
+    2021). Windows that shift over the date line contain both sides of it; attention does not cross a pole.
 
     Parameters
     ----------
@@ -30,7 +30,7 @@ class Swin(nn.Module):
     dim : int
         Width of the first stage; a multiple of its heads.
     depths : sequence of int
-        Blocks of each stage on the way down; all but the last are there again on the way up.
+        Blocks of each stage on the way down; the way up repeats all but the last.
     heads : sequence of int
         Attention heads of each stage.
     window : sequence of int
@@ -40,14 +40,11 @@ class Swin(nn.Module):
     dropout : float
         Rate of the dropout layers behind attention and MLP (for MC dropout).
     is_periodic : bool
-        Whether the last longitude is the neighbour of the first; not so for a region.
+        Whether the last longitude is the neighbour of the first; False for a region.
 
-    Notes
-    -----
-    Latitudes are repeated at the southern edge until they are a multiple of ``patch * window[0] * 2 ** (stages - 1)``, and
-    cut off at the end. Longitudes must be a multiple of ``patch * window[1] * 2 ** (stages - 1)`` where they are periodic;
-    of a region they are repeated at the eastern edge.
-    """
+    Notes ----- Latitudes are repeated at the southern edge until they are a multiple of ``patch * window[0] * 2 **
+    (stages - 1)``, and cut off at the end. Longitudes must be a multiple of ``patch * window[1] * 2 ** (stages - 1)``
+    where they are periodic; of a region they are repeated at the eastern edge."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Which grid, before the job: memory, time and communication of every grid of so many ranks."""
+"""Choose a grid before the job: memory, time and communication of every grid for a number of ranks."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ from .simulate import ImaginedComm, Rehearsal, fitting_test_samples, rehearse, s
 logger = logging.getLogger(__name__)
 
 ASSUMED_BETWEEN = Network(bandwidth=20e9, latency=20e-6)
-"""Between nodes, where nothing was measured: one 200 Gbit/s adapter per rank."""
+"""Network between nodes if nothing was measured: one 200 Gbit/s adapter per rank."""
 ASSUMED_WITHIN = Network(bandwidth=100e9, latency=10e-6)
-"""Within a node, where nothing was measured."""
+"""Network within a node if nothing was measured."""
 ALIKE = 0.03
-"""Grids whose times differ by less are taken for equally fast."""
+"""Grids with a smaller difference of their times count as equally fast."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a plan is made for."""
+    """The machine of a plan."""
 
     num_ranks: int
     ranks_per_node: int
@@ -51,12 +51,12 @@ class Machine:
     within: Network = ASSUMED_WITHIN
     """Network between ranks of a node."""
     memory_bytes: float = math.inf
-    """What a rank may take for its tensors."""
+    """Memory of a rank for its tensors (bytes)."""
     flops: float | None = None
-    """Floating-point operations per second of a rank; None to measure a rank's share here."""
+    """Floating-point operations per second of a rank; None to measure a rank's step here."""
 
     def network(self, axis: str, grid: Grid) -> Network:
-        """Return the network that an axis runs over: ranks of a sample group stand side by side."""
+        """Return the network that an axis runs over: ranks of a sample group are neighbours."""
         span = grid.sample_size if axis == "sample" else grid.world_size
         is_within = span <= self.ranks_per_node and self.ranks_per_node % span == 0
         return self.within if is_within or self.num_ranks <= self.ranks_per_node else self.between
@@ -64,7 +64,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Row:
-    """A grid, and what it is predicted to take."""
+    """A grid, and its predicted memory and time."""
 
     sample_size: int
     data_size: int
@@ -72,12 +72,12 @@ class Row:
     compute_seconds: float
     """Draw, forward, backward, update of the busiest rank."""
     reduce_seconds: float
-    """Collectives; where the grid was tried with all its ranks, what a step took beyond computing."""
+    """Time of the collectives; if all ranks ran the grid, the step time minus the computing time."""
     epochs_per_hour: float
     fits: bool
     """Whether a step and an evaluation fit."""
     fitting_test_samples: int | None = None
-    """The largest ``num_test_samples`` that would fit, where only the evaluation does not."""
+    """The largest ``num_test_samples`` that fits, if only the evaluation does not fit."""
 
     @property
     def step_seconds(self) -> float:
@@ -96,9 +96,9 @@ class Plan:
     best: Row
     why: str
     process_bytes: int
-    """Of Python and the libraries, on each rank besides."""
+    """Additional memory of each rank for Python and the libraries (bytes)."""
     data_bytes: int
-    """Of the training examples, on each node besides."""
+    """Additional memory of each node for the training examples (bytes)."""
 
     def to_json(self) -> str:
         """Return all of it, as one JSON object."""
@@ -119,23 +119,23 @@ def make_plan(
     Parameters
     ----------
     config : Config
-        Approved by its `Config.check`; ``grid.sample_size`` is not looked at.
+        Approved by its `Config.check`; ``grid.sample_size`` is ignored.
     manifest : Manifest
         Of the data.
     machine : Machine
-        What the plan is for.
+        The machine of the plan.
     ranks : GridComm, optional
-        Ranks that compute their shares at the same time, so that what they take from each other is in the measurement; where
-        they are as many as the plan is for, they try each grid. Alone by default. Collective over their world.
+        Ranks that run their steps at the same time, so the measurement includes how much they slow each other down.
+        If they are as many as the plan is for, they run each grid. Default: one rank. Collective over their world.
     device : str
-        Where they compute.
+        Device of the ranks.
 
     Raises
     ------
     ConfigError
         No grid has a sample and an example for every rank.
     DataError
-        The network cannot be rehearsed.
+        The network cannot be simulated.
     """
     ranks = ranks or GridComm(Grid(1, 1, 0))
     can_try = 1 < machine.num_ranks == ranks.grid.world_size and machine.flops is None
@@ -177,9 +177,9 @@ def make_plan(
 
 
 def choose(rows: Sequence[Row], machine: Machine) -> tuple[Row, str]:
-    """Return the row to take, and why. Local.
+    """Return the recommended row, and the reason. Local.
 
-    The fastest of those that fit; of equally fast ones that with the largest sample axis, which reads least.
+    The fastest grid that fits; among equally fast ones the one with the largest sample axis, which reads least.
     """
     fitting = [row for row in rows if row.fits]
     if not fitting:
@@ -208,7 +208,7 @@ def choose(rows: Sequence[Row], machine: Machine) -> tuple[Row, str]:
 
 
 def _misfit(row: Row, machine: Machine) -> str:
-    """Return what of a row does not fit, and how many test samples would."""
+    """Return what does not fit in a row, and the number of test samples that fits."""
     sizes = {"a step": row.rehearsal.peak_bytes, "the evaluation": row.rehearsal.evaluation_bytes}
     found = [f"{what} takes {_size(size)}" for what, size in sizes.items() if size > machine.memory_bytes]
     if row.fitting_test_samples is not None:
@@ -223,9 +223,8 @@ def _misfit(row: Row, machine: Machine) -> str:
 def measure_share(config: Config, manifest: Manifest, grid: Grid, ranks: GridComm, device: str) -> float:
     """Return the seconds of a step of the busiest rank of a grid, without its collectives. Collective over ``ranks``.
 
-    The step is the real one, with as many examples as that rank has, and up to three chunks of samples; more go on in
-    a straight line.
-    """
+    The step is the real one, with as many examples as that rank has, and up to three chunks of samples; more chunks
+    are extrapolated linearly."""
     chunk = 1 if config.chunk_size == "auto" else config.chunk_size
     num_chunks = -(-len(grid.local_samples(config.num_samples)) // chunk)
 
@@ -249,7 +248,7 @@ def try_grid(config: Config, manifest: Manifest, sample_size: int, ranks: GridCo
 def _measure(
     config: Config, manifest: Manifest, comm: GridComm, ranks: GridComm, limit: float = 1.0
 ) -> float:
-    """Return the median seconds of a step with a rank's share, of the slowest rank. Collective over ``ranks``."""
+    """Return the median seconds of a step with one rank's work, on the slowest rank. Collective over ``ranks``."""
     with ranks.agree(f"computing on the grid {comm.grid}"):
         step, arguments = share_of(config, manifest, comm)
         step(*arguments)
@@ -269,7 +268,7 @@ def _timed(step, arguments) -> float:
 
 
 def resident_bytes() -> int:
-    """Return the memory of this process, when it has loaded what a first step loads. Local."""
+    """Return the memory of this process after it has loaded everything that a first step loads. Local."""
     posterior = MeanFieldGaussian(MLP((4,), 2, (4,)))
     optimizer = torch.optim.Adam(posterior.parameters())
     step = VariationalStep(
@@ -302,12 +301,12 @@ def plan_here(
     num_ranks : int, optional
         Ranks to plan for; by default those of this job.
     ranks_per_node : int, optional
-        By default those of this job on this node, where it has several ranks; otherwise as many as this machine has
-        GPUs, or cores.
+        Default: those of this job on this node, if it has several ranks; otherwise the number of GPUs or cores of
+        this machine.
     between, within : Network, optional
-        Between nodes and within one. By default measured, where this job has several ranks; otherwise assumed.
+        Between nodes and within one. Default: measured if this job has several ranks, otherwise assumed.
     memory_bytes : float, optional
-        What a rank may take; by default the memory of its GPU, or its part of the free memory of this node.
+        Memory of a rank; default: the memory of its GPU, or its fraction of the free memory of this node.
     flops : float, optional
         See `Machine`.
     """

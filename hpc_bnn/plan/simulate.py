@@ -1,7 +1,7 @@
-"""One rank's share of a step and of an evaluation, rehearsed: its memory without the memory, its collectives without the ranks.
+"""Simulate one rank's step and evaluation on fake tensors: memory, FLOPs, collectives.
 
-The step is the real one. Its tensors are torch's fake tensors, which have shapes and no content, so that the share of a large
-network on 1,024 ranks is rehearsed on a laptop; a `GridComm` whose other ranks are imagined notes what would be sent.
+The step is the real one. Its tensors are torch's fake tensors, which have shapes and no content, so a laptop can
+simulate one of 1,024 ranks with a large network. A `GridComm` whose other ranks do not exist records the messages.
 """
 
 from __future__ import annotations
@@ -40,38 +40,39 @@ from ..training.step import VariationalStep
 
 @dataclass(frozen=True)
 class Collective:
-    """What a rank takes part in at every step."""
+    """A collective of every step."""
 
     operation: Operation
     axis: str
     num_bytes: float
-    """Of the whole buffer."""
+    """Bytes of the whole buffer."""
 
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What a step takes on one rank, the busiest."""
+    """Memory, FLOPs and collectives of a step on the busiest rank."""
 
     local_samples: int
     local_batch_size: int
     parameter_bytes: int
     """Parameters that are trained."""
     gradient_bytes: int
-    """Their gradients, and what travels with them."""
+    """Their gradients, and the numbers that are summed with them."""
     sample_bytes: int
     """Weights, noise and scales of the sample at hand, buffers of the module."""
     optimizer_bytes: int
-    """State of the optimizer, and what its update takes besides."""
+    """State of the optimizer, and temporary memory of its update."""
     activation_bytes: int
     """Batch, activations of a chunk of samples, gradients of its weights: the peak above the rest."""
     peak_bytes: int
-    """All of it at its peak in a step."""
+    """Peak of the whole in a step."""
     resident_bytes: int
-    """What stays between steps, and during an evaluation: parameters, gradients, the sample, state of the optimizer."""
+    """Memory that stays between steps and during an evaluation: parameters, gradients, the sample, state of the
+    optimizer."""
     forward_bytes: int
     """Of an evaluation: outputs and activations of a block of examples, with one sample."""
     evaluation_bytes: int
-    """All of it at its peak in an evaluation with ``num_test_samples``."""
+    """Peak of the whole in an evaluation with ``num_test_samples``."""
     flops: float
     """Of all samples of this rank: products of matrices and convolutions, forward and backward (FLOP)."""
     collectives: tuple[Collective, ...]
@@ -83,14 +84,13 @@ class Rehearsal:
 
 
 class ImaginedComm(GridComm):
-    """The place of rank 0 in a grid whose other ranks are not there: what is sent is noted, and goes nowhere.
-
-    Sums are what this rank has, gathered tensors its own again and again. Local.
+    """Rank 0 of a grid whose other ranks do not exist: it records messages and does not send them. Sums are this
+    rank's values, gathered tensors are copies of its own. Local.
 
     Parameters
     ----------
     num_gathered : int, optional
-        Rows of gathered tensors, where other ranks have fewer than this one; by default as many of each.
+        Rows of gathered tensors, if other ranks have fewer than this one; default: the same number from each.
     """
 
     library = "imagined"
@@ -152,7 +152,7 @@ class LiveMemory(TorchDispatchMode):
     Attributes
     ----------
     live_bytes, peak_bytes : int
-        After the last operation; most so far. What an operation takes inside itself is not seen.
+        Bytes after the last operation; the largest so far. Temporary memory inside an operation is not counted.
     """
 
     def __init__(self):
@@ -176,7 +176,7 @@ class LiveMemory(TorchDispatchMode):
 
 
 def share_of(config: Config, manifest: Manifest, comm: GridComm) -> tuple[VariationalStep, tuple]:
-    """Return the step of a rank of a grid, and the arguments of a call: a batch of nothing in particular. Local.
+    """Return the step of a rank of a grid, and the arguments of a call: a batch without meaning. Local.
 
     A ``chunk_size`` that is measured on GPUs at the first step counts as 1.
     """
@@ -197,12 +197,12 @@ def share_of(config: Config, manifest: Manifest, comm: GridComm) -> tuple[Variat
 
 
 def rehearse(config: Config, manifest: Manifest, grid: Grid, *, is_on_gpu: bool = False) -> Rehearsal:
-    """Return what a step takes on a rank of a grid. Local, and without that memory.
+    """Return memory, FLOPs and collectives of a step on a rank of a grid. Local; it does not need that memory.
 
     Raises
     ------
     DataError
-        The network cannot be rehearsed, because what it does depends on numbers (it asks a tensor for its content).
+        The network cannot be simulated, because its control flow depends on numbers (it reads the content of a tensor).
     """
     comm = ImaginedComm(grid, config)
     with _default_dtype(config), FakeTensorMode(), LiveMemory() as memory:
@@ -273,7 +273,7 @@ class ImaginedDataset(ShardDataset):
     num_examples : int
         Their number.
     likelihood : Likelihood
-        For which targets may be normalised.
+        The likelihood; it decides whether targets are normalised.
     """
 
     def __init__(self, manifest: Manifest, dtype: torch.dtype, num_examples: int, likelihood: Likelihood):
@@ -292,7 +292,7 @@ class ImaginedDataset(ShardDataset):
 
 
 class Outputs(nn.Module):
-    """A network of one weight that takes no memory: its outputs differ by place and sample.
+    """A network of one weight that takes no memory: its outputs differ by point and sample.
 
     Attributes
     ----------
@@ -321,10 +321,9 @@ def evaluation_bytes(
     *,
     is_on_gpu: bool = False,
 ) -> int:
-    """Return the memory of a rank, the busiest, at the peak of an evaluation. Local, and without that memory.
-
-    The real evaluation runs on real numbers, by which some of its loops end: with all samples, but on few examples and
-    places, and without the network. What it takes grows with them in a straight line.
+    """Return the memory of the busiest rank at the peak of an evaluation. Local; it does not need that memory. The
+    real evaluation runs on real numbers, because some of its loops end by them: with all samples, but on few examples
+    and points, and without the network. Its memory grows linearly with them.
 
     Parameters
     ----------
@@ -406,7 +405,7 @@ def _block(config: Config, manifest: Manifest, grid: Grid, likelihood: Likelihoo
 
 
 def _in_small(config: Config, manifest: Manifest, places: tuple[int, ...]) -> tuple[Config, Manifest]:
-    """Return a config and a manifest of the same likelihood, with few places of each target and without a network."""
+    """Return a config and a manifest of the same likelihood, with few points of each target and without a network."""
     arrays = {
         "x": replace(manifest.arrays["x"], shape=(1,)),
         "y": replace(manifest.arrays["y"], shape=(*manifest.arrays["y"].shape[:1], *places)),
@@ -425,7 +424,7 @@ def _in_small(config: Config, manifest: Manifest, places: tuple[int, ...]) -> tu
 
 
 def _forward_bytes(config: Config, manifest: Manifest, step: VariationalStep, memory: LiveMemory) -> int:
-    """Return what an evaluation takes for the outputs of a sample for a block of examples. Local."""
+    """Return the memory of an evaluation for the outputs of a sample for a block of examples. Local."""
     block, _ = _block(config, manifest, step.comm.grid, step.likelihood)
     x, _ = ImaginedDataset(manifest, _dtype(config), block, step.likelihood).fetch(range(block))
     before, memory.peak_bytes = memory.live_bytes, 0
@@ -451,10 +450,11 @@ def _default_dtype(config: Config) -> Iterator[None]:
 
 
 def optimizer_bytes(config: Config, num_tensors: int) -> tuple[float, float]:
-    """Return what an optimizer keeps, and what its update takes besides, as multiples of what it updates at once. Local.
+    """Return the state of an optimizer and the temporary memory of its update, as multiples of the tensor that it
+    updates at once. Local.
 
-    Tried on tensors of its own: two where there are several, because one may still hold what the next one takes anew.
-    """
+    It runs the optimizer on small tensors: on two if there are several, because the memory of one may not be free
+    when the next one is updated."""
     with LiveMemory() as memory:
         parameters = [nn.Parameter(torch.zeros(256, 256)) for _ in range(num_tensors)]
         for parameter in parameters:
