@@ -1,8 +1,7 @@
 """Running statistics over the samples of the job, for training and prediction.
 
-Each takes in the samples of this rank as they are evaluated, and is then exchanged over the sample group without
-gradient. None grows with the number of samples.
-"""
+Each adds the samples of this rank one after another; the sample group then exchanges it without gradient. Its size
+does not grow with the number of samples."""
 
 from __future__ import annotations
 
@@ -17,7 +16,7 @@ __all__ = ["LogMeanExp", "Moments"]
 
 
 class _Reduction:
-    """What all of them share.
+    """Base class of the running statistics.
 
     Parameters
     ----------
@@ -29,11 +28,11 @@ class _Reduction:
         self.num_samples = num_samples
 
     def add(self, statistic: Tensor) -> None:
-        """Take in the statistic [c, B, ...] of c samples, without gradient. Local."""
+        """Add the statistic [c, B, ...] of c samples, without gradient. Local."""
         raise NotImplementedError
 
     def exchange(self, comm: GridComm) -> None:
-        """Make it that of all samples of the job. Collective over ``sample_comm``, on a rank with examples."""
+        """Make it the statistic of all samples of the job. Collective over ``sample_comm``, on a rank with examples."""
         raise NotImplementedError
 
 
@@ -86,9 +85,9 @@ class Moments(_Reduction):
     Attributes
     ----------
     mean, aleatoric, epistemic : Tensor
-        [B, ...] after `exchange`: mean of the predictive; mean over samples of the likelihood's variance;
-        variance over samples of its mean (divided by K). Their sum is the total variance. `mean` is None where no
-        example was taken in.
+        [B, ...] after `exchange`: mean of the predictive; mean over samples of the likelihood's variance; variance
+        over samples of its mean (divided by K). Their sum is the total variance. `mean` is None if no example was
+        added.
     """
 
     mean: Tensor | None = None

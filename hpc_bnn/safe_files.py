@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and files under HDF5 on a disk that may be full."""
+"""Write files completely or not at all, and HDF5 files on a disk that may be full."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 class Disk:
     """A file for h5py that records the first error of a write and ignores later writes.
 
-    HDF5 does not bear a full disk: it tries to write again whenever a handle is released, and ends the process with a
-    segmentation fault (1.14, measured). As a context around that of the HDF5 file it raises what went wrong::
+    HDF5 does not handle a full disk: it tries to write again whenever a handle is released, and ends the process with a
+    segmentation fault (1.14, measured). As a context around that of the HDF5 file it raises the first write error::
 
         with Disk(path) as disk, h5py.File(disk, "w") as file:
             ...
@@ -47,7 +47,7 @@ class Disk:
     Attributes
     ----------
     error : OSError or None
-        The first error; look at it, by `check`, after each long write.
+        The first error; call `check` after each long write.
     """
 
     def __init__(self, path: Path):
@@ -105,7 +105,7 @@ class Disk:
         self._file.close()
 
     def check(self) -> None:
-        """Raise the first error, where there was one."""
+        """Raise the first error, if there was one."""
         if self.error is not None:
             raise self.error
 

@@ -1,4 +1,4 @@
-"""For the tests of your own objectives: is it exact on every grid? (needs pytest)
+"""Test that your own objective is exact on every grid (needs pytest).
 
 In a test file::
 
@@ -7,8 +7,8 @@ In a test file::
     def test_my_objective(objective_is_exact):
         objective_is_exact(MyObjective(), reference, likelihood=hpc_bnn.Implicit(2))
 
-where ``reference(outputs [K, B, ...], y [B, ...])`` is the data term in one line. Run it with ``pytest`` on one rank, and
-with ``mpirun -np 4 python -m mpi4py -m pytest FILE`` on all grids of four. A failure is seen on all ranks alike.
+where ``reference(outputs [K, B, ...], y [B, ...])`` is the data term in one line. Run it with ``pytest`` on one rank,
+and with ``mpirun -np 4 python -m mpi4py -m pytest FILE`` on all grids of four. All ranks raise the same failure.
 """
 
 from __future__ import annotations
@@ -77,14 +77,14 @@ def check_objective(
     comm : GridComm
         The process grid.
     objective : Objective
-        What is tested.
+        The objective to test.
     reference : callable
         ``reference(outputs, y)``: outputs [K, B, ...] of all samples and targets y [B, ...] to the mean over the
         examples of the data term, a scalar.
     likelihood : Likelihood
         Likelihood of the step.
     num_samples, chunk_sizes, dtypes : sequences
-        What is tried.
+        Values to test.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Which inputs each sample of a step gets: all the same, or a view of its own."""
+"""The inputs of each sample of a step: the same for all samples, or a view for each."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["SharedView", "Views"]
 
 
 class SharedView:
-    """Inputs that all samples see alike."""
+    """Inputs that are the same for all samples."""
 
     num_samples: int | None = None
     """Samples per step that the views are for; None: any number."""
@@ -23,16 +23,16 @@ class SharedView:
         return len(self._x)
 
     def number(self, sample: int) -> int:
-        """Return which view a sample sees."""
+        """Return the number of the view of a sample."""
         return 0
 
     def of(self, sample: int) -> Tensor:
-        """Return the inputs [B, ...] that a sample sees."""
+        """Return the inputs [B, ...] of a sample."""
         return self._x
 
 
 class Views(SharedView):
-    """Inputs of which samples see different views, made when they are asked for; the last one is kept."""
+    """Inputs with different views for samples; a view is made on request, and the last one is kept."""
 
     def __init__(self, x: Tensor, numbers: Sequence[int], make: Callable[[Tensor, int], Tensor]):
         super().__init__(x)

@@ -63,7 +63,7 @@ class ClassPredictive(_Rows):
 
     @property
     def mutual_information(self) -> Tensor:
-        """[B] entropy less expected entropy (nats): the epistemic part (Houlsby et al., 2011)."""
+        """[B] entropy minus expected entropy (nats): the epistemic uncertainty (Houlsby et al., 2011)."""
         return (self.entropy - self.expected_entropy).clamp_min(0)
 
 
@@ -116,7 +116,7 @@ class ValuePredictive(_Rows):
 Predictive = ClassPredictive | ValuePredictive
 
 BLOCK_BYTES = 128 * 2**20
-"""Bytes of inputs, and of outputs of all samples, that a rank takes up at once."""
+"""Bytes of inputs, and of outputs of all samples, that a rank processes at once."""
 
 
 def _member_outputs(
@@ -124,7 +124,7 @@ def _member_outputs(
 ) -> Iterator[tuple[range, Tensor]]:
     """Yield (samples, outputs [c, B, ...] in float64) for the samples of this rank, one by one. Local.
 
-    A rank without samples (fewer than ranks of the sample axis) yields once, with c = 0: it learns the shape.
+    A rank without samples (fewer than ranks of the sample axis) yields once, with c = 0, to give the shape.
     """
     key = Key(seed, Stream.PREDICTION)
     posterior.check_num_samples(num_samples)
@@ -240,7 +240,7 @@ def predict_values(
 
 
 def block_size(likelihood: Likelihood, dataset: ShardDataset, num_samples: int, keep_members: bool) -> int:
-    """Return how many examples of a data set a rank takes up at once. Local."""
+    """Return the number of examples of a data set that a rank processes at once. Local."""
     num_bytes = math.prod(dataset.in_shape) * dataset.dtype.itemsize
     if keep_members:
         places = math.prod(dataset.manifest.arrays["y"].shape[1:])
@@ -250,7 +250,7 @@ def block_size(likelihood: Likelihood, dataset: ShardDataset, num_samples: int, 
 
 @dataclass(frozen=True)
 class Block:
-    """Some examples of a data set, and what the job says about them; numbers in units of y."""
+    """Some examples of a data set and their predictive; numbers in units of y."""
 
     examples: Tensor
     """[B] their global indices."""
@@ -270,11 +270,9 @@ def predict_dataset(
     keep_members: bool = False,
     with_targets: bool = True,
 ) -> Iterator[Block]:
-    """Yield the predictive of a data set in blocks of bounded size: each data group its part of the examples.
-
+    """Yield the predictive of a data set in blocks of bounded size: each data group takes its range of the examples.
     Collective over ``sample_comm``; data groups may have different numbers of blocks. Each block is one pass over the
-    samples.
-    """
+    samples."""
     is_class = likelihood.num_classes is not None
     part = torch.arange(len(dataset))[comm.grid.local_examples(len(dataset))]
     size = block_size(likelihood, dataset, num_samples, keep_members)
@@ -298,12 +296,12 @@ def predict_dataset(
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a data set says about a posterior; the same on all ranks."""
+    """Metrics of a posterior on a data set; the same on all ranks."""
 
     metrics: dict[str, float]
-    """Of the whole data set, in units of y."""
+    """Metrics of the whole data set, in units of y."""
     curves: dict[str, Any]
-    """What a picture needs: for classes "reliability"; for numbers "pit", and "channels" with their metrics."""
+    """Data of the plots: for classes "reliability"; for numbers "pit", and "channels" with their metrics."""
     uncertainties: dict[str, Tensor]
     """[N] uncertainties of each example, in the order of the data set: see `uncertainties_of`."""
 
@@ -318,16 +316,16 @@ def evaluate_dataset(
     seed: int = 0,
     see: Callable[[Tensor, Predictive, Tensor], None] | None = None,
 ) -> Evaluation:
-    """Evaluate a data set: each data group its part of the examples, each sample group all samples.
+    """Evaluate a data set: each data group takes its range of the examples, each sample group takes all samples.
 
     Collective over the world. Examples are read in blocks of bounded size; every block is one pass over the samples.
-    The ranks of a sample group share the work on its scores; sums and counts are then summed over the world, never
-    means.
+    The ranks of a sample group divide the work on its scores. All ranks then sum sums and counts over the world,
+    never means.
 
     Parameters
     ----------
     dataset : ShardDataset
-        What is evaluated.
+        The data set.
     num_samples, seed
         As for `predict_classes`.
     see : callable, optional
@@ -351,7 +349,7 @@ def score_dataset(
     seed: int = 0,
     see: Callable[[Tensor, Predictive, Tensor], None] | None = None,
 ) -> _Scores:
-    """Return what this rank says about its share of a data set; as `evaluate_dataset`, before ranks combine it.
+    """Return this rank's evaluation of its examples, before `evaluate_dataset` combines those of all ranks.
 
     Collective over ``sample_comm``.
     """
@@ -377,7 +375,7 @@ def score_dataset(
 
 
 def uncertainties_of(predictive: Predictive, unit: Tensor | None = None) -> dict[str, Tensor]:
-    """Return scalar uncertainties [B] of examples: the larger, the less the job knows. Local.
+    """Return scalar uncertainties [B] of examples: a larger value means less certainty. Local.
 
     Parameters
     ----------
@@ -385,7 +383,7 @@ def uncertainties_of(predictive: Predictive, unit: Tensor | None = None) -> dict
         For classes entropy and mutual information (nats); for numbers the means over targets of the total and the
         epistemic standard deviation.
     unit : Tensor, optional
-        By which standard deviations are divided first, so that targets of different units can be averaged.
+        Unit by which standard deviations are divided first, so that targets of different units can be averaged.
     """
     if isinstance(predictive, ClassPredictive):
         return {"entropy": predictive.entropy, "mutual_information": predictive.mutual_information}
@@ -403,7 +401,8 @@ def uncertainties_of_dataset(
     num_samples: int,
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """Return `uncertainties_of` all examples of a data set, [N]; its targets are not looked at. Collective over the world."""
+    """Return `uncertainties_of` all examples of a data set, [N]; its targets are not used. Collective over the
+    world."""
     columns = _Columns()
     unit = dataset.target_scale and dataset.target_scale[1]
     for block in predict_dataset(
@@ -415,10 +414,8 @@ def uncertainties_of_dataset(
 
 
 def out_of_distribution_auroc(inside: dict[str, Tensor], outside: dict[str, Tensor]) -> dict[str, float]:
-    """Return how well each uncertainty tells foreign examples from those of the data, as an AUROC. Local.
-
-    0.5: not at all; 1: every foreign example is less certain than every one of the data.
-    """
+    """Return how well each uncertainty detects out-of-distribution examples, as an AUROC. Local. 0.5: not at all; 1:
+    every out-of-distribution example is less certain than every one of the data."""
     found = {}
     for name, values in inside.items():
         # The share of pairs in which the foreign example is the less certain one, ties by half (Mann and Whitney, 1947)
@@ -442,10 +439,10 @@ def metrics_to_minimise(likelihood: Likelihood) -> tuple[str, ...]:
 
 
 UNCERTAINTIES = {True: ("entropy", "mutual_information"), False: ("std", "epistemic_std")}
-"""Names of what `uncertainties_of` returns, for classes and for numbers."""
+"""Names of the uncertainties of `uncertainties_of`, for classes and for numbers."""
 
 INTERVALS = (0.5, 0.9, 0.95)
-"""Central intervals of which coverage and width are measured."""
+"""Levels of the central intervals for coverage and width."""
 
 
 class _Columns:
@@ -455,7 +452,7 @@ class _Columns:
         self._seen: list[Tensor] = []
 
     def see(self, examples: Tensor, columns: dict[str, Tensor]) -> None:
-        """Take in columns [B] of examples that no other rank takes in. Local."""
+        """Add columns [B] of examples that no other rank adds. Local."""
         parts = [examples.to(next(iter(columns.values())).device), *columns.values()]
         self._seen.append(torch.stack([part.double() for part in parts], dim=1).cpu())
 
@@ -470,7 +467,7 @@ class _Columns:
 
 
 class _Scores:
-    """Metrics of a data set in the making."""
+    """Accumulates the metrics of a data set."""
 
     columns: tuple[str, ...]
 
@@ -482,7 +479,7 @@ class _Scores:
         self.metrics |= {name: metric.to(device) for name, metric in metrics.items()}
 
     def see(self, examples: Tensor, predictive: Predictive, y: Tensor) -> None:
-        """Take in examples that no other rank takes in. Local."""
+        """Add examples that no other rank adds. Local."""
         raise NotImplementedError
 
     def combine(self, comm: GridComm) -> None:

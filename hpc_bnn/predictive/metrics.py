@@ -1,10 +1,9 @@
 """Metrics of a predictive.
 
-Their states are sums and counts; `hpc_bnn.predictive` reduces the states over the ranks and only then
-computes, so that a metric of the job is never a mean of the ranks' metrics. They are not torchmetrics objects:
-these sum over the ranks by themselves where torch.distributed runs, and the package loads scipy and matplotlib on
-each rank (2.3 of the 4.8 s in which a rank imports what it trains with).
-"""
+Their states are sums and counts; `hpc_bnn.predictive` reduces the states over the ranks and only then computes, so a
+metric of the job is never a mean of the ranks' metrics. They are not torchmetrics objects: those sum over the ranks
+by themselves if torch.distributed runs, and that package loads scipy and matplotlib on each rank (2.3 of the 4.8 s
+in which a rank imports what it trains with)."""
 
 from __future__ import annotations
 
@@ -21,7 +20,7 @@ NUM_PIT_BINS = 200
 
 
 class Metric:
-    """A metric whose states are sums and counts, tensors that `update` changes in place.
+    """A metric whose states are sums and counts: tensors that `update` changes in place.
 
     Parameters
     ----------
@@ -48,7 +47,7 @@ class Metric:
         raise NotImplementedError
 
     def compute(self) -> Tensor:
-        """Return the metric of all examples that were taken in, a scalar. Local."""
+        """Return the metric of all added examples, a scalar. Local."""
         raise NotImplementedError
 
 
@@ -63,7 +62,7 @@ class _MeanOverExamples(Metric):
 
 
 class Accuracy(_MeanOverExamples):
-    """Share of the examples whose most probable class is the true one."""
+    """Fraction of the examples whose most probable class is the true one."""
 
     def update(self, probabilities: Tensor, y: Tensor) -> None:
         """Take in probabilities [B, C] and classes [B]."""
@@ -141,7 +140,7 @@ def adaptive_calibration_error(confidence: Tensor, correct: Tensor, num_bins: in
     ----------
     confidence, correct : Tensor
         [N] largest class probability, and whether its class is right, of all examples in the order of the data set:
-        equal confidences stay in it.
+        equal confidences keep this order.
     """
     order = confidence.argsort(stable=True)
     difference = (confidence.double() - correct.double())[order]
@@ -161,7 +160,7 @@ class ChannelMean(Metric):
     weights : Tensor, optional
         Weights of the targets of an example; they broadcast to [channels, ...].
     is_root : bool
-        Whether the root of the mean is meant.
+        Whether the metric is the root of the mean.
     """
 
     def __init__(self, num_channels: int, weights: Tensor | None = None, is_root: bool = False):
@@ -194,7 +193,7 @@ def _expanded(weights: Tensor | None, shape: torch.Size, like: Tensor) -> Tensor
 
 
 class PitHistogram(Metric):
-    """Where observations lie in their predictives: histogram of the probability integral transform.
+    """Histogram of the probability integral transform: the positions of observations in their predictives.
 
     Coverage of central intervals and calibration follow from it, because the edges of the bins hold all levels.
 
@@ -230,10 +229,10 @@ class PitHistogram(Metric):
         return ((self.mass / self.mass.sum()).cumsum(0)[:-1] - level).abs().mean()
 
     def coverage(self, level: float) -> float:
-        """Return the share of observations in the central interval of a level, such as 0.9."""
+        """Return the fraction of observations in the central interval of a level, such as 0.9."""
         skipped = round((1 - level) / 2 * NUM_PIT_BINS)
         return (self.mass[skipped : NUM_PIT_BINS - skipped].sum() / self.mass.sum()).item()
 
     def curve(self, num_bins: int = 20) -> list[float]:
-        """Return the shares of coarser bins; 1 / num_bins each where calibration is perfect."""
+        """Return the fractions of coarser bins; each is 1 / num_bins if calibration is perfect."""
         return (self.mass / self.mass.sum()).view(num_bins, -1).sum(1).tolist()

@@ -1,4 +1,4 @@
 """Runs: training by a config, checkpoints, exported predictions, plots and reports.
 
-The modules are doors of their own: who writes a report imports no training.
+Import the modules one by one: a report does not import training.
 """

@@ -1,13 +1,12 @@
-"""Checkpoints: no rank and no grid in them, so that any grid can take them up.
+"""Checkpoints: they contain no rank and no grid, so a run can resume on any grid.
 
 ::
 
     RUN_DIR/checkpoints/step-00000100.pt      parameters, optimizer, place in the run; for torch.load(weights_only=True)
     RUN_DIR/checkpoints/step-00000100.json    its step, metric, size and SHA-256
 
-Both are written under temporary names, synced and renamed, the note last: a checkpoint without a note, or unlike its
-note, is no checkpoint.
-"""
+Both are written under temporary names, synced and renamed, the note last: a checkpoint without a note, or with a note
+that does not match, is ignored."""
 
 from __future__ import annotations
 
@@ -40,7 +39,7 @@ FORMAT_VERSION = 2
 
 @dataclass(frozen=True)
 class Note:
-    """What is known of a checkpoint without reading it."""
+    """Metadata of a checkpoint."""
 
     file: str
     step: int
@@ -58,7 +57,7 @@ class CheckpointStore:
     directory : path
         Made where it is missing.
     keep_last : int
-        Newest checkpoints to keep, at least 1; the one with the least metric stays besides.
+        Newest checkpoints to keep, at least 1; the one with the lowest metric is kept in addition.
     asynchronous : bool
         Write in a thread; the state is copied to the CPU first. An error is raised by the next `save` or `close`.
     """
@@ -104,7 +103,7 @@ class CheckpointStore:
         return sorted(found, key=lambda note: -note.step)
 
     def load_newest(self) -> dict[str, Any] | None:
-        """Return the newest sound state, on the CPU, and say loudly which ones are not; None where there is none."""
+        """Return the newest sound state, on the CPU, and warn about damaged ones; None if there is none."""
         for note in self.notes():
             try:
                 return self.load(note)
@@ -113,7 +112,7 @@ class CheckpointStore:
         return None
 
     def load_best(self) -> dict[str, Any] | None:
-        """Return the state with the least metric, on the CPU; None where no checkpoint has one.
+        """Return the state with the lowest metric, on the CPU; None if no checkpoint has one.
 
         Raises
         ------
@@ -192,7 +191,7 @@ def _copied(tree: Any) -> Any:
 
 
 def gather_state(posterior: Posterior, optimizer: JobOptimizer, comm: GridComm) -> dict[str, Any]:
-    """Return the parameters and the optimizer's state of the whole job, with views of what is there.
+    """Return the parameters and the optimizer's state of the whole job, with views of the existing tensors.
 
     Collective over ``sample_comm`` for an ensemble, whose members are spread over it, and for an optimizer whose state
     is; otherwise local.

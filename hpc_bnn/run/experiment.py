@@ -1,4 +1,4 @@
-"""What a config describes, without training it: data, network, likelihood, posterior."""
+"""The experiment of a config, without training: data, network, likelihood, posterior."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Tested:
-    """What a test has brought."""
+    """Evaluation of a data set, and examples to plot."""
 
     evaluation: Evaluation
     shown: ShownClasses | ShownValues
-    """Examples to look at, on their ranks."""
+    """Examples to plot, on their ranks."""
 
 
 class Experiment:
@@ -89,7 +89,7 @@ class Experiment:
         return experiment
 
     def restore(self, which: str) -> None:
-        """Take over the parameters of the newest or the best checkpoint."""
+        """Load the parameters of the newest or the best checkpoint."""
         state, store = None, self.checkpoints
         with self.comm.agree(f"reading {store.directory}"):
             if self.is_writer:
@@ -151,7 +151,7 @@ class Experiment:
         )
 
     def open_to_test(self) -> ShardDataset:
-        """Open the test split, after preparing the shards where they are missing and the config says how."""
+        """Open the test split, after preparing the shards if they are missing and the config has a script."""
         read_or_prepare(self.config.data, self.comm)
         return self.open(self.config.data.test_split)
 
@@ -211,9 +211,9 @@ class Experiment:
         which : str
             Of the checkpoints.
         foreign : dict, optional
-            Metrics of foreign data, and
+            Out-of-distribution metrics.
         foreign_data : str, optional
-            what those are.
+            Shards and split of the out-of-distribution data.
         """
         data = self.config.data
         content = {
@@ -284,7 +284,7 @@ def connect_grid(config: Config, sample_size: int) -> GridComm:
 
 
 def read_or_prepare(config: DataConfig, comm: GridComm) -> Manifest:
-    """Read the manifest, after preparing the shards where it cannot be read and the config says how.
+    """Read the manifest, after preparing the shards if it cannot be read and the config has a script.
 
     Collective over the world.
     """

@@ -30,11 +30,11 @@ LABELS = {
     "ood_auroc/std": "AUROC of the total standard deviation for foreign data",
     "ood_auroc/epistemic_std": "AUROC of the epistemic standard deviation for foreign data",
 }
-"""What metrics mean."""
+"""Descriptions of the metrics."""
 
 
 class Runs(Protocol):
-    """What figures need of a run: `hpc_bnn.run.report.RunRecord`."""
+    """Data of a run for figures: `hpc_bnn.run.report.RunRecord`."""
 
     label: str
     rows: list[dict[str, Any]]
@@ -75,7 +75,7 @@ def write_plots(run_dir: str | Path, examples: dict[str, Any]) -> list[Path]:
     Returns
     -------
     list of Path
-        The files; empty where matplotlib is not installed, which is said.
+        The files; empty if matplotlib is not installed; a message is then logged.
     """
     if not has_matplotlib():
         logger.warning("no plots: matplotlib is not installed (pip install 'hpc_bnn[plots]')")

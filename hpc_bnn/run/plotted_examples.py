@@ -1,6 +1,6 @@
 """Test examples with their predictive, kept for a picture.
 
-`evaluate_dataset` hands every block of predictions to `see`; `gather` brings those worth a look to rank 0.
+`evaluate_dataset` passes every block of predictions to `see`; `gather` sends the selected ones to rank 0.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from . import plots
 logger = logging.getLogger(__name__)
 
 IDEALS = {"accuracy": 1.0, "spread_skill": 1.0, "coverage_50": 0.5, "coverage_90": 0.9, "coverage_95": 0.95}
-"""What the best value of a metric is, where it is not the least."""
+"""The best value of a metric, if it is not the lowest."""
 
 NO_BEST = ("width_50", "width_90", "width_95")
 """Metrics that are neither good nor bad by themselves."""
@@ -37,7 +37,7 @@ MAX_CHANNELS = 24
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run directory holds."""
+    """Content of a run directory."""
 
     label: str
     config: dict[str, Any]
@@ -176,7 +176,7 @@ def _fact_table(records: list[RunRecord]) -> list[Line]:
 
 
 def _facts(record: RunRecord) -> dict[str, str]:
-    """Return what is worth knowing of a run beside its metrics."""
+    """Return facts of a run other than its metrics."""
     config, summary, rows = record.config, record.summary, record.rows
     last = rows[-1] if rows else {}
     facts = {"state": "complete" if summary else "not complete: it goes on, or was interrupted"}

@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 
 def check(config: Config, world_size: int, num_examples: int | None = None) -> None:
-    """Raise one `ConfigError` with everything in a config that cannot work on so many ranks. Local.
+    """Raise one `ConfigError` with all faults of a config for a number of ranks. Local.
 
     Parameters
     ----------
@@ -181,7 +181,7 @@ class Run(Experiment):
         return min(planned, self.config.max_steps or planned)
 
     def _train_epoch(self, progress: tqdm) -> None:
-        """Train to the end of the epoch that the run is in; raise `Interrupted` where some rank wants to stop."""
+        """Train to the end of the epoch that the run is in; raise `Interrupted` if some rank wants to stop."""
         place, config = self.place, self.config
         start, before, in_run = time.perf_counter(), place.seconds, place.run_seconds
         for batch in self.loader.epoch(place.epoch, place.num_batches):
@@ -258,7 +258,7 @@ class Run(Experiment):
     # --- what it writes -----------------------------------------------------------------------------
 
     def _open_run_dir(self) -> None:
-        """Make the run directory and begin, or go on from the newest checkpoint in it."""
+        """Make the run directory and start, or continue from the newest checkpoint in it."""
         state = None
         with self.comm.agree(f"opening {self.run_dir}"):
             if self.is_writer:
@@ -365,7 +365,7 @@ class Run(Experiment):
         write_atomically(self.run_dir / "config.yaml", text)
 
     def _say_differences(self, former: dict[str, Any]) -> None:
-        """Say what of the config is not as it was when the checkpoint was written."""
+        """Log the differences between the config and that of the checkpoint."""
         mine = flatten(self.config.to_dict())
         for name, value in flatten(former).items():
             if mine.get(name) != value and not name.startswith(
@@ -433,7 +433,7 @@ class Run(Experiment):
 
 
 class StopRequest:
-    """The wish of this rank to stop; all ranks stop together after the next step.
+    """Stop request of this rank; all ranks stop together after the next step.
 
     Attributes
     ----------
@@ -445,7 +445,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def watching_signals(self) -> Iterator[None]:
-        """Take SIGUSR1 and SIGTERM as the wish to stop. Local; elsewhere than in the main thread it does nothing."""
+        """Treat SIGUSR1 and SIGTERM as a request to stop. Local; does nothing outside of the main thread."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -466,7 +466,7 @@ class StopRequest:
 
 @dataclass
 class _Place:
-    """How far a run has come, of plain numbers: with parameters and optimizer all that a checkpoint needs."""
+    """Progress of a run, in plain numbers: a checkpoint holds it with parameters and optimizer."""
 
     epoch: int = 0
     """Epochs that are complete."""
