@@ -1,7 +1,8 @@
 """Bayesian neural networks on supercomputers by sampling parallelism.
 
 hpc_bnn distributes samples of the weights, examples, or both over the ranks of an MPI job. The result does not depend
-on the grid."""
+on the grid.
+"""
 
 from importlib import import_module
 

@@ -62,7 +62,8 @@ class Key:
     seed : int
         Seed of the run.
     stream : Stream
-        Purpose of the numbers. path : tuple of int
+        Purpose of the numbers.
+    path : tuple of int
         Purpose within the stream, such as a layer; at most three words.
     step : int
         Optimizer step or epoch.

@@ -1,7 +1,8 @@
 """Running statistics over the samples of the job, for training and prediction.
 
 Each adds the samples of this rank one after another; the sample group then exchanges it without gradient. Its size
-does not grow with the number of samples."""
+does not grow with the number of samples.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +76,7 @@ class LogMeanExp(_Reduction):
 
 
 def _finite(top: Tensor) -> Tensor:
-    """A shift that may be subtracted: a likelihood of exactly 0 under all samples (-inf) stays 0, not NaN."""
+    """Return a shift that may be subtracted: a likelihood of exactly 0 under all samples (-inf) stays 0, not NaN."""
     return torch.where(top.isinf(), 0, top)
 
 

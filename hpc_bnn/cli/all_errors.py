@@ -1,5 +1,7 @@
-"""Find all errors in flags and config files at once. jsonargparse stops at the first error; this module tries each
-key by itself."""
+"""Find all errors in flags and config files at once.
+
+jsonargparse stops at the first error; this module tries each key by itself.
+"""
 
 from __future__ import annotations
 
@@ -74,7 +76,9 @@ def make_config(values: dict[str, Any]) -> Config:
 
 def check_together(words: Sequence[str], known: set[str], check: Callable[[Config], object]) -> None:
     """Raise one `ConfigError` with all faults: keys, types, and those that ``check`` finds in the correct values.
-    Local. Return without effect if every key by itself is correct."""
+
+    Local. Return without effect if every key by itself is correct.
+    """
     faults, values = faults_of(words, known)
     if not faults:
         return

@@ -51,6 +51,7 @@ def choose_device(requested: str, local_rank: int, num_visible: int) -> torch.de
 
 
 def num_visible_gpus() -> int:
+    """Return the number of GPUs that this process can use. Local."""
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 

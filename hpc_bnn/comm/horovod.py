@@ -41,7 +41,8 @@ class HorovodComm(MpiComm):
         """Initialise Horovod with one process set per sample group and per data group.
 
         Horovod refuses a set that equals the world (there the global set is used), needs all sets at init, as the
-        same list in the same order on each rank."""
+        same list in the same order on each rank.
+        """
         grid, hvd = self.grid, self._hvd
         sets = {"sample": [], "data": []}
         if 1 < grid.sample_size < grid.world_size:

@@ -62,8 +62,10 @@ class MpiComm(GridComm):
         self._start_library()
 
     def _start_library(self) -> None:
-        """Start the communication library for tensors when communicators and grid are known. Collective over the
-        world."""
+        """Start the communication library for tensors when communicators and grid are known.
+
+        Collective over the world.
+        """
 
     def broadcast_object(self, value: Any, root: int = 0) -> Any:
         self.traffic.num_object_collectives += 1
@@ -147,6 +149,7 @@ def _mpi_name(mpi) -> str:
 
 
 def running_mpi():
+    """Return mpi4py.MPI if MPI runs in this process, otherwise None. Local."""
     mpi = sys.modules.get("mpi4py.MPI")
     return mpi if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized() else None
 

@@ -20,6 +20,7 @@ SHARE_BUCKETS = 32
 
 
 def as_list(tensors: torch.Tensor | Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return one tensor or several as a list. Local."""
     return [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
 
 

@@ -1,7 +1,9 @@
-"""Find the address of rank 0, and the network interface, by which the ranks of a job reach each other. Try them: the
-name of a host does not help. Debian resolves a host's own name to 127.0.1.1, some nodes do not know the names of
-others, and containers share a name, or have the same address on each node. So rank 0 listens, and all ranks try its
-addresses in turn."""
+"""Find the address of rank 0, and the network interface, by which the ranks of a job reach each other.
+
+Try them: the name of a host does not help. Debian resolves a host's own name to 127.0.1.1, some nodes do not know
+the names of others, and containers share a name, or have the same address on each node. So rank 0 listens, and all
+ranks try its addresses in turn.
+"""
 
 from __future__ import annotations
 

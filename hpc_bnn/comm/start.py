@@ -153,7 +153,7 @@ def connect_for_files(node_size: int | None = None) -> GridComm:
 
 
 def world_size() -> int:
-    """Number of ranks of this job. Local, but starts MPI, except under torchrun.
+    """Return the number of ranks of this job. Local, but starts MPI, except under torchrun.
 
     Raises
     ------

@@ -65,7 +65,9 @@ def measure_network(comm: GridComm) -> Network:
 
 def network_of_sums(small_seconds: float, large_seconds: float, num_ranks: int) -> Network:
     """Return the network on which sums of `SMALL_BYTES` and of `LARGE_BYTES` over some ranks take these times.
-    Local."""
+
+    Local.
+    """
     traffic = 2 * (num_ranks - 1) / num_ranks * LARGE_BYTES
     latency = max(small_seconds, 1e-8) / (2 * math.log2(num_ranks))
     return Network(bandwidth=traffic / max(large_seconds - small_seconds, 1e-9), latency=latency)

@@ -1,7 +1,8 @@
 """Tensors by torch.distributed: NCCL between GPUs, Gloo between CPUs. The only module that imports it.
 
 Under MPI hpc_bnn starts it over MPI: rank 0 opens a port and sends its address to the others; no environment variable
-is needed. Under torchrun it also carries objects (`hpc_bnn.comm.torchrun`)."""
+is needed. Under torchrun it also carries objects (`hpc_bnn.comm.torchrun`).
+"""
 
 from __future__ import annotations
 
@@ -236,7 +237,8 @@ def _polite_threads() -> Iterator[None]:
     """Let threads that start here yield to threads that wake up (SCHED_BATCH, if the system has it). Local.
 
     If data arrive before the rank calls their sum, Gloo's thread polls and blocks the rank's core until the next tick
-    of the clock: a sum of 1 MiB over two ranks on two cores took 3 to 5 ms instead of 0.4."""
+    of the clock: a sum of 1 MiB over two ranks on two cores took 3 to 5 ms instead of 0.4.
+    """
     usual = getattr(os, "SCHED_OTHER", None)
     if usual is None or os.sched_getscheduler(0) != usual:  # the user has chosen, or there is no choice
         yield

@@ -195,7 +195,8 @@ class Mixup:
 
     ``x = w x1 + (1 - w) x2`` with w from Beta(alpha, alpha), keyed by the example; targets are mixed in the same way,
     classes as probabilities. All samples get the same mixture with every kind of views, so they have the same
-    targets. Objectives that couple the samples need this."""
+    targets. Objectives that couple the samples need this.
+    """
 
     def __init__(self, alpha: float = 0.2):
         _check("alpha", alpha, 0 < alpha < math.inf, "positive and finite", "Try 0.2")

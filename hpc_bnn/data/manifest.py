@@ -7,7 +7,8 @@
     DIR/test-00000.h5
 
 Every file has its SHA-256 in the manifest, every example its CRC-32 in its file; the manifest has the SHA-256 of
-these, too, so that a reader can check each example without reading the whole file."""
+these, too, so that a reader can check each example without reading the whole file.
+"""
 
 from __future__ import annotations
 
@@ -98,7 +99,7 @@ class Manifest:
     """SHA-256 of the key of the preparation, which determines the content."""
 
     def num_examples(self, split: str) -> int:
-        """Number of examples of a split."""
+        """Return the number of examples of a split."""
         return sum(shard.num_examples for shard in self.splits[split])
 
     @property

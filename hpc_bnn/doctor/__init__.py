@@ -1,2 +1,4 @@
-"""Facts of the ranks of a job, tests of their sums, problems and remedies. The entry point is
-`hpc_bnn.doctor.examine`."""
+"""Facts of the ranks of a job, tests of their sums, problems and remedies.
+
+The entry point is `hpc_bnn.doctor.examine`.
+"""

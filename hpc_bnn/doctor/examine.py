@@ -252,8 +252,10 @@ def measure(grid_comm: comm.GridComm, axis: comm.Axis) -> Bandwidth:
 
 
 class Watch:
-    """Ends the job when a step takes too long: a rank that hangs must not block the others for ever. Every rank has
-    its own watchdog and prints its step, so the output shows which rank is behind."""
+    """Ends the job when a step takes too long: a rank that hangs must not block the others for ever.
+
+    Every rank has its own watchdog and prints its step, so the output shows which rank is behind.
+    """
 
     def __init__(self, seconds: float, report: Report):
         self.problems: list[Problem] = []

@@ -128,6 +128,7 @@ def process_rows(launcher: Launcher) -> list[tuple[str, str]]:
 def sections(
     ranks: Sequence[RankFacts], grid: Grid, carrier: Carrier
 ) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+    """Yield the title of each section of the report, and its (name, value) rows. Local."""
     first, nodes = ranks[0], by_host(ranks)
     hdf5 = first.hdf5
     per_node = "/".join(map(str, sorted({len(node) for node in nodes.values()})))
@@ -232,6 +233,7 @@ def _gpu_row(node: list[RankFacts]) -> str:
 
 
 def bandwidth_rows(bandwidths: dict[str, Bandwidth]) -> list[list[str]]:
+    """Return the table of latency and bandwidth by axis, heads first. Local."""
     large = f"{LARGE_BYTES / 2**20:.0f} MiB"
     rows = [["axis", "ranks", f"{SMALL_BYTES} B", large, "bandwidth"]]
     for axis, measured in bandwidths.items():

@@ -1,5 +1,7 @@
-"""Derive the problems of a job and their remedies from the facts of its ranks. Pure: nothing here communicates or
-examines the machine; every function is Local."""
+"""Derive the problems of a job and their remedies from the facts of its ranks.
+
+Pure: nothing here communicates or examines the machine; every function is Local.
+"""
 
 from __future__ import annotations
 

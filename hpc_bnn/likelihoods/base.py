@@ -1,5 +1,7 @@
-"""Base class of all likelihoods. Log-likelihoods are in nats, one per example, summed over its targets;
-`hpc_bnn.training.step` sums over samples and examples and divides by their global numbers.
+"""Base class of all likelihoods.
+
+Log-likelihoods are in nats, one per example, summed over its targets; `hpc_bnn.training.step` sums over samples
+and examples and divides by their global numbers.
 
 A network has its outputs on dim 1: [B, num_outputs] or, for fields, [B, num_outputs, ...]. Targets y are
 [B, num_targets, ...], or [B] for one target. Everything here is Local and differentiable.
@@ -16,7 +18,9 @@ __all__ = ["Likelihood", "sum_targets"]
 
 
 class Likelihood:
-    """Base class of all likelihoods. Attributes
+    """Base class of all likelihoods.
+
+    Attributes
     ----------
     num_targets : int
         Extent of dim 1 of the targets (1 if they have no dim 1; for classes, see `Categorical`).
@@ -107,4 +111,5 @@ class Likelihood:
 
 
 def sum_targets(per_target: Tensor) -> Tensor:
+    """Return the sums [B] over the targets of each example from [B, ...] or [B]."""
     return per_target.flatten(1).sum(1) if per_target.ndim > 1 else per_target

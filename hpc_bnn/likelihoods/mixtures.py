@@ -2,7 +2,8 @@
 
 A mixture holds K components for each of n examples and its targets, [K, n, targets, ...]. It gives quantiles, the PIT
 of an observation, and the CRPS, which need more than mean and variance. Everything here is Local; give the components
-in float64."""
+in float64.
+"""
 
 from __future__ import annotations
 
@@ -194,7 +195,8 @@ class StudentTMixture(GaussianMixture):
 
         E|Y_i - y| and E|Y_i - Y_i'| in closed form (Jordan, Krueger, Lerch, Evaluating probabilistic forecasts with
         scoringRules, 2019); for the pairs the integral of 2 F (1 - F), by sinh-sinh quadrature (Takahasi and Mori,
-        1974)."""
+        1974).
+        """
         df, (loc, scale) = self.df, self.components
         if df <= 1:
             infinite = torch.full_like(y, math.inf)

@@ -42,9 +42,12 @@ class Swin(nn.Module):
     is_periodic : bool
         Whether the last longitude is the neighbour of the first; False for a region.
 
-    Notes ----- Latitudes are repeated at the southern edge until they are a multiple of ``patch * window[0] * 2 **
-    (stages - 1)``, and cut off at the end. Longitudes must be a multiple of ``patch * window[1] * 2 ** (stages - 1)``
-    where they are periodic; of a region they are repeated at the eastern edge."""
+    Notes
+    -----
+    The network repeats latitudes at the southern edge up to a multiple of ``patch * window[0] * 2 ** (stages - 1)``, and
+    cuts them off at the end. Longitudes must be a multiple of ``patch * window[1] * 2 ** (stages - 1)`` if they are
+    periodic; for a region the network repeats them at the eastern edge.
+    """
 
     def __init__(
         self,

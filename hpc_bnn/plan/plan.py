@@ -224,7 +224,8 @@ def measure_share(config: Config, manifest: Manifest, grid: Grid, ranks: GridCom
     """Return the seconds of a step of the busiest rank of a grid, without its collectives. Collective over ``ranks``.
 
     The step is the real one, with as many examples as that rank has, and up to three chunks of samples; more chunks
-    are extrapolated linearly."""
+    are extrapolated linearly.
+    """
     chunk = 1 if config.chunk_size == "auto" else config.chunk_size
     num_chunks = -(-len(grid.local_samples(config.num_samples)) // chunk)
 

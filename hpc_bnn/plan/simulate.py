@@ -84,8 +84,9 @@ class Rehearsal:
 
 
 class ImaginedComm(GridComm):
-    """Rank 0 of a grid whose other ranks do not exist: it records messages and does not send them. Sums are this
-    rank's values, gathered tensors are copies of its own. Local.
+    """Rank 0 of a grid whose other ranks do not exist: it records messages and does not send them.
+
+    Sums are this rank's values, gathered tensors are copies of its own. Local.
 
     Parameters
     ----------
@@ -321,9 +322,11 @@ def evaluation_bytes(
     *,
     is_on_gpu: bool = False,
 ) -> int:
-    """Return the memory of the busiest rank at the peak of an evaluation. Local; it does not need that memory. The
-    real evaluation runs on real numbers, because some of its loops end by them: with all samples, but on few examples
-    and points, and without the network. Its memory grows linearly with them.
+    """Return the memory of the busiest rank at the peak of an evaluation.
+
+    Local; it does not need that memory. The real evaluation runs on real numbers, because some of its loops end by
+    them: with all samples, but on few examples and points, and without the network. Its memory grows linearly with
+    them.
 
     Parameters
     ----------
@@ -450,11 +453,13 @@ def _default_dtype(config: Config) -> Iterator[None]:
 
 
 def optimizer_bytes(config: Config, num_tensors: int) -> tuple[float, float]:
-    """Return the state of an optimizer and the temporary memory of its update, as multiples of the tensor that it
-    updates at once. Local.
+    """Return the state of an optimizer and the temporary memory of its update, as multiples of the tensor that it updates at once.
+
+    Local.
 
     It runs the optimizer on small tensors: on two if there are several, because the memory of one may not be free
-    when the next one is updated."""
+    when the next one is updated.
+    """
     with LiveMemory() as memory:
         parameters = [nn.Parameter(torch.zeros(256, 256)) for _ in range(num_tensors)]
         for parameter in parameters:

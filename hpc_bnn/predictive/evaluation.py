@@ -271,8 +271,10 @@ def predict_dataset(
     with_targets: bool = True,
 ) -> Iterator[Block]:
     """Yield the predictive of a data set in blocks of bounded size: each data group takes its range of the examples.
-    Collective over ``sample_comm``; data groups may have different numbers of blocks. Each block is one pass over the
-    samples."""
+
+    Collective over ``sample_comm``; data groups may have different numbers of blocks. Each block is one pass over
+    the samples.
+    """
     is_class = likelihood.num_classes is not None
     part = torch.arange(len(dataset))[comm.grid.local_examples(len(dataset))]
     size = block_size(likelihood, dataset, num_samples, keep_members)
@@ -401,8 +403,10 @@ def uncertainties_of_dataset(
     num_samples: int,
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """Return `uncertainties_of` all examples of a data set, [N]; its targets are not used. Collective over the
-    world."""
+    """Return `uncertainties_of` all examples of a data set, [N]; its targets are not used.
+
+    Collective over the world.
+    """
     columns = _Columns()
     unit = dataset.target_scale and dataset.target_scale[1]
     for block in predict_dataset(
@@ -414,8 +418,10 @@ def uncertainties_of_dataset(
 
 
 def out_of_distribution_auroc(inside: dict[str, Tensor], outside: dict[str, Tensor]) -> dict[str, float]:
-    """Return how well each uncertainty detects out-of-distribution examples, as an AUROC. Local. 0.5: not at all; 1:
-    every out-of-distribution example is less certain than every one of the data."""
+    """Return how well each uncertainty detects out-of-distribution examples, as an AUROC.
+
+    Local. 0.5: not at all; 1: every out-of-distribution example is less certain than every one of the data.
+    """
     found = {}
     for name, values in inside.items():
         # The share of pairs in which the foreign example is the less certain one, ties by half (Mann and Whitney, 1947)

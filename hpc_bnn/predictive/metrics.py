@@ -3,7 +3,8 @@
 Their states are sums and counts; `hpc_bnn.predictive` reduces the states over the ranks and only then computes, so a
 metric of the job is never a mean of the ranks' metrics. They are not torchmetrics objects: those sum over the ranks
 by themselves if torch.distributed runs, and that package loads scipy and matplotlib on each rank (2.3 of the 4.8 s
-in which a rank imports what it trains with)."""
+in which a rank imports what it trains with).
+"""
 
 from __future__ import annotations
 

@@ -6,7 +6,8 @@
     RUN_DIR/checkpoints/step-00000100.json    its step, metric, size and SHA-256
 
 Both are written under temporary names, synced and renamed, the note last: a checkpoint without a note, or with a note
-that does not match, is ignored."""
+that does not match, is ignored.
+"""
 
 from __future__ import annotations
 
