@@ -29,7 +29,7 @@ test: setup ## Run the quick tests, serial and on 1, 2, 3 and 4 MPI ranks (on a 
 test-all: setup ## Run all tests: the quick tests of `make test` and the slow ones
 	$(ACTIVATE); $(PYTEST) $(PYTEST_ARGS)
 
-lint: setup ## Check style and the order of imports
+lint: setup ## Check style, docstrings and the order of imports
 	$(ACTIVATE); ruff check . && ruff format --check . && lint-imports
 
 clean: ## Remove the environment, data and runs

@@ -34,9 +34,11 @@ class Outline:
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Outline:
+        """Return the outline of a tensor."""
         return cls(tensor.shape, tensor.dtype, tensor.device.type == "cpu")
 
     def empty(self, device: torch.device) -> torch.Tensor:
+        """Return an empty tensor of this outline; on the CPU if the outline says so, otherwise on the device."""
         return torch.empty(self.shape, dtype=self.dtype, device="cpu" if self.is_cpu else device)
 
 

@@ -25,6 +25,7 @@ class Carrier:
 
     @property
     def name(self) -> str:
+        """Return the name of the library for messages."""
         return LIBRARY_NAMES[self.library]
 
     def __str__(self) -> str:

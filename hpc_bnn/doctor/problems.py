@@ -262,14 +262,17 @@ class Problem:
 
     @property
     def severity(self) -> Severity:
+        """Return how bad the problem is."""
         return KINDS[self.code].severity
 
     @property
     def why(self) -> str:
+        """Return why the problem matters."""
         return KINDS[self.code].why
 
     @property
     def remedy(self) -> str:
+        """Return what the user should do."""
         return KINDS[self.code].remedy.format(**self.values)
 
 

@@ -81,6 +81,7 @@ class Row:
 
     @property
     def step_seconds(self) -> float:
+        """Return the predicted time of a step (seconds)."""
         return self.compute_seconds + self.reduce_seconds
 
     def __str__(self) -> str:

@@ -172,6 +172,7 @@ class LiveMemory(TorchDispatchMode):
 
     @property
     def live_bytes(self) -> int:
+        """Return the bytes of the tensors that are alive."""
         self._storages = {key: held for key, held in self._storages.items() if not held[0].expired()}
         return sum(num_bytes for _, num_bytes in self._storages.values())
 

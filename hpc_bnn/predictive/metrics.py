@@ -185,6 +185,7 @@ class ChannelMean(Metric):
         return self._finish(self.total.sum() / self.count.sum())
 
     def by_channel(self) -> list[float]:
+        """Return the metric of each channel."""
         return self._finish(self.total / self.count).tolist()
 
 
