@@ -145,7 +145,7 @@ LONG = (
     "test_cli.py",
 )
 """What takes long comes first, so that two workers end together."""
-OF_RANKS = ("test_mpi.py", "test_readme.py", "test_torchrun.py")
+OF_RANKS = ("test_mpi.py", "test_readme.py", "test_torchrun.py", "test_slurm.py")
 """Files that start jobs of up to four ranks: one worker takes them all. Two such jobs at once would take 1.7 times the
 CPU time of one after the other on two cores."""
 
