@@ -440,10 +440,8 @@ class GridComm:
 
     def _shares(self, count: int, axis: Axis) -> tuple[list[range], int]:
         """Return the shares of all ranks of an axis, and this rank's place among them."""
-        grid = self.grid
-        return [share(count, self._extents[axis], rank) for rank in range(self._extents[axis])], grid.indices[
-            axis
-        ]
+        size = self._extents[axis]
+        return [share(count, size, index) for index in range(size)], self.grid.indices[axis]
 
     @contextlib.contextmanager
     def _counted(self, tensor: torch.Tensor) -> Iterator[None]:
