@@ -96,8 +96,10 @@ def _config_parser() -> Parser:
 
 
 def _fits(name: str, value: Any) -> bool:
+    parser = Parser()
+    parser.add_argument("--value", type=FIELDS[name].type)
     try:
-        _config_parser().parse_object(_nested({name: value}))
+        parser.parse_object({"value": value})
     except ConfigError:
         return False
     return True

@@ -28,17 +28,42 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def build_parser() -> jsonargparse.ArgumentParser:
-    """Return the parser of ``hpc-bnn``."""
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+def build_parser(words: Sequence[str] | None = None) -> jsonargparse.ArgumentParser:
+    """Return the parser of ``hpc-bnn``; with all commands, or only those among the words, as it takes long.
+
+    The sentences of the fields, whose source must be read and parsed, are there only for help.
+    """
+    with_help = words is None or not {"-h", "--help"}.isdisjoint(words)
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=with_help)
     parser = Parser(prog="hpc-bnn", description="Bayesian neural networks by sampling parallelism.")
     parser.add_argument("--version", action="version", version=f"hpc_bnn {__version__}")
     commands = parser.add_subcommands()
-    train = Parser(description="Train a Bayesian network on the process grid.")
+    for name, (description, add_arguments) in COMMANDS.items():
+        command = Parser(description=description)
+        if words is None or name in words:
+            add_arguments(command)
+        commands.add_subcommand(name, command)
+    return parser
+
+
+def _add_train(train: Parser) -> None:
     train.add_argument("--config", action="config", help="YAML file; flags given after it override it.")
     train.add_class_arguments(Config, fail_untyped=True)
-    commands.add_subcommand("train", train)
-    evaluate = _parser_for_a_run("Evaluate a trained network with all samples of all ranks.")
+
+
+def _add_run(parser: Parser) -> None:
+    """Add what the commands that work on an existing run have in common."""
+    parser.add_argument(
+        "run", type=str, metavar="RUN_DIR", help="Directory of the run; flags override its config."
+    )
+    parser.add_argument("--config", action="config", help="By default RUN_DIR/config.yaml.")
+    parser.add_argument(
+        "--which", type=Literal["newest", "best"], default="newest", help="Checkpoint (default: newest)."
+    )
+
+
+def _add_evaluate(evaluate: Parser) -> None:
+    _add_run(evaluate)
     evaluate.add_argument(
         "--ood_shards",
         type=str | None,
@@ -46,8 +71,10 @@ def build_parser() -> jsonargparse.ArgumentParser:
     )
     evaluate.add_argument("--ood_split", type=str, default="test", help="Split of the foreign examples.")
     evaluate.add_class_arguments(Config, fail_untyped=True)
-    commands.add_subcommand("evaluate", evaluate)
-    predict = _parser_for_a_run("Write the predictive of a trained network to an HDF5 file.")
+
+
+def _add_predict(predict: Parser) -> None:
+    _add_run(predict)
     predict.add_argument("--shards", type=str | None, help="Shard directory (default: that of the run).")
     predict.add_argument("--split", type=str | None, help="Split of it (default: the test split of the run).")
     predict.add_argument("--output", type=str, required=True, help="HDF5 file to write.")
@@ -56,17 +83,20 @@ def build_parser() -> jsonargparse.ArgumentParser:
     )
     predict.add_argument("--members", type=bool, default=False, help="Write every sample as well.")
     predict.add_class_arguments(Config, fail_untyped=True)
-    commands.add_subcommand("predict", predict)
-    report = Parser(description="Write one self-contained HTML page about a run, or several side by side.")
+
+
+def _add_report(report: Parser) -> None:
     report.add_argument("runs", type=str, nargs="+", metavar="RUN_DIR", help="Directories of runs.")
     report.add_argument(
         "--output", type=str | None, help="HTML file (default: report.html with the run or runs)."
     )
-    commands.add_subcommand("report", report)
-    verify = Parser(description="Compare the files of a shard directory with its manifest.")
+
+
+def _add_verify(verify: Parser) -> None:
     verify.add_argument("shards", type=str, metavar="SHARD_DIR", help="Directory with a manifest.json.")
-    commands.add_subcommand("verify", verify)
-    plan = Parser(description="Predict memory, time and communication of every grid, and recommend one.")
+
+
+def _add_plan(plan: Parser) -> None:
     plan.add_argument("--config", action="config", help="YAML file; flags given after it override it.")
     plan.add_argument("--ranks", type=int | None, help="Ranks to plan for (default: those of this job).")
     plan.add_argument(
@@ -87,18 +117,18 @@ def build_parser() -> jsonargparse.ArgumentParser:
     plan.add_argument("--network", type=str | None, help="JSON of hpc-bnn doctor: its network, for both.")
     plan.add_argument("--output", type=str | None, help="JSON file to write as well.")
     plan.add_class_arguments(Config, fail_untyped=True)
-    commands.add_subcommand("plan", plan)
-    stage = Parser(description="Copy a shard directory to local storage, once per node of the job.")
+
+
+def _add_stage(stage: Parser) -> None:
     stage.add_argument("source", type=str, metavar="SRC", help="Shard directory that all nodes see.")
     stage.add_argument("destination", type=str, metavar="DST", help="Directory on storage of the node.")
     stage.add_argument(
         "--verify", type=bool, default=True, help="Compare SHA-256, not only sizes (default: true)."
     )
     stage.add_argument("--clean", action="store_true", help="Remove DST from every node instead.")
-    commands.add_subcommand("stage", stage)
-    doctor = Parser(
-        description="Look at the ranks of this job, test its sums, and name problems and remedies."
-    )
+
+
+def _add_doctor(doctor: Parser) -> None:
     doctor.add_argument(
         "--grid.sample_size",
         type=int | None,
@@ -110,21 +140,19 @@ def build_parser() -> jsonargparse.ArgumentParser:
     doctor.add_argument(
         "--seconds", type=float, default=120.0, help="Longest time of one step, before the job is ended."
     )
-    commands.add_subcommand("doctor", doctor)
-    return parser
 
 
-def _parser_for_a_run(description: str) -> Parser:
-    """Return the parser of a command that works on an existing run."""
-    parser = Parser(description=description)
-    parser.add_argument(
-        "run", type=str, metavar="RUN_DIR", help="Directory of the run; flags override its config."
-    )
-    parser.add_argument("--config", action="config", help="By default RUN_DIR/config.yaml.")
-    parser.add_argument(
-        "--which", type=Literal["newest", "best"], default="newest", help="Checkpoint (default: newest)."
-    )
-    return parser
+COMMANDS: dict[str, tuple[str, Callable[[Parser], None]]] = {
+    "train": ("Train a Bayesian network on the process grid.", _add_train),
+    "evaluate": ("Evaluate a trained network with all samples of all ranks.", _add_evaluate),
+    "predict": ("Write the predictive of a trained network to an HDF5 file.", _add_predict),
+    "report": ("Write one self-contained HTML page about a run, or several side by side.", _add_report),
+    "verify": ("Compare the files of a shard directory with its manifest.", _add_verify),
+    "plan": ("Predict memory, time and communication of every grid, and recommend one.", _add_plan),
+    "stage": ("Copy a shard directory to local storage, once per node of the job.", _add_stage),
+    "doctor": ("Look at the ranks of this job, test its sums, and name problems and remedies.", _add_doctor),
+}
+"""Description of each command, and what adds its arguments."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -140,7 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given = {word.split("=")[0] for word in words}
         if words[:1] in (["evaluate"], ["predict"]) and len(words) > 1 and not words[1].startswith("-"):
             words[2:2] = ["--config", str(config_of_run(words[1]))]  # flags behind it override it
-        parser = build_parser()
+        parser = build_parser(words)
         try:
             parsed = parser.parse_args(words)
         except ConfigError:
@@ -225,7 +253,7 @@ def config_of(options: jsonargparse.Namespace) -> Config:
 
 def config_of_words(words: Sequence[str]) -> Config:
     """Return the config of a command line such as ``["train", "--config", FILE]``. Local."""
-    parser = build_parser()
+    parser = build_parser(words)
     return config_of(parser.instantiate(parser.parse_args(list(words)))[words[0]])
 
 
