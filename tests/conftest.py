@@ -3,6 +3,7 @@
 Every limit on a time passes through `patience`: ``HPC_BNN_TEST_PATIENCE=3 make test`` stretches all of them by three.
 """
 
+import contextlib
 import os
 import signal
 import socket
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+
+from hpc_bnn.run.plots import write_plots
 
 REPOSITORY = Path(__file__).parents[1]
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
@@ -45,6 +48,25 @@ def digits(tmp_path_factory):
     options = common.make_parser(script.__doc__).parse_args(["--output", str(directory)])
     script.prepare(options, GridComm(Grid()))
     return directory
+
+
+WRITE_PLOTS = write_plots
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_plots():
+    """Runs in this process draw nothing, as that takes longer than to train; `with_plots` is for the tests of plots."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hpc_bnn.run.plots.write_plots", lambda *_: [])
+        yield
+
+
+@contextlib.contextmanager
+def with_plots():
+    """Runs in this process draw their plots."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hpc_bnn.run.plots.write_plots", WRITE_PLOTS)
+        yield
 
 
 @pytest.fixture(scope="session")

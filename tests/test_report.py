@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import JOB_SECONDS, patience
+from conftest import JOB_SECONDS, WRITE_PLOTS, patience, with_plots
 from matplotlib.image import imread
 
 from hpc_bnn import write_shards
@@ -55,7 +55,8 @@ def runs(digits, tmp_path_factory):
     config = ["train", "--config", str(REPOSITORY / "configs/digits.yaml"), "--data.shards", str(digits)]
     for seed in (0, 1):
         flags = ["--num_epochs", "3", "--seed", str(seed), "--run_dir", str(directory / f"digits{seed}")]
-        assert main([*config, *common, *flags]) == 0
+        with with_plots():
+            assert main([*config, *common, *flags]) == 0
     x = rng.normal(size=(80, 2))
     y = x @ rng.normal(size=(2, 3)) * [1, 10, 1000] + rng.normal(size=(80, 3))
     facts = {"name": "toy", "source": "test", "licence": "none", "channels": {"y": ["t2m", "z500", "u & v"]}}
@@ -68,7 +69,8 @@ def runs(digits, tmp_path_factory):
         "--run_dir",
         str(directory / "numbers"),
     ]
-    assert main(["train", *common, *flags]) == 0
+    with with_plots():
+        assert main(["train", *common, *flags]) == 0
     flags = ["--max_seconds", "1e-9", "--run_dir", str(directory / "stopped")]
     assert main([*config, *common, *flags]) == 75
     return directory
@@ -181,10 +183,11 @@ def test_fields_are_shown_as_maps(tmp_path, monkeypatch):
         "2",
     ]
     flags += ["--objective.name", "crps", "--num_test_samples", "3"]
-    assert main(["train", *flags]) == 0
+    with with_plots():
+        assert main(["train", *flags]) == 0
     assert drawn["y"].shape == drawn["mean"].shape == (3, 9, 12)
     np.testing.assert_allclose(drawn["y"][1], for_split["test"][1][3, 0], atol=1e-5)  # every third
     monkeypatch.undo()
-    picture = plots.write_plots(tmp_path / "run", drawn)[1]
+    picture = WRITE_PLOTS(tmp_path / "run", drawn)[1]
     height, width, _ = imread(picture).shape
     assert width > 1.3 * height  # four maps in a row, three examples
