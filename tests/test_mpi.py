@@ -10,6 +10,8 @@ import pytest
 import torch
 from conftest import REPOSITORY, TEST_SECONDS, patience
 
+from hpc_bnn.cli.commands import main
+
 SUITES = [(1, "horovod"), (2, "torch"), (3, "horovod"), (4, "horovod")]
 SUITES += [pytest.param(4, "torch", marks=pytest.mark.slow)]
 """The same tests on either library."""
@@ -114,6 +116,7 @@ def test_a_stuck_test_cannot_hang_the_suite(mpirun, tmp_path):
     assert done.returncode != 0 and "test_stuck.py" in done.stderr and "Timeout" in done.stderr
 
 
+COMMANDS = (REPOSITORY / "tests/commands.py").read_text()
 WITHOUT_HOROVOD = "import sys; sys.modules['horovod'] = None\nfrom hpc_bnn.__main__ import run\nrun()\n"
 
 
@@ -126,73 +129,129 @@ def test_horovod_that_is_asked_for_and_not_there_is_a_clear_error(mpirun, tmp_pa
     assert "Traceback" not in done.stderr
 
 
-def train(mpirun, num_ranks, sample_size, digits, run_dir, *flags):
-    done = mpirun(
-        num_ranks, "-m", "hpc_bnn", "train", "--config", "configs/digits.yaml", "--data.shards", digits,
-        "--grid.sample_size", sample_size, "--run_dir", run_dir, *flags,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    checkpoint = max((run_dir / "checkpoints").glob("*.pt"))
-    return json.loads((run_dir / "summary.json").read_text()), torch.load(checkpoint, weights_only=True)[
-        "model"
-    ]
+# --- runs that are compared: several in each job of ranks -----------------------------------------------------
 
 
-def test_layout_law_through_the_command_line(mpirun, digits, tmp_path):
-    """The whole way: shards, order, views, init, five steps, evaluation, checkpoint; float64, uneven samples."""
-    flags = ("--dtype", "float64", "--max_steps", "5", "--num_samples", "16", "--num_test_samples", "5")
-    flags += ("--augmentation.transforms", "[{name: crop, padding: 1}, {name: noise}, {name: mixup}]")
-    summaries, models = zip(
-        *(
-            train(
-                mpirun, ranks, sample_size, digits, tmp_path / f"{ranks}-{sample_size}", *flags,
-                "--data.reading", reading,
-            )
-            for ranks, sample_size, reading in ((1, 1, "auto"), (4, 2, "group"), (3, 3, "node"))
+EXACT = ("--dtype", "float64")
+LAYOUT_LAW = (*EXACT, "--max_steps", 5, "--num_samples", 16, "--num_test_samples", 5, "--augmentation.transforms",
+              "[{name: crop, padding: 1}, {name: noise}, {name: mixup}]")  # fmt: skip
+LIBRARY = (*EXACT, "--max_steps", 5, "--num_test_samples", 5, "--optimizer.sharded", "true")
+ACROSS = (*EXACT, "--num_samples", 6, "--num_test_samples", 6, "--resume", "true")
+FAMILIES = ("mean_field", pytest.param("ensemble", marks=pytest.mark.slow))
+BACKENDS = ("horovod", pytest.param("torch", marks=pytest.mark.slow))
+
+
+class Runs:
+    """The run directories of the tests below, of jobs that train several after each other."""
+
+    def __init__(self, directory, digits, mpirun, with_slow):
+        self.directory, self.digits, self.mpirun = directory, digits, mpirun
+        families = ("mean_field", "ensemble")[: 1 + with_slow]
+        backends = ("horovod", "torch")[: 1 + with_slow]
+
+        def across(run_dir, family, steps, size, sharded="false"):
+            flags = ("--max_steps", steps, "--posterior.family", family, "--optimizer.sharded", sharded)
+            return self.train(f"{run_dir}-{family}", size, *ACROSS, *flags)
+
+        def sharded(family):  # with and without is the same, too
+            return "true" if family == "mean_field" else "false"
+
+        self.run(
+            4,
+            self.train("law-4", 2, *LAYOUT_LAW, "--data.reading", "group"),
+            *(across("parts", family, 9, 4, sharded(family)) for family in families),
+            *(across("parts", family, 23, 2, sharded(family)) for family in families),
+            *(self.train(f"library-{name}", 2, *LIBRARY, "--backend", name) for name in ("horovod", "torch")),
+            *(self.train(f"quickstart-{name}", 2, "--backend", name) for name in backends),
         )
-    )  # fmt: skip
+        alone = [self.train("law-1", 1, *LAYOUT_LAW)]
+        alone += [across("whole", family, 40, 1) for family in families]
+        alone += [across("parts", family, 30, 1) for family in families]
+        assert [main(command) for command in alone] == [0] * len(alone)
+        self.run(
+            3,
+            self.train("law-3", 3, *LAYOUT_LAW, "--data.reading", "node"),
+            *(across("parts", family, 40, 3) for family in families),
+        )
+        self.run(2, *(["evaluate", str(directory / f"parts-{family}")] for family in families))
+
+    def train(self, run_dir, sample_size, *flags):
+        """Return the command of a run."""
+        command = ["train", "--config", REPOSITORY / "configs/digits.yaml", "--data.shards", self.digits]
+        command += ["--run_dir", self.directory / run_dir, "--grid.sample_size", sample_size, *flags]
+        return list(map(str, command))
+
+    def run(self, num_ranks, *commands, program="tests/commands.py"):
+        """Run commands in one job, and return what it said."""
+        done = self.mpirun(num_ranks, program, json.dumps(commands))
+        assert done.returncode == 0, done.stderr
+        is_said = done.stderr.count("torch.distributed carries the tensors")
+        assert is_said == (program != "tests/commands.py"), done.stderr
+
+    def result(self, run_dir):
+        """Return the summary of a run, and its parameters."""
+        checkpoint = max((self.directory / run_dir / "checkpoints").glob("*.pt"))
+        summary = json.loads((self.directory / run_dir / "summary.json").read_text())
+        return summary, torch.load(checkpoint, weights_only=True)["model"]
+
+
+@pytest.fixture(scope="module")
+def runs(mpirun, digits, tmp_path_factory, request):
+    return Runs(tmp_path_factory.mktemp("runs"), digits, mpirun, request.config.option.markexpr != "not slow")
+
+
+def assert_equal(model, expected, tolerance):
+    assert model.keys() == expected.keys()
+    for name, value in model.items():
+        assert (value - expected[name]).norm() <= tolerance * expected[name].norm(), name
+
+
+def test_layout_law_through_the_command_line(runs):
+    """The whole way: shards, order, views, init, five steps, evaluation, checkpoint; float64, uneven samples."""
+    summaries, models = zip(*map(runs.result, ("law-1", "law-4", "law-3")))
     assert [s["grid"]["data_size"] for s in summaries] == [1, 2, 1]
     assert [s["reading"]["mode"] for s in summaries] == ["node", "group", "node"]
     for summary, model in zip(summaries[1:], models[1:]):
         assert summary["test/accuracy"] == summaries[0]["test/accuracy"]
         assert summary["test/nll"] == pytest.approx(summaries[0]["test/nll"], rel=1e-12)
-        assert model.keys() == models[0].keys()
-        for name, value in model.items():
-            assert (value - models[0][name]).norm() <= 1e-12 * models[0][name].norm(), name
+        assert_equal(model, models[0], 1e-12)
 
 
-def test_both_libraries_give_the_same_run_and_auto_finds_the_one_that_is_there(mpirun, digits, tmp_path):
+def test_both_libraries_give_the_same_run_and_auto_finds_the_one_that_is_there(runs, tmp_path):
     """2 x 2 ranks, sharded optimiser, float64; the third run has no Horovod and asks for no library."""
     program = tmp_path / "program.py"
-    program.write_text(WITHOUT_HOROVOD)
-    runs = []
-    for runner, backend in (("-m", "hpc_bnn"), "horovod"), (("-m", "hpc_bnn"), "torch"), ((program,), "auto"):
-        run_dir = tmp_path / f"{backend}-{len(runs)}"
-        done = mpirun(
-            4, *runner, "train", "--config", "configs/digits.yaml", "--data.shards", digits, "--run_dir", run_dir,
-            "--grid.sample_size", 2, "--dtype", "float64", "--max_steps", 5, "--num_test_samples", 5,
-            "--optimizer.sharded", "true", "--backend", backend,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        assert done.stderr.count("torch.distributed carries the tensors") == (backend == "auto"), done.stderr
-        summary = json.loads((run_dir / "summary.json").read_text())
-        (checkpoint,) = (run_dir / "checkpoints").glob("*.pt")
-        runs.append((summary, torch.load(checkpoint, weights_only=True)["model"]))
-    assert [s["communication"]["library"] for s, _ in runs] == ["horovod", "torch", "torch"]
-    for summary, model in runs[1:]:
-        assert summary["test/nll"] == pytest.approx(runs[0][0]["test/nll"], rel=1e-12)
-        assert summary["communication"]["num_bytes"] == runs[0][0]["communication"]["num_bytes"]
-        for name, value in model.items():
-            assert (value - runs[0][1][name]).norm() <= 1e-12 * runs[0][1][name].norm(), name
+    program.write_text("import sys; sys.modules['horovod'] = None\n" + COMMANDS)
+    runs.run(4, runs.train("library-auto", 2, *LIBRARY, "--backend", "auto"), program=program)
+    found = [runs.result(f"library-{name}") for name in ("horovod", "torch", "auto")]
+    assert [s["communication"]["library"] for s, _ in found] == ["horovod", "torch", "torch"]
+    for summary, model in found[1:]:
+        assert summary["test/nll"] == pytest.approx(found[0][0]["test/nll"], rel=1e-12)
+        assert summary["communication"]["num_bytes"] == found[0][0]["communication"]["num_bytes"]
+        assert_equal(model, found[0][1], 1e-12)
 
 
-@pytest.mark.parametrize("backend", ["horovod", pytest.param("torch", marks=pytest.mark.slow)])
-def test_the_quickstart_learns(mpirun, digits, backend, tmp_path):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_quickstart_learns(runs, backend):
     """2 x 2 ranks: accuracy >= 0.97 and NLL <= 0.12 nats on the held-out fifth."""
-    summary, _ = train(mpirun, 4, 2, digits, tmp_path / "run", "--backend", backend)
+    summary, _ = runs.result(f"quickstart-{backend}")
     assert summary["communication"]["library"] == backend
     assert summary["communication"]["num_collectives"] > 2 * summary["num_steps"]
     assert summary["test/accuracy"] >= 0.97 and summary["test/nll"] <= 0.12
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_run_goes_on_across_grids(runs, family):
+    """4 x 1, 2 x 2, 1 x 1, 3 x 1 against the uninterrupted 1 x 1, stopped in the middle of epochs; float64."""
+    (expected, whole), (summary, model) = (runs.result(f"{name}-{family}") for name in ("whole", "parts"))
+    assert summary["num_steps"] == expected["num_steps"] == 40
+    assert summary["test/nll"] == pytest.approx(expected["test/nll"], rel=1e-10)
+    assert summary["train/nelbo"] == pytest.approx(expected["train/nelbo"], rel=1e-10)
+    assert_equal(model, whole, 1e-11)  # 40 steps: rounding adds up
+    evaluated = json.loads((runs.directory / f"parts-{family}/evaluation.json").read_text())
+    assert evaluated["metrics"]["nll"] == pytest.approx(summary["test/nll"], rel=1e-12)
+
+
+# --- jobs that fail, and what they say ------------------------------------------------------------------------
 
 
 def test_wrong_grid_is_said_once_and_ends_in_order(mpirun, digits, tmp_path):
@@ -285,39 +344,6 @@ def test_an_error_on_which_the_ranks_did_not_agree_is_printed_and_ends_the_job(m
     done = mpirun(2, program, "train", "--config", "configs/digits.yaml")
     assert done.returncode != 0 and "error: only here" in done.stderr
     assert seconds_after_fault(done) < patience(25)
-
-
-@pytest.mark.parametrize("family", ["mean_field", pytest.param("ensemble", marks=pytest.mark.slow)])
-def test_a_run_goes_on_across_grids(mpirun, digits, tmp_path, family):
-    """4 x 1, 2 x 2, 1 x 1, 3 x 1 against the uninterrupted 1 x 1, stopped in the middle of epochs; float64."""
-    flags = (
-        "--dtype",
-        "float64",
-        "--num_samples",
-        "6",
-        "--num_test_samples",
-        "6",
-        "--posterior.family",
-        family,
-    )
-    expected, whole = train(mpirun, 1, 1, digits, tmp_path / "whole", *flags, "--max_steps", "40")
-    is_sharded = "true" if family == "mean_field" else "false"  # with and without is the same, too
-    for (ranks, sample_size), steps in zip(((4, 4), (4, 2), (1, 1), (3, 3)), (9, 23, 30, 40)):
-        sharded = is_sharded if ranks == 4 else "false"
-        summary, model = train(
-            mpirun, ranks, sample_size, digits, tmp_path / "parts", *flags, "--max_steps", steps, "--resume", "true",
-            "--optimizer.sharded", sharded,
-        )  # fmt: skip
-    assert summary["num_steps"] == expected["num_steps"] == 40
-    assert summary["test/nll"] == pytest.approx(expected["test/nll"], rel=1e-10)
-    assert summary["train/nelbo"] == pytest.approx(expected["train/nelbo"], rel=1e-10)
-    assert model.keys() == whole.keys()
-    for name, value in model.items():
-        assert (value - whole[name]).norm() <= 1e-11 * whole[name].norm(), name  # 40 steps: rounding adds up
-    done = mpirun(2, "-m", "hpc_bnn", "evaluate", tmp_path / "parts")
-    assert done.returncode == 0, done.stderr
-    evaluated = json.loads((tmp_path / "parts/evaluation.json").read_text())
-    assert evaluated["metrics"]["nll"] == pytest.approx(summary["test/nll"], rel=1e-12)
 
 
 def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(mpirun, digits, tmp_path):
