@@ -104,6 +104,13 @@ def run_job(command, timeout=JOB_SECONDS, **options) -> subprocess.CompletedProc
     return subprocess.CompletedProcess(command, job.returncode, output, errors)
 
 
+def assert_learnt(summary, library):
+    """The quickstart's run was a good one, and its sums went by the library."""
+    assert summary["communication"]["library"] == library
+    assert summary["communication"]["num_collectives"] > 2 * summary["num_steps"]
+    assert summary["test/accuracy"] >= 0.97 and summary["test/nll"] <= 0.12
+
+
 def free_port() -> int:
     """Return a port that nobody listens on."""
     with socket.create_server(("", 0)) as server:
