@@ -78,9 +78,9 @@ class Mpi4pyComm(MpiComm):
         self._object_comms[axis].Allgather(tensor.numpy(), gathered.numpy())
         return gathered
 
-    def _reduce_scatter(self, flat, axis) -> torch.Tensor:
-        received = torch.empty(len(flat) // self._extents[axis], dtype=flat.dtype)
-        self._object_comms[axis].Reduce_scatter_block(flat.numpy(), received.numpy())
+    def _reduce_scatter(self, rows, axis) -> torch.Tensor:
+        received = torch.empty(rows.shape[1], dtype=rows.dtype)
+        self._object_comms[axis].Reduce_scatter_block(rows.numpy(), received.numpy())
         return received
 
 
@@ -114,7 +114,7 @@ def measure_collectives(library: str) -> list[dict]:
                 ("sum of 8 B", comm.sum_, small),
                 ("sum of 1 MiB", comm.sum_, middle),
                 ("sum of 16 MiB", comm.sum_, large),
-                ("reduce-scatter of 16 MiB", comm._reduce_scatter, large),
+                ("reduce-scatter of 16 MiB", comm._reduce_scatter, large.view(extent, -1)),
                 ("all-gather of 16 MiB", comm._gather, share),
             )
             groups = {"grid": f"{sample_size} x {comm.grid.data_size}", "axis": axis}

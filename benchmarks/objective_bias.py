@@ -129,8 +129,11 @@ def measure_gradients(num_samples: int, num_epochs: int) -> list[dict]:
             sizes = [2**i for i in range(int(math.log2(num_samples)) + 1)]
             for m in sizes:
                 step.objective = averaged(m)
-                step.accumulate_gradient_(x[:n][:256], y[:n][:256], 256)
-                losses[m], gradients[m] = step.posterior.tally[0].item(), step.posterior.gradient.clone()
+                step.accumulate_(x[:n][:256], y[:n][:256], 256)
+                losses[m], gradients[m] = (
+                    step.posterior.buffer.tally[0].item(),
+                    step.posterior.buffer.gradient.clone(),
+                )
             exact = gradients[num_samples]
             for m in sizes:
                 cosine = torch.nn.functional.cosine_similarity(gradients[m], exact, dim=0).clamp(-1, 1)

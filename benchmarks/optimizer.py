@@ -90,11 +90,11 @@ def child(options: argparse.Namespace) -> None:
         if options.child != "time":
             continue
         if name == "plain":
-            step.accumulate_gradient_(x, y, len(x))
-            exact = step.posterior.gradient.clone()
+            step.accumulate_(x, y, len(x))
+            exact = step.posterior.buffer.gradient.clone()
         elif not sharded:
-            steps["plain"].accumulate_gradient_(x, y, len(x))
-            error = (steps["plain"].posterior.gradient - exact).norm() / exact.norm()
+            steps["plain"].accumulate_(x, y, len(x))
+            error = (steps["plain"].posterior.buffer.gradient - exact).norm() / exact.norm()
             results[name]["gradient_error"] = error.item()
     if options.child == "time":
         seconds = {name: [] for name in names}

@@ -143,7 +143,7 @@ def make_ours(case: Case, comm: hpc_bnn.GridComm, model: str) -> tuple[Callable[
     watch = Stopwatch()
     posterior.draw_ = watch.around("draw", posterior.draw_)
     posterior.module.forward = watch.around("forward", posterior.module.forward)
-    accumulate = step.accumulate_gradient_
+    accumulate = step.accumulate_
 
     def timed_accumulate(*args) -> None:
         before, start = comm.traffic.seconds, time.perf_counter()
@@ -151,7 +151,7 @@ def make_ours(case: Case, comm: hpc_bnn.GridComm, model: str) -> tuple[Callable[
         watch.seconds["reduce"] += comm.traffic.seconds - before
         watch.seconds["accumulate"] += time.perf_counter() - start
 
-    step.accumulate_gradient_ = timed_accumulate
+    step.accumulate_ = timed_accumulate
 
     def run() -> None:
         start = time.perf_counter()

@@ -98,7 +98,7 @@ class Bnn:
 
     def drawn_for_step(self, sample: int) -> Named:
         """Draw a sample of the next step again and return the module's weights."""
-        self.posterior.begin()
+        self.posterior.begin_()
         return self._drawn(sample, Stream.NOISE, self.step.num_steps)
 
     def drawn_for_member(self, sample: int) -> Named:

@@ -10,11 +10,13 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
+from .capabilities import FAMILIES, Features, check_features
 from .errors import ConfigError, Fault, Rule, above_and_below, at_least, check_all, positive
 
 Auto = Literal["auto"]
 Library = Literal["horovod", "torch"]
 Backend = Literal[Auto, Library]
+Batching = Literal["auto", "walking", "vmap"]
 Compression = Literal["none", "fp16", "bf16"]
 Dtype = Literal["float64", "float32", "bfloat16"]
 Estimator = Literal["reparameterisation", "local", "flipout"]
@@ -37,6 +39,13 @@ ViewKind = Literal["per_sample", "per_group", "shared"]
 
 def _ruled(default: Any, rule: Rule) -> Any:
     return field(default=default, metadata={"rule": rule})
+
+
+def _named(default: str, words: Any) -> Any:
+    """Return a field that takes words, or the import path of something of the user's."""
+    names = get_args(words)
+    rule = f"one of {', '.join(names)}, or package.module.name"
+    return _ruled(default, Rule(lambda name: name in names or "." in name, rule, f"Try {default}"))
 
 
 @dataclass
@@ -101,6 +110,9 @@ class ModelConfig:
     shape of the targets) if the class accepts it."""
     arguments: dict[str, Any] = field(default_factory=dict)
     """Further keyword arguments of the class."""
+    output: str | int | None = None
+    """Which tensor the likelihood gets if the network returns a dict, a tuple or an object: a key or attribute such as
+    logits, or a place such as 0."""
     pretrained: str | None = None
     """File with a state_dict of the network (torch.save) to start from."""
 
@@ -109,9 +121,11 @@ class ModelConfig:
 class PosteriorConfig:
     """The variational family and its prior."""
 
-    family: Family = "mean_field"
-    """Gaussian with independent weights (mean_field) or low-rank covariance, dropout masks, an ensemble of networks,
-    or one deterministic network."""
+    family: str = _named("mean_field", Family)
+    """Gaussian with independent weights (mean_field) or low-rank covariance (low_rank), dropout masks (mc_dropout), an
+    ensemble of networks, one deterministic network, or the import path of your own hpc_bnn.Family."""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of your own family."""
     prior: PriorName = "gaussian"
     """Prior of each weight; the KL has a closed form for the first two, otherwise it is a Monte Carlo estimate."""
     prior_std: PriorScale = _ruled(1.0, positive("Try 0.1"))
@@ -143,9 +157,11 @@ class PosteriorConfig:
 class LikelihoodConfig:
     """The distribution of a target given the network's outputs."""
 
-    name: LikelihoodName = "auto"
-    """Distribution of a target; auto: implicit for the objectives crps and energy, otherwise categorical for classes
-    and gaussian for numbers."""
+    name: str = _named("auto", LikelihoodName)
+    """Distribution of a target: auto, categorical, bernoulli, gaussian, student_t, poisson, implicit, or the import path
+    of your own hpc_bnn.Likelihood. auto: implicit for crps and energy, otherwise categorical or gaussian."""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of your own likelihood, besides num_targets."""
     scale: LikelihoodScale = _ruled("heteroscedastic", positive("Try 1.0 or heteroscedastic"))
     """Scale of gaussian and student_t: a number (units of the targets, normalised if the shards have their
     statistics), learned (one per target), or heteroscedastic (an output of the network)."""
@@ -159,14 +175,7 @@ class LikelihoodConfig:
 class ObjectiveConfig:
     """The data term, computed from the samples of the whole job."""
 
-    name: str = _ruled(
-        "elbo",
-        Rule(
-            lambda name: name in get_args(ObjectiveName) or "." in name,
-            f"one of {', '.join(get_args(ObjectiveName))}, or package.module.name",
-            "Try elbo",
-        ),
-    )
+    name: str = _named("elbo", ObjectiveName)
     """elbo, log_predictive (the direct loss), moment_matched, crps, energy, or the import path of your own."""
     fairness: float = _ruled(
         0.95,
@@ -185,9 +194,9 @@ class ObjectiveConfig:
 class KlAnnealingConfig:
     """How the factor of the KL increases to kl_weight."""
 
-    schedule: KlSchedule = "constant"
+    schedule: str = _named("constant", KlSchedule)
     """constant: kl_weight from the start; linear or cosine: increase from 0; cyclical: increase from 0 in every
-    cycle."""
+    cycle; or the import path of a function of your own: from epochs / num_epochs to a multiple of kl_weight."""
     num_epochs: float = _ruled(10.0, positive("Try 10"))
     """Epochs until the factor reaches kl_weight; for cyclical: length of a cycle, in which the factor rises for the
     first half."""
@@ -205,8 +214,10 @@ class OptimizerConfig:
     """Learning rate after the warm-up."""
     warmup_epochs: float = 0.0
     """Epochs in which the learning rate rises from 0."""
-    schedule: LearningRateSchedule = "cosine"
-    """Learning rate over num_epochs; cosine ends at 0; step multiplies it by decay every decay_every_epochs."""
+    schedule: str = _named("cosine", LearningRateSchedule)
+    """Learning rate over num_epochs: constant; cosine ends at 0; step multiplies it by decay every decay_every_epochs;
+    or the import path of a function of your own: from the fraction of the epochs after the warm-up, 0 to 1, to a
+    multiple of learning_rate."""
     decay: float = _ruled(0.1, positive("Try 0.1"))
     """Factor of a step of the learning rate."""
     decay_every_epochs: float = _ruled(30.0, positive("Try 30"))
@@ -264,6 +275,12 @@ class Config:
     """Weight samples of the predictive in the whole job."""
     chunk_size: int | Auto = _ruled("auto", at_least(1, "Try auto", "auto or at least 1"))
     """Samples that a rank evaluates at once; memory grows with this number. auto: 1 on a CPU, measured on a GPU."""
+    batching: Batching = "auto"
+    """How a rank evaluates chunk_size samples: one after another (walking) or in one batch (vmap, in training and
+    prediction). auto: a batch in training, but walking for ensembles and predictions."""
+    micro_batch_size: int | None = _ruled(None, at_least(1, "Leave it out for the whole batch"))
+    """Examples of a rank that one forward pass evaluates; gradients add up to those of the whole batch, and memory is
+    bounded. null: all examples of the rank at once."""
     global_batch_size: int = _ruled(128, at_least(1, "Give a positive number"))
     """Examples per step in the whole job."""
     num_epochs: int = _ruled(10, at_least(1, "Give a positive number"))
@@ -315,6 +332,7 @@ class Config:
             lambda: check_groups(augmentation.views, augmentation.num_groups, samples),
             lambda: is_score and check_pairs(objective.name, objective.fairness, samples),
             self._check_together,
+            self._check_features,
         )
 
     def _check_together(self) -> None:
@@ -334,7 +352,6 @@ class Config:
         yield "optimizer.warmup_epochs", warmup, fits, rule, "Try 0"
         yield from self._objective_rules()
         yield from self._posterior_rules()
-        yield from self._overlap_rules()
 
     def _objective_rules(self):
         name, weights, likelihood = self.objective.name, self.objective.weights, self.likelihood.name
@@ -350,41 +367,50 @@ class Config:
 
     def _posterior_rules(self):
         posterior, family, prior = self.posterior, self.posterior.family, self.posterior.prior
-        std, mean, estimator = posterior.prior_std, posterior.prior_mean, posterior.estimator
+        std, mean = posterior.prior_std, posterior.prior_mean
         if prior == "scale_mixture":
             yield "posterior.prior_std", std, std != "fan_in", "a number for scale_mixture", "Try 1.0"
         if prior in ("scale_mixture", "student_t"):
             yield "posterior.prior_mean", mean, mean == 0, f"0 for the {prior} prior", "Use gaussian"
-        if estimator != "reparameterisation":
-            has_pairs = posterior.antithetic
-            fits = family == "mean_field" and prior in ("gaussian", "laplace") and not has_pairs
-            rule = (
-                "reparameterisation unless mean_field, with a gaussian or laplace prior, and not antithetic"
+        for group in (posterior, self.likelihood):
+            field, name = ("posterior", family) if group is posterior else ("likelihood", group.name)
+            rule = f"left out for {name}, which has fields of its own"
+            yield (
+                f"{field}.arguments",
+                group.arguments,
+                "." in name or not group.arguments,
+                rule,
+                "Leave them out",
             )
-            yield "posterior.estimator", estimator, fits, rule, "Use reparameterisation"
         if family in ("mc_dropout", "ensemble"):
             yield "posterior.prior_std", std, std != "fan_in", f"a number for {family}", "Try 1.0"
         if family == "ensemble":
-            name, tests, members = self.objective.name, self.num_test_samples, self.num_samples
-            rule = "elbo for an ensemble: members train alone"
-            yield "objective.name", name, name == "elbo", rule, "Use elbo"
+            tests, members = self.num_test_samples, self.num_samples
             rule = f"<num_samples>, {members}: the members"
             yield "num_test_samples", tests, tests == members, rule, "Set both"
 
-    def _overlap_rules(self):
-        grid, posterior = self.grid, self.posterior
-        if not grid.overlap:
-            return
-        for name, value, others in (
-            ("grid.compression", grid.compression, ("none",)),
-            ("optimizer.sharded", str(self.optimizer.sharded).lower(), ("false",)),
-            ("posterior.family", posterior.family, ("mean_field", "mc_dropout", "deterministic")),
-            ("posterior.estimator", posterior.estimator, ("reparameterisation",)),
-            ("posterior.prior", posterior.prior, ("gaussian", "laplace")),
+    def _check_features(self) -> None:
+        """Check which feature goes with which (`hpc_bnn.capabilities`), as far as a config knows."""
+        posterior, name = self.posterior, self.objective.name
+        if posterior.family not in FAMILIES:
+            return  # that is the fault, or it is checked when it is built
+        can = FAMILIES[posterior.family].capabilities
+        if (
+            can.has_random_weights
+            and can.kl == "closed form"
+            and posterior.prior in ("student_t", "scale_mixture")
         ):
-            matters = name != "posterior.prior" or posterior.family == "mean_field"
-            rule = f"{' or '.join(others)} with <grid.overlap> true"
-            yield name, value, value in others or not matters, rule, "Leave one of the two out"
+            can = can.but(kl="Monte Carlo")
+        asked = Features(
+            couples=name in get_args(ObjectiveName) and name != "elbo",
+            overlap=self.grid.overlap,
+            sharded=self.optimizer.sharded,
+            compression=self.grid.compression != "none",
+            estimator=posterior.estimator,
+            antithetic=posterior.antithetic,
+            micro_batches=self.micro_batch_size is not None,
+        )
+        check_features(can, asked, lambda name: operator.attrgetter(name)(self))
 
 
 def config_of_run(run_dir: str | Path) -> Path:

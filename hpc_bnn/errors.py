@@ -154,6 +154,28 @@ def import_object(field: str, path: str) -> Any:
         ) from error
 
 
+def build_object(field: str, path: str, arguments: dict[str, Any], kind: type, arguments_field: str) -> Any:
+    """Return an object of a user's class, or raise a `ConfigError` that names the field. Local.
+
+    Parameters
+    ----------
+    kind : type
+        What it must be an instance of.
+    arguments_field : str
+        The field of its arguments.
+    """
+    made = import_object(field, path)
+    try:
+        made = made(**arguments)
+    except TypeError as error:
+        rule = f"{path} refuses them ({error})"
+        raise ConfigError(Fault(arguments_field, arguments, rule, "Fix the arguments")) from error
+    if not isinstance(made, kind):
+        rule = f"it makes a {type(made).__name__}, and a {kind.__name__} is needed"
+        raise ConfigError(Fault(field, path, rule, f"Let your class inherit from hpc_bnn.{kind.__name__}"))
+    return made
+
+
 def check_all(*checks: Callable[[], object]) -> None:
     """Run checks and raise one `ConfigError` with the faults of all that failed."""
     faults: list[Fault | str] = []

@@ -16,7 +16,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-__all__ = ["Key", "Stream"]
+__all__ = ["GENERATOR", "Key", "Stream"]
+
+GENERATOR = "torch"
+"""Name of what makes the numbers of a `Key`: the generator of torch on the device. Checkpoints hold it."""
 
 
 class Stream(enum.IntEnum):
@@ -31,6 +34,10 @@ class Stream(enum.IntEnum):
     """Draws of weight samples for a predictive: step 0."""
     MASK = 6
     """Dropout masks of a draw of weights: in its path, before layer and size."""
+    FACTOR = 8
+    """Noise that weights of a draw share: in its path, before its number."""
+    UPDATE = 9
+    """Noise of an update, as a chain needs it: in the path of the draws of a step."""
     ACTIVATION = 7
     """Noise per example of a draw of weights: in its path, before layer and block."""
 

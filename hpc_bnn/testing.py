@@ -1,20 +1,31 @@
-"""Test that your own objective is exact on every grid (needs pytest).
+"""Test that your own objective, or family of posteriors, is exact on every grid (needs pytest).
 
 In a test file::
 
-    from hpc_bnn.testing import objective_is_exact  # noqa: F401, a pytest fixture
+    from hpc_bnn.testing import family_is_exact, objective_is_exact  # noqa: F401, pytest fixtures
 
     def test_my_objective(objective_is_exact):
         objective_is_exact(MyObjective(), reference, likelihood=hpc_bnn.Implicit(2))
 
-where ``reference(outputs [K, B, ...], y [B, ...])`` is the data term in one line. Run it with ``pytest`` on one rank,
-and with ``mpirun -np 4 python -m mpi4py -m pytest FILE`` on all grids of four. All ranks raise the same failure.
+    def test_my_family(family_is_exact):
+        family_is_exact(
+            MyFamily(),
+            weights=lambda slots, eps, z: slots["loc"] + slots["log_scale"].exp() * eps,
+            kl=lambda slots: ...,
+        )
+
+where ``reference(outputs [K, B, ...], y [B, ...])`` is the data term in one line, and ``weights`` and ``kl`` are what
+the family is. Run it with ``pytest`` on one rank, and with ``mpirun -np 4 python -m mpi4py -m pytest FILE`` on all
+grids of four. All ranks raise the same failure.
 """
 
 from __future__ import annotations
 
+import copy
+import itertools
 import traceback
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -25,27 +36,37 @@ from .grid import sample_sizes
 from .likelihoods import Bernoulli, Categorical, Likelihood, Poisson
 from .noise import Key, Stream
 from .objectives import Objective
-from .posteriors import GaussianPrior, MeanFieldGaussian
+from .posteriors import Family, GaussianPrior, MeanFieldGaussian, Posterior
+from .posteriors.estimators import ExampleNoise
 from .training.step import VariationalStep
 
 NUM_EXAMPLES, NUM_INPUTS, SEED = 13, 6, 5
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 
-class ObjectiveDiffersError(AssertionError):
-    """An objective is not its definition, on which all ranks agree."""
+class DiffersError(AssertionError):
+    """An objective or a family is not its definition, on which all ranks agree."""
 
 
 @pytest.fixture
 def objective_is_exact(request: pytest.FixtureRequest) -> Callable[..., None]:
     """Give a function that compares an objective with its definition on every grid of the job (`check_objective`)."""
+    return _on_every_grid(check_objective, request)
 
-    def check(objective: Objective, reference: Callable[[Tensor, Tensor], Tensor], **options) -> None:
+
+@pytest.fixture
+def family_is_exact(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Give a function that compares a family with its definition on every grid of the job (`check_family`)."""
+    return _on_every_grid(check_family, request)
+
+
+def _on_every_grid(check_one: Callable[..., None], request: pytest.FixtureRequest) -> Callable[..., None]:
+    def check(*arguments, **options) -> None:
         ranks = world_size()
         try:
             for sample_size in sample_sizes(ranks):
-                check_objective(connect(sample_size, device="cpu"), objective, reference, **options)
-        except ObjectiveDiffersError:
+                check_one(connect(sample_size, device="cpu"), *arguments, **options)
+        except DiffersError:
             raise  # on all ranks
         except Exception:
             if not wait_for_others(5.0):  # only here: pytest would catch it, and the others wait for ever
@@ -88,7 +109,7 @@ def check_objective(
 
     Raises
     ------
-    ObjectiveDiffersError
+    DiffersError
         On all ranks, with the cases that differ, and where.
     """
     failures = []
@@ -102,17 +123,23 @@ def check_objective(
                 if expected is None:
                     expected = differentiate(step, reference, x, y)
                 mine = comm.grid.local_examples(NUM_EXAMPLES)
-                step.accumulate_gradient_(x[mine], y[mine], NUM_EXAMPLES)
-                got = step.posterior.tally[0], step.posterior.gradient
+                step.accumulate_(x[mine], y[mine], NUM_EXAMPLES)
+                step.reduce_()
+                step.posterior.finish_(step.scalars)
+                got = step.posterior.buffer.tally[0], step.posterior.buffer.gradient
                 errors = [float((a - b).norm() / b.norm()) for a, b in zip(got, expected)]
                 if not all(error < TOLERANCE[dtype] for error in errors):  # NaN is below nothing
                     failures.append(
                         f"{dtype}, {count} samples, chunk_size {chunk_size}, grid {comm.grid}, "
                         f"rank {comm.grid.rank}: relative error of the loss {errors[0]:.1e}, of the gradient {errors[1]:.1e}"
                     )
+    _agree(comm, objective.name, failures)
+
+
+def _agree(comm: GridComm, name: str, failures: list[str]) -> None:
     failures = [failure for theirs in comm.gather_objects(failures) for failure in theirs]
     if failures:
-        raise ObjectiveDiffersError("\n".join([f"{objective.name} differs from its definition:", *failures]))
+        raise DiffersError("\n".join([f"{name} differs from its definition:", *failures]))
 
 
 def make_step(
@@ -166,3 +193,214 @@ def differentiate(
     loss = reference(torch.stack(outputs), y)
     gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
     return loss.detach(), torch.cat([gradient.reshape(-1) for gradient in gradients])
+
+
+# --- families -------------------------------------------------------------------------------------------
+
+Slots = dict[str, Tensor]
+
+
+def check_family(
+    comm: GridComm,
+    family: Family,
+    weights: Callable[[Slots, Tensor, Callable[..., Tensor]], Tensor] | None = None,
+    kl: Callable[[Slots], Tensor] = lambda slots: torch.zeros((), dtype=torch.float64),
+    *,
+    log_prior: Callable[[Tensor], Tensor] | None = None,
+    outputs: Callable[..., Tensor] | None = None,
+    start: Callable[[Slots], None] | None = None,
+    deterministic: Sequence[str] = ("norm",),
+    num_samples: int = 6,
+    chunk_sizes: Sequence[int] = (1, 4),
+    **options,
+) -> None:
+    """Compare objective, KL and gradient of a step with the definition, differentiated by autograd in one process.
+
+    On a small network with points and random weights, with 13 examples (uneven on 2, 3 and 4 ranks): with a noise that
+    is kept and one that is drawn again, walking and in batches, with the whole batch and in micro-batches (each pair of
+    these), in float64 (relative tolerance 1e-12), and once in float32 (1e-5). Collective over the world.
+
+    Parameters
+    ----------
+    comm : GridComm
+        The process grid.
+    family : Family
+        The family to test. It is copied.
+    weights : callable
+        ``weights(slots, eps, z)``: the weights [P] of one sample, of the slots by name, of P standard normal numbers,
+        and of ``z(count, *path)``, which are those that the family has from ``draw.normal(path, count)``. Of slots that
+        belong to samples it gets the rows of the sample.
+    kl : callable
+        ``kl(slots)``: the KL (nats), or the part of it that has a closed form.
+    log_prior : callable, optional
+        ``log_prior(w)``: log prior (nats) of weights [P], where the KL is a Monte Carlo one, or that of points.
+    outputs : callable, optional
+        Instead of ``weights``, for estimators with noise per example: ``outputs(slots, eps, noise, x)``, the outputs
+        [B, 3] of one sample for all examples, where the slots are views by weight and slot, eps views by weight, and
+        ``noise(layer, like, width, signs=False)`` is `ExampleNoise.draw`.
+    start : callable, optional
+        Changes the slots in place before the step, so that no two numbers are alike.
+    deterministic : sequence of str
+        Weights that stay points.
+    num_samples : int
+        Samples in the whole job.
+    chunk_sizes : sequence of int
+        Samples at once: the first and the last are tried.
+    **options
+        Of `Posterior`: ``estimator``, ``antithetic``.
+
+    Raises
+    ------
+    DiffersError
+        On all ranks, with the cases that differ, and where.
+    """
+    failures: list[str] = []
+    expected: dict[torch.dtype, Slots] = {}
+    few, many = chunk_sizes[0], chunk_sizes[-1]
+    for keeps_noise, chunk_size, num_parts, dtype in (
+        (True, few, 1, torch.float64), (True, many, 2, torch.float64), (False, few, 2, torch.float64),
+        (False, many, 1, torch.float64), (True, few, 1, torch.float32),
+    ):  # each pair of settings  # fmt: skip
+        step = _family_step(
+            comm, copy.deepcopy(family), dtype, start, num_samples=max(num_samples, comm.grid.sample_size),
+            chunk_size=chunk_size, deterministic=deterministic, keeps_noise=keeps_noise, **options,
+        )  # fmt: skip
+        x, y = make_examples(step.likelihood, dtype)
+        if dtype not in expected:
+            reference = _of_weights(step, weights) if outputs is None else _of_outputs(step, outputs)
+            expected[dtype] = _differentiate_family(step, reference, kl, log_prior, x, y)
+        mine = range(NUM_EXAMPLES)[comm.grid.local_examples(NUM_EXAMPLES)]
+        ends = [mine.start + len(mine) * part // num_parts for part in range(num_parts + 1)]
+        for start_, stop in itertools.pairwise(ends):
+            step.accumulate_(x[start_:stop], y[start_:stop], NUM_EXAMPLES, is_last=stop == mine.stop)
+        step.reduce_()
+        result = step.update_()
+        numbers = torch.tensor([result.nelbo, result.kl], dtype=torch.float64)
+        got = dict(zip(("objective", "KL"), numbers)) | step.optimizer.optimizer.seen
+        for name, value in expected[dtype].items():
+            error = float((got[name].double() - value).norm() / value.norm().clamp_min(1e-30))
+            if not error < TOLERANCE[dtype]:
+                failures.append(
+                    f"{name}: relative error {error:.1e} ({dtype}, {step.num_samples} samples, chunk_size {chunk_size}, "
+                    f"{num_parts} micro-batches, noise {'kept' if keeps_noise else 'drawn again'}, grid {comm.grid}, "
+                    f"rank {comm.grid.rank})"
+                )
+    _agree(comm, family.name, failures)
+
+
+class _Witness(torch.optim.Optimizer):
+    """Keeps the gradients that an optimizer is given, and updates nothing."""
+
+    def __init__(self, posterior: Posterior):
+        self._names = [name for name, _ in posterior.named_parameters()]
+        super().__init__(posterior.parameters(), {"lr": 0.0})
+
+    def step(self, closure: None = None) -> None:
+        parameters = self.param_groups[0]["params"]
+        self.seen = {name: p.grad.clone() for name, p in zip(self._names, parameters)}
+
+
+def _family_step(
+    comm: GridComm,
+    family: Family,
+    dtype: torch.dtype,
+    start: Callable[[Slots], None] | None,
+    num_samples: int,
+    chunk_size: int,
+    **options,
+) -> VariationalStep:
+    """Return a step of a small network with points. Local."""
+    with Key(SEED, Stream.INIT).global_generator():
+        net = nn.Sequential(nn.Linear(NUM_INPUTS, 5), nn.LayerNorm(5), nn.Tanh(), nn.Linear(5, 3)).to(dtype)
+    posterior = Posterior(net, family, samples=comm.grid.local_samples(num_samples), **options)
+    if start is not None:
+        with torch.no_grad():
+            start(dict(posterior.named_parameters()))
+    return VariationalStep(
+        posterior, Categorical(3), _Witness(posterior), comm, num_samples=num_samples, num_train_examples=100,
+        seed=SEED, kl_weight=0.7, chunk_size=chunk_size, batching="vmap",
+    )  # fmt: skip
+
+
+def _noise_of(step: VariationalStep, key: Key) -> Tensor:
+    """Return the noise [P] of a sample in float64, or in the precision of the posterior rounded to it. Local."""
+    posterior, sign = step.posterior, 1
+    if posterior.antithetic:
+        key, sign = key.of(key.sample & ~1), 1 - 2 * (key.sample % 2)
+    return (
+        sign * torch.randn(posterior.num_weights, dtype=posterior.dtype, generator=key.generator()).double()
+    )
+
+
+def _of_weights(step: VariationalStep, weights: Callable[..., Tensor]) -> Callable[..., Any]:
+    """Return what gives weights [P] and outputs [B, 3] of a sample. Local."""
+    posterior = step.posterior
+    module = copy.deepcopy(posterior.module).double()
+
+    def reference(slots: Slots, sample: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        key = step.key.of(sample)
+
+        def z(count: int, *path: int) -> Tensor:
+            first = key.of(sample & ~1) if posterior.antithetic else key
+            generator = first.child(Stream.FACTOR, *path).generator()
+            numbers = torch.randn(count, dtype=posterior.dtype, generator=generator).double()
+            return -numbers if first.sample != sample else numbers
+
+        w = weights(slots, _noise_of(step, key), z)
+        points = posterior.point.views(slots["points"]) if "points" in slots else {}
+        return w, torch.func.functional_call(module, posterior.random.views(w) | points, (x,))
+
+    return reference
+
+
+def _of_outputs(step: VariationalStep, outputs: Callable[..., Tensor]) -> Callable[..., Any]:
+    """Return the same, without weights, of an estimator with noise per example. Local."""
+    posterior = step.posterior
+
+    def reference(slots: Slots, sample: int, x: Tensor) -> tuple[None, Tensor]:
+        noise, key = ExampleNoise(), step.key.of(sample)
+        noise.begin_sample(key)
+        eps = posterior.random.views(_noise_of(step, key))
+
+        def draw(layer: int, like: Tensor, width: int, signs: bool = False) -> Tensor:
+            return noise.draw(layer, like.to(posterior.dtype), width, signs).double()
+
+        return None, outputs(posterior.names.of(slots), eps, draw, x)
+
+    return reference
+
+
+def _differentiate_family(
+    step: VariationalStep,
+    reference: Callable[..., tuple[Tensor | None, Tensor]],
+    kl: Callable[[Slots], Tensor],
+    log_prior: Callable[[Tensor], Tensor] | None,
+    x: Tensor,
+    y: Tensor,
+) -> Slots:
+    """Return objective, KL and gradients by autograd, all examples at once, in float64. Local.
+
+    Rows that belong to samples train alone: the gradient of each is that of its own objective.
+    """
+    posterior, factor = step.posterior, 0.7 / step.num_train_examples
+    leaves = {name: p.detach().double().requires_grad_() for name, p in posterior.named_parameters()}
+    owned = posterior.samples if not posterior.is_replicated else []
+    data_term, divergence = torch.zeros(2, dtype=torch.float64).unbind()
+    for sample in owned or range(step.num_samples):
+        slots = {name: leaf[owned.index(sample)] for name, leaf in leaves.items()} if owned else leaves
+        w, outputs = reference(slots, sample, x.double())
+        data_term = data_term - step.likelihood.log_prob(outputs, y).mean()
+        if log_prior is not None:
+            divergence = divergence - log_prior(w)
+        if owned:
+            divergence = divergence + kl(slots)
+    if owned:
+        objective = data_term + factor * divergence
+        gradients = torch.autograd.grad(objective, list(leaves.values()))
+        return dict(zip(leaves, gradients))
+    data_term, divergence = data_term / step.num_samples, divergence / step.num_samples + kl(leaves)
+    objective = data_term + factor * divergence
+    gradients = torch.autograd.grad(
+        objective, list(leaves.values()), allow_unused=True, materialize_grads=True
+    )
+    return {"objective": objective.detach(), "KL": divergence.detach()} | dict(zip(leaves, gradients))

@@ -6,29 +6,48 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
+from .trees import Inputs, device_of, map_tensors, num_rows
+
 __all__ = ["SharedView", "Views"]
 
 
 class SharedView:
-    """Inputs that are the same for all samples."""
+    """Inputs that are the same for all samples: a tensor, or a tree of them."""
 
     num_samples: int | None = None
     """Samples per step that the views are for; None: any number."""
 
-    def __init__(self, x: Tensor):
+    def __init__(self, x: Inputs):
         self._x = x
-        self.device = x.device
+        self._num_rows = num_rows(x)
+        self.device = device_of(x)
 
     def __len__(self) -> int:
-        return len(self._x)
+        return self._num_rows
 
     def number(self, sample: int) -> int:
         """Return the number of the view of a sample."""
         return 0
 
-    def of(self, sample: int) -> Tensor:
+    def of(self, sample: int) -> Inputs:
         """Return the inputs [B, ...] of a sample."""
         return self._x
+
+    def part(self, span: slice) -> SharedView:
+        """Return the inputs of some of the examples."""
+        return _Part(self, span)
+
+
+class _Part(SharedView):
+    """The inputs of some examples of others."""
+
+    def __init__(self, whole: SharedView, span: slice):
+        self._whole, self._span = whole, span
+        self.device, self.num_samples, self.number = whole.device, whole.num_samples, whole.number
+        self._num_rows = len(range(len(whole))[span])
+
+    def of(self, sample: int) -> Inputs:
+        return map_tensors(lambda tensor: tensor[self._span], self._whole.of(sample))
 
 
 class Views(SharedView):

@@ -38,7 +38,7 @@ def test_predictive_is_the_mean_of_probabilities_and_its_parts_add_up():
         posterior, Categorical(10), GridComm(Grid()), x, num_samples=7, seed=2, batch_size=2
     )
     members = []
-    posterior.begin()
+    posterior.begin_()
     for sample in range(7):
         posterior.draw_(Key(2, Stream.PREDICTION, sample=sample))
         members.append(torch.softmax(posterior.network(x).detach(), -1))
@@ -94,7 +94,7 @@ def test_total_variance_is_aleatoric_plus_epistemic():
     x, y = (torch.randn(6, n, generator=generator, dtype=torch.float64) for n in (3, 2))
     got = predict_values(posterior, likelihood, GridComm(Grid()), x, y, num_samples=9, seed=1, batch_size=4)
     members = []
-    posterior.begin()
+    posterior.begin_()
     for sample in range(9):
         posterior.draw_(Key(1, Stream.PREDICTION, sample=sample))
         members.append(posterior.network(x).detach())
@@ -165,7 +165,7 @@ def test_metrics_of_numbers_equal_the_references_on_gathered_predictions(tmp_pat
     got, channels = evaluation.metrics, evaluation.curves["channels"]
 
     outputs, (inputs, _) = [], dataset.fetch(slice(None))
-    posterior.begin()
+    posterior.begin_()
     for sample in range(6):
         posterior.draw_(Key(0, Stream.PREDICTION, sample=sample))
         outputs.append(posterior.network(inputs).detach())

@@ -462,12 +462,12 @@ EDITS = {
 def test_what_a_user_does_after_the_wrap_is_an_error_in_training_and_prediction(name):
     edit, message = EDITS[name]
     step = changed_by(edit)
-    before = step.posterior.flat.clone()
+    before = step.posterior.buffer.flat.clone()
     with pytest.raises(ConfigError, match=message):
         step(X, Y, 8)
     with pytest.raises(ConfigError, match=message):
         members(step)
-    assert torch.equal(step.posterior.flat, before)
+    assert torch.equal(step.posterior.buffer.flat, before)
 
 
 @pytest.mark.parametrize(
@@ -546,9 +546,9 @@ def test_a_copy_trains_and_predicts_as_the_original(family, way):
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][name], value) for name, value in states[1].items())
     assert torch.equal(members(other, 4), members(step, 4))
-    before = twin.flat.clone()
+    before = twin.buffer.flat.clone()
     step(X, Y, 8)
-    assert torch.equal(twin.flat, before)  # they share nothing
+    assert torch.equal(twin.buffer.flat, before)  # they share nothing
 
 
 def test_a_copy_of_the_module_alone_is_an_ordinary_network():
@@ -927,7 +927,7 @@ def test_a_batch_that_gives_another_gradient_walks(caplog):
         net.list = [net.weight]
         step = make(net, chunk_size=chunk_size)
         step(X, Y, 8)
-        gradients.append(step.posterior.gradient.clone())
+        gradients.append(step.posterior.buffer.gradient.clone())
     torch.testing.assert_close(*gradients, rtol=1e-12, atol=0)
     assert "a batch gives another gradient of weight.loc than a walk" in caplog.text
 
@@ -1084,11 +1084,11 @@ def test_a_step_is_copied_with_its_optimizer():
     step(X, Y, 8)
     twin = copy.deepcopy(step)
     assert [twin(X, Y, 8) for _ in range(3)] == [step(X, Y, 8) for _ in range(3)]
-    assert torch.equal(twin.posterior.flat, step.posterior.flat)
+    assert torch.equal(twin.posterior.buffer.flat, step.posterior.buffer.flat)
     shallow = copy.copy(step.posterior)
     assert torch.equal(members(step), members(make(None, lambda _: shallow)))
     step.posterior = copy.deepcopy(step.posterior)  # and the optimizer still has the former's
-    step.optimizer.posterior = step.posterior
+    step.updater.posterior = step.posterior
     with pytest.raises(ConfigError, match="none of the posterior's parameters"):
         step(X, Y, 8)
 
@@ -1162,7 +1162,7 @@ def test_a_computed_weight_that_a_user_caches_is_computed_for_each_sample():
     expected = steps[0](X, Y, 8), members(steps[0])
     with nn.utils.parametrize.cached():
         assert (steps[1](X, Y, 8), True) == (expected[0], torch.equal(members(steps[1]), expected[1]))
-    torch.testing.assert_close(steps[0].posterior.flat, steps[1].posterior.flat, rtol=0, atol=0)
+    torch.testing.assert_close(steps[0].posterior.buffer.flat, steps[1].posterior.buffer.flat, rtol=0, atol=0)
 
 
 def test_an_input_that_is_changed_in_place_only_later_is_copied():
@@ -1214,7 +1214,7 @@ def test_batch_norm_of_16_bits_subtracts_before_it_rounds():
     norm = nn.BatchNorm1d(4)
     posterior = posteriors.DeterministicNetwork(norm)
     x = (100 + torch.randn(4096, 4, generator=torch.Generator().manual_seed(0))).bfloat16()
-    posterior.begin()
+    posterior.begin_()
     posterior.draw_(hpc_bnn.noise.Key(0, hpc_bnn.noise.Stream.NOISE))
     y = posterior.network(x)
     assert y.float().mean(0).abs().max() < 5e-3

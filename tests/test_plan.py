@@ -85,7 +85,7 @@ def test_rehearsed_memory_is_that_of_the_real_step(manifest, changes):
         memory.peak_bytes = 0
         step(*arguments)
     assert rehearsed.peak_bytes == pytest.approx(memory.peak_bytes, rel=0.03)
-    assert rehearsed.parameter_bytes == step.posterior.flat.nbytes
+    assert rehearsed.parameter_bytes == step.posterior.buffer.flat.nbytes
 
 
 def make_evaluated(likelihood, num_samples, shape=(3, 4, 8), num_examples=120, objective="elbo"):

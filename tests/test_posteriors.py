@@ -2,16 +2,13 @@
 
 import pytest
 import torch
+from stepping import complete, keyed
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 
 from hpc_bnn.errors import ConfigError
 from hpc_bnn.noise import Key, Stream
 from hpc_bnn.posteriors import FlatLayout, GaussianPrior, MeanFieldGaussian
-
-
-def keyed(sample):
-    return Key(0, Stream.NOISE, sample=sample)
 
 
 def make_net(dtype=torch.float64):
@@ -40,12 +37,12 @@ def reference_loss(posterior, eps, x):
 def test_gradient_of_samples_equals_autograd_through_the_sampling():
     posterior = make_posterior()
     x = torch.linspace(-1, 1, 12, dtype=torch.float64).view(4, 3)
-    posterior.begin()
+    posterior.begin_()
     expected = [torch.zeros_like(p) for p in posterior.parameters()]
     for sample in range(3):
         posterior.draw_(keyed(sample))
         posterior.network(x).square().sum().backward()
-        posterior.accumulate_()
+        posterior.fold_()
         eps = torch.randn(
             posterior.num_weights,
             dtype=torch.float64,
@@ -54,8 +51,7 @@ def test_gradient_of_samples_equals_autograd_through_the_sampling():
         loss, *leaves = reference_loss(posterior, eps, x)
         for total, gradient in zip(expected, torch.autograd.grad(loss, leaves)):
             total += gradient
-    posterior.finish_()
-    posterior.attach_gradients_()
+    complete(posterior)
     for parameter, gradient in zip(posterior.parameters(), expected):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-12, atol=1e-13)
 
@@ -65,14 +61,13 @@ def test_gradient_against_finite_differences():
     x = torch.linspace(-1, 1, 12, dtype=torch.float64).view(4, 3)
 
     def loss():
-        posterior.begin()
+        posterior.begin_()
         posterior.draw_(keyed(0))
         return posterior.network(x).square().sum()
 
     loss().backward()
-    posterior.accumulate_()
-    posterior.finish_()
-    posterior.attach_gradients_()
+    posterior.fold_()
+    complete(posterior)
     gradients = [parameter.grad.clone() for parameter in posterior.parameters()]
     for parameter, gradient in zip(posterior.parameters(), gradients):
         for i in (0, 7, posterior.num_weights - 1):
@@ -93,10 +88,8 @@ def test_kl_and_its_gradient_equal_torch_distributions(prior):
     mean = torch.tensor(prior.mean, dtype=torch.float64)
     reference = kl_divergence(Normal(loc, log_scale.exp()), Normal(mean, prior.std)).sum()
     torch.testing.assert_close(posterior.kl(), reference.detach(), rtol=1e-12, atol=0)
-    posterior.begin()
-    posterior.finish_()
-    posterior.attach_gradients_()
-    torch.testing.assert_close(posterior.add_kl_gradient_(0.25), reference.detach(), rtol=1e-12, atol=0)
+    posterior.begin_()
+    torch.testing.assert_close(complete(posterior, 0.25), reference.detach(), rtol=1e-12, atol=0)
     for parameter, gradient in zip(
         posterior.parameters(), torch.autograd.grad(0.25 * reference, [loc, log_scale])
     ):
@@ -114,7 +107,7 @@ def test_samples_have_the_moments_of_the_posterior():
     posterior = make_posterior()
     n = 4000
     draws = []
-    posterior.begin()
+    posterior.begin_()
     for sample in range(n):
         posterior.draw_(keyed(sample))
         draws.append(torch.cat([p.detach().reshape(-1) for p in posterior.module.parameters()]))
@@ -133,7 +126,7 @@ def test_module_keeps_its_parameter_objects_and_tied_weights_stay_tied():
     before = dict(net.named_parameters(remove_duplicate=False))
     posterior = MeanFieldGaussian(net)
     assert all(after is before[name] for name, after in net.named_parameters(remove_duplicate=False))
-    posterior.begin()
+    posterior.begin_()
     posterior.draw_(keyed(0))
     assert net[1].weight.data_ptr() == net[0].weight.data_ptr()
     assert posterior.num_weights == 16 + 4 + 4
@@ -147,12 +140,11 @@ def test_unused_and_frozen_weights():
     net.forward = lambda x: forward(nn.Sequential(net[0], net[1], net[2]), x)
     posterior = MeanFieldGaussian(net)
     frozen = net[0].bias.clone()
-    posterior.begin()
+    posterior.begin_()
     posterior.draw_(keyed(0))
     net.forward(torch.ones(1, 3, dtype=torch.float64)).sum().backward()
-    posterior.accumulate_()
-    posterior.finish_()
-    posterior.attach_gradients_()
+    posterior.fold_()
+    complete(posterior)
     gradients = posterior.random.views(posterior.loc.grad)
     assert "0.bias" not in gradients and torch.equal(net[0].bias, frozen)
     assert gradients["spare.weight"].abs().max() == 0 and gradients["0.weight"].abs().max() > 0
@@ -180,7 +172,7 @@ def test_layout_starts_on_vector_boundaries():
 
 def test_mean_weights():
     posterior = make_posterior()
-    posterior.begin()
+    posterior.begin_()
     posterior.draw_(keyed(0))
     net = posterior.use_mean_()
     assert torch.equal(net[0].weight, posterior.random.views(posterior.loc.detach())["0.weight"])

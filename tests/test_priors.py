@@ -82,14 +82,14 @@ def test_closed_form_kl_equals_quadrature_and_its_gradient_autograd(case):
     assert kl.item() == pytest.approx(total.item(), rel=1e-7)
     got = torch.zeros(36).double(), torch.zeros(36).double()
     with torch.no_grad():
-        prior.add_kl_gradient_(*got, loc, log_scale.exp(), 0.25)
+        prior.add_kl_gradient_(*got, loc, log_scale.exp(), torch.tensor(0.25, dtype=torch.float64))
     for mine, expected in zip(got, torch.autograd.grad(0.25 * kl, [loc, log_scale])):
         torch.testing.assert_close(mine, expected, rtol=1e-11, atol=1e-12)
 
 
 def test_which_kl_is_visible():
     def kind(prior):
-        return MeanFieldGaussian(nn.Linear(2, 2), prior=prior).kl_kind
+        return MeanFieldGaussian(nn.Linear(2, 2), prior=prior).capabilities.kl
 
     assert kind(GaussianPrior()) == kind(LaplacePrior()) == "closed form"
     assert kind(StudentTPrior()) == kind(ScaleMixturePrior()) == "Monte Carlo"

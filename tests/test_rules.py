@@ -39,6 +39,7 @@ from hpc_bnn.errors import ConfigError, Fault
 from hpc_bnn.objectives import OBJECTIVES
 
 ELSEWHERE = {
+    "model.output": "a place, which the network has or not: Network",
     "grid.sample_size": "Grid, with the number of ranks",
     "augmentation.num_groups": "check_groups, with num_samples",
     "optimizer.warmup_epochs": "Config, with num_epochs",

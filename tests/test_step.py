@@ -102,7 +102,7 @@ def test_autocast_keeps_weights_and_gradients_in_float32():
     )
     x, y = batch(torch.float32)
     a, b = exact(x, y, len(x)), rough(x, y, len(x))
-    assert rough.posterior.loc.dtype == rough.posterior.reduced.dtype == torch.float32
+    assert rough.posterior.loc.dtype == rough.posterior.buffer.reduced.dtype == torch.float32
     assert a.data_term != b.data_term
     assert a.data_term == pytest.approx(b.data_term, rel=2e-2)  # bfloat16 has 8 bits of mantissa
 

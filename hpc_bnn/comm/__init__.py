@@ -23,7 +23,6 @@ from .base import (
 from .devices import choose_device, set_num_threads
 from .horovod import HorovodComm
 from .mpi import MpiComm
-from .packing import map_leaves
 from .start import (
     abort,
     connect,
@@ -55,7 +54,6 @@ __all__ = [
     "distributed_facts",
     "finalize",
     "launched_rank",
-    "map_leaves",
     "set_num_threads",
     "wait_for_others",
     "world_size",

@@ -12,12 +12,14 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from ..config import Compression, Reduction
 from ..errors import CommunicationError, HpcBnnError, RankError
 from ..grid import Axis, Grid, share
+from ..trees import map_leaves
 from .compression import decode, encode, encoded_bytes
-from .packing import Outline, as_list, bucket_spans, map_leaves, packed_buckets
+from .packing import Outline, as_list, packed_buckets, share_buckets
 
 ObjectAxis = Literal[Axis, "node"]
 Operation = Literal["sum", "max"]
@@ -164,8 +166,10 @@ class GridComm:
 
         return wait
 
-    def reduce_scatter_(self, flat: torch.Tensor, axis: Axis, *, compressed: bool = False) -> torch.Tensor:
-        """Sum flat tensors [n] over an axis, each rank its share (`hpc_bnn.grid.share`), and return a view of it.
+    def reduce_scatter_(
+        self, tensors: Sequence[torch.Tensor], axis: Axis, *, compressed: bool = False
+    ) -> list[torch.Tensor]:
+        """Sum flat tensors [n] over an axis, each rank its share of each (`hpc_bnn.grid.share`), and return views of these.
 
         In place; what is not this rank's share is left as it was. In buckets, so that little memory is needed besides.
 
@@ -173,49 +177,56 @@ class GridComm:
 
         Parameters
         ----------
-        flat : Tensor
-            [n], contiguous, of float32 or float64, alike on each rank.
+        tensors : sequence of Tensor
+            [n] each, contiguous, all of float32 or all of float64, alike on each rank.
         axis : {"sample", "data", "world"}
             Over which ranks.
         compressed : bool
             As for `sum_`.
         """
-        flat = flat.detach()
-        shares, index = self._shares(len(flat), axis)
-        for spans in bucket_spans(shares, flat.element_size()):
-            parts, mine = [flat[span.start : span.stop] for span in spans], spans[index]
+        flats, shares, index = self._shares_of(tensors, axis)
+        for bucket in share_buckets(shares, flats[0].element_size()):
+            chunks = [
+                torch.cat([flats[number][s[rank].start : s[rank].stop] for number, s in bucket])
+                for rank in range(len(shares[0]))
+            ]
+            length = len(chunks[index])
             if compressed and self.compression != "none":
-                encoded = [encode(part, self.compression) for part in parts]
+                encoded = [encode(chunk, self.compression) for chunk in chunks]
                 packed = torch.cat(encoded)
                 with self._counted(packed):
-                    received = self._all_to_all(packed, [len(part) for part in encoded], axis)
-                contents = received.view(len(spans), -1)
-                result = sum(decode(content, self.compression, flat.dtype) for content in contents)
+                    received = self._all_to_all(packed, [len(chunk) for chunk in encoded], axis)
+                contents = received.view(len(chunks), -1)
+                total = sum(decode(content, self.compression, flats[0].dtype) for content in contents)
             else:
-                packed = torch.cat(parts)
+                packed = pad_sequence(chunks, batch_first=True)  # of one length, as the libraries want them
                 with self._counted(packed):
-                    result = self._reduce_scatter(packed, axis)
-            flat[mine.start : mine.stop] = result
-        return flat[shares[index].start : shares[index].stop]
+                    total = self._reduce_scatter(packed, axis)[:length]
+            for (number, spans), part in zip(bucket, total.split([len(s[index]) for _, s in bucket])):
+                flats[number][spans[index].start : spans[index].stop] = part
+        return [flat[s[index].start : s[index].stop] for flat, s in zip(flats, shares)]
 
-    def gather_shares_(self, flat: torch.Tensor, axis: Axis, *, compressed: bool = False) -> None:
+    def gather_shares_(
+        self, tensors: Sequence[torch.Tensor], axis: Axis, *, compressed: bool = False
+    ) -> None:
         """Overwrite the shares of the other ranks of an axis with what they have there (see `reduce_scatter_`).
 
         Collective over ``sample_comm``, ``data_comm`` or the world, by ``axis``. With ``compressed`` the own share is
         rounded as the others see it.
         """
-        flat = flat.detach()
-        shares, index = self._shares(len(flat), axis)
+        flats, shares, index = self._shares_of(tensors, axis)
         is_compressed = compressed and self.compression != "none"
-        for spans in bucket_spans(shares, flat.element_size()):
-            part = flat[spans[index].start : spans[index].stop]
+        for bucket in share_buckets(shares, flats[0].element_size()):
+            part = torch.cat([flats[number][s[index].start : s[index].stop] for number, s in bucket])
             part = encode(part, self.compression) if is_compressed else part
             with self._counted(part):
                 gathered = self._gather(part, axis)
-            lengths = [encoded_bytes(len(span)) if is_compressed else len(span) for span in spans]
-            for span, content in zip(spans, gathered.split(lengths)):
-                content = decode(content, self.compression, flat.dtype) if is_compressed else content
-                flat[span.start : span.stop] = content
+            lengths = [[len(spans[rank]) for _, spans in bucket] for rank in range(len(shares[0]))]
+            sent = [encoded_bytes(sum(n)) if is_compressed else sum(n) for n in lengths]
+            for rank, content in enumerate(gathered.split(sent)):
+                content = decode(content, self.compression, flats[0].dtype) if is_compressed else content
+                for (number, spans), piece in zip(bucket, content.split(lengths[rank])):
+                    flats[number][spans[rank].start : spans[rank].stop] = piece
 
     def max_(self, tensors: torch.Tensor | Sequence[torch.Tensor], axis: Axis = "world") -> None:
         """Replace each tensor, in place, by its elementwise maximum over an axis (see `sum_`)."""
@@ -399,7 +410,8 @@ class GridComm:
     def _gather(self, tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
         raise NotImplementedError
 
-    def _reduce_scatter(self, flat: torch.Tensor, axis: Axis) -> torch.Tensor:
+    def _reduce_scatter(self, rows: torch.Tensor, axis: Axis) -> torch.Tensor:
+        """Return the sum over the axis of the row [n] of [ranks, n] that is this rank's."""
         raise NotImplementedError
 
     def _all_to_all(self, flat: torch.Tensor, counts: list[int], axis: Axis) -> torch.Tensor:
@@ -434,14 +446,16 @@ class GridComm:
     def _sum_compressed_(self, tensors, axis: Axis) -> None:
         for step in self._routes[axis]:
             with packed_buckets(tensors) as buckets:
-                for flat in buckets:
-                    self.reduce_scatter_(flat, step, compressed=True)
-                    self.gather_shares_(flat, step, compressed=True)
+                self.reduce_scatter_(buckets, step, compressed=True)
+                self.gather_shares_(buckets, step, compressed=True)
 
-    def _shares(self, count: int, axis: Axis) -> tuple[list[range], int]:
-        """Return the shares of all ranks of an axis, and this rank's place among them."""
-        size = self._extents[axis]
-        return [share(count, size, index) for index in range(size)], self.grid.indices[axis]
+    def _shares_of(
+        self, tensors: Sequence[torch.Tensor], axis: Axis
+    ) -> tuple[list[torch.Tensor], list[list[range]], int]:
+        """Return tensors without graph, the shares of all ranks of each of them, and this rank's index."""
+        flats, size = [tensor.detach() for tensor in tensors], self._extents[axis]
+        shares = [[share(len(flat), size, index) for index in range(size)] for flat in flats]
+        return flats, shares, self.grid.indices[axis]
 
     @contextlib.contextmanager
     def _counted(self, tensor: torch.Tensor) -> Iterator[None]:

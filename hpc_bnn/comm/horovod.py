@@ -105,12 +105,11 @@ class HorovodComm(MpiComm):
         buffer = self._near(tensor)
         return self._hvd.allgather(buffer, name=name, process_set=self._sets[axis]).to(tensor.device)
 
-    def _reduce_scatter(self, flat: torch.Tensor, axis: Axis) -> torch.Tensor:
-        name = f"hpc_bnn.reduce_scatter.{axis}.{flat.dtype}.{flat.numel()}"
-        buffer = self._near(flat)
-        return self._hvd.reducescatter(buffer, name=name, op=self._hvd.Sum, process_set=self._sets[axis]).to(
-            flat.device
-        )
+    def _reduce_scatter(self, rows: torch.Tensor, axis: Axis) -> torch.Tensor:
+        name = f"hpc_bnn.reduce_scatter.{axis}.{rows.dtype}.{rows.numel()}"
+        buffer = self._near(rows)
+        total = self._hvd.reducescatter(buffer, name=name, op=self._hvd.Sum, process_set=self._sets[axis])
+        return total.view(-1).to(rows.device)
 
     def _all_to_all(self, flat: torch.Tensor, counts: list[int], axis: Axis) -> torch.Tensor:
         name = f"hpc_bnn.all_to_all.{axis}.{flat.dtype}.{flat.numel()}"

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -42,25 +41,32 @@ class Outline:
         return torch.empty(self.shape, dtype=self.dtype, device="cpu" if self.is_cpu else device)
 
 
-def map_leaves(tree: Any, kind: type, function: Callable[[Any], Any]) -> Any:
-    """Apply a function to the leaves of a kind in nested dicts and lists."""
-    if isinstance(tree, kind):
-        return function(tree)
-    if isinstance(tree, dict):
-        return {key: map_leaves(value, kind, function) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [map_leaves(value, kind, function) for value in tree]
-    return tree
+def share_buckets(shares: list[list[range]], item_bytes: int) -> Iterator[list[tuple[int, list[range]]]]:
+    """Yield what fills a buffer: numbers of tensors, with a slice of each rank's share of them; nothing for one rank.
 
-
-def bucket_spans(shares: list[range], item_bytes: int) -> Iterator[list[range]]:
-    """Yield slices of the shards, one of each, that together fill a buffer; nothing for one shard."""
-    if len(shares) == 1:
+    Parameters
+    ----------
+    shares : list of list of range
+        For each tensor the shares of the ranks, the longest first.
+    item_bytes : int
+        Of a number.
+    """
+    if not shares or len(shares[0]) == 1:
         return
-    num_bytes = sum(len(s) for s in shares) * item_bytes
-    length = max(1, max(SHARE_BUCKET_BYTES, num_bytes // SHARE_BUCKETS) // item_bytes // len(shares))
-    for offset in range(0, len(shares[0]), length):  # the first is the longest
-        yield [s[offset : offset + length] for s in shares]
+    num_bytes = sum(len(s) for of_tensor in shares for s in of_tensor) * item_bytes
+    most = max(SHARE_BUCKET_BYTES, num_bytes // SHARE_BUCKETS) // item_bytes // len(shares[0])
+    bucket, room = [], max(1, most)
+    for number, of_tensor in enumerate(shares):
+        offset = 0
+        while offset < len(of_tensor[0]):
+            bucket.append((number, [s[offset : offset + room] for s in of_tensor]))
+            taken = len(bucket[-1][1][0])
+            offset, room = offset + taken, room - taken
+            if room == 0:
+                yield bucket
+                bucket, room = [], max(1, most)
+    if bucket:
+        yield bucket
 
 
 @contextlib.contextmanager

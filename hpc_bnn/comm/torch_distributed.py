@@ -116,15 +116,13 @@ class TorchTensors(GridComm):
             gathered = torch.cat([part[:count] for part, count in zip(parts, counts)])
         return gathered.to(tensor.device)
 
-    def _reduce_scatter(self, flat: torch.Tensor, axis: Axis) -> torch.Tensor:
-        """Each rank sums its shard from all others: the shards have two lengths, for which the library has no sum."""
-        shares, index = self._shares(len(flat), axis)
-        received = self._all_to_all(flat, [len(share) for share in shares], axis)
-        return received.view(len(shares), len(shares[index])).sum(0)
+    def _reduce_scatter(self, rows: torch.Tensor, axis: Axis) -> torch.Tensor:
+        """Each rank sums its row from all others: Gloo has no sum of its own."""
+        return self._all_to_all(rows.view(-1), [rows.shape[1]] * len(rows), axis).view_as(rows).sum(0)
 
     def _all_to_all(self, flat: torch.Tensor, counts: list[int], axis: Axis) -> torch.Tensor:
         buffer, size = self._near(flat), self._extents[axis]
-        mine = counts[self._shares(0, axis)[1]]
+        mine = counts[self.grid.indices[axis]]
         received = buffer.new_empty(size * mine)
         dist.all_to_all_single(received, buffer, [mine] * size, counts, group=self._group(axis))
         return received.to(flat.device)

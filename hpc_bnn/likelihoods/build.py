@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..config import LikelihoodConfig
-from ..errors import ConfigError, Fault
+from ..errors import ConfigError, Fault, build_object
 from .base import Likelihood
 from .classes import Bernoulli, Categorical
 from .numbers import Gaussian, Implicit, Poisson, StudentT
@@ -31,12 +31,16 @@ def build_likelihood(
     name = config.name
     if name == "auto":
         name = "gaussian" if num_classes is None else "categorical"
-    if (name == "categorical") != (num_classes is not None) and (name, num_classes) != ("bernoulli", 2):
+    is_ours = "." not in name and (name, num_classes) != ("bernoulli", 2)
+    if is_ours and (name == "categorical") != (num_classes is not None):
         kind = "numbers" if num_classes is None else f"{num_classes} classes"
         raise ConfigError(
             Fault("likelihood.name", name, f"the targets of these data are {kind}", "Leave it at auto")
         )
     num_targets = target_shape[0] if target_shape else 1
+    if "." in name:
+        own = {"num_targets": num_targets, **config.arguments}
+        return build_object("likelihood.name", name, own, Likelihood, "likelihood.arguments")
     match name:
         case "categorical":
             return Categorical(num_classes)

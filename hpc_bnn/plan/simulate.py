@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..comm import GridComm
 from ..comm.installed import first_line
+from ..comm.packing import as_list
 from ..comm.timing import Operation
 from ..config import Config, ModelConfig, PosteriorConfig
 from ..data import Manifest, ShardDataset
@@ -108,10 +109,8 @@ class ImaginedComm(GridComm):
         self.collectives: list[Collective] = []
 
     def sum_(self, tensors, axis="world", *, compressed=False) -> None:
-        tensors = [tensors] if isinstance(tensors, torch.Tensor) else tensors
         for route in self._routes[axis]:
-            for tensor in tensors:
-                self._note("all-reduce", route, tensor, compressed)
+            self._note("all-reduce", route, tensors, compressed)
 
     def start_sum_(self, flat, axis="world") -> Callable[[], None]:
         self._note("all-reduce", axis, flat)
@@ -120,13 +119,13 @@ class ImaginedComm(GridComm):
     def max_(self, tensors, axis="world") -> None:
         self.sum_(tensors, axis)
 
-    def reduce_scatter_(self, flat, axis, *, compressed=False) -> torch.Tensor:
-        self._note("reduce-scatter", axis, flat, compressed)
-        shares, index = self._shares(len(flat), axis)
-        return flat.detach()[shares[index].start : shares[index].stop]
+    def reduce_scatter_(self, tensors, axis, *, compressed=False) -> list[torch.Tensor]:
+        self._note("reduce-scatter", axis, tensors, compressed)
+        flats, shares, index = self._shares_of(tensors, axis)
+        return [flat[s[index].start : s[index].stop] for flat, s in zip(flats, shares)]
 
-    def gather_shares_(self, flat, axis, *, compressed=False) -> None:
-        self._note("all-gather", axis, flat, compressed)
+    def gather_shares_(self, tensors, axis, *, compressed=False) -> None:
+        self._note("all-gather", axis, tensors, compressed)
 
     def gather(self, tensor, axis) -> torch.Tensor:
         if not self._routes[axis]:
@@ -140,10 +139,10 @@ class ImaginedComm(GridComm):
     def broadcast_(self, tensors, root=0, axis="world") -> None:
         pass  # at the start only
 
-    def _note(self, operation: Operation, axis: str, tensor: torch.Tensor, compressed: bool = False) -> None:
-        if self._extents[axis] > 1 and tensor.numel():
-            is_half = compressed and self.compression != "none"
-            num_bytes = tensor.numel() * (2 if is_half else tensor.element_size())
+    def _note(self, operation: Operation, axis: str, tensors, compressed: bool = False) -> None:
+        is_half = compressed and self.compression != "none"
+        num_bytes = sum(t.numel() * (2 if is_half else t.element_size()) for t in as_list(tensors))
+        if self._extents[axis] > 1 and num_bytes:
             self.collectives.append(Collective(operation, axis, num_bytes))
 
 
@@ -210,29 +209,31 @@ def rehearse(config: Config, manifest: Manifest, grid: Grid, *, is_on_gpu: bool 
     with _default_dtype(config), FakeTensorMode(), LiveMemory() as memory:
         step, arguments = share_of(config, manifest, comm)
         posterior = step.posterior
-        step._is_prepared = step._has_tried_batch = True  # what is prepared asks for numbers
-        posterior.network.looks = False
-        step._has_said_passes = True
+        step.leave_out_checks()  # they ask for numbers
+        posterior.begin_()  # makes what all steps keep
         begun = memory.live_bytes
         memory.peak_bytes = 0
         batch_bytes = sum(a.numel() * a.element_size() for a in arguments[:2])
         with _rehearsing(config), FlopCounterMode(display=False) as flops:
-            step.accumulate_gradient_(*arguments)
-            posterior.attach_gradients_()
-        posterior.add_kl_gradient_(1.0)
+            step.accumulate_(*arguments)
+            step.reduce_()
+            posterior.finish_(step.scalars)
+        posterior.add_kl_(step.scalars)
         if config.optimizer.max_gradient_norm is not None:
-            step.optimizer.clip_(config.optimizer.max_gradient_norm)
+            step.updater.clip_(config.optimizer.max_gradient_norm)
         peak = memory.peak_bytes
         if config.optimizer.sharded:
-            comm.gather_shares_(posterior.flat, "sample")  # of the update
+            step.updater.gather_()  # of the update
         with _rehearsing(config):
             forward = _forward_bytes(config, manifest, step, memory)
         updated = [p.numel() for g in step.optimizer.optimizer.param_groups for p in g["params"]]
-        item_bytes = posterior.flat.element_size()
+        item_bytes = posterior.buffer.flat.element_size()
     state, besides = optimizer_bytes(config, num_tensors=min(len(updated), 2))
     at_once = sum(updated) if is_on_gpu else max(updated)  # torch updates tensors together on GPUs only
     state, besides = int(state * sum(updated) * item_bytes), int(besides * at_once * item_bytes)
-    parameters, gradients = (t.numel() * item_bytes for t in (posterior.flat, posterior.reduced))
+    parameters, gradients = (
+        t.numel() * item_bytes for t in (posterior.buffer.flat, posterior.buffer.reduced)
+    )
     resident = begun - batch_bytes + state
     evaluation = evaluation_bytes(config, manifest, grid, resident, forward, is_on_gpu=is_on_gpu)
     return Rehearsal(

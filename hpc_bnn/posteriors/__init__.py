@@ -4,19 +4,19 @@ Nothing here knows of ranks: a posterior draws from generators that it is given,
 module weights into gradients of its own parameters.
 """
 
-from .base import DeterministicNetwork, Posterior, Tally
+from .buffer import Tally
 from .build import build_posterior, build_prior
-from .ensemble import DeepEnsemble
-from .flat import FlatLayout
-from .low_rank import LowRankGaussian
-from .mc_dropout import MCDropout
-from .mean_field import MeanFieldGaussian
+from .constructors import DeepEnsemble, DeterministicNetwork, LowRankGaussian, MCDropout, MeanFieldGaussian
+from .families import Family, Slot
+from .layout import FlatLayout
+from .posterior import Posterior
 from .priors import GaussianPrior, LaplacePrior, Prior, ScaleMixturePrior, StudentTPrior
 from .select import split_weights
 
 __all__ = [
     "DeepEnsemble",
     "DeterministicNetwork",
+    "Family",
     "FlatLayout",
     "GaussianPrior",
     "LaplacePrior",
@@ -26,6 +26,7 @@ __all__ = [
     "Posterior",
     "Prior",
     "ScaleMixturePrior",
+    "Slot",
     "StudentTPrior",
     "Tally",
     "build_posterior",

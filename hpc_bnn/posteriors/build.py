@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from torch import nn
 
 from ..config import PosteriorConfig
+from ..errors import build_object
 from ..noise import Key, Stream
-from .base import DeterministicNetwork, Posterior
-from .ensemble import DeepEnsemble
-from .low_rank import LowRankGaussian
-from .mc_dropout import MCDropout
-from .mean_field import MeanFieldGaussian
+from .constructors import DeepEnsemble, DeterministicNetwork, LowRankGaussian, MCDropout, MeanFieldGaussian
+from .families import Family
+from .network import Output
+from .posterior import Posterior
 from .priors import GaussianPrior, LaplacePrior, Prior, ScaleMixturePrior, StudentTPrior
 
 
@@ -34,6 +34,7 @@ def build_posterior(
     num_samples: int,
     local_samples: Sequence[int],
     seed: int,
+    output: Output = None,
 ) -> Posterior:
     """Return the posterior that a config describes, over the weights of a module. Local.
 
@@ -50,6 +51,8 @@ def build_posterior(
         Those of this rank.
     seed : int
         Key of the initial weights.
+    output : str, int or callable, optional
+        See `Posterior`.
 
     Raises
     ------
@@ -57,13 +60,22 @@ def build_posterior(
         The module does not go with the family or with ``config.deterministic``.
     """
     if config.family == "ensemble":
-        return DeepEnsemble(make_module, num_samples, local_samples, seed=seed, prior_std=config.prior_std)
+        options = {"seed": seed, "prior_std": config.prior_std, "output": output}
+        return DeepEnsemble(make_module, num_samples, local_samples, **options)
     with Key(seed, Stream.INIT).global_generator():
         module = make_module()
     if config.family == "deterministic":
-        return DeterministicNetwork(module)
+        return DeterministicNetwork(module, output=output)
     if config.family == "mc_dropout":
-        return MCDropout(module, prior_std=config.prior_std)
+        return MCDropout(module, prior_std=config.prior_std, output=output)
+    if "." in config.family:
+        family = build_object(
+            "posterior.family", config.family, config.arguments, Family, "posterior.arguments"
+        )
+        return Posterior(
+            module, family, deterministic=config.deterministic, estimator=config.estimator,
+            antithetic=config.antithetic, samples=local_samples, output=output,
+        )  # fmt: skip
     options = {
         "prior": build_prior(config),
         "init_std": config.init_std,
@@ -71,6 +83,7 @@ def build_posterior(
         "deterministic": config.deterministic,
         "estimator": config.estimator,
         "antithetic": config.antithetic,
+        "output": output,
     }
     if config.family == "low_rank":
         return LowRankGaussian(module, rank=config.rank, **options)

@@ -5,7 +5,7 @@ A prior is described without a network (`GaussianPrior(std=0.5)`) and *bound* to
 
 Where the KL to a Gaussian has a closed form it is used. Elsewhere the KL is the Monte Carlo estimate
 ``-entropy(q) - mean over samples of log prior(w_s)``, with the entropy in closed form: unbiased, and visible
-as ``posterior.kl_kind``.
+as ``posterior.capabilities.kl``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..config import PriorMean, PriorScale, check_field
-from .flat import FlatLayout
+from .layout import FlatLayout
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Prior:
         return self.cross_entropy(loc, scale) - gaussian_entropy(log_scale)
 
     def add_kl_gradient_(
-        self, loc_grad: Tensor, log_scale_grad: Tensor, loc: Tensor, scale: Tensor, weight: float
+        self, loc_grad: Tensor, log_scale_grad: Tensor, loc: Tensor, scale: Tensor, weight: Tensor
     ) -> None:
         """Add ``weight`` times the gradient of that KL to two gradients [P], in place."""
         raise NotImplementedError
@@ -106,18 +106,18 @@ class GaussianPrior(Prior):
         return 0.5 * self.std**-2 * squares + loc.numel() * (math.log(self.std) + _HALF_LOG_2PI)
 
     def add_kl_gradient_(
-        self, loc_grad: Tensor, log_scale_grad: Tensor, loc: Tensor, scale: Tensor, weight: float
+        self, loc_grad: Tensor, log_scale_grad: Tensor, loc: Tensor, scale: Tensor, weight: Tensor
     ) -> None:
         if torch.is_tensor(self.std):
             precision = self.std**-2
-            loc_grad.addcmul_(loc - self.mean, precision, value=weight)
-            log_scale_grad.addcmul_(scale * precision, scale, value=weight).sub_(weight)
+            loc_grad.addcmul_((loc - self.mean).mul_(weight), precision)
+            log_scale_grad.addcmul_((scale * precision).mul_(weight), scale).sub_(weight)
             return
         precision = self.std**-2
-        loc_grad.add_(loc, alpha=weight * precision)
+        loc_grad.addcmul_(loc, weight * precision)
         if torch.is_tensor(self.mean) or self.mean:
             loc_grad.sub_(self.mean * (weight * precision))
-        log_scale_grad.addcmul_(scale, scale, value=weight * precision).sub_(weight)
+        log_scale_grad.addcmul_(scale * (weight * precision), scale).sub_(weight)
 
     def log_prob(self, w: Tensor) -> Tensor:
         return -self.cross_entropy(w, torch.zeros_like(w))
@@ -155,12 +155,12 @@ class LaplacePrior(Prior):
         return (folded / self.scale + log_width).sum() + loc.numel() * math.log(2)
 
     def add_kl_gradient_(
-        self, loc_grad: Tensor, log_scale_grad: Tensor, loc: Tensor, scale: Tensor, weight: float
+        self, loc_grad: Tensor, log_scale_grad: Tensor, loc: Tensor, scale: Tensor, weight: Tensor
     ) -> None:
         z = (loc - self.mean) / scale
-        loc_grad.add_(torch.erf(z * math.sqrt(0.5)) / self.scale, alpha=weight)
+        loc_grad.addcmul_(torch.erf(z * math.sqrt(0.5)) / self.scale, weight)
         density = scale * (math.sqrt(2 / math.pi) * torch.exp(-0.5 * z * z))
-        log_scale_grad.add_(density / self.scale, alpha=weight).sub_(weight)
+        log_scale_grad.addcmul_(density / self.scale, weight).sub_(weight)
 
     def log_prob(self, w: Tensor) -> Tensor:
         log_width = torch.as_tensor(self.scale, dtype=w.dtype, device=w.device).log().expand_as(w)

@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from ..capabilities import Capabilities
 from ..errors import ConfigError, Fault
 
 KINDS: dict[str, tuple[type[nn.Module], ...]] = {
@@ -73,3 +74,33 @@ def split_weights(
     trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
     random = {name: p for name, p in trainable.items() if id(p) not in excluded}
     return random, {name: p for name, p in trainable.items() if id(p) in excluded}
+
+
+def divide_weights(
+    module: nn.Module, deterministic: Sequence[Rule], capabilities: Capabilities
+) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+    """Return random weights and points, as `split_weights` does, for a family with these capabilities. Local.
+
+    Raises
+    ------
+    ConfigError
+        No weight is left to be random, or weights are on several devices or of several dtypes.
+    """
+    random, point = split_weights(module, deterministic if capabilities.owner == "all" else ())
+    name = type(module).__name__
+    if not capabilities.has_random_weights:
+        random, point = {}, {**random, **point}
+    elif not random:
+        asked = ", ".join(map(str, deterministic)) or "()"
+        rule, remedy = (
+            f"{name} has no trainable weight left to be random",
+            "Exclude less, or unfreeze some weights",
+        )
+        raise ConfigError(Fault("posterior.deterministic", asked, rule, remedy))
+    kinds = {(p.dtype, p.device) for p in (*random.values(), *point.values())}
+    if len(kinds) != 1:
+        rule = (
+            f"its trainable weights are of {len(kinds)} kinds {sorted(map(str, kinds))}; exactly 1 is needed"
+        )
+        raise ConfigError(Fault("model", name, rule, "Convert the module with module.to(device, dtype)"))
+    return random, point

@@ -18,7 +18,10 @@ from ..likelihoods import Categorical, Likelihood
 from ..likelihoods.mixtures import Mixture
 from ..noise import Key, Stream
 from ..posteriors import Posterior
+from ..posteriors.sample_loop import SampleLoop
 from ..reductions import LogMeanExp, Moments
+from ..trees import Inputs, device_of, num_rows
+from ..views import SharedView
 from .metrics import (
     Accuracy,
     BrierScore,
@@ -120,28 +123,32 @@ BLOCK_BYTES = 128 * 2**20
 
 
 def _member_outputs(
-    posterior: Posterior, comm: GridComm, x: Tensor, num_samples: int, seed: int, batch_size: int
+    posterior: Posterior,
+    comm: GridComm,
+    x: Inputs,
+    num_samples: int,
+    seed: int,
+    batch_size: int,
+    chunk_size: int = 1,
 ) -> Iterator[tuple[range, Tensor]]:
-    """Yield (samples, outputs [c, B, ...] in float64) for the samples of this rank, one by one. Local.
+    """Yield (samples, outputs [c, B, ...] in float64) for the samples of this rank, chunk by chunk. Local.
 
     A rank without samples (fewer than ranks of the sample axis) yields once, with c = 0, to give the shape.
     """
-    key = Key(seed, Stream.PREDICTION)
-    posterior.check_num_samples(num_samples)
+    key, views, is_first = Key(seed, Stream.PREDICTION), SharedView(x), comm.grid.is_first("world")
     mine = comm.grid.local_samples(num_samples)
+    posterior.check_num_samples(num_samples, mine)
+    loop = SampleLoop(posterior, chunk_size, "vmap", speaks=is_first, max_examples=batch_size)
     with posterior.evaluating():
         look = None
-        if posterior.network.needs_look() and len(x):
+        if posterior.network.needs_look() and len(views):
             some = range(2) if posterior.is_replicated else mine[:1]
-            look = posterior.network.look(
-                x[:batch_size], lambda sample: posterior.draw_(key.of(sample)), some
-            )
+            first = views.part(slice(batch_size)).of(0)
+            look = posterior.network.look(first, lambda sample: posterior.draw_(key.of(sample)), some)
         posterior.network.say(logger, comm.grid, look)
-        for sample in mine or range(1):
-            posterior.draw_(key.of(sample))
-            outputs = torch.cat([posterior.network(part).double() for part in x.split(batch_size)])
-            samples = range(sample, sample + min(len(mine), 1))
-            yield samples, outputs[None][: len(samples)]
+        for samples, outputs in loop(mine or range(1), views, key):
+            count = min(len(samples), len(mine))
+            yield range(samples[0], samples[0] + count), outputs[:count].double()
 
 
 @torch.no_grad()
@@ -149,11 +156,12 @@ def predict_classes(
     posterior: Posterior,
     likelihood: Categorical,
     comm: GridComm,
-    x: Tensor,
+    x: Inputs,
     *,
     num_samples: int,
     seed: int = 0,
     batch_size: int = 1024,
+    chunk_size: int = 1,
     keep_members: bool = False,
 ) -> ClassPredictive:
     """Return the predictive of this rank's examples over the samples of all ranks of its sample group.
@@ -162,22 +170,25 @@ def predict_classes(
 
     Parameters
     ----------
-    x : Tensor
-        [B, ...] inputs; the same on all ranks of a sample group.
+    x : Tensor or tree of tensors
+        [B, ...] inputs; the same on all ranks of a sample group. A dict is ``module(**x)``, a list or tuple
+        ``module(*x)``.
     num_samples : int
         Samples in the whole job, any number; the same samples on every grid.
     seed : int
         Key of the samples.
     batch_size : int
         Examples per forward pass on this rank.
+    chunk_size : int
+        Samples that a rank evaluates at once, by ``torch.vmap``; 1 walks over them.
     keep_members : bool
         Whether the probabilities of each sample are kept as well.
     """
     num_classes = likelihood.num_classes
     # p, p^2, entropy; in float64, because the variance is a small difference
-    sums = torch.zeros(len(x), 2 * num_classes + 1, dtype=torch.float64, device=x.device)
+    sums = torch.zeros(num_rows(x), 2 * num_classes + 1, dtype=torch.float64, device=device_of(x))
     kept = []
-    for _, outputs in _member_outputs(posterior, comm, x, num_samples, seed, batch_size):
+    for _, outputs in _member_outputs(posterior, comm, x, num_samples, seed, batch_size, chunk_size):
         p = likelihood.probabilities(outputs.flatten(0, 1)).unflatten(0, outputs.shape[:2])
         parts = torch.cat([p, p.square(), torch.special.entr(p).sum(-1, keepdim=True)], dim=-1)
         sums += parts.sum(0)
@@ -193,12 +204,13 @@ def predict_values(
     posterior: Posterior,
     likelihood: Likelihood,
     comm: GridComm,
-    x: Tensor,
+    x: Inputs,
     y: Tensor | None = None,
     *,
     num_samples: int,
     seed: int = 0,
     batch_size: int = 1024,
+    chunk_size: int = 1,
     keep_members: bool = False,
 ) -> ValuePredictive:
     """Return the predictive of this rank's examples over the samples of all ranks of its sample group.
@@ -210,7 +222,7 @@ def predict_values(
     ----------
     x, y : Tensor
         [B, ...] inputs, and targets where their log-density is wanted; the same on all ranks of a sample group.
-    num_samples, seed, batch_size
+    num_samples, seed, batch_size, chunk_size
         As for `predict_classes`.
     keep_members : bool
         Whether the distribution of each sample is kept as well: for quantiles, PIT and CRPS.
@@ -218,8 +230,8 @@ def predict_values(
     moments, density = Moments(num_samples), LogMeanExp(num_samples)
     has_density = y is not None and likelihood.has_density
     kept = []
-    for samples, members in _member_outputs(posterior, comm, x, num_samples, seed, batch_size):
-        form, outputs = (len(samples), len(x)), members.flatten(0, 1)
+    for samples, members in _member_outputs(posterior, comm, x, num_samples, seed, batch_size, chunk_size):
+        form, outputs = (len(samples), num_rows(x)), members.flatten(0, 1)
         mean_and_variance = torch.stack([likelihood.mean(outputs), likelihood.variance(outputs)], dim=1)
         moments.add(mean_and_variance.unflatten(0, form))
         if has_density:
@@ -267,6 +279,7 @@ def predict_dataset(
     *,
     num_samples: int,
     seed: int = 0,
+    chunk_size: int = 1,
     keep_members: bool = False,
     with_targets: bool = True,
 ) -> Iterator[Block]:
@@ -278,7 +291,12 @@ def predict_dataset(
     is_class = likelihood.num_classes is not None
     part = torch.arange(len(dataset))[comm.grid.local_examples(len(dataset))]
     size = block_size(likelihood, dataset, num_samples, keep_members)
-    options = {"num_samples": num_samples, "seed": seed, "keep_members": keep_members}
+    options = {
+        "num_samples": num_samples,
+        "seed": seed,
+        "chunk_size": chunk_size,
+        "keep_members": keep_members,
+    }
     for examples in part.split(size) if len(part) else ():
         x, y = dataset.fetch(examples)
         y = y if with_targets else None
@@ -316,6 +334,7 @@ def evaluate_dataset(
     *,
     num_samples: int,
     seed: int = 0,
+    chunk_size: int = 1,
     see: Callable[[Tensor, Predictive, Tensor], None] | None = None,
 ) -> Evaluation:
     """Evaluate a data set: each data group takes its range of the examples, each sample group takes all samples.
@@ -328,13 +347,14 @@ def evaluate_dataset(
     ----------
     dataset : ShardDataset
         The data set.
-    num_samples, seed
+    num_samples, seed, chunk_size
         As for `predict_classes`.
     see : callable, optional
         Called with the global indices [B], the predictive, and the targets of every block of this rank; numbers in
         units of y.
     """
-    scores = score_dataset(posterior, likelihood, comm, dataset, num_samples=num_samples, seed=seed, see=see)
+    options = {"num_samples": num_samples, "seed": seed, "chunk_size": chunk_size}
+    scores = score_dataset(posterior, likelihood, comm, dataset, see=see, **options)
     scores.combine(comm)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # a rank without examples has no update of its own
@@ -349,6 +369,7 @@ def score_dataset(
     *,
     num_samples: int,
     seed: int = 0,
+    chunk_size: int = 1,
     see: Callable[[Tensor, Predictive, Tensor], None] | None = None,
 ) -> _Scores:
     """Return this rank's evaluation of its examples, before `evaluate_dataset` combines those of all ranks.
@@ -364,6 +385,7 @@ def score_dataset(
         dataset,
         num_samples=num_samples,
         seed=seed,
+        chunk_size=chunk_size,
         keep_members=likelihood.has_mixture,
     )
     for block in blocks:
@@ -402,6 +424,7 @@ def uncertainties_of_dataset(
     *,
     num_samples: int,
     seed: int = 0,
+    chunk_size: int = 1,
 ) -> dict[str, Tensor]:
     """Return `uncertainties_of` all examples of a data set, [N]; its targets are not used.
 
@@ -409,9 +432,8 @@ def uncertainties_of_dataset(
     """
     columns = _Columns()
     unit = dataset.target_scale and dataset.target_scale[1]
-    for block in predict_dataset(
-        posterior, likelihood, comm, dataset, num_samples=num_samples, seed=seed, with_targets=False
-    ):
+    options = {"num_samples": num_samples, "seed": seed, "chunk_size": chunk_size}
+    for block in predict_dataset(posterior, likelihood, comm, dataset, with_targets=False, **options):
         if comm.grid.is_first("sample"):
             columns.see(block.examples, uncertainties_of(block.predictive, unit))
     return columns.gather(comm, UNCERTAINTIES[likelihood.num_classes is not None])

@@ -26,9 +26,9 @@ from ..objectives import build_objective
 from ..posteriors import Posterior, build_posterior
 from ..predictive.evaluation import Evaluation, evaluate_dataset, uncertainties_of_dataset
 from ..safe_files import write_atomically
-from ..training.optim import KlAnnealing, build_optimizer
+from ..training import KlAnnealing, build_optimizer
 from ..training.step import VariationalStep
-from .checkpoint import CheckpointStore, restore_model
+from .checkpoint import CheckpointStore, read_identity, restore_model
 from .plotted_examples import ShownClasses, ShownValues, shown_examples
 
 logger = logging.getLogger(__name__)
@@ -93,10 +93,11 @@ class Experiment:
         state, store = None, self.checkpoints
         with self.comm.agree(f"reading {store.directory}"):
             if self.is_writer:
+                store.identity = read_identity(self.run_dir)
                 state = store.load_best() if which == "best" else store.load_newest()
                 if state is None:
                     raise DataError(f"{store.directory} holds no sound checkpoint ({which})")
-                state = {"model": state["model"], "num_steps": state["num_steps"]}
+                state = {"model": state["model"], "num_steps": state["place"]["num_steps"]}
         state = self.comm.broadcast_tree(state)
         with self.comm.agree("restoring the checkpoint"):
             restore_model(state["model"], self.posterior)
@@ -134,6 +135,8 @@ class Experiment:
             autocast_dtype=torch.bfloat16 if config.dtype == "bfloat16" else None,
             max_gradient_norm=config.optimizer.max_gradient_norm,
             chunk_size=config.chunk_size,
+            batching=config.batching,
+            micro_batch_size=config.micro_batch_size,
         )
         return step, schedule
 
@@ -150,6 +153,14 @@ class Experiment:
             scaling=self.manifest,
         )
 
+    @property
+    def test_samples(self) -> dict[str, int]:
+        """The samples of the predictive, and how many a rank evaluates at once: arguments of what predicts."""
+        config = self.config
+        is_batched = config.batching == "vmap" and config.chunk_size != "auto"
+        chunk_size = config.chunk_size if is_batched else 1
+        return {"num_samples": config.num_test_samples, "seed": config.seed, "chunk_size": chunk_size}
+
     def open_to_test(self) -> ShardDataset:
         """Open the test split, after preparing the shards if they are missing and the config has a script."""
         read_or_prepare(self.config.data, self.comm)
@@ -162,8 +173,7 @@ class Experiment:
             self.likelihood,
             self.comm,
             dataset,
-            num_samples=self.config.num_test_samples,
-            seed=self.config.seed,
+            **self.test_samples,
         )
 
     def evaluate(self, dataset: ShardDataset) -> Tested:
@@ -186,9 +196,8 @@ class Experiment:
             self.likelihood,
             self.comm,
             dataset,
-            num_samples=self.config.num_test_samples,
-            seed=self.config.seed,
             see=shown.see,
+            **self.test_samples,
         )
         return Tested(evaluation, shown)
 
@@ -271,6 +280,7 @@ class Experiment:
                 num_samples=config.num_samples,
                 local_samples=comm.grid.local_samples(config.num_samples),
                 seed=config.seed,
+                output=config.model.output,
             )
         if posterior.is_replicated:
             comm.broadcast_(list(posterior.parameters()))  # the buffers are keyed, and may be bool

@@ -86,8 +86,7 @@ def predict_run(
         experiment.likelihood,
         comm,
         dataset,
-        num_samples=experiment.config.num_test_samples,
-        seed=experiment.config.seed,
+        **experiment.test_samples,
         keep_members=with_members or len(quantiles) > 0,
         with_targets=False,
     )

@@ -28,10 +28,11 @@ from ..data.augment import Augmentation, build_augmentation
 from ..data.manifest import MANIFEST
 from ..errors import ConfigError, DataError, Fault, Interrupted, check_all
 from ..grid import Grid, grids
+from ..noise import GENERATOR
 from ..predictive.evaluation import metrics_to_minimise
 from ..safe_files import write_atomically
 from ..training.step import StepResult
-from .checkpoint import gather_state, restore_state
+from .checkpoint import gather_state, read_identity, restore_state, write_identity
 from .experiment import Experiment, Tested, read_or_prepare
 
 logger = logging.getLogger(__name__)
@@ -259,30 +260,37 @@ class Run(Experiment):
 
     def _open_run_dir(self) -> None:
         """Make the run directory and start, or continue from the newest checkpoint in it."""
-        state = None
+        state, store = None, self.checkpoints
         with self.comm.agree(f"opening {self.run_dir}"):
+            if self.is_writer and self.config.resume:
+                store.identity = read_identity(self.run_dir)
+                state = store.load_newest()
+                if state is not None:
+                    self._check_data()
+                    self._check_generator(state)
+        state = self.comm.broadcast_tree(state)
+        if state is not None:
+            with self.comm.agree("restoring the checkpoint"):
+                self._restore(state)
+        with self.comm.agree(f"opening {self.run_dir}"):  # nothing was changed there before
             if self.is_writer:
-                state = self.checkpoints.load_newest() if self.config.resume else None
                 if state is None:
                     self._make_run_dir()
                 else:
-                    self._check_data()
+                    store.identity = store.identity or write_identity(self.run_dir, state["run"]["identity"])
                     self._say_differences(state["config"])
                     self._write_config()
                     _keep_rows(self.run_dir / "metrics.jsonl", state["place"]["epoch"])
                 if self._writer_of_board is not None:
                     self._board = self._writer_of_board(str(self.run_dir / "tensorboard"))
-        state = self.comm.broadcast_tree(state)
-        if state is not None:
-            with self.comm.agree("restoring the checkpoint"):
-                self._restore(state)
-            if self.is_writer:
-                logger.info(
-                    "going on from the checkpoint of step %d: epoch %d, batch %d",
-                    self.step.num_steps,
-                    self.place.epoch + 1,
-                    self.place.num_batches + 1,
-                )
+        store.identity = self.comm.broadcast_object(store.identity)
+        if state is not None and self.is_writer:
+            logger.info(
+                "going on from the checkpoint of step %d: epoch %d, batch %d",
+                self.step.num_steps,
+                self.place.epoch + 1,
+                self.place.num_batches + 1,
+            )
         if self.is_writer:
             logger.info(
                 "grid %s, %d samples, %d examples per step, %s over %d weights, KL: %s, reading %s, %s, %s",
@@ -291,7 +299,7 @@ class Run(Experiment):
                 self.config.global_batch_size,
                 self.posterior.family,
                 self.posterior.num_weights,
-                self.posterior.kl_kind,
+                self.posterior.capabilities.kl,
                 self.train_set.reading,
                 self.comm.device,
                 self.comm.library if self.comm.grid.world_size > 1 else "one process, no communication",
@@ -348,6 +356,7 @@ class Run(Experiment):
             logger.warning("%s holds a former run: moved to %s", self.run_dir, aside)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         write_atomically(self.run_dir / MANIFEST, self.manifest.to_json())
+        self.checkpoints.identity = write_identity(self.run_dir)
         self._write_config()
 
     def _check_data(self) -> None:
@@ -359,6 +368,16 @@ class Run(Experiment):
                     f"{self.config.data.shards} is not what the run began with: {name} of the manifest differ. "
                     "Go on with the former shards, or begin another run_dir"
                 )
+
+    def _check_generator(self, state: dict[str, Any]) -> None:
+        """Raise `DataError` where a resumed run would draw other numbers than the one that was never interrupted."""
+        if state["generator"] != GENERATOR:
+            raise DataError(
+                f"the checkpoint of step {state['place']['num_steps']} in {self.checkpoints.directory} is of a run with the "
+                f"noise generator {state['generator']}, and hpc_bnn {__version__} draws with {GENERATOR}: the run cannot go "
+                f"on to the same numbers. Resume it with hpc_bnn {state['run']['hpc_bnn']}, or begin another run_dir; "
+                "hpc-bnn evaluate and predict work with this checkpoint"
+            )
 
     def _write_config(self) -> None:
         text = yaml.safe_dump(self.config.to_dict(), sort_keys=False)
@@ -378,8 +397,8 @@ class Run(Experiment):
         state = {
             **gather_state(self.posterior, self.optimizer, self.comm),
             "schedule": self.schedule.state_dict(),
-            "num_steps": self.step.num_steps,
-            "place": asdict(self.place),
+            "place": {"num_steps": self.step.num_steps, **asdict(self.place)},
+            "generator": GENERATOR,
             "config": self.config.to_dict(),
         }
         with self.comm.agree(f"writing a checkpoint to {self.checkpoints.directory}"):
@@ -394,13 +413,15 @@ class Run(Experiment):
     def _restore(self, state: dict[str, Any]) -> None:
         restore_state(state, self.posterior, self.optimizer)
         self.schedule.load_state_dict(state["schedule"])
-        self.step.num_steps = state["num_steps"]
-        self.place = _Place(**state["place"])
+        place = dict(state["place"])
+        self.step.num_steps = place.pop("num_steps")
+        self.place = _Place(**place)
 
     def _summary(self, row: dict[str, Any]) -> dict[str, Any]:
         grid, traffic = self.comm.grid, self.comm.traffic
         return {
             **{name: value for name, value in row.items() if name.startswith(("train/", "test/"))},
+            "run": self.checkpoints.identity,
             "num_epochs": self.place.epoch,
             "num_steps": self.step.num_steps,
             "seconds": self.place.run_seconds,
@@ -411,7 +432,7 @@ class Run(Experiment):
             "posterior": {
                 "family": self.posterior.family,
                 "num_random_weights": self.posterior.num_weights,
-                "kl": self.posterior.kl_kind,
+                "kl": self.posterior.capabilities.kl,
             },
             "grid": {
                 "world_size": grid.world_size,

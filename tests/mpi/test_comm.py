@@ -49,24 +49,26 @@ def test_sums_run_over_the_right_ranks(comm):
 def test_reduce_scatter_gives_each_rank_its_share_of_the_sum(comm, count, bucket_bytes, monkeypatch):
     monkeypatch.setattr(packing, "SHARE_BUCKET_BYTES", bucket_bytes)
     before = comm.traffic.num_collectives
-    comm.reduce_scatter_(torch.zeros(37, dtype=torch.float64), "sample")
+    comm.reduce_scatter_([torch.zeros(n, dtype=torch.float64) for n in (20, 3, 14)], "sample")
     num_buckets = 1 if bucket_bytes > 1000 else 4
     assert comm.traffic.num_collectives - before == num_buckets * (comm.grid.sample_size > 1)
     for axis, group, index in (
         ("sample", comm.grid.sample_group(), comm.grid.sample_index),
         ("data", comm.grid.data_group(), comm.grid.data_index),
     ):
-        flat = torch.arange(1.0, count + 1, dtype=torch.float64) * 10**comm.grid.rank
-        before = flat.clone()
-        part = comm.reduce_scatter_(flat, axis).clone()
-        mine = share(count, len(group), index)
-        expected = torch.arange(1.0, count + 1, dtype=torch.float64) * sum(10.0**rank for rank in group)
-        assert torch.equal(part, expected[mine.start : mine.stop])
-        flat[mine.start : mine.stop] = before[mine.start : mine.stop]
-        assert torch.equal(flat, before)  # the rest is untouched
-        flat[mine.start : mine.stop] = part
-        comm.gather_shares_(flat, axis)
-        assert torch.equal(flat, expected)
+        numbers = [torch.arange(1.0, n + 1, dtype=torch.float64) for n in (count, 2, count + 5)]
+        flats = [n * 10**comm.grid.rank for n in numbers]
+        before = [flat.clone() for flat in flats]
+        parts = [part.clone() for part in comm.reduce_scatter_(flats, axis)]
+        expected = [n * sum(10.0**rank for rank in group) for n in numbers]
+        for flat, former, part, total in zip(flats, before, parts, expected):
+            mine = share(len(flat), len(group), index)
+            assert torch.equal(part, total[mine.start : mine.stop])
+            flat[mine.start : mine.stop] = former[mine.start : mine.stop]
+            assert torch.equal(flat, former)  # the rest is untouched
+            flat[mine.start : mine.stop] = part
+        comm.gather_shares_(flats, axis)
+        assert all(map(torch.equal, flats, expected))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -99,7 +101,7 @@ def test_compressed_sums_are_the_same_everywhere_and_right_to_the_bits_that_trav
     )
     comm.sum_(untouched)
     torch.testing.assert_close(untouched, exact, rtol=1e-6, atol=1e-9)  # only where it is asked for
-    part = comm.reduce_scatter_(flat.clone(), "sample", compressed=True)
+    (part,) = comm.reduce_scatter_([flat.clone()], "sample", compressed=True)
     mine = share(1001, comm.grid.sample_size, comm.grid.sample_index)
     of_group = flat.clone()
     plain.sum_(of_group, "sample")

@@ -30,6 +30,7 @@ from hpc_bnn import (
 from hpc_bnn.errors import NonFiniteError
 from hpc_bnn.noise import Key, Stream
 from hpc_bnn.training.optim import JobOptimizer
+from hpc_bnn.training.reducer import Reducer
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-5}  # float32: 1e-5 per step, five steps
 
@@ -46,14 +47,14 @@ def test_parameters_after_five_steps_equal_those_of_one_process(comm, dtype, num
 def test_a_broken_layout_law_names_the_parameter_the_step_and_the_grids(comm, monkeypatch):
     """Broken on purpose: from the second step on, one bias is moved."""
     _, expected = train_alone()
-    reduce_, count = JobOptimizer.reduce_, iter(range(5))
+    reduce_, count = Reducer.reduce_, iter(range(5))
 
     def broken(self):
         reduce_(self)
         if next(count) >= 1:
             self.posterior.state_dict()["2.bias.loc"].add_(1e-6)
 
-    monkeypatch.setattr(JobOptimizer, "reduce_", broken)
+    monkeypatch.setattr(Reducer, "reduce_", broken)
     _, results = train(comm)
     grid = f"{comm.grid.sample_size} x {comm.grid.data_size}"
     with pytest.raises(
@@ -74,7 +75,7 @@ def test_mirror_samples_differ_on_every_rank_and_only_with_the_sample(comm):
     step = make_step(comm, num_samples=comm.grid.sample_size)  # one sample per rank
     posterior = step.posterior
     (sample,) = comm.grid.local_samples(comm.grid.sample_size)
-    posterior.begin()
+    posterior.begin_()
     posterior.draw_(Key(5, Stream.NOISE, sample=sample))
     drawn = comm.gather_objects([p.detach().clone() for p in posterior.module.parameters()])
     grids = [Grid(comm.grid.world_size, comm.grid.sample_size, rank) for rank in range(comm.grid.world_size)]
@@ -96,11 +97,12 @@ def test_mirror_the_local_gradients_differ_and_their_sum_is_the_jobs(comm, monke
 
     monkeypatch.setattr(comm, "sum_", spy)
     part = comm.grid.local_examples(GLOBAL_BATCH_SIZE)
-    step.accumulate_gradient_(x[:GLOBAL_BATCH_SIZE][part], y[:GLOBAL_BATCH_SIZE][part], GLOBAL_BATCH_SIZE)
+    step.accumulate_(x[:GLOBAL_BATCH_SIZE][part], y[:GLOBAL_BATCH_SIZE][part], GLOBAL_BATCH_SIZE)
+    step.reduce_()
     everyones = comm.gather_objects(local[0])
     for i, a in enumerate(everyones):
         assert not any(torch.equal(a, b) for b in everyones[:i])
-    torch.testing.assert_close(step.posterior.reduced, sum(everyones), rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(step.posterior.buffer.reduced, sum(everyones), rtol=1e-12, atol=1e-15)
 
 
 FUNCTIONS = {
@@ -138,7 +140,7 @@ def test_a_step_makes_one_collective_per_axis_and_moves_the_gradient_once(comm, 
     part = comm.grid.local_examples(GLOBAL_BATCH_SIZE)
     step(x[:GLOBAL_BATCH_SIZE][part], y[:GLOBAL_BATCH_SIZE][part], GLOBAL_BATCH_SIZE)
     axes = (comm.grid.sample_size > 1) + (comm.grid.data_size > 1)
-    num_bytes = 8 * (2 * step.posterior.num_weights + len(step.posterior.tally))
+    num_bytes = 8 * (2 * step.posterior.num_weights + len(step.posterior.buffer.tally))
     assert calls == [(names[0], num_bytes)] * axes
     assert comm.traffic.num_collectives - before[0] == axes
     assert comm.traffic.num_bytes - before[1] == axes * num_bytes

@@ -6,12 +6,14 @@ import pytest
 import torch
 from modules import NUM_CLASSES, make_examples, make_module
 from reference import relative_difference
+from torch import nn
 from torch.distributions import Normal
 
 from hpc_bnn import (
     Bernoulli,
     Categorical,
     Crps,
+    DeepEnsemble,
     Energy,
     Gathered,
     Gaussian,
@@ -191,7 +193,7 @@ def test_communication_is_what_the_docstring_says(
     comm, objective, likelihood, num_collectives, floats, num_samples, chunk_size
 ):
     step = make_step(comm, objective, likelihood, num_samples=num_samples, chunk_size=chunk_size)
-    gradient = step.posterior.reduced.numel()
+    gradient = step.posterior.buffer.reduced.numel()
     axes = (comm.grid.sample_size > 1) + (comm.grid.data_size > 1)
     before = comm.traffic.num_collectives, comm.traffic.num_bytes
     take_step(step)
@@ -347,11 +349,10 @@ def test_what_does_not_exist_is_refused(objective, likelihood, num_samples, word
 
 
 def test_ensembles_refuse_a_coupled_objective(comm):
-    step = make_step(comm, NegativeElbo(), Categorical(3), num_samples=8)
-    step.posterior.is_replicated = False
+    ensemble = DeepEnsemble(lambda: nn.Linear(6, 3), 8, comm.grid.local_samples(8))
     with pytest.raises(ConfigError, match="members of an ensemble"):
         VariationalStep(
-            step.posterior, step.likelihood, step.optimizer, comm,
+            ensemble, Categorical(3), torch.optim.SGD(ensemble.parameters(), lr=0.1), comm,
             num_samples=8, num_train_examples=9, objective=LogPredictive(),
         )  # fmt: skip
 

@@ -5,7 +5,7 @@ import torch
 from reference import GLOBAL_BATCH_SIZE, NUM_EXAMPLES, computed_once, make_problem, relative_difference
 from torch import nn
 
-import hpc_bnn.training.optim
+import hpc_bnn.training.reducer
 from hpc_bnn import (
     Categorical,
     DeepEnsemble,
@@ -54,10 +54,10 @@ FAMILIES = {
 
 
 @pytest.fixture(autouse=True)
-def small_parts(monkeypatch):
-    """Each tensor is a part of its own."""
-    monkeypatch.setattr(hpc_bnn.training.optim, "OVERLAP_BYTES", 8)
-    monkeypatch.setattr(hpc_bnn.training.optim, "OVERLAP_PARTS", 10**6)
+def small_blocks(monkeypatch):
+    """Each tensor is a block of its own."""
+    monkeypatch.setattr(hpc_bnn.training.reducer, "OVERLAP_BYTES", 8)
+    monkeypatch.setattr(hpc_bnn.training.reducer, "OVERLAP_BLOCKS", 10**6)
 
 
 def make_step(comm, family="mean_field", overlap=True, **options):
@@ -111,7 +111,7 @@ def test_sums_begin_while_the_last_backward_pass_runs(comm, chunk_size, monkeypa
     begun, start = [], comm.start_sum_
 
     def spy(flat, axis="world"):
-        begun.append((flat.storage_offset(), step.optimizer._is_last))
+        begun.append((flat.storage_offset(), step.reducer._is_last))
         return start(flat, axis)
 
     monkeypatch.setattr(comm, "start_sum_", spy)
@@ -126,7 +126,7 @@ def test_sums_begin_while_the_last_backward_pass_runs(comm, chunk_size, monkeypa
     assert [place for place, _ in early[::2]] == sorted((place for place, _ in early[::2]), reverse=True)
     if comm.grid.world_size > 1:
         assert comm.traffic.num_collectives - before[0] == len(begun)
-        assert comm.traffic.num_bytes - before[1] == 8 * len(step.posterior.reduced)
+        assert comm.traffic.num_bytes - before[1] == 8 * len(step.posterior.buffer.reduced)
 
 
 def test_a_divided_posterior_serves_a_plain_optimizer_as_well(comm):
@@ -165,7 +165,7 @@ def test_gradients_that_come_in_several_goes_are_an_error(comm):
     step = VariationalStep(
         posterior, Categorical(3), optimizer, comm, num_samples=NUM_SAMPLES, num_train_examples=NUM_EXAMPLES
     )
-    with pytest.raises(ConfigError, match=r"overlap True: .* in several goes"):
+    with pytest.raises(ConfigError, match=r"overlap True: .* several partial gradients"):
         train(step, [GLOBAL_BATCH_SIZE])
     comm.barrier()
 
@@ -173,14 +173,14 @@ def test_gradients_that_come_in_several_goes_are_an_error(comm):
 @pytest.mark.parametrize(
     ("make", "why"),
     [
-        (LowRankGaussian, "low-rank"),
+        (LowRankGaussian, "cannot be divided into blocks"),
         (lambda net: MeanFieldGaussian(net, prior=StudentTPrior(1.0)), "Monte Carlo KL"),
-        (lambda net: MeanFieldGaussian(net, estimator="local"), "estimator local"),
-        (lambda net: DeepEnsemble(Net, 2, range(2), seed=5), "deep ensemble"),
+        (lambda net: MeanFieldGaussian(net, estimator="local"), "noise per example"),
+        (lambda net: DeepEnsemble(Net, 2, range(2), seed=5), "cannot be divided into blocks"),
         (lambda net: DeterministicNetwork(nn.Sequential(net, nn.BatchNorm1d(3))), "BatchNorm"),
     ],
 )
 def test_posteriors_that_cannot_be_divided_are_refused(make, why):
     posterior = make(Net())
-    with pytest.raises(ConfigError, match=f"^overlap True: .*{why}"):
+    with pytest.raises(ConfigError, match=f"(?m)^overlap True: .*{why}"):
         OverlappingOptimizer(torch.optim.SGD(posterior.parameters(), lr=0.1), posterior, GridComm(Grid()))

@@ -68,7 +68,7 @@ def test_an_imagined_rank_computes_a_share_as_large_as_a_real_one(sample_size, w
     grid = Grid(world.size, sample_size, comm.grid.rank)
     imagined, (other, _, other_batch) = share_of(config, manifest, ImaginedComm(grid, config))
     assert (x.shape, batch) == (other.shape, other_batch)
-    assert torch.equal(real.posterior.flat, imagined.posterior.flat)  # keyed, not broadcast
+    assert torch.equal(real.posterior.buffer.flat, imagined.posterior.buffer.flat)  # keyed, not broadcast
 
 
 def test_the_network_is_alike_on_all_ranks(world):

@@ -11,7 +11,7 @@ from torch import nn
 
 
 class FlatLayout:
-    """Places of named tensors in a flat buffer.
+    """Where named tensors lie in a flat buffer.
 
     Tensors whose length is a multiple of 16 come first, so that each of them starts on a 64-byte
     boundary, as matrix kernels like it, without padding.
@@ -38,27 +38,27 @@ class FlatLayout:
             name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), flat.split(lengths))
         }
 
-    def part(self, start: int, stop: int) -> Part:
+    def block(self, start: int, stop: int) -> Block:
         """Return the tensors with these numbers, from ``start`` to before ``stop``."""
         ends = [0, *itertools.accumulate(shape.numel() for shape in self.shapes.values())]
         layout = FlatLayout(dict(list(self.shapes.items())[start:stop]))
-        return Part(slice(start, stop), slice(ends[start], ends[stop]), layout)
+        return Block(slice(start, stop), slice(ends[start], ends[stop]), layout)
 
-    def divide(self, num_elements: int) -> tuple[list[Part], list[Part]]:
-        """Divide the tensors into parts that a backward pass completes one after another, and the rest.
+    def divide(self, num_elements: int) -> tuple[list[Block], list[Block]]:
+        """Divide the tensors into blocks that a backward pass completes one after another, and the rest.
 
-        Parts come in the order of the backward pass, last tensors first, and have at least ``num_elements``. The rest are
+        Blocks come in the order of the backward pass, last tensors first, and have at least ``num_elements``. The rest are
         the first tensors, completed last, and those behind the boundary of the multiples of 16, which come from all layers.
         """
         lengths = [shape.numel() for shape in self.shapes.values()]
         last = stop = sum(length % 16 == 0 for length in lengths)
-        parts = []
+        blocks = []
         for start in range(stop - 1, 0, -1):
             if sum(lengths[start:stop]) >= num_elements:
-                parts.append(self.part(start, stop))
+                blocks.append(self.block(start, stop))
                 stop = start
-        rest = (self.part(0, stop), self.part(last, len(lengths)))
-        return parts, [part for part in rest if len(part.layout)]
+        rest = (self.block(0, stop), self.block(last, len(lengths)))
+        return blocks, [block for block in rest if len(block.layout)]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
@@ -68,12 +68,12 @@ class FlatLayout:
 
 
 @dataclass(frozen=True)
-class Part:
+class Block:
     """Some tensors of a `FlatLayout` that follow each other."""
 
     numbers: slice
     """Which, among all tensors."""
-    place: slice
+    span: slice
     """Where, in the flat buffer."""
     layout: FlatLayout
     """Of these alone."""

@@ -1,0 +1,147 @@
+"""Which feature goes with which: the one table that config, constructors and docs read. It imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+from .errors import ConfigError, Fault
+
+__all__ = ["FAMILIES", "Capabilities", "Features", "check_features", "refusals"]
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a family of posteriors is and allows."""
+
+    kl: Literal["none", "closed form", "Monte Carlo", "point"] = "none"
+    """How its KL is had. point: no KL but -log prior of the points (nats)."""
+    has_random_weights: bool = True
+    owner: Literal["all", "sample"] = "all"
+    """sample: its slots are rows that belong to samples, so that ranks of other samples hold other numbers."""
+    is_separable: bool = False
+    """Whether `sample_` and `pull_back_` may get a block of weights."""
+    has_estimators: bool = False
+    """Whether it has the slots ``loc`` and ``log_scale`` and nothing else, so that noise per example is exact."""
+
+    def but(self, **changes) -> Capabilities:
+        """Return these with some changed."""
+        return replace(self, **changes)
+
+
+class Registered(NamedTuple):
+    """A family that a config can name."""
+
+    constructor: str
+    """Class in `hpc_bnn.posteriors`."""
+    capabilities: Capabilities
+    """With a prior whose KL has a closed form."""
+
+
+FAMILIES = {
+    "mean_field": Registered(
+        "MeanFieldGaussian", Capabilities("closed form", is_separable=True, has_estimators=True)
+    ),
+    "low_rank": Registered("LowRankGaussian", Capabilities("closed form")),
+    "mc_dropout": Registered(
+        "MCDropout", Capabilities("closed form", has_random_weights=False, is_separable=True)
+    ),
+    "ensemble": Registered("DeepEnsemble", Capabilities("point", owner="sample")),
+    "deterministic": Registered(
+        "DeterministicNetwork", Capabilities(has_random_weights=False, is_separable=True)
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a run asks of its posterior, as far as it is known where it is checked."""
+
+    couples: bool = False
+    """Whether the objective couples the samples."""
+    overlap: bool = False
+    sharded: bool = False
+    compression: bool = False
+    estimator: str = "reparameterisation"
+    antithetic: bool = False
+    batch_norm: bool = False
+    """Whether the module has BatchNorm layers in training mode."""
+    dropout: bool = False
+    """Whether the module has dropout layers in training mode with p > 0."""
+    batched: bool = False
+    """Whether samples are evaluated several at once."""
+    micro_batches: bool = False
+
+
+class Refusal(NamedTuple):
+    """Two things that do not go together."""
+
+    field: str
+    applies: Callable[[Capabilities, Features], bool]
+    reason: str
+    remedy: str
+
+
+_NOISY = "noise per example"
+TABLE = (
+    Refusal("objective.name", lambda c, f: f.couples and c.owner == "sample",
+            "the members of an ensemble train alone", "Use elbo, or another family"),
+    Refusal("posterior.estimator", lambda c, f: _is_noisy(f) and not c.has_estimators,
+            f"{_NOISY} is exact for the mean-field family only", "Use reparameterisation, or mean_field"),
+    Refusal("posterior.estimator", lambda c, f: _is_noisy(f) and c.has_estimators and c.kl != "closed form",
+            f"{_NOISY} has no single draw of the weights for a Monte Carlo KL",
+            "Use reparameterisation, or a gaussian or laplace prior"),
+    Refusal("posterior.estimator", lambda c, f: _is_noisy(f) and f.antithetic,
+            f"{_NOISY} has no mirrored pairs", "Use reparameterisation, or set antithetic to false"),
+    Refusal("model", lambda c, f: f.batch_norm and c.owner == "sample",
+            "members would share the running statistics of BatchNorm", "Use GroupNorm or LayerNorm in an ensemble"),
+    Refusal("optimizer.sharded", lambda c, f: f.sharded and c.owner == "sample",
+            "an ensemble has its members, and their optimizer states, spread over the sample axis already", "Leave it out"),
+    Refusal("grid.overlap", lambda c, f: f.overlap and f.sharded,
+            "a sharded optimizer sums by shares, not by blocks", "Leave one of the two out"),
+    Refusal("grid.overlap", lambda c, f: f.overlap and f.compression,
+            "compressed sums are made in shares, one after another", "Leave one of the two out"),
+    Refusal("grid.overlap", lambda c, f: f.overlap and not c.is_separable,
+            "the weights of this family cannot be divided into blocks", "Leave it out, or use mean_field"),
+    Refusal("grid.overlap", lambda c, f: f.overlap and c.kl == "Monte Carlo",
+            "a Monte Carlo KL adds to all weights after the backward pass", "Leave it out, or use a gaussian or laplace prior"),
+    Refusal("grid.overlap", lambda c, f: f.overlap and _is_noisy(f),
+            f"{_NOISY} folds its gradients in after the backward pass", "Leave it out, or use reparameterisation"),
+    Refusal("grid.overlap", lambda c, f: f.overlap and f.batch_norm,
+            "BatchNorm makes sums of its own in the backward pass", "Leave it out, or use GroupNorm or LayerNorm"),
+    Refusal("chunk_size", lambda c, f: f.batched and not c.has_random_weights,
+            "there are no random weights to stack", "Use chunk_size 1"),
+    Refusal("chunk_size", lambda c, f: f.batched and _is_noisy(f),
+            f"{_NOISY} evaluates samples one after another", "Use chunk_size 1"),
+    Refusal("chunk_size", lambda c, f: f.batched and f.batch_norm,
+            "BatchNorm in training mode takes its statistics of one sample", "Use chunk_size 1"),
+    Refusal("chunk_size", lambda c, f: f.batched and f.dropout,
+            "dropout in training mode has a mask for each sample", "Use chunk_size 1"),
+    Refusal("micro_batch_size", lambda c, f: f.micro_batches and f.batch_norm,
+            "BatchNorm takes its statistics of the whole batch", "Leave it out, or use GroupNorm or LayerNorm"),
+)  # fmt: skip
+
+
+def _is_noisy(features: Features) -> bool:
+    return features.estimator != "reparameterisation"
+
+
+def refusals(capabilities: Capabilities, features: Features) -> list[Refusal]:
+    """Return what does not go together. Local."""
+    return [refusal for refusal in TABLE if refusal.applies(capabilities, features)]
+
+
+def check_features(
+    capabilities: Capabilities, features: Features, value_of: Callable[[str], object] = lambda field: True
+) -> None:
+    """Raise `ConfigError` with everything that does not go together. Local.
+
+    Parameters
+    ----------
+    value_of : callable
+        Gives what a field has been set to, for the messages.
+    """
+    faults = [Fault(r.field, value_of(r.field), r.reason, r.remedy) for r in refusals(capabilities, features)]
+    if faults:
+        raise ConfigError(*faults)

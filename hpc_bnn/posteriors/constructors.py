@@ -1,0 +1,225 @@
+"""The posteriors by their usual names: a `Posterior` of a family each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from ..errors import ConfigError, Fault
+from ..noise import Key, Stream
+from .families import Dropout, Ensemble, LowRank, MeanField, Point
+from .layout import FlatLayout
+from .network import Output
+from .posterior import Posterior
+from .priors import GaussianPrior, Prior
+from .select import Rule, split_weights
+
+__all__ = ["DeepEnsemble", "DeterministicNetwork", "LowRankGaussian", "MCDropout", "MeanFieldGaussian"]
+
+
+class MeanFieldGaussian(Posterior):
+    """Independent Gaussian over each random weight of a module.
+
+    A sample of the weights is ``w = loc + exp(log_scale) * eps`` with one flat draw of ``eps``, put where
+    the module's parameters look. Gradients of all samples are accumulated in one flat buffer, so memory
+    does not grow with the number of samples (Blundell et al., Weight Uncertainty in Neural Networks, 2015,
+    for the gradient; the flat buffer is ours).
+
+    Parameters
+    ----------
+    module : nn.Module
+        Any module, already on its device and in its dtype. Its weights are the initial ``loc``.
+    prior : Prior
+        Prior of each weight. ``GaussianPrior(mean="initial")`` centres it on a pretrained network.
+    init_std : float
+        Standard deviation of each weight at the start, in units of the weight.
+    init_std_relative : float, optional
+        Instead: standard deviation as this fraction of the weight's magnitude, the scale of MOPED
+        (Krishnan et al., Specifying Weight Priors in Bayesian Deep Neural Networks with Empirical Bayes,
+        2020); at least 1e-6 of the largest weight.
+    deterministic : sequence of str or module class
+        Weights that stay points (`split_weights`); by default those of normalisation layers and embeddings.
+    estimator : {"reparameterisation", "local", "flipout"}
+        How the gradient is estimated (`hpc_bnn.posteriors.estimators`): one draw of the weights per sample, or
+        noise per example where the layer allows, with less variance. Layers that do not allow it fall back
+        to one draw per sample, which is said. The predictive always draws weights.
+    antithetic : bool
+        Samples 2 i and 2 i + 1 share their noise with opposite signs: half the noise to draw, and the odd
+        part of the estimator's error cancels in a pair.
+    output : str, int or callable, optional
+        Which tensor the likelihood gets, of what the module returns (`Posterior`).
+
+    Attributes
+    ----------
+    loc, log_scale, points : nn.Parameter
+        [P], [P] and [number of point weights]; what the optimizer updates.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        prior: Prior = GaussianPrior(),
+        init_std: float = 0.01,
+        init_std_relative: float | None = None,
+        deterministic: Sequence[Rule] = ("norm", "embedding"),
+        estimator: str = "reparameterisation",
+        antithetic: bool = False,
+        output: Output = None,
+    ):
+        family = MeanField(prior, init_std, init_std_relative)
+        super().__init__(
+            module,
+            family,
+            deterministic=deterministic,
+            estimator=estimator,
+            antithetic=antithetic,
+            output=output,
+        )
+
+
+class LowRankGaussian(Posterior):
+    """Gaussian whose covariance is diagonal plus low rank: weights vary together in a few directions.
+
+    ``w = loc + scale (eps + z F)``: see `families.LowRank`.
+
+    Parameters
+    ----------
+    module : nn.Module
+        Any module, already on its device and in its dtype.
+    rank : int
+        Rank of the factor F, R.
+    prior, init_std, init_std_relative, deterministic, antithetic, output
+        As for `MeanFieldGaussian`.
+
+    Attributes
+    ----------
+    loc, log_scale, factor, points : nn.Parameter
+        [P], [P], [R, P] and [number of point weights]; what the optimizer updates.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        rank: int = 4,
+        prior: Prior = GaussianPrior(),
+        init_std: float = 0.01,
+        init_std_relative: float | None = None,
+        deterministic: Sequence[Rule] = ("norm", "embedding"),
+        estimator: str = "reparameterisation",
+        antithetic: bool = False,
+        output: Output = None,
+    ):
+        family = LowRank(rank, prior, init_std, init_std_relative)
+        super().__init__(
+            module,
+            family,
+            deterministic=deterministic,
+            estimator=estimator,
+            antithetic=antithetic,
+            output=output,
+        )
+
+
+class MCDropout(Posterior):
+    """Dropout as a variational posterior: all weights are points, and a sample is a mask per dropout layer.
+
+    The masks are keyed by the global sample index and shared by the examples of a batch (`DropoutMasks`), in training
+    and for the predictive.
+
+    Parameters
+    ----------
+    module : nn.Module
+        A module with at least one dropout layer of p > 0.
+    prior_std : float
+        Standard deviation of the prior of each weight, in units of the weight.
+    output
+        See `MeanFieldGaussian`.
+    """
+
+    def __init__(self, module: nn.Module, *, prior_std: float = 1.0, output: Output = None):
+        rates = {layer.p for layer in module.modules() if isinstance(layer, _DropoutNd) and layer.p > 0}
+        name = type(module).__name__
+        if not rates:
+            raise ConfigError(
+                Fault("model", name, "it has no dropout layer with p > 0", "Add nn.Dropout(0.1)")
+            )
+        if len(rates) > 1:
+            rule = "all dropout layers must have the same rate for the weight decay"
+            raise ConfigError(Fault("model", sorted(rates), rule, "Use one rate"))
+        super().__init__(module, Dropout(rates.pop(), prior_std), output=output)
+        self.network.dropout.always = True
+
+
+class DeepEnsemble(Posterior):
+    """Networks that are trained side by side and averaged (Lakshminarayanan, Pritzel, Blundell, 2017).
+
+    Sample s of the job is member s. A rank holds its own members only, so parameters and gradients are shared
+    with the ranks of its data group and with no other; each member trains as if it were alone, to its maximum
+    a posteriori under a Gaussian prior.
+
+    Parameters
+    ----------
+    make_module : callable
+        Makes the network; it is called once per member, with torch's global generator keyed by the member, so
+        that members start at different weights.
+    num_members : int
+        Members in the whole job; the number of samples of the step and of the predictive.
+    members : sequence of int
+        Global indices of the members that this rank holds: ``grid.local_samples(num_members)``.
+    seed : int
+        Key of the initial weights.
+    prior_std : float
+        Standard deviation of the prior of each weight, in units of the weight.
+    output
+        See `MeanFieldGaussian`.
+
+    Attributes
+    ----------
+    members : nn.Parameter
+        [local members, number of weights]; what the optimizer updates.
+    """
+
+    def __init__(
+        self,
+        make_module: Callable[[], nn.Module],
+        num_members: int,
+        members: Sequence[int],
+        *,
+        seed: int = 0,
+        prior_std: float = 1.0,
+        output: Output = None,
+    ):
+        modules = []
+        for member in members:
+            with Key(seed, Stream.INIT, sample=member).global_generator():
+                modules.append(make_module())
+        fixed, weights = _fixed_tensors(modules[0]), []
+        order = FlatLayout.of(split_weights(modules[0], ())[0])
+        for module in modules:
+            theirs = _fixed_tensors(module)
+            if any(not torch.equal(fixed[name], theirs[name]) for name in fixed):
+                rule = "members differ in frozen weights or buffers, which they would share"
+                remedy = "Make those the same for all members, or trainable"
+                raise ConfigError(Fault("model", type(module).__name__, rule, remedy))
+            named = dict(module.named_parameters())
+            weights.append(torch.cat([named[name].detach().reshape(-1) for name in order]))
+        family = Ensemble(num_members, prior_std)
+        super().__init__(modules[0], family, samples=members, weights=torch.stack(weights), output=output)
+
+
+class DeterministicNetwork(Posterior):
+    """A posterior of one point: the ordinary network, for comparison, on the same process grid."""
+
+    def __init__(self, module: nn.Module, *, output: Output = None):
+        super().__init__(module, Point(), output=output)
+
+
+def _fixed_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Return what training does not change: frozen parameters and buffers."""
+    frozen = {name: p.detach() for name, p in module.named_parameters() if not p.requires_grad}
+    return frozen | dict(module.named_buffers())

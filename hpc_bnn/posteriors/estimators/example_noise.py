@@ -1,0 +1,79 @@
+"""Estimators with noise per example: local reparameterisation and Flipout.
+
+Both leave the posterior as it is and only lower the variance of the gradient: each example of a batch meets
+its own draw of a layer's weights, not one draw for all.
+
+- *Local reparameterisation* (Kingma, Salimans, Welling, 2015) draws the outputs of a linear layer from the
+  Gaussian that the weights induce. Exact only where an example meets the layer once: ``nn.Linear`` with inputs
+  [B, in], called once per forward. Not for tokens or pixels, which share the weights.
+- *Flipout* (Wen, Vicol, Ba, Tran, Grosse, 2018) multiplies one perturbation of the weights by random signs per
+  example, the same for all its tokens or pixels: ``nn.Linear`` and ``nn.Conv1d/2d/3d``.
+
+The noise of an example is keyed by (sample, layer, place in the global batch), in blocks, so that it does not
+depend on the grid and a rank draws only what it needs.
+"""
+
+from __future__ import annotations
+
+import logging
+import types
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ...noise import Key, Stream
+
+logger = logging.getLogger(__name__)
+
+BLOCK = 32
+"""Examples whose noise comes from one generator."""
+
+
+class ExampleNoise:
+    """Noise per example of the sample being evaluated.
+
+    Attributes
+    ----------
+    first_example : int
+        Place in the global batch of this rank's first example.
+    """
+
+    def __init__(self):
+        self.first_example = 0
+        self._key = Key(0, Stream.NOISE)
+
+    def begin_sample(self, key: Key) -> None:
+        self._key = key
+
+    def draw(self, layer: int, like: Tensor, width: int, signs: bool = False) -> Tensor:
+        """Return noise [len(like), width], standard normal or +-1. Local."""
+        first, stop = self.first_example, self.first_example + len(like)
+        blocks = []
+        for block in range(first // BLOCK, -(-stop // BLOCK)):
+            generator = self._key.child(Stream.ACTIVATION, layer, block).generator(like.device)
+            noise = torch.empty(BLOCK, width, dtype=like.dtype, device=like.device)
+            if signs:
+                noise.random_(0, 2, generator=generator).mul_(2).sub_(1)
+            else:
+                noise.normal_(generator=generator)
+            blocks.append(noise)
+        if not blocks:
+            return like.new_empty(0, width)
+        offset = first % BLOCK
+        return torch.cat(blocks)[offset : offset + len(like)]
+
+
+def apply_layer(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return what an nn.Linear or nn.Conv gives with other weights."""
+    if isinstance(layer, nn.Linear):
+        return nn.functional.linear(x, weight, bias)
+    return layer._conv_forward(x, weight, bias)
+
+
+def override_forward(layer: nn.Module, forward: Callable | None) -> None:
+    """Give a layer another forward, or its own back."""
+    if forward is None:
+        layer.__dict__.pop("forward", None)
+    else:
+        layer.forward = types.MethodType(forward, layer)

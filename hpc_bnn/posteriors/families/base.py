@@ -1,0 +1,156 @@
+"""What a family of posteriors is: mathematics over slots, which knows no module, no rank and no memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...capabilities import Capabilities
+from ..draws import Draw
+from ..gradients import WeightGradient
+from ..layout import FlatLayout
+
+__all__ = ["Family", "Scalars", "Slot"]
+
+
+class Slot(NamedTuple):
+    """Numbers that describe a posterior, by weight: means, scales, members."""
+
+    value: Tensor
+    """What it starts with; the last dim is P, all weights, unless ``per_weight`` is False."""
+    is_trained: bool = True
+    """Whether the optimizer updates it; otherwise it is kept, and stored with a checkpoint."""
+    per_weight: bool = True
+    owner: Literal["all", "sample"] = "all"
+    """sample: a row for each of this rank's samples, as in an ensemble; its gradient stays in their data group."""
+
+
+class Scalars(NamedTuple):
+    """Numbers of a step, 0-dim tensors where the posterior is. `x.addcmul_(y, s)` reads one without the host."""
+
+    kl_weight: Tensor
+    """Factor of the KL per example: kl_weight / num_train_examples."""
+    num_samples: Tensor
+    """Samples per step in the whole job, K."""
+    step: Tensor
+    """Number of the step, from 0."""
+    learning_rate: Tensor
+
+    @classmethod
+    def on(cls, device: torch.device | str) -> Scalars:
+        """Return zeros, to be filled in place. Local."""
+        return cls(*torch.zeros(len(cls._fields), dtype=torch.float64, device=device))
+
+
+class Family:
+    """A family q(w) of posteriors over the weights of a module, and nothing else.
+
+    A step calls `begin_` once; `sample_` and `pull_back_` for each sample or chunk of samples; then, after the sum over
+    the ranks, `finish_` and `kl_` once; and `after_update_` once when the optimizer has updated the slots. Slots, their
+    gradients and what is in ``work`` come by the names of `slots`. Weights that stay points are the slot ``points``,
+    which needs no code unless the family gives them a prior. A family whose slots belong to samples gets the rows of
+    the samples in question, and has no points.
+
+    With blocks of weights (`Capabilities.is_separable`) `sample_` and `pull_back_` get everything cut to a block.
+    """
+
+    name = ""
+    """As a run names it."""
+    capabilities = Capabilities()
+
+    def slots(self, weights: Tensor, layout: FlatLayout, samples: Sequence[int]) -> dict[str, Slot]:
+        """Return the slots as they start.
+
+        Parameters
+        ----------
+        weights : Tensor
+            [P] weights of the module; [len(samples), P] where the slots belong to samples.
+        layout : FlatLayout
+            Where which weight lies.
+        samples : sequence of int
+            Global indices of this rank's samples.
+        """
+        raise NotImplementedError
+
+    def begin_(self, slots: dict[str, Tensor], work: dict[str, Tensor]) -> None:
+        """Fill the empty ``work`` with what all samples of a step read; later overwrite its tensors in place."""
+
+    def sample_(
+        self,
+        slots: dict[str, Tensor],
+        work: dict[str, Tensor],
+        samples: Sequence[int],
+        draw: Draw,
+        out: Tensor,
+    ) -> None:
+        """Write the weights of c samples to ``out`` [c, P]."""
+        raise NotImplementedError
+
+    def predict_(
+        self,
+        slots: dict[str, Tensor],
+        work: dict[str, Tensor],
+        samples: Sequence[int],
+        draw: Draw,
+        out: Tensor,
+    ) -> None:
+        """Write the weights of c samples of a predictive to ``out`` [c, P]."""
+        self.sample_(slots, work, samples, draw, out)
+
+    def pull_back_(
+        self,
+        grads: dict[str, Tensor],
+        slots: dict[str, Tensor],
+        work: dict[str, Tensor],
+        samples: Sequence[int],
+        g: WeightGradient,
+        draw: Draw,
+    ) -> None:
+        """Add what the gradients g of c samples' weights are for the slots to ``grads``: the transpose of `sample_`."""
+        raise NotImplementedError
+
+    def finish_(
+        self, grads: dict[str, Tensor], slots: dict[str, Tensor], work: dict[str, Tensor], scalars: Scalars
+    ) -> None:
+        """Complete the gradients, after the sum over the job: what is linear and the same for all samples."""
+
+    def kl_(
+        self,
+        grads: dict[str, Tensor] | None,
+        slots: dict[str, Tensor],
+        work: dict[str, Tensor],
+        scalars: Scalars | None,
+        cross_entropy: Tensor,
+    ) -> Tensor:
+        """Add ``scalars.kl_weight`` times the gradient of the KL, and return the KL (nats, 0-dim tensor).
+
+        Parameters
+        ----------
+        grads : dict of str to Tensor, optional
+            None: the value only; ``scalars`` is then None as well.
+        cross_entropy : Tensor
+            Mean over the samples of the job of -log prior(w) (nats), where the KL is a Monte Carlo one
+            (`Capabilities.kl`); its gradient came with the samples.
+        """
+        return cross_entropy
+
+    def log_prior(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Return log prior(w) of weights [c, P], summed (nats), and its gradient [c, P], for a Monte Carlo KL."""
+        raise NotImplementedError
+
+    def mean(self, slots: dict[str, Tensor]) -> Tensor:
+        """Return the mean of the weights, [P]."""
+        raise NotImplementedError(f"{self.name} has no mean network")
+
+    def after_update_(
+        self,
+        grads: dict[str, Tensor],
+        slots: dict[str, Tensor],
+        samples: Sequence[int],
+        draw: Draw,
+        scalars: Scalars,
+    ) -> None:
+        """Change the slots once more after the update, for example by the noise of a chain."""

@@ -1,0 +1,83 @@
+"""Gaussians whose covariance is diagonal plus low rank."""
+
+from __future__ import annotations
+
+import torch
+
+from ...capabilities import FAMILIES
+from ...config import check_field
+from ..priors import GaussianPrior, Prior, gaussian_entropy
+from .base import Slot
+from .mean_field import MeanField
+
+
+class LowRank(MeanField):
+    """w = loc + scale (eps + F^T z) with eps of P and z of R normal numbers; slots ``loc``, ``log_scale`` and ``factor`` [R, P].
+
+    The covariance is S (I + F^T F) S with S = diag(scale): the factor is relative to the scale.
+
+    Parameters
+    ----------
+    rank : int
+        Rank R of the factor, at least 1.
+    prior, init_std, init_std_relative
+        See `MeanField`.
+    """
+
+    name = "low-rank Gaussian"
+    capabilities = FAMILIES["low_rank"].capabilities
+
+    def __init__(
+        self,
+        rank: int = 4,
+        prior: Prior = GaussianPrior(),
+        init_std: float = 0.01,
+        init_std_relative: float | None = None,
+    ):
+        check_field("posterior.rank", rank)
+        super().__init__(prior, init_std, init_std_relative)
+        self.rank = rank
+
+    def slots(self, weights, layout, samples):
+        # Rows of signs that differ from each other: a factor of 0 would have no gradient.
+        numbers = torch.arange(len(weights), device=weights.device)
+        rows = [0.1 * (1 - 2 * ((numbers >> row) % 2)).to(weights) for row in range(self.rank)]
+        return super().slots(weights, layout, samples) | {"factor": Slot(torch.stack(rows))}
+
+    def sample_(self, slots, work, samples, draw, out):
+        super().sample_(slots, work, samples, draw, out)
+        common = self._common(draw) @ slots["factor"]  # [c, P]
+        out.addcmul_(work["scale"], common)
+
+    def _common(self, draw):
+        return draw.normal((), self.rank)
+
+    def pull_back_(self, grads, slots, work, samples, g, draw):
+        # dL/dF = z (g scale)^T; dL/dlog_scale = g scale (eps + F^T z): the factor scale of both comes in `finish_`.
+        super().pull_back_(grads, slots, work, samples, g, draw)
+        g.outer_to(grads["factor"], self._common(draw))
+
+    def finish_(self, grads, slots, work, scalars):
+        # sum_c g z_c F is what the factor's gradient gives along F: no pass over the samples more
+        grads["log_scale"].add_((grads["factor"] * slots["factor"]).sum(0))
+        super().finish_(grads, slots, work, scalars)
+        grads["factor"].mul_(work["scale"])
+
+    def kl_(self, grads, slots, work, scalars, cross_entropy):
+        # By autograd: the entropy couples the weights (matrix determinant lemma), and the cross entropy to an independent
+        # prior sees only the marginal standard deviations.
+        names = ("loc", "log_scale", "factor")
+        with torch.set_grad_enabled(grads is not None):
+            loc, log_scale, factor = leaves = [
+                slots[name].detach().requires_grad_(grads is not None) for name in names
+            ]
+            gram = factor @ factor.T
+            kl = -gaussian_entropy(log_scale) - 0.5 * torch.logdet(gram + torch.eye(len(gram)).to(gram))
+            if self.prior.closed_form:
+                marginal = log_scale.exp() * (1 + factor.square().sum(0)).sqrt()
+                kl = kl + self.prior.cross_entropy(loc, marginal)
+        if grads is not None:
+            for name, gradient in zip(names, torch.autograd.grad(kl, leaves, allow_unused=True)):
+                if gradient is not None:
+                    grads[name].addcmul_(gradient, scalars.kl_weight)
+        return kl.detach() + (0 if self.prior.closed_form else cross_entropy)

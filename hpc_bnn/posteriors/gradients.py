@@ -1,0 +1,116 @@
+"""The gradient of a sample's weights, in either form, and what a family does with it.
+
+Walking over the samples, autograd leaves a list of tensors, one for each weight; a batch of c samples leaves
+[c, P] numbers. A family sees one algebra (`WeightGradient`). Lists are added by torch's foreach kernels to views
+of the flat slots: a copy into a flat tensor first would cost 2 to 4 P of memory traffic per sample.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .layout import FlatLayout
+
+__all__ = ["BatchGradient", "ListGradient", "SlotViews", "WeightGradient"]
+
+
+class WeightGradient(Protocol):
+    """Gradients g of P weights for c samples; a weight without gradient counts as 0. Local in every method."""
+
+    def add_to(self, slot: Tensor) -> None:
+        """Add the sum over samples of g to a slot [P]."""
+
+    def add_product_to(self, slot: Tensor, noise: Tensor) -> None:
+        """Add the sum over samples of g times noise [c, P] to a slot [P]."""
+
+    def add_rows_to(self, rows: Tensor) -> None:
+        """Add g to rows [c, P]."""
+
+    def outer_to(self, slot: Tensor, z: Tensor) -> None:
+        """Add z^T g to a slot [R, P], with z [c, R]."""
+
+
+class SlotViews:
+    """Views of flat tensors by weight, made once for tensors that live as long as their posterior.
+
+    Parameters
+    ----------
+    layout : FlatLayout
+        Where the weights lie in [P].
+    """
+
+    def __init__(self, layout: FlatLayout):
+        self.layout = layout
+        self._kept: dict[int, tuple[Tensor, list[list[Tensor]]]] = {}
+
+    def keep(self, tensor: Tensor) -> None:
+        """Remember the views of a tensor [P] or [R, P], which stays where it is."""
+        self._kept[id(tensor)] = tensor, self._make(tensor)
+
+    def of(self, tensor: Tensor) -> list[list[Tensor]]:
+        """Return the views of each row of a tensor [P] or [R, P]."""
+        kept = self._kept.get(id(tensor))
+        return self._make(tensor) if kept is None else kept[1]
+
+    def _make(self, tensor: Tensor) -> list[list[Tensor]]:
+        return [list(self.layout.views(row).values()) for row in tensor.view(-1, tensor.shape[-1])]
+
+
+class ListGradient:
+    """The gradients of one sample, a tensor or None for each weight.
+
+    Parameters
+    ----------
+    gradients : sequence of Tensor or None
+        In the order of the layout.
+    views : SlotViews
+        Of the same layout.
+    """
+
+    def __init__(self, gradients: Sequence[Tensor | None], views: SlotViews):
+        self._used = [gradient is not None for gradient in gradients]  # a forward may leave weights out
+        self._gradients = list(itertools.compress(gradients, self._used))
+        self._views = views
+
+    def _of(self, tensor: Tensor) -> list[list[Tensor]]:
+        rows = self._views.of(tensor) if self._gradients else []
+        return [list(itertools.compress(row, self._used)) for row in rows]
+
+    def add_to(self, slot: Tensor) -> None:
+        for row in self._of(slot):
+            torch._foreach_add_(row, self._gradients)
+
+    add_rows_to = add_to  # a row for the one sample
+
+    def add_product_to(self, slot: Tensor, noise: Tensor) -> None:
+        for row, numbers in zip(self._of(slot), self._of(noise)):
+            torch._foreach_addcmul_(row, self._gradients, numbers)
+
+    def outer_to(self, slot: Tensor, z: Tensor) -> None:
+        for row, number in zip(self._of(slot), z[0]):
+            # a tensor, not .item(): nothing waits for the device
+            torch._foreach_addcmul_(row, self._gradients, [number] * len(self._gradients))
+
+
+class BatchGradient:
+    """The gradients of c samples, [c, P]."""
+
+    def __init__(self, gradient: Tensor):
+        self._gradient = gradient
+
+    def add_to(self, slot: Tensor) -> None:
+        slot.add_(self._gradient.sum(0))
+
+    def add_product_to(self, slot: Tensor, noise: Tensor) -> None:
+        slot.add_((self._gradient * noise).sum(0))
+
+    def add_rows_to(self, rows: Tensor) -> None:
+        rows.add_(self._gradient)
+
+    def outer_to(self, slot: Tensor, z: Tensor) -> None:
+        slot.addmm_(z.T, self._gradient)

@@ -1,0 +1,271 @@
+"""A look at how a module treats its inputs, its weights and noise, before it is used."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from ..errors import ConfigError, Fault
+from ..trees import Inputs, map_tensors, num_rows, tensors_of
+from .batch_norm import of_one_rank
+from .interception import Shapes, batch_dims
+
+if TYPE_CHECKING:
+    from .network import Network
+
+
+class _Pass(NamedTuple):
+    """What a pass of a look has given, and what it had changed."""
+
+    outputs: Tensor
+    changed: dict[str, list[str]]
+    written: list[str]
+    """Drawn weights that the forward pass has written itself."""
+    normalised: Shapes
+    dropped: Shapes
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a look at a module has found."""
+
+    name: str
+    """Class of the module."""
+    generators: Sequence[str]
+    """Global generators of random numbers that its forward pass draws from."""
+    is_repeatable: bool
+    """Whether two passes with the same sample gave the same outputs."""
+    buffers: Sequence[str]
+    """Buffers that its forward pass changes by itself."""
+    changes_input: bool
+    """Whether it changes its input in place."""
+    changes_attributes: bool
+    """Whether it leaves something in attributes or buffers."""
+
+    def warnings(self, world_size: int) -> list[str]:
+        """Return what a user should know, on so many ranks."""
+        found = []
+        if self.generators or not self.is_repeatable:
+            source = " and ".join(self.generators) or "generators of its own: two passes of one sample differ"
+            found.append(
+                f"the forward pass of {self.name} draws from {source}; these numbers are not keyed by the sample, and "
+                "the result depends on the process grid. Use nn.Dropout or torch.nn.functional.dropout, and set the "
+                "rates of other noise (stochastic depth) to 0"
+            )
+        if self.buffers and world_size > 1:
+            names = ", ".join(self.buffers[:5]) + (" and more" if self.buffers[5:] else "")
+            found.append(
+                f"the forward pass of {self.name} changes the buffers {names}, once for each sample and rank: they, and "
+                "what depends on them, differ by the process grid"
+            )
+        return found
+
+
+class Looker:
+    """Makes a few passes of a module that leave no trace, and says what it has seen.
+
+    Parameters
+    ----------
+    network : Network
+        Around the module.
+    draw : callable
+        Puts the weights of a global sample into the module.
+    autocast_dtype : torch.dtype, optional
+        As for `Network.__call__`.
+    """
+
+    def __init__(
+        self, network: Network, draw: Callable[[int], None], autocast_dtype: torch.dtype | None = None
+    ):
+        self._network, self._draw, self._autocast_dtype = network, draw, autocast_dtype
+
+    def look(self, x: Inputs, samples: Sequence[int]) -> Look:
+        """See how the module treats inputs like x, with up to four passes that leave no trace. Local.
+
+        Parameters
+        ----------
+        x : Tensor
+            [B, ...] inputs, B > 0.
+        samples : sequence of int
+            One or two of them; the outputs of two must differ where their weights do.
+
+        Raises
+        ------
+        ConfigError
+            The module is not what a posterior can train: a layer whose statistics or masks cannot be intercepted, or
+            weights that do not reach the outputs.
+        """
+        network = self._network
+        norms, dropout = network.batch_norms, network.dropout
+        sum_over_data, norms.sum_over_data = norms.sum_over_data, of_one_rank  # a look: no collective
+        with network.nothing_derived():
+            self._before = network.traces()
+        try:
+            with network.interception.watching(set(network.layers)) as unseen:
+                norms.begin()
+                inputs, count = map_tensors(Tensor.clone, x), num_rows(x)
+                with self._subclasses_that_run() as ran:
+                    first = self._one(samples[0], inputs)
+                self._refuse_what_is_not_intercepted(unseen, ran, first)
+                changes_input = any(map(_is_written, tensors_of(inputs), tensors_of(x)))
+                again = self._one(samples[0], map_tensors(Tensor.clone, x))
+                if network.drawn and len(samples) > 1 and first.outputs.isfinite().all():
+                    self._check_that_weights_matter(x, first.outputs, samples[1])
+                if first.normalised or first.dropped:
+                    with contextlib.suppress(Exception):  # some modules want all of their examples
+                        half = map_tensors(lambda t: t[: count // 2] if count > 1 else torch.cat([t, t]), x)
+                        part = self._one(samples[0], half)
+                        norms.batch_dims |= batch_dims(first.normalised, part.normalised)
+                        dropout.batch_dims |= batch_dims(first.dropped, part.dropped)
+                    norms.check_calls(first.normalised)
+        finally:
+            self._put_back()
+            norms.sum_over_data = sum_over_data
+            network.allow_writes()
+        tolerance = (
+            1e-6 if first.outputs.device.type == "cpu" else 2e-2
+        )  # elsewhere kernels may be chosen anew
+        is_repeatable = _alike(first.outputs, again.outputs, tolerance)
+        return Look(
+            type(network.module).__name__,
+            first.changed["generator"],
+            is_repeatable,
+            self._own_buffers(first),
+            changes_input,
+            bool(first.changed["attribute"] + first.changed["buffer"]),
+        )
+
+    def _put_back(self) -> dict[str, list[str]]:
+        with self._network.nothing_derived():
+            return self._before.put_back()
+
+    def _one(self, sample: int, inputs: Inputs, scale: float = 1.0) -> _Pass:
+        """Make one pass, whose random weights are multiplied by ``scale``, and put everything back."""
+        network = self._network
+        norms, dropout = network.batch_norms, network.dropout
+        norms.shapes, dropout.shapes = {}, {}
+        try:
+            self._draw(sample)
+            for parameter in network.drawn_parameters() if scale != 1 else ():
+                parameter.detach().mul_(scale)
+            versions = network.versions()
+            outputs = network(inputs, self._autocast_dtype).detach().clone()
+            pairs = zip(network.drawn, versions, network.versions())
+            written = [name for name, before, after in pairs if before != after]
+            return _Pass(outputs, self._put_back(), written, norms.shapes, dropout.shapes)
+        finally:
+            self._put_back()
+            norms.shapes = dropout.shapes = None
+
+    def _own_buffers(self, a_pass: _Pass) -> list[str]:
+        """Return the buffers that a pass has changed, but for the counters of BatchNorm layers, which a step mends."""
+        counters = {
+            id(getattr(layer, "num_batches_tracked", None)) for layer in self._network.batch_norms.layers
+        }
+        buffers = dict(self._network.module.named_buffers(remove_duplicate=False))
+        return [name for name in a_pass.changed["buffer"] if id(buffers.get(name)) not in counters]
+
+    @contextlib.contextmanager
+    def _subclasses_that_run(self) -> Iterator[list[nn.Module]]:
+        """Give a list of those BatchNorm and dropout layers that run with a forward of their own."""
+        ran: list[nn.Module] = []
+        handles = [
+            layer.register_forward_hook(lambda layer, *_: ran.append(layer))
+            for layer in self._network.layers
+            if isinstance(layer, (_BatchNorm, _DropoutNd))
+            and not type(layer).forward.__module__.startswith("torch.")
+        ]
+        try:
+            yield ran
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _refuse_what_is_not_intercepted(
+        self, unseen: Sequence[nn.Module], ran: Sequence[nn.Module], first: _Pass
+    ) -> None:
+        changed = first.changed
+        layers = dict(self._network.module.named_modules())
+        names = {layer: name for name, layer in layers.items()}
+        norms, faults = self._network.batch_norms, []
+        for layer in dict.fromkeys(unseen):
+            what = "it keeps dropout or batch_norm of torch.nn.functional in a way in which it cannot be replaced"
+            remedy = "Call it as torch.nn.functional.dropout, or use the layer nn.Dropout (nn.BatchNorm2d)"
+            faults.append(Fault("model", f"{names[layer]} ({type(layer).__name__})", what, remedy))
+        moved = {
+            name.removesuffix("running_mean") for name in changed["buffer"] if name.endswith("running_mean")
+        }
+        moved = [layers[prefix.rstrip(".")] for prefix in moved]
+        ran = [layer for layer in ran if layer.training]
+        candidates = [layer for layer in ran if isinstance(layer, _BatchNorm)] + [
+            layer for layer in moved if layer in norms.layers
+        ]
+        for layer in dict.fromkeys(candidates):
+            if not norms.has_called(layer):
+                what = "its statistics of the batch are made elsewhere than in torch.nn.functional.batch_norm"
+                remedy = (
+                    "Call that function, use torch's BatchNorm or GroupNorm, or freeze the layer with eval()"
+                )
+                faults.append(Fault("model", f"{names[layer]} ({type(layer).__name__})", what, remedy))
+        if first.written and (self._own_buffers(first) or changed["attribute"]):
+            rule = "its forward pass writes these weights and notes that it has: the next draw would undo it"
+            remedy = "Run the network once on a batch before the posterior is made"
+            faults.append(Fault("model", ", ".join(first.written[:3]), rule, remedy))
+        dropping = [layer for layer in ran if isinstance(layer, _DropoutNd) and layer.p > 0]
+        for layer in dict.fromkeys(dropping) if changed["generator"] else ():
+            if not self._network.dropout.asked(layer, first.dropped):
+                what = f"its masks come from {' and '.join(changed['generator'])}, not from torch.nn.functional.dropout"
+                remedy = "Call that function, or use nn.Dropout: then they are keyed by the sample"
+                faults.append(Fault("model", f"{names[layer]} ({type(layer).__name__})", what, remedy))
+        if faults:
+            raise ConfigError(*faults)
+
+    def _check_that_weights_matter(self, x: Inputs, outputs: Tensor, other: int) -> None:
+        """Raise `ConfigError` where the outputs of two samples are equal, and those of far away weights, too."""
+        if not torch.equal(outputs, self._one(other, map_tensors(Tensor.clone, x)).outputs):
+            return
+        generator = torch.Generator().manual_seed(0)
+        noise = map_tensors(
+            lambda t: torch.randn(t.shape, generator=generator).to(t) if t.is_floating_point() else t, x
+        )
+        kept = {name: p.detach().clone() for name, p in self._network.parameters.items()}
+        try:  # a last layer of zeros, for example, hides the others: move all weights, and try other inputs
+            for number, name in enumerate(kept):
+                if name not in self._network.drawn:
+                    self._network.parameters[name].detach().add_(0.1 + 0.01 * number)
+            for inputs in (x, noise):
+                near, far = (
+                    self._one(other, map_tensors(Tensor.clone, inputs), scale).outputs for scale in (1.0, 1.5)
+                )
+                if not torch.equal(near, far):
+                    return
+        finally:
+            for name, former in kept.items():
+                self._network.parameters[name].detach().copy_(former)
+        rule = f"the outputs do not depend on its {len(self._network.drawn)} random weights: all samples would be equal"
+        remedy = (
+            "Its forward must read its own parameters: look for copies, caches and weights held elsewhere"
+        )
+        raise ConfigError(Fault("model", type(self._network.module).__name__, rule, remedy))
+
+
+def _is_written(clone: Tensor, original: Tensor) -> bool:
+    """Whether a clone of inputs was changed in place."""
+    return (not clone.is_inference() and clone._version > 0) or not _alike(clone, original, 0.0)
+
+
+def _alike(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    """Whether two tensors are equal up to a part of their norm; NaN is like NaN."""
+    if a.shape != b.shape:
+        return False
+    if torch.equal(a, b):
+        return True
+    a, b = (t.double().nan_to_num() for t in (a, b))
+    return bool((a - b).norm() <= tolerance * b.norm())

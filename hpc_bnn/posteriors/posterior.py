@@ -1,0 +1,429 @@
+"""A posterior over the weights of a module: its memory, its draws, and the way of gradients back."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import capabilities
+from ..capabilities import Features
+from ..config import check_field
+from ..errors import ConfigError, Fault
+from ..noise import Key, Stream
+from .buffer import StepBuffer, Tally
+from .draws import RedrawnDraw
+from .families.base import Family, Scalars, Slot
+from .layout import FlatLayout
+from .named import NamedSlots, check_alike
+from .network import Network, Output
+from .sampler import Sampler
+from .select import Rule, divide_weights
+
+__all__ = ["Posterior"]
+
+
+class Posterior:
+    """A family of distributions over weights of a module, of which some may stay points.
+
+    The module is used in place and called unchanged: its parameters become views of flat buffers. A posterior may be
+    copied and pickled (``copy.deepcopy``, ``torch.save``), its module with it.
+
+    The order of a step, which `hpc_bnn.training.VariationalStep` keeps::
+
+        posterior.begin_()
+        with posterior.network.running():     # BatchNorm and dropout of the module are ours
+            for each sample:
+                posterior.draw_(key)          # put the sample into the module
+                loss(posterior.network(x)).backward()
+                posterior.fold_()             # its gradients, into the buffer
+        posterior.complete_()                 # this rank's part of what is summed
+        sum posterior.buffer.reduced over the job
+        posterior.finish_(scalars)            # what is linear
+        posterior.add_kl_(scalars)            # once, after the sum
+        update posterior.parameters()
+
+    Parameters
+    ----------
+    module : nn.Module
+        Any module, already on its device and in its dtype.
+    family : Family
+        What q(w) is.
+    deterministic : sequence of str or module class
+        Weights that stay points: "norm", "embedding", name patterns, classes of layers (`split_weights`).
+    estimator : {"reparameterisation", "local", "flipout"}
+        How the gradient is estimated (`hpc_bnn.posteriors.estimators`).
+    antithetic : bool
+        Samples 2 i and 2 i + 1 share their noise with opposite signs.
+    samples : sequence of int
+        Global indices of this rank's samples (``grid.local_samples(num_samples)``), for a family whose slots belong to
+        samples.
+    weights : Tensor, optional
+        [len(samples), P] what the rows of such a family start from; by default the weights of the module for all.
+    output : str, int or callable, optional
+        Which tensor the likelihood gets, where the module returns a dict, a tuple or an object: a key or attribute
+        (``"logits"``), a place, or a function. Inputs may be trees of tensors as well: a dict is ``module(**x)``, a list
+        or tuple ``module(*x)``.
+    keeps_noise : bool
+        Keep the noise of a draw until its gradient is folded in, [c, P] numbers; False draws it again.
+
+    Attributes
+    ----------
+    network : Network
+        Calls the module: with the masks of the sample drawn last, and statistics of the global batch.
+    buffer : StepBuffer
+        Memory of parameters and gradients.
+    random, point : FlatLayout
+        Where random weights lie in [P], and points in theirs.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        family: Family,
+        *,
+        deterministic: Sequence[Rule] = (),
+        estimator: str = "reparameterisation",
+        antithetic: bool = False,
+        samples: Sequence[int] = (0,),
+        weights: Tensor | None = None,
+        output: Output = None,
+        keeps_noise: bool = True,
+    ):
+        if torch.is_inference_mode_enabled():
+            rule = "what is made within torch.inference_mode() can never be trained"
+            raise ConfigError(Fault("posterior", family.name, rule, "Make it outside"))
+        check_field("posterior.estimator", estimator)
+        self.module, self.family_, self.estimator = module, family, estimator
+        self.antithetic, self.samples, self.keeps_noise = antithetic, list(samples), keeps_noise
+        can = self.capabilities = family.capabilities
+        random, point = divide_weights(module, deterministic, can)
+        self.random, self.point = FlatLayout.of(random), FlatLayout.of(point)
+        self.network = Network(module, {**random, **point}, list(self.random), output)
+        self.check_features()
+        self.dtype = next(iter(self.network.parameters.values())).dtype
+        if random and weights is None:
+            weights = _flatten([random[name] for name in self.random])
+            weights = weights if can.owner == "all" else weights.expand(len(self.samples), -1)
+        slots = family.slots(weights, self.random, self.samples)
+        if point:
+            slots["points"] = Slot(_flatten([point[name] for name in self.point]))
+        self._lay_out_(slots)
+
+    # --- memory -----------------------------------------------------------------------------------
+
+    def _lay_out_(self, slots: dict[str, Slot]) -> None:
+        """Make the flat buffers, all views of them, and the module's parameters such views. Local."""
+        network = self.network
+        self.buffer = StepBuffer(slots, network.batch_norms.num_statistics)
+        random = [network.parameters[name] for name in self.random]
+        network.weights = _flatten(random) if random else self.buffer.flat[:0]
+        network.use(self.random.views(network.weights))
+        if "points" in slots:
+            network.use(self.point.views(self.buffer.values["points"]))
+        self.sampler = Sampler(
+            self.family_, network, self.buffer, self.random, self.point, samples=self.samples,
+            estimator=self.estimator, antithetic=self.antithetic, keeps_noise=self.keeps_noise,
+        )  # fmt: skip
+        self.names = NamedSlots(self.buffer, self.random, self.point, self.samples)
+        network.leave()
+
+    def _state(self) -> dict[str, Any]:
+        """Return what a copy is made of: the module, what the constructor was given, and the slots."""
+        values = self.buffer.values | self.buffer.parameters
+        slots = {name: kind._replace(value=values[name]) for name, kind in self.buffer.slots.items()}
+        self.rest_()
+        return {name: self.__dict__[name] for name in _KEPT if name in self.__dict__} | {"slots": slots}
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self._state()
+        slots = {name: s._replace(value=s.value.detach().clone()) for name, s in state["slots"].items()}
+        return state | {"slots": slots}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        slots = state.pop("slots")
+        self.__dict__.update(state)
+        self._lay_out_(slots)
+
+    def __copy__(self) -> Posterior:
+        return copy.deepcopy(self)  # two posteriors cannot share a module
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Posterior:
+        memo[id(self)] = twin = type(self).__new__(type(self))
+        twin.__setstate__(
+            copy.deepcopy(self._state(), memo)
+        )  # an optimizer that is copied along keeps its parameters
+        return twin
+
+    # --- what a user asks --------------------------------------------------------------------------
+
+    @property
+    def family(self) -> str:
+        """Name of the family."""
+        return self.family_.name
+
+    @property
+    def num_weights(self) -> int:
+        """Number of random weights, P."""
+        return self.random.num_elements
+
+    @property
+    def is_replicated(self) -> bool:
+        """Whether all ranks hold the same parameters; otherwise those of a data group do."""
+        return self.capabilities.owner == "all"
+
+    def __getattr__(self, name: str) -> Any:
+        """Slots are attributes: ``posterior.loc``."""
+        buffer = self.__dict__.get("buffer")
+        if buffer is not None and name in buffer.values:
+            return buffer.parameters.get(name, buffer.values[name])
+        raise AttributeError(f"{type(self).__name__} has no attribute {name}")
+
+    def features(self, **more: Any) -> Features:
+        """Return what is asked of this posterior, for `hpc_bnn.capabilities`. Local."""
+        is_training = self.module.training
+        return Features(
+            estimator=self.estimator,
+            antithetic=self.antithetic,
+            batch_norm=is_training and bool(self.network.batch_norms.layers),
+            dropout=is_training and any(layer.p > 0 for layer in self.network.dropout.layers),
+            **more,
+        )
+
+    def check_features(self, values: dict[str, object] | None = None, **asked: Any) -> None:
+        """Raise `ConfigError` with what does not go with this posterior. Local.
+
+        Parameters
+        ----------
+        values : dict, optional
+            What fields were set to, for the messages.
+        **asked : bool
+            Of `hpc_bnn.capabilities.Features`.
+        """
+        named = {"posterior.estimator": self.estimator, "model": type(self.module).__name__, **(values or {})}
+        capabilities.check_features(self.capabilities, self.features(**asked), lambda f: named.get(f, True))
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield what an optimizer updates: a few flat tensors."""
+        yield from self.buffer.parameters.values()
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the same with their names, for example ``loc``, ``log_scale``, ``points``."""
+        yield from self.buffer.parameters.items()
+
+    def weight_parameters(self) -> Iterator[nn.Parameter]:
+        """Yield a parameter for each weight of the module and slot instead, for an optimizer that looks at whole tensors.
+
+        Such as LAMB, which scales the step of each tensor by its norm. They are views of what `parameters` yields.
+        """
+        yield from self.names.parameters().values()
+
+    def named_weights(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the same with their names in `state_dict`."""
+        yield from self.names.parameters().items()
+
+    def named_gradients(self) -> dict[str, Tensor]:
+        """Return views of the gradient buffer by the names that `state_dict` has. Local."""
+        return self.names.of(self.buffer.grads)
+
+    # --- one step ---------------------------------------------------------------------------------
+
+    def check_num_samples(self, num_samples: int, mine: Sequence[int]) -> None:
+        """Raise `ConfigError` where the posterior cannot give these samples. Local.
+
+        Parameters
+        ----------
+        num_samples : int
+            In the whole job.
+        mine : sequence of int
+            Those of this rank.
+        """
+        fixed = getattr(self.family_, "num_samples", num_samples)
+        if num_samples != fixed:
+            rule = f"a {self.family} of {fixed} has that many samples, in training and for tests"
+            remedy = f"Set <num_samples> and <num_test_samples> to {fixed}"
+            raise ConfigError(Fault("num_samples", num_samples, rule, remedy))
+        if not self.is_replicated and list(mine) != self.samples:
+            has, asked = (f"{s[0]} to {s[-1]}" if s else "none" for s in (self.samples, mine))
+            rule = f"the rows of this {self.family} belong to the samples {has}, and this rank is asked for {asked}"
+            remedy = "Make it with samples=grid.local_samples(num_samples), and predict with as many"
+            raise ConfigError(Fault("num_samples", num_samples, rule, remedy))
+
+    def check_(self) -> None:
+        """Verify that the module and these parameters are as they were left. Local; some microseconds.
+
+        Raises
+        ------
+        ConfigError
+            Somebody has changed them in a way that cannot be followed.
+        """
+        self.rest_()
+        self.network.check()
+        for name in self.buffer.moved():
+            rule = "its memory was replaced (by .data =, or a conversion) since the posterior was made"
+            raise ConfigError(Fault(name, self.family, rule, f"Write into it: {name}.detach().copy_(...)"))
+
+    def rest_(self) -> None:
+        """Leave the module to the user: its own layers, also after a step that did not come to its end. Local."""
+        if self.sampler.noisy is not None:
+            self.sampler.noisy.off_()
+
+    @torch.no_grad()
+    def begin_(self) -> None:
+        """Begin a step or a predictive: look at the slots as they are now. Local.
+
+        Raises
+        ------
+        ConfigError
+            See `check_`.
+        """
+        self.check_()
+        self.buffer.reduced.zero_()
+        self.network.batch_norms.begin()
+        self.sampler.begin_()
+        if self.sampler.noisy is not None:
+            self.sampler.noisy.on_()
+
+    @torch.no_grad()
+    def draw_(self, key: Key) -> None:
+        """Put the weights (and the dropout masks) of ``key.sample`` into the module. Local."""
+        self.network.begin_sample(key)
+        self.sampler.draw_(key)
+
+    @torch.no_grad()
+    def fold_(self, prior_share: float = 0.0, kl_weight: float = 0.0) -> None:
+        """Fold the weight gradients of the samples drawn last into the gradient buffer. Local.
+
+        Parameters
+        ----------
+        prior_share : float
+            Weight of each of these samples in a Monte Carlo KL: 1 / num_samples on one rank of each data group, 0 on the
+            others, so that a sample counts once. Not used where the KL has a closed form.
+        kl_weight : float
+            Factor of the KL per example: kl_weight / num_train_examples.
+        """
+        self.sampler.fold_(prior_share, kl_weight)
+
+    @torch.no_grad()
+    def complete_(self, batch_norm_share: float = 1.0) -> None:
+        """Complete this rank's part of what is summed, after the last sample. Local.
+
+        Parameters
+        ----------
+        batch_norm_share : float
+            Weight of this rank's sum of BatchNorm statistics over its samples: 1 / num_samples on one rank
+            of each data group, 0 on the others.
+        """
+        self.network.batch_norms.write_statistics_(self.buffer.statistics, batch_norm_share)
+        self.rest_()
+        self.network.leave_weights()
+
+    @torch.no_grad()
+    def finish_(self, scalars: Scalars) -> None:
+        """Complete the gradient of the data term, after the sum over the job, and attach it to the parameters. Local."""
+        values, grads = self.buffer.values, self.buffer.grads
+        self.family_.finish_(grads, values, self.sampler.work, scalars)
+        self.names.attach_gradients_()
+        if self.network.batch_norms.layers and self.module.training:
+            self.network.batch_norms.update_running_(self.buffer.statistics)
+
+    @torch.no_grad()
+    def add_kl_(self, scalars: Scalars) -> Tensor:
+        """Add the gradient of the KL and return the KL (nats), once on each rank after the sum. Local."""
+        values, grads = self.buffer.values, self.buffer.grads
+        cross_entropy = self.buffer.tally[Tally.CROSS_ENTROPY].clone()
+        return self.family_.kl_(grads, values, self.sampler.work, scalars, cross_entropy)
+
+    @torch.no_grad()
+    def after_update_(self, scalars: Scalars, key: Key) -> None:
+        """Let the family change its slots after the update. Local.
+
+        Parameters
+        ----------
+        scalars : Scalars
+            Of the step.
+        key : Key
+            Of any sample of the step.
+        """
+        draw = RedrawnDraw(self.num_weights, self.network.weights)
+        draw.begin_(key.child(Stream.UPDATE), self.samples)
+        self.family_.after_update_(self.buffer.grads, self.buffer.values, self.samples, draw, scalars)
+
+    @torch.no_grad()
+    def kl(self) -> Tensor:
+        """Return the KL of the parameters as they are now (nats), where it has a closed form. Local."""
+        if self.capabilities.kl in ("Monte Carlo", "point"):
+            raise NotImplementedError(f"a {self.capabilities.kl} KL exists for the samples of a step only")
+        work: dict[str, Tensor] = {}
+        self.family_.begin_(self.buffer.values, work)
+        return self.family_.kl_(None, self.buffer.values, work, None, self.buffer.flat.new_zeros(()))
+
+    # --- predictives --------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Draw for a predictive: the module in evaluation mode, no gradients. Local."""
+        self.check_()
+        # The fused path of nn.TransformerEncoderLayer for evaluation would pass its dropout layers by.
+        fast = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(fast and not self.network.dropout.always)
+        try:
+            with self.network.evaluating():
+                self.begin_()
+                self.rest_()
+                yield
+                self.network.leave_weights()
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
+
+    @torch.no_grad()
+    def use_mean_(self) -> nn.Module:
+        """Put the posterior mean of the weights into the module and return it. Local."""
+        if not self.is_replicated:
+            raise NotImplementedError(f"a {self.family} has no mean network")
+        self.check_()
+        self.network.dropout.begin_sample(None)
+        if self.num_weights:
+            with self.network.drawing():
+                self.network.weights.copy_(self.family_.mean(self.buffer.values))
+            self.network.leave_weights()
+        return self.module
+
+    # --- state --------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the slots by the names of the module's weights, and its buffers. Local.
+
+        A point weight keeps its name; a random weight ``NAME`` is there as ``NAME.loc``,
+        ``NAME.log_scale`` and so on, by family. The tensors are views.
+        """
+        return self.names.of(self.buffer.values) | dict(self.module.named_buffers())
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take over what `state_dict` returned. Local.
+
+        Raises
+        ------
+        ConfigError
+            Names or shapes do not fit the module.
+        """
+        mine = self.state_dict()
+        check_alike(mine, state)
+        for name, value in mine.items():
+            value.copy_(state[name])
+
+
+_KEPT = (
+    "module", "family_", "estimator", "antithetic", "keeps_noise", "samples", "capabilities", "random", "point",
+    "network", "dtype",
+)  # fmt: skip
+"""What a copy takes over besides the slots; all else is made anew by `Posterior._lay_out_`."""
+
+
+def _flatten(parameters: Sequence[nn.Parameter]) -> Tensor:
+    return torch.cat([p.detach().reshape(-1) for p in parameters])

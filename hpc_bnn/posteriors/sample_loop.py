@@ -1,0 +1,139 @@
+"""How samples are evaluated: one after another, or several in a batch. Training and prediction use the same loop."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from .. import capabilities
+from ..config import Batching
+from ..errors import HpcBnnError
+from ..noise import Key
+from ..trees import stack
+from ..views import SharedView
+from .posterior import Posterior
+
+__all__ = ["SampleLoop"]
+
+logger = logging.getLogger(__name__)
+
+
+class SampleLoop:
+    """Evaluates samples of a posterior and yields their outputs; what becomes of these is the caller's.
+
+    Walking writes each sample into the module and calls it. A batch evaluates c samples at once by ``torch.vmap``; its
+    memory grows with c, not with the number of samples. A module that cannot be batched walks from then on, and this is
+    said once.
+
+    Parameters
+    ----------
+    posterior : Posterior
+        Whose samples.
+    chunk_size : int
+        Samples in a batch; 1 walks.
+    batching : {"auto", "walking", "vmap"}
+        walking: samples one after another; vmap: in batches; auto: in batches, but for samples that have weights of
+        their own (members of an ensemble), which walk.
+    autocast_dtype : torch.dtype, optional
+        Run the module in this dtype where torch's autocast allows.
+    speaks : bool
+        Whether this process says what the user should know: rank 0.
+    max_examples : int, optional
+        Examples of one forward pass, without gradients.
+    """
+
+    def __init__(
+        self,
+        posterior: Posterior,
+        chunk_size: int = 1,
+        batching: Batching = "auto",
+        autocast_dtype: torch.dtype | None = None,
+        speaks: bool = True,
+        max_examples: int | None = None,
+    ):
+        self.posterior, self.chunk_size, self.autocast_dtype = posterior, chunk_size, autocast_dtype
+        self._speaks, self._max_examples = speaks, max_examples
+        self.can_batch = batching == "vmap" or (batching == "auto" and posterior.is_replicated)
+
+    def __call__(
+        self, samples: Sequence[int], x: SharedView, key: Key
+    ) -> Iterator[tuple[Sequence[int], Tensor]]:
+        """Yield (samples, outputs [c, B, ...]) chunk by chunk. With BatchNorm collective as `Network.running` says.
+
+        Parameters
+        ----------
+        samples : sequence of int
+            Global indices.
+        x : SharedView
+            Inputs [B, ...] of each sample.
+        key : Key
+            Of any sample of this draw.
+        """
+        for start in range(0, len(samples), self.chunk_size):
+            chunk = samples[start : start + self.chunk_size]
+            outputs = self.try_batch(chunk, x, key) if len(chunk) > 1 else None
+            if outputs is not None:
+                yield chunk, outputs
+                continue
+            for sample in chunk:
+                yield [sample], self.walk(sample, x, key)
+
+    def walk(self, sample: int, x: SharedView, key: Key) -> Tensor:
+        """Return the outputs [1, B, ...] of one sample."""
+        self.posterior.draw_(key.of(sample))
+        outputs = [self.posterior.network(part.of(sample), self.autocast_dtype) for part in self._parts(x)]
+        return torch.cat(outputs).to(self.posterior.dtype)[None]
+
+    def batch(self, samples: Sequence[int], x: SharedView, key: Key) -> Tensor:
+        """Return the outputs [c, B, ...] of some samples at once.
+
+        Raises
+        ------
+        NotImplementedError
+            The posterior or its module has samples that cannot be batched.
+        """
+        posterior = self.posterior
+        refused = capabilities.refusals(posterior.capabilities, posterior.features(batched=True))
+        for refusal in refused:
+            raise NotImplementedError(refusal.reason)
+        layouts, leaves = posterior.sampler.draw_batch_(samples, key)
+        is_shared = len({x.number(sample) for sample in samples}) == 1
+        outputs = []
+        for part in self._parts(x):
+            inputs = part.of(samples[0]) if is_shared else stack([part.of(sample) for sample in samples])
+            outputs.append(posterior.network.batched(layouts, leaves, inputs, is_shared, self.autocast_dtype))
+        return torch.cat(outputs, 1).to(posterior.dtype)
+
+    def _parts(self, x: SharedView) -> list[SharedView]:
+        """Return the inputs in parts of one forward pass each."""
+        size = self._max_examples
+        if size is None or len(x) <= size:
+            return [x]
+        return [x.part(slice(start, start + size)) for start in range(0, len(x), size)]
+
+    def try_batch(self, chunk: Sequence[int], x: SharedView, key: Key) -> Tensor | None:
+        """Return what `batch` does, or None from now on where the module cannot be batched."""
+        if not self.can_batch:
+            return None
+        try:
+            return self.batch(chunk, x, key)
+        except HpcBnnError:
+            raise
+        except Exception as error:  # what is wrong without a batch as well, the walk will raise
+            self.fall_back(error)
+            return None
+
+    def fall_back(self, error: BaseException | None) -> None:
+        """Walk from now on, and say why. Local."""
+        if self._speaks:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            if isinstance(error, torch.OutOfMemoryError):
+                reason = f"its memory is not enough for chunks of {self.chunk_size}; set chunk_size to fewer"
+            logger.warning(
+                "samples are evaluated one after another: the module cannot be batched (%s)", reason
+            )
+        self.can_batch = False
+        self.posterior.sampler.forget_()

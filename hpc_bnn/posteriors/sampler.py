@@ -1,0 +1,265 @@
+"""Draws samples of the weights into a module, and brings their gradients back to the slots of a family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..noise import Key
+from ..trees import Inputs
+from .buffer import StepBuffer, Tally
+from .draws import KeptDraw, RedrawnDraw
+from .estimators import ESTIMATORS, Estimator
+from .families.base import Family
+from .gradients import BatchGradient, ListGradient, SlotViews
+from .layout import Block, FlatLayout, take_gradients
+from .network import Network
+
+Slots = dict[str, Tensor]
+
+
+class Sampler:
+    """The way from slots to the weights of samples, and of the gradients of these back.
+
+    Parameters
+    ----------
+    family : Family
+        What q(w) is.
+    network : Network
+        Around the module.
+    buffer : StepBuffer
+        Memory of slots and gradients.
+    random, point : FlatLayout
+        Where random weights lie in [P], and points in theirs.
+    samples : sequence of int
+        Of this rank, where slots belong to samples.
+    estimator, antithetic, keeps_noise
+        See `Posterior`.
+
+    Attributes
+    ----------
+    work : dict of str to Tensor
+        What `Family.begin_` computes once per step.
+    noisy : Estimator, optional
+        Gives layers noise per example.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        network: Network,
+        buffer: StepBuffer,
+        random: FlatLayout,
+        point: FlatLayout,
+        *,
+        samples: Sequence[int],
+        estimator: str,
+        antithetic: bool,
+        keeps_noise: bool,
+    ):
+        self.family, self.network, self.buffer = family, network, buffer
+        self.random, self.point, self.samples = random, point, list(samples)
+        self._random_parameters = [network.parameters[name] for name in random]
+        self._point_parameters = [network.parameters[name] for name in point]
+        self._weights, num_weights = network.weights, random.num_elements
+        self._out = self._weights[None]
+        self.work: Slots = {}
+        self._views, self._point_views = SlotViews(random), SlotViews(point)
+        self._draw = (KeptDraw if keeps_noise else RedrawnDraw)(num_weights, self._weights, antithetic)
+        lasting = [self._draw.single] if keeps_noise and num_weights else []
+        for name, gradient in buffer.grads.items():
+            if name == "points":
+                self._point_views.keep(gradient)
+            elif buffer.slots[name].per_weight and name not in buffer.owned:
+                lasting.append(gradient)
+        for tensor in lasting:
+            self._views.keep(tensor)
+        self._blocks = [random.block(0, len(random))] if len(random) else []
+        self._num_early, self._arrived = 0, lambda number, num_gradients: None
+        self._cuts: dict[int, tuple[Slots, Slots, Slots, SlotViews]] = {}
+        self._rows: dict[tuple[int, ...], tuple[Slots, Slots]] = {}
+        self._drawn: list[int] = self.samples[:1]
+        kind = ESTIMATORS[estimator]
+        self.noisy: Estimator | None = None if kind is None else kind(network, self._views)
+        self.forget_()
+
+    def prepare_(self, x: Inputs) -> None:
+        """Look at how the module treats inputs like x, before the first step. Local."""
+        if self.noisy is not None and not self.noisy.is_attached:
+            self.family.begin_(self.buffer.values, self.work)
+            self.noisy.attach_(self.buffer.values["loc"], self.work["scale"], x)
+
+    def begin_(self) -> None:
+        """Look at the slots as they are now. Local."""
+        self.forget_()
+        self.family.begin_(self.buffer.values, self.work)
+
+    def forget_(self) -> None:
+        """Forget gradients and what a batch that failed half-way has left behind. Local."""
+        take_gradients(self._random_parameters + self._point_parameters)
+        self._leaves: dict[int, Tensor] = {}
+        self._batch = self._weights[None][:0]
+
+    # --- draws --------------------------------------------------------------------------------------
+
+    def draw_(self, key: Key) -> None:
+        """Put the weights of ``key.sample`` into the module. Local."""
+        self._drawn = [key.sample]
+        if not len(self.random):
+            return
+        if self.noisy is None or self.noisy.needs_weights:
+            self._draw.begin_(key, self._drawn)
+            with self.network.drawing():
+                self._sample_(self._out)
+        if self.noisy is not None:
+            self.noisy.begin_sample_(key, self._draw, self.work["scale"])
+
+    def draw_batch_(self, samples: Sequence[int], key: Key) -> tuple[list[FlatLayout], list[Tensor]]:
+        """Return the random weights of some samples: layouts, and leaves [len(samples), P_i] that want a gradient. Local.
+
+        One for all weights, or one for each block where they are divided (`divide_`).
+        """
+        self.forget_()
+        self._drawn = list(samples)
+        self._draw.begin_(key, samples)
+        self._batch = self._weights.new_empty(len(samples), self.random.num_elements)
+        self._sample_(self._batch)
+        for number, block in enumerate(self._blocks):
+            leaf = self._batch[:, block.span].detach().requires_grad_()
+            self._leaves[block.span.start] = leaf
+            if number < self._num_early:
+                leaf.register_post_accumulate_grad_hook(
+                    lambda _, number=number, block=block: self._arrived(number, len(block.layout))
+                )
+        return [block.layout for block in self._blocks], list(self._leaves.values())
+
+    def _sample_(self, out: Tensor) -> None:
+        is_predictive = self.network.batch_norms.is_evaluating
+        sample_ = self.family.predict_ if is_predictive else self.family.sample_
+        sample_(self._of_samples()[0], self.work, self._drawn, self._draw, out)
+
+    def _of_samples(self) -> tuple[Slots, Slots]:
+        """Return slots and gradients, cut to the rows of the samples drawn last where they belong to samples. Local."""
+        buffer = self.buffer
+        if not buffer.owned:
+            return buffer.values, buffer.grads
+        if (key := tuple(self._drawn)) not in self._rows:
+            first = self.samples.index(key[0])  # a rank's samples follow each other
+            self._rows[key] = tuple(
+                {name: t[first : first + len(key)] if name in buffer.owned else t for name, t in of.items()}
+                for of in (buffer.values, buffer.grads)
+            )
+            for name in buffer.owned & buffer.grads.keys() if len(key) == 1 else ():
+                self._views.keep(self._rows[key][1][name])
+        return self._rows[key]
+
+    @property
+    def _is_divided(self) -> bool:
+        return len(self._blocks) > 1
+
+    # --- gradients ----------------------------------------------------------------------------------
+
+    def fold_(self, prior_share: float = 0.0, kl_weight: float = 0.0) -> None:
+        """Fold the weight gradients of the samples drawn last into the gradient buffer (`Posterior.fold_`). Local."""
+        if self.noisy is not None:
+            self.noisy.fold_(self.buffer.grads, self._draw)
+        for block in self._blocks:
+            self._fold_block_(block)
+        if prior_share and self.family.capabilities.kl in ("Monte Carlo", "point"):
+            log_prior, score = self.family.log_prior(self._batch if self._leaves else self._out)
+            self.buffer.tally[Tally.CROSS_ENTROPY] -= prior_share * log_prior
+            if score is not None:
+                self._pull_back_(BatchGradient(score.mul_(-prior_share * kl_weight)))
+        self._leaves.clear()
+        self._fold_points_(self._point_parameters, self.buffer.grads.get("points"), self._point_views)
+
+    def _fold_block_(self, block: Block) -> None:
+        leaf = self._leaves.get(block.span.start)
+        if leaf is not None:
+            gradient, leaf.grad = leaf.grad, None
+            if gradient is not None:
+                self._pull_back_(BatchGradient(gradient), block)
+            return
+        gradients = take_gradients(self._random_parameters[block.numbers])
+        if any(gradient is not None for gradient in gradients):
+            views = self._cut(block)[3] if self._is_divided else self._views
+            self._pull_back_(ListGradient(gradients, views), block)
+
+    def _pull_back_(self, g: ListGradient | BatchGradient, block: Block | None = None) -> None:
+        slots, grads = self._of_samples()
+        work, draw = self.work, self._draw
+        if block is not None and self._is_divided:
+            slots, grads, work, _ = self._cut(block)
+            draw = draw.cut(block)
+        self.family.pull_back_(grads, slots, work, self._drawn, g, draw)
+
+    def _fold_points_(
+        self, parameters: Sequence[nn.Parameter], total: Tensor | None, views: SlotViews
+    ) -> None:
+        gradients = take_gradients(parameters)
+        if any(gradient is not None for gradient in gradients):
+            ListGradient(gradients, views).add_to(total)
+
+    # --- blocks, whose gradients are complete before the backward pass ends -----------------------------
+
+    def divide_(self, num_bytes: int, arrived: Callable[[int, int], None]) -> list[Block]:
+        """Divide the weights into blocks whose gradients are complete during the last backward pass. Local.
+
+        Parameters
+        ----------
+        num_bytes : int
+            Least size of a block's gradients.
+        arrived : callable
+            ``arrived(block, n)``: n more gradients of this block are ready.
+
+        Returns
+        -------
+        list of Block
+            In the order of the backward pass; may be empty.
+        """
+        num_elements = num_bytes // self._weights.element_size()
+        self._arrived = arrived
+        if len(self.random):
+            early, rest = self.random.divide(num_elements // 2)  # means and scales
+            self._blocks, self._num_early = [*early, *rest], len(early)
+        else:
+            early, _ = self.point.divide(num_elements)
+        for number, block in enumerate(early):
+            for parameter in self.parameters_of(block):
+                parameter.register_post_accumulate_grad_hook(lambda _, number=number: arrived(number, 1))
+        return early
+
+    def parameters_of(self, block: Block) -> list[nn.Parameter]:
+        """Return the module's parameters in a block. Local."""
+        return (self._random_parameters or self._point_parameters)[block.numbers]
+
+    @torch.no_grad()
+    def fold_block_(self, block: Block) -> list[Tensor]:
+        """Fold in the gradients of a block after its last backward, and return what is to be summed over the job. Local."""
+        if not len(self.random):
+            total = self.buffer.grads["points"][block.span]
+            self._fold_points_(self.parameters_of(block), total, SlotViews(block.layout))
+            return [total]
+        self._fold_block_(block)
+        return [gradient for name, gradient in self._cut(block)[1].items() if name != "points"]
+
+    def _cut(self, block: Block) -> tuple[Slots, Slots, Slots, SlotViews]:
+        """Return slots, gradients and work of a block, and views of its gradients. Local."""
+        start, num_weights = block.span.start, self.random.num_elements
+        if start not in self._cuts:
+            whole = {name for name, slot in self.buffer.slots.items() if not slot.per_weight} | {"points"}
+            slots, grads, work = (
+                {
+                    name: t if name in whole or t.shape[-1] != num_weights else t[..., block.span]
+                    for name, t in tensors.items()
+                }
+                for tensors in (self.buffer.values, self.buffer.grads, self.work)
+            )
+            views = SlotViews(block.layout)
+            for name, gradient in grads.items():
+                if name != "points":
+                    views.keep(gradient)
+            self._cuts[start] = slots, grads, work, views
+        return self._cuts[start]

@@ -1,0 +1,181 @@
+"""The data term of a step on one rank: its samples are evaluated, and the gradients folded in."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..comm import GridComm
+from ..likelihoods import Likelihood
+from ..noise import Key
+from ..objectives import Coupling, Objective
+from ..posteriors.sample_loop import SampleLoop
+from ..views import SharedView
+from .reducer import Reducer
+
+logger = logging.getLogger(__name__)
+
+Use = Callable[[Sequence[int], Tensor], None]
+"""``use(samples, statistic [c, B, ...])``: what becomes of the samples that were evaluated."""
+
+
+class _BackwardError(Exception):
+    """The backward pass of a batch of samples failed, with the cause; nothing of it was folded in."""
+
+
+class DataTerm:
+    """Evaluates the samples of a rank and folds in the gradient of the data term, in one pass or two.
+
+    An objective that couples the samples needs what all of them gave before the gradient of any is known. Where one
+    chunk holds all samples of this rank, its graph waits for the exchange: one pass. Otherwise a pass without gradient
+    goes before.
+
+    Parameters
+    ----------
+    loop : SampleLoop
+        Evaluates samples.
+    objective : Objective
+        How the samples make one data term.
+    likelihood : Likelihood
+        Of an example, given outputs.
+    comm : GridComm
+        The process grid.
+    reducer : callable
+        Returns the `Reducer` of the step, whose sums may begin in the last backward pass.
+
+    Attributes
+    ----------
+    num_passes : int
+        Forward passes over the samples in the last call: 1 or 2.
+    has_said_passes : bool
+        Whether the user knows of the second.
+    """
+
+    def __init__(
+        self,
+        loop: SampleLoop,
+        objective: Objective,
+        likelihood: Likelihood,
+        comm: GridComm,
+        reducer: Callable[[], Reducer],
+    ):
+        self._loop, self._objective, self._likelihood, self._comm = loop, objective, likelihood, comm
+        self._reducer = reducer
+        self.num_passes, self.has_said_passes = 0, False
+
+    def statistic(self, outputs: Tensor, y: Tensor) -> Tensor:
+        """Return the statistic [c, B, ...] of outputs [c, B, ...]. Local."""
+        count = len(outputs)
+        if count == 1:
+            return self._objective.statistic(self._likelihood, outputs[0], y)[None]
+        targets = y.expand(count, *y.shape).flatten(0, 1)
+        statistic = self._objective.statistic(self._likelihood, outputs.flatten(0, 1), targets)
+        return statistic.unflatten(0, (count, len(y)))
+
+    def __call__(
+        self,
+        samples: Sequence[int],
+        x: SharedView,
+        y: Tensor,
+        key: Key,
+        coupling: Coupling,
+        share: float,
+        kl: tuple[float, float],
+        is_last: bool,
+    ) -> None:
+        """Fold in the gradient of ``share`` times the data term. Collective as the objective and BatchNorm say.
+
+        Parameters
+        ----------
+        samples : sequence of int
+            Of this rank.
+        x, y : SharedView, Tensor
+            Inputs and targets of this rank's examples.
+        key : Key
+            Of any sample of the step.
+        coupling : Coupling
+            Of these examples.
+        kl : (float, float)
+            Arguments of `Posterior.fold_`.
+        is_last : bool
+            Whether nothing more is folded in after the backward pass of the last sample.
+        """
+        last = samples[-1] if len(samples) and is_last else None
+        differentiate = self._differentiate(coupling, share, last, kl)
+        self.num_passes = 1
+        if not self._objective.couples:
+            self._walk(samples, x, y, key, differentiate)
+            return
+        outputs = None
+        if len(samples) == 1:
+            outputs = self._loop.walk(samples[0], x, key)
+        elif 1 < len(samples) <= self._loop.chunk_size:
+            outputs = self._loop.try_batch(samples, x, key)
+        if outputs is not None:
+            statistic = self.statistic(outputs, y)
+            coupling.see(samples, statistic.detach())
+            coupling.combine(self._comm)
+            self._use(differentiate, samples, statistic, x, y, key)
+            return
+        self.num_passes = 2
+        self._say_two_passes(len(samples))
+        with torch.no_grad():
+            self._walk(samples, x, y, key, coupling.see)
+        coupling.combine(self._comm)
+        self._loop.posterior.network.batch_norms.begin_again()
+        self._walk(samples, x, y, key, differentiate)
+
+    def _walk(self, samples: Sequence[int], x: SharedView, y: Tensor, key: Key, use: Use) -> None:
+        """Evaluate samples, batched where that works, and hand on their statistics [c, B, ...]."""
+        for some, outputs in self._loop(samples, x, key):
+            self._use(use, some, self.statistic(outputs, y), x, y, key)
+
+    def _use(
+        self, use: Use, some: Sequence[int], statistic: Tensor, x: SharedView, y: Tensor, key: Key
+    ) -> None:
+        """Use a chunk; where its backward pass failed, none of it is folded in, and its samples are evaluated singly."""
+        try:
+            use(some, statistic)
+        except _BackwardError as error:
+            self._loop.fall_back(error.__cause__)
+            self._walk(some, x, y, key, use)
+
+    def _differentiate(
+        self, coupling: Coupling, share: float, last: int | None, kl: tuple[float, float]
+    ) -> Use:
+        """Return what folds in the gradient of ``share`` times the data term for some samples.
+
+        After the backward pass of the sample ``last`` nothing more is folded in.
+        """
+        reducer = self._reducer()
+
+        def use(samples: Sequence[int], statistic: Tensor) -> None:
+            before = dict(vars(coupling))
+            gradient = share * coupling.gradient(samples, statistic.detach())
+            is_last = samples[-1] == last
+            with reducer.last_backward() if is_last else contextlib.nullcontext():
+                try:
+                    statistic.backward(gradient)
+                except Exception as error:
+                    if len(samples) == 1 or (is_last and reducer.in_blocks):  # its sums have begun
+                        raise
+                    coupling.__dict__ = before  # without what it has added up
+                    raise _BackwardError from error
+            self._loop.posterior.fold_(*kl)
+
+        return use
+
+    def _say_two_passes(self, num_local_samples: int) -> None:
+        if self._comm.grid.is_first("world") and not self.has_said_passes:
+            remedy = f"chunk_size {num_local_samples} makes it one, with the memory of that many"
+            logger.info(
+                "the objective %s couples the samples: two passes over the %d of this rank per step (%s)",
+                self._objective.name,
+                num_local_samples,
+                remedy if self._loop.can_batch else "the module cannot be batched",
+            )
+        self.has_said_passes = True

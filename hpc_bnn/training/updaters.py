@@ -1,0 +1,267 @@
+"""The update of the parameters, and its state: whole on each rank, or divided over the sample group."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError, Fault
+from ..posteriors import Posterior
+from ..trees import map_leaves
+from .reducer import Reducer, rows_of
+
+ELEMENTWISE = (
+    "Adam", "AdamW", "SGD", "RMSprop", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam", "Rprop", "ASGD",
+)  # fmt: skip
+"""Optimizers of torch that treat every number by itself, so that they may see parameters flat or in shares."""
+
+
+class Updater:
+    """Updates the parameters of a posterior by an optimizer of torch.
+
+    Its state is stored per weight, under the names of `Posterior.state_dict`, so that neither the layout of memory nor
+    the grid enters a checkpoint.
+
+    Parameters
+    ----------
+    optimizer : torch.optim.Optimizer
+        Over ``posterior.parameters()`` or ``posterior.weight_parameters()``.
+    posterior : Posterior
+        Whose parameters it updates.
+    reducer : Reducer
+        Says which ranks hold what.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, posterior: Posterior, reducer: Reducer):
+        self.optimizer, self.posterior, self.reducer = optimizer, posterior, reducer
+        self.comm = reducer.comm
+        self.check()
+
+    @property
+    def learning_rate(self) -> float:
+        """That of the first group of parameters."""
+        return self.optimizer.param_groups[0]["lr"]
+
+    # --- what a user can do to an optimizer ------------------------------------------------------------
+
+    def check(self) -> None:
+        """Verify what a user can do to the optimizer, before each step. Local; a microsecond or two.
+
+        Raises
+        ------
+        ConfigError
+            It decays weights that have a prior, ascends, or does not update the posterior's parameters.
+        """
+        groups = self.optimizer.param_groups
+        for group in groups:
+            if group.get("maximize"):
+                raise ConfigError(Fault("maximize", True, "the objective is minimised", "Leave it out"))
+            for key, value in group.items():
+                is_decay = "weight_decay" in key and not isinstance(value, bool) and value
+                if is_decay and any(map(self._has_prior, group["params"])):
+                    raise ConfigError(_decay_fault(key, value))
+        updated = [id(p) for group in groups for p in group["params"]]
+        now = updated, [id(p) for p in self.posterior.parameters()]
+        if now != self._checked:
+            self._check_parameters(set(updated))
+            self._checked = now
+
+    _checked: tuple[list[int], list[int]] | None = None
+
+    def _has_prior(self, parameter: nn.Parameter) -> bool:
+        can, names = self.posterior.capabilities, self.posterior.names
+        if not any(parameter is p for p in names.updated()):
+            return False
+        return not names.is_point(parameter) if can.has_random_weights else can.kl != "none"
+
+    def _check_parameters(self, updated: set[int]) -> None:
+        of_network = {id(p) for p in self.posterior.module.parameters()} & updated
+        if of_network or not {id(p) for p in self.posterior.names.updated()} & updated:
+            rule = (
+                f"it updates {len(of_network)} parameters of the network itself, which each draw writes anew"
+                if of_network
+                else "it updates none of the posterior's parameters"
+            )
+            remedy = "Make it with posterior.parameters()"
+            raise ConfigError(Fault("optimizer", type(self.optimizer).__name__, rule, remedy))
+
+    # --- a step -------------------------------------------------------------------------------------
+
+    def clip_(self, max_norm: float) -> None:
+        """Scale the gradient of the job (of each row that belongs to a sample) down to a norm of at most ``max_norm``. Local."""
+        buffer = self.posterior.buffer
+        for name in buffer.owned & buffer.grads.keys():
+            norms = torch.linalg.vector_norm(buffer.grads[name], dim=-1, keepdim=True)
+            buffer.grads[name].mul_((max_norm / (norms + 1e-6)).clamp(max=1))
+        if not buffer.owned:
+            torch.nn.utils.clip_grad_norm_(list(self.posterior.parameters()), max_norm)
+
+    def update_(self) -> None:
+        """Update the parameters. Local."""
+        self.optimizer.step()
+
+    # --- state --------------------------------------------------------------------------------------
+
+    def gather_state(self) -> dict[str, Any]:
+        """Return the state of the job by the names of weights. Collective over ``sample_comm`` where ranks differ.
+
+        Returns
+        -------
+        dict
+            "state": name of a weight in `Posterior.state_dict` -> key -> number or tensor; "groups": the options of each
+            group of parameters.
+        """
+        state: dict[str, dict[str, Any]] = {}
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                for key, value in self.optimizer.state.get(parameter, {}).items():
+                    for name, part in self._split(parameter, value).items():
+                        state.setdefault(name, {})[key] = part
+        if not self.posterior.is_replicated:
+            mine = map_leaves(state, Tensor, lambda t: t.detach().to("cpu", copy=True))
+            state = {name: v for part in self.comm.gather_objects(mine, "sample") for name, v in part.items()}
+        options = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
+        return {"state": state, "groups": options}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take over what `gather_state` returned, on this or another grid. Local."""
+        numbers, packed, groups = itertools.count(), {}, []
+        for group, options in zip(self.optimizer.param_groups, state["groups"]):
+            ids = [next(numbers) for _ in group["params"]]
+            groups.append({**group, **options, "params": ids})  # an option of a newer torch stays as it is
+            for number, parameter in zip(ids, group["params"]):
+                if values := self._join(parameter, state["state"]):
+                    packed[number] = values
+        self.optimizer.load_state_dict({"state": packed, "param_groups": groups})
+
+    # A parameter is a slot, whole or this rank's share of it, or a single weight.
+
+    def _slot_of(self, parameter: nn.Parameter) -> str | None:
+        return next((name for name, ours in self.posterior.named_parameters() if ours is parameter), None)
+
+    def _whole(self, slot: str, value: Tensor) -> Tensor:
+        """Return the state of a whole slot from that of this rank's share."""
+        return value
+
+    def _own(self, slot: str, value: Tensor) -> Tensor:
+        """Return the state of this rank's share from that of a whole slot."""
+        return value
+
+    def _names(self, parameter: nn.Parameter) -> list[str]:
+        slot = self._slot_of(parameter)
+        if slot is None:
+            return [name for name, p in self.posterior.named_weights() if p is parameter]
+        return list(self.posterior.names.of({slot: self.posterior.buffer.values[slot]}))
+
+    def _split(self, parameter: nn.Parameter, value: Any) -> dict[str, Any]:
+        """Return the state of a parameter by the names of weights: views, or copies of what a whole parameter has."""
+        slot = self._slot_of(parameter)
+        if slot is not None and isinstance(value, Tensor) and value.shape == parameter.shape:
+            return self.posterior.names.of({slot: self._whole(slot, value)})
+        is_counter = isinstance(value, Tensor) and value.ndim == 0  # one for each: optimizers count in place
+        return {name: value.clone() if is_counter else value for name in self._names(parameter)}
+
+    def _join(self, parameter: nn.Parameter, state: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        """Return the state of a parameter from that of its weights."""
+        slot = self._slot_of(parameter)
+        parts = [state[name] for name in self._names(parameter) if name in state]
+        values: dict[str, Any] = dict(parts[0]) if parts else {}
+        for key, value in values.items():
+            if not isinstance(value, Tensor):
+                continue
+            if slot is None or value.ndim == 0:
+                values[key] = value.clone()  # the optimizer writes into it
+                continue
+            whole = torch.empty_like(self.posterior.buffer.values[slot])
+            for name, view in self.posterior.names.of({slot: whole}).items():
+                view.copy_(state[name][key])
+            values[key] = self._own(slot, whole)
+        return values
+
+
+def _decay_fault(key: str, value: float) -> Fault:
+    return Fault(
+        "optimizer.arguments",
+        f"{key} {value}",
+        "the prior is what decays the weights of a posterior, and a decay of the optimizer would shrink them once more, and "
+        "pull the logarithms of the scales to 0, which is scales to 1",
+        f"Set {key} to 0 and choose the prior (<posterior.prior_std>, GaussianPrior(std)); weights without a prior "
+        "(posterior.points) may decay in a group of their own",
+    )
+
+
+class DividedUpdater(Updater):
+    """Updates this rank's share of the weights, with all their slots, and gathers those of the others: ZeRO stage 1.
+
+    Rajbhandari et al., 2020. The numbers are those of the whole update. Mean-field doubles the parameters, so that Adam
+    keeps four numbers per weight: they are divided by the extent of the sample axis.
+
+    Parameters
+    ----------
+    make : callable
+        Makes the optimizer of a list of parameters. It has to treat every number by itself.
+    posterior, reducer
+        See `Updater`; the reducer's result is divided.
+
+    Raises
+    ------
+    ConfigError
+        The optimizer looks at whole tensors.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
+        posterior: Posterior,
+        reducer: Reducer,
+    ):
+        own = reducer.own_share({name: p.detach() for name, p in posterior.named_parameters()})
+        self._shares = {name: nn.Parameter(share) for name, share in own.items()}
+        optimizer = make(list(self._shares.values()))
+        kind = type(optimizer)
+        if kind.__name__ not in ELEMENTWISE or not kind.__module__.startswith("torch.optim"):
+            rule = f"its state can be divided for {', '.join(ELEMENTWISE)} only, which treat every number by itself"
+            remedy = "Leave it out, or use <optimizer.name> AdamW"
+            raise ConfigError(Fault("optimizer.sharded", kind.__name__, rule, remedy))
+        super().__init__(optimizer, posterior, reducer)
+
+    def _check_parameters(self, updated: set[int]) -> None:
+        pass  # it has made its parameters itself
+
+    def _has_prior(self, parameter: nn.Parameter) -> bool:
+        return parameter is not self._shares.get("points") or self.posterior.capabilities.kl != "none"
+
+    def clip_(self, max_norm: float) -> None:
+        """See `Updater.clip_`. Collective over ``sample_comm``: one number."""
+        shares = list(self.reducer.own_share(self.posterior.buffer.grads).values())
+        square = sum(torch.linalg.vector_norm(share.double()).square() for share in shares)
+        self.comm.sum_(square, "sample")
+        factor = (max_norm / (square.sqrt() + 1e-6)).clamp(max=1)
+        for share in shares:
+            share.mul_(factor)
+
+    def update_(self) -> None:
+        """Update the parameters. Collective over ``sample_comm``."""
+        for name, gradient in self.reducer.own_share(self.posterior.buffer.grads).items():
+            self._shares[name].grad = gradient
+        self.optimizer.step()
+        self.gather_()
+
+    def gather_(self) -> None:
+        """Give each rank the updated weights of the others. Collective over ``sample_comm``."""
+        parameters = {name: p.detach() for name, p in self.posterior.named_parameters()}
+        self.comm.gather_shares_(list(rows_of(parameters)), "sample")
+
+    def _slot_of(self, parameter: nn.Parameter) -> str | None:
+        return next((name for name, share in self._shares.items() if share is parameter), None)
+
+    def _whole(self, slot: str, value: Tensor) -> Tensor:
+        rows = [self.comm.gather(row, "sample") for row in rows_of({slot: value.contiguous()})]
+        return torch.stack(rows).view_as(self.posterior.buffer.values[slot])
+
+    def _own(self, slot: str, value: Tensor) -> Tensor:
+        return self.reducer.own_share({slot: value})[slot].clone()

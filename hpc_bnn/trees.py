@@ -1,0 +1,84 @@
+"""Nested dicts, lists and tuples of tensors: inputs of a network, states of an optimizer. Local."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import ConfigError, Fault
+
+__all__ = [
+    "Inputs",
+    "as_arguments",
+    "device_of",
+    "map_leaves",
+    "map_tensors",
+    "num_rows",
+    "stack",
+    "tensors_of",
+]
+
+Inputs = Any
+"""A tensor [B, ...], or nested dicts, lists and tuples of them with the same B."""
+
+
+def map_leaves(tree: Any, kind: type, function: Callable[[Any], Any]) -> Any:
+    """Apply a function to the leaves of a kind; others stay as they are."""
+    if isinstance(tree, kind):
+        return function(tree)
+    if isinstance(tree, dict):
+        return {key: map_leaves(value, kind, function) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        parts = [map_leaves(value, kind, function) for value in tree]
+        return parts if isinstance(tree, list) else tuple(parts)
+    return tree
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], tree: Inputs) -> Inputs:
+    """Apply a function to each tensor."""
+    return function(tree) if isinstance(tree, Tensor) else map_leaves(tree, Tensor, function)
+
+
+def tensors_of(tree: Inputs) -> list[Tensor]:
+    """Return the tensors, in order."""
+    found: list[Tensor] = []
+    map_leaves(tree, Tensor, found.append)
+    return found
+
+
+def device_of(tree: Inputs) -> torch.device:
+    """Return the device of the first tensor."""
+    return tree.device if isinstance(tree, Tensor) else tensors_of(tree)[0].device
+
+
+def num_rows(tree: Inputs) -> int:
+    """Return the common length of dim 0.
+
+    Raises
+    ------
+    ConfigError
+        There is no tensor, or the lengths differ.
+    """
+    if isinstance(tree, Tensor):
+        return len(tree)
+    lengths = {len(tensor) if tensor.ndim else -1 for tensor in tensors_of(tree)}
+    if len(lengths) != 1 or -1 in lengths:
+        rule = "all tensors of the inputs need the same extent of dim 0, the examples"
+        raise ConfigError(Fault("x", sorted(lengths), rule, "Leave out what does not belong to an example"))
+    return lengths.pop()
+
+
+def as_arguments(tree: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return what a module is called with: ``net(**x)`` for a dict, ``net(*x)`` for a list or tuple, otherwise ``net(x)``."""
+    if isinstance(tree, dict):
+        return (), tree
+    return (tuple(tree), {}) if isinstance(tree, (list, tuple)) else ((tree,), {})
+
+
+def stack(trees: list[Inputs]) -> Inputs:
+    """Return the trees along a new dim 0 of each tensor."""
+    columns = iter(zip(*map(tensors_of, trees)))
+    return map_tensors(lambda _: torch.stack(next(columns)), trees[0])
