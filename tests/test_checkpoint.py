@@ -1,5 +1,6 @@
 """Checkpoints: atomic, checked, pruned; and runs that go on from them, in one process."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -13,19 +14,23 @@ import pytest
 import torch
 from conftest import JOB_SECONDS, REPOSITORY, patience, with_plots
 
-from hpc_bnn import write_shards
+from hpc_bnn import __version__, write_shards
 from hpc_bnn.cli.commands import main
 from hpc_bnn.config import OptimizerConfig
 from hpc_bnn.errors import DataError
-from hpc_bnn.run.checkpoint import CheckpointStore
-from hpc_bnn.training.optim import learning_rate_factor
+from hpc_bnn.noise import GENERATOR
+from hpc_bnn.run.checkpoint import SECTIONS, CheckpointStore, read_identity
+from hpc_bnn.training.schedules import learning_rate_factor
 
 
 def state(step):
     return {
         "model": {"w": torch.full((1000,), float(step))},
-        "place": {"epoch": step, "row": {}},
-        "list": [step],
+        "optimizer": {"state": {}, "groups": [{"lr": 1.0}]},
+        "schedule": {},
+        "place": {"num_steps": step, "epoch": step, "row": {}},
+        "generator": "torch",
+        "config": {},
     }
 
 
@@ -43,10 +48,10 @@ def test_the_newest_and_the_best_are_kept(tmp_path, asynchronous):
 
 def test_an_asynchronous_write_keeps_what_the_state_was(tmp_path):
     store, tensor = CheckpointStore(tmp_path, asynchronous=True), torch.zeros(1_000_000)
-    store.save({"w": tensor}, 0)
+    store.save(state(0) | {"model": {"w": tensor}}, 0)
     tensor.add_(1)
     store.close()
-    assert store.load_newest()["w"].sum() == 0
+    assert store.load_newest()["model"]["w"].sum() == 0
 
 
 def test_an_error_of_an_asynchronous_write_arrives(tmp_path):
@@ -73,12 +78,116 @@ def test_the_one_before_a_damaged_checkpoint_is_used_and_said(tmp_path, damage, 
     else:
         path.with_suffix(".json").write_text("{")
     assert store.load_newest()["place"]["epoch"] == 10
-    assert damage == "note" or (
-        "step-00000020.pt" in caplog.text and "the one before it is used" in caplog.text
-    )
-    for path in tmp_path.glob("*.pt"):
-        path.write_bytes(b"")
+    said = "step-00000020.json cannot be read" if damage == "note" else "the one before it is used"
+    assert "step-00000020" in caplog.text and said in caplog.text
+    store.keep_last = 1
+    store.save(state(15), 15)  # the damaged one counts for nothing, and nobody removes it
+    assert store.load_newest()["place"]["epoch"] == 15
+    kept = {path.name for path in tmp_path.iterdir()}
+    assert kept == {
+        f"step-000000{n}" for n in ("15.pt", "15.json", "20.json", "20.pt")[: 3 + (damage != "delete")]
+    }
+
+
+def test_a_run_does_not_begin_anew_where_all_checkpoints_are_damaged(tmp_path):
+    store = CheckpointStore(tmp_path)
     assert store.load_newest() is None
+    for step in (10, 20):
+        store.save(state(step), step)
+    (tmp_path / "step-00000020.json").write_text("[]")
+    (tmp_path / "step-00000010.pt").write_bytes(b"")
+    with pytest.raises(DataError, match="holds no sound checkpoint, but files of 2"):
+        store.load_newest()
+
+
+def test_a_note_can_name_no_other_file(tmp_path, caplog):
+    store, other = CheckpointStore(tmp_path / "checkpoints", keep_last=1), tmp_path / "step-00000001.pt"
+    for step in (1, 2):
+        store.save(state(step), step)
+    other.write_text("mine")
+    path = tmp_path / "checkpoints/step-00000002.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"file": "../step-00000001.pt", "step": 0}))
+    with pytest.raises(DataError):
+        store.load_newest()
+    store.save(state(3), 3)
+    assert "it names ../step-00000001.pt" in caplog.text and other.exists()
+
+
+# --- the format -----------------------------------------------------------------------------------------
+
+
+def rewrite(directory, change, step=1):
+    """Change a checkpoint as another version of hpc_bnn would have written it, with its note."""
+    path = directory / f"step-{step:08d}.pt"
+    content = torch.load(path, weights_only=True)
+    change(content)
+    torch.save(content, path)
+    note = json.loads(path.with_suffix(".json").read_text())
+    note |= {"num_bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    path.with_suffix(".json").write_text(json.dumps(note | {"run": content["run"]["identity"]}))
+
+
+def test_a_checkpoint_names_its_format_sections_generator_and_run(tmp_path):
+    store = CheckpointStore(tmp_path)
+    store.identity = "f" * 32
+    store.save(state(1), 1)
+    found = torch.load(tmp_path / "step-00000001.pt", weights_only=True)
+    assert found["format_version"] == 3 and found["sections"] == SECTIONS
+    assert found.keys() == {"format_version", "sections", *SECTIONS}
+    assert found["run"] == {"identity": "f" * 32, "hpc_bnn": __version__}
+    assert json.loads((tmp_path / "step-00000001.json").read_text())["run"] == "f" * 32
+
+
+UNKNOWN = {
+    "a newer format": (lambda c: c.update(format_version=4), "format 4: .* reads formats 2 and 3"),
+    "a new section": (
+        lambda c: c.update(chains=1, sections=c["sections"] | {"chains": 1}),
+        "section chains of version 1.*hpc_bnn 9.9 wrote it: use that version",
+    ),
+    "a section without version": (lambda c: c.update(chains=1), "section chains of version None"),
+    "a newer version of one": (
+        lambda c: c.update(sections=c["sections"] | {"optimizer": 2}),
+        "section optimizer of version 2",
+    ),
+    "none of one": (lambda c: [c.pop("place"), c["sections"].pop("place")], "no section place"),
+    "the name of one only": (lambda c: c.pop("place"), "no section place"),
+}
+
+
+@pytest.mark.parametrize("change", UNKNOWN)
+def test_what_this_version_does_not_know_is_refused(tmp_path, change):
+    store, (changed, message) = CheckpointStore(tmp_path), UNKNOWN[change]
+    for step in (1, 2):
+        store.save(state(step), step)
+    rewrite(tmp_path, lambda c: [c["run"].update(hpc_bnn="9.9"), changed(c)], 2)
+    note = tmp_path / "step-00000002.json"
+    note.write_text(
+        json.dumps(json.loads(note.read_text()) | {"new": 1})
+    )  # a newer note says that it is there
+    before = sorted(tmp_path.iterdir())
+    for load in (store.load_newest, lambda: store.load(store.notes()[0])):
+        with pytest.raises(
+            DataError, match=f"step-00000002.pt has .*{message}"
+        ):  # no older one takes its place
+            load()
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_checkpoint_of_another_run_is_named_and_neither_used_nor_removed(tmp_path, caplog):
+    other, store = CheckpointStore(tmp_path / "other"), CheckpointStore(tmp_path / "mine", keep_last=1)
+    other.identity, store.identity = "a" * 32, "b" * 32
+    other.save(state(9), 9, metric=0.0)
+    store.save(state(1), 1, metric=1.0)
+    shutil.copytree(tmp_path / "other", tmp_path / "mine", dirs_exist_ok=True)
+    assert store.load_newest()["place"]["epoch"] == store.load_best()["place"]["epoch"] == 1
+    assert "step-00000009.pt is one of run " + "a" * 32 in caplog.text and "it is not used" in caplog.text
+    store.save(state(2), 2, metric=0.5)
+    assert [note.step for note in store.notes()] == [2]
+    assert (tmp_path / "mine/step-00000009.pt").exists() and (tmp_path / "mine/step-00000009.json").exists()
+    note = json.loads((tmp_path / "mine/step-00000009.json").read_text())  # and no note makes it ours
+    (tmp_path / "mine/step-00000009.json").write_text(json.dumps(note | {"run": "b" * 32}))
+    assert store.load_newest()["place"]["epoch"] == 2
+    assert "is not of run " + "b" * 32 in caplog.text
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_and_no_litter(tmp_path, monkeypatch):
@@ -97,7 +206,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_no_litter(tmp_path, monkeypa
 
 def test_foreign_objects_are_not_unpickled(tmp_path):
     store = CheckpointStore(tmp_path)
-    store.save({"object": REPOSITORY}, 1)  # a pathlib.Path: code of another module would be called
+    store.save(state(1) | {"config": REPOSITORY}, 1)  # a pathlib.Path: code of another module would be called
     (note,) = store.notes()
     with pytest.raises(DataError, match="cannot be loaded"):
         store.load(note)
@@ -184,10 +293,68 @@ def test_a_longer_run_goes_on_and_says_what_differs(digits, tmp_path, caplog):
     assert json.loads((tmp_path / "summary.json").read_text())["num_epochs"] == 3
 
 
-def test_another_network_is_refused(digits, tmp_path, capsys):
+def contents(directory):
+    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def test_another_network_is_refused_and_changes_nothing(digits, tmp_path, capsys):
     assert train(digits, tmp_path, "--max_steps", 2) == 0
+    before = contents(tmp_path)
     assert train(digits, tmp_path, "--resume", "true", "--model.arguments", "{hidden: [7]}") == 2
     assert "in the checkpoint" in capsys.readouterr().err
+    assert contents(tmp_path) == before
+
+
+def test_a_run_has_an_identity_that_it_keeps(digits, tmp_path):
+    run, copy = tmp_path / "run", tmp_path / "copy"
+    assert train(digits, run, "--max_steps", 2) == 0
+    identity = read_identity(run)
+    assert len(identity) == 32
+    shutil.copytree(run, copy)
+    for directory in (run, copy):  # a whole copy is the same run
+        assert train(digits, directory, "--max_steps", 3, "--resume", "true") == 0
+        newest = CheckpointStore(directory / "checkpoints").load_newest()
+        assert newest["run"]["identity"] == read_identity(directory) == identity
+        assert newest["place"]["num_steps"] == 3
+        assert json.loads((directory / "summary.json").read_text())["run"] == identity
+    (copy / "run.json").unlink()  # a copy of some files: the checkpoints say what run it is
+    assert train(digits, copy, "--max_steps", 4, "--resume", "true") == 0
+    assert read_identity(copy) == identity
+    assert train(digits, run, "--max_steps", 1) == 0
+    assert read_identity(run) != identity == read_identity(tmp_path / "run.1")
+
+
+def test_checkpoints_of_another_run_do_not_go_on(digits, tmp_path, capsys):
+    runs = tmp_path / "a", tmp_path / "b"
+    for seed, run in enumerate(runs):
+        assert train(digits, run, "--max_steps", 2 + seed, "--seed", seed) == 0
+    shutil.rmtree(runs[0] / "checkpoints")
+    shutil.copytree(runs[1] / "checkpoints", runs[0] / "checkpoints")
+    before = contents(runs[0])
+    assert train(digits, runs[0], "--max_steps", 4, "--resume", "true") == 1
+    assert "holds no sound checkpoint" in capsys.readouterr().err
+    assert main(["evaluate", str(runs[0])]) == 1
+    assert contents(runs[0]) == before
+
+
+def test_an_identity_that_cannot_be_read_is_an_error(digits, tmp_path, capsys):
+    assert train(digits, tmp_path, "--max_steps", 2) == 0
+    (tmp_path / "run.json").write_text("{")
+    assert train(digits, tmp_path, "--max_steps", 3, "--resume", "true") == 1
+    assert "run.json cannot be read" in capsys.readouterr().err
+
+
+def test_a_run_with_another_generator_can_be_evaluated_and_not_resumed(digits, tmp_path, capsys):
+    assert train(digits, tmp_path, "--max_steps", 2) == 0
+    rewrite(tmp_path / "checkpoints", lambda c: c.update(generator="philox"), 2)
+    before = contents(tmp_path)
+    assert train(digits, tmp_path, "--max_steps", 3, "--resume", "true") == 1
+    message = capsys.readouterr().err
+    assert (
+        "generator philox" in message and f"draws with {GENERATOR}" in message and "begin another" in message
+    )
+    assert contents(tmp_path) == before
+    assert main(["evaluate", str(tmp_path)]) == 0
 
 
 def test_early_stopping(digits, tmp_path):
@@ -214,7 +381,7 @@ def test_a_signal_stops_with_a_checkpoint_and_code_75(digits, tmp_path, number):
     os.kill(job.pid, number)
     error = job.communicate(timeout=patience(JOB_SECONDS))[1]
     assert job.returncode == 75 and f"{number.name}" in error and "--resume true" in error
-    assert CheckpointStore(tmp_path / "checkpoints").load_newest()["num_steps"] > 0
+    assert CheckpointStore(tmp_path / "checkpoints").load_newest()["place"]["num_steps"] > 0
 
 
 def test_a_signal_during_the_start_stops_after_the_first_step(digits, tmp_path):
@@ -234,7 +401,7 @@ def test_a_signal_during_the_start_stops_after_the_first_step(digits, tmp_path):
     os.kill(job.pid, signal.SIGTERM)
     error = job.communicate(timeout=patience(JOB_SECONDS))[1]
     assert job.returncode == 75 and "after step 1: SIGTERM" in error
-    assert CheckpointStore(tmp_path / "run/checkpoints").load_newest()["num_steps"] == 1
+    assert CheckpointStore(tmp_path / "run/checkpoints").load_newest()["place"]["num_steps"] == 1
 
 
 def test_a_run_does_not_go_on_with_other_data(digits, tmp_path, capsys):

@@ -1,17 +1,30 @@
-"""Checkpoints: they contain no rank and no grid, so a run can resume on any grid.
+"""Checkpoints: they contain no rank, no grid and no layout of memory, so a run can resume on any grid.
 
 ::
 
-    RUN_DIR/checkpoints/step-00000100.pt      parameters, optimizer, place in the run; for torch.load(weights_only=True)
-    RUN_DIR/checkpoints/step-00000100.json    its step, metric, size and SHA-256
+    RUN_DIR/run.json                          identity of the run
+    RUN_DIR/checkpoints/step-00000100.pt      the sections below; for torch.load(weights_only=True)
+    RUN_DIR/checkpoints/step-00000100.json    its step, metric, size, SHA-256 and run
 
-Both are written under temporary names, synced and renamed, the note last: a checkpoint without a note, or with a note
-that does not match, is ignored.
+A checkpoint is written under a temporary name, synced and renamed, then its note: a checkpoint without a note is one
+that was never completed. It is a dict (format 3)::
+
+    format_version    3
+    sections          name of each section -> its version
+    model             parameters and buffers by the names of `Posterior.state_dict`
+    optimizer         state: by the same names; groups: options of the optimizer's groups (`Updater.gather_state`)
+    schedule          of the learning rate
+    place             progress of the run; num_steps of the optimizer
+    generator         name of the noise generator (`hpc_bnn.noise.GENERATOR`)
+    config            of the run
+    run               its identity, and the version of hpc_bnn that wrote this
+
+A section that changes its content gets another version. Checkpoints of format 2 are converted when they are read
+(`hpc_bnn.run.former_checkpoint`).
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import json
@@ -19,23 +32,32 @@ import logging
 import math
 import os
 import pickle
+import uuid
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..comm import GridComm, map_leaves
+from .. import __version__
+from ..comm import GridComm
 from ..errors import DataError
 from ..posteriors import Posterior
 from ..safe_files import write_atomically
 from ..training.optim import JobOptimizer
+from ..trees import map_leaves
+from . import former_checkpoint
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+SECTIONS = {
+    "model": 1, "optimizer": 1, "schedule": 1, "place": 1, "generator": 1, "config": 1, "run": 1,
+}  # fmt: skip
+"""The sections of a checkpoint, and the version of each that this hpc_bnn writes and reads."""
+RUN_FILE = "run.json"
 
 
 @dataclass(frozen=True)
@@ -48,6 +70,8 @@ class Note:
     """Of the evaluation at this step, less is better; None where there was none."""
     num_bytes: int
     sha256: str
+    run: str | None = None
+    """Identity of the run; None in notes of hpc_bnn 0.1."""
 
 
 class CheckpointStore:
@@ -61,6 +85,11 @@ class CheckpointStore:
         Newest checkpoints to keep, at least 1; the one with the lowest metric is kept in addition.
     asynchronous : bool
         Write in a thread; the state is copied to the CPU first. An error is raised by the next `save` or `close`.
+
+    Attributes
+    ----------
+    identity : str or None
+        Of the run (`read_identity`). Checkpoints of another run are named, and neither used nor removed; None: any run.
     """
 
     def __init__(self, directory: str | os.PathLike, keep_last: int = 2, asynchronous: bool = False):
@@ -68,6 +97,8 @@ class CheckpointStore:
         self.keep_last = keep_last
         self._writer = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
         self._pending: Future | None = None
+        self.identity: str | None = None
+        self._damaged: set[str] = set()
 
     def save(self, state: dict[str, Any], step: int, metric: float | None = None) -> None:
         """Write a checkpoint and remove those that are not kept.
@@ -75,7 +106,8 @@ class CheckpointStore:
         Parameters
         ----------
         state : dict
-            Nested dicts and lists of tensors, numbers and strings, so that ``torch.load(path, weights_only=True)`` reads it.
+            The sections, besides ``run``: nested dicts and lists of tensors, numbers and strings, so that
+            ``torch.load(path, weights_only=True)`` reads them.
         step : int
             Optimizer steps made so far; names the file.
         metric : float, optional
@@ -96,20 +128,33 @@ class CheckpointStore:
                 self._writer.shutdown()
 
     def notes(self) -> list[Note]:
-        """Return the notes of all checkpoints, the newest first."""
-        found = []
-        for path in self.directory.glob("step-*.json"):
-            with contextlib.suppress(OSError, ValueError, TypeError):
-                found.append(Note(**json.loads(path.read_text())))
-        return sorted(found, key=lambda note: -note.step)
+        """Return the notes of the checkpoints of this run, the newest first."""
+        return self._scan()[0]
 
     def load_newest(self) -> dict[str, Any] | None:
-        """Return the newest sound state, on the CPU, and warn about damaged ones; None if there is none."""
-        for note in self.notes():
+        """Return the newest sound state, on the CPU, and name those that are not used; None if there is no checkpoint.
+
+        Raises
+        ------
+        DataError
+            No checkpoint is sound, or the newest sound one is of a format that this hpc_bnn does not know.
+        """
+        notes, problems = self._scan()
+        for problem in problems:
+            logger.error("%s: it is not used", problem)
+        for note in notes:
             try:
-                return self.load(note)
+                content = self._read(note)
             except DataError as error:
                 logger.error("%s: the one before it is used", error)
+                self._damaged.add(note.file)
+            else:
+                return self._known(note, content)
+        if notes or problems:
+            raise DataError(
+                f"{self.directory} holds no sound checkpoint, but files of {len(notes) + len(problems)}. "
+                "Put back a copy of one, or begin the run anew with <resume> false"
+            )
         return None
 
     def load_best(self) -> dict[str, Any] | None:
@@ -118,9 +163,12 @@ class CheckpointStore:
         Raises
         ------
         DataError
-            It is damaged.
+            It is damaged, or of a format that this hpc_bnn does not know.
         """
-        note = _best(self.notes())
+        notes, problems = self._scan()
+        for problem in problems:
+            logger.error("%s: it is not used", problem)
+        note = _best(notes)
         return None if note is None else self.load(note)
 
     def load(self, note: Note) -> dict[str, Any]:
@@ -129,8 +177,32 @@ class CheckpointStore:
         Raises
         ------
         DataError
-            It is missing, changed, or of another format.
+            It is missing, changed, or of a format that this hpc_bnn does not know.
         """
+        return self._known(note, self._read(note))
+
+    def _scan(self) -> tuple[list[Note], list[str]]:
+        """Return the notes of this run, the newest first, and what is wrong with the others."""
+        found, problems = [], []
+        for path in sorted(self.directory.glob("step-*.json")):
+            try:
+                content = json.loads(path.read_text())
+                note = Note(**{name: content[name] for name in _NOTE if name in content})
+                if note.file != path.with_suffix(".pt").name:
+                    raise ValueError(f"it names {note.file}")
+            except (OSError, ValueError, TypeError) as error:
+                problems.append(f"the note {path} cannot be read ({error})")
+                continue
+            if None not in (self.identity, note.run) and note.run != self.identity:
+                problems.append(
+                    f"the checkpoint {path.with_suffix('.pt')} is one of run {note.run}, and this is run {self.identity}"
+                )
+            else:
+                found.append(note)
+        return sorted(found, key=lambda note: -note.step), problems
+
+    def _read(self, note: Note) -> dict[str, Any]:
+        """Return what a checkpoint holds; `DataError` where that is not what its note says."""
         path = self.directory / note.file
         try:
             content = path.read_bytes()
@@ -142,8 +214,34 @@ class CheckpointStore:
             state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         except (RuntimeError, pickle.UnpicklingError) as error:
             raise DataError(f"the checkpoint {path} cannot be loaded ({error})") from error
-        if state.get("format_version") != FORMAT_VERSION:
-            raise DataError(f"the checkpoint {path} is of another version of hpc_bnn")
+        if state.get("run", {}).get("identity") != note.run:
+            raise DataError(f"the checkpoint {path} is not of run {note.run}, as its note says")
+        return state
+
+    def _known(self, note: Note, state: dict[str, Any]) -> dict[str, Any]:
+        """Return the sections of what a checkpoint holds; `DataError` where this hpc_bnn does not know them."""
+        path = self.directory / note.file
+        version = state.get("format_version")
+        if version == former_checkpoint.FORMAT_VERSION:
+            return former_checkpoint.convert(state, path)
+        if version != FORMAT_VERSION:
+            raise DataError(
+                f"the checkpoint {path} has format {version}: hpc_bnn {__version__} reads formats "
+                f"{former_checkpoint.FORMAT_VERSION} and {FORMAT_VERSION}. Use the hpc_bnn that wrote it, or a newer one"
+            )
+        versions = state["sections"]
+        found = {name: versions.get(name) for name in {**versions, **state} if name not in _HEADER}
+        faults = [
+            f"section {name} of version {version}"
+            for name, version in found.items()
+            if name not in SECTIONS or version != SECTIONS[name]
+        ]
+        faults += [f"no section {name}" for name in SECTIONS if name not in state]
+        if faults:
+            raise DataError(
+                f"the checkpoint {path} has {', '.join(faults)}, which hpc_bnn {__version__} does not know. "
+                f"hpc_bnn {state.get('run', {}).get('hpc_bnn')} wrote it: use that version, or a newer one"
+            )
         return state
 
     def _finish(self) -> None:
@@ -154,17 +252,21 @@ class CheckpointStore:
     def _write(self, state: dict[str, Any], step: int, metric: float | None) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         buffer = io.BytesIO()
-        torch.save({"format_version": FORMAT_VERSION, **state}, buffer)
+        state = {**state, "run": {"identity": self.identity, "hpc_bnn": __version__}}
+        sections = {name: SECTIONS[name] for name in state}
+        torch.save({"format_version": FORMAT_VERSION, "sections": sections, **state}, buffer)
         content = buffer.getvalue()
         path = self.directory / f"step-{step:08d}.pt"
         metric = metric if metric is not None and math.isfinite(metric) else None
-        note = Note(path.name, step, metric, len(content), hashlib.sha256(content).hexdigest())
+        digest = hashlib.sha256(content).hexdigest()
+        note = Note(path.name, step, metric, len(content), digest, self.identity)
         write_atomically(path, content)
         write_atomically(path.with_suffix(".json"), json.dumps(asdict(note)))
+        self._damaged.discard(path.name)
         self._prune()
 
     def _prune(self) -> None:
-        notes = self.notes()
+        notes = [note for note in self.notes() if note.file not in self._damaged]
         best = _best(notes)
         for note in notes[self.keep_last :]:
             if note != best:
@@ -172,10 +274,15 @@ class CheckpointStore:
                 # The note first: the rest is no checkpoint without it
                 path.with_suffix(".json").unlink(missing_ok=True)
                 path.unlink(missing_ok=True)
-        known = {note.file for note in notes}
-        for path in self.directory.iterdir():  # left by a process that was killed
-            if path.name.startswith(".step-") or (path.suffix == ".pt" and path.name not in known):
+        for path in self.directory.glob("step-*.pt"):
+            if not path.with_suffix(".json").exists():  # left by a process that was killed
                 path.unlink(missing_ok=True)
+        for path in self.directory.glob(".step-*"):
+            path.unlink(missing_ok=True)
+
+
+_HEADER = ("format_version", "sections")
+_NOTE = [field.name for field in fields(Note)]  # a newer hpc_bnn may write more
 
 
 def _best(notes: list[Note]) -> Note | None:
@@ -186,6 +293,36 @@ def _best(notes: list[Note]) -> Note | None:
 def _copied(tree: Any) -> Any:
     """Return nested dicts and lists with copies of their tensors on the CPU."""
     return map_leaves(tree, Tensor, lambda tensor: tensor.detach().to("cpu", copy=True))
+
+
+# --- the identity of a run -----------------------------------------------------------------------------
+
+
+def read_identity(run_dir: str | os.PathLike) -> str | None:
+    """Return the identity of a run directory; None where it has none, as in hpc_bnn 0.1. Local.
+
+    Raises
+    ------
+    DataError
+        The file is there and cannot be read.
+    """
+    path = Path(run_dir, RUN_FILE)
+    try:
+        return str(json.loads(path.read_text())["identity"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise DataError(
+            f"{path} cannot be read ({error!r}). Put back a copy of it; without the file, a resumed run takes the identity "
+            "of its newest checkpoint"
+        ) from error
+
+
+def write_identity(run_dir: str | os.PathLike, identity: str | None = None) -> str:
+    """Give a run directory an identity, by default a new one, and return it. Local."""
+    identity = identity or uuid.uuid4().hex
+    write_atomically(Path(run_dir, RUN_FILE), json.dumps({"identity": identity}) + "\n")
+    return identity
 
 
 # --- the state of the job ------------------------------------------------------------------------------
@@ -201,7 +338,7 @@ def gather_state(posterior: Posterior, optimizer: JobOptimizer, comm: GridComm) 
     if not posterior.is_replicated:
         parts = comm.gather_objects(_copied(model), "sample")
         model = {name: tensor for part in parts for name, tensor in part.items()}
-    return {"model": model, "optimizer": optimizer.state_dict()}
+    return {"model": model, "optimizer": optimizer.updater.gather_state()}
 
 
 def restore_model(model: dict[str, Tensor], posterior: Posterior) -> None:
@@ -227,4 +364,4 @@ def restore_state(state: dict[str, Any], posterior: Posterior, optimizer: JobOpt
         The network is another one.
     """
     restore_model(state["model"], posterior)
-    optimizer.load_state_dict(state["optimizer"])
+    optimizer.updater.load_state(state["optimizer"])
