@@ -127,7 +127,7 @@ def test_outputs_that_are_not_picked_are_an_error_with_the_remedy(name, output):
 
 
 @pytest.mark.parametrize("size", [1, 4, 5, 11, 100])
-@pytest.mark.parametrize("options", [{}, {"objective": LogPredictive()}, {"chunk_size": 2}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"objective": LogPredictive()}, {"chunk_size": 2}], ids=["plain", "coupled", "chunks"])
 def test_micro_batches_give_the_step_of_the_whole_batch(size, options):
     views = Views(X, range(5), lambda x, number: x * (1 + 0.1 * number))
     for inputs in (X, views):
