@@ -52,15 +52,28 @@ _HOMES = {
     "VariationalStep": "training",
     "write_shards": "data",
 }
-__all__ = [*_HOMES, "__version__"]
 
 
-def __getattr__(name: str):
-    # Imported on first use: `hpc_bnn.grid` needs no torch.
-    if name in _HOMES:
-        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def door(package: str, homes: dict[str, str]):
+    """Return ``__getattr__``, ``__dir__`` and ``__all__`` of a package whose names are imported on first use.
+
+    So `hpc_bnn.grid` needs no torch, and a report does not import training.
+
+    Parameters
+    ----------
+    package : str
+        Its name.
+    homes : dict of str to str
+        Name -> module within the package.
+    """
+
+    def get(name: str):
+        if name not in homes:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(import_module(f".{homes[name]}", package), name)
+
+    return get, lambda: sorted(homes), list(homes)
 
 
-def __dir__():
-    return sorted(__all__)
+__getattr__, __dir__, __all__ = door(__name__, _HOMES)
+__all__ += ["__version__"]

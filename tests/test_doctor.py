@@ -17,7 +17,7 @@ from hpc_bnn.comm.installed import HorovodFacts, MpiFacts, library_name, mpi_lib
 from hpc_bnn.comm.launcher import Launcher, launcher_of
 from hpc_bnn.comm.timing import Network, read_network
 from hpc_bnn.doctor.backend_choice import carrier_of
-from hpc_bnn.doctor.examine import default_sample_size
+from hpc_bnn.doctor.examination import default_sample_size
 from hpc_bnn.doctor.facts import VARIABLES, Gpu, Hdf5Facts, RankFacts, memory_limit_bytes
 from hpc_bnn.doctor.problems import KINDS, Problem, has_errors, table_of_kinds
 from hpc_bnn.doctor.rules import RULES, diagnose
@@ -521,10 +521,10 @@ def test_threads_that_are_too_many_and_a_rank_that_cannot_look(mpirun, tmp_path)
 def test_a_sum_that_fails_on_one_rank_ends_the_job(mpirun, tmp_path):
     program = tmp_path / "program.py"
     program.write_text(
-        "import hpc_bnn.comm as comm, hpc_bnn.doctor.examine\n"
+        "import hpc_bnn.comm as comm, hpc_bnn.doctor.examination\n"
         "from hpc_bnn.__main__ import run\n"
         "def broken(*_): raise RuntimeError('deliberate fault')\n"
-        "hpc_bnn.doctor.examine.GRACE_SECONDS = 1.0\n"
+        "hpc_bnn.doctor.examination.GRACE_SECONDS = 1.0\n"
         "if comm.launched_rank() == 1: comm.HorovodComm.sum_ = broken\n"
         "run()\n"
     )
@@ -537,7 +537,7 @@ def test_a_sum_that_fails_on_one_rank_ends_the_job(mpirun, tmp_path):
 def test_a_step_that_does_not_end_is_named():
     code = (
         "import time\n"
-        "from hpc_bnn.doctor.examine import Report, Watch\n"
+        "from hpc_bnn.doctor.examination import Report, Watch\n"
         "with Watch(1.0, Report(True)) as watch:\n"
         "    watch.step('waiting for Godot')\n"
         "    time.sleep(3600)\n"

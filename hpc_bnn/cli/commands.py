@@ -22,7 +22,7 @@ from ..safe_files import write_atomically
 from .all_errors import Parser, check_together
 
 if TYPE_CHECKING:
-    from ..run.experiment import Experiment
+    from ..run import Experiment
 
 
 logger = logging.getLogger(__name__)
@@ -185,7 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _say_all_faults(parser: Parser, words: list[str]) -> None:
     """Raise one error with all faults, if the command takes a config. Local."""
-    from ..run.train import check
+    from ..run import check
 
     command = words[0] if words else None
     if command in ("train", "evaluate", "predict", "plan"):
@@ -219,8 +219,7 @@ def run_and_report(name: str, work: Callable[[], int]) -> int:
 
 
 def _train(options: jsonargparse.Namespace, given: set[str]) -> int:
-    from ..run.plots import write_plots
-    from ..run.train import Run, StopRequest, check
+    from ..run import Run, StopRequest, check, write_plots
 
     stop = StopRequest()
     with stop.watching_signals():  # a signal during the start counts
@@ -265,7 +264,7 @@ def _make_config(options: jsonargparse.Namespace, given: set[str]) -> Config:
 
 
 def _choose_grid(config: Config) -> None:
-    from ..plan.plan import plan_here
+    from ..plan import plan_here
 
     sizes = grids(comm.world_size(), config.num_samples, config.global_batch_size)
     config.grid.sample_size = sizes[0]
@@ -276,7 +275,7 @@ def _choose_grid(config: Config) -> None:
 
 
 def _plan(options: jsonargparse.Namespace, given: set[str]) -> int:
-    from ..plan.plan import ASSUMED_BETWEEN, ASSUMED_WITHIN, describe, plan_here
+    from ..plan import ASSUMED_BETWEEN, ASSUMED_WITHIN, describe, plan_here
 
     config = _make_config(options, given)
     faults = [
@@ -319,14 +318,14 @@ def _network(
 
 
 def _connect(config: Config) -> comm.GridComm:
-    from ..run.experiment import connect_grid
+    from ..run import connect_grid
 
     return connect_grid(config, config.grid.sample_size)
 
 
 def _open_run(options: jsonargparse.Namespace, given: set[str]) -> Experiment:
     """Return the experiment of RUN_DIR with the parameters of a checkpoint. Collective over the world."""
-    from ..run.experiment import Experiment
+    from ..run import Experiment
 
     config = _make_config(options, given)
     config.run_dir, num_ranks, num_samples = options.run, comm.world_size(), max(config.num_test_samples, 1)
@@ -337,7 +336,7 @@ def _open_run(options: jsonargparse.Namespace, given: set[str]) -> Experiment:
 
 
 def _evaluate(options: jsonargparse.Namespace, given: set[str]) -> int:
-    from ..predictive.evaluation import out_of_distribution_auroc
+    from ..predictive import out_of_distribution_auroc
 
     experiment = _open_run(options, given)
     tested = experiment.evaluate(experiment.open_to_test())
@@ -357,7 +356,7 @@ def _evaluate(options: jsonargparse.Namespace, given: set[str]) -> int:
 
 
 def _predict(options: jsonargparse.Namespace, given: set[str]) -> int:
-    from ..run.export import predict_run
+    from ..run import predict_run
 
     options.data.shards = options.shards or options.data.shards
     if options.shards is not None:
@@ -376,7 +375,7 @@ def _predict(options: jsonargparse.Namespace, given: set[str]) -> int:
 
 
 def _report(options: jsonargparse.Namespace, given: set[str]) -> int:
-    from ..run.report import write_report
+    from ..run import write_report
 
     if comm.launched_rank() == 0:
         print(write_report(options.runs, options.output))
@@ -425,6 +424,6 @@ def _stage(options: jsonargparse.Namespace, given: set[str]) -> int:
 
 
 def _doctor(options: jsonargparse.Namespace, given: set[str]) -> int:
-    from ..doctor.examine import examine
+    from ..doctor import examine
 
     return examine(options.grid.sample_size, options.device, options.json, options.seconds, options.backend)

@@ -1,4 +1,5 @@
-"""Facts of the ranks of a job, tests of their sums, problems and remedies.
+"""Facts of the ranks of a job, tests of their sums, problems and remedies."""
 
-The entry point is `hpc_bnn.doctor.examine`.
-"""
+from .. import door
+
+__getattr__, __dir__, __all__ = door(__name__, {"examine": "examination"})

@@ -26,7 +26,7 @@ from ..grid import Grid, grids
 from ..likelihoods import Categorical
 from ..models import MLP
 from ..posteriors import MeanFieldGaussian
-from ..run.experiment import connect_grid, read_or_prepare
+from ..run import connect_grid, read_or_prepare
 from ..training.step import VariationalStep
 from .simulate import ImaginedComm, Rehearsal, fitting_test_samples, rehearse, share_of
 

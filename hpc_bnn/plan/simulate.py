@@ -32,9 +32,8 @@ from ..errors import DataError
 from ..grid import Grid
 from ..likelihoods import Likelihood
 from ..likelihoods.mixtures import CHUNK_ELEMENTS
-from ..predictive.evaluation import _member_outputs, block_size, score_dataset
-from ..run.experiment import Experiment
-from ..run.plotted_examples import shown_examples
+from ..predictive import block_size, member_outputs, score_dataset
+from ..run import Experiment, shown_examples
 from ..training.optim import optimizer_maker
 from ..training.step import VariationalStep
 
@@ -434,7 +433,7 @@ def _forward_bytes(config: Config, manifest: Manifest, step: VariationalStep, me
     x, _ = ImaginedDataset(manifest, _dtype(config), block, step.likelihood).fetch(range(block))
     before, memory.peak_bytes = memory.live_bytes, 0
     with torch.no_grad():
-        next(_member_outputs(step.posterior, step.comm, x, config.num_test_samples, config.seed, 1024))
+        next(member_outputs(step.posterior, step.comm, x, config.num_test_samples, config.seed, 1024))
     return memory.peak_bytes - before
 
 

@@ -37,11 +37,13 @@ class NamedSlots:
             kind = self._buffer.slots[slot]
             if slot == "points":
                 views |= self._point.views(value)
-            elif not kind.per_weight:
-                views[slot] = value
             elif kind.owner == "sample":
                 for sample, row in zip(self._samples, value):
-                    views |= {f"{slot}.{sample}.{name}": v for name, v in self._random.views(row).items()}
+                    parts = self._random.views(row) if kind.per_weight else {}
+                    views |= {f"{slot}.{sample}.{name}": v for name, v in parts.items()}
+                    views |= {} if kind.per_weight else {f"{slot}.{sample}": row}
+            elif not kind.per_weight:
+                views[slot] = value
             else:
                 for number, row in enumerate(value.view(-1, value.shape[-1])):
                     end = f"{slot}.{number}" if value.ndim > 1 else slot

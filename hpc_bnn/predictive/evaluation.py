@@ -122,7 +122,7 @@ BLOCK_BYTES = 128 * 2**20
 """Bytes of inputs, and of outputs of all samples, that a rank processes at once."""
 
 
-def _member_outputs(
+def member_outputs(
     posterior: Posterior,
     comm: GridComm,
     x: Inputs,
@@ -188,7 +188,7 @@ def predict_classes(
     # p, p^2, entropy; in float64, because the variance is a small difference
     sums = torch.zeros(num_rows(x), 2 * num_classes + 1, dtype=torch.float64, device=device_of(x))
     kept = []
-    for _, outputs in _member_outputs(posterior, comm, x, num_samples, seed, batch_size, chunk_size):
+    for _, outputs in member_outputs(posterior, comm, x, num_samples, seed, batch_size, chunk_size):
         p = likelihood.probabilities(outputs.flatten(0, 1)).unflatten(0, outputs.shape[:2])
         parts = torch.cat([p, p.square(), torch.special.entr(p).sum(-1, keepdim=True)], dim=-1)
         sums += parts.sum(0)
@@ -230,7 +230,7 @@ def predict_values(
     moments, density = Moments(num_samples), LogMeanExp(num_samples)
     has_density = y is not None and likelihood.has_density
     kept = []
-    for samples, members in _member_outputs(posterior, comm, x, num_samples, seed, batch_size, chunk_size):
+    for samples, members in member_outputs(posterior, comm, x, num_samples, seed, batch_size, chunk_size):
         form, outputs = (len(samples), num_rows(x)), members.flatten(0, 1)
         mean_and_variance = torch.stack([likelihood.mean(outputs), likelihood.variance(outputs)], dim=1)
         moments.add(mean_and_variance.unflatten(0, form))

@@ -24,7 +24,7 @@ from ..errors import ConfigError, DataError, Fault, import_object
 from ..likelihoods import Likelihood, build_likelihood
 from ..objectives import build_objective
 from ..posteriors import Posterior, build_posterior
-from ..predictive.evaluation import Evaluation, evaluate_dataset, uncertainties_of_dataset
+from ..predictive import Evaluation, evaluate_dataset, uncertainties_of_dataset
 from ..safe_files import write_atomically
 from ..training import KlAnnealing, build_optimizer
 from ..training.step import VariationalStep

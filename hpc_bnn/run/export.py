@@ -17,7 +17,7 @@ from .. import __version__
 from ..comm import GridComm
 from ..errors import ConfigError, DataError, Fault
 from ..grid import share
-from ..predictive.evaluation import Block, ClassPredictive, predict_dataset
+from ..predictive import Block, ClassPredictive, predict_dataset
 from ..safe_files import Disk
 from .experiment import Experiment
 

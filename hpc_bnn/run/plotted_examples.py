@@ -14,7 +14,7 @@ from torch import Tensor
 from ..comm import GridComm
 from ..data import ShardDataset
 from ..likelihoods import Likelihood
-from ..predictive.evaluation import ClassPredictive, ValuePredictive
+from ..predictive import ClassPredictive, ValuePredictive
 
 NUM_SHOWN_EXAMPLES = 12
 """Classes: half the surest, half the least sure."""

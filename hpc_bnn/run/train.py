@@ -29,7 +29,7 @@ from ..data.manifest import MANIFEST
 from ..errors import ConfigError, DataError, Fault, Interrupted, check_all
 from ..grid import Grid, grids
 from ..noise import GENERATOR
-from ..predictive.evaluation import metrics_to_minimise
+from ..predictive import metrics_to_minimise
 from ..safe_files import write_atomically
 from ..training.step import StepResult
 from .checkpoint import gather_state, read_identity, restore_state, write_identity

@@ -3,8 +3,8 @@
 import pytest
 
 from hpc_bnn.comm import timing as network
-from hpc_bnn.doctor import examine as doctor
-from hpc_bnn.doctor.examine import AXES, measure, self_test
+from hpc_bnn.doctor import examination as doctor
+from hpc_bnn.doctor.examination import AXES, measure, self_test
 
 
 def test_sums_of_a_sound_grid_are_right(comm):
