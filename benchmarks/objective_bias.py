@@ -89,7 +89,7 @@ def load(name: str) -> tuple[Tensor, Tensor, int]:
 
 
 def make_step(name: str, objective: hpc_bnn.objectives.Objective, num_samples: int, seed: int = 0):
-    x, _, n = load(name)
+    x = load(name)[0]
     likelihood = hpc_bnn.Categorical(10) if name == "digits" else hpc_bnn.Implicit()
     with Key(seed, Stream.INIT).global_generator():
         net = nn.Sequential(
@@ -100,6 +100,11 @@ def make_step(name: str, objective: hpc_bnn.objectives.Objective, num_samples: i
             nn.Linear(128, likelihood.num_outputs),
         )
     posterior = hpc_bnn.MeanFieldGaussian(net, prior=hpc_bnn.GaussianPrior(0.7), init_std=0.1)
+    return step_of(posterior, name, objective, num_samples, seed)
+
+
+def step_of(posterior, name: str, objective, num_samples: int, seed: int = 0) -> hpc_bnn.VariationalStep:
+    n, likelihood = load(name)[2], hpc_bnn.Categorical(10) if name == "digits" else hpc_bnn.Implicit()
     return hpc_bnn.VariationalStep(
         posterior, likelihood, torch.optim.Adam(posterior.parameters(), lr=3e-3), hpc_bnn.GridComm(hpc_bnn.Grid()),
         num_samples=num_samples, num_train_examples=n, seed=seed, kl_weight=0.5, objective=objective,
@@ -128,12 +133,13 @@ def measure_gradients(num_samples: int, num_epochs: int) -> list[dict]:
             losses, gradients = {}, {}
             sizes = [2**i for i in range(int(math.log2(num_samples)) + 1)]
             for m in sizes:
-                step.objective = averaged(m)
-                step.accumulate_(x[:n][:256], y[:n][:256], 256)
-                losses[m], gradients[m] = (
-                    step.posterior.buffer.tally[0].item(),
-                    step.posterior.buffer.gradient.clone(),
-                )
+                other = step_of(step.posterior, name, averaged(m), num_samples)
+                other.num_steps = step.num_steps
+                other.accumulate_(x[:n][:256], y[:n][:256], 256)
+                other.reduce_()
+                step.posterior.finish_(other.scalars)
+                buffer = step.posterior.buffer
+                losses[m], gradients[m] = buffer.tally[0].item(), buffer.gradient.clone()
             exact = gradients[num_samples]
             for m in sizes:
                 cosine = torch.nn.functional.cosine_similarity(gradients[m], exact, dim=0).clamp(-1, 1)

@@ -40,6 +40,13 @@ VARIANTS = {
 }
 
 
+def sum_gradient(step: hpc_bnn.VariationalStep, x, y) -> None:
+    """Leave the gradient of the job's data term in the buffer. Collective over the world."""
+    step.accumulate_(x, y, len(x))
+    step.reduce_()
+    step.posterior.finish_(step.scalars)
+
+
 def megabytes(field: str) -> float:
     """Return a field of /proc/self/status (MB)."""
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -90,10 +97,10 @@ def child(options: argparse.Namespace) -> None:
         if options.child != "time":
             continue
         if name == "plain":
-            step.accumulate_(x, y, len(x))
+            sum_gradient(step, x, y)
             exact = step.posterior.buffer.gradient.clone()
         elif not sharded:
-            steps["plain"].accumulate_(x, y, len(x))
+            sum_gradient(steps["plain"], x, y)
             error = (steps["plain"].posterior.buffer.gradient - exact).norm() / exact.norm()
             results[name]["gradient_error"] = error.item()
     if options.child == "time":

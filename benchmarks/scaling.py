@@ -143,25 +143,15 @@ def make_ours(case: Case, comm: hpc_bnn.GridComm, model: str) -> tuple[Callable[
     watch = Stopwatch()
     posterior.draw_ = watch.around("draw", posterior.draw_)
     posterior.module.forward = watch.around("forward", posterior.module.forward)
-    accumulate = step.accumulate_
-
-    def timed_accumulate(*args) -> None:
-        before, start = comm.traffic.seconds, time.perf_counter()
-        accumulate(*args)
-        watch.seconds["reduce"] += comm.traffic.seconds - before
-        watch.seconds["accumulate"] += time.perf_counter() - start
-
-    step.accumulate_ = timed_accumulate
+    step.accumulate_ = watch.around("accumulate", step.accumulate_)
 
     def run() -> None:
-        start = time.perf_counter()
+        before, start = comm.traffic.seconds, time.perf_counter()
         step(x, y, case.global_batch_size)
-        total = time.perf_counter() - start
-        seconds = watch.seconds
-        seconds["update"] += total - seconds["accumulate"]
-        seconds["backward"] += seconds.pop("accumulate") - sum(
-            seconds[p] for p in ("draw", "forward", "reduce")
-        )
+        total, seconds = time.perf_counter() - start, watch.seconds
+        seconds["reduce"] += comm.traffic.seconds - before
+        seconds["backward"] += seconds.pop("accumulate") - seconds["draw"] - seconds["forward"]
+        seconds["update"] += total - sum(seconds[p] for p in PARTS if p != "update")
 
     return run, watch
 
