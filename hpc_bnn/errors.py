@@ -53,15 +53,16 @@ class Fault:
     """Name of the argument in Python, where it is not the last word of the field."""
 
     def __str__(self) -> str:
-        return self._text(self.argument or self.field, _as_argument)
+        return self._text(self.argument or self.field, _as_argument, self.value)
 
     def on_command_line(self) -> str:
         """Return the text with flags."""
-        return self._text(self.field, _as_flag)
+        value = str(self.value).lower() if isinstance(self.value, bool) else self.value
+        return self._text(self.field, _as_flag, value)
 
-    def _text(self, name: str, spell: Callable[[str], str]) -> str:
+    def _text(self, name: str, spell: Callable[[str], str], value: object) -> str:
         name = spell(name) if _is_field(name) else name
-        return f"{name} {self.value}: {_spelled(f'{self.rule}. {self.remedy}', spell)}"
+        return f"{name} {value}: {_spelled(f'{self.rule}. {self.remedy}', spell)}"
 
     def __reduce__(self):  # a value may be anything; its text can travel to other ranks
         return Fault, (self.field, str(self.value), self.rule, self.remedy, self.argument)
