@@ -280,22 +280,3 @@ def test_rows_that_belong_to_other_samples_are_refused():
     posterior = Posterior(nn.Linear(4, 3), Ensemble(6), samples=range(4))
     with pytest.raises(ConfigError, match=r"belong to the samples 0 to 3, and this rank is asked for 0 to 5"):
         predict_classes(posterior, Categorical(3), COMM, X.float(), num_samples=6)
-
-
-@pytest.mark.parametrize(
-    "slot, why",
-    [
-        (lambda w: Slot(w[:-1]), r"its shape is \(14,\)"),
-        (lambda w: Slot(w.sum(), per_weight=False), r"its shape is \(\)"),
-        (lambda w: Slot(w.double()), "it is of torch.float64 on cpu"),
-        (lambda w: Slot(w[None], owner="sample"), "its owner is sample, and its family's all"),
-    ],
-    ids=["short", "scalar", "dtype", "owner"],
-)
-def test_slots_that_do_not_fit_are_an_error(slot, why):
-    class Wrong(Spread):
-        def slots(self, weights, layout, samples):
-            return super().slots(weights, layout, samples) | {"more": slot(weights)}
-
-    with pytest.raises(ConfigError, match=rf"^family one scale, slot more: {why}.* Mend its `slots`"):
-        Posterior(nn.Linear(4, 3), Wrong())

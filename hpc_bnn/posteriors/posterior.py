@@ -17,7 +17,7 @@ from ..errors import ConfigError, Fault
 from ..noise import Key, Stream
 from .buffer import StepBuffer, Tally
 from .draws import RedrawnDraw
-from .families.base import Family, Scalars, Slot, check_slots
+from .families.base import Family, Scalars, Slot
 from .layout import FlatLayout
 from .named import NamedSlots, check_alike
 from .network import Network, Output
@@ -110,8 +110,6 @@ class Posterior:
             weights = _flatten([random[name] for name in self.random])
             weights = weights if can.owner == "all" else weights.expand(len(self.samples), -1)
         slots = family.slots(weights, self.random, self.samples)
-        if random:
-            check_slots(family, slots, weights, len(self.samples))
         if point:
             slots["points"] = Slot(_flatten([point[name] for name in self.point]))
         self._lay_out_(slots)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ...capabilities import Capabilities
-from ...errors import ConfigError, Fault
 from ..draws import Draw
 from ..gradients import WeightGradient
 from ..layout import FlatLayout
@@ -27,40 +26,6 @@ class Slot(NamedTuple):
     per_weight: bool = True
     owner: Literal["all", "sample"] = "all"
     """sample: a row for each of this rank's samples, as in an ensemble; its gradient stays in their data group."""
-
-
-def check_slots(family: Family, slots: dict[str, Slot], weights: Tensor, num_samples: int) -> None:
-    """Raise `ConfigError` where the slots of a family are not what the weights and its capabilities ask for. Local.
-
-    Parameters
-    ----------
-    weights : Tensor
-        [P] or [num_samples, P], as for `Family.slots`.
-    num_samples : int
-        Of this rank.
-    """
-    faults, owner = [], family.capabilities.owner
-    for name, slot in slots.items():
-        shape, rows = tuple(slot.value.shape), (num_samples,) if slot.owner == "sample" else ()
-        end = weights.shape[-1:] if slot.per_weight else shape[-1:]
-        rules = {
-            "points is the name of weights that stay points": name != "points",
-            f"its owner is {slot.owner}, and its family's {owner}": slot.owner == owner
-            or slot.owner == "all",
-            f"its shape is {shape}, and {(*rows, '...', *end)} is needed": (
-                0 < len(shape) >= len(rows) + 1 and shape[: len(rows)] == rows and shape[-1:] == tuple(end)
-            ),
-            f"it is of {slot.value.dtype} on {slot.value.device}": (
-                (slot.value.dtype, slot.value.device) == (weights.dtype, weights.device)
-            ),
-        }
-        faults += [
-            Fault("posterior.family", f"{family.name}, slot {name}", rule, "Mend its `slots`")
-            for rule, fits in rules.items()
-            if not fits
-        ]
-    if faults:
-        raise ConfigError(*faults)
 
 
 class Scalars(NamedTuple):
