@@ -76,7 +76,7 @@ class StepBuffer:
             self.parameters[name] = slot if isinstance(slot, nn.Parameter) else nn.Parameter(slot)
             self.parameters[name].data = memory.view(slot.shape)
         self.values = {
-            name: self.parameters[name].detach() if slot.is_trained else slot.value.detach()
+            name: self.parameters[name].detach() if slot.is_trained else _own(slot.value)
             for name, slot in slots.items()
         }
 
@@ -87,3 +87,8 @@ class StepBuffer:
         for name, memory in self._memory.items():
             if addresses([self.parameters[name]]) != addresses([memory]):
                 yield name
+
+
+def _own(value: torch.Tensor) -> torch.Tensor:
+    """Return memory of its own: a family may give one tensor, or one row for all samples, for several slots."""
+    return value.detach().clone(memory_format=torch.contiguous_format)

@@ -17,7 +17,7 @@ from ..errors import ConfigError, Fault
 from ..noise import Key, Stream
 from .buffer import StepBuffer, Tally
 from .draws import RedrawnDraw
-from .families.base import Family, Scalars, Slot
+from .families.base import Family, Scalars, Slot, check_slots
 from .layout import FlatLayout
 from .named import NamedSlots, check_alike
 from .network import Network, Output
@@ -79,6 +79,8 @@ class Posterior:
         Memory of parameters and gradients.
     random, point : FlatLayout
         Where random weights lie in [P], and points in theirs.
+    num_begun : int
+        How often `begin_` was called: who has come half-way through a step sees whether another has begun one since.
     """
 
     def __init__(
@@ -98,6 +100,9 @@ class Posterior:
             rule = "what is made within torch.inference_mode() can never be trained"
             raise ConfigError(Fault("posterior", family.name, rule, "Make it outside"))
         check_field("posterior.estimator", estimator)
+        family = copy.copy(
+            family
+        )  # it may note what it is over, such as the weights that its prior starts from
         self.module, self.family_, self.estimator = module, family, estimator
         self.antithetic, self.samples, self.keeps_noise = antithetic, list(samples), keeps_noise
         can = self.capabilities = family.capabilities
@@ -110,6 +115,7 @@ class Posterior:
             weights = _flatten([random[name] for name in self.random])
             weights = weights if can.owner == "all" else weights.expand(len(self.samples), -1)
         slots = family.slots(weights, self.random, self.samples)
+        check_slots(family, slots, self.num_weights, len(self.samples), {"points", *dir(self)})
         if point:
             slots["points"] = Slot(_flatten([point[name] for name in self.point]))
         self._lay_out_(slots)
@@ -119,6 +125,7 @@ class Posterior:
     def _lay_out_(self, slots: dict[str, Slot]) -> None:
         """Make the flat buffers, all views of them, and the module's parameters such views. Local."""
         network = self.network
+        self.num_begun = 0
         self.buffer = StepBuffer(slots, network.batch_norms.num_statistics)
         random = [network.parameters[name] for name in self.random]
         network.weights = _flatten(random) if random else self.buffer.flat[:0]
@@ -182,6 +189,14 @@ class Posterior:
         if buffer is not None and name in buffer.values:
             return buffer.parameters.get(name, buffer.values[name])
         raise AttributeError(f"{type(self).__name__} has no attribute {name}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        buffer = self.__dict__.get("buffer")
+        if buffer is None or name not in buffer.values:
+            super().__setattr__(name, value)
+        elif value is not getattr(self, name):  # it is after `posterior.loc += 1`
+            rule = "optimizer and module look at the memory of a slot, which an assignment would not change"
+            raise ConfigError(Fault(name, self.family, rule, f"Write into it: {name}.detach().copy_(...)"))
 
     def features(self, **more: Any) -> Features:
         """Return what is asked of this posterior, for `hpc_bnn.capabilities`. Local."""
@@ -282,6 +297,7 @@ class Posterior:
             See `check_`.
         """
         self.check_()
+        self.num_begun += 1
         self.buffer.reduced.zero_()
         self.network.batch_norms.begin()
         self.sampler.begin_()
@@ -350,8 +366,9 @@ class Posterior:
             Of any sample of the step.
         """
         draw = RedrawnDraw(self.num_weights, self.network.weights)
-        draw.begin_(key.child(Stream.UPDATE), self.samples)
-        self.family_.after_update_(self.buffer.grads, self.buffer.values, self.samples, draw, scalars)
+        samples = [0] if self.is_replicated else self.samples  # ranks that hold the same slots draw the same
+        draw.begin_(key.child(Stream.UPDATE), samples)
+        self.family_.after_update_(self.buffer.grads, self.buffer.values, samples, draw, scalars)
 
     @torch.no_grad()
     def kl(self) -> Tensor:

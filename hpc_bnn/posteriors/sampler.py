@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..errors import ConfigError, Fault
 from ..noise import Key
 from ..trees import Inputs
 from .buffer import StepBuffer, Tally
@@ -68,6 +69,7 @@ class Sampler:
         self.work: Slots = {}
         self._views, self._point_views = SlotViews(random), SlotViews(point)
         self._draw = (KeptDraw if keeps_noise else RedrawnDraw)(num_weights, self._weights, antithetic)
+        self._whole = {name for name, slot in buffer.slots.items() if not slot.per_weight} | {"points"}
         lasting = [self._draw.single] if keeps_noise and num_weights else []
         for name, gradient in buffer.grads.items():
             if name == "points":
@@ -88,13 +90,19 @@ class Sampler:
     def prepare_(self, x: Inputs) -> None:
         """Look at how the module treats inputs like x, before the first step. Local."""
         if self.noisy is not None and not self.noisy.is_attached:
-            self.family.begin_(self.buffer.values, self.work)
+            self.begin_()
             self.noisy.attach_(self.buffer.values["loc"], self.work["scale"], x)
 
     def begin_(self) -> None:
         """Look at the slots as they are now. Local."""
         self.forget_()
+        former = dict(self.work)
         self.family.begin_(self.buffer.values, self.work)
+        # Blocks and estimators keep views of the work: they would go on reading a tensor that has been replaced
+        if replaced := [name for name, tensor in former.items() if self.work.get(name) is not tensor]:
+            rule = f"its begin_ replaces {', '.join(replaced)} of the work"
+            remedy = "Overwrite it in place: torch.exp(..., out=work.setdefault(name, torch.empty_like(...)))"
+            raise ConfigError(Fault("posterior.family", self.family.name, rule, remedy))
 
     def forget_(self) -> None:
         """Forget gradients and what a batch that failed half-way has left behind. Local."""
@@ -113,7 +121,7 @@ class Sampler:
             self._draw.begin_(key, self._drawn)
             with self.network.drawing():
                 self._sample_(self._out)
-        if self.noisy is not None:
+        if self.noisy is not None and self.noisy.is_attached:  # not on a rank that has had no examples yet
             self.noisy.begin_sample_(key, self._draw, self.work["scale"])
 
     def draw_batch_(self, samples: Sequence[int], key: Key) -> tuple[list[FlatLayout], list[Tensor]]:
@@ -243,23 +251,22 @@ class Sampler:
             self._fold_points_(self.parameters_of(block), total, SlotViews(block.layout))
             return [total]
         self._fold_block_(block)
-        return [gradient for name, gradient in self._cut(block)[1].items() if name != "points"]
+        cut = [gradient for name, gradient in self._cut(block)[1].items() if name not in self._whole]
+        return [row for gradient in cut for row in gradient.view(-1, gradient.shape[-1])]
 
     def _cut(self, block: Block) -> tuple[Slots, Slots, Slots, SlotViews]:
         """Return slots, gradients and work of a block, and views of its gradients. Local."""
         start, num_weights = block.span.start, self.random.num_elements
         if start not in self._cuts:
-            whole = {name for name, slot in self.buffer.slots.items() if not slot.per_weight} | {"points"}
             slots, grads, work = (
                 {
-                    name: t if name in whole or t.shape[-1] != num_weights else t[..., block.span]
+                    name: t if name in self._whole or t.shape[-1:] != (num_weights,) else t[..., block.span]
                     for name, t in tensors.items()
                 }
                 for tensors in (self.buffer.values, self.buffer.grads, self.work)
             )
             views = SlotViews(block.layout)
-            for name, gradient in grads.items():
-                if name != "points":
-                    views.keep(gradient)
+            for name in grads.keys() - self._whole:
+                views.keep(grads[name])
             self._cuts[start] = slots, grads, work, views
         return self._cuts[start]

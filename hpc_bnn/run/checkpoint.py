@@ -112,6 +112,11 @@ class CheckpointStore:
             Optimizer steps made so far; names the file.
         metric : float, optional
             Less is better.
+
+        Raises
+        ------
+        DataError
+            A checkpoint of another run has this name.
         """
         if self._writer is None:
             self._write(state, step, metric)
@@ -257,6 +262,9 @@ class CheckpointStore:
         torch.save({"format_version": FORMAT_VERSION, "sections": sections, **state}, buffer)
         content = buffer.getvalue()
         path = self.directory / f"step-{step:08d}.pt"
+        for problem in self._scan()[1]:
+            if problem.startswith(f"the checkpoint {path} is one of run"):
+                raise DataError(f"{problem}: it is not overwritten. Move it elsewhere")
         metric = metric if metric is not None and math.isfinite(metric) else None
         digest = hashlib.sha256(content).hexdigest()
         note = Note(path.name, step, metric, len(content), digest, self.identity)

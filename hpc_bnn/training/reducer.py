@@ -54,8 +54,8 @@ class Reducer:
         if in_blocks:
             num_bytes = max(OVERLAP_BYTES, posterior.buffer.gradient.nbytes // OVERLAP_BLOCKS)
             self._blocks = posterior.sampler.divide_(num_bytes, self._arrived)
-        self._is_last = False
-        self._begin()
+        self._is_last, self._waits = False, []
+        self.begin_()
 
     def own_share(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return this rank's share of slots or gradients, by name: all of them unless the sum is divided. Local."""
@@ -90,7 +90,10 @@ class Reducer:
 
     # --- blocks -------------------------------------------------------------------------------------
 
-    def _begin(self) -> None:
+    def begin_(self) -> None:
+        """Begin a step. Collective over the world where one that was given up has begun sums: it waits for them."""
+        for wait in self._waits:
+            wait()
         self._num_started = 0
         self._missing = [len(block.layout) for block in self._blocks]
         self._spans: list[Tensor] = []
@@ -117,9 +120,6 @@ class Reducer:
         self._is_last = True
         try:
             yield
-        except BaseException:
-            self._begin()  # the step is lost
-            raise
         finally:
             self._is_last = False
         started = itertools.chain(
@@ -141,7 +141,7 @@ class Reducer:
         for wait in [*self._waits, self.comm.start_sum_(packed)]:
             wait()
         torch._foreach_copy_(rest, list(packed.split([len(span) for span in rest])))
-        self._begin()
+        self._waits.clear()
 
     def _rest(self) -> list[Tensor]:
         """Return what stands between the spans of the blocks, and behind them."""

@@ -138,8 +138,6 @@ class VariationalStep:
             check_field("kl_weight", kl_weight)
         objective = objective or NegativeElbo()
         objective.check(likelihood, num_samples)
-        named = {"objective.name": objective.name, "micro_batch_size": micro_batch_size}
-        posterior.check_features(named, couples=objective.couples, micro_batches=micro_batch_size is not None)
         self.posterior, self.likelihood, self.comm = posterior, likelihood, comm
         is_of_job = isinstance(optimizer, JobOptimizer)
         self.optimizer = optimizer if is_of_job else JobOptimizer.of(optimizer, posterior, comm)
@@ -155,6 +153,7 @@ class VariationalStep:
         self._trial = BatchTrial(self.loop, self.data_term.statistic, measures=chunk_size == "auto")
         self._phase, self._num_seen = _Phase.IDLE, 0
         self._is_prepared = False
+        self._check_features()
         self.scalars = Scalars.on(posterior.buffer.flat.device)
         self.scalars.num_samples.fill_(num_samples)
 
@@ -247,7 +246,7 @@ class VariationalStep:
             raise ConfigError(
                 Fault("num_samples", self.num_samples, rule, "Make them for as many as the step has")
             )
-        is_first = self._phase is _Phase.IDLE
+        is_first = self._phase is _Phase.IDLE or self._num_seen == 0  # no example yet: nothing is lost
         self._expect((_Phase.IDLE, _Phase.ACCUMULATING), "accumulate_", "update_()")
         self._phase = _Phase.IDLE  # of a step that is given up here
         if not (is_first and is_last):
@@ -261,6 +260,7 @@ class VariationalStep:
         if is_first:
             self._begin(x, y, mine, global_batch_size)
         if posterior.sampler.noisy is not None:
+            posterior.sampler.noisy.on_()  # a copy of the posterior since the last micro-batch has taken it off
             posterior.sampler.noisy.noise.first_example = self._first_example + self._num_seen
         self._num_seen += len(x)
         with posterior.network.running(lambda tensor: comm.sum_(tensor, "data")):
@@ -318,11 +318,23 @@ class VariationalStep:
         self.posterior.network.looks = False
 
     def _expect(self, phases: tuple[_Phase, ...], what: str, before: str) -> None:
+        rule, remedy = None, "Call them in this order, or the step itself"
         if self._phase not in phases:
             rule = f"{before} comes before it, and the step is {self._phase.value}"
-            raise ConfigError(
-                Fault("VariationalStep", what, rule, "Call them in this order, or the step itself")
-            )
+        elif self._phase is not _Phase.IDLE and self._begun != self.posterior.num_begun:
+            rule = "since accumulate_ the posterior was begun anew, by a prediction or another step: the gradient is lost"
+            self._phase, remedy = _Phase.IDLE, "Finish the step first"
+        if rule is not None:
+            raise ConfigError(Fault("VariationalStep", what, rule, remedy))
+
+    def _check_features(self) -> None:
+        """Raise `ConfigError` where posterior, objective and optimizer do not go together in the module's mode. Local."""
+        named = {"objective.name": self.objective.name, "micro_batch_size": self.micro_batch_size}
+        self.posterior.check_features(
+            named, couples=self.objective.couples, micro_batches=self.micro_batch_size is not None,
+            overlap=self.reducer.in_blocks, sharded=self.reducer.divided,
+        )  # fmt: skip
+        self._was_training = self.posterior.module.training
 
     def _begin(self, x: SharedView, y: Tensor, mine: range, global_batch_size: int) -> None:
         grid = self.comm.grid
@@ -336,7 +348,9 @@ class VariationalStep:
         if len(x):
             self._trial(mine, x, y, self.key)
         self._first_example, self._num_seen = grid.local_examples(global_batch_size).start, 0
+        self.reducer.begin_()  # waits for sums that write into the buffer, before it is emptied
         self.posterior.begin_()
+        self._begun = self.posterior.num_begun
 
     def _check(self) -> None:
         """Raise `ConfigError` where what is around this step makes it wrong. Local; a few microseconds."""
@@ -344,6 +358,8 @@ class VariationalStep:
             context = "inference_mode" if torch.is_inference_mode_enabled() else "no_grad"
             rule = f"a step differentiates, and here torch.{context}() is in force"
             raise ConfigError(Fault("VariationalStep", "call", rule, f"Call it outside of torch.{context}()"))
+        if self.posterior.module.training is not self._was_training:
+            self._check_features()
         self.posterior.network.check_trainable()
         self.updater.check()
 

@@ -97,8 +97,8 @@ class Updater:
         for name in buffer.owned & buffer.grads.keys():
             norms = torch.linalg.vector_norm(buffer.grads[name], dim=-1, keepdim=True)
             buffer.grads[name].mul_((max_norm / (norms + 1e-6)).clamp(max=1))
-        if not buffer.owned:
-            torch.nn.utils.clip_grad_norm_(list(self.posterior.parameters()), max_norm)
+        whole = [p for name, p in self.posterior.named_parameters() if name not in buffer.owned]
+        torch.nn.utils.clip_grad_norm_(whole, max_norm)
 
     def update_(self) -> None:
         """Update the parameters. Local."""
@@ -128,7 +128,18 @@ class Updater:
         return {"state": state, "groups": options}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take over what `gather_state` returned, on this or another grid. Local."""
+        """Take over what `gather_state` returned, on this or another grid. Local.
+
+        Raises
+        ------
+        ConfigError
+            It has another number of groups of parameters.
+        """
+        num_theirs, num_mine = len(state["groups"]), len(self.optimizer.param_groups)
+        if num_theirs != num_mine:
+            rule = f"the checkpoint has {num_theirs} groups of parameters, and this optimizer has {num_mine}"
+            remedy = "Make it with the groups that it was trained with"
+            raise ConfigError(Fault("optimizer", type(self.optimizer).__name__, rule, remedy))
         numbers, packed, groups = itertools.count(), {}, []
         for group, options in zip(self.optimizer.param_groups, state["groups"]):
             ids = [next(numbers) for _ in group["params"]]

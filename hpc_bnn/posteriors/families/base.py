@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...capabilities import Capabilities
+from ...errors import ConfigError, Fault
 from ..draws import Draw
 from ..gradients import WeightGradient
 from ..layout import FlatLayout
@@ -153,4 +154,32 @@ class Family:
         draw: Draw,
         scalars: Scalars,
     ) -> None:
-        """Change the slots once more after the update, for example by the noise of a chain."""
+        """Change the slots once more after the update, for example by the noise of a chain.
+
+        ``samples`` and ``draw`` are those of the rows of this rank; where all ranks hold the slots, one draw that is the
+        same on all of them.
+        """
+
+
+def check_slots(
+    family: Family, slots: dict[str, Slot], num_weights: int, num_samples: int, taken: Collection[str]
+) -> None:
+    """Raise `ConfigError` where slots are not what `Slot` and the capabilities of their family say. Local."""
+    owner, faults = family.capabilities.owner, []
+    for name, (value, _, per_weight, slot_owner) in slots.items():
+        shape = tuple(value.shape)
+        if name in taken:
+            rule = "a posterior has something else of this name"
+        elif not shape:
+            rule = "it is a 0-dim tensor, and numbers have a dim at least"
+        elif slot_owner != owner and (per_weight or slot_owner == "sample"):
+            rule = f"its owner is {slot_owner}, and Capabilities.owner of the family is {owner}"
+        elif per_weight and shape[-1] != num_weights:
+            rule = f"the last dim of {shape} is not that of the {num_weights} random weights, and per_weight is True"
+        elif slot_owner == "sample" and shape[0] != num_samples:
+            rule = f"it needs a row for each of the {num_samples} samples of this rank, and has {shape[0]}"
+        else:
+            continue
+        faults.append(Fault("posterior.family", f"{family.name}, slot {name}", rule, "Change its slots()"))
+    if faults:
+        raise ConfigError(*faults)

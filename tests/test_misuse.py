@@ -1,0 +1,318 @@
+"""What a user can get wrong with a family, a posterior, a step or a checkpoint: it is followed, or it is an error."""
+
+import pytest
+import torch
+from stepping import keyed
+from torch import nn
+
+from hpc_bnn import Categorical, Grid, GridComm, MeanFieldGaussian, OverlappingOptimizer, VariationalStep
+from hpc_bnn.capabilities import Capabilities
+from hpc_bnn.errors import ConfigError, DataError
+from hpc_bnn.noise import Key, Stream
+from hpc_bnn.posteriors import DeepEnsemble, Family, GaussianPrior, Posterior, Slot
+from hpc_bnn.posteriors.families import MeanField, Scalars
+from hpc_bnn.predictive import predict_classes
+from hpc_bnn.run.checkpoint import SECTIONS, CheckpointStore
+from hpc_bnn.training.updaters import Updater
+
+
+def make_net(seed=0):
+    with Key(seed, Stream.INIT).global_generator():
+        return nn.Sequential(
+            nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 3)
+        ).double()
+
+
+def batch(count=6):
+    x = torch.randn(count, 4, generator=Key(1, Stream.DATA_ORDER).generator(), dtype=torch.float64)
+    return x, torch.arange(count) % 3
+
+
+def make_step(posterior, optimizer=None, num_samples=2, **options):
+    optimizer = optimizer or torch.optim.SGD(posterior.parameters(), lr=0.1)
+    return VariationalStep(
+        posterior,
+        Categorical(3),
+        optimizer,
+        GridComm(Grid()),
+        num_samples=num_samples,
+        num_train_examples=10,
+        **options,
+    )
+
+
+# --- families -------------------------------------------------------------------------------------------
+
+
+def test_posteriors_that_are_given_one_family_each_have_their_own_prior():
+    family = MeanField(GaussianPrior(1.0, mean="initial"))
+    shared, alone = [], []
+    for seed in (0, 1):
+        shared.append(Posterior(make_net(seed), family))
+        alone.append(Posterior(make_net(seed), MeanField(GaussianPrior(1.0, mean="initial"))))
+    assert [p.kl().item() for p in shared] == [p.kl().item() for p in alone]
+
+
+class Chain(Family):
+    """A point that is moved by noise after each update."""
+
+    name = "chain"
+
+    def slots(self, weights, layout, samples):
+        return {"place": Slot(weights)}
+
+    def sample_(self, slots, work, samples, draw, out):
+        out.copy_(slots["place"])
+
+    def pull_back_(self, grads, slots, work, samples, g, draw):
+        g.add_to(grads["place"])
+
+    def after_update_(self, grads, slots, samples, draw, scalars):
+        slots["place"].add_(draw.normal((), slots["place"].shape[-1])[0])
+
+
+def test_noise_after_the_update_is_the_same_on_all_ranks_that_hold_the_same_slots():
+    places = []
+    for mine in (range(0, 2), range(2, 3)):  # the samples of two ranks
+        posterior = Posterior(make_net(), Chain(), samples=mine)
+        posterior.after_update_(Scalars.on("cpu"), keyed(0))
+        places.append(posterior.place.detach())
+    assert torch.equal(*places)
+
+
+class Rebinding(MeanField):
+    def begin_(self, slots, work):
+        work["scale"] = slots["log_scale"].exp()
+
+
+def test_work_has_to_be_overwritten_in_place():
+    posterior = Posterior(make_net(), Rebinding())
+    posterior.begin_()
+    with pytest.raises(ConfigError, match=r"begin_.*scale.*in place"):
+        posterior.begin_()
+
+
+class WithNumber(MeanField):
+    """Work with a 0-dim tensor, which belongs to no block of weights."""
+
+    def begin_(self, slots, work):
+        super().begin_(slots, work)
+        work.setdefault("number", torch.zeros(()))
+
+
+def test_blocks_leave_numbers_of_the_work_whole(monkeypatch):
+    monkeypatch.setattr("hpc_bnn.training.reducer.OVERLAP_BYTES", 8)
+    posterior = Posterior(make_net(), WithNumber())
+    optimizer = OverlappingOptimizer(
+        torch.optim.SGD(posterior.parameters(), 0.1), posterior, GridComm(Grid())
+    )
+    make_step(posterior, optimizer)(*batch(), 6)
+
+
+class Twofold(MeanField):
+    """Rows [2, P] and a few numbers that no block holds, beside the slots of mean field."""
+
+    def slots(self, weights, layout, samples):
+        few = Slot(torch.ones(3, dtype=weights.dtype), per_weight=False)
+        return super().slots(weights, layout, samples) | {
+            "rows": Slot(torch.stack([weights, weights])),
+            "few": few,
+        }
+
+    def pull_back_(self, grads, slots, work, samples, g, draw):
+        super().pull_back_(grads, slots, work, samples, g, draw)
+        g.outer_to(grads["rows"], draw.normal((), 2))
+        total = torch.zeros_like(slots["loc"])
+        g.add_to(total)
+        grads["few"].add_(total.sum())
+
+
+class Doubling(GridComm):
+    """One rank that sums as if another had the same numbers."""
+
+    def sum_(self, tensors, axis="world", compressed=False):
+        for tensor in [tensors] if isinstance(tensors, torch.Tensor) else tensors:
+            tensor.mul_(2)
+
+    def start_sum_(self, tensors):
+        self.sum_(tensors)
+        return lambda: None
+
+
+def test_blocks_sum_every_number_of_any_slot_once(monkeypatch):
+    monkeypatch.setattr("hpc_bnn.training.reducer.OVERLAP_BYTES", 8)
+    monkeypatch.setattr("hpc_bnn.training.reducer.OVERLAP_BLOCKS", 10**6)
+    reduced = []
+    for overlap in (False, True):
+        posterior, comm = Posterior(make_net(), Twofold()), Doubling(Grid())
+        optimizer = torch.optim.SGD(posterior.parameters(), 0.1)
+        optimizer = OverlappingOptimizer(optimizer, posterior, comm) if overlap else optimizer
+        step = VariationalStep(
+            posterior, Categorical(3), optimizer, comm, num_samples=2, num_train_examples=10
+        )
+        step.accumulate_(*batch(), 6)
+        step.reduce_()
+        reduced.append(posterior.buffer.reduced)
+    torch.testing.assert_close(*reduced, rtol=1e-12, atol=1e-12)
+
+
+def family_of(slots, **capabilities):
+    class Strange(Chain):
+        def slots(self, weights, layout, samples):
+            return slots(weights)
+
+    Strange.capabilities = Capabilities(**capabilities)
+    return Strange()
+
+
+@pytest.mark.parametrize(
+    ("slots", "capabilities", "message"),
+    [
+        (lambda w: {"place": Slot(w[:-1])}, {}, r"place.*last dim"),
+        (lambda w: {"place": Slot(w.sum(), per_weight=False)}, {}, r"place.*0-dim"),
+        (lambda w: {"points": Slot(w)}, {}, r"points.*name"),
+        (lambda w: {"place": Slot(w[None], owner="sample")}, {}, r"place.*Capabilities\.owner"),
+        (lambda w: {"place": Slot(w[0])}, {"owner": "sample"}, r"place.*Capabilities\.owner"),
+        (lambda w: {"place": Slot(w[:1], owner="sample")}, {"owner": "sample"}, r"place.*row"),
+    ],
+)
+def test_slots_that_do_not_fit_are_named(slots, capabilities, message):
+    with pytest.raises(ConfigError, match=message):
+        Posterior(make_net(), family_of(slots, **capabilities), samples=[0, 1])
+
+
+def test_slots_that_are_not_trained_have_memory_of_their_own():
+    kept = {"is_trained": False, "owner": "sample"}
+    family = family_of(
+        lambda w: {"place": Slot(w, owner="sample"), "first": Slot(w, **kept), "second": Slot(w, **kept)},
+        owner="sample",
+    )
+    posterior = Posterior(make_net(), family, samples=[0, 1])
+    before = posterior.second.clone()
+    posterior.first[0].zero_()
+    assert torch.equal(posterior.second, before) and torch.equal(posterior.first[1], before[1])
+
+
+def test_a_slot_cannot_be_replaced_by_an_assignment():
+    posterior = MeanFieldGaussian(make_net())
+    with pytest.raises(ConfigError, match=r"loc.*copy_"):
+        posterior.loc = torch.zeros_like(posterior.loc)
+
+
+# --- the order of a step --------------------------------------------------------------------------------
+
+
+def test_a_prediction_between_the_parts_of_a_step_is_an_error():
+    posterior = MeanFieldGaussian(make_net())
+    step, (x, y) = make_step(posterior), batch()
+    step.accumulate_(x[:3], y[:3], 6, is_last=False)
+    predict_classes(posterior, Categorical(3), step.comm, x, num_samples=2)
+    with pytest.raises(ConfigError, match="begun anew"):
+        step.accumulate_(x[3:], y[3:], 6)
+    step(x, y, 6)
+    step.accumulate_(x, y, 6)
+    with torch.no_grad():
+        posterior.begin_()
+    with pytest.raises(ConfigError, match="begun anew"):
+        step.reduce_()
+
+
+class Recording(GridComm):
+    """One rank whose sums of blocks are noted when they are begun and when they are waited for."""
+
+    def __init__(self):
+        super().__init__(Grid())
+        self.begun, self.waited = [], []
+
+    def start_sum_(self, tensors):
+        self.begun.append(len(tensors))
+        return lambda number=len(self.begun): self.waited.append(number)
+
+
+def test_a_step_that_was_given_up_leaves_no_sums_of_blocks_behind(monkeypatch):
+    monkeypatch.setattr("hpc_bnn.training.reducer.OVERLAP_BYTES", 8)
+    monkeypatch.setattr("hpc_bnn.training.reducer.OVERLAP_BLOCKS", 10**6)
+    counts = []
+    for gives_up in (False, True):
+        comm, posterior = Recording(), MeanFieldGaussian(make_net())
+        optimizer = OverlappingOptimizer(torch.optim.SGD(posterior.parameters(), 0.1), posterior, comm)
+        step = make_step(posterior, optimizer)
+        x, y = batch()
+        if gives_up:
+            step.accumulate_(x, y, 6)
+            assert comm.begun
+        num_before = len(comm.begun)
+        step(x, y, 6)
+        counts.append(len(comm.begun) - num_before)
+        assert len(comm.waited) == len(comm.begun)
+    assert counts[0] == counts[1] > 1
+
+
+def test_flipout_with_batch_norm_on_a_rank_without_examples():
+    net = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)).double()
+    step = make_step(MeanFieldGaussian(net, estimator="flipout"))
+    x, y = batch()
+    step.accumulate_(x[:0], y[:0], 6)
+
+
+def test_features_are_checked_again_when_the_mode_of_the_module_changes():
+    def make():
+        return nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)).double().eval()
+
+    posterior = DeepEnsemble(make, 2, range(2))
+    step = make_step(posterior)
+    step(*batch(), 6)
+    posterior.module.train()
+    with pytest.raises(ConfigError, match="running statistics"):
+        step(*batch(), 6)
+
+
+class Mixed(Chain):
+    """Rows that belong to samples, beside a few numbers that all share."""
+
+    capabilities = Capabilities(owner="sample")
+
+    def slots(self, weights, layout, samples):
+        shared = Slot(torch.ones(2, dtype=weights.dtype), per_weight=False)
+        return {"place": Slot(weights, owner="sample"), "shared": shared}
+
+    def pull_back_(self, grads, slots, work, samples, g, draw):
+        g.add_rows_to(grads["place"])
+        grads["shared"].add_(100.0)
+
+    def after_update_(self, grads, slots, samples, draw, scalars):
+        pass
+
+
+def test_clipping_reaches_slots_beside_rows_of_samples():
+    posterior = Posterior(make_net(), Mixed(), samples=[0, 1])
+    step = make_step(posterior, torch.optim.SGD(posterior.parameters(), lr=0.0), max_gradient_norm=0.5)
+    step(*batch(), 6)
+    assert posterior.shared.grad.norm() <= 0.5
+
+
+# --- checkpoints ----------------------------------------------------------------------------------------
+
+
+def test_a_state_with_another_number_of_groups_is_refused():
+    posterior = MeanFieldGaussian(make_net(), deterministic=["4.*"])
+    groups = [{"params": [posterior.loc, posterior.log_scale]}, {"params": [posterior.points], "lr": 0.5}]
+    step = make_step(posterior, torch.optim.Adam(groups))
+    step(*batch(), 6)
+    state = step.updater.gather_state()
+    other = make_step(posterior)
+    assert isinstance(other.updater, Updater)
+    with pytest.raises(ConfigError, match=r"2 groups.*1"):
+        other.updater.load_state(state)
+
+
+def test_a_checkpoint_of_another_run_is_not_overwritten(tmp_path):
+    state = {name: {} for name in SECTIONS if name != "run"}
+    store = CheckpointStore(tmp_path)
+    store.identity = "theirs"
+    store.save(state, 10)
+    before = (tmp_path / "step-00000010.pt").read_bytes()
+    store.identity = "mine"
+    with pytest.raises(DataError, match="run theirs"):
+        store.save(state, 10)
+    assert (tmp_path / "step-00000010.pt").read_bytes() == before
