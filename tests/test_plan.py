@@ -64,6 +64,7 @@ def make_config(**changes):
     [
         {},
         {"chunk_size": 4},
+        {"micro_batch_size": 16},
         {"dtype": "float64"},
         {"posterior__family": "deterministic", "num_samples": 1},
         {"posterior__family": "mc_dropout", "model__arguments": {"hidden": [64], "dropout": 0.2}},

@@ -214,7 +214,7 @@ def rehearse(config: Config, manifest: Manifest, grid: Grid, *, is_on_gpu: bool 
         memory.peak_bytes = 0
         batch_bytes = sum(a.numel() * a.element_size() for a in arguments[:2])
         with _rehearsing(config), FlopCounterMode(display=False) as flops:
-            step.accumulate_(*arguments)
+            step.accumulate_batch_(*arguments)
             step.reduce_()
             posterior.finish_(step.scalars)
         posterior.add_kl_(step.scalars)

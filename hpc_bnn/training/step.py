@@ -212,6 +212,14 @@ class VariationalStep:
             The module, the posterior or the optimizer is not what can be trained, or was changed in a way that cannot be
             followed; or gradients are switched off.
         """
+        self.accumulate_batch_(x, y, global_batch_size)
+        self.reduce_()
+        return self.update_()
+
+    # --- the order of a step ------------------------------------------------------------------------
+
+    def accumulate_batch_(self, x: Inputs | SharedView, y: Tensor, global_batch_size: int) -> None:
+        """Begin a step and accumulate this rank's examples, in micro-batches where they are set. Collective as `accumulate_`."""
         self._phase = _Phase.IDLE  # of a step that was given up
         x = x if isinstance(x, SharedView) else SharedView(x)
         size = self.micro_batch_size or max(len(x), 1)
@@ -219,10 +227,6 @@ class VariationalStep:
             span, is_last = slice(start, start + size), start + size >= len(x)
             part = x if size >= len(x) else x.part(span)
             self.accumulate_(part, y[span], global_batch_size, is_last=is_last)
-        self.reduce_()
-        return self.update_()
-
-    # --- the order of a step ------------------------------------------------------------------------
 
     def accumulate_(
         self, x: Inputs | SharedView, y: Tensor, global_batch_size: int, *, is_last: bool = True
