@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
 
 from .families.base import Slot
+from .guard import addresses
+from .layout import FlatLayout
 
 __all__ = ["StepBuffer", "Tally"]
 
@@ -38,6 +40,10 @@ class StepBuffer:
         By name.
     num_statistics : int
         Numbers of BatchNorm statistics.
+    random, point : FlatLayout
+        Where random weights lie in [P], and points in theirs.
+    samples : sequence of int
+        Global indices of the rows that belong to samples.
 
     Attributes
     ----------
@@ -55,7 +61,15 @@ class StepBuffer:
         Numbers at the beginning of ``reduced`` that belong to samples.
     """
 
-    def __init__(self, slots: dict[str, Slot], num_statistics: int):
+    def __init__(
+        self,
+        slots: dict[str, Slot],
+        num_statistics: int,
+        random: FlatLayout,
+        point: FlatLayout,
+        samples: Sequence[int],
+    ):
+        self.random, self.point, self.samples = random, point, samples
         self.slots = {name: slot._replace(value=slot.value[..., :0]) for name, slot in slots.items()}
         self.owned = {name for name, slot in slots.items() if slot.owner == "sample"}
         trained = sorted((n for n, s in slots.items() if s.is_trained), key=lambda n: n not in self.owned)
@@ -82,8 +96,6 @@ class StepBuffer:
 
     def moved(self) -> Iterator[str]:
         """Yield the names of parameters whose memory somebody has replaced. Local."""
-        from .network import addresses
-
         for name, memory in self._memory.items():
             if addresses([self.parameters[name]]) != addresses([memory]):
                 yield name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,15 +43,8 @@ class MeanFieldGaussian(Posterior):
         2020); at least 1e-6 of the largest weight.
     deterministic : sequence of str or module class
         Weights that stay points (`split_weights`); by default those of normalisation layers and embeddings.
-    estimator : {"reparameterisation", "local", "flipout"}
-        How the gradient is estimated (`hpc_bnn.posteriors.estimators`): one draw of the weights per sample, or
-        noise per example where the layer allows, with less variance. Layers that do not allow it fall back
-        to one draw per sample, which is said. The predictive always draws weights.
-    antithetic : bool
-        Samples 2 i and 2 i + 1 share their noise with opposite signs: half the noise to draw, and the odd
-        part of the estimator's error cancels in a pair.
-    output : str, int or callable, optional
-        Which tensor the likelihood gets, of what the module returns (`Posterior`).
+    **options
+        Of `Posterior`: ``estimator``, ``antithetic``, ``output``, ``keeps_noise``.
 
     Attributes
     ----------
@@ -66,19 +60,10 @@ class MeanFieldGaussian(Posterior):
         init_std: float = 0.01,
         init_std_relative: float | None = None,
         deterministic: Sequence[Rule] = ("norm", "embedding"),
-        estimator: str = "reparameterisation",
-        antithetic: bool = False,
-        output: Output = None,
+        **options: Any,
     ):
         family = MeanField(prior, init_std, init_std_relative)
-        super().__init__(
-            module,
-            family,
-            deterministic=deterministic,
-            estimator=estimator,
-            antithetic=antithetic,
-            output=output,
-        )
+        super().__init__(module, family, deterministic=deterministic, **options)
 
 
 class LowRankGaussian(Posterior):
@@ -92,8 +77,8 @@ class LowRankGaussian(Posterior):
         Any module, already on its device and in its dtype.
     rank : int
         Rank of the factor F, R.
-    prior, init_std, init_std_relative, deterministic, antithetic, output
-        As for `MeanFieldGaussian`.
+    prior, init_std, init_std_relative, deterministic, **options
+        As for `MeanFieldGaussian`; there is no other estimator than reparameterisation.
 
     Attributes
     ----------
@@ -110,19 +95,10 @@ class LowRankGaussian(Posterior):
         init_std: float = 0.01,
         init_std_relative: float | None = None,
         deterministic: Sequence[Rule] = ("norm", "embedding"),
-        estimator: str = "reparameterisation",
-        antithetic: bool = False,
-        output: Output = None,
+        **options: Any,
     ):
         family = LowRank(rank, prior, init_std, init_std_relative)
-        super().__init__(
-            module,
-            family,
-            deterministic=deterministic,
-            estimator=estimator,
-            antithetic=antithetic,
-            output=output,
-        )
+        super().__init__(module, family, deterministic=deterministic, **options)
 
 
 class MCDropout(Posterior):
@@ -138,7 +114,7 @@ class MCDropout(Posterior):
     prior_std : float
         Standard deviation of the prior of each weight, in units of the weight.
     output
-        See `MeanFieldGaussian`.
+        See `Posterior`.
     """
 
     def __init__(self, module: nn.Module, *, prior_std: float = 1.0, output: Output = None):
@@ -176,7 +152,7 @@ class DeepEnsemble(Posterior):
     prior_std : float
         Standard deviation of the prior of each weight, in units of the weight.
     output
-        See `MeanFieldGaussian`.
+        See `Posterior`.
 
     Attributes
     ----------

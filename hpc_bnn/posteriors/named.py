@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor, nn
 
 from ..errors import ConfigError, Fault
 from .buffer import StepBuffer
-from .layout import FlatLayout
 
 
 class NamedSlots:
@@ -20,26 +17,23 @@ class NamedSlots:
     ----------
     buffer : StepBuffer
         Memory of the slots.
-    random, point : FlatLayout
-        Where random weights lie in [P], and points in theirs.
-    samples : sequence of int
-        Global indices of the rows that belong to samples.
     """
 
-    def __init__(self, buffer: StepBuffer, random: FlatLayout, point: FlatLayout, samples: Sequence[int]):
-        self._buffer, self._random, self._point, self._samples = buffer, random, point, samples
+    def __init__(self, buffer: StepBuffer):
+        self._buffer = buffer
         self._parameters: dict[str, nn.Parameter] = {}
 
     def of(self, slots: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return views of slots, or of what has their shapes, by name. Local."""
         views: dict[str, Tensor] = {}
+        layout = self._buffer.random
         for slot, value in slots.items():
             kind = self._buffer.slots[slot]
             if slot == "points":
-                views |= self._point.views(value)
+                views |= self._buffer.point.views(value)
             elif kind.owner == "sample":
-                for sample, row in zip(self._samples, value):
-                    parts = self._random.views(row) if kind.per_weight else {}
+                for sample, row in zip(self._buffer.samples, value):
+                    parts = layout.views(row) if kind.per_weight else {}
                     views |= {f"{slot}.{sample}.{name}": v for name, v in parts.items()}
                     views |= {} if kind.per_weight else {f"{slot}.{sample}": row}
             elif not kind.per_weight:
@@ -47,7 +41,7 @@ class NamedSlots:
             else:
                 for number, row in enumerate(value.view(-1, value.shape[-1])):
                     end = f"{slot}.{number}" if value.ndim > 1 else slot
-                    views |= {f"{name}.{end}": v for name, v in self._random.views(row).items()}
+                    views |= {f"{name}.{end}": v for name, v in layout.views(row).items()}
         return views
 
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -65,7 +59,7 @@ class NamedSlots:
         """Return whether one of `updated` belongs to points. Local."""
         points = [
             self._buffer.parameters.get("points"),
-            *(self._parameters.get(name) for name in self._point),
+            *(self._parameters.get(name) for name in self._buffer.point),
         ]
         return any(parameter is point for point in points)
 

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from operator import methodcaller
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from ..errors import ConfigError, Fault
@@ -22,6 +18,7 @@ from ..noise import Key
 from ..trees import Inputs, as_arguments, device_of, map_tensors
 from .batch_norm import BatchNorms, SumOverData, of_one_rank
 from .dropout_layers import FUNCTIONS, DropoutMasks
+from .guard import Guard
 from .interception import Interception
 from .layout import FlatLayout
 from .look import Look, Looker
@@ -45,6 +42,8 @@ class Network:
 
     Attributes
     ----------
+    guard : Guard
+        Knows what a user may change.
     batch_norms, dropout
         What its BatchNorm layers and its dropout have in place of torch's.
     notes : list of str
@@ -75,7 +74,7 @@ class Network:
         self.notes, self._said = [text] if off else [], set()
         self.parameters = parameters
         self.drawn = list(drawn)
-        self._views: dict[str, Tensor] = {}
+        self.guard = Guard(module, parameters, self.drawn)
         self.weights = torch.zeros(0)
         self._changes_input = self._changes_attributes = False
         self._attributes: Traces | None = None  # to put back before each member of a predictive
@@ -92,89 +91,25 @@ class Network:
         """
         for name, view in views.items():
             self.parameters[name].data = view
-        self._views |= views
+        self.guard.views |= views
 
     def leave(self) -> None:
-        """Note what the module is like when it is left to the user; see `check`. Local."""
-        self.layers = list(self.module.modules())
+        """Find what of ours the module calls, and note what it is like when it is left to the user. Local."""
+        self.guard.leave()
+        self.layers = self.guard.layers
         self._deriving = [layer for layer in self.layers if _has_own_modes(type(layer))]
         self.interception.find(self.layers)
         self.dropout.find(self.module)
-        self._registries = [d for layer in self.layers for d in (layer._modules, layer._parameters)]
-        self._members = self._ids()
         names: dict[int, str] = {}
         for name, parameter in self.module.named_parameters(remove_duplicate=False):
             names.setdefault(id(parameter), name)
         self._names = {name: names.get(id(p), name) for name, p in self.parameters.items()}
-        trainable = {id(p) for p in self.parameters.values()}
-        self._frozen = {name: p for name, p in self.module.named_parameters() if id(p) not in trainable}
-        self.leave_weights()
-
-    def leave_weights(self) -> None:
-        """Note where the weights are after a step or a predictive. Local."""
-        self._addresses = addresses(self.parameters.values())
-        self.allow_writes()
-
-    def allow_writes(self) -> None:
-        """Take what has been written into the weights so far for ours, or the module's own. Local."""
-        self._versions = self.versions()
-
-    def versions(self) -> list[int]:
-        return [self.parameters[name]._version for name in self.drawn]
-
-    def _ids(self) -> list[int]:
-        """Return which layers and parameters stand where. Local; the layers are held, so that no identity comes twice."""
-        return list(map(id, itertools.chain.from_iterable(map(methodcaller("values"), self._registries))))
 
     def check(self) -> None:
-        """Verify that the module still reads the weights that it was given. Local; some microseconds.
-
-        Raises
-        ------
-        ConfigError
-            Since the last step it was converted, moved, loaded or edited, or other weights were put in.
-        """
-        are_there = addresses(self.parameters.values()) == self._addresses
-        if are_there and self.versions() == self._versions and self._ids() == self._members:
-            return
-        now = dict(self.module.named_parameters(remove_duplicate=False))
-        present = {id(p) for p in now.values()}
-        trainable = {id(p) for p in self.parameters.values()}
-        faults = []
-        for name, parameter in now.items():
-            if parameter.requires_grad and id(parameter) not in trainable:
-                faults.append((name, "it came into the network after the posterior was made"))
-        versions = dict(zip(self.drawn, self._versions))
-        for name, parameter in self.parameters.items():
-            view = self._views[name]
-            if id(parameter) not in present:
-                faults.append((name, "it is no longer in the network"))
-            elif (parameter.dtype, parameter.device) != (view.dtype, view.device):
-                faults.append((name, "it was converted or moved after the posterior was made"))
-            elif parameter.data_ptr() != view.data_ptr():
-                faults.append((name, "it has other memory than the posterior gave it"))
-            elif parameter._version != versions.get(name, parameter._version):
-                faults.append((name, "its values were changed; each draw writes them anew"))
-        for name, layer in self.module.named_modules():
-            if isinstance(layer, _BatchNorm) and layer not in self.batch_norms.layers:
-                faults.append(
-                    (name, "this BatchNorm layer came into the network after the posterior was made")
-                )
-        if faults:
-            raise _changed([name for name, _ in faults], faults[0][1])
-        self._looked_at.clear()
-        self.leave()  # a layer without weights was put in or taken out, and others may have other names
-
-    def check_trainable(self) -> None:
-        """Raise `ConfigError` where weights were frozen or unfrozen since the posterior was made. Local; microseconds."""
-        if not all([p.requires_grad for p in self.parameters.values()]):
-            frozen = [name for name, p in self.parameters.items() if not p.requires_grad]
-            raise _changed(frozen, "it was frozen after the posterior was made: its noise would train on")
-        if any([p.requires_grad for p in self._frozen.values()]):
-            thawed = [name for name, p in self._frozen.items() if p.requires_grad]
-            raise _changed(
-                thawed, "it was unfrozen after the posterior was made: no optimizer would update it"
-            )
+        """Verify that the module still reads the weights that it was given (`Guard.check`). Local; some microseconds."""
+        if not self.guard.check(self.batch_norms.layers):
+            self._looked_at.clear()
+            self.leave()
 
     @contextlib.contextmanager
     def drawing(self) -> Iterator[None]:
@@ -345,12 +280,6 @@ class Network:
         self._said.update(found)
 
 
-def _changed(names: Sequence[str], rule: str) -> ConfigError:
-    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
-    remedy = "Load, edit, freeze and convert the network first, and make the posterior then"
-    return ConfigError(Fault("model", shown, rule, remedy))
-
-
 @contextlib.contextmanager
 def eval_mode(module: nn.Module) -> Iterator[None]:
     """Put a module into evaluation mode, and each of its layers back into the mode that it had. Local."""
@@ -377,14 +306,6 @@ def _set_modes(modes: list[tuple[nn.Module, bool]]) -> None:
 @functools.cache
 def _has_own_modes(kind: type[nn.Module]) -> bool:
     return kind.train is not nn.Module.train or kind.eval is not nn.Module.eval
-
-
-def addresses(tensors: Iterable[Tensor]) -> list[int]:
-    """Return where tensors begin in memory; nothing for those without, with which `hpc-bnn plan` rehearses. Local."""
-    tensors = list(tensors)
-    if tensors and isinstance(tensors[0], FakeTensor):
-        return []
-    return list(map(Tensor.data_ptr, tensors))
 
 
 def _casting(device_type: str, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:

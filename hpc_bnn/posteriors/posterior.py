@@ -15,19 +15,18 @@ from ..capabilities import Features
 from ..config import check_field
 from ..errors import ConfigError, Fault
 from ..noise import Key, Stream
-from .buffer import StepBuffer, Tally
+from .buffer import Tally
 from .draws import RedrawnDraw
 from .families.base import Family, Scalars, Slot, check_slots
 from .layout import FlatLayout
-from .named import NamedSlots, check_alike
+from .memory import SlotMemory, flatten
 from .network import Network, Output
-from .sampler import Sampler
 from .select import Rule, divide_weights
 
 __all__ = ["Posterior"]
 
 
-class Posterior:
+class Posterior(SlotMemory):
     """A family of distributions over weights of a module, of which some may stay points.
 
     The module is used in place and called unchanged: its parameters become views of flat buffers. A posterior may be
@@ -56,9 +55,12 @@ class Posterior:
     deterministic : sequence of str or module class
         Weights that stay points: "norm", "embedding", name patterns, classes of layers (`split_weights`).
     estimator : {"reparameterisation", "local", "flipout"}
-        How the gradient is estimated (`hpc_bnn.posteriors.estimators`).
+        How the gradient is estimated (`hpc_bnn.posteriors.estimators`): one draw of the weights per sample, or noise per
+        example where the layer allows, with less variance. Layers that do not allow it fall back to one draw per sample,
+        which is said. The predictive always draws weights.
     antithetic : bool
-        Samples 2 i and 2 i + 1 share their noise with opposite signs.
+        Samples 2 i and 2 i + 1 share their noise with opposite signs: half the noise to draw, and the odd part of the
+        estimator's error cancels in a pair.
     samples : sequence of int
         Global indices of this rank's samples (``grid.local_samples(num_samples)``), for a family whose slots belong to
         samples.
@@ -100,9 +102,7 @@ class Posterior:
             rule = "what is made within torch.inference_mode() can never be trained"
             raise ConfigError(Fault("posterior", family.name, rule, "Make it outside"))
         check_field("posterior.estimator", estimator)
-        family = copy.copy(
-            family
-        )  # it may note what it is over, such as the weights that its prior starts from
+        family = copy.copy(family)  # it may note what it is over: the weights that its prior starts from
         self.module, self.family_, self.estimator = module, family, estimator
         self.antithetic, self.samples, self.keeps_noise = antithetic, list(samples), keeps_noise
         can = self.capabilities = family.capabilities
@@ -112,91 +112,20 @@ class Posterior:
         self.check_features()
         self.dtype = next(iter(self.network.parameters.values())).dtype
         if random and weights is None:
-            weights = _flatten([random[name] for name in self.random])
+            weights = flatten(random, self.random)
             weights = weights if can.owner == "all" else weights.expand(len(self.samples), -1)
         slots = family.slots(weights, self.random, self.samples)
         check_slots(family, slots, self.num_weights, len(self.samples), {"points", *dir(self)})
         if point:
-            slots["points"] = Slot(_flatten([point[name] for name in self.point]))
+            slots["points"] = Slot(flatten(point, self.point))
         self._lay_out_(slots)
-
-    # --- memory -----------------------------------------------------------------------------------
-
-    def _lay_out_(self, slots: dict[str, Slot]) -> None:
-        """Make the flat buffers, all views of them, and the module's parameters such views. Local."""
-        network = self.network
-        self.num_begun = 0
-        self.buffer = StepBuffer(slots, network.batch_norms.num_statistics)
-        random = [network.parameters[name] for name in self.random]
-        network.weights = _flatten(random) if random else self.buffer.flat[:0]
-        network.use(self.random.views(network.weights))
-        if "points" in slots:
-            network.use(self.point.views(self.buffer.values["points"]))
-        self.sampler = Sampler(
-            self.family_, network, self.buffer, self.random, self.point, samples=self.samples,
-            estimator=self.estimator, antithetic=self.antithetic, keeps_noise=self.keeps_noise,
-        )  # fmt: skip
-        self.names = NamedSlots(self.buffer, self.random, self.point, self.samples)
-        network.leave()
-
-    def _state(self) -> dict[str, Any]:
-        """Return what a copy is made of: the module, what the constructor was given, and the slots."""
-        values = self.buffer.values | self.buffer.parameters
-        slots = {name: kind._replace(value=values[name]) for name, kind in self.buffer.slots.items()}
-        self.rest_()
-        return {name: self.__dict__[name] for name in _KEPT if name in self.__dict__} | {"slots": slots}
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = self._state()
-        slots = {name: s._replace(value=s.value.detach().clone()) for name, s in state["slots"].items()}
-        return state | {"slots": slots}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        slots = state.pop("slots")
-        self.__dict__.update(state)
-        self._lay_out_(slots)
-
-    def __copy__(self) -> Posterior:
-        return copy.deepcopy(self)  # two posteriors cannot share a module
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Posterior:
-        memo[id(self)] = twin = type(self).__new__(type(self))
-        twin.__setstate__(
-            copy.deepcopy(self._state(), memo)
-        )  # an optimizer that is copied along keeps its parameters
-        return twin
 
     # --- what a user asks --------------------------------------------------------------------------
-
-    @property
-    def family(self) -> str:
-        """Name of the family."""
-        return self.family_.name
-
-    @property
-    def num_weights(self) -> int:
-        """Number of random weights, P."""
-        return self.random.num_elements
 
     @property
     def is_replicated(self) -> bool:
         """Whether all ranks hold the same parameters; otherwise those of a data group do."""
         return self.capabilities.owner == "all"
-
-    def __getattr__(self, name: str) -> Any:
-        """Slots are attributes: ``posterior.loc``."""
-        buffer = self.__dict__.get("buffer")
-        if buffer is not None and name in buffer.values:
-            return buffer.parameters.get(name, buffer.values[name])
-        raise AttributeError(f"{type(self).__name__} has no attribute {name}")
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        buffer = self.__dict__.get("buffer")
-        if buffer is None or name not in buffer.values:
-            super().__setattr__(name, value)
-        elif value is not getattr(self, name):  # it is after `posterior.loc += 1`
-            rule = "optimizer and module look at the memory of a slot, which an assignment would not change"
-            raise ConfigError(Fault(name, self.family, rule, f"Write into it: {name}.detach().copy_(...)"))
 
     def features(self, **more: Any) -> Features:
         """Return what is asked of this posterior, for `hpc_bnn.capabilities`. Local."""
@@ -221,29 +150,6 @@ class Posterior:
         """
         named = {"posterior.estimator": self.estimator, "model": type(self.module).__name__, **(values or {})}
         capabilities.check_features(self.capabilities, self.features(**asked), lambda f: named.get(f, True))
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """Yield what an optimizer updates: a few flat tensors."""
-        yield from self.buffer.parameters.values()
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield the same with their names, for example ``loc``, ``log_scale``, ``points``."""
-        yield from self.buffer.parameters.items()
-
-    def weight_parameters(self) -> Iterator[nn.Parameter]:
-        """Yield a parameter for each weight of the module and slot instead, for an optimizer that looks at whole tensors.
-
-        Such as LAMB, which scales the step of each tensor by its norm. They are views of what `parameters` yields.
-        """
-        yield from self.names.parameters().values()
-
-    def named_weights(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield the same with their names in `state_dict`."""
-        yield from self.names.parameters().items()
-
-    def named_gradients(self) -> dict[str, Tensor]:
-        """Return views of the gradient buffer by the names that `state_dict` has. Local."""
-        return self.names.of(self.buffer.grads)
 
     # --- one step ---------------------------------------------------------------------------------
 
@@ -281,11 +187,6 @@ class Posterior:
         for name in self.buffer.moved():
             rule = "its memory was replaced (by .data =, or a conversion) since the posterior was made"
             raise ConfigError(Fault(name, self.family, rule, f"Write into it: {name}.detach().copy_(...)"))
-
-    def rest_(self) -> None:
-        """Leave the module to the user: its own layers, also after a step that did not come to its end. Local."""
-        if self.sampler.noisy is not None:
-            self.sampler.noisy.off_()
 
     @torch.no_grad()
     def begin_(self) -> None:
@@ -336,7 +237,7 @@ class Posterior:
         """
         self.network.batch_norms.write_statistics_(self.buffer.statistics, batch_norm_share)
         self.rest_()
-        self.network.leave_weights()
+        self.network.guard.leave_weights()
 
     @torch.no_grad()
     def finish_(self, scalars: Scalars) -> None:
@@ -393,7 +294,7 @@ class Posterior:
                 self.begin_()
                 self.rest_()
                 yield
-                self.network.leave_weights()
+                self.network.guard.leave_weights()
         finally:
             torch.backends.mha.set_fastpath_enabled(fast)
 
@@ -407,40 +308,5 @@ class Posterior:
         if self.num_weights:
             with self.network.drawing():
                 self.network.weights.copy_(self.family_.mean(self.buffer.values))
-            self.network.leave_weights()
+            self.network.guard.leave_weights()
         return self.module
-
-    # --- state --------------------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return the slots by the names of the module's weights, and its buffers. Local.
-
-        A point weight keeps its name; a random weight ``NAME`` is there as ``NAME.loc``,
-        ``NAME.log_scale`` and so on, by family. The tensors are views.
-        """
-        return self.names.of(self.buffer.values) | dict(self.module.named_buffers())
-
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over what `state_dict` returned. Local.
-
-        Raises
-        ------
-        ConfigError
-            Names or shapes do not fit the module.
-        """
-        mine = self.state_dict()
-        check_alike(mine, state)
-        for name, value in mine.items():
-            value.copy_(state[name])
-
-
-_KEPT = (
-    "module", "family_", "estimator", "antithetic", "keeps_noise", "samples", "capabilities", "random", "point",
-    "network", "dtype",
-)  # fmt: skip
-"""What a copy takes over besides the slots; all else is made anew by `Posterior._lay_out_`."""
-
-
-def _flatten(parameters: Sequence[nn.Parameter]) -> Tensor:
-    return torch.cat([p.detach().reshape(-1) for p in parameters])

@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import capabilities
 from ..config import Batching
 from ..errors import HpcBnnError
+from ..grid import Grid
 from ..noise import Key
 from ..trees import stack
 from ..views import SharedView
@@ -80,6 +81,28 @@ class SampleLoop:
                 continue
             for sample in chunk:
                 yield [sample], self.walk(sample, x, key)
+
+    def look(self, samples: Sequence[int], x: SharedView, key: Key, grid: Grid) -> None:
+        """Look at what the module does where nobody has in its mode, and say what a user should know. Local.
+
+        Parameters
+        ----------
+        samples : sequence of int
+            Of this rank. Of a replicated posterior the one behind the first is drawn as well: outputs have to differ.
+        x, key
+            As for `__call__`.
+        grid : Grid
+            The process grid: rank 0 speaks.
+        """
+        posterior, look = self.posterior, None
+        if posterior.network.needs_look() and len(x):
+            first = samples[0]
+            few = (first, first + 1) if posterior.is_replicated else (first,)
+            inputs = self._parts(x)[0].of(first)
+            look = posterior.network.look(
+                inputs, lambda s: posterior.draw_(key.of(s)), few, self.autocast_dtype
+            )
+        posterior.network.say(logger, grid, look)
 
     def walk(self, sample: int, x: SharedView, key: Key) -> Tensor:
         """Return the outputs [1, B, ...] of one sample."""

@@ -32,10 +32,6 @@ class Sampler:
         Around the module.
     buffer : StepBuffer
         Memory of slots and gradients.
-    random, point : FlatLayout
-        Where random weights lie in [P], and points in theirs.
-    samples : sequence of int
-        Of this rank, where slots belong to samples.
     estimator, antithetic, keeps_noise
         See `Posterior`.
 
@@ -52,16 +48,12 @@ class Sampler:
         family: Family,
         network: Network,
         buffer: StepBuffer,
-        random: FlatLayout,
-        point: FlatLayout,
-        *,
-        samples: Sequence[int],
         estimator: str,
         antithetic: bool,
         keeps_noise: bool,
     ):
         self.family, self.network, self.buffer = family, network, buffer
-        self.random, self.point, self.samples = random, point, list(samples)
+        self.random, self.point = random, point = buffer.random, buffer.point
         self._random_parameters = [network.parameters[name] for name in random]
         self._point_parameters = [network.parameters[name] for name in point]
         self._weights, num_weights = network.weights, random.num_elements
@@ -82,7 +74,7 @@ class Sampler:
         self._num_early, self._arrived = 0, lambda number, num_gradients: None
         self._cuts: dict[int, tuple[Slots, Slots, Slots, SlotViews]] = {}
         self._rows: dict[tuple[int, ...], tuple[Slots, Slots]] = {}
-        self._drawn: list[int] = self.samples[:1]
+        self._drawn: list[int] = buffer.samples[:1]
         kind = ESTIMATORS[estimator]
         self.noisy: Estimator | None = None if kind is None else kind(network, self._views)
         self.forget_()
@@ -154,7 +146,7 @@ class Sampler:
         if not buffer.owned:
             return buffer.values, buffer.grads
         if (key := tuple(self._drawn)) not in self._rows:
-            first = self.samples.index(key[0])  # a rank's samples follow each other
+            first = buffer.samples.index(key[0])  # a rank's samples follow each other
             self._rows[key] = tuple(
                 {name: t[first : first + len(key)] if name in buffer.owned else t for name, t in of.items()}
                 for of in (buffer.values, buffer.grads)

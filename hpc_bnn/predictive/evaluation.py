@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -32,8 +31,6 @@ from .metrics import (
     PitHistogram,
     adaptive_calibration_error,
 )
-
-logger = logging.getLogger(__name__)
 
 
 class _Rows:
@@ -140,12 +137,7 @@ def member_outputs(
     posterior.check_num_samples(num_samples, mine)
     loop = SampleLoop(posterior, chunk_size, "vmap", speaks=is_first, max_examples=batch_size)
     with posterior.evaluating():
-        look = None
-        if posterior.network.needs_look() and len(views):
-            some = range(2) if posterior.is_replicated else mine[:1]
-            first = views.part(slice(batch_size)).of(0)
-            look = posterior.network.look(first, lambda sample: posterior.draw_(key.of(sample)), some)
-        posterior.network.say(logger, comm.grid, look)
+        loop.look(mine or range(1), views, key, comm.grid)
         for samples, outputs in loop(mine or range(1), views, key):
             count = min(len(samples), len(mine))
             yield range(samples[0], samples[0] + count), outputs[:count].double()

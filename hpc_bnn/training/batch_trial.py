@@ -78,8 +78,10 @@ class BatchTrial:
                 statistic = self._statistic(outputs, y)
                 statistic.backward(torch.ones_like(statistic))
                 posterior.fold_()
-        posterior.network.allow_writes()
-        return {name: gradient.clone() for name, gradient in posterior.named_gradients().items()}
+        posterior.network.guard.allow_writes()
+        return {
+            name: gradient.clone() for name, gradient in posterior.names.of(posterior.buffer.grads).items()
+        }
 
     @property
     def _tolerance(self) -> float:

@@ -259,10 +259,8 @@ class VariationalStep:
         counts_samples = posterior.capabilities.kl in ("Monte Carlo", "point") and self._prior_share > 0
         if len(x) == 0 and not posterior.network.batch_norms.layers and not (is_last and counts_samples):
             mine = range(0)  # nothing to evaluate, and nobody waits for this rank
-        if len(x):
-            self._prepare(x, y, samples, is_first)
         if is_first:
-            self._begin(x, y, mine, global_batch_size)
+            self._begin(x, y, samples, global_batch_size)
         if posterior.sampler.noisy is not None:
             posterior.sampler.noisy.on_()  # a copy of the posterior since the last micro-batch has taken it off
             posterior.sampler.noisy.noise.first_example = self._first_example + self._num_seen
@@ -340,7 +338,8 @@ class VariationalStep:
         )  # fmt: skip
         self._was_training = self.posterior.module.training
 
-    def _begin(self, x: SharedView, y: Tensor, mine: range, global_batch_size: int) -> None:
+    def _begin(self, x: SharedView, y: Tensor, samples: range, global_batch_size: int) -> None:
+        """Check and try, once each, what can be on a batch, and begin the step. Local, but for `Reducer.begin_`."""
         grid = self.comm.grid
         if self.num_steps == 0 and grid.is_first("world") and global_batch_size < grid.data_size:
             logger.warning(
@@ -350,7 +349,15 @@ class VariationalStep:
                 grid.data_size,
             )
         if len(x):
-            self._trial(mine, x, y, self.key)
+            self.posterior.check_()  # it notices changed layers, which ask for another look
+            if not self._is_prepared:
+                self.likelihood.check_targets(y)
+                self.posterior.sampler.prepare_(x.of(samples[0]))
+                self._is_prepared = True
+            if self.posterior.network.needs_look():
+                self.posterior.begin_()  # a look draws
+            self.loop.look(samples, x, self.key, grid)
+            self._trial(samples, x, y, self.key)
         self._first_example, self._num_seen = grid.local_examples(global_batch_size).start, 0
         self.reducer.begin_()  # waits for sums that write into the buffer, before it is emptied
         self.posterior.begin_()
@@ -364,28 +371,8 @@ class VariationalStep:
             raise ConfigError(Fault("VariationalStep", "call", rule, f"Call it outside of torch.{context}()"))
         if self.posterior.module.training is not self._was_training:
             self._check_features()
-        self.posterior.network.check_trainable()
+        self.posterior.network.guard.check_trainable()
         self.updater.check()
-
-    def _prepare(self, x: SharedView, y: Tensor, samples: range, is_first: bool) -> None:
-        """Before the first step: check the targets, and look at what the module does. Local."""
-        posterior, network = self.posterior, self.posterior.network
-        if is_first:
-            posterior.check_()
-        if not self._is_prepared:
-            self.likelihood.check_targets(y)
-            posterior.sampler.prepare_(x.of(samples[0]))
-            self._is_prepared = True
-        look = None
-        if network.needs_look():
-            some = samples[:1]  # the members of an ensemble are alike or not by themselves
-            if posterior.is_replicated:
-                some = (samples[0], samples[0] + 1)  # any sample can be drawn on any rank
-            posterior.begin_()
-            look = network.look(
-                x.of(samples[0]), lambda s: posterior.draw_(self.key.of(s)), some, self.loop.autocast_dtype
-            )
-        network.say(logger, self.comm.grid, look)
 
     def _raise_non_finite(self) -> None:
         mine = (self.comm.grid.rank, socket.gethostname()) if self._local_is_broken.item() else None

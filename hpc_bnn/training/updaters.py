@@ -165,7 +165,7 @@ class Updater:
     def _names(self, parameter: nn.Parameter) -> list[str]:
         slot = self._slot_of(parameter)
         if slot is None:
-            return [name for name, p in self.posterior.named_weights() if p is parameter]
+            return [name for name, p in self.posterior.names.parameters().items() if p is parameter]
         return list(self.posterior.names.of({slot: self.posterior.buffer.values[slot]}))
 
     def _split(self, parameter: nn.Parameter, value: Any) -> dict[str, Any]:
