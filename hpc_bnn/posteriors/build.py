@@ -76,13 +76,9 @@ def build_posterior(
             module, family, deterministic=config.deterministic, estimator=config.estimator,
             antithetic=config.antithetic, samples=local_samples, output=output,
         )  # fmt: skip
-    options = {
+    names = ("init_std", "init_std_relative", "deterministic", "estimator", "antithetic")
+    options = {name: getattr(config, name) for name in names} | {
         "prior": build_prior(config),
-        "init_std": config.init_std,
-        "init_std_relative": config.init_std_relative,
-        "deterministic": config.deterministic,
-        "estimator": config.estimator,
-        "antithetic": config.antithetic,
         "output": output,
     }
     if config.family == "low_rank":

@@ -70,14 +70,8 @@ class DropoutMasks:
         self.batch_dims: dict[tuple[Hashable, int], list[int]] = {}
         for name, layer in module.named_modules():
             if isinstance(layer, _UNKEYED) and layer.p > 0:
-                raise ConfigError(
-                    Fault(
-                        "model",
-                        f"{name} ({type(layer).__name__})",
-                        "its masks cannot be keyed",
-                        "Use Dropout",
-                    )
-                )
+                what = f"{name} ({type(layer).__name__})"
+                raise ConfigError(Fault("model", what, "its masks cannot be keyed", "Use Dropout"))
             if isinstance(layer, (nn.RNNBase, nn.MultiheadAttention)) and layer.dropout > 0:
                 self.switched_off.append(f"{name} ({type(layer).__name__})".strip())
                 layer.dropout = 0.0

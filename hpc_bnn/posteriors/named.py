@@ -55,13 +55,9 @@ class NamedSlots:
         """Return what an optimizer may update: flat, and by weight where somebody has asked for those. Local."""
         return [*self._buffer.parameters.values(), *self._parameters.values()]
 
-    def is_point(self, parameter: nn.Parameter) -> bool:
-        """Return whether one of `updated` belongs to points. Local."""
-        points = [
-            self._buffer.parameters.get("points"),
-            *(self._parameters.get(name) for name in self._buffer.point),
-        ]
-        return any(parameter is point for point in points)
+    def weights_of(self, parameter: nn.Parameter) -> list[str]:
+        """Return the name of one of `parameters`; nothing where it is none, or nobody has asked for those. Local."""
+        return [name for name, p in self._parameters.items() if p is parameter]
 
     def attach_gradients_(self) -> None:
         """Give each of `updated` its gradient. Local."""

@@ -13,12 +13,10 @@ from ..trees import Inputs
 from .buffer import StepBuffer, Tally
 from .draws import KeptDraw, RedrawnDraw
 from .estimators import ESTIMATORS, Estimator
-from .families.base import Family
+from .families.base import Family, Slots
 from .gradients import BatchGradient, ListGradient, SlotViews
 from .layout import Block, FlatLayout, take_gradients
 from .network import Network
-
-Slots = dict[str, Tensor]
 
 
 class Sampler:

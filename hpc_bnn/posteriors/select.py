@@ -62,14 +62,8 @@ def split_weights(
             continue
         matched = {key for key, places in names.items() if any(fnmatchcase(place, rule) for place in places)}
         if not matched:
-            raise ConfigError(
-                Fault(
-                    "posterior.deterministic",
-                    rule,
-                    "no parameter has such a name",
-                    f"The names are {', '.join(name for name, _ in module.named_parameters())}",
-                )
-            )
+            remedy = f"The names are {', '.join(name for name, _ in module.named_parameters())}"
+            raise ConfigError(Fault("posterior.deterministic", rule, "no parameter has such a name", remedy))
         excluded |= matched
     trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
     random = {name: p for name, p in trainable.items() if id(p) not in excluded}
@@ -92,10 +86,8 @@ def divide_weights(
         random, point = {}, {**random, **point}
     elif not random:
         asked = ", ".join(map(str, deterministic)) or "()"
-        rule, remedy = (
-            f"{name} has no trainable weight left to be random",
-            "Exclude less, or unfreeze some weights",
-        )
+        rule = f"{name} has no trainable weight left to be random"
+        remedy = "Exclude less, or unfreeze some weights"
         raise ConfigError(Fault("posterior.deterministic", asked, rule, remedy))
     kinds = {(p.dtype, p.device) for p in (*random.values(), *point.values())}
     if len(kinds) != 1:

@@ -270,25 +270,19 @@ def predict_dataset(
     dataset: ShardDataset,
     *,
     num_samples: int,
-    seed: int = 0,
-    chunk_size: int = 1,
     keep_members: bool = False,
     with_targets: bool = True,
+    **options: Any,
 ) -> Iterator[Block]:
     """Yield the predictive of a data set in blocks of bounded size: each data group takes its range of the examples.
 
     Collective over ``sample_comm``; data groups may have different numbers of blocks. Each block is one pass over
-    the samples.
+    the samples. ``**options`` are ``seed``, ``batch_size`` and ``chunk_size`` of `predict_classes`.
     """
     is_class = likelihood.num_classes is not None
     part = torch.arange(len(dataset))[comm.grid.local_examples(len(dataset))]
     size = block_size(likelihood, dataset, num_samples, keep_members)
-    options = {
-        "num_samples": num_samples,
-        "seed": seed,
-        "chunk_size": chunk_size,
-        "keep_members": keep_members,
-    }
+    options |= {"num_samples": num_samples, "keep_members": keep_members}
     for examples in part.split(size) if len(part) else ():
         x, y = dataset.fetch(examples)
         y = y if with_targets else None
@@ -304,6 +298,10 @@ def predict_dataset(
 
 
 # --- evaluation ------------------------------------------------------------------------------------------
+
+
+See = Callable[[Tensor, Predictive, Tensor], None]
+"""``see(examples [B], predictive, y [B, ...])``: what becomes of a block of predictions."""
 
 
 @dataclass(frozen=True)
@@ -324,10 +322,8 @@ def evaluate_dataset(
     comm: GridComm,
     dataset: ShardDataset,
     *,
-    num_samples: int,
-    seed: int = 0,
-    chunk_size: int = 1,
-    see: Callable[[Tensor, Predictive, Tensor], None] | None = None,
+    see: See | None = None,
+    **options: Any,
 ) -> Evaluation:
     """Evaluate a data set: each data group takes its range of the examples, each sample group takes all samples.
 
@@ -339,13 +335,12 @@ def evaluate_dataset(
     ----------
     dataset : ShardDataset
         The data set.
-    num_samples, seed, chunk_size
-        As for `predict_classes`.
     see : callable, optional
         Called with the global indices [B], the predictive, and the targets of every block of this rank; numbers in
         units of y.
+    **options
+        ``num_samples``, ``seed``, ``batch_size`` and ``chunk_size`` of `predict_classes`.
     """
-    options = {"num_samples": num_samples, "seed": seed, "chunk_size": chunk_size}
     scores = score_dataset(posterior, likelihood, comm, dataset, see=see, **options)
     scores.combine(comm)
     with warnings.catch_warnings():
@@ -360,9 +355,8 @@ def score_dataset(
     dataset: ShardDataset,
     *,
     num_samples: int,
-    seed: int = 0,
-    chunk_size: int = 1,
-    see: Callable[[Tensor, Predictive, Tensor], None] | None = None,
+    see: See | None = None,
+    **options: Any,
 ) -> _Scores:
     """Return this rank's evaluation of its examples, before `evaluate_dataset` combines those of all ranks.
 
@@ -370,17 +364,8 @@ def score_dataset(
     """
     is_class = likelihood.num_classes is not None
     scores = (_ClassScores if is_class else _ValueScores)(likelihood, dataset, num_samples)
-    blocks = predict_dataset(
-        posterior,
-        likelihood,
-        comm,
-        dataset,
-        num_samples=num_samples,
-        seed=seed,
-        chunk_size=chunk_size,
-        keep_members=likelihood.has_mixture,
-    )
-    for block in blocks:
+    options |= {"num_samples": num_samples, "keep_members": likelihood.has_mixture}
+    for block in predict_dataset(posterior, likelihood, comm, dataset, **options):
         mine = comm.grid.share(len(block.examples), "sample")
         if mine:
             start, stop = mine.start, mine.stop
@@ -409,22 +394,14 @@ def uncertainties_of(predictive: Predictive, unit: Tensor | None = None) -> dict
 
 
 def uncertainties_of_dataset(
-    posterior: Posterior,
-    likelihood: Likelihood,
-    comm: GridComm,
-    dataset: ShardDataset,
-    *,
-    num_samples: int,
-    seed: int = 0,
-    chunk_size: int = 1,
+    posterior: Posterior, likelihood: Likelihood, comm: GridComm, dataset: ShardDataset, **options: Any
 ) -> dict[str, Tensor]:
     """Return `uncertainties_of` all examples of a data set, [N]; its targets are not used.
 
-    Collective over the world.
+    Collective over the world. ``**options`` as for `evaluate_dataset`.
     """
     columns = _Columns()
     unit = dataset.target_scale and dataset.target_scale[1]
-    options = {"num_samples": num_samples, "seed": seed, "chunk_size": chunk_size}
     for block in predict_dataset(posterior, likelihood, comm, dataset, with_targets=False, **options):
         if comm.grid.is_first("sample"):
             columns.see(block.examples, uncertainties_of(block.predictive, unit))
@@ -450,12 +427,8 @@ def metrics_to_minimise(likelihood: Likelihood) -> tuple[str, ...]:
     if likelihood.num_classes is not None:
         return ("nll", "brier", "ece", "adaptive_ece")
     density = ("nll",) if likelihood.has_density else ()
-    return (
-        *density,
-        "rmse",
-        "mae",
-        *(("crps", "fair_crps", "calibration_error") if likelihood.has_mixture else ()),
-    )
+    mixture = ("crps", "fair_crps", "calibration_error") if likelihood.has_mixture else ()
+    return (*density, "rmse", "mae", *mixture)
 
 
 UNCERTAINTIES = {True: ("entropy", "mutual_information"), False: ("std", "epistemic_std")}
@@ -523,13 +496,8 @@ class _ClassScores(_Scores):
 
     def __init__(self, likelihood: Likelihood, dataset: ShardDataset, num_samples: int):
         super().__init__(likelihood, dataset, num_samples)
-        self._add(
-            dataset.device,
-            accuracy=Accuracy(),
-            nll=NegativeLogLikelihood(),
-            brier=BrierScore(),
-            ece=ExpectedCalibrationError(),
-        )
+        nll, ece = NegativeLogLikelihood(), ExpectedCalibrationError()
+        self._add(dataset.device, accuracy=Accuracy(), nll=nll, brier=BrierScore(), ece=ece)
 
     def see(self, examples: Tensor, predictive: ClassPredictive, y: Tensor) -> None:
         for metric in self.metrics.values():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -17,19 +18,14 @@ from .schedules import learning_rate_factor
 from .updaters import ELEMENTWISE, DividedUpdater, Updater
 
 
+@dataclass(frozen=True)
 class JobOptimizer:
-    """The optimizer of a job: sums the gradient over the ranks, and updates the parameters on each of them.
+    """The optimizer of a job: sums the gradient over the ranks, and updates the parameters on each of them."""
 
-    Parameters
-    ----------
-    reducer : Reducer
-        How the gradient is summed.
-    updater : Updater
-        What updates the parameters.
-    """
-
-    def __init__(self, reducer: Reducer, updater: Updater):
-        self.reducer, self.updater = reducer, updater
+    reducer: Reducer
+    """How the gradient is summed."""
+    updater: Updater
+    """What updates the parameters."""
 
     @classmethod
     def of(cls, optimizer: torch.optim.Optimizer, posterior: Posterior, comm: GridComm) -> JobOptimizer:
@@ -48,14 +44,8 @@ def OverlappingOptimizer(
 ) -> JobOptimizer:
     """Return an optimizer that sums the gradient in blocks while the last backward pass of a step still runs. Local.
 
-    See `hpc_bnn.training.reducer.Reducer`.
-
-    Parameters
-    ----------
-    optimizer : torch.optim.Optimizer
-        Over ``posterior.parameters()`` or ``posterior.weight_parameters()``.
-    posterior, comm
-        Those of the step.
+    ``optimizer`` is over ``posterior.parameters()`` or ``posterior.weight_parameters()``; see
+    `hpc_bnn.training.reducer.Reducer`.
 
     Raises
     ------
@@ -81,10 +71,8 @@ def ShardedOptimizer(
     make : callable
         Makes the optimizer of a list of parameters: ``lambda parameters: torch.optim.Adam(parameters, lr=1e-3)``. It
         has to treat every number by itself.
-    posterior : Posterior
-        With the same parameters on all ranks.
-    comm : GridComm
-        The process grid.
+    posterior, comm
+        Those of the step.
 
     Raises
     ------
@@ -145,14 +133,9 @@ def optimizer_maker(config: OptimizerConfig) -> Callable[[Iterable[nn.Parameter]
         try:
             return kind(parameters, lr=config.learning_rate, **arguments)
         except (TypeError, ValueError) as error:
-            raise ConfigError(
-                Fault(
-                    "optimizer.arguments",
-                    config.arguments,
-                    f"{config.name} refuses them ({error})",
-                    "Fix the arguments",
-                )
-            ) from error
+            rule = f"{config.name} refuses them ({error})"
+            fault = Fault("optimizer.arguments", config.arguments, rule, "Fix the arguments")
+            raise ConfigError(fault) from error
 
     return make
 

@@ -6,10 +6,9 @@ enters once, after the sum.
 
 from __future__ import annotations
 
-import enum
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,13 +34,30 @@ from .updaters import Updater
 logger = logging.getLogger(__name__)
 
 
-class _Phase(enum.Enum):
-    """How far a step has come."""
+class _Order:
+    """How far a step has come: what is called out of order, or after the posterior was begun anew, is an error."""
 
-    IDLE = "idle"
-    ACCUMULATING = "accumulating"
-    ACCUMULATED = "accumulated"
-    REDUCED = "reduced"
+    def __init__(self, posterior: Posterior):
+        self._posterior, self._begun = posterior, 0
+        self.phase = "idle"
+        """idle, accumulating, accumulated, reduced."""
+
+    def begin(self) -> None:
+        """Note that the posterior was begun for this step."""
+        self._begun = self._posterior.num_begun
+
+    def expect(self, phases: Sequence[str], what: str, before: str) -> None:
+        """Raise `ConfigError` where the step is in none of some phases; otherwise it is idle until it is set again."""
+        phase, rule, remedy = self.phase, None, "Call them in this order, or the step itself"
+        if phase not in phases:
+            rule = f"{before} comes before it, and the step is {phase}"
+        else:
+            self.phase = "idle"  # of a step that is given up here
+            if phase != "idle" and self._begun != self._posterior.num_begun:
+                rule = "since accumulate_ the posterior was begun anew, by a prediction or another step: the gradient is lost"
+                remedy = "Finish the step first"
+        if rule is not None:
+            raise ConfigError(Fault("VariationalStep", what, rule, remedy))
 
 
 @dataclass(frozen=True)
@@ -66,10 +82,8 @@ class VariationalStep:
 
     Parameters
     ----------
-    posterior : Posterior
-        Wrapped network.
-    likelihood : Likelihood
-        Likelihood of an example given the network's outputs.
+    posterior, likelihood : Posterior, Likelihood
+        Over the weights of the network; of an example given its outputs.
     optimizer : torch.optim.Optimizer or hpc_bnn.training.optim.JobOptimizer
         Over ``posterior.parameters()``; or `hpc_bnn.ShardedOptimizer`.
     comm : GridComm
@@ -77,26 +91,21 @@ class VariationalStep:
     num_samples : int
         Samples of the weights per step in the whole job, K; at least the extent of the sample axis.
     num_train_examples : int
-        Size of the training set, N: the KL per example is KL / N, so that the objective is that of the whole
-        data set, divided by N, whatever the batch is.
+        Size of the training set, N: the KL per example is KL / N, whatever the batch is.
     seed : int
         Key of the noise.
     kl_weight : float or callable
-        Factor of the KL; 1 is Bayes, below 1 a cold posterior. A function of the number of steps made so far
-        anneals it (`hpc_bnn.KlAnnealing`).
+        Factor of the KL; 1 is Bayes, below 1 a cold posterior. A function of the steps made so far anneals it
+        (`hpc_bnn.KlAnnealing`).
     objective : Objective
         How the samples make one data term (`hpc_bnn.objectives`); by default the negative ELBO.
     autocast_dtype : torch.dtype, optional
-        Run the network in this dtype where torch's autocast allows; weights, gradients and reductions
-        stay in their own.
+        Run the network in this dtype where torch's autocast allows; weights, gradients and sums stay in their own.
     max_gradient_norm : float, optional
         Scale the gradient of the job (of each member of an ensemble), the KL's part included, down to this norm.
-    chunk_size : int or "auto"
-        Samples that a rank evaluates at once. Memory grows with it, not with the number of samples. 1 walks over the
-        samples, which is fastest on CPUs and for large networks; "auto" is 1 on a CPU and measured at the first step on
-        a GPU.
-    batching : {"auto", "walking", "vmap"}
-        How a chunk is evaluated: see `SampleLoop`.
+    chunk_size, batching
+        Samples that a rank evaluates at once, and how: see `SampleLoop`. "auto" is 1 on a CPU, where walking is fastest,
+        and measured at the first step on a GPU.
     micro_batch_size : int, optional
         Examples of this rank that one forward pass evaluates: memory is bounded, and the result that of the whole batch.
         Not with BatchNorm.
@@ -145,14 +154,14 @@ class VariationalStep:
         self.kl_weight = kl_weight if callable(kl_weight) else lambda num_steps: kl_weight
         self.objective, self.max_gradient_norm = objective, max_gradient_norm
         self.num_steps, self.micro_batch_size = 0, micro_batch_size
-        self.wants_stop = False
-        is_first = comm.grid.is_first("world")
-        size = 1 if chunk_size == "auto" else chunk_size
-        self.loop = SampleLoop(posterior, size, batching, autocast_dtype, is_first)
+        self.wants_stop = self._is_prepared = False
+        size, speaks = 1 if chunk_size == "auto" else chunk_size, comm.grid.is_first("world")
+        self.loop = SampleLoop(posterior, size, batching, autocast_dtype, speaks)
         self.data_term = DataTerm(self.loop, objective, likelihood, comm, lambda: self.reducer)
         self._trial = BatchTrial(self.loop, self.data_term.statistic, measures=chunk_size == "auto")
-        self._phase, self._num_seen = _Phase.IDLE, 0
-        self._is_prepared = False
+        # Of a sample in what depends on the sample alone: it counts once in the job
+        self._prior_share = 1.0 / num_samples if comm.grid.is_first("data") else 0.0
+        self._order, self._num_seen = _Order(posterior), 0
         self._check_features()
         self.scalars = Scalars.on(posterior.buffer.flat.device)
         self.scalars.num_samples.fill_(num_samples)
@@ -178,11 +187,6 @@ class VariationalStep:
         return self.data_term.num_passes
 
     @property
-    def _prior_share(self) -> float:
-        """Weight of a sample of this rank in what depends on the sample alone: it counts once in the job."""
-        return 1.0 / self.num_samples if self.comm.grid.is_first("data") else 0.0
-
-    @property
     def key(self) -> Key:
         """Of the weights of sample 0 in the next step."""
         return Key(self.seed, Stream.NOISE, step=self.num_steps)
@@ -197,8 +201,9 @@ class VariationalStep:
         Parameters
         ----------
         x : Tensor, tree of tensors, or Views
-            [B_local, ...] inputs of this rank's part of the batch; B_local may be 0 and may differ
-            between data groups. A dict is ``module(**x)``, a list or tuple ``module(*x)``. `hpc_bnn.data.Augmentation` makes views, of which samples see different ones.
+            [B_local, ...] inputs of this rank's part of the batch; B_local may be 0 and may differ between data groups.
+            A dict is ``module(**x)``, a list or tuple ``module(*x)``. `hpc_bnn.data.Augmentation` makes views, of which
+            samples see different ones.
         y : Tensor
             [B_local, ...] targets.
         global_batch_size : int
@@ -220,7 +225,7 @@ class VariationalStep:
 
     def accumulate_batch_(self, x: Inputs | SharedView, y: Tensor, global_batch_size: int) -> None:
         """Begin a step and accumulate this rank's examples, in micro-batches where they are set. Collective as `accumulate_`."""
-        self._phase = _Phase.IDLE  # of a step that was given up
+        self._order.phase = "idle"  # of a step that was given up
         x = x if isinstance(x, SharedView) else SharedView(x)
         size = self.micro_batch_size or max(len(x), 1)
         for start in range(0, max(len(x), 1), size):
@@ -246,13 +251,13 @@ class VariationalStep:
         self._check()
         x = x if isinstance(x, SharedView) else SharedView(x)
         if x.num_samples not in (None, self.num_samples):
-            rule = f"the views are made for {x.num_samples} samples"
-            raise ConfigError(
-                Fault("num_samples", self.num_samples, rule, "Make them for as many as the step has")
+            rule, remedy = (
+                f"the views are made for {x.num_samples} samples",
+                "Make them for as many as the step has",
             )
-        is_first = self._phase is _Phase.IDLE or self._num_seen == 0  # no example yet: nothing is lost
-        self._expect((_Phase.IDLE, _Phase.ACCUMULATING), "accumulate_", "update_()")
-        self._phase = _Phase.IDLE  # of a step that is given up here
+            raise ConfigError(Fault("num_samples", self.num_samples, rule, remedy))
+        is_first = self._order.phase == "idle" or self._num_seen == 0  # no example yet: nothing is lost
+        self._order.expect(("idle", "accumulating"), "accumulate_", "update_()")
         if not (is_first and is_last):
             posterior.check_features({"micro_batch_size": len(x)}, micro_batches=True)
         mine = samples = comm.grid.local_samples(self.num_samples)
@@ -270,11 +275,11 @@ class VariationalStep:
             kl = self._prior_share * is_last, self.kl_weight(self.num_steps) / self.num_train_examples
             self.data_term(mine, x, y, self.key, coupling, 1.0 / global_batch_size, kl, is_last)
             posterior.buffer.tally[Tally.DATA_TERM] += coupling.data_term() / global_batch_size
-        self._phase = _Phase.ACCUMULATED if is_last else _Phase.ACCUMULATING
+        self._order.phase = "accumulated" if is_last else "accumulating"
 
     def reduce_(self) -> None:
         """Sum gradient, statistics of BatchNorm and scalars over the job. Collective over the world."""
-        self._expect((_Phase.ACCUMULATED,), "reduce_", "accumulate_(..., is_last=True)")
+        self._order.expect(("accumulated",), "reduce_", "accumulate_(..., is_last=True)")
         posterior, tally = self.posterior, self.posterior.buffer.tally
         self.reducer.start_()
         posterior.complete_(self._prior_share)
@@ -283,7 +288,7 @@ class VariationalStep:
         tally[Tally.NUM_BROKEN] = self._local_is_broken
         tally[Tally.NUM_STOPS] = self.wants_stop
         self.reducer.reduce_()
-        self._phase = _Phase.REDUCED
+        self._order.phase = "reduced"
 
     def update_(self) -> StepResult:
         """Add the KL, clip, and update the parameters. Local, where the optimizer's state is not divided.
@@ -293,12 +298,11 @@ class VariationalStep:
         NonFiniteError
             See `__call__`.
         """
-        self._expect((_Phase.REDUCED,), "update_", "reduce_()")
-        self._phase = _Phase.IDLE
+        self._order.expect(("reduced",), "update_", "reduce_()")
         posterior = self.posterior
         tally = posterior.buffer.tally.tolist()
         if tally[Tally.NUM_BROKEN]:
-            self._raise_non_finite()
+            _raise_non_finite(self.comm, self.num_steps, bool(self._local_is_broken))
         kl_weight = self.kl_weight(self.num_steps)
         self.scalars.kl_weight.fill_(kl_weight / self.num_train_examples)
         self.scalars.step.fill_(self.num_steps)
@@ -319,16 +323,6 @@ class VariationalStep:
         self._is_prepared = self.data_term.has_said_passes = self._trial.is_done = True
         self.posterior.network.looks = False
 
-    def _expect(self, phases: tuple[_Phase, ...], what: str, before: str) -> None:
-        rule, remedy = None, "Call them in this order, or the step itself"
-        if self._phase not in phases:
-            rule = f"{before} comes before it, and the step is {self._phase.value}"
-        elif self._phase is not _Phase.IDLE and self._begun != self.posterior.num_begun:
-            rule = "since accumulate_ the posterior was begun anew, by a prediction or another step: the gradient is lost"
-            self._phase, remedy = _Phase.IDLE, "Finish the step first"
-        if rule is not None:
-            raise ConfigError(Fault("VariationalStep", what, rule, remedy))
-
     def _check_features(self) -> None:
         """Raise `ConfigError` where posterior, objective and optimizer do not go together in the module's mode. Local."""
         named = {"objective.name": self.objective.name, "micro_batch_size": self.micro_batch_size}
@@ -340,14 +334,7 @@ class VariationalStep:
 
     def _begin(self, x: SharedView, y: Tensor, samples: range, global_batch_size: int) -> None:
         """Check and try, once each, what can be on a batch, and begin the step. Local, but for `Reducer.begin_`."""
-        grid = self.comm.grid
-        if self.num_steps == 0 and grid.is_first("world") and global_batch_size < grid.data_size:
-            logger.warning(
-                "a batch of %d examples for %d data groups: the others have nothing to do. Use a larger "
-                "global_batch_size or sample_size",
-                global_batch_size,
-                grid.data_size,
-            )
+        self.reducer.begin_()  # waits for sums that write into the buffer, before it is emptied
         if len(x):
             self.posterior.check_()  # it notices changed layers, which ask for another look
             if not self._is_prepared:
@@ -356,28 +343,44 @@ class VariationalStep:
                 self._is_prepared = True
             if self.posterior.network.needs_look():
                 self.posterior.begin_()  # a look draws
-            self.loop.look(samples, x, self.key, grid)
+            self.loop.look(samples, x, self.key, self.comm.grid)
             self._trial(samples, x, y, self.key)
-        self._first_example, self._num_seen = grid.local_examples(global_batch_size).start, 0
-        self.reducer.begin_()  # waits for sums that write into the buffer, before it is emptied
+        self._first_example, self._num_seen = self.comm.grid.local_examples(global_batch_size).start, 0
         self.posterior.begin_()
-        self._begun = self.posterior.num_begun
+        self._order.begin()
+        if self.num_steps == 0:
+            _say_idle_groups(self.comm, global_batch_size)
 
     def _check(self) -> None:
         """Raise `ConfigError` where what is around this step makes it wrong. Local; a few microseconds."""
-        if not torch.is_grad_enabled():
-            context = "inference_mode" if torch.is_inference_mode_enabled() else "no_grad"
-            rule = f"a step differentiates, and here torch.{context}() is in force"
-            raise ConfigError(Fault("VariationalStep", "call", rule, f"Call it outside of torch.{context}()"))
+        _check_that_gradients_are_on()
         if self.posterior.module.training is not self._was_training:
             self._check_features()
         self.posterior.network.guard.check_trainable()
         self.updater.check()
 
-    def _raise_non_finite(self) -> None:
-        mine = (self.comm.grid.rank, socket.gethostname()) if self._local_is_broken.item() else None
-        ranks = [f"rank {p[0]} on {p[1]}" for p in self.comm.gather_objects(mine) if p is not None]
-        raise NonFiniteError(
-            f"step {self.num_steps}: the loss or a gradient is not finite on {', '.join(ranks)}. "
-            "The parameters were not updated. Try a smaller learning rate or check the data"
+
+def _check_that_gradients_are_on() -> None:
+    if not torch.is_grad_enabled():
+        context = "inference_mode" if torch.is_inference_mode_enabled() else "no_grad"
+        rule = f"a step differentiates, and here torch.{context}() is in force"
+        raise ConfigError(Fault("VariationalStep", "call", rule, f"Call it outside of torch.{context}()"))
+
+
+def _say_idle_groups(comm: GridComm, global_batch_size: int) -> None:
+    if comm.grid.is_first("world") and global_batch_size < comm.grid.data_size:
+        text = (
+            "a batch of %d examples for %d data groups: the others have nothing to do. Use a larger "
+            "global_batch_size or sample_size"
         )
+        logger.warning(text, global_batch_size, comm.grid.data_size)
+
+
+def _raise_non_finite(comm: GridComm, num_steps: int, is_broken: bool) -> None:
+    """Raise `NonFiniteError` that names the ranks. Collective over the world."""
+    mine = (comm.grid.rank, socket.gethostname()) if is_broken else None
+    ranks = [f"rank {p[0]} on {p[1]}" for p in comm.gather_objects(mine) if p is not None]
+    raise NonFiniteError(
+        f"step {num_steps}: the loss or a gradient is not finite on {', '.join(ranks)}. "
+        "The parameters were not updated. Try a smaller learning rate or check the data"
+    )

@@ -73,10 +73,10 @@ class Updater:
     _checked: tuple[list[int], list[int]] | None = None
 
     def _has_prior(self, parameter: nn.Parameter) -> bool:
-        can, names = self.posterior.capabilities, self.posterior.names
-        if not any(parameter is p for p in names.updated()):
+        can, names = self.posterior.capabilities, self._names(parameter)
+        if not names:  # not one of the posterior's
             return False
-        return not names.is_point(parameter) if can.has_random_weights else can.kl != "none"
+        return names[0] not in self.posterior.point if can.has_random_weights else can.kl != "none"
 
     def _check_parameters(self, updated: set[int]) -> None:
         of_network = {id(p) for p in self.posterior.module.parameters()} & updated
@@ -165,7 +165,7 @@ class Updater:
     def _names(self, parameter: nn.Parameter) -> list[str]:
         slot = self._slot_of(parameter)
         if slot is None:
-            return [name for name, p in self.posterior.names.parameters().items() if p is parameter]
+            return self.posterior.names.weights_of(parameter)
         return list(self.posterior.names.of({slot: self.posterior.buffer.values[slot]}))
 
     def _split(self, parameter: nn.Parameter, value: Any) -> dict[str, Any]:
@@ -195,14 +195,15 @@ class Updater:
 
 
 def _decay_fault(key: str, value: float) -> Fault:
-    return Fault(
-        "optimizer.arguments",
-        f"{key} {value}",
+    rule = (
         "the prior is what decays the weights of a posterior, and a decay of the optimizer would shrink them once more, and "
-        "pull the logarithms of the scales to 0, which is scales to 1",
-        f"Set {key} to 0 and choose the prior (<posterior.prior_std>, GaussianPrior(std)); weights without a prior "
-        "(posterior.points) may decay in a group of their own",
+        "pull the logarithms of the scales to 0, which is scales to 1"
     )
+    remedy = (
+        f"Set {key} to 0 and choose the prior (<posterior.prior_std>, GaussianPrior(std)); weights without a prior "
+        "(posterior.points) may decay in a group of their own"
+    )
+    return Fault("optimizer.arguments", f"{key} {value}", rule, remedy)
 
 
 class DividedUpdater(Updater):
@@ -213,10 +214,8 @@ class DividedUpdater(Updater):
 
     Parameters
     ----------
-    make : callable
-        Makes the optimizer of a list of parameters. It has to treat every number by itself.
-    posterior, reducer
-        See `Updater`; the reducer's result is divided.
+    make, posterior, reducer
+        See `hpc_bnn.ShardedOptimizer` and `Updater`; the reducer's result is divided.
 
     Raises
     ------
@@ -242,9 +241,6 @@ class DividedUpdater(Updater):
 
     def _check_parameters(self, updated: set[int]) -> None:
         pass  # it has made its parameters itself
-
-    def _has_prior(self, parameter: nn.Parameter) -> bool:
-        return parameter is not self._shares.get("points") or self.posterior.capabilities.kl != "none"
 
     def clip_(self, max_norm: float) -> None:
         """See `Updater.clip_`. Collective over ``sample_comm``: one number."""

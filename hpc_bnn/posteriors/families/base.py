@@ -14,7 +14,10 @@ from ..draws import Draw
 from ..gradients import WeightGradient
 from ..layout import FlatLayout
 
-__all__ = ["Family", "Scalars", "Slot"]
+__all__ = ["Family", "Scalars", "Slot", "Slots", "check_slots"]
+
+Slots = dict[str, Tensor]
+"""Slots, their gradients, or what is computed from them once per step, by name."""
 
 
 class Slot(NamedTuple):
@@ -76,55 +79,28 @@ class Family:
         """
         raise NotImplementedError
 
-    def begin_(self, slots: dict[str, Tensor], work: dict[str, Tensor]) -> None:
+    def begin_(self, slots: Slots, work: Slots) -> None:
         """Fill the empty ``work`` with what all samples of a step read; later overwrite its tensors in place."""
 
-    def sample_(
-        self,
-        slots: dict[str, Tensor],
-        work: dict[str, Tensor],
-        samples: Sequence[int],
-        draw: Draw,
-        out: Tensor,
-    ) -> None:
+    def sample_(self, slots: Slots, work: Slots, samples: Sequence[int], draw: Draw, out: Tensor) -> None:
         """Write the weights of c samples to ``out`` [c, P]."""
         raise NotImplementedError
 
-    def predict_(
-        self,
-        slots: dict[str, Tensor],
-        work: dict[str, Tensor],
-        samples: Sequence[int],
-        draw: Draw,
-        out: Tensor,
-    ) -> None:
+    def predict_(self, slots: Slots, work: Slots, samples: Sequence[int], draw: Draw, out: Tensor) -> None:
         """Write the weights of c samples of a predictive to ``out`` [c, P]."""
         self.sample_(slots, work, samples, draw, out)
 
     def pull_back_(
-        self,
-        grads: dict[str, Tensor],
-        slots: dict[str, Tensor],
-        work: dict[str, Tensor],
-        samples: Sequence[int],
-        g: WeightGradient,
-        draw: Draw,
+        self, grads: Slots, slots: Slots, work: Slots, samples: Sequence[int], g: WeightGradient, draw: Draw
     ) -> None:
         """Add what the gradients g of c samples' weights are for the slots to ``grads``: the transpose of `sample_`."""
         raise NotImplementedError
 
-    def finish_(
-        self, grads: dict[str, Tensor], slots: dict[str, Tensor], work: dict[str, Tensor], scalars: Scalars
-    ) -> None:
+    def finish_(self, grads: Slots, slots: Slots, work: Slots, scalars: Scalars) -> None:
         """Complete the gradients, after the sum over the job: what is linear and the same for all samples."""
 
     def kl_(
-        self,
-        grads: dict[str, Tensor] | None,
-        slots: dict[str, Tensor],
-        work: dict[str, Tensor],
-        scalars: Scalars | None,
-        cross_entropy: Tensor,
+        self, grads: Slots | None, slots: Slots, work: Slots, scalars: Scalars | None, cross_entropy: Tensor
     ) -> Tensor:
         """Add ``scalars.kl_weight`` times the gradient of the KL, and return the KL (nats, 0-dim tensor).
 
@@ -142,17 +118,12 @@ class Family:
         """Return log prior(w) of weights [c, P], summed (nats), and its gradient [c, P], for a Monte Carlo KL."""
         raise NotImplementedError
 
-    def mean(self, slots: dict[str, Tensor]) -> Tensor:
+    def mean(self, slots: Slots) -> Tensor:
         """Return the mean of the weights, [P]."""
         raise NotImplementedError(f"{self.name} has no mean network")
 
     def after_update_(
-        self,
-        grads: dict[str, Tensor],
-        slots: dict[str, Tensor],
-        samples: Sequence[int],
-        draw: Draw,
-        scalars: Scalars,
+        self, grads: Slots, slots: Slots, samples: Sequence[int], draw: Draw, scalars: Scalars
     ) -> None:
         """Change the slots once more after the update, for example by the noise of a chain.
 

@@ -32,10 +32,7 @@ class MeanField(Family):
     capabilities = FAMILIES["mean_field"].capabilities
 
     def __init__(
-        self,
-        prior: Prior = GaussianPrior(),
-        init_std: float = 0.01,
-        init_std_relative: float | None = None,
+        self, prior: Prior = GaussianPrior(), init_std: float = 0.01, init_std_relative: float | None = None
     ):
         check_field("posterior.init_std", init_std)
         check_field("posterior.init_std_relative", init_std_relative)
