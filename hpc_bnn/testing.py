@@ -38,6 +38,7 @@ from .noise import Key, Stream
 from .objectives import Objective
 from .posteriors import Family, GaussianPrior, MeanFieldGaussian, Posterior
 from .posteriors.estimators import ExampleNoise
+from .posteriors.families import Slots
 from .training.step import VariationalStep
 
 NUM_EXAMPLES, NUM_INPUTS, SEED = 13, 6, 5
@@ -152,16 +153,8 @@ def make_step(
         likelihood.wrap(net).to(dtype), prior=GaussianPrior(0.7), init_std=0.1, deterministic=()
     )
     optimizer = torch.optim.SGD(posterior.parameters(), lr=0.1)
-    return VariationalStep(
-        posterior,
-        likelihood,
-        optimizer,
-        comm,
-        num_train_examples=100,
-        seed=SEED,
-        objective=objective,
-        **options,
-    )
+    options |= {"num_train_examples": 100, "seed": SEED, "objective": objective}
+    return VariationalStep(posterior, likelihood, optimizer, comm, **options)
 
 
 def make_examples(likelihood: Likelihood, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -181,23 +174,15 @@ def differentiate(
     step: VariationalStep, reference: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return the data term of the step's next samples and its gradient, by autograd, all samples at once. Local."""
-    posterior = step.posterior
-    leaves = {name: p.detach().clone().requires_grad_() for name, p in posterior.named_parameters()}
-    points = posterior.point.views(leaves["points"]) if "points" in leaves else {}
-    outputs = []
-    for sample in range(step.num_samples):
-        generator = step.key.of(sample).generator()
-        eps = torch.randn(posterior.num_weights, dtype=x.dtype, generator=generator)
-        weights = posterior.random.views(leaves["loc"] + leaves["log_scale"].exp() * eps)
-        outputs.append(torch.func.functional_call(posterior.module, weights | points, (x,)))
-    loss = reference(torch.stack(outputs), y)
-    gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
+    leaves = _leaves(step.posterior)
+    of_sample = _of_weights(step, lambda slots, eps, z: slots["loc"] + slots["log_scale"].exp() * eps)
+    outputs = [of_sample(leaves, sample, x.double())[1] for sample in range(step.num_samples)]
+    loss = reference(torch.stack(outputs), y.double() if y.is_floating_point() else y)
+    gradients = _gradients(loss, leaves).values()
     return loss.detach(), torch.cat([gradient.reshape(-1) for gradient in gradients])
 
 
 # --- families -------------------------------------------------------------------------------------------
-
-Slots = dict[str, Tensor]
 
 
 def check_family(
@@ -225,7 +210,7 @@ def check_family(
     comm : GridComm
         The process grid.
     family : Family
-        The family to test. It is copied.
+        The family to test.
     weights : callable
         ``weights(slots, eps, z)``: the weights [P] of one sample, of the slots by name, of P standard normal numbers,
         and of ``z(count, *path)``, which are those that the family has from ``draw.normal(path, count)``. Of slots that
@@ -262,7 +247,7 @@ def check_family(
         (False, many, 1, torch.float64), (True, few, 1, torch.float32),
     ):  # each pair of settings  # fmt: skip
         step = _family_step(
-            comm, copy.deepcopy(family), dtype, start, num_samples=max(num_samples, comm.grid.sample_size),
+            comm, family, dtype, start, num_samples=max(num_samples, comm.grid.sample_size),
             chunk_size=chunk_size, deterministic=deterministic, keeps_noise=keeps_noise, **options,
         )  # fmt: skip
         x, y = make_examples(step.likelihood, dtype)
@@ -327,9 +312,8 @@ def _noise_of(step: VariationalStep, key: Key) -> Tensor:
     posterior, sign = step.posterior, 1
     if posterior.antithetic:
         key, sign = key.of(key.sample & ~1), 1 - 2 * (key.sample % 2)
-    return (
-        sign * torch.randn(posterior.num_weights, dtype=posterior.dtype, generator=key.generator()).double()
-    )
+    noise = torch.randn(posterior.num_weights, dtype=posterior.dtype, generator=key.generator())
+    return sign * noise.double()
 
 
 def _of_weights(step: VariationalStep, weights: Callable[..., Tensor]) -> Callable[..., Any]:
@@ -383,7 +367,7 @@ def _differentiate_family(
     Rows that belong to samples train alone: the gradient of each is that of its own objective.
     """
     posterior, factor = step.posterior, 0.7 / step.num_train_examples
-    leaves = {name: p.detach().double().requires_grad_() for name, p in posterior.named_parameters()}
+    leaves = _leaves(posterior)
     owned = posterior.samples if not posterior.is_replicated else []
     data_term, divergence = torch.zeros(2, dtype=torch.float64).unbind()
     for sample in owned or range(step.num_samples):
@@ -395,12 +379,17 @@ def _differentiate_family(
         if owned:
             divergence = divergence + kl(slots)
     if owned:
-        objective = data_term + factor * divergence
-        gradients = torch.autograd.grad(objective, list(leaves.values()))
-        return dict(zip(leaves, gradients))
+        return _gradients(data_term + factor * divergence, leaves)
     data_term, divergence = data_term / step.num_samples, divergence / step.num_samples + kl(leaves)
     objective = data_term + factor * divergence
-    gradients = torch.autograd.grad(
-        objective, list(leaves.values()), allow_unused=True, materialize_grads=True
-    )
-    return {"objective": objective.detach(), "KL": divergence.detach()} | dict(zip(leaves, gradients))
+    return {"objective": objective.detach(), "KL": divergence.detach()} | _gradients(objective, leaves)
+
+
+def _leaves(posterior: Posterior) -> Slots:
+    """Return copies of the trained slots in float64, to be differentiated by. Local."""
+    return {name: p.detach().double().requires_grad_() for name, p in posterior.named_parameters()}
+
+
+def _gradients(loss: Tensor, leaves: Slots) -> Slots:
+    gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
+    return dict(zip(leaves, gradients))

@@ -144,9 +144,7 @@ class CheckpointStore:
         DataError
             No checkpoint is sound, or the newest sound one is of a format that this hpc_bnn does not know.
         """
-        notes, problems = self._scan()
-        for problem in problems:
-            logger.error("%s: it is not used", problem)
+        notes, problems = self._scan_aloud()
         for note in notes:
             try:
                 content = self._read(note)
@@ -154,7 +152,9 @@ class CheckpointStore:
                 logger.error("%s: the one before it is used", error)
                 self._damaged.add(note.file)
             else:
-                return self._known(note, content)
+                return self._known(
+                    note, content
+                )  # one of a newer format is sound: no fall-back to what is older
         if notes or problems:
             raise DataError(
                 f"{self.directory} holds no sound checkpoint, but files of {len(notes) + len(problems)}. "
@@ -170,10 +170,7 @@ class CheckpointStore:
         DataError
             It is damaged, or of a format that this hpc_bnn does not know.
         """
-        notes, problems = self._scan()
-        for problem in problems:
-            logger.error("%s: it is not used", problem)
-        note = _best(notes)
+        note = _best(self._scan_aloud()[0])
         return None if note is None else self.load(note)
 
     def load(self, note: Note) -> dict[str, Any]:
@@ -185,6 +182,12 @@ class CheckpointStore:
             It is missing, changed, or of a format that this hpc_bnn does not know.
         """
         return self._known(note, self._read(note))
+
+    def _scan_aloud(self) -> tuple[list[Note], list[str]]:
+        notes, problems = self._scan()
+        for problem in problems:
+            logger.error("%s: it is not used", problem)
+        return notes, problems
 
     def _scan(self) -> tuple[list[Note], list[str]]:
         """Return the notes of this run, the newest first, and what is wrong with the others."""
