@@ -99,14 +99,9 @@ class Grid:
     def __post_init__(self):
         assert self.world_size >= 1 and 0 <= self.rank < self.world_size, self
         if self.sample_size < 1 or self.world_size % self.sample_size:
-            raise ConfigError(
-                Fault(
-                    "grid.sample_size",
-                    self.sample_size,
-                    f"sample_size x data_size must be the number of ranks, and the job has {self.world_size}",
-                    f"Use one of {', '.join(map(str, sample_sizes(self.world_size)))}, or start another number of ranks",
-                )
-            )
+            rule = f"sample_size x data_size must be the number of ranks, and the job has {self.world_size}"
+            remedy = f"Use one of {', '.join(map(str, sample_sizes(self.world_size)))}, or start another number of ranks"
+            raise ConfigError(Fault("grid.sample_size", self.sample_size, rule, remedy))
 
     @property
     def data_size(self) -> int:
@@ -168,14 +163,9 @@ class Grid:
     def check_num_samples(self, num_samples: int) -> None:
         """Raise `ConfigError` unless each rank of the sample axis has a sample to draw."""
         if num_samples < self.sample_size:
-            raise ConfigError(
-                Fault(
-                    "num_samples",
-                    num_samples,
-                    f"each of the {self.sample_size} ranks of the sample axis (<grid.sample_size>) draws one or more",
-                    f"Use <num_samples> {self.sample_size} or a smaller <grid.sample_size>",
-                )
-            )
+            rule = f"each of the {self.sample_size} ranks of the sample axis (<grid.sample_size>) draws one or more"
+            remedy = f"Use <num_samples> {self.sample_size} or a smaller <grid.sample_size>"
+            raise ConfigError(Fault("num_samples", num_samples, rule, remedy))
 
     def check_batch(self, global_batch_size: int, num_examples: int | None = None) -> None:
         """Raise `ConfigError` unless each data group has an example of a batch.

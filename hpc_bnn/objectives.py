@@ -311,15 +311,12 @@ class Gathered(Objective):
             leaf = members.requires_grad_()
             loss = self.function(leaf, y)
             if loss.shape != members.shape[1:2]:
-                raise ConfigError(
-                    Fault(
-                        "objective.name",
-                        self.name,
-                        f"the function must give one loss per example, {list(members.shape[1:2])}, "
-                        f"and gave {list(loss.shape)}",
-                        "Sum or average over samples and targets only",
-                    )
+                rule = (
+                    f"the function must give one loss per example, {list(members.shape[1:2])}, "
+                    f"and gave {list(loss.shape)}"
                 )
+                remedy = "Sum or average over samples and targets only"
+                raise ConfigError(Fault("objective.name", self.name, rule, remedy))
             (gradient,) = torch.autograd.grad(loss.sum(), leaf)
         part = loss.detach().sum() if own.start == 0 else loss.new_zeros(())
         return part, gradient[own]
@@ -377,14 +374,9 @@ class _Score(Gathered):
         if weights is not None and not (
             np.isfinite(weights).all() and (weights >= 0).all() and weights.any()
         ):
-            raise ConfigError(
-                Fault(
-                    "objective.weights",
-                    f"of shape {list(weights.shape)}",
-                    "must be finite, 0 or more, and not all 0",
-                    "Use cos(latitude)",
-                )
-            )
+            rule = "must be finite, 0 or more, and not all 0"
+            remedy = "Use cos(latitude)"
+            raise ConfigError(Fault("objective.weights", f"of shape {list(weights.shape)}", rule, remedy))
 
     def check(self, likelihood: Likelihood, num_samples: int) -> None:
         if not isinstance(likelihood, Implicit):
@@ -409,14 +401,10 @@ class _Score(Gathered):
         try:
             weights = self.weights.to(like).expand(shape)
         except RuntimeError:
-            raise ConfigError(
-                Fault(
-                    "objective.weights",
-                    f"of shape {list(self.weights.shape)}",
-                    f"must broadcast to the targets of an example, {list(shape)}",
-                    "Use [latitudes, 1] for targets [channels, latitudes, longitudes]",
-                )
-            ) from None
+            rule = f"must broadcast to the targets of an example, {list(shape)}"
+            remedy = "Use [latitudes, 1] for targets [channels, latitudes, longitudes]"
+            fault = Fault("objective.weights", f"of shape {list(self.weights.shape)}", rule, remedy)
+            raise ConfigError(fault) from None
         return weights / weights.mean()
 
 

@@ -39,14 +39,9 @@ def choose_device(requested: str, local_rank: int, num_visible: int) -> torch.de
         return torch.device("cpu")
     index = int(number) if number else local_rank % max(num_visible, 1)
     if index >= num_visible:
-        raise ConfigError(
-            Fault(
-                "device",
-                requested,
-                f"this process sees {num_visible} GPUs",
-                "Ask the batch system for GPUs, check CUDA_VISIBLE_DEVICES, or use <device> cpu",
-            )
-        )
+        rule = f"this process sees {num_visible} GPUs"
+        remedy = "Ask the batch system for GPUs, check CUDA_VISIBLE_DEVICES, or use <device> cpu"
+        raise ConfigError(Fault("device", requested, rule, remedy))
     return torch.device("cuda", index)
 
 
@@ -78,14 +73,9 @@ def agree_on_device(allgather: Callable[[Any], list[Any]], requested: str, local
     kinds = {kind: (rank, host) for rank, (_, kind, host) in reversed(list(enumerate(seen)))}
     if len(kinds) > 1:
         places = ", ".join(f"{kind} on rank {rank} ({host})" for kind, (rank, host) in sorted(kinds.items()))
-        raise ConfigError(
-            Fault(
-                "device",
-                requested,
-                f"the ranks must compute on one kind of device, and there is {places}",
-                "Check the GPUs of that node, or use <device> cpu",
-            )
-        )
+        rule = f"the ranks must compute on one kind of device, and there is {places}"
+        remedy = "Check the GPUs of that node, or use <device> cpu"
+        raise ConfigError(Fault("device", requested, rule, remedy))
     return device
 
 

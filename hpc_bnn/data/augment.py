@@ -367,14 +367,9 @@ def _build_transform(entry: dict[str, Any]) -> Transform | Mixup:
     except ConfigError:
         raise
     except (TypeError, ValueError) as error:
-        raise ConfigError(
-            Fault(
-                "augmentation.transforms",
-                {"name": name, **entry},
-                f"it refuses them ({error})",
-                "Fix the arguments",
-            )
-        ) from error
+        rule = f"it refuses them ({error})"
+        remedy = "Fix the arguments"
+        raise ConfigError(Fault("augmentation.transforms", {"name": name, **entry}, rule, remedy)) from error
 
 
 def _check(name: str, value: object, fits: bool, rule: str, remedy: str) -> None:

@@ -84,14 +84,9 @@ class BatchLoader:
     def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
         """Yield the batches of an epoch, from ``first_batch`` on: an interrupted epoch continues where it stopped."""
         if not 0 <= first_batch <= self.num_batches:
-            raise ConfigError(
-                Fault(
-                    "first_batch",
-                    first_batch,
-                    f"an epoch has {self.num_batches} batches",
-                    "Begin with one of them",
-                )
-            )
+            rule = f"an epoch has {self.num_batches} batches"
+            remedy = "Begin with one of them"
+            raise ConfigError(Fault("first_batch", first_batch, rule, remedy))
         batches = global_batches(
             len(self.dataset),
             self.global_batch_size,

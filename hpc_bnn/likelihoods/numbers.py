@@ -77,14 +77,8 @@ class LocationScale(Likelihood):
         if isinstance(self.scale, str):
             if outputs.shape[1] != 2 * self.num_targets:
                 remedy = "Wrap the network with likelihood.wrap" if self.scale == "learned" else "Widen it"
-                raise ConfigError(
-                    Fault(
-                        "likelihood.scale",
-                        self.scale,
-                        f"needs {2 * self.num_targets} outputs on dim 1, and there are {outputs.shape[1]}",
-                        remedy,
-                    )
-                )
+                rule = f"needs {2 * self.num_targets} outputs on dim 1, and there are {outputs.shape[1]}"
+                raise ConfigError(Fault("likelihood.scale", self.scale, rule, remedy))
             return outputs.split(self.num_targets, dim=1)
         return outputs, torch.full_like(outputs, math.log(self.scale))
 

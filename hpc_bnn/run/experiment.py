@@ -259,14 +259,9 @@ class Experiment:
                     shapes["places"] = places
                 module = network(**shapes, **arguments)
             except (TypeError, ValueError, AttributeError) as error:
-                raise ConfigError(
-                    Fault(
-                        "model.arguments",
-                        arguments,
-                        f"{config.model.name} refuses them ({error})",
-                        "Fix the arguments",
-                    )
-                ) from error
+                rule = f"{config.model.name} refuses them ({error})"
+                remedy = "Fix the arguments"
+                raise ConfigError(Fault("model.arguments", arguments, rule, remedy)) from error
             if config.model.pretrained is not None:
                 _load_pretrained(module, config.model.pretrained)
             module = self.likelihood.wrap(module)
@@ -314,14 +309,9 @@ def _load_pretrained(module: nn.Module, path: str) -> None:
         state = torch.load(path, map_location="cpu", weights_only=True)
         module.load_state_dict(state)
     except (OSError, RuntimeError, pickle.UnpicklingError, TypeError, AttributeError) as error:
-        raise ConfigError(
-            Fault(
-                "model.pretrained",
-                path,
-                f"not a state_dict of this network ({error})",
-                "Save net.state_dict()",
-            )
-        ) from error
+        rule = f"not a state_dict of this network ({error})"
+        remedy = "Save net.state_dict()"
+        raise ConfigError(Fault("model.pretrained", path, rule, remedy)) from error
 
 
 def _prepare_shards(script: str, directory: str) -> None:
