@@ -8,53 +8,8 @@ from importlib import import_module
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "Augmentation": "data",
-    "BatchLoader": "data",
-    "Bernoulli": "likelihoods",
-    "Categorical": "likelihoods",
-    "Config": "config",
-    "connect": "comm",
-    "Crps": "objectives",
-    "DeepEnsemble": "posteriors",
-    "DeterministicNetwork": "posteriors",
-    "Energy": "objectives",
-    "evaluate_dataset": "predictive",
-    "Examples": "data",
-    "Family": "posteriors",
-    "Gathered": "objectives",
-    "Gaussian": "likelihoods",
-    "GaussianPrior": "posteriors",
-    "global_batches": "data",
-    "Grid": "grid",
-    "GridComm": "comm",
-    "Implicit": "likelihoods",
-    "KlAnnealing": "training",
-    "LaplacePrior": "posteriors",
-    "Likelihood": "likelihoods",
-    "LogPredictive": "objectives",
-    "LowRankGaussian": "posteriors",
-    "MCDropout": "posteriors",
-    "MeanFieldGaussian": "posteriors",
-    "MomentMatched": "objectives",
-    "NegativeElbo": "objectives",
-    "OverlappingOptimizer": "training",
-    "Poisson": "likelihoods",
-    "Posterior": "posteriors",
-    "predict_classes": "predictive",
-    "predict_dataset": "predictive",
-    "predict_values": "predictive",
-    "ScaleMixturePrior": "posteriors",
-    "ShardDataset": "data",
-    "ShardedOptimizer": "training",
-    "StudentT": "likelihoods",
-    "StudentTPrior": "posteriors",
-    "VariationalStep": "training",
-    "write_shards": "data",
-}
 
-
-def door(package: str, homes: dict[str, str]):
+def door(package: str, names_of: dict[str, str]):
     """Return ``__getattr__``, ``__dir__`` and ``__all__`` of a package whose names are imported on first use.
 
     So `hpc_bnn.grid` needs no torch, and a report does not import training.
@@ -63,9 +18,10 @@ def door(package: str, homes: dict[str, str]):
     ----------
     package : str
         Its name.
-    homes : dict of str to str
-        Name -> module within the package.
+    names_of : dict of str to str
+        Module within the package -> names, with spaces between.
     """
+    homes = {name: module for module, names in names_of.items() for name in names.split()}
 
     def get(name: str):
         if name not in homes:
@@ -75,5 +31,19 @@ def door(package: str, homes: dict[str, str]):
     return get, lambda: sorted(homes), list(homes)
 
 
-__getattr__, __dir__, __all__ = door(__name__, _HOMES)
+__getattr__, __dir__, __all__ = door(
+    __name__,
+    {
+        "comm": "connect GridComm",
+        "config": "Config",
+        "data": "Augmentation BatchLoader Examples global_batches ShardDataset write_shards",
+        "grid": "Grid",
+        "likelihoods": "Bernoulli Categorical Gaussian Implicit Likelihood Poisson StudentT",
+        "objectives": "Crps Energy Gathered LogPredictive MomentMatched NegativeElbo",
+        "posteriors": "DeepEnsemble DeterministicNetwork Family GaussianPrior LaplacePrior LowRankGaussian MCDropout "
+        "MeanFieldGaussian Posterior ScaleMixturePrior StudentTPrior",
+        "predictive": "evaluate_dataset predict_classes predict_dataset predict_values",
+        "training": "KlAnnealing OverlappingOptimizer ShardedOptimizer VariationalStep",
+    },
+)
 __all__ += ["__version__"]

@@ -2,4 +2,4 @@
 
 from .. import door
 
-__getattr__, __dir__, __all__ = door(__name__, {"examine": "examination"})
+__getattr__, __dir__, __all__ = door(__name__, {"examination": "examine"})

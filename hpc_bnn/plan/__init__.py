@@ -3,12 +3,5 @@
 from .. import door
 
 __getattr__, __dir__, __all__ = door(
-    __name__,
-    {
-        "ASSUMED_BETWEEN": "plan",
-        "ASSUMED_WITHIN": "plan",
-        "describe": "plan",
-        "plan_here": "plan",
-        "rehearse": "simulate",
-    },
+    __name__, {"plan": "ASSUMED_BETWEEN ASSUMED_WITHIN describe plan_here", "simulate": "rehearse"}
 )

@@ -47,10 +47,8 @@ class StepBuffer:
 
     Attributes
     ----------
-    slots : dict of str to Slot
-        What kind each is; their values are empty here.
-    owned : set of str
-        Names of those whose rows belong to samples.
+    slots, owned : dict of str to Slot, set of str
+        What kind each slot is, without its values, and the names of those whose rows belong to samples.
     values, grads : dict of str to Tensor
         The slots, and the gradients of those that are trained; views of the flat memory.
     flat, gradient : Tensor
@@ -72,6 +70,7 @@ class StepBuffer:
         self.random, self.point, self.samples = random, point, samples
         self.slots = {name: slot._replace(value=slot.value[..., :0]) for name, slot in slots.items()}
         self.owned = {name for name, slot in slots.items() if slot.owner == "sample"}
+        # Stable: rows of samples first, so that what goes over the data axis, and over the world, is one span each
         trained = sorted((n for n, s in slots.items() if s.is_trained), key=lambda n: n not in self.owned)
         lengths = [slots[name].value.numel() for name in trained]
         self.flat = torch.cat([slots[name].value.detach().reshape(-1) for name in trained])

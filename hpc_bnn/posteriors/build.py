@@ -44,14 +44,10 @@ def build_posterior(
         Family, prior and start.
     make_module : callable
         Makes the network on its device and in its dtype; the weights come from torch's global generator, which
-        is keyed here.
-    num_samples : int
-        Samples per step in the whole job: the members of an ensemble.
-    local_samples : sequence of int
-        Those of this rank.
-    seed : int
-        Key of the initial weights.
-    output : str, int or callable, optional
+        is keyed here by ``seed``.
+    num_samples, local_samples : int, sequence of int
+        Samples per step in the whole job (the members of an ensemble), and those of this rank.
+    output
         See `Posterior`.
 
     Raises

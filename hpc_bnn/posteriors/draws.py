@@ -121,6 +121,7 @@ class RedrawnDraw(_Drawn):
         return noise[:, self._span]
 
     def cut(self, block: Block) -> Draw:
+        # Each block draws all P numbers anew and keeps its part: a generator of torch cannot begin in the middle
         part = copy.copy(self)
         part._span = block.span
         return part

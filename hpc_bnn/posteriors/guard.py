@@ -18,19 +18,13 @@ class Guard:
 
     Parameters
     ----------
-    module : nn.Module
-        The network.
-    parameters : dict of str to nn.Parameter
-        Its trainable parameters, by name.
-    drawn : sequence of str
-        Names of those that each draw writes anew.
+    module, parameters, drawn
+        See `Network`.
 
     Attributes
     ----------
-    views : dict of str to Tensor
-        The memory that each parameter was given, by name.
-    layers : list of nn.Module
-        Those of the module when it was left.
+    views, layers : dict of str to Tensor, list of nn.Module
+        The memory that each parameter was given, by name, and the layers of the module when it was left.
     """
 
     def __init__(self, module: nn.Module, parameters: dict[str, nn.Parameter], drawn: Sequence[str]):

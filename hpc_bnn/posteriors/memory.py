@@ -110,7 +110,7 @@ class SlotMemory:
     def rest_(self) -> None:
         """Leave the module to the user: its own layers, also after a step that did not come to its end. Local."""
         if self.sampler.noisy is not None:
-            self.sampler.noisy.off_()
+            self.sampler.noisy.switch_(False)
 
     def _state(self) -> dict[str, Any]:
         """Return what a copy is made of: all but what `_lay_out_` makes anew, and the slots."""

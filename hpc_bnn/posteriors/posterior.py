@@ -48,10 +48,8 @@ class Posterior(SlotMemory):
 
     Parameters
     ----------
-    module : nn.Module
-        Any module, already on its device and in its dtype.
-    family : Family
-        What q(w) is.
+    module, family : nn.Module, Family
+        Any module, already on its device and in its dtype, and what q(w) is.
     deterministic : sequence of str or module class
         Weights that stay points: "norm", "embedding", name patterns, classes of layers (`split_weights`).
     estimator : {"reparameterisation", "local", "flipout"}
@@ -139,14 +137,9 @@ class Posterior(SlotMemory):
         )
 
     def check_features(self, values: dict[str, object] | None = None, **asked: Any) -> None:
-        """Raise `ConfigError` with what does not go with this posterior. Local.
+        """Raise `ConfigError` with what, of `Features`, does not go with this posterior. Local.
 
-        Parameters
-        ----------
-        values : dict, optional
-            What fields were set to, for the messages.
-        **asked : bool
-            Of `hpc_bnn.capabilities.Features`.
+        ``values`` are what fields were set to, for the messages.
         """
         named = {"posterior.estimator": self.estimator, "model": type(self.module).__name__, **(values or {})}
         capabilities.check_features(self.capabilities, self.features(**asked), lambda f: named.get(f, True))
@@ -154,15 +147,7 @@ class Posterior(SlotMemory):
     # --- one step ---------------------------------------------------------------------------------
 
     def check_num_samples(self, num_samples: int, mine: Sequence[int]) -> None:
-        """Raise `ConfigError` where the posterior cannot give these samples. Local.
-
-        Parameters
-        ----------
-        num_samples : int
-            In the whole job.
-        mine : sequence of int
-            Those of this rank.
-        """
+        """Raise `ConfigError` where it cannot give ``num_samples`` in the job, ``mine`` of them on this rank. Local."""
         fixed = getattr(self.family_, "num_samples", num_samples)
         if num_samples != fixed:
             rule = f"a {self.family} of {fixed} has that many samples, in training and for tests"
@@ -203,7 +188,7 @@ class Posterior(SlotMemory):
         self.network.batch_norms.begin()
         self.sampler.begin_()
         if self.sampler.noisy is not None:
-            self.sampler.noisy.on_()
+            self.sampler.noisy.switch_(True)
 
     @torch.no_grad()
     def draw_(self, key: Key) -> None:
@@ -244,7 +229,7 @@ class Posterior(SlotMemory):
         """Complete the gradient of the data term, after the sum over the job, and attach it to the parameters. Local."""
         values, grads = self.buffer.values, self.buffer.grads
         self.family_.finish_(grads, values, self.sampler.work, scalars)
-        self.names.attach_gradients_()
+        self.names.attach_gradients_()  # before the KL: it writes into the same memory
         if self.network.batch_norms.layers and self.module.training:
             self.network.batch_norms.update_running_(self.buffer.statistics)
 
@@ -257,15 +242,7 @@ class Posterior(SlotMemory):
 
     @torch.no_grad()
     def after_update_(self, scalars: Scalars, key: Key) -> None:
-        """Let the family change its slots after the update. Local.
-
-        Parameters
-        ----------
-        scalars : Scalars
-            Of the step.
-        key : Key
-            Of any sample of the step.
-        """
+        """Let the family change its slots after the update; ``key`` is that of any sample of the step. Local."""
         draw = RedrawnDraw(self.num_weights, self.network.weights)
         samples = [0] if self.is_replicated else self.samples  # ranks that hold the same slots draw the same
         draw.begin_(key.child(Stream.UPDATE), samples)

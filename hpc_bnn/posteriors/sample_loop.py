@@ -87,10 +87,8 @@ class SampleLoop:
 
         Parameters
         ----------
-        samples : sequence of int
-            Of this rank. Of a replicated posterior the one behind the first is drawn as well: outputs have to differ.
-        x, key
-            As for `__call__`.
+        samples, x, key
+            As for `__call__`. Of a replicated posterior the one behind the first is drawn as well: outputs have to differ.
         grid : Grid
             The process grid: rank 0 speaks.
         """

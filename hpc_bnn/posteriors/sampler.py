@@ -24,12 +24,8 @@ class Sampler:
 
     Parameters
     ----------
-    family : Family
-        What q(w) is.
-    network : Network
-        Around the module.
-    buffer : StepBuffer
-        Memory of slots and gradients.
+    family, network, buffer : Family, Network, StepBuffer
+        What q(w) is, what calls the module, and the memory of slots and gradients.
     estimator, antithetic, keeps_noise
         See `Posterior`.
 
@@ -165,6 +161,7 @@ class Sampler:
             self.noisy.fold_(self.buffer.grads, self._draw)
         for block in self._blocks:
             self._fold_block_(block)
+        # Where the prior has a score it is taken at the drawn weights, which are still there: [c, P] numbers more
         if prior_share and self.family.capabilities.kl in ("Monte Carlo", "point"):
             log_prior, score = self.family.log_prior(self._batch if self._leaves else self._out)
             self.buffer.tally[Tally.CROSS_ENTROPY] -= prior_share * log_prior
@@ -224,6 +221,7 @@ class Sampler:
             self._blocks, self._num_early = [*early, *rest], len(early)
         else:
             early, _ = self.point.divide(num_elements)
+        # The hooks stay for good; `arrived` counts in the last backward pass of a step only
         for number, block in enumerate(early):
             for parameter in self.parameters_of(block):
                 parameter.register_post_accumulate_grad_hook(lambda _, number=number: arrived(number, 1))

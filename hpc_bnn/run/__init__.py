@@ -5,16 +5,12 @@ from .. import door
 __getattr__, __dir__, __all__ = door(
     __name__,
     {
-        "check": "train",
-        "CheckpointStore": "checkpoint",
-        "connect_grid": "experiment",
-        "Experiment": "experiment",
-        "predict_run": "export",
-        "read_or_prepare": "experiment",
-        "Run": "train",
-        "shown_examples": "plotted_examples",
-        "StopRequest": "train",
-        "write_plots": "plots",
-        "write_report": "report",
+        "checkpoint": "CheckpointStore",
+        "experiment": "Experiment connect_grid read_or_prepare",
+        "export": "predict_run",
+        "plots": "write_plots",
+        "plotted_examples": "shown_examples",
+        "report": "write_report",
+        "train": "Run StopRequest check",
     },
 )

@@ -367,12 +367,6 @@ def restore_model(model: dict[str, Tensor], posterior: Posterior) -> None:
 
 
 def restore_state(state: dict[str, Any], posterior: Posterior, optimizer: JobOptimizer) -> None:
-    """Take over what `gather_state` returned, on any grid. Local.
-
-    Raises
-    ------
-    ConfigError
-        The network is another one.
-    """
+    """Take over what `gather_state` returned, on any grid. Local. It raises what `restore_model` does."""
     restore_model(state["model"], posterior)
     optimizer.updater.load_state(state["optimizer"])

@@ -24,12 +24,7 @@ FORMAT_VERSION = 2
 def convert(former: dict[str, Any], path: str | os.PathLike) -> dict[str, Any]:
     """Return a checkpoint of format 3. Local.
 
-    Parameters
-    ----------
-    former : dict
-        What a checkpoint of format 2 holds.
-    path : path
-        Where it lies, for messages.
+    ``former`` is what a checkpoint of format 2 holds, ``path`` where it lies, for messages.
 
     Raises
     ------

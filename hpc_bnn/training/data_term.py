@@ -38,21 +38,15 @@ class DataTerm:
     ----------
     loop : SampleLoop
         Evaluates samples.
-    objective : Objective
-        How the samples make one data term.
-    likelihood : Likelihood
-        Of an example, given outputs.
-    comm : GridComm
-        The process grid.
+    objective, likelihood, comm
+        See `VariationalStep`.
     reducer : callable
         Returns the `Reducer` of the step, whose sums may begin in the last backward pass.
 
     Attributes
     ----------
-    num_passes : int
-        Forward passes over the samples in the last call: 1 or 2.
-    has_said_passes : bool
-        Whether the user knows of the second.
+    num_passes, has_said_passes : int, bool
+        Forward passes over the samples in the last call, 1 or 2; and whether the user knows of the second.
     """
 
     def __init__(
@@ -91,14 +85,10 @@ class DataTerm:
 
         Parameters
         ----------
-        samples : sequence of int
-            Of this rank.
-        x, y : SharedView, Tensor
-            Inputs and targets of this rank's examples.
-        key : Key
-            Of any sample of the step.
-        coupling : Coupling
-            Of these examples.
+        samples, x, y : sequence of int, SharedView, Tensor
+            Samples of this rank, and inputs and targets of its examples.
+        key, coupling : Key, Coupling
+            Of any sample of the step; of these examples.
         kl : (float, float)
             Arguments of `Posterior.fold_`.
         is_last : bool

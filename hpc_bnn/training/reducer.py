@@ -68,7 +68,9 @@ class Reducer:
     def reduce_(self) -> None:
         """Sum the gradient of the data term, and what stands behind it, over the job. Collective over the world."""
         buffer, comm = self.posterior.buffer, self.comm
-        if self.divided:
+        if (
+            self.divided
+        ):  # three sums: shares within the sample group, these over the data axis, and what is not divided
             shares = comm.reduce_scatter_(list(rows_of(buffer.grads)), "sample", compressed=True)
             comm.sum_(shares, "data", compressed=True)
             comm.sum_(buffer.behind_gradient)
@@ -98,7 +100,7 @@ class Reducer:
         self._missing = [len(block.layout) for block in self._blocks]
         self._spans: list[Tensor] = []
         self._waits: list[Callable[[], None]] = []
-        self._checksum = self.posterior.buffer.reduced.new_zeros(())
+        self._checksum: Tensor | float = 0.0  # of the blocks whose sums have begun
 
     def _arrived(self, number: int, num_gradients: int) -> None:
         """Note that gradients of a block have come, and begin the sums of complete ones, on all ranks in one order."""
@@ -109,7 +111,7 @@ class Reducer:
 
     def _start_next(self) -> None:
         for span in self.posterior.sampler.fold_block_(self._blocks[self._num_started]):
-            self._checksum += span.sum()
+            self._checksum = self._checksum + span.sum()
             self._waits.append(self.comm.start_sum_(span))
             self._spans.append(span)
         self._num_started += 1

@@ -82,12 +82,10 @@ class VariationalStep:
 
     Parameters
     ----------
-    posterior, likelihood : Posterior, Likelihood
-        Over the weights of the network; of an example given its outputs.
+    posterior, likelihood, comm : Posterior, Likelihood, GridComm
+        Over the weights of the network; of an example given its outputs; the process grid.
     optimizer : torch.optim.Optimizer or hpc_bnn.training.optim.JobOptimizer
         Over ``posterior.parameters()``; or `hpc_bnn.ShardedOptimizer`.
-    comm : GridComm
-        The process grid.
     num_samples : int
         Samples of the weights per step in the whole job, K; at least the extent of the sample axis.
     num_train_examples : int
@@ -107,8 +105,7 @@ class VariationalStep:
         Samples that a rank evaluates at once, and how: see `SampleLoop`. "auto" is 1 on a CPU, where walking is fastest,
         and measured at the first step on a GPU.
     micro_batch_size : int, optional
-        Examples of this rank that one forward pass evaluates: memory is bounded, and the result that of the whole batch.
-        Not with BatchNorm.
+        Examples of this rank in one forward pass: memory is bounded, the result is the same. Not with BatchNorm.
 
     Attributes
     ----------
@@ -267,10 +264,13 @@ class VariationalStep:
         if is_first:
             self._begin(x, y, samples, global_batch_size)
         if posterior.sampler.noisy is not None:
-            posterior.sampler.noisy.on_()  # a copy of the posterior since the last micro-batch has taken it off
+            posterior.sampler.noisy.switch_(
+                True
+            )  # a copy of the posterior since the last micro-batch has taken it off
             posterior.sampler.noisy.noise.first_example = self._first_example + self._num_seen
         self._num_seen += len(x)
         with posterior.network.running(lambda tensor: comm.sum_(tensor, "data")):
+            # One coupling for each micro-batch: objectives couple samples, not examples
             coupling = self.objective.begin(y, samples, self.num_samples)
             kl = self._prior_share * is_last, self.kl_weight(self.num_steps) / self.num_train_examples
             self.data_term(mine, x, y, self.key, coupling, 1.0 / global_batch_size, kl, is_last)
@@ -307,6 +307,8 @@ class VariationalStep:
         self.scalars.kl_weight.fill_(kl_weight / self.num_train_examples)
         self.scalars.step.fill_(self.num_steps)
         self.scalars.learning_rate.fill_(self.updater.learning_rate)
+        # The order is that of the mathematics: what is linear first (it scales the sum of the job), then the KL, which is a
+        # function of replicated numbers and enters once, then the norm of both together.
         posterior.finish_(self.scalars)
         kl = posterior.add_kl_(self.scalars).item()
         if self.max_gradient_norm is not None:

@@ -119,6 +119,7 @@ class Updater:
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 for key, value in self.optimizer.state.get(parameter, {}).items():
+                    # A gather for each tensor where the state is divided: all ranks meet keys in the same order
                     for name, part in self._split(parameter, value).items():
                         state.setdefault(name, {})[key] = part
         if not self.posterior.is_replicated:

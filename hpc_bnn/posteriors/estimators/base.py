@@ -79,15 +79,8 @@ class Estimator:
         """Whether a draw of the weights is looked at."""
         return True
 
-    def on_(self) -> None:
-        """Take the layers over, for a step. Local."""
-        self._switch_(True)
-
-    def off_(self) -> None:
-        """Give the layers their own forwards, and the drawn weights back. Local."""
-        self._switch_(False)
-
-    def _switch_(self, on: bool) -> None:
+    def switch_(self, on: bool) -> None:
+        """Take the layers over, for a step; or give them their own forwards, and the drawn weights back. Local."""
         if on is self._is_on or not self.is_attached:
             return
         self._is_on = on
