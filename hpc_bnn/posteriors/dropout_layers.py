@@ -77,7 +77,7 @@ class DropoutMasks:
                 layer.dropout = 0.0
 
     def find(self, module: nn.Module) -> None:
-        """Number the layers; those that have a number keep it. Local."""
+        """Give a number to each layer that has none. Local."""
         for layer in module.modules():
             if not hasattr(layer, "_orig_mod"):  # what torch.compile puts around a module
                 self._modules.setdefault(layer, len(self._modules))

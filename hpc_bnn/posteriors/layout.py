@@ -29,6 +29,7 @@ class FlatLayout:
 
     @classmethod
     def of(cls, parameters: dict[str, nn.Parameter]) -> FlatLayout:
+        """Return the layout of parameters. Local."""
         return cls({name: parameter.shape for name, parameter in parameters.items()})
 
     def views(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -244,6 +244,7 @@ class Network:
         return Traces(self.module, device, self.drawn_parameters())
 
     def drawn_parameters(self) -> list[nn.Parameter]:
+        """Return the random weights of the module. Local."""
         return [self.parameters[name] for name in self.drawn]
 
     # --- looks --------------------------------------------------------------------------------------

@@ -59,6 +59,7 @@ class KlAnnealing:
         check_field("kl_annealing.num_epochs", self.num_steps, "num_steps")
 
     def __call__(self, num_steps: int) -> float:
+        """Return the factor after so many steps. Local."""
         done = num_steps / self.num_steps
         if "." in self.schedule:
             return self.weight * _own("kl_annealing.schedule", self.schedule)(done)

@@ -44,6 +44,7 @@ class ExampleNoise:
         self._key = Key(0, Stream.NOISE)
 
     def begin_sample(self, key: Key) -> None:
+        """Draw for the sample of this key from now on. Local."""
         self._key = key
 
     def draw(self, layer: int, like: Tensor, width: int, signs: bool = False) -> Tensor:
