@@ -248,10 +248,7 @@ class VariationalStep:
         self._check()
         x = x if isinstance(x, SharedView) else SharedView(x)
         if x.num_samples not in (None, self.num_samples):
-            rule, remedy = (
-                f"the views are made for {x.num_samples} samples",
-                "Make them for as many as the step has",
-            )
+            rule, remedy = f"the views are made for {x.num_samples} samples", "Make them for as many"
             raise ConfigError(Fault("num_samples", self.num_samples, rule, remedy))
         is_first = self._order.phase == "idle" or self._num_seen == 0  # no example yet: nothing is lost
         self._order.expect(("idle", "accumulating"), "accumulate_", "update_()")
