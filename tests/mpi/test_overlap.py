@@ -105,6 +105,16 @@ def test_overlap_changes_no_number(comm, family, chunk_size, objective):
     comm.check_replicas(list(step.posterior.parameters()), "parameters")
 
 
+def test_only_the_last_micro_batch_begins_sums(comm, monkeypatch):
+    step, begun, start = make_step(comm, micro_batch_size=3), [], comm.start_sum_
+    monkeypatch.setattr(comm, "start_sum_", lambda *args: begun.append(1) or start(*args))
+    train(step)
+    expected = alone()
+    for name, parameter in step.posterior.named_parameters():
+        assert relative_difference(parameter, dict(expected.named_parameters())[name]) < 1e-12, name
+    assert len(begun) == 3 * (2 * (len(step.posterior.random) - 2) + 1)  # as many as for whole batches
+
+
 @pytest.mark.parametrize("chunk_size", [1, 100])
 def test_sums_begin_while_the_last_backward_pass_runs(comm, chunk_size, monkeypatch):
     step = make_step(comm, chunk_size=chunk_size)
