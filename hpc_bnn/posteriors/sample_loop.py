@@ -130,10 +130,7 @@ class SampleLoop:
 
     def _parts(self, x: SharedView) -> list[SharedView]:
         """Return the inputs in parts of one forward pass each."""
-        size = self._max_examples
-        if size is None or len(x) <= size:
-            return [x]
-        return [x.part(slice(start, start + size)) for start in range(0, len(x), size)]
+        return [part for _, part in x.parts(self._max_examples)]
 
     def try_batch(self, chunk: Sequence[int], x: SharedView, key: Key) -> Tensor | None:
         """Return what `batch` does, or None from now on where the module cannot be batched."""

@@ -224,11 +224,8 @@ class VariationalStep:
         """Begin a step and accumulate this rank's examples, in micro-batches where they are set. Collective as `accumulate_`."""
         self._order.phase = "idle"  # of a step that was given up
         x = x if isinstance(x, SharedView) else SharedView(x)
-        size = self.micro_batch_size or max(len(x), 1)
-        for start in range(0, max(len(x), 1), size):
-            span, is_last = slice(start, start + size), start + size >= len(x)
-            part = x if size >= len(x) else x.part(span)
-            self.accumulate_(part, y[span], global_batch_size, is_last=is_last)
+        for span, part in x.parts(self.micro_batch_size):
+            self.accumulate_(part, y[span], global_batch_size, is_last=span.stop == len(x))
 
     def accumulate_(
         self, x: Inputs | SharedView, y: Tensor, global_batch_size: int, *, is_last: bool = True
