@@ -136,9 +136,8 @@ class SlotMemory:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SlotMemory:
         memo[id(self)] = twin = type(self).__new__(type(self))
-        twin.__setstate__(
-            copy.deepcopy(self._state(), memo)
-        )  # with memo: an optimizer copied along keeps its parameters
+        # With memo: an optimizer copied along keeps its parameters
+        twin.__setstate__(copy.deepcopy(self._state(), memo))
         return twin
 
 

@@ -68,9 +68,8 @@ class Reducer:
     def reduce_(self) -> None:
         """Sum the gradient of the data term, and what stands behind it, over the job. Collective over the world."""
         buffer, comm = self.posterior.buffer, self.comm
-        if (
-            self.divided
-        ):  # three sums: shares within the sample group, these over the data axis, and what is not divided
+        if self.divided:
+            # Three sums: shares within the sample group, these over the data axis, and what is not divided
             shares = comm.reduce_scatter_(list(rows_of(buffer.grads)), "sample", compressed=True)
             comm.sum_(shares, "data", compressed=True)
             comm.sum_(buffer.behind_gradient)

@@ -258,9 +258,8 @@ class VariationalStep:
         if is_first:
             self._begin(x, y, samples, global_batch_size)
         if posterior.sampler.noisy is not None:
-            posterior.sampler.noisy.switch_(
-                True
-            )  # a copy of the posterior since the last micro-batch has taken it off
+            # A copy of the posterior since the last micro-batch has taken it off
+            posterior.sampler.noisy.switch_(True)
             posterior.sampler.noisy.noise.first_example = self._first_example + self._num_seen
         self._num_seen += len(x)
         with posterior.network.running(lambda tensor: comm.sum_(tensor, "data")):
