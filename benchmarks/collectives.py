@@ -119,8 +119,7 @@ def measure_collectives(library: str) -> list[dict]:
             )
             groups = {"grid": f"{sample_size} x {comm.grid.data_size}", "axis": axis}
             rows += [
-                groups | {"what": what, "seconds": seconds_of(comm, call, buffer, axis)}
-                for what, call, buffer in calls
+                groups | {"what": what, "seconds": seconds_of(comm, call, buffer, axis)} for what, call, buffer in calls
             ]
         if library != "mpi4py":
             comm.close()
@@ -169,11 +168,7 @@ def measure_steps(config: str, flags: list[str]) -> list[dict]:
             step, arguments = share_of(run, Manifest.read(run.data.shards), comm)
             seconds = seconds_of(comm, step, *arguments, limit=1.5)
             rows.append(
-                {
-                    "grid": f"{sample_size} x {comm.grid.data_size}",
-                    "what": Path(config).stem,
-                    "seconds": seconds,
-                }
+                {"grid": f"{sample_size} x {comm.grid.data_size}", "what": Path(config).stem, "seconds": seconds}
             )
         comm.close()
     return rows
@@ -186,14 +181,7 @@ def start(
     launcher: list[str], ranks: int, setting: Setting, config: str | None, flags: list[str], output: Path
 ) -> list[dict]:
     path = output / "part.json"
-    command = [
-        *launcher,
-        "-np" if "mpirun" in launcher[0] else "-n",
-        str(ranks),
-        sys.executable,
-        "-m",
-        "mpi4py",
-    ]
+    command = [*launcher, "-np" if "mpirun" in launcher[0] else "-n", str(ranks), sys.executable, "-m", "mpi4py"]
     command += [__file__, "--output", str(path), "--library", setting.library]
     command += ["--only", config] if config else []
     command += ["--", *flags, *setting.flags]
@@ -230,9 +218,7 @@ def table(rows: list[dict], settings: list[Setting]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--configs", nargs="*", default=CONFIGS)
@@ -258,9 +244,7 @@ def main() -> None:
             for _ in range(options.rounds)
             for ranks in options.ranks
             for setting in settings
-            for row in start(
-                launcher, ranks, setting, config, options.flags if config else [], options.output
-            )
+            for row in start(launcher, ranks, setting, config, options.flags if config else [], options.output)
         ]
         content += rows
         pages += [*table(rows, settings), ""]

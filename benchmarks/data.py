@@ -211,9 +211,7 @@ def table(rows: list[dict]) -> str:
             if row["reading"] == "torch":
                 lines.append(f"| {row['grid']} | torch DataLoader | – | {speed} | – | – | – | – |")
                 continue
-            overlap = " | ".join(
-                f"{row[name]:.2f}" if name in row else "–" for name in ("not_ahead", "ahead")
-            )
+            overlap = " | ".join(f"{row[name]:.2f}" if name in row else "–" for name in ("not_ahead", "ahead"))
             lines.append(
                 f"| {row['grid']} | {row['reading']} | {row['seconds_to_first_batch']:.2f} | {speed} | "
                 f"{row['bytes_counted'] / stored:.3f} | {row['bytes_of_os'] / stored:.3f} | {overlap} |"
@@ -223,9 +221,7 @@ def table(rows: list[dict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
     parser.add_argument("--quick", action="store_true", help="an eighth of the examples, 1 and 2 ranks")
@@ -244,15 +240,7 @@ def main() -> None:
                 if reading == "group" and sample_size == 1:
                     continue  # a group of one rank is "rank"
                 command = ["mpirun", "-np", str(num_ranks), sys.executable, "-m", "mpi4py", __file__]
-                command += [
-                    "--output",
-                    str(options.output),
-                    "--sets",
-                    name,
-                    "--job",
-                    reading,
-                    str(sample_size),
-                ]
+                command += ["--output", str(options.output), "--sets", name, "--job", reading, str(sample_size)]
                 done = subprocess.run(command, capture_output=True, text=True, timeout=900)
                 found = [line for line in done.stdout.splitlines() if line.startswith("ROW ")]
                 if not found:

@@ -51,10 +51,7 @@ EXPERIMENTS = {
         "configs/load_mlp_dropout.yaml",
         "timeseries.py --source {data}/electricity_load/opsd_de_2019_60min.csv --targets DE_load_actual_entsoe_transparency "
         "--window 504 --horizon 168 --calendar hour weekday yearday --changes 168 --output data/opsd_de",
-        {
-            "MC dropout": "",
-            "deterministic": f"{DETERMINISTIC} --model.arguments.dropout 0",
-        },
+        {"MC dropout": "", "deterministic": f"{DETERMINISTIC} --model.arguments.dropout 0"},
         NUMBERS,
     ),
     "ett": Experiment(
@@ -129,9 +126,7 @@ def table(name: str, experiment: Experiment, results: dict[str, list[dict]]) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="where the sources lie")
     parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS))
@@ -153,15 +148,7 @@ def main() -> None:
                 train(experiment, flags, run_dir, seed, options.launcher)
                 for run_dir, seed in zip(run_dirs, options.seeds)
             ]
-        command = [
-            sys.executable,
-            "-m",
-            "hpc_bnn",
-            "report",
-            *first,
-            "--output",
-            str(options.output / f"{name}.html"),
-        ]
+        command = [sys.executable, "-m", "hpc_bnn", "report", *first, "--output", str(options.output / f"{name}.html")]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         everything[name] = results
         text.append(table(name, experiment, results))

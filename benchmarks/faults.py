@@ -51,9 +51,7 @@ def ranks_of(job: subprocess.Popen) -> list[psutil.Process]:
 
 def run_and_kill(options: argparse.Namespace, run_dir: Path, rng: random.Random, kills: list[dict]) -> bool:
     """Start the job and perhaps kill a rank; return whether it came to its end."""
-    job = subprocess.Popen(
-        command(options, run_dir), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
+    job = subprocess.Popen(command(options, run_dir), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     wait = rng.uniform(0, options.max_wait)
     end = time.monotonic() + wait
     while job.poll() is None and time.monotonic() < end:
@@ -72,9 +70,7 @@ def run_and_kill(options: argparse.Namespace, run_dir: Path, rng: random.Random,
         error = job.communicate()[1]
     while any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks):
         time.sleep(0.02)
-    kills.append(
-        {"after": wait, "seconds_to_end": time.monotonic() - killed_at, "returncode": job.returncode}
-    )
+    kills.append({"after": wait, "seconds_to_end": time.monotonic() - killed_at, "returncode": job.returncode})
     kills[-1] |= inspect(run_dir, "damaged" in error)
     return False
 
@@ -88,11 +84,7 @@ def inspect(run_dir: Path, was_damaged: bool) -> dict:
             store.load(note)
         except DataError:
             damaged += 1
-    return {
-        "num_checkpoints": len(notes),
-        "num_damaged": damaged,
-        "newest_step": notes[0].step if notes else 0,
-    }
+    return {"num_checkpoints": len(notes), "num_damaged": damaged, "newest_step": notes[0].step if notes else 0}
 
 
 def final_state(run_dir: Path) -> dict:
@@ -108,9 +100,7 @@ def is_same(a, b) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--num-kills", type=int, default=100)
     parser.add_argument("--num-ranks", type=int, default=2)

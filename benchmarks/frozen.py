@@ -117,12 +117,7 @@ def run_cases(root: Path, grid: str, backend: str, only: str) -> list[dict]:
         command = [*launcher, sys.executable, *runner, __file__, *arguments]
         start = time.perf_counter()
         with subprocess.Popen(
-            command,
-            cwd=root,
-            env=environment(root),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
+            command, cwd=root, env=environment(root), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         ) as process:
             try:
                 output, _ = process.communicate()
@@ -186,9 +181,7 @@ def against(options: argparse.Namespace) -> int:
                 print(f"\n{title}: working tree against {options.against}\n")
                 for name, worst, verdict, _ in rows:
                     print(f"{name:{width}}  {worst:>8}  {verdict}")
-                same, wrong = (
-                    sum(test(row) for row in rows) for test in (lambda r: r[1] == "0", lambda r: not r[3])
-                )
+                same, wrong = (sum(test(row) for row in rows) for test in (lambda r: r[1] == "0", lambda r: not r[3]))
                 print(f"\n{title}: {len(rows)} cases, {same} with the same bits, {wrong} fail", flush=True)
                 failed |= wrong > 0
     return int(failed)
@@ -211,17 +204,12 @@ def store() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--against", metavar="COMMIT", help="former commit")
     parser.add_argument("--grids", nargs="+", default=["1x1"], metavar="SxD", help="default: 1x1")
     parser.add_argument("--backend", nargs="+", choices=["horovod", "torch"], default=["horovod"])
     parser.add_argument(
-        "--only",
-        default="",
-        metavar="PATTERN",
-        help="cases with this in their name; core: those of the tests",
+        "--only", default="", metavar="PATTERN", help="cases with this in their name; core: those of the tests"
     )
     parser.add_argument("--store", action="store_true", help="write tests/frozen.json")
     parser.add_argument("--child", nargs=5, help=argparse.SUPPRESS)

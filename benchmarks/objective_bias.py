@@ -77,9 +77,7 @@ PARTS = {
 
 def load(name: str) -> tuple[Tensor, Tensor, int]:
     """Return inputs, targets and the number of training examples, which come first."""
-    x, y = (
-        torch.from_numpy(a) for a in (load_digits if name == "digits" else load_diabetes)(return_X_y=True)
-    )
+    x, y = (torch.from_numpy(a) for a in (load_digits if name == "digits" else load_diabetes)(return_X_y=True))
     if name == "digits":
         return (x / 16).float(), y, 1437
     generator = torch.Generator().manual_seed(0)
@@ -187,10 +185,7 @@ def tables(gradients: list[dict], training: list[dict]) -> str:
         found = {(row["objective"], row["state"], row["samples_per_rank"]): row for row in gradients}
         for m in sizes:
             cells = [found[objective, state, m] for objective in PARTS]
-            texts = [
-                f"{c['loss']:.4f}, {c['angle_degrees']:.1f}°" if c["loss"] is not None else "NaN"
-                for c in cells
-            ]
+            texts = [f"{c['loss']:.4f}, {c['angle_degrees']:.1f}°" if c["loss"] is not None else "NaN" for c in cells]
             lines.append(f"| {m} | " + " | ".join(texts) + " |")
     names = ("accuracy", "nll", "ece", "mutual_information")
     lines += ["", "After training on digits, median (least to most) over the seeds:", ""]
@@ -230,9 +225,7 @@ def plot(gradients: list[dict], training: list[dict], path: Path) -> None:
         by_size = [[row[name] for row in training if row["samples_per_rank"] == m] for m in sizes]
         middles = [statistics.median(values) for values in by_size]
         axes.plot(sizes, middles, "o-", color=colour, label=name.upper())
-        axes.fill_between(
-            sizes, [min(v) for v in by_size], [max(v) for v in by_size], color=colour, alpha=0.2, lw=0
-        )
+        axes.fill_between(sizes, [min(v) for v in by_size], [max(v) for v in by_size], color=colour, alpha=0.2, lw=0)
         axes.set_ylabel(name.upper(), color=colour)
     right.set(xlabel="samples per rank", title="held-out digits after training, log_predictive")
     for axes in (left, middle, right):
@@ -242,9 +235,7 @@ def plot(gradients: list[dict], training: list[dict], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few samples, epochs and seeds: seconds")
     parser.add_argument("--json", type=Path, help="write the rows there")
     parser.add_argument("--plot", type=Path, help="write the picture there")

@@ -62,9 +62,8 @@ def make_step(comm: hpc_bnn.GridComm, hidden: int, sharded: bool) -> hpc_bnn.Var
 
     optimizer = hpc_bnn.ShardedOptimizer(make, posterior, comm) if sharded else make(posterior.parameters())
     return hpc_bnn.VariationalStep(
-        posterior, hpc_bnn.Categorical(10), optimizer, comm,
-        num_samples=comm.grid.sample_size, num_train_examples=1000,
-    )  # fmt: skip
+        posterior, hpc_bnn.Categorical(10), optimizer, comm, num_samples=comm.grid.sample_size, num_train_examples=1000
+    )
 
 
 def child(options: argparse.Namespace) -> None:
@@ -121,17 +120,7 @@ def child(options: argparse.Namespace) -> None:
 
 def job(options: argparse.Namespace, name: str) -> dict:
     result = options.output / "result.json"
-    command = [
-        "mpirun",
-        "-np",
-        str(options.num_ranks),
-        sys.executable,
-        "-m",
-        "mpi4py",
-        __file__,
-        "--child",
-        name,
-    ]
+    command = ["mpirun", "-np", str(options.num_ranks), sys.executable, "-m", "mpi4py", __file__, "--child", name]
     command += ["--hidden", str(options.hidden), "--repetitions", str(options.repetitions)]
     command += ["--result", str(result), "--output", str(options.output)]
     subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -142,15 +131,7 @@ def learn(options: argparse.Namespace, sharded: bool, compression: str, seed: in
     """Return test accuracy and NLL of a run of the digits on 2 x 2 ranks."""
     run_dir = options.output / f"{compression}-{sharded}-{seed}"
     command = ["mpirun", "-np", "4", sys.executable, "-m", "mpi4py", "-m", "hpc_bnn", "train", "--config"]
-    command += [
-        "configs/digits.yaml",
-        "--run_dir",
-        str(run_dir),
-        "--grid.sample_size",
-        "2",
-        "--seed",
-        str(seed),
-    ]
+    command += ["configs/digits.yaml", "--run_dir", str(run_dir), "--grid.sample_size", "2", "--seed", str(seed)]
     command += ["--optimizer.sharded", str(sharded).lower(), "--grid.compression", compression]
     subprocess.run(command, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     summary = json.loads((run_dir / "summary.json").read_text())
@@ -178,9 +159,7 @@ def table(options: argparse.Namespace, times: dict, memory: dict, learnt: dict) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--num-ranks", type=int, default=4)
     parser.add_argument("--hidden", type=int, default=2048, help="width of the network's layers")

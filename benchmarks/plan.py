@@ -71,22 +71,16 @@ def start(mode: str, ranks: int, config: str, flags: list[str], output: Path):
     path = output / "part.json"
     command = ["mpirun", "-np", str(ranks), sys.executable, "-m", "mpi4py", __file__, "--mode", mode]
     command += ["--configs", config, "--output", str(path), "--", *flags]
-    subprocess.run(
-        command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=2, stderr=subprocess.DEVNULL
-    )
+    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=2, stderr=subprocess.DEVNULL)
     return json.loads(path.read_text())
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--configs", nargs="+", default=CONFIGS)
-    parser.add_argument(
-        "--mode", choices=["all", "predict", "remember"], default="all", help=argparse.SUPPRESS
-    )
+    parser.add_argument("--mode", choices=["all", "predict", "remember"], default="all", help=argparse.SUPPRESS)
     parser.add_argument("flags", nargs="*", metavar="FLAG", help="of hpc-bnn train, behind --")
     options = parser.parse_args()
     if options.mode != "all":

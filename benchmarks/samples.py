@@ -184,17 +184,13 @@ def peak_memory_in_child(model, name, num_samples, device):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", metavar="FILE", help="write the rows there")
     parser.add_argument("--quick", action="store_true", help="few rounds and sizes")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--samples", nargs="+", type=int, help="numbers of samples (default: 1 4 8 16)")
-    parser.add_argument(
-        "--rounds", type=int, help="timed steps per variant (default: 21 for the MLP, 7 for the ViT)"
-    )
+    parser.add_argument("--rounds", type=int, help="timed steps per variant (default: 21 for the MLP, 7 for the ViT)")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--no-memory", action="store_true", help="times only")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
@@ -207,23 +203,15 @@ def main():
         print(peak_memory(model, name, int(num_samples), options.device))
         return
     rows = []
-    print(
-        f"{platform.processor() or platform.machine()}, torch {torch.__version__}, {options.device}, 1 thread"
-    )
+    print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, {options.device}, 1 thread")
     print(f"{'model':5} {'S':>3}  {'variant':22} {'ms/step':>9} {'/ det':>6} {'peak MiB':>9}")
     for model in options.models:
-        sizes = options.samples or (
-            [1, 4] if options.quick else [1, 4, 8, 16] if model == "mlp" else [1, 4, 8]
-        )
+        sizes = options.samples or ([1, 4] if options.quick else [1, 4, 8, 16] if model == "mlp" else [1, 4, 8])
         num_rounds = options.rounds or (3 if options.quick else 21 if model == "mlp" else 7)
         for num_samples in sizes:
             times = measure_time(model, num_samples, options.device, num_rounds, options.variants)
             for name, seconds in times.items():
-                memory = (
-                    None
-                    if options.no_memory
-                    else peak_memory_in_child(model, name, num_samples, options.device)
-                )
+                memory = None if options.no_memory else peak_memory_in_child(model, name, num_samples, options.device)
                 ratio = seconds / times["det"] if "det" in times else float("nan")
                 rows.append({
                     "model": model, "num_samples": num_samples, "variant": name, "seconds": seconds,
@@ -231,10 +219,7 @@ def main():
                     "device": options.device, "torch": torch.__version__,
                 })  # fmt: skip
                 shown = "-" if memory is None else f"{memory / 2**20:.0f}"
-                print(
-                    f"{model:5} {num_samples:3d}  {name:22} {1e3 * seconds:9.2f} {ratio:6.2f} {shown:>9}",
-                    flush=True,
-                )
+                print(f"{model:5} {num_samples:3d}  {name:22} {1e3 * seconds:9.2f} {ratio:6.2f} {shown:>9}", flush=True)
     if options.json:
         with open(options.json, "w") as file:
             json.dump(rows, file, indent=1)

@@ -207,9 +207,7 @@ def make_torch_blue(case: Case, comm: hpc_bnn.GridComm, model: str) -> tuple[Cal
 PEERS = {"plain, DDP": make_ddp, "torch_blue": make_torch_blue}
 
 
-def batch_of(
-    case: Case, comm: hpc_bnn.GridComm, shape, num_outputs: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def batch_of(case: Case, comm: hpc_bnn.GridComm, shape, num_outputs: int) -> tuple[torch.Tensor, torch.Tensor]:
     part = comm.grid.local_examples(case.global_batch_size)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(case.global_batch_size, *shape, generator=generator)[part].to(comm.device)
@@ -288,11 +286,7 @@ def measure(options: argparse.Namespace) -> None:
         "library": comm.library,
         "model": options.model,
         "num_weights": sum(p.numel() for p in make_net().parameters()),
-        "versions": {
-            "hpc_bnn": hpc_bnn.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": {"hpc_bnn": hpc_bnn.__version__, "torch": torch.__version__, "python": platform.python_version()},
         "network": network,
         "rows": rows,
     }
@@ -320,9 +314,7 @@ def simulate(one: dict, num_weights: int, case: Case, num_ranks: int, network: N
     examples = math.ceil(case.global_batch_size / data_size) / one["global_batch_size"]
     compute = one["draw"] * samples + (one["forward"] + one["backward"]) * samples * examples + one["update"]
     num_bytes = 4 * num_weights * (1 if case.scheme.startswith("plain") else 2)
-    return compute + sum(
-        network.seconds("all-reduce", num_bytes, extent) for extent in (case.sample_size, data_size)
-    )
+    return compute + sum(network.seconds("all-reduce", num_bytes, extent) for extent in (case.sample_size, data_size))
 
 
 # --- the report ----------------------------------------------------------------------------------------
@@ -347,26 +339,18 @@ def report(options: argparse.Namespace) -> None:
         num_ranks = content["num_ranks"]
         network = Network(**content["network"] or {"latency": 0.0, "bandwidth": math.inf})
         for row in content["rows"]:
-            scheme = (
-                "sampling" if row["scheme"] == "hybrid" and row["study"] != "weak in data" else row["scheme"]
-            )
+            scheme = "sampling" if row["scheme"] == "hybrid" and row["study"] != "weak in data" else row["scheme"]
             scheme = "data" if row["scheme"] == "hybrid" and row["study"] == "weak in data" else scheme
             one = first[row["study"], scheme]
             case = Case(**{name: row[name] for name in Case.__dataclass_fields__})
-            work = (
-                row["num_samples"]
-                * row["global_batch_size"]
-                / (one["num_samples"] * one["global_batch_size"])
-            )
+            work = row["num_samples"] * row["global_batch_size"] / (one["num_samples"] * one["global_batch_size"])
             speedup = work * one["seconds"] / row["seconds"]
             line = {"num_ranks": num_ranks, **row, "speedup": speedup, "efficiency": speedup / num_ranks}
             line["efficiency_of_cores"] = speedup / min(num_ranks, content["cores"] * content["num_hosts"])
             if row["scheme"] not in PEERS:
                 # ranks beyond the cores take turns
                 turns = (
-                    max(1.0, num_ranks / (content["cores"] * content["num_hosts"]))
-                    if content["gpu"] is None
-                    else 1.0
+                    max(1.0, num_ranks / (content["cores"] * content["num_hosts"])) if content["gpu"] is None else 1.0
                 )
                 line["simulated"] = turns * simulate(one, num_weights, case, num_ranks, network)
             table.append(line)
@@ -416,12 +400,7 @@ def plot(table: list[dict], far: list[dict], options: argparse.Namespace) -> Non
             simulated = [(line["num_ranks"], line["simulated"]) for line in lines if "simulated" in line]
             if simulated:
                 axes.plot(*zip(*simulated), ":", color=f"C{number}")
-        axes.set(
-            xlabel="ranks",
-            ylabel="seconds per step",
-            title=f"{study} (dotted: simulated)",
-            yscale="log",
-        )
+        axes.set(xlabel="ranks", ylabel="seconds per step", title=f"{study} (dotted: simulated)", yscale="log")
         axes.set_xscale("log", base=2)
         axes.set_xticks(ticks, ticks)
         axes.legend(fontsize=7)
@@ -445,9 +424,7 @@ def markdown(found: list[dict], table: list[dict], far: list[dict], options: arg
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in sorted(table, key=lambda row: (row["study"], row["scheme"], row["num_ranks"])):
-        parts = " | ".join(
-            "–" if math.isnan(row[p]) else f"{100 * row[p] / row['seconds']:.0f} %" for p in PARTS
-        )
+        parts = " | ".join("–" if math.isnan(row[p]) else f"{100 * row[p] / row['seconds']:.0f} %" for p in PARTS)
         ratio = f"{row['simulated'] / row['seconds']:.2f}" if "simulated" in row else "–"
         grid = f"{row['sample_size']} x {row['num_ranks'] // row['sample_size']}"
         lines.append(
@@ -507,9 +484,7 @@ def measure_locally(num_ranks: int, options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["local", "measure", "report"])
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
@@ -524,9 +499,7 @@ def main() -> None:
     parser.add_argument("--bandwidth", type=float, default=20e9, help="assumed for the simulation (bytes/s)")
     parser.add_argument("--latency", type=float, default=20e-6, help="assumed for the simulation (s)")
     parser.add_argument("--max-ranks", type=int, default=1024)
-    parser.add_argument(
-        "--strong-samples", type=int, default=256, help="samples of the simulated strong study"
-    )
+    parser.add_argument("--strong-samples", type=int, default=256, help="samples of the simulated strong study")
     parser.add_argument("--case", type=int, help="measure the case of this number alone")
     options = parser.parse_args()
     if options.command == "measure":

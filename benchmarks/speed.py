@@ -55,9 +55,7 @@ class Worker:
     def __init__(self, root: Path, model: str, num_samples: str, core: int):
         command = [sys.executable, __file__, "--child", str(root), model, num_samples, str(core)]
         pipe = subprocess.PIPE
-        self.process = subprocess.Popen(
-            command, cwd=root, env=environment(root), stdin=pipe, stdout=pipe, text=True
-        )
+        self.process = subprocess.Popen(command, cwd=root, env=environment(root), stdin=pipe, stdout=pipe, text=True)
 
     def __call__(self, num_steps: int) -> float:
         """Return the CPU time of some steps (seconds)."""
@@ -123,9 +121,7 @@ def measure(options: argparse.Namespace, roots: tuple[Path, Path]) -> Iterator[t
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--against", metavar="COMMIT", help="former commit")
     parser.add_argument("--cases", nargs="+", default=["mlp:1", "mlp:16", "vit:4"], metavar="MODEL:SAMPLES")
     parser.add_argument("--core", type=int, default=min(os.sched_getaffinity(0)), help="default: the first")

@@ -144,18 +144,14 @@ def plot(options: argparse.Namespace, runs: dict[str, list[list[dict[str, float]
             axes.fill_between(epochs, curves.min(0), curves.max(0), color=f"C{color}", alpha=0.2, lw=0)
     for accuracy in options.accuracy:
         panels[0].axhline(accuracy, color="gray", lw=0.8, ls="--")
-    panels[0].set(
-        xlabel="epoch", ylabel="validation accuracy", title=f"{options.name}: mean and range over seeds"
-    )
+    panels[0].set(xlabel="epoch", ylabel="validation accuracy", title=f"{options.name}: mean and range over seeds")
     panels[1].set(xlabel="epoch", ylabel="validation NLL (nats)", yscale="log")
     panels[0].legend(title="views")
     figure.savefig(path, dpi=120)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shards", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--name", default="MNIST")
@@ -176,9 +172,7 @@ def main() -> None:
     if not (options.output / "shards/manifest.json").exists():
         take_subset(options.shards, options.num_train, options.num_validation, options.output / "shards")
     with ThreadPoolExecutor(options.jobs) as pool:
-        futures = {
-            views: [pool.submit(train, options, views, seed) for seed in options.seeds] for views in VIEWS
-        }
+        futures = {views: [pool.submit(train, options, views, seed) for seed in options.seeds] for views in VIEWS}
         runs = {views: [future.result() for future in found] for views, found in futures.items()}
     with open(options.output / "views.csv", "w", newline="") as file:
         writer = csv.writer(file)
@@ -186,9 +180,7 @@ def main() -> None:
         for views, histories in runs.items():
             for seed, rows in zip(options.seeds, histories):
                 for row in rows:
-                    writer.writerow(
-                        [views, seed, row["epoch"], row["test/accuracy"], row["test/nll"], row["seconds"]]
-                    )
+                    writer.writerow([views, seed, row["epoch"], row["test/accuracy"], row["test/nll"], row["seconds"]])
     table = report(options, runs)
     (options.output / "views.md").write_text(table)
     plot(options, runs, options.output / "views.png")

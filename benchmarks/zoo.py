@@ -94,7 +94,7 @@ class Bnn:
         """Return the members of the predictive, [B, M, ...]."""
         return hpc_bnn.predict_values(
             self.posterior, self.likelihood, self.comm, x, num_samples=NUM_MEMBERS, seed=SEED, keep_members=True
-        ).members  # fmt: skip
+        ).members
 
     def drawn_for_step(self, sample: int) -> Named:
         """Draw a sample of the next step again and return the module's weights."""
@@ -173,9 +173,7 @@ class RunningStatistics:
 class PlainStep:
     """Loss, gradients and buffers of a step of the plain module, by one ordinary backward pass per sample."""
 
-    def __init__(
-        self, plain: nn.Module, drawn: list[Named], means: Named, buffers: Named, x: Tensor, y: Tensor
-    ):
+    def __init__(self, plain: nn.Module, drawn: list[Named], means: Named, buffers: Named, x: Tensor, y: Tensor):
         net = load_(copy.deepcopy(plain), drawn[0], buffers)
         statistics = RunningStatistics(net)
         self.losses, self.gradients = {"": torch.zeros(())}, {}
@@ -323,9 +321,7 @@ def play(plain: Plain, chunk_size: int, global_seed: int, compare: Comparison | 
         def want(weights: list[Named]) -> Named:
             return by_member(plain_members(plain.module, weights, buffers, x))
 
-        compare.numbers(
-            f"members of the {which}", by_member(members), want(drawn), lambda: want(moved(drawn))
-        )
+        compare.numbers(f"members of the {which}", by_member(members), want(drawn), lambda: want(moved(drawn)))
 
     if compare:
         predict("first predictive")
@@ -343,10 +339,7 @@ def play(plain: Plain, chunk_size: int, global_seed: int, compare: Comparison | 
 
         step = want(drawn)
         compare.numbers(
-            "loss",
-            {"": torch.tensor(loss, dtype=torch.float64)},
-            step.losses,
-            lambda: want(moved(drawn)).losses,
+            "loss", {"": torch.tensor(loss, dtype=torch.float64)}, step.losses, lambda: want(moved(drawn)).losses
         )
         compare.numbers("gradient", gradients, step.gradients, lambda: want(moved(drawn)).gradients)
         compare.buffers(buffers_of(net), step, lambda: [want([weights]) for weights in drawn])
@@ -669,14 +662,7 @@ def monai_networks() -> dict[str, Callable[[], nn.Module]]:
         "UNETR": lambda: nets.UNETR(1, 3, (64, 64), 4, 16, 32, 2, spatial_dims=2),
         "VNet": lambda: nets.VNet(2, 1, 3),
         "VQVAE": lambda: nets.VQVAE(
-            2,
-            1,
-            1,
-            channels=(8, 8),
-            num_res_channels=(8, 8),
-            num_res_layers=1,
-            num_embeddings=8,
-            embedding_dim=4,
+            2, 1, 1, channels=(8, 8), num_res_channels=(8, 8), num_res_layers=1, num_embeddings=8, embedding_dim=4
         ),
     }
     return {name: lambda make=make: iter([(make(), images(64, 1))]) for name, make in makers.items()}
@@ -728,9 +714,7 @@ def load_torchvision() -> None:
         for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
             del sys.modules[name]
         for name in ("nms", "qnms"):
-            torch.library.define(
-                f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-            )
+            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         import torchvision  # noqa: F401
 
 
@@ -753,9 +737,7 @@ def table(rows: dict[str, dict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="rows, one a line; grows")
     parser.add_argument("--timm", action="store_true", help="the families of timm only")
     parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="such as 'timm/res*'")
@@ -792,10 +774,7 @@ def main() -> None:
         rows[name] = row | {"seconds": round(seconds, 1)}
         with open(options.json, "a") as file:
             file.write(json.dumps(rows[name]) + "\n")
-        print(
-            f"{row['verdict']:10} {name:40} {row['why'].splitlines()[0][:160] if row['why'] else ''}",
-            flush=True,
-        )
+        print(f"{row['verdict']:10} {name:40} {row['why'].splitlines()[0][:160] if row['why'] else ''}", flush=True)
     print(table({name: rows[name] for name in chosen}))
 
 

@@ -77,9 +77,7 @@ def load(flag: str, path: Path) -> Any:
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(f"{flag}: {path} cannot be read as NumPy's arrays of numbers ({error})") from error
     if isinstance(found, np.ndarray) == (path.suffix == ".npz"):
-        raise DataError(
-            f"{flag}: {path} is one array where its name says .npz, or the reverse. Name it rightly"
-        )
+        raise DataError(f"{flag}: {path} is one array where its name says .npz, or the reverse. Name it rightly")
     return found
 
 
@@ -235,9 +233,7 @@ def prepare(options: argparse.Namespace, comm: GridComm) -> None:
         options,
         {s: make_examples(sources.get(s, train), rows[s], options) for s in SPLITS if s in rows},
         key=key,
-        **common.state_facts(
-            options, first.stem if first else options.train, first.name if first else options.train
-        ),
+        **common.state_facts(options, first.stem if first else options.train, first.name if first else options.train),
         num_classes=options.classes,
     )
 
@@ -248,12 +244,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--validation", metavar="SPEC", help="validation examples")
     parser.add_argument("--test", metavar="SPEC", help="test examples")
     common.add_fractions(parser, validation=0.0, test=0.0)
-    parser.add_argument(
-        "--x", metavar="KEY", default="x", help="inputs in a .npz file (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--y", metavar="KEY", default="y", help="targets in a .npz file (default: %(default)s)"
-    )
+    parser.add_argument("--x", metavar="KEY", default="x", help="inputs in a .npz file (default: %(default)s)")
+    parser.add_argument("--y", metavar="KEY", default="y", help="targets in a .npz file (default: %(default)s)")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument(
         "--encoded",

@@ -72,10 +72,7 @@ def read_files(source: Path, md5: Mapping[str, str]) -> dict[str, bytes]:
     if source.is_dir():
         return contents
     found = hashlib.md5(contents[source.name], usedforsecurity=False).hexdigest()
-    for name, folder, suffix in (
-        (PYTHON, "cifar-10-batches-py", ""),
-        (BINARY, "cifar-10-batches-bin", ".bin"),
-    ):
+    for name, folder, suffix in ((PYTHON, "cifar-10-batches-py", ""), (BINARY, "cifar-10-batches-bin", ".bin")):
         if found == md5[name]:
             with tarfile.open(fileobj=io.BytesIO(contents[source.name])) as archive:
                 names = [f"{batch}{suffix}" for batch in BATCHES]
@@ -112,9 +109,7 @@ def unpack(content: bytes) -> tuple[np.ndarray, np.ndarray]:
     return records[:, 1:], records[:, 0]
 
 
-def load(
-    source: Path, md5: Mapping[str, str] = MD5, batch_size: int = BATCH_SIZE
-) -> tuple[np.ndarray, np.ndarray]:
+def load(source: Path, md5: Mapping[str, str] = MD5, batch_size: int = BATCH_SIZE) -> tuple[np.ndarray, np.ndarray]:
     """Return images [60000, 3, 32, 32] uint8 and labels [60000] int64, the test batch last, verified."""
     pixels, labels = [], []
     for name, content in read_files(source, md5).items():

@@ -59,16 +59,12 @@ def add_facts(parser: argparse.ArgumentParser) -> None:
     """Add the flags ``--name``, ``--source-text`` and ``--licence``."""
     parser.add_argument("--name", help="of the data set (default: as known, or the file's)")
     parser.add_argument(
-        "--source-text",
-        metavar="TEXT",
-        help="where the data come from (default: as known, or the file's name)",
+        "--source-text", metavar="TEXT", help="where the data come from (default: as known, or the file's name)"
     )
     parser.add_argument("--licence", metavar="TEXT", help="of the data (default: as known, or 'not stated')")
 
 
-def state_facts(
-    options: argparse.Namespace, name: str, source: str, licence: str = "not stated"
-) -> dict[str, str]:
+def state_facts(options: argparse.Namespace, name: str, source: str, licence: str = "not stated") -> dict[str, str]:
     """Return name, source and licence for the manifest: as the flags say, or as given."""
     return {
         "name": options.name or name,
@@ -89,9 +85,7 @@ def check_fractions(options: argparse.Namespace) -> dict[str, float]:
     for name, value in shares.items():
         check(f"--{name}-fraction", value, 0 <= value < 1, "must be at least 0 and below 1", "Try 0.2")
     total = sum(shares.values())
-    check(
-        "--validation-fraction, --test-fraction", total, total < 1, "nothing is left to train on", "Try 0.2"
-    )
+    check("--validation-fraction, --test-fraction", total, total < 1, "nothing is left to train on", "Try 0.2")
     return {"train": 1 - total, **shares}
 
 
@@ -100,13 +94,7 @@ def cut(num_items: int, shares: dict[str, float]) -> dict[str, range]:
     names, bounds = list(shares), np.round(np.cumsum([0, *shares.values()]) * num_items).astype(int)
     parts = {name: range(a, b) for name, a, b in zip(names, bounds, bounds[1:]) if shares[name] > 0}
     for name, part in parts.items():
-        check(
-            f"--{name}-fraction",
-            shares[name],
-            len(part) > 0,
-            f"of {num_items} nothing is left",
-            "Make it larger",
-        )
+        check(f"--{name}-fraction", shares[name], len(part) > 0, f"of {num_items} nothing is left", "Make it larger")
     return parts
 
 
@@ -166,9 +154,7 @@ def write(
     where the content of the source is not known.
     """
     # Where files lie does not matter: their checksums are in the key
-    flags = {
-        k: str(v) for k, v in vars(options).items() if k not in ("output", "force", "source", "split_file")
-    }
+    flags = {k: str(v) for k, v in vars(options).items() if k not in ("output", "force", "source", "split_file")}
     key = None if key is None else [key, flags]
     with comm.agree(f"looking at {options.output}"):
         is_there = not options.force and _is_there(options.output, key)
@@ -193,9 +179,7 @@ def write(
     )
     if comm.grid.rank == 0:
         for split, shards in manifest.splits.items():
-            print(
-                f"{options.output}: {split}, {manifest.num_examples(split)} examples in {len(shards)} files"
-            )
+            print(f"{options.output}: {split}, {manifest.num_examples(split)} examples in {len(shards)} files")
 
 
 def _is_there(directory: Path, key: Any) -> bool:

@@ -29,9 +29,7 @@ def load() -> tuple[np.ndarray, np.ndarray]:
     y = digits.target.astype(np.int64)
     found = hashlib.sha256(x.tobytes() + y.astype(np.uint8).tobytes()).hexdigest()
     if len(x) != NUM_EXAMPLES or found != SHA256:
-        raise DataError(
-            f"scikit-learn's digits are not the expected ones: {len(x)} examples, SHA-256 {found}"
-        )
+        raise DataError(f"scikit-learn's digits are not the expected ones: {len(x)} examples, SHA-256 {found}")
     return x, y
 
 

@@ -30,9 +30,7 @@ def read_idx(directory: Path, name: str) -> np.ndarray:
     try:
         content = unpacked.read_bytes() if unpacked.exists() else gzip.decompress(packed.read_bytes())
     except (OSError, EOFError) as error:
-        raise DataError(
-            f"--source {directory}: neither {name} nor {name}.gz can be read ({error})"
-        ) from error
+        raise DataError(f"--source {directory}: neither {name} nor {name}.gz can be read ({error})") from error
     md5, shape = FILES[name]
     common.check_digest(directory / name, content, md5)
     return np.frombuffer(content, dtype=np.uint8, offset=len(content) - math.prod(shape)).reshape(shape)

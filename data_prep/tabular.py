@@ -158,9 +158,7 @@ def choose_rows(options: argparse.Namespace, kept: np.ndarray) -> dict[str, np.n
         return common.draw_split(int(kept.sum()), common.check_fractions(options), options.seed)
     words = read_words(options.split_file, len(kept))[kept]
     parts = {name: np.flatnonzero(words == name) for name in SPLITS if (words == name).any()}
-    common.check(
-        "--split-file", options.split_file, "train" in parts, "no row is left to train on", "Write train"
-    )
+    common.check("--split-file", options.split_file, "train" in parts, "no row is left to train on", "Write train")
     return parts
 
 

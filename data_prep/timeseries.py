@@ -208,12 +208,8 @@ def split_rows(options: argparse.Namespace, num_rows: int) -> dict[str, range]:
         return common.cut(num_rows, common.check_fractions(options))
     counts = options.split_rows
     text, total = " ".join(map(str, counts)), sum(counts)
-    common.check(
-        "--split-rows", text, counts[0] > 0 <= min(counts), "a training split is needed", "Try 800 100 100"
-    )
-    common.check(
-        "--split-rows", text, total <= num_rows, f"the source has {num_rows} rows", f"Not {total} in all"
-    )
+    common.check("--split-rows", text, counts[0] > 0 <= min(counts), "a training split is needed", "Try 800 100 100")
+    common.check("--split-rows", text, total <= num_rows, f"the source has {num_rows} rows", f"Not {total} in all")
     bounds = np.cumsum([0, *counts]).tolist()
     parts = {name: range(*pair) for name, *pair in zip(("train", "validation", "test"), bounds, bounds[1:])}
     return {name: part for name, part in parts.items() if part}
@@ -270,12 +266,7 @@ def find_windows(
     if bad.all():
         raise DataError(f"--missing drop: no window of the split '{name}' is left. Mend the file")
     if bad.any():
-        logger.info(
-            "%s: %d of %d windows touch missing values or irregular steps: left out",
-            name,
-            bad.sum(),
-            len(bad),
-        )
+        logger.info("%s: %d of %d windows touch missing values or irregular steps: left out", name, bad.sum(), len(bad))
     return starts[~bad]
 
 
@@ -310,11 +301,7 @@ def prepare(options: argparse.Namespace, comm: GridComm) -> None:
         common.check(f"--{flag}", value, value >= 1, "must be at least 1", "Try 1")
     rule = f"a season must lie within the history, 0 to {options.window} rows"
     common.check(
-        "--changes",
-        options.changes,
-        0 <= options.changes <= options.window,
-        rule,
-        "Use less, or a longer --window",
+        "--changes", options.changes, 0 <= options.changes <= options.window, rule, "Use less, or a longer --window"
     )
     with comm.agree(f"reading {options.source}"):
         sums = common.checksums(options.source)

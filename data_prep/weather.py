@@ -143,9 +143,7 @@ def open_file(path: Path) -> xarray.Dataset:
             if is_grib
             else "Is it a NetCDF file, and whole? NetCDF-4 needs netcdf4: pip install 'hpc_bnn[data]'"
         )
-        raise DataError(
-            f"--source: {path} cannot be opened ({str(error).splitlines()[0]}). {remedy}"
-        ) from error
+        raise DataError(f"--source: {path} cannot be opened ({str(error).splitlines()[0]}). {remedy}") from error
 
 
 def find_dims(datasets: list[xarray.Dataset], options: argparse.Namespace) -> dict[str, str]:
@@ -232,18 +230,12 @@ def check_alike(fields: Fields) -> None:
                 dim, alike = fields.dims[role], variable if role == "level" else None
                 values = array[dim].values if dim in array.dims else np.empty(0)
                 if not np.array_equal(values, fields.coordinate(role, alike)):
-                    raise DataError(
-                        f"--source: {variable} has {dim} unlike other fields. Choose --variables alike"
-                    )
+                    raise DataError(f"--source: {variable} has {dim} unlike other fields. Choose --variables alike")
         if not np.array_equal(fields.coordinate("time", variable), fields.coordinate("time")):
-            raise DataError(
-                f"--source: {variable} has times unlike other fields. Give files of the same times"
-            )
+            raise DataError(f"--source: {variable} has times unlike other fields. Give files of the same times")
     latitudes = fields.coordinate("latitude")
     if not (np.diff(latitudes) < 0).all() or np.abs(latitudes).max() > 90:
-        raise DataError(
-            f"--source: {fields.dims['latitude']} is not sorted, or not in degrees. Mend it first"
-        )
+        raise DataError(f"--source: {fields.dims['latitude']} is not sorted, or not in degrees. Mend it first")
 
 
 def open_source(options: argparse.Namespace) -> tuple[Fields, list[Channel], list[Channel]]:
@@ -313,9 +305,7 @@ def make_examples(
 ) -> Examples:
     """Return examples x [n, channels, latitudes, longitudes] and y likewise, read when they are written."""
 
-    def select(
-        channels: list[Channel], ages: list[int], times: np.ndarray, members: np.ndarray
-    ) -> np.ndarray:
+    def select(channels: list[Channel], ages: list[int], times: np.ndarray, members: np.ndarray) -> np.ndarray:
         block = range(times[0] - max(ages), times[-1] - min(ages) + 1)
         group = range(members.min(), members.max() + 1)
         values = fields.read(channels, block, group)
@@ -326,8 +316,7 @@ def make_examples(
                 row, channel = missing[0]
                 moment = text(fields.coordinate("time")[times[row] - age])
                 raise DataError(
-                    f"--source: {channels[channel]} lacks values at {moment}. "
-                    "--missing drop leaves out such examples"
+                    f"--source: {channels[channel]} lacks values at {moment}. --missing drop leaves out such examples"
                 )
         return np.concatenate(chosen, axis=1)
 
@@ -352,10 +341,7 @@ def split_pairs(
 ) -> dict[str, np.ndarray]:
     """Return the pairs of each split; `ConfigError` where there are none."""
     history, lead = options.history, options.lead
-    pairs = {
-        name: find_pairs(part, segments, *complete, history=history, lead=lead)
-        for name, part in parts.items()
-    }
+    pairs = {name: find_pairs(part, segments, *complete, history=history, lead=lead) for name, part in parts.items()}
     for name, part in parts.items():
         common.check(
             "--validation-fraction, --test-fraction",
@@ -435,15 +421,11 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="inputs, as VAR or VAR@LEVEL (default: all with time, latitude and longitude)",
     )
-    parser.add_argument(
-        "--targets", nargs="+", metavar="NAME", help="as VAR or VAR@LEVEL (default: the inputs)"
-    )
+    parser.add_argument("--targets", nargs="+", metavar="NAME", help="as VAR or VAR@LEVEL (default: the inputs)")
     parser.add_argument(
         "--levels", nargs="+", type=float, metavar="VALUE", help="of each VAR without @LEVEL (default: all)"
     )
-    parser.add_argument(
-        "--history", type=int, default=1, metavar="N", help="input time steps (default: %(default)s)"
-    )
+    parser.add_argument("--history", type=int, default=1, metavar="N", help="input time steps (default: %(default)s)")
     parser.add_argument(
         "--lead",
         type=int,

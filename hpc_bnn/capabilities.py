@@ -40,17 +40,11 @@ class Registered(NamedTuple):
 
 
 FAMILIES = {
-    "mean_field": Registered(
-        "MeanFieldGaussian", Capabilities("closed form", is_separable=True, has_estimators=True)
-    ),
+    "mean_field": Registered("MeanFieldGaussian", Capabilities("closed form", is_separable=True, has_estimators=True)),
     "low_rank": Registered("LowRankGaussian", Capabilities("closed form")),
-    "mc_dropout": Registered(
-        "MCDropout", Capabilities("closed form", has_random_weights=False, is_separable=True)
-    ),
+    "mc_dropout": Registered("MCDropout", Capabilities("closed form", has_random_weights=False, is_separable=True)),
     "ensemble": Registered("DeepEnsemble", Capabilities("point", owner="sample")),
-    "deterministic": Registered(
-        "DeterministicNetwork", Capabilities(has_random_weights=False, is_separable=True)
-    ),
+    "deterministic": Registered("DeterministicNetwork", Capabilities(has_random_weights=False, is_separable=True)),
 }
 
 

@@ -178,8 +178,7 @@ class ObjectiveConfig:
     name: str = _named("elbo", ObjectiveName)
     """elbo, log_predictive (the direct loss), moment_matched, crps, energy, or the import path of your own."""
     fairness: float = _ruled(
-        0.95,
-        Rule(lambda value: isinstance(value, Real) and 0 <= value <= 1, "between 0 and 1", "Try 0.95"),
+        0.95, Rule(lambda value: isinstance(value, Real) and 0 <= value <= 1, "between 0 and 1", "Try 0.95")
     )
     """Fairness of crps and energy to the finite number of samples: 0 the ordinary score, 1 the fair, 0.95 almost
     fair."""
@@ -285,9 +284,7 @@ class Config:
     """Examples per step in the whole job."""
     num_epochs: int = _ruled(10, at_least(1, "Give a positive number"))
     """Passes over the training split."""
-    max_seconds: float | None = _ruled(
-        None, Rule(lambda value: value > 0, "positive", "Leave it out for no limit")
-    )
+    max_seconds: float | None = _ruled(None, Rule(lambda value: value > 0, "positive", "Leave it out for no limit"))
     """Stop with a checkpoint and exit code 75 after this time (seconds)."""
     resume: bool = False
     """Continue from the newest sound checkpoint in run_dir, on any grid; without a checkpoint start at the
@@ -375,13 +372,7 @@ class Config:
         for group in (posterior, self.likelihood):
             field, name = ("posterior", family) if group is posterior else ("likelihood", group.name)
             rule = f"left out for {name}, which has fields of its own"
-            yield (
-                f"{field}.arguments",
-                group.arguments,
-                "." in name or not group.arguments,
-                rule,
-                "Leave them out",
-            )
+            yield (f"{field}.arguments", group.arguments, "." in name or not group.arguments, rule, "Leave them out")
         if family in ("mc_dropout", "ensemble"):
             yield "posterior.prior_std", std, std != "fan_in", f"a number for {family}", "Try 1.0"
         if family == "ensemble":
@@ -395,11 +386,7 @@ class Config:
         if posterior.family not in FAMILIES:
             return  # that is the fault, or it is checked when it is built
         can = FAMILIES[posterior.family].capabilities
-        if (
-            can.has_random_weights
-            and can.kl == "closed form"
-            and posterior.prior in ("student_t", "scale_mixture")
-        ):
+        if can.has_random_weights and can.kl == "closed form" and posterior.prior in ("student_t", "scale_mixture"):
             can = can.but(kl="Monte Carlo")
         asked = Features(
             couples=name in get_args(ObjectiveName) and name != "elbo",

@@ -95,9 +95,7 @@ class HpcBnnError(Exception):
         return self._text(Fault.on_command_line, _as_flag)
 
     def _text(self, of_fault: Callable[[Fault], str], spell: Callable[[str], str]) -> str:
-        parts = [
-            of_fault(part) if isinstance(part, Fault) else _spelled(str(part), spell) for part in self.args
-        ]
+        parts = [of_fault(part) if isinstance(part, Fault) else _spelled(str(part), spell) for part in self.args]
         return self.where + "\n".join(parts)
 
 

@@ -66,9 +66,7 @@ def grids(num_ranks: int, num_samples: int, batch: int, flag: str = "number of r
     sizes = [s for s in sample_sizes(num_ranks) if s <= num_samples and num_ranks // s <= batch]
     if not sizes:
         rule = f"no grid of {num_ranks} ranks has a sample and an example for each, with {num_samples} samples and {batch} examples"
-        remedy = (
-            "Use fewer ranks, more <num_samples>, or more examples (<global_batch_size>, <data.train_split>)"
-        )
+        remedy = "Use fewer ranks, more <num_samples>, or more examples (<global_batch_size>, <data.train_split>)"
         raise ConfigError(Fault(flag, num_ranks, rule, remedy))
     return sizes
 
@@ -100,7 +98,9 @@ class Grid:
         assert self.world_size >= 1 and 0 <= self.rank < self.world_size, self
         if self.sample_size < 1 or self.world_size % self.sample_size:
             rule = f"sample_size x data_size must be the number of ranks, and the job has {self.world_size}"
-            remedy = f"Use one of {', '.join(map(str, sample_sizes(self.world_size)))}, or start another number of ranks"
+            remedy = (
+                f"Use one of {', '.join(map(str, sample_sizes(self.world_size)))}, or start another number of ranks"
+            )
             raise ConfigError(Fault("grid.sample_size", self.sample_size, rule, remedy))
 
     @property
@@ -185,9 +185,7 @@ class Grid:
             remedy_of_batch = f"Use <global_batch_size> {self.data_size}, {remedy}"
             faults.append(Fault("global_batch_size", global_batch_size, rule, remedy_of_batch))
         if num_examples is not None and num_examples < self.data_size:
-            rule = (
-                f"the training set has fewer examples than {ranks}, and each evaluates one or more in a step"
-            )
+            rule = f"the training set has fewer examples than {ranks}, and each evaluates one or more in a step"
             faults.append(Fault("data.train_split", f"with {num_examples} examples", rule, f"Use {remedy}"))
         if faults:
             raise ConfigError(*faults)

@@ -371,9 +371,7 @@ class _Score(Gathered):
             weights = weights.numpy(force=True) if isinstance(weights, Tensor) else weights
             weights = np.array(weights, dtype=np.float64)
         self.weights = None if weights is None else torch.from_numpy(weights)
-        if weights is not None and not (
-            np.isfinite(weights).all() and (weights >= 0).all() and weights.any()
-        ):
+        if weights is not None and not (np.isfinite(weights).all() and (weights >= 0).all() and weights.any()):
             rule = "must be finite, 0 or more, and not all 0"
             remedy = "Use cos(latitude)"
             raise ConfigError(Fault("objective.weights", f"of shape {list(weights.shape)}", rule, remedy))
@@ -381,9 +379,7 @@ class _Score(Gathered):
     def check(self, likelihood: Likelihood, num_samples: int) -> None:
         if not isinstance(likelihood, Implicit):
             raise self._fault(
-                likelihood,
-                "it scores the members and knows no noise of a likelihood",
-                "Use <likelihood.name> implicit",
+                likelihood, "it scores the members and knows no noise of a likelihood", "Use <likelihood.name> implicit"
             )
         check_pairs(self.name, self.fairness, num_samples)
 

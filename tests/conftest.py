@@ -82,12 +82,7 @@ def mpirun():
 
 def run_job(command, timeout=JOB_SECONDS, **options) -> subprocess.CompletedProcess:
     """Run a launcher. At the limit it gets SIGTERM, with which it takes its ranks along; SIGKILL would leave them."""
-    options = {
-        "stdout": subprocess.PIPE,
-        "stderr": subprocess.PIPE,
-        "text": True,
-        "cwd": REPOSITORY,
-    } | options
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": REPOSITORY} | options
     job = subprocess.Popen(command, **options)
     try:
         output, errors = job.communicate(timeout=patience(timeout))

@@ -263,8 +263,7 @@ def _core() -> Iterator[Case]:
     yield from _crossed(family=["mean_field", "low_rank", "flipout"], num_samples=[7], chunk_size=[3])
     yield Case(chunk_size=16, num_samples=16)
     yield from (
-        Case(objective=name, likelihood=likelihood, num_samples=7, chunk_size=3)
-        for name, likelihood in SCORED[:3]
+        Case(objective=name, likelihood=likelihood, num_samples=7, chunk_size=3) for name, likelihood in SCORED[:3]
     )
     for optimizer in OPTIMIZERS:
         yield Case(optimizer=optimizer, max_gradient_norm=0.3)
@@ -305,20 +304,14 @@ def _more() -> Iterator[Case]:
             yield Case(family, objective="log_predictive", **chunk)
         for objective, likelihood in SCORED:
             yield Case(objective=objective, likelihood=likelihood, **chunk)
-    yield from _crossed(
-        network=["vit", "residual", "dropout"], objective=["log_predictive"], chunk_size=[1, 3]
-    )
+    yield from _crossed(network=["vit", "residual", "dropout"], objective=["log_predictive"], chunk_size=[1, 3])
     for family, network in (
         ("student_t", "mlp"),
         ("low_rank", "vit"),
         ("mc_dropout", "dropout"),
         ("mean_field", "residual"),
     ):
-        for objective, likelihood in (
-            ("moment_matched", "gaussian"),
-            ("crps", "implicit"),
-            ("energy", "implicit"),
-        ):
+        for objective, likelihood in (("moment_matched", "gaussian"), ("crps", "implicit"), ("energy", "implicit")):
             yield Case(family, network, objective, likelihood)
     for likelihood in ("gaussian", "gaussian_fixed"):
         yield Case(likelihood=likelihood)
@@ -334,9 +327,7 @@ def _more() -> Iterator[Case]:
     yield from _crossed(family=["mean_field", "flipout"], network=["vit"], max_gradient_norm=[0.3])
     yield Case("mc_dropout", "dropout", optimizer="overlapping_adam")
     # views and the order of shards
-    yield from _crossed(
-        views=["none_of_shards", "shared", "per_group", "per_sample", "mixup"], chunk_size=[1, 3]
-    )
+    yield from _crossed(views=["none_of_shards", "shared", "per_group", "per_sample", "mixup"], chunk_size=[1, 3])
     yield Case(network="residual", views="per_sample")
     yield Case(network="vit", views="per_sample", objective="log_predictive")
     # factor of the KL
@@ -395,9 +386,7 @@ def _make_network(case: Case, likelihood) -> nn.Module:
 def _make_posterior(case: Case, likelihood, comm):
     if case.family == "ensemble":
         mine = comm.grid.local_samples(case.num_samples)
-        return hpc_bnn.DeepEnsemble(
-            lambda: _make_network(case, likelihood), case.num_samples, mine, seed=SEED
-        )
+        return hpc_bnn.DeepEnsemble(lambda: _make_network(case, likelihood), case.num_samples, mine, seed=SEED)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         return FAMILIES[case.family](_make_network(case, likelihood))
@@ -421,9 +410,7 @@ def _batches_of_shards(case: Case, comm, x: Tensor, y: Tensor, directory: Path) 
     )  # fmt: skip
     mixes = case.views == "mixup"
     dataset = hpc_bnn.ShardDataset(directory, "train", dtype=torch.float64, comm=comm)
-    loader = hpc_bnn.BatchLoader(
-        dataset, comm.grid, case.global_batch_size, SEED, with_partners=mixes, prefetch=0
-    )
+    loader = hpc_bnn.BatchLoader(dataset, comm.grid, case.global_batch_size, SEED, with_partners=mixes, prefetch=0)
     transforms = [Crop(padding=1), lambda x, random: x + random.uniform(*x.shape[1:]).to(x.dtype)]
     transforms += [Mixup(0.3)] if mixes else []
     augmentation = hpc_bnn.Augmentation(

@@ -9,16 +9,7 @@ from scipy import stats
 from hpc_bnn import Categorical, Grid, GridComm, MeanFieldGaussian, VariationalStep
 from hpc_bnn.config import AugmentationConfig
 from hpc_bnn.data import ArraySpec, Augmentation, Batch, Manifest
-from hpc_bnn.data.augment import (
-    Crop,
-    Erase,
-    ExampleRandom,
-    Flip,
-    Mask,
-    Mixup,
-    Noise,
-    build_augmentation,
-)
+from hpc_bnn.data.augment import Crop, Erase, ExampleRandom, Flip, Mask, Mixup, Noise, build_augmentation
 from hpc_bnn.errors import ConfigError
 from hpc_bnn.noise import Key, Stream
 
@@ -54,9 +45,7 @@ def test_numbers_of_an_example_do_not_depend_on_the_batch():
     assert torch.equal(random([7, 3, 99]).uniform(3), whole[[7, 3, 99]])
     both = random([5])
     first, second = both.uniform(2), both.uniform(2)
-    assert torch.equal(torch.cat([first, second], 1), random([5]).uniform(4)) and not torch.equal(
-        first, second
-    )
+    assert torch.equal(torch.cat([first, second], 1), random([5]).uniform(4)) and not torch.equal(first, second)
 
 
 def test_generator_is_splitmix64():
@@ -93,10 +82,7 @@ def test_crop_shifts_whole_images_and_fills_with_zeros():
     padded = torch.nn.functional.pad(x, [2] * 4)
     for before, after in zip(padded, y):
         found = [
-            (dy, dx)
-            for dy in range(5)
-            for dx in range(5)
-            if torch.equal(before[:, dy : dy + 8, dx : dx + 8], after)
+            (dy, dx) for dy in range(5) for dx in range(5) if torch.equal(before[:, dy : dy + 8, dx : dx + 8], after)
         ]
         assert len(found) == 1
         shifts |= set(found)
@@ -161,9 +147,7 @@ def test_mixup_mixes_inputs_and_class_probabilities():
     one_hot = torch.eye(3)[y]
     torch.testing.assert_close(probabilities, w[:, None] * one_hot + (1 - w[:, None]) * one_hot.flip(0))
     numbers = Batch(x, y.float(), batch.examples, 5, partners=(x.flip(0), y.float().flip(0)))
-    torch.testing.assert_close(
-        mixup.mix(numbers, random(torch.arange(5)), None)[1], w * y + (1 - w) * y.flip(0)
-    )
+    torch.testing.assert_close(mixup.mix(numbers, random(torch.arange(5)), None)[1], w * y + (1 - w) * y.flip(0))
 
 
 # --- views ---------------------------------------------------------------------------------------------

@@ -87,9 +87,7 @@ def test_config_and_constructors_refuse_the_same(family):
         config.grid.overlap, config.optimizer.sharded, config.objective.name = overlap, sharded, objective
         expected = faults_of(config.check)
 
-        def make_all(
-            estimator=estimator, objective=objective, overlap=overlap, sharded=sharded, config=config
-        ):
+        def make_all(estimator=estimator, objective=objective, overlap=overlap, sharded=sharded, config=config):
             """As the parts are made, one after another: the first that refuses ends it."""
             made = build_posterior(
                 config.posterior, lambda: nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.1), nn.Linear(4, 3)),
@@ -107,15 +105,7 @@ def test_config_and_constructors_refuse_the_same(family):
             )  # fmt: skip
 
         got = faults_of(make_all)
-        both = (
-            overlap and sharded
-        )  # a config can ask for both; in Python one optimizer takes the place of the other
-        assert got <= expected and (bool(got) == bool(expected) or both), (
-            family,
-            estimator,
-            prior,
-            got,
-            expected,
-        )
+        both = overlap and sharded  # a config can ask for both; in Python one optimizer takes the place of the other
+        assert got <= expected and (bool(got) == bool(expected) or both), (family, estimator, prior, got, expected)
         num_refused += bool(expected)
     assert num_refused

@@ -84,9 +84,7 @@ def test_the_one_before_a_damaged_checkpoint_is_used_and_said(tmp_path, damage, 
     store.save(state(15), 15)  # the damaged one counts for nothing, and nobody removes it
     assert store.load_newest()["place"]["epoch"] == 15
     kept = {path.name for path in tmp_path.iterdir()}
-    assert kept == {
-        f"step-000000{n}" for n in ("15.pt", "15.json", "20.json", "20.pt")[: 3 + (damage != "delete")]
-    }
+    assert kept == {f"step-000000{n}" for n in ("15.pt", "15.json", "20.json", "20.pt")[: 3 + (damage != "delete")]}
 
 
 def test_a_run_does_not_begin_anew_where_all_checkpoints_are_damaged(tmp_path):
@@ -161,14 +159,10 @@ def test_what_this_version_does_not_know_is_refused(tmp_path, change):
         store.save(state(step), step)
     rewrite(tmp_path, lambda c: [c["run"].update(hpc_bnn="9.9"), changed(c)], 2)
     note = tmp_path / "step-00000002.json"
-    note.write_text(
-        json.dumps(json.loads(note.read_text()) | {"new": 1})
-    )  # a newer note says that it is there
+    note.write_text(json.dumps(json.loads(note.read_text()) | {"new": 1}))  # a newer note says that it is there
     before = sorted(tmp_path.iterdir())
     for load in (store.load_newest, lambda: store.load(store.notes()[0])):
-        with pytest.raises(
-            DataError, match=f"step-00000002.pt has .*{message}"
-        ):  # no older one takes its place
+        with pytest.raises(DataError, match=f"step-00000002.pt has .*{message}"):  # no older one takes its place
             load()
     assert sorted(tmp_path.iterdir()) == before
 
@@ -255,7 +249,7 @@ def assert_same(a, b):
         ["--objective.name", "log_predictive", "--optimizer.schedule", "step", "--optimizer.decay_every_epochs", "1"],
     ],
     ids=lambda flags: flags[1].split(".")[-1][:20],
-)  # fmt: skip
+)
 def test_a_run_that_is_interrupted_anywhere_equals_the_uninterrupted_one_bit_for_bit(digits, tmp_path, flags):
     flags = [*flags, "--test_every_epochs", "2"]
     assert train(digits, tmp_path / "whole", *flags) == 0
@@ -350,9 +344,7 @@ def test_a_run_with_another_generator_can_be_evaluated_and_not_resumed(digits, t
     before = contents(tmp_path)
     assert train(digits, tmp_path, "--max_steps", 3, "--resume", "true") == 1
     message = capsys.readouterr().err
-    assert (
-        "generator philox" in message and f"draws with {GENERATOR}" in message and "begin another" in message
-    )
+    assert "generator philox" in message and f"draws with {GENERATOR}" in message and "begin another" in message
     assert contents(tmp_path) == before
     assert main(["evaluate", str(tmp_path)]) == 0
 

@@ -95,14 +95,7 @@ def test_dtypes(digits, tmp_path, dtype, stored):
             "--chunk_size",
             "2",
         ],
-        [
-            "--augmentation.transforms",
-            "[{name: mixup}]",
-            "--data.reading",
-            "rank",
-            "--data.drop_last",
-            "true",
-        ],
+        ["--augmentation.transforms", "[{name: mixup}]", "--data.reading", "rank", "--data.drop_last", "true"],
     ],
     ids=lambda flags: "-".join(flags[1::2]),
 )
@@ -110,9 +103,7 @@ def test_families_priors_and_estimators(digits, tmp_path, flags):
     shards = ["--data.shards", str(digits), "--run_dir", str(tmp_path / "run"), *QUICK, *flags]
     assert main(["train", "--config", str(REPOSITORY / "configs/digits.yaml"), *shards]) == 0
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert (
-        rows[1]["train/data_term"] < rows[0]["train/data_term"] and rows[1]["test/accuracy"] > 0.2
-    )  # chance is 0.1
+    assert rows[1]["train/data_term"] < rows[0]["train/data_term"] and rows[1]["test/accuracy"] > 0.2  # chance is 0.1
     names = set(load_model(tmp_path / "run"))
     if "5.*" in str(flags):
         assert {"5.weight", "3.weight.loc"} <= names
@@ -190,7 +181,7 @@ def test_missing_shards_are_prepared_or_their_remedy_is_named(tmp_path, monkeypa
             ["--num_samples 0", "--kl_weight -1", "--posterior.init_std 0", "--optimizer.learning_rate -3"],
         ),
     ],
-)  # fmt: skip
+)
 def test_wrong_requests_are_named_and_nothing_is_written(digits, tmp_path, flags, words, capsys):
     shards = ["--data.shards", str(digits), "--run_dir", str(tmp_path / "run")]
     assert main(["train", "--config", str(REPOSITORY / "configs/digits.yaml"), *shards, *flags]) == 2
@@ -205,15 +196,7 @@ def test_unknown_keys_wrong_types_and_broken_rules_are_named_all_at_once(tmp_pat
         "num_samples: eight\ndata: {shards: x, nonsense: 3}\nkl_weight: -3\noptimizer: {learning_rate: 0.01}\n"
         "posterior: {family: mean_feld, deterministic: norm}\nmodel: {arguments: {deep: {er: 1}}}\n"
     )
-    flags = [
-        "--num_epochs",
-        "many",
-        "--optimizer.learning_rte=3",
-        "--grid.sample_size",
-        "3",
-        "--dtype",
-        "float64",
-    ]
+    flags = ["--num_epochs", "many", "--optimizer.learning_rte=3", "--grid.sample_size", "3", "--dtype", "float64"]
     flags += ["--model.arguments.dropout", "0.3"]  # of a class: not ours to know
     assert main(["train", "--config", str(path), *flags]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
@@ -258,9 +241,7 @@ def test_a_data_group_without_an_example_is_refused_with_the_other_faults():
     config.grid.sample_size = "auto"  # 2 x 3 gives each rank something to do, no grid of 8 does
     assert list(faults(6)) == ["num_epochs"]
     found = faults(8)
-    assert (
-        list(found) == ["num_epochs", "number of ranks"] and "--global_batch_size" in found["number of ranks"]
-    )
+    assert list(found) == ["num_epochs", "number of ranks"] and "--global_batch_size" in found["number of ranks"]
     config.global_batch_size = 0
     assert list(faults(8)) == ["global_batch_size", "num_epochs"]
     config.grid.sample_size = 1
@@ -275,9 +256,7 @@ def test_help_shows_a_sentence_per_field(capsys):
 
 
 def test_console_command_is_the_module_under_mpi4py():
-    done = subprocess.run(
-        ["hpc-bnn", "--version"], capture_output=True, text=True, timeout=patience(JOB_SECONDS)
-    )
+    done = subprocess.run(["hpc-bnn", "--version"], capture_output=True, text=True, timeout=patience(JOB_SECONDS))
     assert done.returncode == 0 and done.stdout.startswith("hpc_bnn 0.")
 
 

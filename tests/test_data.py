@@ -15,15 +15,7 @@ from conftest import REPOSITORY, SHARED_DATA
 from preparation import start as prepare
 
 from hpc_bnn import Grid
-from hpc_bnn.data import (
-    BatchLoader,
-    Manifest,
-    ShardDataset,
-    epoch_order,
-    global_batches,
-    verify_shards,
-    write_shards,
-)
+from hpc_bnn.data import BatchLoader, Manifest, ShardDataset, epoch_order, global_batches, verify_shards, write_shards
 from hpc_bnn.errors import ConfigError, DataError, RankError
 
 FACTS = {"name": "toy", "source": "made by the test", "licence": "none"}
@@ -80,17 +72,13 @@ def test_examples_read_one_by_one_equal_those_in_memory(tmp_path, compression, l
     assert memory.num_bytes_read == sum(path.stat().st_size for path in tmp_path.glob("*.h5"))
     if length == 3000 and compression is None:
         before = files.num_bytes_read
-        files.fetch(
-            torch.tensor([7, 8])
-        )  # two chunks of one x, one chunk of the ten y; each ends in fletcher32
+        files.fetch(torch.tensor([7, 8]))  # two chunks of one x, one chunk of the ten y; each ends in fletcher32
         assert files.num_bytes_read - before == 2 * (2 * length * 4 + 4) + (10 * 70 * 4 + 4)
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "int16", "float64", "float16"])
 def test_inputs_of_any_dtype(tmp_path, dtype):
-    x = (
-        np.random.default_rng(0).integers(0, 200, (9, 3, 5)).astype(dtype)
-    )  # 45 bytes of uint8: y is not aligned
+    x = np.random.default_rng(0).integers(0, 200, (9, 3, 5)).astype(dtype)  # 45 bytes of uint8: y is not aligned
     write_shards(tmp_path, {"train": (x, np.arange(9))}, **FACTS, normalise_targets=False)
     for reading in ("node", "rank"):
         got, y = ShardDataset(tmp_path, "train", reading=reading, dtype=torch.float64).fetch(slice(1, 4))
@@ -109,11 +97,7 @@ def test_every_flipped_byte_is_found_when_examples_are_read_one_by_one(tmp_path,
     truth = ShardDataset(tmp_path, "train").fetch(slice(None))
     with h5py.File(path) as file:
         if where == "index":  # object headers, B-trees: whatever is no chunk
-            taken = [
-                file[name].id.get_chunk_info(i)
-                for name in file
-                for i in range(file[name].id.get_num_chunks())
-            ]
+            taken = [file[name].id.get_chunk_info(i) for name in file for i in range(file[name].id.get_num_chunks())]
             inside = {b for c in taken for b in range(c.byte_offset, c.byte_offset + c.size)}
             places = [b for b in range(path.stat().st_size) if b not in inside][::7]
         else:
@@ -294,16 +278,7 @@ def test_digits_script_writes_once_and_verifiably(digits):
     assert overlap == 0  # the digits hold no image twice, so a shared image would be leakage
 
 
-CORRUPTIONS = (
-    "truncate",
-    "flip",
-    "delete",
-    "swap",
-    "stale manifest",
-    "foreign",
-    "empty",
-    "flip the manifest",
-)
+CORRUPTIONS = ("truncate", "flip", "delete", "swap", "stale manifest", "foreign", "empty", "flip the manifest")
 
 
 def corrupt(directory, kind, rng, stale):

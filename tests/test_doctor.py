@@ -23,11 +23,7 @@ from hpc_bnn.doctor.problems import KINDS, Problem, has_errors, table_of_kinds
 from hpc_bnn.doctor.rules import RULES, diagnose
 from hpc_bnn.doctor.summarise import ranges
 
-QUIET = {
-    "HDF5_USE_FILE_LOCKING": "FALSE",
-    "OMPI_MCA_mpi_yield_when_idle": "1",
-    "HOROVOD_CYCLE_TIME": "1",
-}
+QUIET = {"HDF5_USE_FILE_LOCKING": "FALSE", "OMPI_MCA_mpi_yield_when_idle": "1", "HOROVOD_CYCLE_TIME": "1"}
 HOROVOD = HorovodFacts(version="0.28.1", mpi=True, nccl=True, process_sets=True)
 WITHOUT_NCCL = replace(HOROVOD, nccl=False)
 GONE = HorovodFacts("gone", is_installed=False)
@@ -155,20 +151,8 @@ NO_NCCL = DistributedFacts()
     [
         (SOUND, "auto", "horovod", "NCCL", "all ranks can use it"),
         (cluster(gpus=0), "auto", "horovod", "MPI", "all ranks can use it"),
-        (
-            cluster(gpus=0, horovod=WITHOUT_NCCL, distributed=NO_NCCL),
-            "auto",
-            "horovod",
-            "MPI",
-            "all ranks can use it",
-        ),
-        (
-            cluster(horovod=WITHOUT_NCCL, distributed=NO_NCCL),
-            "auto",
-            "horovod",
-            "MPI",
-            "all ranks can use it",
-        ),
+        (cluster(gpus=0, horovod=WITHOUT_NCCL, distributed=NO_NCCL), "auto", "horovod", "MPI", "all ranks can use it"),
+        (cluster(horovod=WITHOUT_NCCL, distributed=NO_NCCL), "auto", "horovod", "MPI", "all ranks can use it"),
         (cluster(horovod=WITHOUT_NCCL), "auto", "torch", "NCCL", "built without NCCL"),
         (change(SOUND, [5], horovod=GONE), "auto", "torch", "NCCL", "rank 5 (n1) (gone)"),
         (change(SOUND, [1], gpu=0), "torch", "torch", "Gloo", "--backend torch"),
@@ -202,18 +186,14 @@ def test_what_matters_to_horovod_only(code):
     ranks = change(CASES[code][0], range(8), horovod=None)
     assert code in codes(CASES[code][0], "horovod")
     left = {"mixed_mpi": ["second_mpi"], "shared_gpu_nccl": ["shared_gpu", "idle_gpus"]}
-    assert set(codes(ranks, "torch")) - {"more_ranks_than_cpus", "oversubscribed_threads"} == set(
-        left.get(code, [])
-    )
+    assert set(codes(ranks, "torch")) - {"more_ranks_than_cpus", "oversubscribed_threads"} == set(left.get(code, []))
 
 
 def test_a_torch_without_gloo_matters_where_it_is_used():
     ranks = change(SOUND, range(8), distributed=DistributedFacts(gloo=False))
     assert codes(ranks) == []
     assert codes(change(ranks, [2], horovod=GONE)) == ["distributed_missing"]
-    assert codes(change(under_torchrun(), [2], distributed=DistributedFacts(False, False))) == [
-        "distributed_missing"
-    ]
+    assert codes(change(under_torchrun(), [2], distributed=DistributedFacts(False, False))) == ["distributed_missing"]
 
 
 def test_slices_of_a_gpu_matter_to_any_nccl():
@@ -223,10 +203,7 @@ def test_slices_of_a_gpu_matter_to_any_nccl():
 
 
 def test_ranks_of_torchrun_need_neither_mpi_nor_horovod():
-    odd = {
-        "mpi_libraries": ("/a/libmpi.so.40", "/b/libmpi.so.12"),
-        "versions": {"mpi4py": "4.0.1", "horovod": "none"},
-    }
+    odd = {"mpi_libraries": ("/a/libmpi.so.40", "/b/libmpi.so.12"), "versions": {"mpi4py": "4.0.1", "horovod": "none"}}
     ranks = under_torchrun(versions={"mpi4py": "none", "horovod": "0.28.1"})
     assert codes(change(ranks, [3], **odd)) == []
     assert codes(change(ranks, [3], versions={"torch": "2.4.0"})) == ["versions_differ"]
@@ -317,10 +294,7 @@ def test_launchers(environment, name, size, rank):
 @pytest.mark.parametrize(
     "names, expected",
     [
-        (
-            ["libmpi.so.40", "libmpi_mpifh.so.40", "libmpi_usempif08.so.40", "libmpi_cxx.so.40"],
-            ["libmpi.so.40"],
-        ),
+        (["libmpi.so.40", "libmpi_mpifh.so.40", "libmpi_usempif08.so.40", "libmpi_cxx.so.40"], ["libmpi.so.40"]),
         (["libmpi.so.12.5.2", "libmpifort.so.12", "libmpicxx.so.12"], ["libmpi.so.12.5.2"]),
         (["libmpi_gnu_91.so.12", "libmpi_gtl_cuda.so.0"], ["libmpi_gnu_91.so.12"]),
         (["libmpi_cray.so.12", "libmpich.so.12"], ["libmpi_cray.so.12", "libmpich.so.12"]),
@@ -328,12 +302,8 @@ def test_launchers(environment, name, size, rank):
     ],
 )
 def test_libraries_of_mpi_among_mapped_files(names, expected, tmp_path):
-    lines = [
-        f"7f0000000000-7f0000001000 r-xp 00000000 fe:00 42   {tmp_path}/my libs/{name}" for name in names
-    ]
-    maps = "\n".join(
-        [*lines, *lines, "7ffd00000000-7ffd00001000 rw-p 00000000 00:00 0   [stack]", "7f-8f rw-p 0 0 0"]
-    )
+    lines = [f"7f0000000000-7f0000001000 r-xp 00000000 fe:00 42   {tmp_path}/my libs/{name}" for name in names]
+    maps = "\n".join([*lines, *lines, "7ffd00000000-7ffd00001000 rw-p 00000000 00:00 0   [stack]", "7f-8f rw-p 0 0 0"])
     assert mpi_libraries(maps) == tuple(f"{tmp_path}/my libs/{name}" for name in expected)
 
 
@@ -426,9 +396,7 @@ def test_four_ranks(mpirun, tmp_path):
     }
     assert "bandwidth of sums (Horovod, cpu)" in done.stdout
     assert read_network(path) == Network(**facts["network"]) and facts["network"]["bandwidth"] > 0
-    assert [r["rank"] for r in facts["ranks"]] == [0, 1, 2, 3] and len(
-        {r["pid"] for r in facts["ranks"]}
-    ) == 4
+    assert [r["rank"] for r in facts["ranks"]] == [0, 1, 2, 3] and len({r["pid"] for r in facts["ranks"]}) == 4
     assert list(facts["nodes"].values()) == [[0, 1, 2, 3]]
     for axis, extent in (("sample", 2), ("data", 2), ("world", 4)):
         assert facts["axes"][axis]["ranks"] == extent
@@ -542,9 +510,7 @@ def test_a_step_that_does_not_end_is_named():
         "    watch.step('waiting for Godot')\n"
         "    time.sleep(3600)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=patience(JOB_SECONDS)
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=patience(JOB_SECONDS))
     assert done.returncode == 1
     assert ": waiting for Godot for more than 1 s" in done.stderr
     assert "Timeout" not in done.stderr  # faulthandler comes after it, where no thread of Python can run
@@ -567,13 +533,6 @@ def test_impossible_requests(flags, said, capfd):
 
 
 def test_remedies_need_no_more_than_problems_give():
-    given = {
-        "gpus": 4,
-        "cpus": 2,
-        "threads": 1,
-        "library": "an MPI",
-        "debug": "A=1",
-        "another": "--backend torch",
-    }
+    given = {"gpus": 4, "cpus": 2, "threads": 1, "library": "an MPI", "debug": "A=1", "another": "--backend torch"}
     assert all(Problem(code, "", given).remedy for code in KINDS)
     assert set(VARIABLES) > {"SLURM_NTASKS", "HDF5_USE_FILE_LOCKING"}

@@ -17,10 +17,7 @@ from hpc_bnn.posteriors.estimators.example_noise import BLOCK
 NETS = {
     "mlp": (lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), (8, 3)),
     "tokens": (lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), (4, 5, 3)),
-    "conv": (
-        lambda: nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.Tanh(), nn.Conv2d(2, 2, 3)),
-        (4, 1, 5, 5),
-    ),
+    "conv": (lambda: nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.Tanh(), nn.Conv2d(2, 2, 3)), (4, 1, 5, 5)),
 }
 
 
@@ -77,9 +74,7 @@ def test_local_draws_have_the_moments_of_the_weights():
         posterior.draw_(Key(0, Stream.NOISE, sample=sample))
         draws.append(posterior.network(x).detach())
     draws = torch.stack(draws)  # [n, B, 2]
-    mean = nn.functional.linear(
-        x, *(posterior.random.views(posterior.loc.detach())[k] for k in ("0.weight", "0.bias"))
-    )
+    mean = nn.functional.linear(x, *(posterior.random.views(posterior.loc.detach())[k] for k in ("0.weight", "0.bias")))
     std = 0.4 * (x.square().sum(1, keepdim=True) + 1).sqrt()
     assert ((draws.mean(0) - mean) / (std * n**-0.5)).abs().max() < 5
     assert ((draws.std(0) / std - 1) * (2 * n) ** 0.5).abs().max() < 5

@@ -10,16 +10,7 @@ from torch import nn
 from torchmetrics import MeanSquaredError
 from torchmetrics.classification import MulticlassCalibrationError
 
-from hpc_bnn import (
-    Categorical,
-    Gaussian,
-    Grid,
-    GridComm,
-    MeanFieldGaussian,
-    ShardDataset,
-    predict_values,
-    write_shards,
-)
+from hpc_bnn import Categorical, Gaussian, Grid, GridComm, MeanFieldGaussian, ShardDataset, predict_values, write_shards
 from hpc_bnn.noise import Key, Stream
 from hpc_bnn.predictive import evaluation as evaluate
 from hpc_bnn.predictive.evaluation import evaluate_dataset, out_of_distribution_auroc, predict_classes
@@ -34,9 +25,7 @@ def make_posterior(dropout=0.0):
 
 def test_predictive_is_the_mean_of_probabilities_and_its_parts_add_up():
     posterior, x = make_posterior(), torch.linspace(-1, 1, 5 * 64, dtype=torch.float64).view(5, 1, 8, 8)
-    got = predict_classes(
-        posterior, Categorical(10), GridComm(Grid()), x, num_samples=7, seed=2, batch_size=2
-    )
+    got = predict_classes(posterior, Categorical(10), GridComm(Grid()), x, num_samples=7, seed=2, batch_size=2)
     members = []
     posterior.begin_()
     for sample in range(7):
@@ -56,19 +45,13 @@ def test_modules_are_evaluated_in_eval_mode_and_put_back():
     posterior = make_posterior(dropout=0.9)
     x = torch.ones(2, 1, 8, 8, dtype=torch.float64)
     posterior.module.train()
-    first, second = (
-        predict_classes(posterior, Categorical(10), GridComm(Grid()), x, num_samples=2) for _ in range(2)
-    )
+    first, second = (predict_classes(posterior, Categorical(10), GridComm(Grid()), x, num_samples=2) for _ in range(2))
     assert torch.equal(first.probabilities, second.probabilities)
     assert posterior.module.training
 
 
 def test_metrics_equal_scikit_learn(digits, monkeypatch):
-    posterior, comm, dataset = (
-        make_posterior(),
-        GridComm(Grid()),
-        ShardDataset(digits, "test", dtype=torch.float64),
-    )
+    posterior, comm, dataset = (make_posterior(), GridComm(Grid()), ShardDataset(digits, "test", dtype=torch.float64))
     seen = []
     monkeypatch.setattr(evaluate, "BLOCK_BYTES", 100 * 64 * 8)  # four blocks
     metrics = evaluate_dataset(
@@ -104,9 +87,7 @@ def test_total_variance_is_aleatoric_plus_epistemic():
     torch.testing.assert_close(got.epistemic_variance, loc.var(0, correction=0), rtol=1e-10, atol=0)
     mixture = torch.distributions.MixtureSameFamily(
         torch.distributions.Categorical(torch.ones(9, dtype=torch.float64)),
-        torch.distributions.Independent(
-            torch.distributions.Normal(loc.movedim(0, 1), scale.movedim(0, 1)), 1
-        ),
+        torch.distributions.Independent(torch.distributions.Normal(loc.movedim(0, 1), scale.movedim(0, 1)), 1),
     )
     torch.testing.assert_close(got.variance, mixture.variance, rtol=1e-10, atol=0)
     torch.testing.assert_close(got.log_prob, mixture.log_prob(y), rtol=1e-12, atol=0)
@@ -140,9 +121,7 @@ def test_metrics_are_in_units_of_y_where_the_network_sees_normalised_targets(tmp
             return nn.Linear(3, 4).double()
 
     got, expected = (
-        evaluate_dataset(
-            MeanFieldGaussian(net, init_std=0.3), Gaussian(2), GridComm(Grid()), data, num_samples=5
-        )
+        evaluate_dataset(MeanFieldGaussian(net, init_std=0.3), Gaussian(2), GridComm(Grid()), data, num_samples=5)
         for net, data in ((make_net(), normalised), (InUnits(make_net()), plain))
     )
     assert got.metrics == pytest.approx(expected.metrics, rel=1e-9) and got.metrics["rmse"] > 1

@@ -55,9 +55,7 @@ def test_selection_by_kind_pattern_and_class():
 
 
 def test_tied_weight_is_deterministic_where_any_of_its_places_is():
-    net = nn.ModuleDict(
-        {"out": nn.Linear(3, 4, bias=False), "embed": nn.Embedding(4, 3), "more": nn.Linear(1, 1)}
-    )
+    net = nn.ModuleDict({"out": nn.Linear(3, 4, bias=False), "embed": nn.Embedding(4, 3), "more": nn.Linear(1, 1)})
     net["embed"].weight = net["out"].weight
     random, point = split_weights(net, ("embedding",))
     assert list(point) == ["out.weight"] and list(random) == ["more.weight", "more.bias"]
@@ -251,9 +249,7 @@ def test_running_statistics_take_one_step_towards_the_mean_over_samples():
     net = make_net(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
     posterior, x = MeanFieldGaussian(net, init_std=0.5), inputs(9, 3)
     optimizer = torch.optim.SGD(posterior.parameters(), lr=0.0)
-    step = VariationalStep(
-        posterior, Categorical(2), optimizer, GridComm(Grid()), num_samples=6, num_train_examples=9
-    )
+    step = VariationalStep(posterior, Categorical(2), optimizer, GridComm(Grid()), num_samples=6, num_train_examples=9)
     step(x, torch.zeros(9, dtype=torch.long), 9)
     hidden = []
     posterior.begin_()
@@ -344,12 +340,7 @@ def test_memory_does_not_grow_with_the_number_of_samples():
         posterior = MeanFieldGaussian(net)
         optimizer = torch.optim.SGD(posterior.parameters(), lr=0.1)
         step = VariationalStep(
-            posterior,
-            Categorical(2),
-            optimizer,
-            GridComm(Grid()),
-            num_samples=num_samples,
-            num_train_examples=20,
+            posterior, Categorical(2), optimizer, GridComm(Grid()), num_samples=num_samples, num_train_examples=20
         )
         x = inputs(6, 3)
         gc.collect()

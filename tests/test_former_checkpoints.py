@@ -43,9 +43,7 @@ def test_the_optimizer_of_a_checkpoint_of_format_2_is_needed_for_these_numbers()
     state = CheckpointStore(FORMER / "mean_field").load_newest()
     state["optimizer"]["state"] = {}
     with pytest.raises(AssertionError):
-        assert_expected(
-            problem.end_of(*problem.resume(state, "mean_field", {}, GridComm(Grid()))), "mean_field"
-        )
+        assert_expected(problem.end_of(*problem.resume(state, "mean_field", {}, GridComm(Grid()))), "mean_field")
 
 
 def test_a_low_rank_posterior_of_format_2_is_the_same_distribution_today(caplog):
@@ -89,10 +87,7 @@ def test_the_optimizer_of_a_network_of_one_weight(shape):
     former["model"] = {f"weight.{slot}": torch.zeros(4, 3) for slot in ("loc", "log_scale")}
     values = [torch.randn(shape), torch.randn(shape)]
     group = former["optimizer"]["param_groups"][0] | {"params": [0, 1]}
-    former["optimizer"] = {
-        "state": {n: {"exp_avg": v} for n, v in enumerate(values)},
-        "param_groups": [group],
-    }
+    former["optimizer"] = {"state": {n: {"exp_avg": v} for n, v in enumerate(values)}, "param_groups": [group]}
     state = former_checkpoint.convert(former, "step-00000003.pt")["optimizer"]["state"]
     for (name, of_weight), value in zip(state.items(), values, strict=True):
         assert torch.equal(of_weight["exp_avg"], value.view(4, 3)), name

@@ -48,8 +48,7 @@ def test_coordinates_are_a_bijection_and_groups_partition_the_world(sample_size,
         assert all(grids[r].sample_index == g.sample_index for r in g.data_group())
         assert all(grids[group[0]].is_first(axis) for axis, group in g.groups.items())
         assert g.rank or all(
-            [i for r in group for i in grids[r].share(7, axis)] == list(range(7))
-            for axis, group in g.groups.items()
+            [i for r in group for i in grids[r].share(7, axis)] == list(range(7)) for axis, group in g.groups.items()
         )
 
 
@@ -87,8 +86,6 @@ def test_wrong_extent_is_named_with_its_remedy(sample_size):
 
 
 def test_too_few_samples_for_the_axis():
-    with pytest.raises(
-        ConfigError, match=r"^num_samples 3.*4 ranks.*Use num_samples 4 or a smaller sample_size"
-    ):
+    with pytest.raises(ConfigError, match=r"^num_samples 3.*4 ranks.*Use num_samples 4 or a smaller sample_size"):
         Grid(4, 4, 0).check_num_samples(3)
     Grid(4, 4, 0).check_num_samples(4)

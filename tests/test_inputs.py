@@ -52,9 +52,7 @@ def make(wrap=lambda outputs: outputs, output=None, **options):
         net = Net(wrap).double()
     posterior = MeanFieldGaussian(net, init_std=0.2, output=output)
     optimizer = torch.optim.SGD(posterior.parameters(), lr=0.1)
-    return VariationalStep(
-        posterior, Categorical(3), optimizer, COMM, num_samples=5, num_train_examples=40, **options
-    )
+    return VariationalStep(posterior, Categorical(3), optimizer, COMM, num_samples=5, num_train_examples=40, **options)
 
 
 WRAPS = {
@@ -65,9 +63,7 @@ WRAPS = {
 }
 
 
-@pytest.mark.parametrize(
-    "inputs", [{"x": X, "more": MORE}, (X, MORE), [X, MORE]], ids=["dict", "tuple", "list"]
-)
+@pytest.mark.parametrize("inputs", [{"x": X, "more": MORE}, (X, MORE), [X, MORE]], ids=["dict", "tuple", "list"])
 @pytest.mark.parametrize("chunk_size", [1, 3])
 def test_inputs_may_be_trees(inputs, chunk_size):
     """The same numbers as by a network that takes one tensor and divides it itself."""
@@ -109,15 +105,11 @@ def test_outputs_are_picked(name, chunk_size):
     wrap, output = WRAPS[name]
     step, expected = make(wrap, output, chunk_size=chunk_size), make(chunk_size=chunk_size)
     assert [step(X, Y, 11) for _ in range(2)] == [expected(X, Y, 11) for _ in range(2)]
-    got, plain = (
-        predict_classes(s.posterior, s.likelihood, COMM, X, num_samples=4) for s in (step, expected)
-    )
+    got, plain = (predict_classes(s.posterior, s.likelihood, COMM, X, num_samples=4) for s in (step, expected))
     assert torch.equal(got.probabilities, plain.probabilities)
 
 
-@pytest.mark.parametrize(
-    "name, output", [("dict", None), ("dict", "logit"), ("object", "logit"), ("tuple", 7)]
-)
+@pytest.mark.parametrize("name, output", [("dict", None), ("dict", "logit"), ("object", "logit"), ("tuple", 7)])
 def test_outputs_that_are_not_picked_are_an_error_with_the_remedy(name, output):
     with pytest.raises(ConfigError, match=r"^output .*returns.* Say which tensor"):
         make(WRAPS[name][0], output)(X, Y, 11)
@@ -150,9 +142,7 @@ def test_micro_batches_bound_the_examples_of_a_pass():
 
 def test_micro_batches_refuse_batch_norm():
     posterior = MeanFieldGaussian(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)))
-    with pytest.raises(
-        ConfigError, match=r"^micro_batch_size 4: BatchNorm takes its statistics of the whole batch"
-    ):
+    with pytest.raises(ConfigError, match=r"^micro_batch_size 4: BatchNorm takes its statistics of the whole batch"):
         VariationalStep(
             posterior, Categorical(3), torch.optim.SGD(posterior.parameters(), lr=0.1), COMM,
             num_samples=2, num_train_examples=9, micro_batch_size=4,
@@ -161,9 +151,7 @@ def test_micro_batches_refuse_batch_norm():
 
 def test_the_order_of_a_step_is_asserted():
     step = make()
-    with pytest.raises(
-        ConfigError, match=r"reduce_: accumulate_\(.*\) comes before it, and the step is idle"
-    ):
+    with pytest.raises(ConfigError, match=r"reduce_: accumulate_\(.*\) comes before it, and the step is idle"):
         step.reduce_()
     step.accumulate_(X[:4], Y[:4], 11, is_last=False)
     with pytest.raises(ConfigError, match="reduce_: accumulate_"):
@@ -197,10 +185,7 @@ def test_batching_says_how_samples_are_evaluated(batching):
         calls.clear()
         step(X, Y, 11)
         counts[name] = len(calls)
-    assert counts == {
-        "mean_field": 6 if batching == "walking" else 2,
-        "ensemble": 2 if batching == "vmap" else 6,
-    }
+    assert counts == {"mean_field": 6 if batching == "walking" else 2, "ensemble": 2 if batching == "vmap" else 6}
 
 
 # --- by import path --------------------------------------------------------------------------------------
@@ -255,10 +240,7 @@ def test_a_family_of_a_user_by_its_import_path():
         build(arguments={"nonsense": 0.3})
     with pytest.raises(ConfigError, match="mean-field family only"):
         build(estimator="local")
-    for path, why in (
-        ("nowhere.Family", "cannot be imported"),
-        (f"{__name__}.Rounded", "a Family is needed"),
-    ):
+    for path, why in (("nowhere.Family", "cannot be imported"), (f"{__name__}.Rounded", "a Family is needed")):
         config = PosteriorConfig(family=path, arguments={"num_targets": 2} if "Rounded" in path else {})
         with pytest.raises(ConfigError, match=why):
             build_posterior(config, lambda: nn.Linear(3, 2), num_samples=4, local_samples=range(4), seed=0)

@@ -50,9 +50,7 @@ def test_density_mean_and_variance_equal_torch_distributions(case, place):
     expected = distribution.log_prob(y).flatten(1).sum(1)
     torch.testing.assert_close(likelihood.log_prob(f, y), expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(likelihood.mean(f), distribution.mean.expand(y.shape), rtol=1e-12, atol=0)
-    torch.testing.assert_close(
-        likelihood.variance(f), distribution.variance.expand(y.shape), rtol=1e-12, atol=0
-    )
+    torch.testing.assert_close(likelihood.variance(f), distribution.variance.expand(y.shape), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("place", [(), (3, 4)], ids=["vector", "field"])
@@ -70,9 +68,7 @@ def test_targets_without_a_dim_are_one_target_and_no_shape_is_broadcast():
     f, y = outputs_and_targets(2, 1)
     assert torch.equal(Gaussian(1).log_prob(f, y), Gaussian(1).log_prob(f, y[:, 0]))
     with pytest.raises(ConfigError, match="num_outputs = 4"):
-        Gaussian(2).log_prob(
-            torch.zeros(5, 4), torch.zeros(5)
-        )  # [5, 2] against [5] would broadcast in silence
+        Gaussian(2).log_prob(torch.zeros(5, 4), torch.zeros(5))  # [5, 2] against [5] would broadcast in silence
     with pytest.raises(ConfigError, match=r"likelihood\.wrap"):
         Gaussian(2, scale="learned").log_prob(torch.zeros(5, 2), torch.zeros(5, 2))
 
@@ -100,9 +96,7 @@ def test_a_learned_scale_is_a_point_and_finds_the_noise(dtype):
     assert abs(learned - y.std().item()) < 4 * 0.3 / math.sqrt(2 * 400)
 
 
-@pytest.mark.parametrize(
-    "make", [lambda: Gaussian(2, scale=0.0), lambda: StudentT(2, df=-1.0), lambda: Gaussian(0)]
-)
+@pytest.mark.parametrize("make", [lambda: Gaussian(2, scale=0.0), lambda: StudentT(2, df=-1.0), lambda: Gaussian(0)])
 def test_what_cannot_be_is_refused(make):
     with pytest.raises(ConfigError):
         make()
@@ -144,9 +138,7 @@ def test_classes_and_numbers_are_not_mixed_up(name, num_classes):
 def test_targets_outside_the_support_are_refused(likelihood, good, bad):
     likelihood.check_targets(torch.tensor(good))
     for value in bad:
-        with pytest.raises(
-            DataError, match=f"a target is {value:g}, and the likelihood {type(likelihood).__name__}"
-        ):
+        with pytest.raises(DataError, match=f"a target is {value:g}, and the likelihood {type(likelihood).__name__}"):
             likelihood.check_targets(torch.tensor([*good, value]))
     net = torch.nn.Linear(1, likelihood.num_outputs)
     posterior = MeanFieldGaussian(net)

@@ -18,9 +18,7 @@ from hpc_bnn.training.updaters import Updater
 
 def make_net(seed=0):
     with Key(seed, Stream.INIT).global_generator():
-        return nn.Sequential(
-            nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 3)
-        ).double()
+        return nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 3)).double()
 
 
 def batch(count=6):
@@ -103,9 +101,7 @@ class WithNumber(MeanField):
 def test_blocks_leave_numbers_of_the_work_whole(monkeypatch):
     monkeypatch.setattr("hpc_bnn.training.reducer.OVERLAP_BYTES", 8)
     posterior = Posterior(make_net(), WithNumber())
-    optimizer = OverlappingOptimizer(
-        torch.optim.SGD(posterior.parameters(), 0.1), posterior, GridComm(Grid())
-    )
+    optimizer = OverlappingOptimizer(torch.optim.SGD(posterior.parameters(), 0.1), posterior, GridComm(Grid()))
     make_step(posterior, optimizer)(*batch(), 6)
 
 
@@ -114,10 +110,7 @@ class Twofold(MeanField):
 
     def slots(self, weights, layout, samples):
         few = Slot(torch.ones(3, dtype=weights.dtype), per_weight=False)
-        return super().slots(weights, layout, samples) | {
-            "rows": Slot(torch.stack([weights, weights])),
-            "few": few,
-        }
+        return super().slots(weights, layout, samples) | {"rows": Slot(torch.stack([weights, weights])), "few": few}
 
     def pull_back_(self, grads, slots, work, samples, g, draw):
         super().pull_back_(grads, slots, work, samples, g, draw)
@@ -147,9 +140,7 @@ def test_blocks_sum_every_number_of_any_slot_once(monkeypatch):
         posterior, comm = Posterior(make_net(), Twofold()), Doubling(Grid())
         optimizer = torch.optim.SGD(posterior.parameters(), 0.1)
         optimizer = OverlappingOptimizer(optimizer, posterior, comm) if overlap else optimizer
-        step = VariationalStep(
-            posterior, Categorical(3), optimizer, comm, num_samples=2, num_train_examples=10
-        )
+        step = VariationalStep(posterior, Categorical(3), optimizer, comm, num_samples=2, num_train_examples=10)
         step.accumulate_(*batch(), 6)
         step.reduce_()
         reduced.append(posterior.buffer.reduced)

@@ -7,13 +7,7 @@ import scipy.stats
 import scoringrules
 import torch
 
-from hpc_bnn.likelihoods.mixtures import (
-    BernoulliMixture,
-    GaussianMixture,
-    Members,
-    PoissonMixture,
-    StudentTMixture,
-)
+from hpc_bnn.likelihoods.mixtures import BernoulliMixture, GaussianMixture, Members, PoissonMixture, StudentTMixture
 
 K, N, T = 7, 5, 3
 
@@ -71,9 +65,7 @@ def test_quantiles_invert_the_distribution_function(case):
         if isinstance(mixture, (PoissonMixture, BernoulliMixture)):  # the least number that reaches the level
             assert (mixture.cdf(quantile) >= level).all() and (mixture.cdf(quantile - 1) < level).all()
         else:
-            torch.testing.assert_close(
-                mixture.cdf(quantile), torch.full_like(quantile, level), rtol=0, atol=1e-7
-            )
+            torch.testing.assert_close(mixture.cdf(quantile), torch.full_like(quantile, level), rtol=0, atol=1e-7)
 
 
 def test_crps_equals_scoringrules():

@@ -91,8 +91,7 @@ def test_swin_counts_and_full_size():
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
-    [({"columns": 24}, "24 longitudes"), ({"dim": 9}, "heads"), ({"depths": (2, 2, 2)}, "heads")],
+    ("options", "words"), [({"columns": 24}, "24 longitudes"), ({"dim": 9}, "heads"), ({"depths": (2, 2, 2)}, "heads")]
 )
 def test_swin_that_does_not_fit_is_refused(options, words):
     with pytest.raises(ValueError, match=words):

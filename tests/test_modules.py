@@ -202,9 +202,7 @@ def test_the_easyconfigs_bring_what_setup_cfg_asks_for():
     path, hpc = easyconfig("hpc_bnn")
     toolchain = f"{hpc['toolchain']['name']}-{hpc['toolchain']['version']}"
     assert path.name == f"hpc_bnn-{hpc_bnn.__version__}-{toolchain}-CUDA-{dict_of(hpc)['cuda']}.eb"
-    brought = dict_of(hpc) | {
-        name.lower().replace("_", "-"): version for name, version, _ in hpc["exts_list"]
-    }
+    brought = dict_of(hpc) | {name.lower().replace("_", "-"): version for name, version, _ in hpc["exts_list"]}
     for name, version in minimum_versions().items():
         if name in brought:  # the others are in bundles: comments in the easyconfig say which
             assert as_numbers(brought[name]) >= version, name
@@ -229,9 +227,7 @@ def test_horovods_easyconfig_has_the_checksum_of_our_cmake_file():
 def test_easybuild_resolves_the_easyconfigs():
     path, _ = easyconfig("hpc_bnn")
     options = ["--dry-run", "--robot", f"{path.parent}:", "--allow-use-as-root-and-accept-consequences"]
-    done = subprocess.run(
-        ["eb", path, *options], capture_output=True, text=True, timeout=patience(JOB_SECONDS)
-    )
+    done = subprocess.run(["eb", path, *options], capture_output=True, text=True, timeout=patience(JOB_SECONDS))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "(module: Horovod/0.28.1" in done.stdout and "(module: hpc_bnn/" in done.stdout
 

@@ -26,9 +26,7 @@ def test_suite_on_ranks(mpirun, request, num_ranks, library):
     # Horovod's own pace: with hpc_bnn's, ten times as quick, the threads of 4 ranks take 2 cores from the tests
     environment["HOROVOD_CYCLE_TIME"] = "1"
     selected = ("-m", request.config.option.markexpr if num_ranks == 4 else "not slow")
-    done = mpirun(
-        num_ranks, "tests/mpi/run.py", *selected, timeout=TEST_SECONDS - 60, environment=environment
-    )
+    done = mpirun(num_ranks, "tests/mpi/run.py", *selected, timeout=TEST_SECONDS - 60, environment=environment)
     print(done.stdout, done.stderr)
     signs = ("FAILED", "ERROR", "rank ", "Timeout")
     signs = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith(signs)]
@@ -83,9 +81,7 @@ def seconds_after_fault(done) -> float:
 @pytest.mark.parametrize(("fault", "others", "backend"), FAULTY)
 def test_a_rank_that_fails_ends_the_job_within_ten_seconds(mpirun, fault, others, backend, tmp_path):
     program = tmp_path / "program.py"
-    program.write_text(
-        FAILING.format(sample_size=2, backend=backend, fault=FAULTS[fault], others=OTHERS[others])
-    )
+    program.write_text(FAILING.format(sample_size=2, backend=backend, fault=FAULTS[fault], others=OTHERS[others]))
     done = mpirun(4, program)
     assert seconds_after_fault(done) < patience(10)
     assert done.returncode != 0
@@ -96,9 +92,7 @@ def test_a_rank_that_fails_ends_the_job_within_ten_seconds(mpirun, fault, others
 def test_the_abort_hook_works_without_mpi4py_as_runner(mpirun, tmp_path):
     program = tmp_path / "program.py"
     program.write_text(
-        FAILING.format(
-            sample_size=1, backend="horovod", fault=FAULTS["raises"], others=OTHERS["object_collective"]
-        )
+        FAILING.format(sample_size=1, backend="horovod", fault=FAULTS["raises"], others=OTHERS["object_collective"])
     )
     done = mpirun(2, program, runner=())
     assert seconds_after_fault(done) < patience(10)
@@ -268,9 +262,7 @@ def test_wrong_grid_is_said_once_and_ends_in_order(mpirun, digits, tmp_path):
         ("node", "vanished"),
     ],
 )
-def test_a_shard_that_is_damaged_or_gone_ends_the_job_with_one_message(
-    mpirun, digits, tmp_path, reading, fault
-):
+def test_a_shard_that_is_damaged_or_gone_ends_the_job_with_one_message(mpirun, digits, tmp_path, reading, fault):
     shutil.copytree(digits, tmp_path / "digits")
     path = tmp_path / "digits/train-00000.h5"
     with h5py.File(path) as file:

@@ -14,14 +14,7 @@ from torch.nn.functional import batch_norm, dropout
 from torch.utils.checkpoint import checkpoint
 
 import hpc_bnn
-from hpc_bnn import (
-    Categorical,
-    Grid,
-    GridComm,
-    VariationalStep,
-    posteriors,
-    predict_classes,
-)
+from hpc_bnn import Categorical, Grid, GridComm, VariationalStep, posteriors, predict_classes
 from hpc_bnn.errors import ConfigError
 
 COMM, CLASSES = GridComm(Grid()), Categorical(3)
@@ -69,9 +62,7 @@ class CopiedNorm(nn.BatchNorm1d):
     """As timm's BatchNormAct2d: a forward of its own around the function."""
 
     def forward(self, x):
-        return F.silu(
-            F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training)
-        )
+        return F.silu(F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training))
 
 
 class ForeignNorm(nn.Module):
@@ -150,10 +141,7 @@ class BatchOnly(nn.Module):
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
-        (
-            lambda: OwnStatistics(8),
-            r"1 \(OwnStatistics\): its statistics .* torch.nn.functional.batch_norm. Call that",
-        ),
+        (lambda: OwnStatistics(8), r"1 \(OwnStatistics\): its statistics .* torch.nn.functional.batch_norm. Call that"),
         (lambda: OwnNoise(0.5), r"1 \(OwnNoise\): its masks come from torch's global generator"),
         (lambda: OwnSync(8), r"1 \(OwnSync\): it sums over all ranks by itself"),
         (BatchOnly, "BatchOnly: it has no running statistics: a prediction would depend"),
@@ -194,9 +182,7 @@ def test_batch_norm_of_something_else_than_the_batch_is_left_alone(layer, num_ex
 
 
 def test_scripted_modules_train_or_are_refused():
-    scripted = [
-        torch.jit.script(mlp(layer)) for layer in (nn.Tanh(), nn.BatchNorm1d(8).eval(), nn.BatchNorm1d(8))
-    ]
+    scripted = [torch.jit.script(mlp(layer)) for layer in (nn.Tanh(), nn.BatchNorm1d(8).eval(), nn.BatchNorm1d(8))]
     for net in scripted[:2]:
         step = make(net, lr=0.1)
         assert step(X, Y, 8) != step(X, Y, 8) and members(step).std(1).max() > 0
@@ -244,9 +230,7 @@ def test_a_norm_that_ran_for_some_samples_goes_to_their_mean():
     net = seeded(lambda: Domains(None))
     step = make(net, num_samples=6, init_std=1.0)
     hidden = {0: [], 1: []}
-    hook = net.first.register_forward_hook(
-        lambda layer, _, out: hidden[int(layer.bias[0] > 0)].append(out.detach())
-    )
+    hook = net.first.register_forward_hook(lambda layer, _, out: hidden[int(layer.bias[0] > 0)].append(out.detach()))
     step(X, Y, 8)  # with a look
     hidden[0].clear(), hidden[1].clear()
     before = [norm.running_mean.clone() for norm in net.norms]
@@ -356,9 +340,7 @@ def test_dropout_within_attention_is_keyed(options, caplog):
     assert tiny(X, Y, 8).data_term == pytest.approx(plain(X, Y, 8).data_term, rel=1e-7)
     a, b = (make(seeded(lambda: Attention(0.5, **options)))(X, Y, 8) for _ in range(2))
     assert a == b != plain(X, Y, 8) and "generator" not in caplog.text
-    torch.testing.assert_close(
-        a.data_term, _mean_of_halves(lambda: make(seeded(lambda: Attention(0.5, **options))))
-    )
+    torch.testing.assert_close(a.data_term, _mean_of_halves(lambda: make(seeded(lambda: Attention(0.5, **options)))))
 
 
 def _mean_of_halves(make_step):
@@ -370,9 +352,7 @@ def _mean_of_halves(make_step):
 def test_the_batch_is_found_where_the_sequence_comes_first(num_examples):
     net = nn.Sequential(nn.TransformerEncoderLayer(6, 2, 8, dropout=0.5, batch_first=False)).double()
     seen = []
-    net[0].dropout2.register_forward_hook(
-        lambda _, args, out: seen.append(out.detach().eq(0) | args[0].eq(0))
-    )
+    net[0].dropout2.register_forward_hook(lambda _, args, out: seen.append(out.detach().eq(0) | args[0].eq(0)))
 
     class SequenceFirst(nn.Module):
         def __init__(self):
@@ -438,18 +418,12 @@ def changed_by(edit):
 
 EDITS = {
     "converted": (lambda net, _: net.float(), "0.weight.* converted or moved"),
-    "head_replaced": (
-        lambda net, _: net.__setitem__(2, nn.Linear(8, 3).double()),
-        "2.weight.* came into the network",
-    ),
+    "head_replaced": (lambda net, _: net.__setitem__(2, nn.Linear(8, 3).double()), "2.weight.* came into the network"),
     "parameter_replaced": (
         lambda net, _: setattr(net[0], "weight", nn.Parameter(net[0].weight.detach().clone())),
         "0.weight.* came into",
     ),
-    "data_replaced": (
-        lambda net, _: setattr(net[2].weight, "data", torch.zeros(3, 8).double()),
-        "2.weight: .*memory",
-    ),
+    "data_replaced": (lambda net, _: setattr(net[2].weight, "data", torch.zeros(3, 8).double()), "2.weight: .*memory"),
     "loaded": (lambda net, _: net.load_state_dict(mlp(nn.Tanh()).state_dict()), "values were changed"),
     "initialised": (lambda net, _: nn.init.zeros_(net[0].weight), "0.weight: its values were changed"),
     "parametrised": (lambda net, _: nn.utils.parametrizations.weight_norm(net[0]), "0.*original0"),
@@ -476,9 +450,7 @@ def test_what_a_user_does_after_the_wrap_is_an_error_in_training_and_prediction(
         lambda net, _: net.__setitem__(1, nn.ReLU()),
         lambda net, _: net[0].register_forward_hook(lambda *args: args[2] + 1),
         lambda _, posterior: posterior.log_scale.detach().add_(1.0),
-        lambda _, posterior: posterior.load_state_dict(
-            make(mlp(nn.Tanh()), init_std=0.5).posterior.state_dict()
-        ),
+        lambda _, posterior: posterior.load_state_dict(make(mlp(nn.Tanh()), init_std=0.5).posterior.state_dict()),
     ],
 )
 def test_what_can_be_followed_is_followed(edit):
@@ -531,9 +503,7 @@ def by_torch(posterior):
 @pytest.mark.parametrize("way", [copy.deepcopy, lambda p: pickle.loads(pickle.dumps(p)), by_torch])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_copy_trains_and_predicts_as_the_original(family, way):
-    between = (
-        (nn.LayerNorm(8), nn.Dropout(0.3)) if family == "ensemble" else (nn.BatchNorm1d(8), nn.Dropout(0.3))
-    )
+    between = (nn.LayerNorm(8), nn.Dropout(0.3)) if family == "ensemble" else (nn.BatchNorm1d(8), nn.Dropout(0.3))
     step = make(mlp(*between), FAMILIES[family], lr=0.1)
     step(X, Y, 8), step(X, Y, 8)
     twin = way(step.posterior)
@@ -642,9 +612,7 @@ class InPlace(nn.Module):
 
 
 @pytest.mark.parametrize("chunk_size", [1, 4])
-@pytest.mark.parametrize(
-    "first", [lambda: nn.LeakyReLU(0.1, inplace=True), lambda: Minus(), lambda: Minus(True)]
-)
+@pytest.mark.parametrize("first", [lambda: nn.LeakyReLU(0.1, inplace=True), lambda: Minus(), lambda: Minus(True)])
 def test_an_input_that_is_changed_in_place_is_copied(first, chunk_size):
     net = seeded(lambda: InPlace(first()))
     expected, x = loss_of_plain(net), X.clone()
@@ -720,11 +688,7 @@ class Merging(nn.Module):
         super().__init__()
         self.layer = nn.Linear(6, 3)
         self.layer.weight.requires_grad_(False)
-        self.a, self.b, self.is_merged = (
-            nn.Parameter(torch.randn(2, 6)),
-            nn.Parameter(torch.randn(3, 2)),
-            False,
-        )
+        self.a, self.b, self.is_merged = (nn.Parameter(torch.randn(2, 6)), nn.Parameter(torch.randn(3, 2)), False)
 
     def train(self, mode=True):
         super().train(mode)
@@ -769,9 +733,7 @@ class Initialising(nn.Module):
 
 
 def test_initialisation_by_the_first_batch_wants_to_come_before_the_wrap():
-    with pytest.raises(
-        ConfigError, match=r"shift: its forward pass writes these weights.* Run the network once"
-    ):
+    with pytest.raises(ConfigError, match=r"shift: its forward pass writes these weights.* Run the network once"):
         make(seeded(Initialising))(X, Y, 8)
     net = seeded(Initialising)
     net(X)
@@ -992,9 +954,7 @@ def test_weights_without_a_prior_may_decay():
 def test_an_optimizer_that_cannot_train_the_posterior_is_an_error(make_optimizer, message):
     posterior = posteriors.MeanFieldGaussian(mlp())
     with pytest.raises(ConfigError, match=message):
-        VariationalStep(
-            posterior, CLASSES, make_optimizer(posterior), COMM, num_samples=2, num_train_examples=10
-        )
+        VariationalStep(posterior, CLASSES, make_optimizer(posterior), COMM, num_samples=2, num_train_examples=10)
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])

@@ -19,22 +19,8 @@ from hpc_bnn.errors import ConfigError, DataError
 from hpc_bnn.grid import Grid, grids
 from hpc_bnn.likelihoods import mixtures
 from hpc_bnn.plan import plan
-from hpc_bnn.plan.plan import (
-    ALIKE,
-    Machine,
-    Row,
-    choose,
-    describe,
-    make_plan,
-)
-from hpc_bnn.plan.simulate import (
-    ImaginedComm,
-    ImaginedDataset,
-    LiveMemory,
-    Rehearsal,
-    rehearse,
-    share_of,
-)
+from hpc_bnn.plan.plan import ALIKE, Machine, Row, choose, describe, make_plan
+from hpc_bnn.plan.simulate import ImaginedComm, ImaginedDataset, LiveMemory, Rehearsal, rehearse, share_of
 from hpc_bnn.predictive.evaluation import score_dataset
 from hpc_bnn.run.experiment import Experiment
 from hpc_bnn.run.plotted_examples import shown_examples
@@ -132,9 +118,7 @@ class Onto(torch.nn.Module):
 )
 def test_rehearsed_memory_is_that_of_the_real_evaluation(arguments, sample_size, monkeypatch):
     """The whole evaluation in full size, on real numbers: predictive, members of all ranks, scores, pictures."""
-    monkeypatch.setitem(
-        mixtures.CHUNK_ELEMENTS, "cpu", 2**12
-    )  # as many chunks in a small evaluation as in a large one
+    monkeypatch.setitem(mixtures.CHUNK_ELEMENTS, "cpu", 2**12)  # as many chunks in a small evaluation as in a large one
     config, manifest = make_evaluated(*arguments)
     grid = Grid(sample_size, sample_size, 0)
     rehearsed = rehearse(config, manifest, grid)
@@ -145,9 +129,8 @@ def test_rehearsed_memory_is_that_of_the_real_evaluation(arguments, sample_size,
         dataset = ImaginedDataset(manifest, torch.float32, manifest.num_examples("test"), likelihood)
         shown = shown_examples(likelihood, comm, dataset)
         score_dataset(
-            experiment.posterior, likelihood, comm, dataset,
-            num_samples=config.num_test_samples, see=shown.see,
-        )  # fmt: skip
+            experiment.posterior, likelihood, comm, dataset, num_samples=config.num_test_samples, see=shown.see
+        )
     above = rehearsed.evaluation_bytes - rehearsed.resident_bytes
     assert above == pytest.approx(memory.peak_bytes - begun, rel=0.05)
 
@@ -206,9 +189,7 @@ def test_collectives_cost_what_the_formula_says():
 @given(st.integers(1, 512), st.integers(1, 64), st.integers(1, 64))
 def test_every_rank_of_a_grid_has_work(num_ranks, num_samples, batch):
     fitting = [
-        s
-        for s in range(1, num_ranks + 1)
-        if num_ranks % s == 0 and s <= num_samples and num_ranks // s <= batch
+        s for s in range(1, num_ranks + 1) if num_ranks % s == 0 and s <= num_samples and num_ranks // s <= batch
     ]
     if not fitting:
         with pytest.raises(ConfigError, match="number of ranks"):
@@ -290,25 +271,14 @@ def test_plan_prints_every_grid_and_writes_json(digits, capsys, tmp_path):
 
 def test_auto_of_one_process_needs_no_plan(digits, tmp_path, monkeypatch):
     monkeypatch.setattr(plan, "plan_here", None)
-    flags = [
-        "--data.shards",
-        str(digits),
-        "--max_steps",
-        "2",
-        "--run_dir",
-        str(tmp_path),
-        "--num_samples",
-        "4",
-    ]
+    flags = ["--data.shards", str(digits), "--max_steps", "2", "--run_dir", str(tmp_path), "--num_samples", "4"]
     assert main(["train", "--config", "configs/digits.yaml", "--grid.sample_size", "auto", *flags]) == 0
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["grid"]["sample_size"] == 1
 
 
 def test_auto_takes_a_grid_of_the_plan(digits, mpirun, tmp_path):
     flags = ["--data.shards", digits, "--max_steps", 3, "--run_dir", tmp_path / "run", "--num_samples", 4]
-    done = mpirun(
-        2, "-m", "hpc_bnn", "train", "--config", "configs/digits.yaml", "--grid.sample_size", "auto", *flags
-    )
+    done = mpirun(2, "-m", "hpc_bnn", "train", "--config", "configs/digits.yaml", "--grid.sample_size", "auto", *flags)
     assert done.returncode == 0, done.stderr
     grid = json.loads((tmp_path / "run" / "summary.json").read_text())["grid"]
     assert grid["sample_size"] * grid["data_size"] == 2

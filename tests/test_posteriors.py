@@ -19,9 +19,7 @@ def make_net(dtype=torch.float64):
 def make_posterior(**options):
     posterior = MeanFieldGaussian(make_net(), init_std=0.3, **options)
     with torch.no_grad():  # scales that differ
-        noise = torch.randn(
-            posterior.num_weights, generator=Key(9, Stream.INIT).generator(), dtype=torch.float64
-        )
+        noise = torch.randn(posterior.num_weights, generator=Key(9, Stream.INIT).generator(), dtype=torch.float64)
         posterior.log_scale += 0.5 * noise
     return posterior
 
@@ -44,9 +42,7 @@ def test_gradient_of_samples_equals_autograd_through_the_sampling():
         posterior.network(x).square().sum().backward()
         posterior.fold_()
         eps = torch.randn(
-            posterior.num_weights,
-            dtype=torch.float64,
-            generator=Key(0, Stream.NOISE, sample=sample).generator(),
+            posterior.num_weights, dtype=torch.float64, generator=Key(0, Stream.NOISE, sample=sample).generator()
         )
         loss, *leaves = reference_loss(posterior, eps, x)
         for total, gradient in zip(expected, torch.autograd.grad(loss, leaves)):
@@ -90,9 +86,7 @@ def test_kl_and_its_gradient_equal_torch_distributions(prior):
     torch.testing.assert_close(posterior.kl(), reference.detach(), rtol=1e-12, atol=0)
     posterior.begin_()
     torch.testing.assert_close(complete(posterior, 0.25), reference.detach(), rtol=1e-12, atol=0)
-    for parameter, gradient in zip(
-        posterior.parameters(), torch.autograd.grad(0.25 * reference, [loc, log_scale])
-    ):
+    for parameter, gradient in zip(posterior.parameters(), torch.autograd.grad(0.25 * reference, [loc, log_scale])):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-12, atol=1e-13)
 
 

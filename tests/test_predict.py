@@ -22,16 +22,7 @@ def digits_run(digits, tmp_path_factory):
     """A run of the digits, some epochs long."""
     run_dir = tmp_path_factory.mktemp("runs") / "digits"
     command = ["train", "--config", str(REPOSITORY / "configs/digits.yaml"), "--data.shards", str(digits)]
-    command += [
-        "--num_epochs",
-        "3",
-        "--num_samples",
-        "2",
-        "--num_test_samples",
-        "8",
-        "--run_dir",
-        str(run_dir),
-    ]
+    command += ["--num_epochs", "3", "--num_samples", "2", "--num_test_samples", "8", "--run_dir", str(run_dir)]
     assert main(command) == 0
     return run_dir
 
@@ -51,15 +42,7 @@ def numbers(tmp_path_factory):
 @pytest.fixture(scope="module")
 def numbers_run(numbers):
     run_dir = numbers / "run"
-    command = [
-        "train",
-        "--data.shards",
-        str(numbers / "here"),
-        "--run_dir",
-        str(run_dir),
-        "--num_epochs",
-        "30",
-    ]
+    command = ["train", "--data.shards", str(numbers / "here"), "--run_dir", str(run_dir), "--num_epochs", "30"]
     command += ["--num_samples", "4", "--num_test_samples", "16", "--optimizer.learning_rate", "0.02"]
     assert main([*command, "--global_batch_size", "50", "--posterior.init_std", "0.02"]) == 0
     return run_dir
@@ -85,16 +68,7 @@ def test_predictions_of_classes_are_those_of_the_evaluation(digits_run, digits, 
 
 def test_more_samples_than_in_training_and_another_split(digits_run, tmp_path):
     path = tmp_path / "train.h5"
-    command = [
-        "predict",
-        str(digits_run),
-        "--output",
-        str(path),
-        "--split",
-        "train",
-        "--num_test_samples",
-        "3",
-    ]
+    command = ["predict", str(digits_run), "--output", str(path), "--split", "train", "--num_test_samples", "3"]
     assert main([*command, "--quantiles", "[]"]) == 0
     with h5py.File(path) as file:
         assert len(file["class"]) == 1438 and "quantiles" not in file and file.attrs["num_samples"] == 3
@@ -126,14 +100,7 @@ def test_evaluation_by_channel_and_of_foreign_data(numbers, numbers_run, capsys)
 
 
 def test_data_of_another_form_are_refused(digits_run, numbers, tmp_path, capsys):
-    command = [
-        "predict",
-        str(digits_run),
-        "--shards",
-        str(numbers / "here"),
-        "--output",
-        str(tmp_path / "p.h5"),
-    ]
+    command = ["predict", str(digits_run), "--shards", str(numbers / "here"), "--output", str(tmp_path / "p.h5")]
     assert main(command) == 1
     error = capsys.readouterr().err
     assert "x is [2]" in error and "[1, 8, 8]" in error
@@ -149,16 +116,7 @@ def test_classes_that_are_foreign_can_be_predicted_and_not_evaluated(digits_run,
     foreign = ["--split", "train", "--shards", str(tmp_path / "foreign"), "--output", str(tmp_path / "p.h5")]
     assert main(["predict", str(digits_run), *foreign]) == 0
     assert (
-        main(
-            [
-                "evaluate",
-                str(digits_run),
-                "--data.shards",
-                str(tmp_path / "foreign"),
-                "--data.test_split",
-                "train",
-            ]
-        )
+        main(["evaluate", str(digits_run), "--data.shards", str(tmp_path / "foreign"), "--data.test_split", "train"])
         == 1
     )
     assert "10 classes, and the data have 3" in capsys.readouterr().err
@@ -170,13 +128,9 @@ def test_classes_that_are_foreign_can_be_predicted_and_not_evaluated(digits_run,
 
 def test_a_full_disk_is_said_and_leaves_nothing(digits_run, tmp_path):
     """In a process of its own: HDF5 used to end it with a segmentation fault, at its exit."""
-    command = (
-        f"ulimit -f 20; exec {sys.executable} -m hpc_bnn predict {digits_run} --output p.h5 --members true"
-    )
+    command = f"ulimit -f 20; exec {sys.executable} -m hpc_bnn predict {digits_run} --output p.h5 --members true"
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(
-        ["sh", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
+    done = subprocess.run(["sh", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 1 and "p.h5 cannot be written" in done.stderr, done.stderr
     assert not list(tmp_path.iterdir())
 

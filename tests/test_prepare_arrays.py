@@ -31,16 +31,7 @@ from hpc_bnn.errors import ConfigError, DataError, HpcBnnError
 
 def test_two_ranks_write_the_temperature_of_the_file(mpirun, tmp_path):
     source, output = shared("weather", "era5_t2m_uk_2019-03.nc"), tmp_path / "t2m"
-    flags = (
-        "--history",
-        2,
-        "--lead",
-        6,
-        "--examples-per-shard",
-        100,
-        "--missing",
-        "drop",
-    )  # nothing is missing
+    flags = ("--history", 2, "--lead", 6, "--examples-per-shard", 100, "--missing", "drop")  # nothing is missing
     done = mpirun(2, "data_prep/weather.py", "--source", source, *flags, "--output", output)
     assert done.returncode == 0, done.stderr
     assert verify_shards(output) == []
@@ -60,9 +51,7 @@ def test_two_ranks_write_the_temperature_of_the_file(mpirun, tmp_path):
     assert manifest.arrays["x"].channels == ("t2m t-1", "t2m")
     weights = np.array(manifest.target_weights)
     assert weights.shape == (33, 1) and np.isclose(weights.mean(), 1)
-    np.testing.assert_allclose(
-        weights[:, 0] / weights[0], np.cos(latitudes / 180 * np.pi) / np.cos(58 / 180 * np.pi)
-    )
+    np.testing.assert_allclose(weights[:, 0] / weights[0], np.cos(latitudes / 180 * np.pi) / np.cos(58 / 180 * np.pi))
     details = manifest.details
     assert details["lead_seconds"] == 6 * 3600 and details["units"] == {"t2m": "K"} and details["gaps"] == 0
     assert details["latitudes"] == latitudes.tolist() and details["longitudes"][0] == -10
@@ -84,18 +73,7 @@ def test_members_are_examples_of_one_split(tmp_path):
         assert np.array_equal(y, z[:, time + 1, :1])
     assert manifest.arrays["x"].channels == ("t@850", "t@500", "z@500")
     assert manifest.arrays["y"].channels == ("z@850",) and manifest.details["members"] == 10
-    flags = (
-        "--validation-fraction",
-        0,
-        "--test-fraction",
-        0,
-        "--history",
-        2,
-        "--levels",
-        500,
-        "--targets",
-        "t",
-    )
+    flags = ("--validation-fraction", 0, "--test-fraction", 0, "--history", 2, "--levels", 500, "--targets", "t")
     manifest, splits = prepare(weather, tmp_path / "b", "--source", source, *flags)
     assert manifest.arrays["x"].channels == ("z@500 t-1", "t@500 t-1", "z@500", "t@500")
     x, y = splits["train"]
@@ -122,9 +100,7 @@ def test_packed_fields_of_two_months(tmp_path):
             np.testing.assert_allclose(y[0, channels], raw[1], rtol=1e-6, atol=1e-4)
     with pytest.raises(ConfigError, match="of 2 nothing is left"):
         prepare(weather, tmp_path / "b", "--source", source)
-    with pytest.raises(
-        ConfigError, match=r"the 1 times of 'train' hold no example of --history 1 and --lead 1"
-    ):
+    with pytest.raises(ConfigError, match=r"the 1 times of 'train' hold no example of --history 1 and --lead 1"):
         prepare(weather, tmp_path / "b", *flags, "--test-fraction", 0.5)
 
 
@@ -223,9 +199,7 @@ def test_only_what_a_part_needs_is_read(tmp_path):
     options = weather.make_parser().parse_args(["--source", str(tmp_path / "big.nc"), "--output", "none"])
     tracemalloc.start()
     source, inputs, targets = weather.open_source(options)
-    pairs = weather.find_pairs(
-        range(500), np.zeros(500, int), *[np.ones((500, 1), bool)] * 2, history=1, lead=1
-    )
+    pairs = weather.find_pairs(range(500), np.zeros(500, int), *[np.ones((500, 1), bool)] * 2, history=1, lead=1)
     x, _ = weather.make_examples(source, pairs, inputs, targets, 1, 1).read(200, 202)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -277,9 +251,7 @@ def test_sources_that_cannot_be_used(tmp_path, monkeypatch):
     refuse("u has times unlike other fields", fields(), fields(TIMES[1:]).rename(t="u"))
     refuse("lat is not sorted, or not in degrees", fields(lat=LATITUDES * 10))
     refuse("no variable has the dims", fields().assign(t=fields()["t"][0, 0]))
-    refuse(
-        "--longitude-dim .not given.: .*valid_time, level, lat, x", fields().rename(lon="x"), kind=ConfigError
-    )
+    refuse("--longitude-dim .not given.: .*valid_time, level, lat, x", fields().rename(lon="x"), kind=ConfigError)
     flat = fields().isel(level=0, drop=True)
     refuse("--levels .500.0.: no chosen field has levels", flat, flags=("--levels", 500), kind=ConfigError)
     monkeypatch.setitem(sys.modules, "xarray", None)
@@ -323,29 +295,13 @@ def test_held_out_images_are_dealt_by_the_seed_and_no_statistics_come_from_them(
     source = shared("cifar10", "cifar10_train_first4000_lossless.npz")
     raw = np.load(source)
     images, labels = raw["images"], raw["labels"]
-    flags = (
-        "--x",
-        "images",
-        "--y",
-        "labels",
-        "--channels-last",
-        "--classes",
-        10,
-        "--validation-fraction",
-        0.1,
-    )
+    flags = ("--x", "images", "--y", "labels", "--channels-last", "--classes", 10, "--validation-fraction", 0.1)
     flags = (*flags, "--test-fraction", 0.25, "--seed", 3)
     manifest, splits = prepare(arrays, tmp_path / "a", "--train", source, *flags)
-    assert {split: len(y) for split, (_, y) in splits.items()} == {
-        "train": 2600,
-        "validation": 400,
-        "test": 1000,
-    }
+    assert {split: len(y) for split, (_, y) in splits.items()} == {"train": 2600, "validation": 400, "test": 1000}
     number = {image.tobytes(): row for row, image in enumerate(images)}
     assert len(number) == 4000  # no image twice
-    rows = {
-        split: [number[image.transpose(1, 2, 0).tobytes()] for image in x] for split, (x, _) in splits.items()
-    }
+    rows = {split: [number[image.transpose(1, 2, 0).tobytes()] for image in x] for split, (x, _) in splits.items()}
     assert sorted(row for part in rows.values() for row in part) == list(range(4000))
     assert all(np.array_equal(y, labels[rows[split]]) for split, (_, y) in splits.items())
     check_statistics(manifest, images[rows["train"]].transpose(0, 3, 1, 2))
@@ -429,10 +385,7 @@ def test_datasets_of_pytorch(module, tmp_path):
         flags = ("--train", f"{module}.{name}", "--classes", 4, "--test-fraction", 0.25)
         manifest, splits = prepare(arrays, tmp_path / name, *flags)
         x = np.concatenate([splits["train"][0], splits["test"][0]])
-        assert sorted(x[:, 0, 2]) == list(range(20)) and (
-            len(splits["train"][0]),
-            len(splits["test"][0]),
-        ) == (15, 5)
+        assert sorted(x[:, 0, 2]) == list(range(20)) and (len(splits["train"][0]), len(splits["test"][0])) == (15, 5)
         for part_x, part_y in splits.values():
             assert np.array_equal(part_x[:, 0, 0] % 4, part_y)
         assert manifest.name == manifest.source == f"my_squares.{name}"
@@ -473,22 +426,13 @@ def test_arrays_that_cannot_be_used(module, tmp_path):
 
     x, y = np.zeros((6, 2)), np.array([0, 1, 2, 3, 9, 0])
     pair, short = save(tmp_path, x=x, y=y), save(tmp_path, u=x, v=y[:5])
-    refuse(
-        DataError,
-        r"--train .*, example 4: y is 9, and --classes 4 allows 0 to 3",
-        "--train",
-        pair,
-        "--classes",
-        4,
-    )
+    refuse(DataError, r"--train .*, example 4: y is 9, and --classes 4 allows 0 to 3", "--train", pair, "--classes", 4)
     refuse(DataError, r"x is \(6, 2\) and y \(5,\)", "--train", short)
     refuse(ConfigError, r"--classes 1: must be at least 2", "--train", pair, "--classes", 1)
     refuse(ConfigError, r"--train .*x\.npy: two files are needed", "--train", tmp_path / "x.npy")
     refuse(DataError, r"nowhere\.npy cannot be read", "--train", f"{tmp_path}/nowhere.npy,{tmp_path}/y.npy")
     refuse(DataError, r"cannot be read as NumPy's", "--train", save(tmp_path, o=np.array([{}] * 6), y=y))
-    refuse(
-        DataError, r"--classes needs one number", "--train", save(tmp_path, w=x, z=np.eye(6)), "--classes", 6
-    )
+    refuse(DataError, r"--classes needs one number", "--train", save(tmp_path, w=x, z=np.eye(6)), "--classes", 6)
     refuse(DataError, r"y is 0\.5", "--train", save(tmp_path, w=x, z=np.full(6, 0.5)), "--classes", 6)
     refuse(DataError, r"x has dtype <U1", "--train", save(tmp_path, w=np.array(["a"] * 6), y=y))
     refuse(ConfigError, r"--channels-last \(1, 2\)", "--train", pair, "--channels-last")
@@ -507,13 +451,7 @@ def test_arrays_that_cannot_be_used(module, tmp_path):
     refuse(ConfigError, r"--encoded o: --train .* is no \.npz file", "--train", pair, "--encoded", "o")
     np.savez(tmp_path / "a.npz", x=x, y=y, offsets=np.arange(7) * 9, bytes=np.zeros(54, np.uint8))
     npz = ("--train", tmp_path / "a.npz")
-    refuse(
-        ConfigError,
-        r"--x train_x: .* has no such key\. It has x, y, offsets, bytes",
-        *npz,
-        "--x",
-        "{split}_x",
-    )
+    refuse(ConfigError, r"--x train_x: .* has no such key\. It has x, y, offsets, bytes", *npz, "--x", "{split}_x")
     refuse(DataError, r"example 0: the image cannot be decoded", *npz, "--x", "bytes", "--encoded", "offsets")
     refuse(DataError, r"the offsets do not increase within the 6 bytes", *npz, "--encoded", "offsets")
     (tmp_path / "b.npz").write_bytes((tmp_path / "x.npy").read_bytes())
@@ -556,9 +494,7 @@ def python2_pickle(pixels, labels):
     def number(value):
         return b"J" + struct.pack("<i", value)
 
-    array = (
-        b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n" + number(0) + b"\x85" + text(b"b") + b"tR"
-    )
+    array = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n" + number(0) + b"\x85" + text(b"b") + b"tR"
     dtype = b"cnumpy\ndtype\n" + text(b"u1") + number(0) + number(1) + b"\x87R"
     dtype += b"(" + number(3) + text(b"|") + b"NNN" + number(-1) + number(-1) + number(0) + b"tb"
     shape = number(len(pixels)) + number(3072) + b"\x86"
@@ -600,9 +536,7 @@ def test_all_versions_of_cifar10_hold_the_same_images(batches, tmp_path):
         x, y = cifar10.load(source, sums, SIZE)
         assert x.shape == (3600, 3, 32, 32) and x.dtype == np.uint8 and y.dtype == np.int64
         assert np.array_equal(x.reshape(-1, 3072), pixels) and np.array_equal(y, labels)
-        with pytest.raises(
-            DataError, match=r"is not the published file|has 1843800 bytes, expected 30730000"
-        ):
+        with pytest.raises(DataError, match=r"is not the published file|has 1843800 bytes, expected 30730000"):
             cifar10.load(source)
     for source in (python / "data_batch_3", *archives.values()):
         content = bytearray(source.read_bytes())
@@ -664,17 +598,12 @@ def test_the_script_writes_60000_images_with_two_ranks(mpirun, tmp_path):
     done = mpirun(2, "data_prep/cifar10.py", "--source", source, "--output", tmp_path / "out", *flags)
     assert done.returncode == 0, done.stderr
     manifest, splits = stored(tmp_path / "out")
-    assert {split: len(y) for split, (_, y) in splits.items()} == {
-        "test": 10_000,
-        "train": 45_000,
-        "validation": 5000,
-    }
+    assert {split: len(y) for split, (_, y) in splits.items()} == {"test": 10_000, "train": 45_000, "validation": 5000}
     assert np.array_equal(splits["test"][0].reshape(-1, 3072), pixels[50_000:])
     assert np.array_equal(splits["test"][1], labels[50_000:])
     first = {image[:16].tobytes(): row for row, image in enumerate(pixels[:50_000])}
     rows = {
-        split: [first[image[0, 0, :16].tobytes()] for image in splits[split][0]]
-        for split in ("train", "validation")
+        split: [first[image[0, 0, :16].tobytes()] for image in splits[split][0]] for split in ("train", "validation")
     }
     assert sorted(rows["train"] + rows["validation"]) == list(range(50_000))
     assert all(np.array_equal(splits[split][1], labels[rows[split]]) for split in rows)

@@ -68,9 +68,7 @@ def test_ett_windows_are_those_of_the_file(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "last 3020 of 17420 rows" in done.stderr and verify_shards(output) == []
     manifest, splits = stored(output)
-    assert {split: len(y) for split, (_, y) in splits.items()} == {
-        "train": 8521, "validation": 2761, "test": 2761
-    }  # fmt: skip
+    assert {split: len(y) for split, (_, y) in splits.items()} == {"train": 8521, "validation": 2761, "test": 2761}
     assert (manifest.name, manifest.licence) == ("ETTh1", "CC BY-ND 4.0") and "Informer" in manifest.source
     names = ("OT", "HUFL", "HULL", "MUFL", "MULL", "LUFL", "LULL")
     assert manifest.arrays["x"].channels == names and manifest.arrays["y"].channels == ("OT",)
@@ -222,9 +220,7 @@ def test_times_are_read_as_they_are_written(tmp_path, caplog):
     with pytest.raises(DataError, match=r"'30.12.2020 01:00\+0100' in data row 1 is no time"):
         prepare(timeseries, source, tmp_path / "out", *flags)
     with caplog.at_level(logging.INFO):
-        manifest, splits = prepare(
-            timeseries, source, tmp_path / "out", *flags, "--time-format", "%d.%m.%Y %H:%M%z"
-        )
+        manifest, splits = prepare(timeseries, source, tmp_path / "out", *flags, "--time-format", "%d.%m.%Y %H:%M%z")
     assert "not numbers: word" in caplog.text and manifest.details["step_seconds"] == 900
     assert manifest.details["first_time"]["train"] == "2020-12-30T00:00:00"
     assert manifest.arrays["x"].channels == ("load", "yearday_sin", "yearday_cos", "hour_sin", "hour_cos")
@@ -234,9 +230,7 @@ def test_times_are_read_as_they_are_written(tmp_path, caplog):
             days = 366 if time.year == 2020 else 365
             phase = (time.timetuple().tm_yday - 1) / days
             assert yearday == pytest.approx(math.sin(2 * math.pi * phase), abs=1e-6)
-            assert hour == pytest.approx(
-                math.sin(2 * math.pi * (time.hour + time.minute / 60) / 24), abs=1e-6
-            )
+            assert hour == pytest.approx(math.sin(2 * math.pi * (time.hour + time.minute / 60) / 24), abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -268,10 +262,7 @@ def test_what_is_wrong_with_a_series_is_said(tmp_path, flags, kind, message):
 @pytest.mark.parametrize(
     "text, message",
     [
-        (
-            "time,load\n2020-01-02,1\n2020-01-01,2\n2020-01-03,2\n",
-            "comes after 2020-01-02T00:00:00. Sort the rows",
-        ),
+        ("time,load\n2020-01-02,1\n2020-01-01,2\n2020-01-03,2\n", "comes after 2020-01-02T00:00:00. Sort the rows"),
         ("time,load\n2020-01-01,1\nlater,2\n2020-01-03,2\n", "--time time: 'later' in data row 2 is no time"),
         ("time,load\n2020-01-01,1\n2020-01-02,inf\n2020-01-03,2\n", "no finite value at 2020-01-02T00:00:00"),
         ("time,load\n2020-01-01,1\n2020-01-01,1\n2020-01-01,1\n", "no two times"),
@@ -326,10 +317,7 @@ def rows_of(x, table):
 def test_diabetes_is_dealt_to_splits_without_leakage(tmp_path):
     data = load_diabetes(scaled=False)
     rows = np.column_stack([data.data, data.target]).tolist()
-    source, output = (
-        write_rows(tmp_path / "diabetes.csv", [*data.feature_names, "progression"], rows),
-        tmp_path / "a",
-    )
+    source, output = (write_rows(tmp_path / "diabetes.csv", [*data.feature_names, "progression"], rows), tmp_path / "a")
     done = start("tabular", "--source", source, "--target", "-1", "--output", output, "--licence", "public")
     assert done.returncode == 0, done.stderr
     assert verify_shards(output) == []

@@ -15,9 +15,7 @@ class FieldNet(nn.Sequential):
     """A network for fields, periodic in nothing: [B, channels, H, W] -> [B, num_outputs, H, W]."""
 
     def __init__(self, in_shape, num_outputs):
-        super().__init__(
-            nn.Conv2d(in_shape[0], 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, num_outputs, 3, padding=1)
-        )
+        super().__init__(nn.Conv2d(in_shape[0], 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, num_outputs, 3, padding=1))
 
 
 FORECAST = ("--model.arguments", "{hidden: [32]}")
@@ -85,9 +83,7 @@ def test_an_epoch_on_the_shards_of_a_real_source(case, tmp_path):
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     manifest = json.loads((tmp_path / "shards/manifest.json").read_text())
     num_train = sum(shard["num_examples"] for shard in manifest["splits"]["train"])
-    batch = (
-        int(training[training.index("--global_batch_size") + 1]) if "--global_batch_size" in training else 128
-    )
+    batch = int(training[training.index("--global_batch_size") + 1]) if "--global_batch_size" in training else 128
     assert summary["num_steps"] == -(-num_train // batch)
     if manifest["num_classes"]:
         assert summary["test/accuracy"] > 0.153  # chance, and five standard errors of 800 images

@@ -91,9 +91,7 @@ def test_the_example_gives_the_same_numbers_on_every_grid(mpirun, run_block):
     assert shown.returncode == done.returncode == 0, shown.stderr + done.stderr
     lines = [
         tuple(map(float, numbers))
-        for numbers in re.findall(
-            r"negative ELBO ([\d.]+) nats, test accuracy ([\d.]+)", shown.stdout + done.stdout
-        )
+        for numbers in re.findall(r"negative ELBO ([\d.]+) nats, test accuracy ([\d.]+)", shown.stdout + done.stdout)
     ]
     assert len(lines) == 3
     for nelbo, accuracy in lines[1:]:
@@ -102,18 +100,14 @@ def test_the_example_gives_the_same_numbers_on_every_grid(mpirun, run_block):
 
 
 def test_files_that_they_name_exist():
-    named = re.findall(
-        r"\b(?:configs|data_prep|docs|examples|jobscripts|tools)/[\w./-]+\w", README + FIRST_STEPS
-    )
+    named = re.findall(r"\b(?:configs|data_prep|docs|examples|jobscripts|tools)/[\w./-]+\w", README + FIRST_STEPS)
     for path in {*named, "CONTRIBUTING.md"}:
         assert (REPOSITORY / path).exists(), path
 
 
 def test_the_objective_of_the_docs_is_exact_on_every_grid_of_four_ranks(mpirun, tmp_path):
     """docs/objectives.md: the objective and its test, put into one file and run as it says."""
-    blocks = re.findall(
-        r"```python\n(.*?)```", (REPOSITORY / "docs/objectives.md").read_text(), flags=re.DOTALL
-    )
+    blocks = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs/objectives.md").read_text(), flags=re.DOTALL)
     (tmp_path / "test_own.py").write_text("\n".join(blocks))
     for num_ranks in (1, 4):
         done = mpirun(num_ranks, "-m", "pytest", "-q", tmp_path / "test_own.py")

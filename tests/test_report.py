@@ -61,14 +61,7 @@ def runs(digits, tmp_path_factory):
     y = x @ rng.normal(size=(2, 3)) * [1, 10, 1000] + rng.normal(size=(80, 3))
     facts = {"name": "toy", "source": "test", "licence": "none", "channels": {"y": ["t2m", "z500", "u & v"]}}
     write_shards(directory / "shards", {"train": (x, y), "test": (x[:20], y[:20])}, **facts)
-    flags = [
-        "--data.shards",
-        str(directory / "shards"),
-        "--num_epochs",
-        "4",
-        "--run_dir",
-        str(directory / "numbers"),
-    ]
+    flags = ["--data.shards", str(directory / "shards"), "--num_epochs", "4", "--run_dir", str(directory / "numbers")]
     with with_plots():
         assert main(["train", *common, *flags]) == 0
     flags = ["--max_seconds", "1e-9", "--run_dir", str(directory / "stopped")]
@@ -94,9 +87,7 @@ def test_a_run_of_classes(runs, capsys):
     assert main(["report", str(runs / "digits0")]) == 0
     assert str(runs / "digits0" / "report.html") in capsys.readouterr().out
     page = check_page(runs / "digits0" / "report.html")
-    assert {"Test metrics", "Training", "Test", "Calibration", "Time and communication", "Examples"} <= set(
-        page.titles
-    )
+    assert {"Test metrics", "Training", "Test", "Calibration", "Time and communication", "Examples"} <= set(page.titles)
     assert "What differs" not in page.titles and "Channels" not in page.titles
     summary = json.loads((runs / "digits0" / "summary.json").read_text())
     assert page.row("nll")[1] == f"{summary['test/nll']:.4g}"
@@ -159,29 +150,14 @@ def test_a_browser_shows_it(runs, tmp_path):
 def test_fields_are_shown_as_maps(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     for_split = {
-        split: tuple(rng.normal(size=(2, n, 2, 9, 12)).astype(np.float32))
-        for split, n in (("train", 16), ("test", 7))
+        split: tuple(rng.normal(size=(2, n, 2, 9, 12)).astype(np.float32)) for split, n in (("train", 16), ("test", 7))
     }
     write_shards(tmp_path / "shards", for_split, name="fields", source="made here", licence="none")
     drawn = {}
     monkeypatch.setattr(plots, "_plot_fields", lambda examples, path: drawn.update(examples) or path)
     arguments = {"patch": 3, "dim": 8, "depths": [1], "heads": [2], "window": [3, 2], "is_periodic": False}
-    flags = [
-        "--model.name",
-        "hpc_bnn.models.Swin",
-        "--model.arguments",
-        json.dumps(arguments),
-        "--num_epochs",
-        "1",
-    ]
-    flags += [
-        "--data.shards",
-        str(tmp_path / "shards"),
-        "--run_dir",
-        str(tmp_path / "run"),
-        "--num_samples",
-        "2",
-    ]
+    flags = ["--model.name", "hpc_bnn.models.Swin", "--model.arguments", json.dumps(arguments), "--num_epochs", "1"]
+    flags += ["--data.shards", str(tmp_path / "shards"), "--run_dir", str(tmp_path / "run"), "--num_samples", "2"]
     flags += ["--objective.name", "crps", "--num_test_samples", "3"]
     with with_plots():
         assert main(["train", *flags]) == 0

@@ -13,9 +13,7 @@ DOORS = ("doctor", "plan", "predictive", "run")
 
 
 def test_import_contracts():
-    done = subprocess.run(
-        ["lint-imports", "--config", "setup.cfg"], cwd=REPOSITORY, capture_output=True, text=True
-    )
+    done = subprocess.run(["lint-imports", "--config", "setup.cfg"], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 

@@ -101,12 +101,10 @@ SHARED = [
     ("global_batch_size", 0, "global_batch_size", lambda v: BatchLoader([1], Grid(), v, 0)),
     ("data.prefetch", -1, "prefetch", lambda v: BatchLoader([1], Grid(), 1, 0, prefetch=v)),
     ("augmentation.views", "alike", "kind", lambda v: Augmentation([], v, num_samples=2)),
-]  # fmt: skip
+]
 
 
-@pytest.mark.parametrize(
-    "name, value, argument, make", SHARED, ids=lambda case: case if isinstance(case, str) else ""
-)
+@pytest.mark.parametrize("name, value, argument, make", SHARED, ids=lambda case: case if isinstance(case, str) else "")
 def test_python_and_the_command_line_speak_of_one_rule(name, value, argument, make):
     wrong, (group, _, last) = Config(), name.rpartition(".")
     setattr(operator.attrgetter(group)(wrong) if group else wrong, last, value)
@@ -136,9 +134,7 @@ def test_rules_of_two_fields_are_one_as_well():
 
 
 def test_a_text_names_fields_in_the_words_of_the_caller():
-    fault = Fault(
-        "objective.name", "x", "no {grid.sample_size} <class 'x'>", "Use <grid.sample_size> or {name: flip}"
-    )
+    fault = Fault("objective.name", "x", "no {grid.sample_size} <class 'x'>", "Use <grid.sample_size> or {name: flip}")
     assert str(fault) == "objective x: no {grid.sample_size} <class 'x'>. Use sample_size or {name: flip}"
     assert fault.on_command_line() == (
         "--objective.name x: no {grid.sample_size} <class 'x'>. Use --grid.sample_size or {name: flip}"

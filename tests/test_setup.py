@@ -24,12 +24,7 @@ def setup_with(tmp_path, without=(), python="python3", **variables):
         (path / name).symlink_to(target)
     environment = {"PATH": str(path), "HOME": os.environ["HOME"], "PYTHON": python, **variables}
     done = subprocess.run(
-        ["/bin/sh", "tools/setup.sh"],
-        cwd=tree,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=patience(60),
+        ["/bin/sh", "tools/setup.sh"], cwd=tree, env=environment, capture_output=True, text=True, timeout=patience(60)
     )
     assert not (tree / ".venv").exists()
     return done

@@ -65,12 +65,7 @@ class Cluster:
         command = ["srun", *map(str, command)]
         for _ in range(3):
             done = subprocess.run(
-                command,
-                cwd=self.work,
-                env=environment,
-                capture_output=True,
-                text=True,
-                timeout=patience(JOB_SECONDS),
+                command, cwd=self.work, env=environment, capture_output=True, text=True, timeout=patience(JOB_SECONDS)
             )
             # Open MPI 5 itself: a rank that has left MPI_Init sends to one that is still in it (seen under load)
             if not ("mca_pml_ob1_recv_frag_callback_match" in done.stderr and "ompi_mpi_init" in done.stderr):
@@ -260,8 +255,7 @@ comm.sum_(torch.ones(3))
 
 
 @pytest.mark.parametrize(
-    ("launcher", "fault"),
-    [("srun", "raise RuntimeError('deliberate')"), ("torchrun", "os.kill(os.getpid(), 9)")],
+    ("launcher", "fault"), [("srun", "raise RuntimeError('deliberate')"), ("torchrun", "os.kill(os.getpid(), 9)")]
 )
 def test_a_rank_that_fails_on_the_other_node_ends_the_job(cluster, tmp_path, launcher, fault):
     (program := tmp_path / "program.py").write_text(FAULTY.format(fault=fault))
@@ -273,9 +267,7 @@ def test_a_rank_that_fails_on_the_other_node_ends_the_job(cluster, tmp_path, lau
     ended = time.time()
     assert done.returncode != 0
     assert ended - float(done.stdout.split("FAULT")[1].split()[0]) < patience(10), done.stderr
-    assert (
-        "rank 3 on n2 ended with code 137" if launcher == "torchrun" else "RuntimeError: deliberate"
-    ) in done.stderr
+    assert ("rank 3 on n2 ended with code 137" if launcher == "torchrun" else "RuntimeError: deliberate") in done.stderr
 
 
 def node_address(cluster) -> str:
@@ -359,10 +351,7 @@ def test_a_script_far_from_the_repository_says_so(cluster):
 
 
 OURS = sorted(
-    [
-        SCRIPTS / "lib.sh",
-        *(path for part in ("slurm", "pbs", "lsf", "sites") for path in (SCRIPTS / part).iterdir()),
-    ]
+    [SCRIPTS / "lib.sh", *(path for part in ("slurm", "pbs", "lsf", "sites") for path in (SCRIPTS / part).iterdir())]
 )
 
 

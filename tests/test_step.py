@@ -8,15 +8,7 @@ from torch import nn
 from torch.distributions import Normal, kl_divergence
 from torch.nn import functional as F
 
-from hpc_bnn import (
-    Categorical,
-    GaussianPrior,
-    Grid,
-    GridComm,
-    KlAnnealing,
-    MeanFieldGaussian,
-    VariationalStep,
-)
+from hpc_bnn import Categorical, GaussianPrior, Grid, GridComm, KlAnnealing, MeanFieldGaussian, VariationalStep
 from hpc_bnn.errors import ConfigError, NonFiniteError
 from hpc_bnn.noise import Key, Stream
 
@@ -49,9 +41,7 @@ def test_negative_elbo_and_its_gradient_equal_the_definition():
     loc, log_scale = (p.detach().clone().requires_grad_() for p in step.posterior.parameters())
     data_term = 0
     for sample in range(3):
-        eps = torch.randn(
-            len(loc), dtype=loc.dtype, generator=Key(7, Stream.NOISE, sample=sample).generator()
-        )
+        eps = torch.randn(len(loc), dtype=loc.dtype, generator=Key(7, Stream.NOISE, sample=sample).generator())
         weights = step.posterior.random.views(loc + log_scale.exp() * eps)
         data_term += F.cross_entropy(torch.func.functional_call(step.posterior.module, weights, (x,)), y) / 3
     kl = kl_divergence(Normal(loc, log_scale.exp()), Normal(0.0, 0.5)).sum()
@@ -96,10 +86,7 @@ def test_training_lowers_the_objective():
 
 
 def test_autocast_keeps_weights_and_gradients_in_float32():
-    exact, rough = (
-        make_step(dtype=torch.float32),
-        make_step(dtype=torch.float32, autocast_dtype=torch.bfloat16),
-    )
+    exact, rough = (make_step(dtype=torch.float32), make_step(dtype=torch.float32, autocast_dtype=torch.bfloat16))
     x, y = batch(torch.float32)
     a, b = exact(x, y, len(x)), rough(x, y, len(x))
     assert rough.posterior.loc.dtype == rough.posterior.buffer.reduced.dtype == torch.float32
@@ -123,9 +110,7 @@ def test_noise_that_is_not_keyed_is_said(caplog):
 
     posterior = MeanFieldGaussian(Functional())
     optimizer = torch.optim.SGD(posterior.parameters(), lr=0.1)
-    step = VariationalStep(
-        posterior, Categorical(3), optimizer, GridComm(Grid()), num_samples=2, num_train_examples=10
-    )
+    step = VariationalStep(posterior, Categorical(3), optimizer, GridComm(Grid()), num_samples=2, num_train_examples=10)
     x, y = batch()
     step(x, y, len(x))
     step(x, y, len(x))

@@ -142,19 +142,9 @@ sys.exit(75 if stopped else 3)
 
 def test_signals_and_exit_codes_pass_through_the_agent_of_the_job_scripts(tmp_path):
     (program := tmp_path / "program.py").write_text(STOPPING.format(seconds=patience(20)))
-    agent = (
-        REPOSITORY / "jobscripts/torchrun.py",
-        "--nproc-per-node",
-        2,
-        "--master-port",
-        free_port(),
-        program,
-    )
+    agent = (REPOSITORY / "jobscripts/torchrun.py", "--nproc-per-node", 2, "--master-port", free_port(), program)
     job = subprocess.Popen(
-        [sys.executable, *map(str, agent)],
-        env=launch_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        [sys.executable, *map(str, agent)], env=launch_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     try:
         assert [job.stdout.readline() for _ in range(2)] == [b"READY\n"] * 2

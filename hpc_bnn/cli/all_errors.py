@@ -155,13 +155,7 @@ def _load(text: str | None) -> Any:
 
 def _in_words(type_: Any) -> str:
     """Return the name of a type in the user's words."""
-    names = {
-        int: "a whole number",
-        float: "a number",
-        str: "a text",
-        bool: "true or false",
-        type(None): "null",
-    }
+    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
     if type_ in names:
         return names[type_]
     origin, arguments = typing.get_origin(type_), typing.get_args(type_)

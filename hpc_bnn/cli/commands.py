@@ -53,9 +53,7 @@ def _add_train(train: Parser) -> None:
 
 def _add_run(parser: Parser) -> None:
     """Add what the commands that work on an existing run have in common."""
-    parser.add_argument(
-        "run", type=str, metavar="RUN_DIR", help="Directory of the run; flags override its config."
-    )
+    parser.add_argument("run", type=str, metavar="RUN_DIR", help="Directory of the run; flags override its config.")
     parser.add_argument("--config", action="config", help="By default RUN_DIR/config.yaml.")
     parser.add_argument(
         "--which", type=Literal["newest", "best"], default="newest", help="Checkpoint (default: newest)."
@@ -65,9 +63,7 @@ def _add_run(parser: Parser) -> None:
 def _add_evaluate(evaluate: Parser) -> None:
     _add_run(evaluate)
     evaluate.add_argument(
-        "--ood_shards",
-        type=str | None,
-        help="Foreign examples: how well does the uncertainty tell them (AUROC)?",
+        "--ood_shards", type=str | None, help="Foreign examples: how well does the uncertainty tell them (AUROC)?"
     )
     evaluate.add_argument("--ood_split", type=str, default="test", help="Split of the foreign examples.")
     evaluate.add_class_arguments(Config, fail_untyped=True)
@@ -87,9 +83,7 @@ def _add_predict(predict: Parser) -> None:
 
 def _add_report(report: Parser) -> None:
     report.add_argument("runs", type=str, nargs="+", metavar="RUN_DIR", help="Directories of runs.")
-    report.add_argument(
-        "--output", type=str | None, help="HTML file (default: report.html with the run or runs)."
-    )
+    report.add_argument("--output", type=str | None, help="HTML file (default: report.html with the run or runs).")
 
 
 def _add_verify(verify: Parser) -> None:
@@ -104,12 +98,8 @@ def _add_plan(plan: Parser) -> None:
         type=int | None,
         help="Ranks of a node (default: as here, or the GPUs or cores of this machine).",
     )
-    plan.add_argument(
-        "--memory", type=float | None, help="Bytes that a rank may take (default: those of its device)."
-    )
-    plan.add_argument(
-        "--flops", type=float | None, help="FLOP/s of a rank (default: measure its share here)."
-    )
+    plan.add_argument("--memory", type=float | None, help="Bytes that a rank may take (default: those of its device).")
+    plan.add_argument("--flops", type=float | None, help="FLOP/s of a rank (default: measure its share here).")
     for name, where in (("", "between nodes"), ("node_", "within a node")):
         text = f"{where} (default: measured, where this job has several ranks; otherwise assumed)."
         plan.add_argument(f"--{name}bandwidth", type=float | None, help=f"Bytes per second of a rank {text}")
@@ -122,17 +112,13 @@ def _add_plan(plan: Parser) -> None:
 def _add_stage(stage: Parser) -> None:
     stage.add_argument("source", type=str, metavar="SRC", help="Shard directory that all nodes see.")
     stage.add_argument("destination", type=str, metavar="DST", help="Directory on storage of the node.")
-    stage.add_argument(
-        "--verify", type=bool, default=True, help="Compare SHA-256, not only sizes (default: true)."
-    )
+    stage.add_argument("--verify", type=bool, default=True, help="Compare SHA-256, not only sizes (default: true).")
     stage.add_argument("--clean", action="store_true", help="Remove DST from every node instead.")
 
 
 def _add_doctor(doctor: Parser) -> None:
     doctor.add_argument(
-        "--grid.sample_size",
-        type=int | None,
-        help="Extent of the sample axis (default: one that suits the job).",
+        "--grid.sample_size", type=int | None, help="Extent of the sample axis (default: one that suits the job)."
     )
     doctor.add_argument("--device", type=str, default="auto", help="As for train (default: auto).")
     doctor.add_argument("--backend", type=Backend, default="auto", help="As for train (default: auto).")
@@ -203,9 +189,7 @@ def run_and_report(name: str, work: Callable[[], int]) -> int:
     """
     is_first = comm.launched_rank() == 0
     logging.basicConfig(
-        level=logging.INFO if is_first else logging.ERROR,
-        format="%(levelname)s: %(message)s",
-        stream=sys.stderr,
+        level=logging.INFO if is_first else logging.ERROR, format="%(levelname)s: %(message)s", stream=sys.stderr
     )
     try:
         return work()
@@ -234,9 +218,7 @@ def _train(options: jsonargparse.Namespace, given: set[str]) -> int:
         if run.is_writer:
             plots = write_plots(run.run_dir, examples)
             metrics = [
-                f"{name.replace('/', ' ')} {value:.4f}"
-                for name, value in summary.items()
-                if name.startswith("test/")
+                f"{name.replace('/', ' ')} {value:.4f}" for name, value in summary.items() if name.startswith("test/")
             ]
             print(f"{', '.join(metrics)}, {summary['seconds']:.1f} s\n{run.run_dir}/summary.json")
             for path in plots:
@@ -348,9 +330,7 @@ def _evaluate(options: jsonargparse.Namespace, given: set[str]) -> int:
         if experiment.is_writer:
             foreign = f"{options.ood_shards}, {options.ood_split}" if ood else None
             path = experiment.write_evaluation(tested, experiment.num_steps, options.which, ood, foreign)
-            print(
-                "\n".join(f"{name} {value:.6g}" for name, value in (tested.evaluation.metrics | ood).items())
-            )
+            print("\n".join(f"{name} {value:.6g}" for name, value in (tested.evaluation.metrics | ood).items()))
             print(path)
     return 0
 
@@ -391,9 +371,7 @@ def _verify(options: jsonargparse.Namespace, given: set[str]) -> int:
     if problems:
         raise DataError("\n".join(problems))
     for split, shards in Manifest.read(options.shards).splits.items():
-        print(
-            f"{options.shards}: {split}, {sum(s.num_examples for s in shards)} examples in {len(shards)} files"
-        )
+        print(f"{options.shards}: {split}, {sum(s.num_examples for s in shards)} examples in {len(shards)} files")
     return 0
 
 

@@ -12,26 +12,11 @@ Neither mpi4py.MPI nor horovod is imported before `world_size` or `connect` is c
 starts MPI; a worker process that imports this package stays an ordinary process.
 """
 
-from .base import (
-    Axis,
-    GridComm,
-    NodeArray,
-    ObjectAxis,
-    Operation,
-    Traffic,
-)
+from .base import Axis, GridComm, NodeArray, ObjectAxis, Operation, Traffic
 from .devices import choose_device, set_num_threads
 from .horovod import HorovodComm
 from .mpi import MpiComm
-from .start import (
-    abort,
-    connect,
-    connect_for_files,
-    finalize,
-    launched_rank,
-    wait_for_others,
-    world_size,
-)
+from .start import abort, connect, connect_for_files, finalize, launched_rank, wait_for_others, world_size
 from .torch_distributed import DistributedFacts, TorchComm, distributed_facts
 from .torchrun import TorchrunComm
 

@@ -110,11 +110,7 @@ class GridComm:
     # --- tensors --------------------------------------------------------------------------------
 
     def sum_(
-        self,
-        tensors: torch.Tensor | Sequence[torch.Tensor],
-        axis: Axis = "world",
-        *,
-        compressed: bool = False,
+        self, tensors: torch.Tensor | Sequence[torch.Tensor], axis: Axis = "world", *, compressed: bool = False
     ) -> None:
         """Replace each tensor, in place, by its sum over an axis.
 
@@ -206,9 +202,7 @@ class GridComm:
                 flats[number][spans[index].start : spans[index].stop] = part
         return [flat[s[index].start : s[index].stop] for flat, s in zip(flats, shares)]
 
-    def gather_shares_(
-        self, tensors: Sequence[torch.Tensor], axis: Axis, *, compressed: bool = False
-    ) -> None:
+    def gather_shares_(self, tensors: Sequence[torch.Tensor], axis: Axis, *, compressed: bool = False) -> None:
         """Overwrite the shares of the other ranks of an axis with what they have there (see `reduce_scatter_`).
 
         Collective over ``sample_comm``, ``data_comm`` or the world, by ``axis``. With ``compressed`` the own share is
@@ -252,9 +246,7 @@ class GridComm:
         with self._counted(wide):
             return self._gather(wide.contiguous(), axis).to(tensor.dtype)
 
-    def broadcast_(
-        self, tensors: torch.Tensor | Sequence[torch.Tensor], root: int = 0, axis: Axis = "world"
-    ) -> None:
+    def broadcast_(self, tensors: torch.Tensor | Sequence[torch.Tensor], root: int = 0, axis: Axis = "world") -> None:
         """Overwrite tensors with those of the rank with index ``root`` along an axis.
 
         Collective over ``sample_comm``, ``data_comm`` or the world, by ``axis``.
@@ -358,9 +350,7 @@ class GridComm:
                 where = f"rank {rank} on {host}{others}, {where}"
             raise kind(*parts, where=where) from error
 
-    def check_replicas(
-        self, tensors: torch.Tensor | Sequence[torch.Tensor], what: str, axis: Axis = "world"
-    ) -> None:
+    def check_replicas(self, tensors: torch.Tensor | Sequence[torch.Tensor], what: str, axis: Axis = "world") -> None:
         """Verify that tensors are bit for bit the same on all ranks of an axis. Collective.
 
         Raises
@@ -378,9 +368,7 @@ class GridComm:
         # All ranks raise, also those of the groups that agree with themselves.
         odd = sorted({rank for ranks in self.gather_objects(odd) for rank in ranks})
         if odd:
-            raise CommunicationError(
-                f"{what}: the parameters of ranks {odd} have drifted from their replicas"
-            )
+            raise CommunicationError(f"{what}: the parameters of ranks {odd} have drifted from their replicas")
 
     def close(self) -> None:
         """Wait for all ranks and leave the groups. Collective over the world; afterwards it is of no use."""

@@ -32,9 +32,7 @@ def choose_device(requested: str, local_rank: int, num_visible: int) -> torch.de
     """
     kind, _, number = requested.partition(":")
     if kind not in ("auto", "cpu", "cuda") or (number and (kind != "cuda" or not number.isdigit())):
-        raise ConfigError(
-            Fault("device", requested, "the device is auto, cpu, cuda or cuda:N", "Leave it at auto")
-        )
+        raise ConfigError(Fault("device", requested, "the device is auto, cpu, cuda or cuda:N", "Leave it at auto"))
     if kind == "cpu" or (kind == "auto" and num_visible == 0):
         return torch.device("cpu")
     index = int(number) if number else local_rank % max(num_visible, 1)

@@ -66,9 +66,7 @@ def find_meeting(allgather: Callable[[Any], list[Any]], is_first: bool) -> Meeti
         for address in addresses:
             reached = _reach(address, port, token)
             answers = allgather((socket.gethostname(), reached))
-            missing = [
-                (rank, *answer) for rank, answer in enumerate(answers) if isinstance(answer[1], OSError)
-            ]
+            missing = [(rank, *answer) for rank, answer in enumerate(answers) if isinstance(answer[1], OSError)]
             if not missing:
                 return Meeting(address, _interface_of(reached))
             rank, host, why = missing[0]

@@ -147,9 +147,7 @@ def connect_for_files(node_size: int | None = None) -> GridComm:
     if started is None or started.COMM_WORLD.size == 1:
         return GridComm(Grid(1, 1, 0))
     install_abort_hook()
-    return MpiComm(
-        Grid(started.COMM_WORLD.size, 1, started.COMM_WORLD.rank), mpi=started, node_size=node_size
-    )
+    return MpiComm(Grid(started.COMM_WORLD.size, 1, started.COMM_WORLD.rank), mpi=started, node_size=node_size)
 
 
 def world_size() -> int:

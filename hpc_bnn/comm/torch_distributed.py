@@ -29,9 +29,7 @@ START_SECONDS = 60.0
 STALL = datetime.timedelta(seconds=STALL_SECONDS)
 
 WITH_NCCL = "cpu:gloo,cuda:nccl"
-_GATHER = (
-    "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
-)  # torch < 2.13
+_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"  # torch < 2.13
 _OPERATIONS = {"sum": "SUM", "max": "MAX"}
 
 
@@ -204,9 +202,7 @@ def start(backend: str, rank: int, world_size: int) -> None:
     """Make the group of all ranks through the store. Collective over the world."""
     Running.num_starts += 1
     if Running.num_starts == 1:
-        atexit.register(
-            shutdown
-        )  # Gloo's threads must end before the interpreter, or they take the process down
+        atexit.register(shutdown)  # Gloo's threads must end before the interpreter, or they take the process down
     hook = sys.excepthook
     try:
         with _polite_threads():

@@ -82,9 +82,7 @@ class Crop:
     def __call__(self, x: Tensor, random: ExampleRandom) -> Tensor:
         height, width = x.shape[-2:]
         shift = (random.uniform(2) * (2 * self.padding + 1)).long()  # [B, 2] in 0..2 padding
-        rows, columns = (
-            shift[:, i, None] + torch.arange(n, device=x.device) for i, n in enumerate((height, width))
-        )
+        rows, columns = (shift[:, i, None] + torch.arange(n, device=x.device) for i, n in enumerate((height, width)))
         padded = F.pad(x, [self.padding] * 4).permute(0, 2, 3, 1)  # [B, H + 2p, W + 2p, C]
         batch = torch.arange(len(x), device=x.device)[:, None, None]
         return padded[batch, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
@@ -119,11 +117,7 @@ class Erase:
     num_dims = 3
 
     def __init__(
-        self,
-        probability: float = 0.5,
-        min_area: float = 0.02,
-        max_area: float = 0.33,
-        max_aspect: float = 3.0,
+        self, probability: float = 0.5, min_area: float = 0.02, max_area: float = 0.33, max_aspect: float = 3.0
     ):
         self.probability = _probability(probability)
         _check("max_area", max_area, 0 < min_area <= max_area <= 1, "min_area or more, at most 1", "Try 0.33")
@@ -205,9 +199,7 @@ class Mixup:
         s = np.linspace(0, 0.5**alpha, 4097)
         density = (1 - s ** (1 / alpha)) ** (alpha - 1)
         cumulated = np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2)])
-        self._table = torch.from_numpy(
-            np.interp(np.linspace(0, 1, 4097), cumulated / cumulated[-1], s) ** (1 / alpha)
-        )
+        self._table = torch.from_numpy(np.interp(np.linspace(0, 1, 4097), cumulated / cumulated[-1], s) ** (1 / alpha))
 
     def weights(self, random: ExampleRandom) -> Tensor:
         """Return w [B], float64."""
@@ -236,9 +228,7 @@ class Mixup:
         return mixed(batch.x, other_x), mixed(y.to(batch.x.dtype), other_y.to(batch.x.dtype))
 
 
-TRANSFORMS: dict[str, type] = {
-    kind.__name__.lower(): kind for kind in (Crop, Flip, Erase, Mask, Noise, Mixup)
-}
+TRANSFORMS: dict[str, type] = {kind.__name__.lower(): kind for kind in (Crop, Flip, Erase, Mask, Noise, Mixup)}
 
 
 # --- augmentation ----------------------------------------------------------------------------------------
@@ -278,9 +268,7 @@ class Augmentation:
         check_field("augmentation.views", kind, "kind")
         check_groups(kind, num_groups, num_samples)
         if len(self._mixups) > 1:
-            raise ConfigError(
-                Fault("augmentation.transforms", "mixup, mixup", "one mixup is possible", "Drop one")
-            )
+            raise ConfigError(Fault("augmentation.transforms", "mixup, mixup", "one mixup is possible", "Drop one"))
         self.seed, self.num_classes = seed, num_classes
         groups = {"shared": 1, "per_sample": num_samples, "per_group": num_groups}[kind]
         self._numbers = [g for g in range(groups) for _ in share(num_samples, groups, g)]
@@ -304,10 +292,7 @@ class Augmentation:
                 x = transform(before, ExampleRandom(self.seed, epoch, batch.examples, view, place))
                 rule = None
                 if inputs._version != version:
-                    rule, remedy = (
-                        "it changes its inputs in place, which other samples see, too",
-                        "Return new ones",
-                    )
+                    rule, remedy = ("it changes its inputs in place, which other samples see, too", "Return new ones")
                 elif not isinstance(x, Tensor):
                     rule, remedy = f"it returns {type(x).__name__}", "Return a tensor"
                 elif (x.shape, x.dtype) != (before.shape, before.dtype):

@@ -131,9 +131,7 @@ class ShardDataset:
         indices = torch.as_tensor(indices)
         is_whole = indices.dtype in (torch.int64, torch.int32) or len(indices) == 0
         if not is_whole or (len(indices) and not (indices.min() >= 0 and indices.max() < len(self))):
-            raise IndexError(
-                f"examples are fetched by whole numbers from 0 to {len(self) - 1}, not {indices}"
-            )
+            raise IndexError(f"examples are fetched by whole numbers from 0 to {len(self) - 1}, not {indices}")
         return self.deliver(self.read(indices.long()))
 
     def read(self, indices: torch.Tensor) -> torch.Tensor:
@@ -184,9 +182,7 @@ class ShardDataset:
     def _read_into_memory(self) -> tuple[np.ndarray, np.ndarray]:
         """Read the whole split, each file by one rank of the node. Collective over the world."""
         comm = self._comm
-        shared = [
-            comm.node_array((len(self), *spec.shape), spec.dtype) for spec in self.manifest.arrays.values()
-        ]
+        shared = [comm.node_array((len(self), *spec.shape), spec.dtype) for spec in self.manifest.arrays.values()]
         with comm.agree(f"reading {self._files.directory}"):
             for number in range(comm.local_rank, len(self._files.shards), comm.local_size):
                 self._files.read_shard(number, *(one.array for one in shared))

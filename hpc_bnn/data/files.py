@@ -117,9 +117,7 @@ def _naming(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, KeyError, RuntimeError, ValueError, TypeError, MemoryError) as error:
-        raise DataError(
-            f"{path} is missing or corrupt ({error}). Stage or prepare the shards again"
-        ) from error
+        raise DataError(f"{path} is missing or corrupt ({error}). Stage or prepare the shards again") from error
 
 
 class _OpenShard:
@@ -164,9 +162,7 @@ class _OpenShard:
             )
         return num_bytes
 
-    def _read_chunks(
-        self, dataset: h5py.Dataset, indices: np.ndarray, rows: np.ndarray, array: np.ndarray
-    ) -> int:
+    def _read_chunks(self, dataset: h5py.Dataset, indices: np.ndarray, rows: np.ndarray, array: np.ndarray) -> int:
         length, num_bytes = dataset.chunks[0], 0
         chunks = indices // length
         for chunk in np.unique(chunks):
@@ -198,6 +194,4 @@ def _check_size(path: Path, num_bytes: int, shard: ShardFile) -> None:
 def _check_dataset(path: Path, dataset: h5py.Dataset, shard: ShardFile, manifest: Manifest) -> None:
     spec = manifest.arrays[dataset.name.strip("/")]
     if (dataset.shape, str(dataset.dtype)) != ((shard.num_examples, *spec.shape), spec.dtype):
-        raise DataError(
-            f"{path}: {dataset.name} is {dataset.dtype} {dataset.shape}, not what the manifest says"
-        )
+        raise DataError(f"{path}: {dataset.name} is {dataset.dtype} {dataset.shape}, not what the manifest says")

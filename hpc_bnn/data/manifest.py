@@ -138,13 +138,9 @@ class Manifest:
         except (OSError, ValueError) as error:
             raise DataError(f"{path} cannot be read ({error}). Stage or prepare the shards again") from error
         if not isinstance(raw, dict) or (raw.get("format"), raw.get("version")) != (FORMAT, VERSION):
-            raise DataError(
-                f"{path} is not of format '{FORMAT}', version {VERSION}. Stage or prepare the shards again"
-            )
+            raise DataError(f"{path} is not of format '{FORMAT}', version {VERSION}. Stage or prepare the shards again")
         if raw.pop("sha256", None) != sha256_of_json(raw):
-            raise DataError(
-                f"{path} was changed after it was written (SHA-256). Stage or prepare the shards again"
-            )
+            raise DataError(f"{path} was changed after it was written (SHA-256). Stage or prepare the shards again")
         del raw["format"], raw["version"]
         try:
             raw["arrays"] = {
@@ -152,8 +148,7 @@ class Manifest:
                 for name, spec in raw["arrays"].items()
             }
             raw["splits"] = {
-                split: tuple(ShardFile(**shard) for shard in shards)
-                for split, shards in raw["splits"].items()
+                split: tuple(ShardFile(**shard) for shard in shards) for split, shards in raw["splits"].items()
             }
             raw["statistics"] = {
                 name: Statistics(tuple(s["mean"]), tuple(s["std"])) for name, s in raw["statistics"].items()

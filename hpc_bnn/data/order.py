@@ -20,13 +20,7 @@ def num_global_batches(num_examples: int, global_batch_size: int, drop_last: boo
 
 
 def global_batches(
-    num_examples: int,
-    global_batch_size: int,
-    seed: int,
-    epoch: int,
-    *,
-    drop_last: bool = False,
-    first_batch: int = 0,
+    num_examples: int, global_batch_size: int, seed: int, epoch: int, *, drop_last: bool = False, first_batch: int = 0
 ) -> Iterator[torch.Tensor]:
     """Yield the example indices of each global batch of an epoch. Local; equal on all ranks.
 

@@ -136,9 +136,7 @@ def _remove_staged(destination: Path, but: Iterable[str] = ()) -> None:
     if not mark.exists():
         if any(destination.glob("*.h5")) or (destination / MANIFEST).exists():
             rule = "it holds shards that hpc-bnn stage has not put there"
-            raise ConfigError(
-                Fault("DST", destination, rule, "Name another directory, or remove them yourself")
-            )
+            raise ConfigError(Fault("DST", destination, rule, "Name another directory, or remove them yourself"))
         return
     doomed = {MANIFEST, *json.loads(mark.read_text()), *(path.name for path in destination.glob(".*.h5.*"))}
     for file in (*(doomed - set(but)), STAGED):  # the mark last

@@ -52,6 +52,4 @@ def verify_shards(directory: str | os.PathLike, progress: Callable[[Iterable], I
             problems.append(f"{path} was changed: its SHA-256 is not that of the manifest")
     known = {MANIFEST, STAGED, *(shard.file for shard in shards)}
     foreign = sorted(path.name for path in directory.iterdir() if path.name not in known)
-    return problems + [
-        f"{directory / name} is foreign: the manifest does not name it. Remove it" for name in foreign
-    ]
+    return problems + [f"{directory / name} is foreign: the manifest does not name it. Remove it" for name in foreign]

@@ -219,10 +219,7 @@ def _as_examples(examples: tuple[np.ndarray, np.ndarray] | Examples) -> Examples
 
 
 def _look(
-    sources: dict[str, Examples],
-    train_split: str,
-    channels: dict[str, Iterable[str]],
-    num_classes: int | None,
+    sources: dict[str, Examples], train_split: str, channels: dict[str, Iterable[str]], num_classes: int | None
 ) -> dict[str, ArraySpec]:
     if train_split not in sources or sources[train_split].num_examples == 0:
         raise DataError(f"the split '{train_split}' has no examples: statistics come from it")

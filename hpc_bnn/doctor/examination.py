@@ -26,14 +26,7 @@ from ..safe_files import write_atomically
 from .backend_choice import LIBRARY_NAMES, Carrier, carrier_of
 from .facts import RankFacts, collect
 from .problems import SEVERITIES, Problem, has_errors
-from .report import (
-    Bandwidth,
-    Report,
-    as_dict,
-    bandwidth_rows,
-    process_rows,
-    sections,
-)
+from .report import Bandwidth, Report, as_dict, bandwidth_rows, process_rows, sections
 from .rules import diagnose
 from .summarise import by_host, ranges
 
@@ -83,12 +76,7 @@ def examine(
 
 
 def _examine(
-    sample_size: int | None,
-    device: str,
-    json_path: str | None,
-    backend: Backend,
-    report: Report,
-    watch: Watch,
+    sample_size: int | None, device: str, json_path: str | None, backend: Backend, report: Report, watch: Watch
 ) -> int:
     launcher = launcher_of(os.environ)
     watch.step("starting torch.distributed" if launcher.needs_no_mpi else "starting MPI")
@@ -172,9 +160,7 @@ def _try_the_grid(
     verdicts = {axis: "wrong" if axis in wrong else "right on all ranks" for axis in AXES}
     report.section("self-test: sums over each axis", list(verdicts.items()))
     if wrong:
-        another = (
-            "--backend torch" if grid_comm.library == "horovod" else "--backend horovod, with mpirun or srun"
-        )
+        another = "--backend torch" if grid_comm.library == "horovod" else "--backend horovod, with mpirun or srun"
         values = {"another": another}
         return [Problem("self_test_failed", f"{axis}: {seen}", values) for axis, seen in wrong.items()], {}
     bandwidths = {}
@@ -182,8 +168,7 @@ def _try_the_grid(
         watch.step(f"measuring the {axis} axis")
         bandwidths[axis] = measure(grid_comm, axis)
     report.table(
-        f"bandwidth of sums ({LIBRARY_NAMES[grid_comm.library]}, {grid_comm.device.type})",
-        bandwidth_rows(bandwidths),
+        f"bandwidth of sums ({LIBRARY_NAMES[grid_comm.library]}, {grid_comm.device.type})", bandwidth_rows(bandwidths)
     )
     watch.step("leaving the grid")
     grid_comm.close()
@@ -209,9 +194,7 @@ def self_test(grid_comm: comm.GridComm) -> dict[str, str]:
         try:
             grid_comm.sum_([summed, counted], axis)
         except Exception as error:
-            return wrong | {
-                axis: f"{place}: {first_line(error)}"
-            }  # no further collective: others may have failed
+            return wrong | {axis: f"{place}: {first_line(error)}"}  # no further collective: others may have failed
         right = torch.tensor(expected, dtype=torch.float64).repeat(1000)
         if not (summed.cpu().equal(right) and counted.cpu().eq(len(group)).all()):
             seen = [*summed[:3].tolist(), *counted[:1].tolist()]

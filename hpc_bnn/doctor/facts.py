@@ -21,15 +21,7 @@ import torch
 
 from .. import __version__
 from ..comm import DistributedFacts, choose_device, distributed_facts
-from ..comm.installed import (
-    HorovodFacts,
-    MpiFacts,
-    first_line,
-    has_runner,
-    horovod_facts,
-    mpi_facts,
-    mpi_libraries,
-)
+from ..comm.installed import HorovodFacts, MpiFacts, first_line, has_runner, horovod_facts, mpi_facts, mpi_libraries
 from ..comm.launcher import Launcher, launcher_of
 from ..config import Backend
 from ..errors import ConfigError

@@ -286,11 +286,6 @@ def table_of_kinds() -> str:
     lines = ["| | problem | why it matters | remedy |", "|---|---|---|---|"]
     for code, kind in KINDS.items():
         names = {name: f"*{name}*" for _, name, _, _ in Formatter().parse(kind.remedy) if name}
-        cells = (
-            f"{kind.severity}, `{code}`",
-            kind.title,
-            kind.why.rstrip("."),
-            kind.remedy.format(**names),
-        )
+        cells = (f"{kind.severity}, `{code}`", kind.title, kind.why.rstrip("."), kind.remedy.format(**names))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

@@ -68,8 +68,7 @@ def as_dict(
         },
         "network": network and dataclasses.asdict(network),
         "problems": [
-            {name: getattr(p, name) for name in ("code", "severity", "seen", "why", "remedy")}
-            for p in problems
+            {name: getattr(p, name) for name in ("code", "severity", "seen", "why", "remedy")} for p in problems
         ],
         "ranks": [dataclasses.asdict(r) for r in ranks],
     }
@@ -92,9 +91,7 @@ class Report:
     def table(self, title: str, rows: Sequence[Sequence[str]]) -> None:
         """Print columns, the first row as their heads."""
         widths = [max(map(len, column)) for column in zip(*rows)]
-        self._print(
-            title, ["  ".join(f"{cell:{w}}" for cell, w in zip(row, widths)).rstrip() for row in rows]
-        )
+        self._print(title, ["  ".join(f"{cell:{w}}" for cell, w in zip(row, widths)).rstrip() for row in rows])
 
     def problems(self, problems: Sequence[Problem]) -> None:
         """Print the observation, the reason, and the remedy."""
@@ -125,9 +122,7 @@ def process_rows(launcher: Launcher) -> list[tuple[str, str]]:
     ]
 
 
-def sections(
-    ranks: Sequence[RankFacts], grid: Grid, carrier: Carrier
-) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+def sections(ranks: Sequence[RankFacts], grid: Grid, carrier: Carrier) -> Iterator[tuple[str, list[tuple[str, str]]]]:
     """Yield the title of each section of the report, and its (name, value) rows. Local."""
     first, nodes = ranks[0], by_host(ranks)
     hdf5 = first.hdf5

@@ -11,16 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from .backend_choice import Carrier, why_no_horovod
 from .facts import RankFacts
 from .problems import SEVERITIES, Problem
-from .summarise import (
-    Sight,
-    by_host,
-    counted,
-    merged,
-    plural,
-    ranges,
-    ranks_in_words,
-    same,
-)
+from .summarise import Sight, by_host, counted, merged, plural, ranges, ranks_in_words, same
 
 
 def diagnose(ranks: Sequence[RankFacts], carrier: Carrier) -> list[Problem]:
@@ -48,9 +39,7 @@ def _mpi(ranks: Sequence[RankFacts], carrier: Carrier) -> Iterator[Problem]:
         is_needed = len(ranks) > 1 or ranks[0].launcher.least_size > 1
         yield Problem("mpi_missing" if is_needed else "no_mpi", f"{error}, on {where}")
     low = ("single", "funneled", "serialized") if with_horovod else ()
-    for level, where in same(
-        ranks, lambda r: [r.mpi.thread_level] if r.mpi and r.mpi.thread_level in low else []
-    ):
+    for level, where in same(ranks, lambda r: [r.mpi.thread_level] if r.mpi and r.mpi.thread_level in low else []):
         yield Problem("mpi_threads", f"MPI gives the thread level {level}, on {where}")
 
 
@@ -130,18 +119,14 @@ def _versions(ranks: Sequence[RankFacts], carrier: Carrier) -> Iterator[Problem]
     for name in sorted({name for r in ranks for name in r.versions if not unused.get(name)}):
         found = list(same(ranks, lambda r, name=name: [r.versions.get(name, "none")]))
         if len(found) > 1:
-            yield Problem(
-                "versions_differ", f"{name} {'; '.join(f'{version} on {where}' for version, where in found)}"
-            )
+            yield Problem("versions_differ", f"{name} {'; '.join(f'{version} on {where}' for version, where in found)}")
 
 
 def _hdf5(ranks: Sequence[RankFacts], _: Carrier) -> Iterator[Problem]:
     for error, where in same(ranks, lambda r: [r.hdf5.error] if r.hdf5.error else []):
         yield Problem("hdf5_missing", f"{error}, on {where}")
     environment = ranks[0].environment
-    if "HDF5_USE_FILE_LOCKING" not in environment and (
-        len(by_host(ranks)) > 1 or "SLURM_JOB_ID" in environment
-    ):
+    if "HDF5_USE_FILE_LOCKING" not in environment and (len(by_host(ranks)) > 1 or "SLURM_JOB_ID" in environment):
         yield Problem("file_locking", "HDF5_USE_FILE_LOCKING is not set")
 
 
@@ -211,22 +196,13 @@ def _cpus_of_node(node: list[RankFacts]) -> Iterator[Sight]:
         if not cpus:
             continue
         number, threads = len(inside), sum(r.torch_threads for r in inside)
-        place, example = (
-            plural(len(cpus), "CPU"),
-            f"ranks {ranges(r.rank for r in inside)} on {ranges(cpus)}",
-        )
+        place, example = (plural(len(cpus), "CPU"), f"ranks {ranges(r.rank for r in inside)} on {ranges(cpus)}")
         code = "more_ranks_than_cpus" if cpus == everywhere else "shared_cpus"
         see(number / len(cpus), code, f"{number} ranks on {place}", example, cpus=len(cpus))
         if threads > number:  # with one thread each there are too many ranks, and that is said already
             each = "/".join(map(str, sorted({r.torch_threads for r in inside})))
             seen = f"{plural(number, 'rank')} with {each} threads each on {place}"
-            see(
-                threads / len(cpus),
-                "oversubscribed_threads",
-                seen,
-                example,
-                threads=max(1, len(cpus) // number),
-            )
+            see(threads / len(cpus), "oversubscribed_threads", seen, example, threads=max(1, len(cpus) // number))
     if "more_ranks_than_cpus" in worst:  # whatever the binding
         worst.pop("shared_cpus", None)
     yield from (sight for _, sight in worst.values())

@@ -99,13 +99,9 @@ class Likelihood:
         """
         y = y.unsqueeze(1) if y.ndim == like.ndim - 1 and like.shape[1] == 1 else y
         if y.shape != like.shape:
-            rule = (
-                f"the network gives {list(like.shape[1:])} per example, the targets are {list(y.shape[1:])}"
-            )
+            rule = f"the network gives {list(like.shape[1:])} per example, the targets are {list(y.shape[1:])}"
             remedy = f"Let the network have num_outputs = {self.num_outputs} on dim 1"
-            fault = Fault(
-                f"likelihood {type(self).__name__}", f"num_targets {self.num_targets}", rule, remedy
-            )
+            fault = Fault(f"likelihood {type(self).__name__}", f"num_targets {self.num_targets}", rule, remedy)
             raise ConfigError(fault)
         return y.to(like.dtype)
 

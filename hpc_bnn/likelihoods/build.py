@@ -11,9 +11,7 @@ from .numbers import Gaussian, Implicit, Poisson, StudentT
 __all__ = ["build_likelihood"]
 
 
-def build_likelihood(
-    config: LikelihoodConfig, num_classes: int | None, target_shape: tuple[int, ...]
-) -> Likelihood:
+def build_likelihood(config: LikelihoodConfig, num_classes: int | None, target_shape: tuple[int, ...]) -> Likelihood:
     """Return the likelihood of a config for targets of a data set. Local.
 
     Parameters
@@ -34,9 +32,7 @@ def build_likelihood(
     is_ours = "." not in name and (name, num_classes) != ("bernoulli", 2)
     if is_ours and (name == "categorical") != (num_classes is not None):
         kind = "numbers" if num_classes is None else f"{num_classes} classes"
-        raise ConfigError(
-            Fault("likelihood.name", name, f"the targets of these data are {kind}", "Leave it at auto")
-        )
+        raise ConfigError(Fault("likelihood.name", name, f"the targets of these data are {kind}", "Leave it at auto"))
     num_targets = target_shape[0] if target_shape else 1
     if "." in name:
         own = {"num_targets": num_targets, **config.arguments}

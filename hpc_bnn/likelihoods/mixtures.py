@@ -165,9 +165,7 @@ class GaussianMixture(Mixture):
 def _mean_distance(mean: Tensor, std: Tensor) -> Tensor:
     """Return E|X| of X ~ N(mean, std^2)."""
     z = mean / std
-    return std * (math.sqrt(2 / math.pi) * torch.exp(-0.5 * z.square())) + mean * torch.special.erf(
-        z / math.sqrt(2)
-    )
+    return std * (math.sqrt(2 / math.pi) * torch.exp(-0.5 * z.square())) + mean * torch.special.erf(z / math.sqrt(2))
 
 
 class StudentTMixture(GaussianMixture):

@@ -54,12 +54,7 @@ class LocationScale(Likelihood):
 
     is_equivariant = True
 
-    def __init__(
-        self,
-        num_targets: int = 1,
-        scale: LikelihoodScale = "heteroscedastic",
-        init_scale: float = 1.0,
-    ):
+    def __init__(self, num_targets: int = 1, scale: LikelihoodScale = "heteroscedastic", init_scale: float = 1.0):
         super().__init__(num_targets)
         self.scale, self.init_scale = scale, init_scale
         if scale == "heteroscedastic":
@@ -118,11 +113,7 @@ class StudentT(LocationScale):
     """
 
     def __init__(
-        self,
-        num_targets: int = 1,
-        scale: LikelihoodScale = "heteroscedastic",
-        init_scale: float = 1.0,
-        df: float = 4.0,
+        self, num_targets: int = 1, scale: LikelihoodScale = "heteroscedastic", init_scale: float = 1.0, df: float = 4.0
     ):
         super().__init__(num_targets, scale, init_scale)
         check_field("likelihood.df", df)

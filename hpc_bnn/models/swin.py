@@ -82,16 +82,7 @@ class Swin(nn.Module):
         def stage(index: int) -> nn.Sequential:
             here = (size[0] >> index, size[1] >> index)
             blocks = (
-                SwinBlock(
-                    dim << index,
-                    heads[index],
-                    here,
-                    tuple(window),
-                    bool(i % 2),
-                    is_periodic,
-                    mlp_ratio,
-                    dropout,
-                )
+                SwinBlock(dim << index, heads[index], here, tuple(window), bool(i % 2), is_periodic, mlp_ratio, dropout)
                 for i in range(depths[index])
             )
             return nn.Sequential(*blocks)

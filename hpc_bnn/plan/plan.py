@@ -191,13 +191,9 @@ def choose(rows: Sequence[Row], machine: Machine) -> tuple[Row, str]:
         remedy = "more ranks, a smaller --global_batch_size or --chunk_size, or --optimizer.sharded true"
         return best, f"{why}. Try {remedy}"
     least = min(row.step_seconds for row in fitting)
-    best = max(
-        (row for row in fitting if row.step_seconds <= (1 + ALIKE) * least), key=lambda row: row.sample_size
-    )
+    best = max((row for row in fitting if row.step_seconds <= (1 + ALIKE) * least), key=lambda row: row.sample_size)
     others = sorted((row for row in rows if row is not best), key=lambda row: row.step_seconds)
-    reasons = [
-        f"{100 * best.compute_seconds / best.step_seconds:.0f} % of its step is computing, the rest reduces"
-    ]
+    reasons = [f"{100 * best.compute_seconds / best.step_seconds:.0f} % of its step is computing, the rest reduces"]
     for row in others[:2]:
         if not row.fits:
             reasons.append(f"{row} does not fit{_misfit(row, machine)}")
@@ -247,9 +243,7 @@ def try_grid(config: Config, manifest: Manifest, sample_size: int, ranks: GridCo
         return _measure(config, manifest, comm, ranks)
 
 
-def _measure(
-    config: Config, manifest: Manifest, comm: GridComm, ranks: GridComm, limit: float = 1.0
-) -> float:
+def _measure(config: Config, manifest: Manifest, comm: GridComm, ranks: GridComm, limit: float = 1.0) -> float:
     """Return the median seconds of a step with one rank's work, on the slowest rank. Collective over ``ranks``."""
     with ranks.agree(f"computing on the grid {comm.grid}"):
         step, arguments = share_of(config, manifest, comm)

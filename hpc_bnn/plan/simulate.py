@@ -96,13 +96,7 @@ class ImaginedComm(GridComm):
 
     library = "imagined"
 
-    def __init__(
-        self,
-        grid: Grid,
-        config: Config,
-        device: torch.device | str = "cpu",
-        num_gathered: int | None = None,
-    ):
+    def __init__(self, grid: Grid, config: Config, device: torch.device | str = "cpu", num_gathered: int | None = None):
         super().__init__(grid, device, config.grid.reduction, config.grid.compression)
         self.num_gathered = num_gathered
         self.collectives: list[Collective] = []
@@ -230,9 +224,7 @@ def rehearse(config: Config, manifest: Manifest, grid: Grid, *, is_on_gpu: bool 
     state, besides = optimizer_bytes(config, num_tensors=min(len(updated), 2))
     at_once = sum(updated) if is_on_gpu else max(updated)  # torch updates tensors together on GPUs only
     state, besides = int(state * sum(updated) * item_bytes), int(besides * at_once * item_bytes)
-    parameters, gradients = (
-        t.numel() * item_bytes for t in (posterior.buffer.flat, posterior.buffer.reduced)
-    )
+    parameters, gradients = (t.numel() * item_bytes for t in (posterior.buffer.flat, posterior.buffer.reduced))
     resident = begun - batch_bytes + state
     evaluation = evaluation_bytes(config, manifest, grid, resident, forward, is_on_gpu=is_on_gpu)
     return Rehearsal(
@@ -315,13 +307,7 @@ class Outputs(nn.Module):
 
 
 def evaluation_bytes(
-    config: Config,
-    manifest: Manifest,
-    grid: Grid,
-    resident: float,
-    forward: float,
-    *,
-    is_on_gpu: bool = False,
+    config: Config, manifest: Manifest, grid: Grid, resident: float, forward: float, *, is_on_gpu: bool = False
 ) -> int:
     """Return the memory of the busiest rank at the peak of an evaluation.
 
@@ -400,9 +386,7 @@ def fitting_test_samples(
 def _block(config: Config, manifest: Manifest, grid: Grid, likelihood: Likelihood) -> tuple[int, int]:
     """Return how many examples a rank evaluates at once, and in all. Local."""
     data = config.data
-    num_examples = manifest.num_examples(
-        data.test_split if data.test_split in manifest.splits else data.train_split
-    )
+    num_examples = manifest.num_examples(data.test_split if data.test_split in manifest.splits else data.train_split)
     mine = -(-num_examples // grid.data_size)
     dataset = ImaginedDataset(manifest, _dtype(config), num_examples, likelihood)
     return min(block_size(likelihood, dataset, config.num_test_samples, likelihood.has_mixture), mine), mine
@@ -420,9 +404,7 @@ def _in_small(config: Config, manifest: Manifest, places: tuple[int, ...]) -> tu
         cut = [slice(place) for place in places][max(len(places) - weights.ndim, 0) :]
         weights = weights[(..., *cut)].tolist()
     small = replace(
-        config,
-        model=ModelConfig(f"{__name__}.Outputs"),
-        posterior=PosteriorConfig(init_std=0.1, deterministic=[]),
+        config, model=ModelConfig(f"{__name__}.Outputs"), posterior=PosteriorConfig(init_std=0.1, deterministic=[])
     )
     return small, replace(manifest, arrays=arrays, target_weights=weights)
 

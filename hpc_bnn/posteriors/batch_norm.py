@@ -97,7 +97,7 @@ class BatchNorms:
         self._sums = [
             torch.zeros(2, len(layer.running_mean), dtype=layer.running_mean.dtype, device=layer.running_mean.device)
             for layer in self.layers
-        ]  # fmt: skip
+        ]
 
     def begin_sample(self) -> None:
         """Begin a sample. Local."""
@@ -122,9 +122,7 @@ class BatchNorms:
         parts = [own * sums.reshape(-1).to(out.dtype) for sums, own in zip(self._sums, shares)]
         samples = self._samples if share else [0] * len(self.layers)
         momenta = [count * momentum for count, momentum in zip(samples, self._momenta)]
-        counters = [
-            count * self._counts.get(layer, out.new_zeros(())) for layer, count in zip(self.layers, samples)
-        ]
+        counters = [count * self._counts.get(layer, out.new_zeros(())) for layer, count in zip(self.layers, samples)]
         numbers = out.new_tensor([*samples, *momenta, self._num_samples if share else 0])
         torch.cat([*parts, torch.stack(counters).to(out.dtype), numbers], out=out)
 
@@ -132,9 +130,7 @@ class BatchNorms:
     def update_running_(self, statistics: Tensor) -> None:
         """Move running statistics towards the mean over all samples of the job in which their layer ran. Local."""
         number = len(self.layers)
-        *parts, counters, counts, momenta, total = statistics.split(
-            [*self._lengths, number, number, number, 1]
-        )
+        *parts, counters, counts, momenta, total = statistics.split([*self._lengths, number, number, number, 1])
         for n, (layer, part) in enumerate(zip(self.layers, parts)):
             momentum = self._momenta[n]
             if not self._samples[n]:  # it may have run on other ranks
@@ -224,9 +220,7 @@ class BatchNorms:
     @staticmethod
     def _fault_of(layer: nn.Module, rule: str) -> ConfigError:
         rule += ": a prediction would depend on the examples beside it"
-        remedy = (
-            "Keep buffers running_mean and running_var in the layer, for evaluation mode; or use GroupNorm"
-        )
+        remedy = "Keep buffers running_mean and running_var in the layer, for evaluation mode; or use GroupNorm"
         return ConfigError(Fault("model", type(layer).__name__, rule, remedy))
 
     def has_called(self, layer: nn.Module) -> bool:
@@ -269,7 +263,7 @@ def _check(name: str, layer: _BatchNorm) -> None:
             rule = "it sums over all ranks by itself, over those of other samples as well"
             raise ConfigError(
                 Fault("model", f"{name} ({type(layer).__name__})", rule, "Use the class without Sync: hpc_bnn sums")
-            )  # fmt: skip
+            )
         layer.forward = types.MethodType(_BatchNorm.forward, layer)
 
 

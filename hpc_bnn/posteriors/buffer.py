@@ -60,12 +60,7 @@ class StepBuffer:
     """
 
     def __init__(
-        self,
-        slots: dict[str, Slot],
-        num_statistics: int,
-        random: FlatLayout,
-        point: FlatLayout,
-        samples: Sequence[int],
+        self, slots: dict[str, Slot], num_statistics: int, random: FlatLayout, point: FlatLayout, samples: Sequence[int]
     ):
         self.random, self.point, self.samples = random, point, samples
         self.slots = {name: slot._replace(value=slot.value[..., :0]) for name, slot in slots.items()}
@@ -75,9 +70,7 @@ class StepBuffer:
         lengths = [slots[name].value.numel() for name in trained]
         self.flat = torch.cat([slots[name].value.detach().reshape(-1) for name in trained])
         self.reduced = self.flat.new_zeros(len(self.flat) + num_statistics + len(Tally))
-        self.gradient, self.statistics, self.tally = self.reduced.split(
-            [len(self.flat), num_statistics, len(Tally)]
-        )
+        self.gradient, self.statistics, self.tally = self.reduced.split([len(self.flat), num_statistics, len(Tally)])
         self.behind_gradient = self.reduced[len(self.flat) :]
         self.num_owned = sum(n for name, n in zip(trained, lengths) if name in self.owned)
         shapes = {name: slots[name].value.shape for name in trained}

@@ -65,18 +65,13 @@ def build_posterior(
     if config.family == "mc_dropout":
         return MCDropout(module, prior_std=config.prior_std, output=output)
     if "." in config.family:
-        family = build_object(
-            "posterior.family", config.family, config.arguments, Family, "posterior.arguments"
-        )
+        family = build_object("posterior.family", config.family, config.arguments, Family, "posterior.arguments")
         return Posterior(
             module, family, deterministic=config.deterministic, estimator=config.estimator,
             antithetic=config.antithetic, samples=local_samples, output=output,
         )  # fmt: skip
     names = ("init_std", "init_std_relative", "deterministic", "estimator", "antithetic")
-    options = {name: getattr(config, name) for name in names} | {
-        "prior": build_prior(config),
-        "output": output,
-    }
+    options = {name: getattr(config, name) for name in names} | {"prior": build_prior(config), "output": output}
     if config.family == "low_rank":
         return LowRankGaussian(module, rank=config.rank, **options)
     return MeanFieldGaussian(module, **options)

@@ -121,9 +121,7 @@ class MCDropout(Posterior):
         rates = {layer.p for layer in module.modules() if isinstance(layer, _DropoutNd) and layer.p > 0}
         name = type(module).__name__
         if not rates:
-            raise ConfigError(
-                Fault("model", name, "it has no dropout layer with p > 0", "Add nn.Dropout(0.1)")
-            )
+            raise ConfigError(Fault("model", name, "it has no dropout layer with p > 0", "Add nn.Dropout(0.1)"))
         if len(rates) > 1:
             rule = "all dropout layers must have the same rate for the weight decay"
             raise ConfigError(Fault("model", sorted(rates), rule, "Use one rate"))

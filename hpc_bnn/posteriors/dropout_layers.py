@@ -88,12 +88,7 @@ class DropoutMasks:
         self._key = key
 
     def handle(
-        self,
-        drops_channels: bool,
-        input: Tensor,
-        p: float = 0.5,
-        training: bool = True,
-        inplace: bool = False,
+        self, drops_channels: bool, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
     ) -> Tensor:
         """Take the place of one of `FUNCTIONS`. Local."""
         called = calling_layer(self._modules) if 0 < p <= 1 and (training or self.always) else None
@@ -139,8 +134,7 @@ class DropoutMasks:
     def _mask(self, number: int, p: float, x: Tensor, drops_channels: bool) -> Tensor:
         batch_dims = self.batch_dims.get((number, x.ndim), [0])
         shape = torch.Size(
-            1 if dim in batch_dims or (drops_channels and dim > 1) else size
-            for dim, size in enumerate(x.shape)
+            1 if dim in batch_dims or (drops_channels and dim > 1) else size for dim, size in enumerate(x.shape)
         )
         if (number, shape) not in self._masks:
             generator = self._key.child(Stream.MASK, number, shape.numel()).generator(x.device)

@@ -95,9 +95,7 @@ class Guard:
                 faults.append((name, "its values were changed; each draw writes them anew"))
         for name, layer in self._module.named_modules():
             if isinstance(layer, _BatchNorm) and layer not in norms:
-                faults.append(
-                    (name, "this BatchNorm layer came into the network after the posterior was made")
-                )
+                faults.append((name, "this BatchNorm layer came into the network after the posterior was made"))
         if faults:
             raise _changed([name for name, _ in faults], faults[0][1])
         return False
@@ -109,9 +107,7 @@ class Guard:
             raise _changed(frozen, "it was frozen after the posterior was made: its noise would train on")
         if any([p.requires_grad for p in self._frozen.values()]):
             thawed = [name for name, p in self._frozen.items() if p.requires_grad]
-            raise _changed(
-                thawed, "it was unfrozen after the posterior was made: no optimizer would update it"
-            )
+            raise _changed(thawed, "it was unfrozen after the posterior was made: no optimizer would update it")
 
 
 def _changed(names: Sequence[str], rule: str) -> ConfigError:

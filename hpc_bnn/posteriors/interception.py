@@ -29,9 +29,7 @@ def _batch_norm(input, weight, bias, running_mean, running_var, training, moment
 
 
 _NAMES = ("batch_norm", "dropout", "dropout1d", "dropout2d", "dropout3d", "scaled_dot_product_attention")
-_FUNCTIONS: dict[Callable, tuple[str, Callable | None]] = {
-    getattr(functional, name): (name, None) for name in _NAMES
-}
+_FUNCTIONS: dict[Callable, tuple[str, Callable | None]] = {getattr(functional, name): (name, None) for name in _NAMES}
 _FUNCTIONS |= {torch.dropout: ("dropout", _dropout), torch.batch_norm: ("batch_norm", _batch_norm)}
 """What can be intercepted: the name of its handler, and what brings its arguments into the handler's order."""
 
@@ -142,9 +140,7 @@ def _dispatcher(function: Callable) -> Callable:
     return _DISPATCHERS[key]
 
 
-def _places_in(
-    namespace: dict[str, Any], names: Iterable[str]
-) -> Iterator[tuple[dict[str, Any], str, Callable]]:
+def _places_in(namespace: dict[str, Any], names: Iterable[str]) -> Iterator[tuple[dict[str, Any], str, Callable]]:
     """Yield where, among some names of a namespace, functions stand that can be intercepted."""
     for name in names:
         value = namespace.get(name)
@@ -161,9 +157,7 @@ def _original(function: Any) -> Any:
 class _Watch(TorchFunctionMode):
     """Sees every call of torch, the replaced functions apart."""
 
-    def __init__(
-        self, handlers: dict[Callable, Handler], layers: Collection[nn.Module], unseen: list[nn.Module]
-    ):
+    def __init__(self, handlers: dict[Callable, Handler], layers: Collection[nn.Module], unseen: list[nn.Module]):
         super().__init__()
         # torch's functions report themselves by their global names: as what replaces them
         self._handlers = handlers | {

@@ -35,9 +35,7 @@ class FlatLayout:
     def views(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the named views of a flat tensor [num_elements]."""
         lengths = [shape.numel() for shape in self.shapes.values()]
-        return {
-            name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), flat.split(lengths))
-        }
+        return {name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), flat.split(lengths))}
 
     def block(self, start: int, stop: int) -> Block:
         """Return the tensors with these numbers, from ``start`` to before ``stop``."""

@@ -81,9 +81,7 @@ class Looker:
         As for `Network.__call__`.
     """
 
-    def __init__(
-        self, network: Network, draw: Callable[[int], None], autocast_dtype: torch.dtype | None = None
-    ):
+    def __init__(self, network: Network, draw: Callable[[int], None], autocast_dtype: torch.dtype | None = None):
         self._network, self._draw, self._autocast_dtype = network, draw, autocast_dtype
 
     def look(self, x: Inputs, samples: Sequence[int]) -> Look:
@@ -129,9 +127,7 @@ class Looker:
             self._put_back()
             norms.sum_over_data = sum_over_data
             network.guard.allow_writes()
-        tolerance = (
-            1e-6 if first.outputs.device.type == "cpu" else 2e-2
-        )  # elsewhere kernels may be chosen anew
+        tolerance = 1e-6 if first.outputs.device.type == "cpu" else 2e-2  # elsewhere kernels may be chosen anew
         is_repeatable = _alike(first.outputs, again.outputs, tolerance)
         return Look(
             type(network.module).__name__,
@@ -166,9 +162,7 @@ class Looker:
 
     def _own_buffers(self, a_pass: _Pass) -> list[str]:
         """Return the buffers that a pass has changed, but for the counters of BatchNorm layers, which a step mends."""
-        counters = {
-            id(getattr(layer, "num_batches_tracked", None)) for layer in self._network.batch_norms.layers
-        }
+        counters = {id(getattr(layer, "num_batches_tracked", None)) for layer in self._network.batch_norms.layers}
         buffers = dict(self._network.module.named_buffers(remove_duplicate=False))
         return [name for name in a_pass.changed["buffer"] if id(buffers.get(name)) not in counters]
 
@@ -179,8 +173,7 @@ class Looker:
         handles = [
             layer.register_forward_hook(lambda layer, *_: ran.append(layer))
             for layer in self._network.layers
-            if isinstance(layer, (_BatchNorm, _DropoutNd))
-            and not type(layer).forward.__module__.startswith("torch.")
+            if isinstance(layer, (_BatchNorm, _DropoutNd)) and not type(layer).forward.__module__.startswith("torch.")
         ]
         try:
             yield ran
@@ -199,9 +192,7 @@ class Looker:
             what = "it keeps dropout or batch_norm of torch.nn.functional in a way in which it cannot be replaced"
             remedy = "Call it as torch.nn.functional.dropout, or use the layer nn.Dropout (nn.BatchNorm2d)"
             faults.append(Fault("model", f"{names[layer]} ({type(layer).__name__})", what, remedy))
-        moved = {
-            name.removesuffix("running_mean") for name in changed["buffer"] if name.endswith("running_mean")
-        }
+        moved = {name.removesuffix("running_mean") for name in changed["buffer"] if name.endswith("running_mean")}
         moved = [layers[prefix.rstrip(".")] for prefix in moved]
         ran = [layer for layer in ran if layer.training]
         candidates = [layer for layer in ran if isinstance(layer, _BatchNorm)] + [
@@ -210,9 +201,7 @@ class Looker:
         for layer in dict.fromkeys(candidates):
             if not norms.has_called(layer):
                 what = "its statistics of the batch are made elsewhere than in torch.nn.functional.batch_norm"
-                remedy = (
-                    "Call that function, use torch's BatchNorm or GroupNorm, or freeze the layer with eval()"
-                )
+                remedy = "Call that function, use torch's BatchNorm or GroupNorm, or freeze the layer with eval()"
                 faults.append(Fault("model", f"{names[layer]} ({type(layer).__name__})", what, remedy))
         if first.written and (self._own_buffers(first) or changed["attribute"]):
             rule = "its forward pass writes these weights and notes that it has: the next draw would undo it"
@@ -241,18 +230,14 @@ class Looker:
                 if name not in self._network.drawn:
                     self._network.parameters[name].detach().add_(0.1 + 0.01 * number)
             for inputs in (x, noise):
-                near, far = (
-                    self._one(other, map_tensors(Tensor.clone, inputs), scale).outputs for scale in (1.0, 1.5)
-                )
+                near, far = (self._one(other, map_tensors(Tensor.clone, inputs), scale).outputs for scale in (1.0, 1.5))
                 if not torch.equal(near, far):
                     return
         finally:
             for name, former in kept.items():
                 self._network.parameters[name].detach().copy_(former)
         rule = f"the outputs do not depend on its {len(self._network.drawn)} random weights: all samples would be equal"
-        remedy = (
-            "Its forward must read its own parameters: look for copies, caches and weights held elsewhere"
-        )
+        remedy = "Its forward must read its own parameters: look for copies, caches and weights held elsewhere"
         raise ConfigError(Fault("model", type(self._network.module).__name__, rule, remedy))
 
 

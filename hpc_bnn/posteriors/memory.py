@@ -27,18 +27,12 @@ class SlotMemory:
         """Make the flat buffers, all views of them, and the module's parameters such views. Local."""
         network = self.network
         self.num_begun = 0
-        self.buffer = StepBuffer(
-            slots, network.batch_norms.num_statistics, self.random, self.point, self.samples
-        )
-        network.weights = (
-            flatten(network.parameters, self.random) if len(self.random) else self.buffer.flat[:0]
-        )
+        self.buffer = StepBuffer(slots, network.batch_norms.num_statistics, self.random, self.point, self.samples)
+        network.weights = flatten(network.parameters, self.random) if len(self.random) else self.buffer.flat[:0]
         network.use(self.random.views(network.weights))
         if "points" in slots:
             network.use(self.point.views(self.buffer.values["points"]))
-        self.sampler = Sampler(
-            self.family_, network, self.buffer, self.estimator, self.antithetic, self.keeps_noise
-        )
+        self.sampler = Sampler(self.family_, network, self.buffer, self.estimator, self.antithetic, self.keeps_noise)
         self.names = NamedSlots(self.buffer)
         network.leave()
 
@@ -117,9 +111,7 @@ class SlotMemory:
         self.rest_()
         values = self.buffer.values | self.buffer.parameters
         slots = {name: kind._replace(value=values[name]) for name, kind in self.buffer.slots.items()}
-        kept = {
-            name: value for name, value in self.__dict__.items() if name not in ("buffer", "sampler", "names")
-        }
+        kept = {name: value for name, value in self.__dict__.items() if name not in ("buffer", "sampler", "names")}
         return kept | {"slots": slots}
 
     def __getstate__(self) -> dict[str, Any]:

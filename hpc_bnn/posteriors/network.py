@@ -57,11 +57,7 @@ class Network:
     """
 
     def __init__(
-        self,
-        module: nn.Module,
-        parameters: dict[str, nn.Parameter],
-        drawn: Sequence[str],
-        output: Output = None,
+        self, module: nn.Module, parameters: dict[str, nn.Parameter], drawn: Sequence[str], output: Output = None
     ):
         self.module, self._output = module, output
         self.batch_norms = BatchNorms(module)
@@ -188,12 +184,7 @@ class Network:
         return outputs
 
     def batched(
-        self,
-        layouts: Sequence[FlatLayout],
-        leaves: Sequence[Tensor],
-        x: Inputs,
-        is_shared: bool,
-        autocast_dtype=None,
+        self, layouts: Sequence[FlatLayout], leaves: Sequence[Tensor], x: Inputs, is_shared: bool, autocast_dtype=None
     ) -> Tensor:
         """Return the outputs [c, B, ...] of c samples at once, by ``torch.vmap``. Local.
 
@@ -257,11 +248,7 @@ class Network:
         return self.batch_norms.is_evaluating, self.module.training
 
     def look(
-        self,
-        x: Inputs,
-        draw: Callable[[int], None],
-        samples: Sequence[int],
-        autocast_dtype: torch.dtype | None = None,
+        self, x: Inputs, draw: Callable[[int], None], samples: Sequence[int], autocast_dtype: torch.dtype | None = None
     ) -> Look:
         """See how the module treats inputs like x (`hpc_bnn.posteriors.look.Looker`), and note it. Local."""
         look = Looker(self, draw, autocast_dtype).look(x, samples)

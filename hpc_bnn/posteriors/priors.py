@@ -148,9 +148,7 @@ class LaplacePrior(Prior):
     def cross_entropy(self, loc: Tensor, scale: Tensor) -> Tensor:
         # E|w - mean| is the mean of a folded normal (Leone, Nelson, Nottingham, 1961).
         z = (loc - self.mean) / scale
-        folded = scale * (
-            math.sqrt(2 / math.pi) * torch.exp(-0.5 * z * z) + z * torch.erf(z * math.sqrt(0.5))
-        )
+        folded = scale * (math.sqrt(2 / math.pi) * torch.exp(-0.5 * z * z) + z * torch.erf(z * math.sqrt(0.5)))
         log_width = torch.as_tensor(self.scale, dtype=loc.dtype, device=loc.device).log().expand_as(loc)
         return (folded / self.scale + log_width).sum() + loc.numel() * math.log(2)
 
@@ -195,9 +193,7 @@ class ScaleMixturePrior(Prior):
         square = w * w
         return (
             math.log(self.fraction / self.std) - _HALF_LOG_2PI - square / (2 * self.std**2),
-            math.log((1 - self.fraction) / self.narrow_std)
-            - _HALF_LOG_2PI
-            - square / (2 * self.narrow_std**2),
+            math.log((1 - self.fraction) / self.narrow_std) - _HALF_LOG_2PI - square / (2 * self.narrow_std**2),
         )
 
     def log_prob(self, w: Tensor) -> Tensor:

@@ -59,9 +59,7 @@ class SampleLoop:
         self._speaks, self._max_examples = speaks, max_examples
         self.can_batch = batching == "vmap" or (batching == "auto" and posterior.is_replicated)
 
-    def __call__(
-        self, samples: Sequence[int], x: SharedView, key: Key
-    ) -> Iterator[tuple[Sequence[int], Tensor]]:
+    def __call__(self, samples: Sequence[int], x: SharedView, key: Key) -> Iterator[tuple[Sequence[int], Tensor]]:
         """Yield (samples, outputs [c, B, ...]) chunk by chunk. With BatchNorm collective as `Network.running` says.
 
         Parameters
@@ -97,9 +95,7 @@ class SampleLoop:
             first = samples[0]
             few = (first, first + 1) if posterior.is_replicated else (first,)
             inputs = self._parts(x)[0].of(first)
-            look = posterior.network.look(
-                inputs, lambda s: posterior.draw_(key.of(s)), few, self.autocast_dtype
-            )
+            look = posterior.network.look(inputs, lambda s: posterior.draw_(key.of(s)), few, self.autocast_dtype)
         posterior.network.say(logger, grid, look)
 
     def walk(self, sample: int, x: SharedView, key: Key) -> Tensor:
@@ -150,8 +146,6 @@ class SampleLoop:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             if isinstance(error, torch.OutOfMemoryError):
                 reason = f"its memory is not enough for chunks of {self.chunk_size}; set chunk_size to fewer"
-            logger.warning(
-                "samples are evaluated one after another: the module cannot be batched (%s)", reason
-            )
+            logger.warning("samples are evaluated one after another: the module cannot be batched (%s)", reason)
         self.can_batch = False
         self.posterior.sampler.forget_()

@@ -38,13 +38,7 @@ class Sampler:
     """
 
     def __init__(
-        self,
-        family: Family,
-        network: Network,
-        buffer: StepBuffer,
-        estimator: str,
-        antithetic: bool,
-        keeps_noise: bool,
+        self, family: Family, network: Network, buffer: StepBuffer, estimator: str, antithetic: bool, keeps_noise: bool
     ):
         self.family, self.network, self.buffer = family, network, buffer
         self.random, self.point = random, point = buffer.random, buffer.point
@@ -190,9 +184,7 @@ class Sampler:
             draw = draw.cut(block)
         self.family.pull_back_(grads, slots, work, self._drawn, g, draw)
 
-    def _fold_points_(
-        self, parameters: Sequence[nn.Parameter], total: Tensor | None, views: SlotViews
-    ) -> None:
+    def _fold_points_(self, parameters: Sequence[nn.Parameter], total: Tensor | None, views: SlotViews) -> None:
         gradients = take_gradients(parameters)
         if any(gradient is not None for gradient in gradients):
             ListGradient(gradients, views).add_to(total)

@@ -50,9 +50,7 @@ def split_weights(
     for name, parameter in module.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     excluded = {
-        id(getattr(layer, name))
-        for layer in module.modules()
-        for name in getattr(layer, "point_parameters", ())
+        id(getattr(layer, name)) for layer in module.modules() for name in getattr(layer, "point_parameters", ())
     }
     for rule in deterministic:
         types = KINDS.get(rule) if isinstance(rule, str) else (rule,)
@@ -91,8 +89,6 @@ def divide_weights(
         raise ConfigError(Fault("posterior.deterministic", asked, rule, remedy))
     kinds = {(p.dtype, p.device) for p in (*random.values(), *point.values())}
     if len(kinds) != 1:
-        rule = (
-            f"its trainable weights are of {len(kinds)} kinds {sorted(map(str, kinds))}; exactly 1 is needed"
-        )
+        rule = f"its trainable weights are of {len(kinds)} kinds {sorted(map(str, kinds))}; exactly 1 is needed"
         raise ConfigError(Fault("model", name, rule, "Convert the module with module.to(device, dtype)"))
     return random, point

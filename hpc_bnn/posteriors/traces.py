@@ -102,17 +102,13 @@ def _keep(value: object, seen: dict[int, Restore], package: str) -> Restore:
     elif isinstance(value, np.random.Generator):
         restore = _keeping(value, value.bit_generator.state, lambda v: v.bit_generator.state, _set_state)
     elif isinstance(value, dict):
-        restore = _keeping_items(
-            value, list(value), [_keep(v, seen, package) for v in value.values()], _fill_dict
-        )
+        restore = _keeping_items(value, list(value), [_keep(v, seen, package) for v in value.values()], _fill_dict)
     elif isinstance(value, (list, deque)):
         restore = _keeping_items(value, None, [_keep(v, seen, package) for v in value], _fill_list)
     elif isinstance(value, tuple):
         items = [_keep(v, seen, package) for v in value]
         restore = lambda: (value, any([item()[1] for item in items]))  # noqa: E731
-    elif (
-        not isinstance(value, (type, nn.Module)) and hasattr(value, "__dict__") and _package(value) == package
-    ):
+    elif not isinstance(value, (type, nn.Module)) and hasattr(value, "__dict__") and _package(value) == package:
         content = _keep(vars(value), seen, package)
         restore = lambda: (value, content()[1])  # noqa: E731
     elif isinstance(value, set):

@@ -120,13 +120,7 @@ BLOCK_BYTES = 128 * 2**20
 
 
 def member_outputs(
-    posterior: Posterior,
-    comm: GridComm,
-    x: Inputs,
-    num_samples: int,
-    seed: int,
-    batch_size: int,
-    chunk_size: int = 1,
+    posterior: Posterior, comm: GridComm, x: Inputs, num_samples: int, seed: int, batch_size: int, chunk_size: int = 1
 ) -> Iterator[tuple[range, Tensor]]:
     """Yield (samples, outputs [c, B, ...] in float64) for the samples of this rank, chunk by chunk. Local.
 
@@ -561,9 +555,7 @@ class _ValueScores(_Scores):
         return {name: value for name, value in values.items() if math.isfinite(value) or name == "nll"}
 
     def curves(self) -> dict[str, Any]:
-        means = {
-            n: metric.by_channel() for n, metric in self.metrics.items() if isinstance(metric, ChannelMean)
-        }
+        means = {n: metric.by_channel() for n, metric in self.metrics.items() if isinstance(metric, ChannelMean)}
         spread = means.pop("spread")
         means["spread_skill"] = [s / r if r else math.nan for s, r in zip(spread, means["rmse"])]
         means = {n: values for n, values in means.items() if all(map(math.isfinite, values))}

@@ -165,9 +165,7 @@ class ChannelMean(Metric):
     """
 
     def __init__(self, num_channels: int, weights: Tensor | None = None, is_root: bool = False):
-        super().__init__(
-            **{name: torch.zeros(num_channels, dtype=torch.float64) for name in ("total", "count")}
-        )
+        super().__init__(**{name: torch.zeros(num_channels, dtype=torch.float64) for name in ("total", "count")})
         self.weights, self.is_root = weights, is_root
 
     def update(self, values: Tensor) -> None:

@@ -53,9 +53,7 @@ from . import former_checkpoint
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 3
-SECTIONS = {
-    "model": 1, "optimizer": 1, "schedule": 1, "place": 1, "generator": 1, "config": 1, "run": 1,
-}  # fmt: skip
+SECTIONS = {"model": 1, "optimizer": 1, "schedule": 1, "place": 1, "generator": 1, "config": 1, "run": 1}
 """The sections of a checkpoint, and the version of each that this hpc_bnn writes and reads."""
 RUN_FILE = "run.json"
 
@@ -152,9 +150,7 @@ class CheckpointStore:
                 logger.error("%s: the one before it is used", error)
                 self._damaged.add(note.file)
             else:
-                return self._known(
-                    note, content
-                )  # one of a newer format is sound: no fall-back to what is older
+                return self._known(note, content)  # one of a newer format is sound: no fall-back to what is older
         if notes or problems:
             raise DataError(
                 f"{self.directory} holds no sound checkpoint, but files of {len(notes) + len(problems)}. "

@@ -168,13 +168,7 @@ class Experiment:
 
     def uncertainties(self, dataset: ShardDataset) -> dict[str, torch.Tensor]:
         """Return the uncertainties [N] of all examples of a data set (`hpc_bnn.predictive.evaluation.uncertainties_of`)."""
-        return uncertainties_of_dataset(
-            self.posterior,
-            self.likelihood,
-            self.comm,
-            dataset,
-            **self.test_samples,
-        )
+        return uncertainties_of_dataset(self.posterior, self.likelihood, self.comm, dataset, **self.test_samples)
 
     def evaluate(self, dataset: ShardDataset) -> Tested:
         """Evaluate a data set with ``config.num_test_samples``.
@@ -192,12 +186,7 @@ class Experiment:
             )
         shown = shown_examples(self.likelihood, self.comm, dataset)
         evaluation = evaluate_dataset(
-            self.posterior,
-            self.likelihood,
-            self.comm,
-            dataset,
-            see=shown.see,
-            **self.test_samples,
+            self.posterior, self.likelihood, self.comm, dataset, see=shown.see, **self.test_samples
         )
         return Tested(evaluation, shown)
 

@@ -76,9 +76,7 @@ def predict_run(
     with comm.agree(f"opening {path}"), _as_data_error(path):
         if comm.grid.is_first("world"):
             if path.exists():
-                raise ConfigError(
-                    Fault("--output", path, "it is there already", "Remove it, or name another")
-                )
+                raise ConfigError(Fault("--output", path, "it is there already", "Remove it, or name another"))
             path.parent.mkdir(parents=True, exist_ok=True)
     dataset = experiment.open(split)
     blocks = predict_dataset(
@@ -101,9 +99,7 @@ def predict_run(
     return path
 
 
-def _shapes(
-    experiment: Experiment, quantiles: Sequence[float], with_members: bool
-) -> dict[str, tuple[int, ...]]:
+def _shapes(experiment: Experiment, quantiles: Sequence[float], with_members: bool) -> dict[str, tuple[int, ...]]:
     """Return the shape of a row of each dataset."""
     likelihood, manifest = experiment.likelihood, experiment.manifest
     num_classes = likelihood.num_classes
@@ -168,14 +164,7 @@ class _Output:
     Collective over the world in construction and at the end of the context; `write` is Local.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        comm: GridComm,
-        num_rows: int,
-        shapes: dict[str, tuple[int, ...]],
-        dtype: type,
-    ):
+    def __init__(self, path: Path, comm: GridComm, num_rows: int, shapes: dict[str, tuple[int, ...]], dtype: type):
         self.path, self.comm, self.num_rows, self.shapes, self.dtype = path, comm, num_rows, shapes, dtype
         grid = comm.grid
         self._is_shared = comm.world_comm is not None and grid.world_size > 1 and h5py.get_config().mpi
@@ -183,9 +172,7 @@ class _Output:
         self._spans = [share(num_rows, num_parts, part) for part in range(num_parts)]
         self._parts = [path]
         if num_parts > 1:
-            self._parts = [
-                path.with_name(f"{path.stem}-{part:05d}{path.suffix}") for part in range(num_parts)
-            ]
+            self._parts = [path.with_name(f"{path.stem}-{part:05d}{path.suffix}") for part in range(num_parts)]
         self._mine = 0 if self._is_shared else grid.data_index
         self._file: h5py.File | None = None
         self._disk: Disk | None = None

@@ -82,12 +82,8 @@ def _by_name(
                 break
             mine[name] = weight
             length += weight.numel()
-        if length < size or (
-            length > size and len(mine) > 1
-        ):  # of a single weight Adafactor keeps fewer numbers
-            raise DataError(
-                f"the state of the optimizer in {path} does not fit its model. Use another checkpoint"
-            )
+        if length < size or (length > size and len(mine) > 1):  # of a single weight Adafactor keeps fewer numbers
+            raise DataError(f"the state of the optimizer in {path} does not fit its model. Use another checkpoint")
         for key, value in values.items():
             for name, part in _split(value, mine).items():
                 state.setdefault(name, {})[key] = part

@@ -82,14 +82,9 @@ def write_plots(run_dir: str | Path, examples: dict[str, Any]) -> list[Path]:
         return []
     directory = Path(run_dir, "plots")
     directory.mkdir(exist_ok=True)
-    if "surest" in examples:
-        draw = _plot_uncertainty
-    else:
-        draw = _plot_fields if examples["y"].ndim == 3 else _plot_values
-    return [
-        _plot_curves(read_rows(run_dir), directory / "curves.png"),
-        draw(examples, directory / "uncertainty.png"),
-    ]
+    of_numbers = _plot_fields if examples["y"].ndim == 3 else _plot_values
+    draw = _plot_uncertainty if "surest" in examples else of_numbers
+    return [_plot_curves(read_rows(run_dir), directory / "curves.png"), draw(examples, directory / "uncertainty.png")]
 
 
 def _plot_curves(rows: list[dict[str, Any]], path: Path) -> Path:
@@ -116,13 +111,7 @@ def _plot_curves(rows: list[dict[str, Any]], path: Path) -> Path:
     twin = right.twinx()
     twin.set_axis_off() if len(shown) == 1 else None
     for axes, name, style in zip((right, twin), shown, ("o-", "s--")):
-        axes.plot(
-            epochs,
-            [row[name] for row in tested],
-            style,
-            color=f"C{2 + (axes is twin)}",
-            label=LABELS[name[5:]],
-        )
+        axes.plot(epochs, [row[name] for row in tested], style, color=f"C{2 + (axes is twin)}", label=LABELS[name[5:]])
         axes.set_ylabel(LABELS[name[5:]])
     lines = right.get_lines() + twin.get_lines()
     right.legend(lines, [line.get_label() for line in lines], loc="center right")
@@ -155,9 +144,7 @@ def _draw_rows(axes, runs: Sequence[Runs], name: str) -> None:
     for number, run in enumerate(runs):
         points = [(row["epoch"], row[name]) for row in run.rows if name in row]
         marker = "o" if len(points) < 30 else None
-        axes.plot(
-            *zip(*points) if points else ((), ()), marker=marker, ms=3, color=f"C{number}", label=run.label
-        )
+        axes.plot(*zip(*points) if points else ((), ()), marker=marker, ms=3, color=f"C{number}", label=run.label)
     axes.set_xlabel("epoch")
 
 
@@ -225,9 +212,7 @@ def calibration_figure(runs: Sequence[Runs]):
                 axes.scatter(bins["confidence"], bins["accuracy"], sizes, color=f"C{number}", alpha=0.5)
             else:
                 edges = [i / len(curve[kind]) for i in range(len(curve[kind]) + 1)]
-                axes.stairs(
-                    [v * len(curve[kind]) for v in curve[kind]], edges, color=f"C{number}", label=run.label
-                )
+                axes.stairs([v * len(curve[kind]) for v in curve[kind]], edges, color=f"C{number}", label=run.label)
         if kind == "reliability":
             axes.axline((0, 0), slope=1, color="gray", lw=0.8, ls="--")
             axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1.02), ylim=(0, 1.02))
@@ -255,9 +240,7 @@ def channels_figure(runs: Sequence[Runs]):
             axes.set_xticks(range(len(titles)), titles, rotation=45, ha="right", fontsize=7)
         else:
             axes.set_xlabel("channel")
-        if name != "spread_skill" and _spans_decades(
-            [v for channels in found for v in channels.get(name, ())]
-        ):
+        if name != "spread_skill" and _spans_decades([v for channels in found for v in channels.get(name, ())]):
             axes.set_yscale("log")
     _legend(panels[0], runs)
     return figure
@@ -280,9 +263,7 @@ def _plot_uncertainty(examples: dict[str, Any], path: Path) -> Path:
     for number, (example, (top, bottom)) in enumerate(zip(columns, axes.T)):
         p, std = example["probabilities"].float().numpy(), example["std"].float().numpy()
         _show_image(top, example["x"].float())
-        top.set_title(
-            f"true {example['y']}, says {int(p.argmax())}\nH {example['entropy']:.2f} nats", fontsize=8
-        )
+        top.set_title(f"true {example['y']}, says {int(p.argmax())}\nH {example['entropy']:.2f} nats", fontsize=8)
         bottom.bar(range(len(p)), p, yerr=std, color="C0", error_kw={"elinewidth": 0.8})
         bottom.set_ylim(0, 1.05)
         bottom.set_xticks(range(0, len(p), max(1, len(p) // 5)))
@@ -312,9 +293,7 @@ def _plot_values(examples: dict[str, Any], path: Path) -> Path:
     if y.shape[1] == 1:
         figure, axes = plt.subplots(figsize=(5, 4.2), layout="constrained")
         axes.errorbar(y[:, 0], mean[:, 0], 2 * total[:, 0], fmt="o", ms=3, lw=0.6, label="± 2 std, total")
-        axes.errorbar(
-            y[:, 0], mean[:, 0], 2 * epistemic[:, 0], fmt="none", lw=1.8, color="C3", label="epistemic part"
-        )
+        axes.errorbar(y[:, 0], mean[:, 0], 2 * epistemic[:, 0], fmt="none", lw=1.8, color="C3", label="epistemic part")
         axes.axline((y.mean(), y.mean()), slope=1, color="gray", lw=0.8)
         axes.set(xlabel="true", ylabel="predicted", title="test examples")
         axes.legend()

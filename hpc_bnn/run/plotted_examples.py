@@ -125,9 +125,7 @@ class ShownFields(ShownValues):
         return column[:, 0]
 
 
-def shown_examples(
-    likelihood: Likelihood, comm: GridComm, dataset: ShardDataset
-) -> ShownClasses | ShownValues:
+def shown_examples(likelihood: Likelihood, comm: GridComm, dataset: ShardDataset) -> ShownClasses | ShownValues:
     """Return what keeps the examples that suit a likelihood and the targets."""
     if likelihood.num_classes is not None:
         return ShownClasses(comm, dataset)

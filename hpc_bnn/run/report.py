@@ -105,10 +105,7 @@ def write_report(run_dirs: Sequence[str | Path], output: str | Path | None = Non
     if output is None:
         output = (paths[0] if len(paths) == 1 else _shared_parent(paths)) / "report.html"
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("hpc_bnn.run", "templates"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
+        loader=jinja2.PackageLoader("hpc_bnn.run", "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     page = environment.get_template("report.html.j2").render(
         title=", ".join(labels),
@@ -152,9 +149,7 @@ def _metric_table(records: list[RunRecord]) -> list[Line]:
     lines = []
     for name in names:
         values = [record.metrics.get(name) for record in records]
-        lines.append(
-            Line(name, [_number(value) for value in values], _best(name, values), plots.LABELS.get(name, ""))
-        )
+        lines.append(Line(name, [_number(value) for value in values], _best(name, values), plots.LABELS.get(name, "")))
     return lines
 
 
@@ -222,9 +217,7 @@ def _facts(record: RunRecord) -> dict[str, str]:
 def _differences(records: list[RunRecord]) -> list[Line]:
     """Return the fields of the configs that are not the same in all runs."""
     flat = [flatten(record.config) for record in records]
-    names = [
-        name for name in dict.fromkeys(n for one in flat for n in one) if name not in ("run_dir", "resume")
-    ]
+    names = [name for name in dict.fromkeys(n for one in flat for n in one) if name not in ("run_dir", "resume")]
     lines = [Line(f"--{name}", [_value(one.get(name, "–")) for one in flat]) for name in names]
     return [line for line in lines if len(set(line.cells)) > 1]
 

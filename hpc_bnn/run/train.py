@@ -59,9 +59,7 @@ def check(config: Config, world_size: int, num_examples: int | None = None) -> N
             return
         grid = Grid(world_size, size)
         check_all(
-            lambda: (
-                num_samples < 1 or grid.check_num_samples(num_samples)
-            ),  # below 1 it is a fault of its own
+            lambda: num_samples < 1 or grid.check_num_samples(num_samples),  # below 1 it is a fault of its own
             lambda: grid.check_batch(batch, num_examples),
         )
 
@@ -348,9 +346,7 @@ class Run(Experiment):
         """Move a former run aside, make the directory and write the config."""
         if self.run_dir.exists() and any(self.run_dir.iterdir()):
             if not (self.run_dir / "config.yaml").exists():
-                raise ConfigError(
-                    Fault("run_dir", self.run_dir, "it holds files, but no run", "Name a new directory")
-                )
+                raise ConfigError(Fault("run_dir", self.run_dir, "it holds files, but no run", "Name a new directory"))
             aside = _free_name(self.run_dir)
             self.run_dir.rename(aside)
             logger.warning("%s holds a former run: moved to %s", self.run_dir, aside)
@@ -434,11 +430,7 @@ class Run(Experiment):
                 "num_random_weights": self.posterior.num_weights,
                 "kl": self.posterior.capabilities.kl,
             },
-            "grid": {
-                "world_size": grid.world_size,
-                "sample_size": grid.sample_size,
-                "data_size": grid.data_size,
-            },
+            "grid": {"world_size": grid.world_size, "sample_size": grid.sample_size, "data_size": grid.data_size},
             "communication": {
                 "library": self.comm.library,
                 "num_collectives": traffic.num_collectives,

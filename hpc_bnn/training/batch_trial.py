@@ -79,9 +79,7 @@ class BatchTrial:
                 statistic.backward(torch.ones_like(statistic))
                 posterior.fold_()
         posterior.network.guard.allow_writes()
-        return {
-            name: gradient.clone() for name, gradient in posterior.names.of(posterior.buffer.grads).items()
-        }
+        return {name: gradient.clone() for name, gradient in posterior.names.of(posterior.buffer.grads).items()}
 
     @property
     def _tolerance(self) -> float:
@@ -130,8 +128,6 @@ def _first_difference(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: flo
     floor = 1e-3 * math.sqrt(sum(float(gradient.norm()) ** 2 for gradient in b.values()))
     for name, gradient in b.items():
         difference = float((a[name] - gradient).norm())
-        if difference > tolerance * max(
-            float(gradient.norm()), floor
-        ):  # NaN is no difference: the step will say it
+        if difference > tolerance * max(float(gradient.norm()), floor):  # NaN is no difference: the step will say it
             return name
     return None

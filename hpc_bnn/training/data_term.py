@@ -124,9 +124,7 @@ class DataTerm:
         for some, outputs in self._loop(samples, x, key):
             self._use(use, some, self.statistic(outputs, y), x, y, key)
 
-    def _use(
-        self, use: Use, some: Sequence[int], statistic: Tensor, x: SharedView, y: Tensor, key: Key
-    ) -> None:
+    def _use(self, use: Use, some: Sequence[int], statistic: Tensor, x: SharedView, y: Tensor, key: Key) -> None:
         """Use a chunk; where its backward pass failed, none of it is folded in, and its samples are evaluated singly."""
         try:
             use(some, statistic)
@@ -134,9 +132,7 @@ class DataTerm:
             self._loop.fall_back(error.__cause__)
             self._walk(some, x, y, key, use)
 
-    def _differentiate(
-        self, coupling: Coupling, share: float, last: int | None, kl: tuple[float, float]
-    ) -> Use:
+    def _differentiate(self, coupling: Coupling, share: float, last: int | None, kl: tuple[float, float]) -> Use:
         """Return what folds in the gradient of ``share`` times the data term for some samples.
 
         After the backward pass of the sample ``last`` nothing more is folded in.

@@ -39,9 +39,7 @@ class JobOptimizer:
         return self.updater.optimizer
 
 
-def OverlappingOptimizer(
-    optimizer: torch.optim.Optimizer, posterior: Posterior, comm: GridComm
-) -> JobOptimizer:
+def OverlappingOptimizer(optimizer: torch.optim.Optimizer, posterior: Posterior, comm: GridComm) -> JobOptimizer:
     """Return an optimizer that sums the gradient in blocks while the last backward pass of a step still runs. Local.
 
     ``optimizer`` is over ``posterior.parameters()`` or ``posterior.weight_parameters()``; see

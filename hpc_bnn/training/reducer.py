@@ -44,9 +44,7 @@ class Reducer:
         The posterior does not go with these settings (`hpc_bnn.capabilities`).
     """
 
-    def __init__(
-        self, posterior: Posterior, comm: GridComm, *, in_blocks: bool = False, divided: bool = False
-    ):
+    def __init__(self, posterior: Posterior, comm: GridComm, *, in_blocks: bool = False, divided: bool = False):
         is_compressed = comm.compression != "none"
         posterior.check_features(overlap=in_blocks, sharded=divided, compression=is_compressed)
         self.posterior, self.comm, self.in_blocks, self.divided = posterior, comm, in_blocks, divided
@@ -123,9 +121,7 @@ class Reducer:
             yield
         finally:
             self._is_last = False
-        started = itertools.chain(
-            *map(self.posterior.sampler.parameters_of, self._blocks[: self._num_started])
-        )
+        started = itertools.chain(*map(self.posterior.sampler.parameters_of, self._blocks[: self._num_started]))
         if any(parameter.grad is not None for parameter in started):
             rule = "a weight of this network receives several partial gradients (reentrant checkpointing)"
             raise ConfigError(Fault("grid.overlap", True, rule, "Leave it out, or use use_reentrant=False"))

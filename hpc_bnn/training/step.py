@@ -227,9 +227,7 @@ class VariationalStep:
         for span, part in x.parts(self.micro_batch_size):
             self.accumulate_(part, y[span], global_batch_size, is_last=span.stop == len(x))
 
-    def accumulate_(
-        self, x: Inputs | SharedView, y: Tensor, global_batch_size: int, *, is_last: bool = True
-    ) -> None:
+    def accumulate_(self, x: Inputs | SharedView, y: Tensor, global_batch_size: int, *, is_last: bool = True) -> None:
         """Add the gradient of some examples' data term on this rank's samples. Call it for each micro-batch.
 
         Local for the negative ELBO; otherwise collective as `__call__` says, for each micro-batch.

@@ -14,9 +14,7 @@ from ..posteriors import Posterior
 from ..trees import map_leaves
 from .reducer import Reducer, rows_of
 
-ELEMENTWISE = (
-    "Adam", "AdamW", "SGD", "RMSprop", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam", "Rprop", "ASGD",
-)  # fmt: skip
+ELEMENTWISE = ("Adam", "AdamW", "SGD", "RMSprop", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam", "Rprop", "ASGD")
 """Optimizers of torch that treat every number by itself, so that they may see parameters flat or in shares."""
 
 
@@ -225,10 +223,7 @@ class DividedUpdater(Updater):
     """
 
     def __init__(
-        self,
-        make: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
-        posterior: Posterior,
-        reducer: Reducer,
+        self, make: Callable[[list[nn.Parameter]], torch.optim.Optimizer], posterior: Posterior, reducer: Reducer
     ):
         own = reducer.own_share({name: p.detach() for name, p in posterior.named_parameters()})
         self._shares = {name: nn.Parameter(share) for name, share in own.items()}

@@ -9,15 +9,7 @@ from torch.nn import functional as F
 from torch.nn.functional import batch_norm, dropout
 from torch.utils.checkpoint import checkpoint
 
-from hpc_bnn import (
-    Categorical,
-    Grid,
-    GridComm,
-    MCDropout,
-    MeanFieldGaussian,
-    VariationalStep,
-    predict_classes,
-)
+from hpc_bnn import Categorical, Grid, GridComm, MCDropout, MeanFieldGaussian, VariationalStep, predict_classes
 from hpc_bnn.models import ViT
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible")
@@ -40,9 +32,7 @@ def seeded(make_net, dtype=torch.float64):
 
 def examples(*shape, dtype=torch.float64):
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(8, *shape, generator=generator, dtype=dtype).to(DEVICE), (torch.arange(8) % 3).to(
-        DEVICE
-    )
+    return torch.randn(8, *shape, generator=generator, dtype=dtype).to(DEVICE), (torch.arange(8) % 3).to(DEVICE)
 
 
 class NormAct(nn.BatchNorm1d):
@@ -61,9 +51,7 @@ class Block(nn.Module):
     def block(self, x):
         x = self.norm(self.first(x))
         if self.by_name:
-            x = dropout(
-                batch_norm(x, self.running_mean, self.running_var, training=self.training), 0.3, self.training
-            )
+            x = dropout(batch_norm(x, self.running_mean, self.running_var, training=self.training), 0.3, self.training)
         return F.dropout(x, 0.3, self.training)
 
     def forward(self, x):

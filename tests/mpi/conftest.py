@@ -61,9 +61,7 @@ def pytest_generate_tests(metafunc):
 
 def pytest_collection_modifyitems(items):
     """The tests of one grid together; those without a grid, which may join their own, first."""
-    items.sort(
-        key=lambda item: item.callspec.params.get("sample_size", 0) if hasattr(item, "callspec") else 0
-    )
+    items.sort(key=lambda item: item.callspec.params.get("sample_size", 0) if hasattr(item, "callspec") else 0)
 
 
 JOINED = {}

@@ -67,9 +67,7 @@ class ViT(nn.Module):
         self.patch = nn.Conv2d(1, dim, 4, 4)
         self.position = nn.Parameter(torch.randn(1, 5, dim) * 0.02)
         self.token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.attention = nn.ModuleList(
-            nn.MultiheadAttention(dim, heads, batch_first=True) for _ in range(depth)
-        )
+        self.attention = nn.ModuleList(nn.MultiheadAttention(dim, heads, batch_first=True) for _ in range(depth))
         self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(2 * depth))
         self.mlps = nn.ModuleList(
             nn.Sequential(nn.Linear(dim, 32), nn.GELU(), nn.Linear(32, dim)) for _ in range(depth)

@@ -7,15 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from hpc_bnn import (
-    Categorical,
-    GaussianPrior,
-    Grid,
-    GridComm,
-    MeanFieldGaussian,
-    VariationalStep,
-    global_batches,
-)
+from hpc_bnn import Categorical, GaussianPrior, Grid, GridComm, MeanFieldGaussian, VariationalStep, global_batches
 from hpc_bnn.noise import Key, Stream
 
 NUM_EXAMPLES = 31

@@ -92,9 +92,7 @@ def test_the_state_of_this_grid_is_that_of_one_process_and_goes_on_anywhere(comm
         for key, value in values.items():
             assert_near(found[name][key], value, (name, key))
     state = comm.gather_objects(state)[0]  # a copy, as from a file
-    for other, grid in [
-        (k, g) for f, k in families_and_kinds() if f == family for g in (comm, GridComm(Grid()))
-    ]:
+    for other, grid in [(k, g) for f, k in families_and_kinds() if f == family for g in (comm, GridComm(Grid()))]:
         model = problem.end_of(*resumed(state, other, grid, family))
         for name, value in model.items():
             assert_near(value.tolist(), end[name].tolist(), (other, name))

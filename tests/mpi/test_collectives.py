@@ -51,10 +51,7 @@ class Watch(TorchDispatchMode):
         self.seen.append((self.current, what))
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace in (
-            "c10d",
-            "_c10d_functional",
-        ):  # what all functions of torch.distributed come to
+        if function.namespace in ("c10d", "_c10d_functional"):  # what all functions of torch.distributed come to
             self.note(str(function))
         return function(*args, **(kwargs or {}))
 

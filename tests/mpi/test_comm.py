@@ -96,9 +96,7 @@ def test_compressed_sums_are_the_same_everywhere_and_right_to_the_bits_that_trav
     assert ((got - exact).abs() <= 3 * num_axes * tolerance * size + 1e-11 * num_axes).all()
     assert relative_error(got, exact) > tolerance / 100  # its mirror: it is rounded
     # halves of all numbers and of the own share, and the scales
-    assert comm.traffic.num_bytes - traffic <= num_axes * (
-        2 * 1001 * 1.5 + 2 + 4 * (comm.grid.world_size + 1)
-    )
+    assert comm.traffic.num_bytes - traffic <= num_axes * (2 * 1001 * 1.5 + 2 + 4 * (comm.grid.world_size + 1))
     comm.sum_(untouched)
     torch.testing.assert_close(untouched, exact, rtol=1e-6, atol=1e-9)  # only where it is asked for
     (part,) = comm.reduce_scatter_([flat.clone()], "sample", compressed=True)
@@ -140,9 +138,7 @@ def test_a_list_travels_in_few_buffers_and_low_precision_is_summed_in_float32(co
     size = comm.grid.world_size
     tensors = [torch.full((n,), 1.0 + comm.grid.rank) for n in range(1, 40)]
     tensors.append(torch.full((3,), 0.001 * (comm.grid.rank + 1), dtype=torch.bfloat16))
-    expected = sum(
-        torch.tensor(0.001 * (r + 1), dtype=torch.bfloat16).float() for r in range(size)
-    ).bfloat16()
+    expected = sum(torch.tensor(0.001 * (r + 1), dtype=torch.bfloat16).float() for r in range(size)).bfloat16()
     before = comm.traffic.num_collectives
     comm.sum_(tensors)
     axes = (comm.grid.sample_size > 1) + (comm.grid.data_size > 1)

@@ -13,15 +13,7 @@ from reference import make_step, relative_difference
 import hpc_bnn.data.dataset
 from hpc_bnn import Grid, GridComm, ShardDataset, connect, write_shards
 from hpc_bnn.comm import connect_for_files
-from hpc_bnn.data import (
-    Augmentation,
-    BatchLoader,
-    Examples,
-    Manifest,
-    stage_shards,
-    unstage_shards,
-    verify_shards,
-)
+from hpc_bnn.data import Augmentation, BatchLoader, Examples, Manifest, stage_shards, unstage_shards, verify_shards
 from hpc_bnn.data.augment import Mixup, Noise
 from hpc_bnn.errors import ConfigError, DataError, RankError
 from hpc_bnn.objectives import OBJECTIVES
@@ -51,17 +43,11 @@ def shards(world, job_dir):
 
 @pytest.mark.parametrize("axis", ["sample", "data", "world"])
 def test_broadcast_along_an_axis(comm, axis):
-    extent = {"sample": comm.grid.sample_size, "data": comm.grid.data_size, "world": comm.grid.world_size}[
-        axis
-    ]
+    extent = {"sample": comm.grid.sample_size, "data": comm.grid.data_size, "world": comm.grid.world_size}[axis]
     root = extent - 1
     tensors = [torch.full((3,), comm.grid.rank, dtype=torch.uint8), torch.full((2,), float(comm.grid.rank))]
     comm.broadcast_(tensors, root, axis)
-    groups = {
-        "sample": comm.grid.sample_group(),
-        "data": comm.grid.data_group(),
-        "world": range(comm.grid.world_size),
-    }
+    groups = {"sample": comm.grid.sample_group(), "data": comm.grid.data_group(), "world": range(comm.grid.world_size)}
     for tensor in tensors:
         assert tensor.tolist() == [groups[axis][root]] * len(tensor)
 
@@ -147,9 +133,7 @@ def test_an_epoch_goes_on_with_the_next_unseen_batch(comm, shards):
 
 def test_ranks_write_the_same_directory_as_one_process(world, shards, job_dir):
     comm = connect_for_files()
-    together = write_shards(
-        job_dir / "together", {"train": examples()}, examples_per_shard=4, comm=comm, **FACTS
-    )
+    together = write_shards(job_dir / "together", {"train": examples()}, examples_per_shard=4, comm=comm, **FACTS)
     assert together == Manifest.read(shards)  # also the SHA-256 of every file
     assert verify_shards(job_dir / "together") == []
     comm.close()
@@ -169,9 +153,7 @@ def test_an_interrupted_preparation_goes_on_where_it_stopped(world, job_dir):
         asked.clear()
         comm.barrier()
         source = Examples(len(x), lambda start, stop: read(start, stop, fails_at))
-        write_shards(
-            job_dir / "resumed", {"train": source}, examples_per_shard=4, key=key, comm=comm, **FACTS
-        )
+        write_shards(job_dir / "resumed", {"train": source}, examples_per_shard=4, key=key, comm=comm, **FACTS)
         return sorted(start for starts in comm.gather_objects(asked[1:]) for start in starts)  # first: a look
 
     with pytest.raises(RankError, match="the file system went away"):
@@ -214,9 +196,7 @@ def test_augmented_training_does_not_depend_on_the_grid(comm, job_dir, views, ob
     def train(comm, **options):
         step = make_step(comm, num_samples=6, objective=OBJECTIVES[objective]())
         step.posterior.module.insert(0, torch.nn.Flatten())
-        augmentation = Augmentation(
-            [Mixup(0.4), Noise(0.3)], views, num_samples=6, num_groups=3, seed=8, num_classes=3
-        )
+        augmentation = Augmentation([Mixup(0.4), Noise(0.3)], views, num_samples=6, num_groups=3, seed=8, num_classes=3)
         dataset = ShardDataset(directory, "train", dtype=torch.float64, comm=comm, **options)
         loader = BatchLoader(dataset, comm.grid, GLOBAL_BATCH_SIZE, 8, with_partners=True)
         for epoch in range(2):
@@ -335,6 +315,4 @@ def test_auto_chooses_from_size_and_the_least_free_memory_of_any_node(comm, shar
     monkeypatch.setattr(hpc_bnn.data.dataset, "free_memory_bytes", lambda is_shared: seen)
     dataset = ShardDataset(shards, "train", comm=comm)
     assert dataset.num_bytes == 31 * (2 * 20 * 4 + 8)
-    assert dataset.reading == (
-        "node" if free == 100_000 else "group" if comm.grid.sample_size > 1 else "rank"
-    )
+    assert dataset.reading == ("node" if free == 100_000 else "group" if comm.grid.sample_size > 1 else "rank")

@@ -14,9 +14,7 @@ def test_sums_of_a_sound_grid_are_right(comm):
 @pytest.mark.parametrize("which", [0, 1])
 @pytest.mark.parametrize("axis", AXES)
 def test_a_sum_that_lacks_a_rank_is_seen(comm, axis, which, monkeypatch):
-    extent = {"sample": comm.grid.sample_size, "data": comm.grid.data_size, "world": comm.grid.world_size}[
-        axis
-    ]
+    extent = {"sample": comm.grid.sample_size, "data": comm.grid.data_size, "world": comm.grid.world_size}[axis]
     sum_, last = comm.sum_, comm.grid.world_size - 1
 
     def forgetful(tensors, over):

@@ -22,11 +22,7 @@ from hpc_bnn import (
     write_shards,
 )
 from hpc_bnn.noise import Key, Stream
-from hpc_bnn.predictive.evaluation import (
-    evaluate_dataset,
-    out_of_distribution_auroc,
-    uncertainties_of_dataset,
-)
+from hpc_bnn.predictive.evaluation import evaluate_dataset, out_of_distribution_auroc, uncertainties_of_dataset
 
 
 @pytest.mark.parametrize("num_examples", [31, 2], ids=["uneven", "fewer_than_ranks"])
@@ -100,9 +96,7 @@ def test_all_metrics_curves_and_uncertainties_equal_those_of_one_process(comm, t
         posterior = MeanFieldGaussian(ToField(likelihood), init_std=0.3)
     results = []
     for one in (GridComm(Grid()), comm):
-        data = ShardDataset(
-            directory, "train", dtype=torch.float64, normalises_targets=likelihood.is_equivariant
-        )
+        data = ShardDataset(directory, "train", dtype=torch.float64, normalises_targets=likelihood.is_equivariant)
         foreign = ShardDataset(directory, "foreign", dtype=torch.float64)
         evaluation = evaluate_dataset(posterior, likelihood, one, data, num_samples=5)
         outside = uncertainties_of_dataset(posterior, likelihood, one, foreign, num_samples=5)
@@ -111,9 +105,7 @@ def test_all_metrics_curves_and_uncertainties_equal_those_of_one_process(comm, t
     (expected, expected_outside, expected_auroc), (got, outside, auroc) = results
     tolerance = 1e-8  # of quantiles, which are found by iteration; of what is a sum 1e-10
     for metric, value in expected.metrics.items():
-        assert got.metrics[metric] == pytest.approx(value, rel=tolerance if "width" in metric else 1e-10), (
-            metric
-        )
+        assert got.metrics[metric] == pytest.approx(value, rel=tolerance if "width" in metric else 1e-10), metric
     flat = [flatten(evaluation.curves) for evaluation in (got, expected)]
     assert flat[0] == pytest.approx(flat[1], rel=tolerance, abs=1e-13)
     for a, b in ((got.uncertainties, expected.uncertainties), (outside, expected_outside)):
@@ -123,16 +115,7 @@ def test_all_metrics_curves_and_uncertainties_equal_those_of_one_process(comm, t
     assert auroc == pytest.approx(expected_auroc)
     names = {"accuracy", "nll", "brier", "ece", "adaptive_ece"}
     if not likelihood.num_classes:
-        names = {
-            "rmse",
-            "mae",
-            "crps",
-            "fair_crps",
-            "spread_skill",
-            "calibration_error",
-            "coverage_90",
-            "width_90",
-        }
+        names = {"rmse", "mae", "crps", "fair_crps", "spread_skill", "calibration_error", "coverage_90", "width_90"}
         assert auroc["ood_auroc/epistemic_std"] > 0.9  # linear networks disagree far from the data
         assert len(got.curves["channels"]["crps"]) == 4 and sum(got.curves["pit"]) == pytest.approx(1)
     assert names <= got.metrics.keys() and ("nll" in got.metrics) == likelihood.has_density

@@ -59,9 +59,7 @@ def to_prior(mean, std):
         q = gaussian(slots)
         if isinstance(q, Normal):
             return kl_divergence(q, Normal(number(mean), std)).sum()
-        prior = MultivariateNormal(
-            torch.full_like(q.loc, mean), std**2 * torch.eye(len(q.loc), dtype=torch.float64)
-        )
+        prior = MultivariateNormal(torch.full_like(q.loc, mean), std**2 * torch.eye(len(q.loc), dtype=torch.float64))
         return kl_divergence(q, prior)
 
     return kl
@@ -71,9 +69,7 @@ def cross_entropy_to_laplace(slots, std):
     """By E|w| of a Gaussian (the folded normal distribution) with the marginal standard deviations."""
     q = gaussian(slots)
     m, s = q.mean, q.variance.sqrt()
-    magnitude = s * math.sqrt(2 / math.pi) * (-(m**2) / (2 * s**2)).exp() + m * torch.erf(
-        m / (s * math.sqrt(2))
-    )
+    magnitude = s * math.sqrt(2 / math.pi) * (-(m**2) / (2 * s**2)).exp() + m * torch.erf(m / (s * math.sqrt(2)))
     return (magnitude / std + math.log(2 * std)).sum()
 
 
@@ -84,18 +80,14 @@ def minus_entropy(slots):
 WIDE, LAPLACE = GaussianPrior(0.8, mean=0.1), LaplacePrior(0.3)
 CASES = {
     "mean_field": dict(family=MeanField(WIDE, 0.2), weights=mean_field, kl=to_prior(0.1, 0.8)),
-    "antithetic": dict(
-        family=MeanField(WIDE, 0.2), weights=mean_field, kl=to_prior(0.1, 0.8), antithetic=True
-    ),
+    "antithetic": dict(family=MeanField(WIDE, 0.2), weights=mean_field, kl=to_prior(0.1, 0.8), antithetic=True),
     "laplace": dict(
         family=MeanField(LAPLACE, 0.2),
         weights=mean_field,
         kl=lambda slots: minus_entropy(slots) + cross_entropy_to_laplace(slots, 0.3),
     ),
     "low_rank": dict(family=LowRank(2, WIDE, 0.2), weights=low_rank, kl=to_prior(0.1, 0.8)),
-    "low_rank_antithetic": dict(
-        family=LowRank(2, WIDE, 0.2), weights=low_rank, kl=to_prior(0.1, 0.8), antithetic=True
-    ),
+    "low_rank_antithetic": dict(family=LowRank(2, WIDE, 0.2), weights=low_rank, kl=to_prior(0.1, 0.8), antithetic=True),
     "low_rank_laplace": dict(
         family=LowRank(2, LAPLACE, 0.2),
         weights=low_rank,
@@ -119,9 +111,7 @@ CASES = {
 """Arguments of `family_is_exact`."""
 
 for name, prior in {"student_t": StudentTPrior(), "mixture": ScaleMixturePrior()}.items():
-    CASES[name] = dict(
-        family=MeanField(prior, 0.2), weights=mean_field, kl=minus_entropy, log_prior=prior.log_prob
-    )
+    CASES[name] = dict(family=MeanField(prior, 0.2), weights=mean_field, kl=minus_entropy, log_prior=prior.log_prob)
     CASES[f"low_rank_{name}"] = dict(
         family=LowRank(2, prior, 0.2), weights=low_rank, kl=minus_entropy, log_prior=prior.log_prob
     )
@@ -151,11 +141,7 @@ def noisy_layer(estimator):
 
 for name in ("local", "flipout"):
     CASES[name] = dict(
-        family=MeanField(WIDE, 0.2),
-        outputs=noisy_layer(name),
-        kl=to_prior(0.1, 0.8),
-        estimator=name,
-        chunk_sizes=(1,),
+        family=MeanField(WIDE, 0.2), outputs=noisy_layer(name), kl=to_prior(0.1, 0.8), estimator=name, chunk_sizes=(1,)
     )
 
 
@@ -216,9 +202,7 @@ class Sgld(Family):
 
     def after_update_(self, grads, slots, samples, draw, scalars):
         scale = (2 * scalars.learning_rate / self.num_train_examples).sqrt()
-        draw.affine_(
-            slots["chains"], scale.to(slots["chains"]).expand(slots["chains"].shape[-1]), slots["chains"]
-        )
+        draw.affine_(slots["chains"], scale.to(slots["chains"]).expand(slots["chains"].shape[-1]), slots["chains"])
 
 
 def test_a_user_s_chains_are_exact(family_is_exact):  # noqa: F811

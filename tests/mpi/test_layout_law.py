@@ -57,9 +57,7 @@ def test_a_broken_layout_law_names_the_parameter_the_step_and_the_grids(comm, mo
     monkeypatch.setattr(Reducer, "reduce_", broken)
     _, results = train(comm)
     grid = f"{comm.grid.sample_size} x {comm.grid.data_size}"
-    with pytest.raises(
-        AssertionError, match=f"grid {grid} and grid 1 x 1 differ first after step 2.*2.bias.loc by"
-    ):
+    with pytest.raises(AssertionError, match=f"grid {grid} and grid 1 x 1 differ first after step 2.*2.bias.loc by"):
         assert_layout_law(results, expected)
 
 

@@ -5,14 +5,7 @@ import torch
 from modules import MODULES, NUM_CLASSES, make_examples, make_module
 from reference import Results, assert_layout_law, computed_once, relative_difference
 
-from hpc_bnn import (
-    Categorical,
-    Grid,
-    GridComm,
-    VariationalStep,
-    posteriors,
-    predict_classes,
-)
+from hpc_bnn import Categorical, Grid, GridComm, VariationalStep, posteriors, predict_classes
 from hpc_bnn.noise import Key, Stream
 
 NUM_EXAMPLES, NUM_SAMPLES = 11, 5  # uneven on 2, 3 and 4 ranks
@@ -20,15 +13,11 @@ FAMILIES = {
     "mean_field": lambda net: posteriors.MeanFieldGaussian(net, init_std=0.05),
     "antithetic": lambda net: posteriors.MeanFieldGaussian(net, init_std=0.05, antithetic=True),
     "low_rank": lambda net: posteriors.LowRankGaussian(net, init_std=0.05, rank=2),
-    "student_t": lambda net: posteriors.MeanFieldGaussian(
-        net, init_std=0.05, prior=posteriors.StudentTPrior()
-    ),
+    "student_t": lambda net: posteriors.MeanFieldGaussian(net, init_std=0.05, prior=posteriors.StudentTPrior()),
     "mixture_low_rank": lambda net: posteriors.LowRankGaussian(
         net, init_std=0.05, rank=2, prior=posteriors.ScaleMixturePrior()
     ),
-    "laplace": lambda net: posteriors.MeanFieldGaussian(
-        net, init_std=0.05, prior=posteriors.LaplacePrior(0.5)
-    ),
+    "laplace": lambda net: posteriors.MeanFieldGaussian(net, init_std=0.05, prior=posteriors.LaplacePrior(0.5)),
     "local": lambda net: posteriors.MeanFieldGaussian(net, init_std=0.05, estimator="local"),
     "flipout": lambda net: posteriors.MeanFieldGaussian(net, init_std=0.05, estimator="flipout"),
     "deterministic": posteriors.DeterministicNetwork,
@@ -117,9 +106,7 @@ def train_ensemble(comm, num_members=5):
     x, y = make_examples(NUM_EXAMPLES, torch.float32)
     part = comm.grid.local_examples(NUM_EXAMPLES)
     results = [step(x[part], y[part], NUM_EXAMPLES) for _ in range(3)]
-    state = {
-        k: v.clone() for s in comm.gather_objects(posterior.state_dict(), "sample") for k, v in s.items()
-    }
+    state = {k: v.clone() for s in comm.gather_objects(posterior.state_dict(), "sample") for k, v in s.items()}
     return posterior, state, results
 
 
@@ -138,9 +125,7 @@ def test_ensemble_members_train_alone_and_alike_on_every_grid(comm):
     members = []
     for member in range(5):
         net = MODULES["mlp"]()
-        net.load_state_dict(
-            {k.split(".", 2)[2]: v for k, v in state.items() if k.startswith(f"members.{member}.")}
-        )
+        net.load_state_dict({k.split(".", 2)[2]: v for k, v in state.items() if k.startswith(f"members.{member}.")})
         members.append(torch.softmax(net(x), -1))
     torch.testing.assert_close(predictive.probabilities.float(), torch.stack(members).mean(0).detach())
 

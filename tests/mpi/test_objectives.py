@@ -205,9 +205,7 @@ def test_communication_is_what_the_docstring_says(
     assert comm.traffic.num_bytes - before[1] == 8 * (axes * gradient + extra)
 
 
-@pytest.mark.parametrize(
-    "case", ["log_predictive_categorical", "crps_0.95", "moment_matched_gaussian_learned", "own"]
-)
+@pytest.mark.parametrize("case", ["log_predictive_categorical", "crps_0.95", "moment_matched_gaussian_learned", "own"])
 def test_more_data_groups_than_examples(comm, case):
     objective, likelihood, _ = CASES[case]
     alone, step = (make_step(c, objective, likelihood, num_samples=6) for c in (GridComm(Grid()), comm))
@@ -232,9 +230,9 @@ def test_one_pass_where_one_chunk_holds_the_samples_of_the_rank(comm):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 def test_tiny_likelihoods_keep_their_digits(comm, dtype):
     """Log-likelihoods of -700 to -1000 nats: exp underflows, the shifted sum does not."""
-    log_probs = (
-        -700 - 300 * torch.rand(6, 4, generator=Key(0, Stream.NOISE).generator(), dtype=torch.float64)
-    ).to(dtype)
+    log_probs = (-700 - 300 * torch.rand(6, 4, generator=Key(0, Stream.NOISE).generator(), dtype=torch.float64)).to(
+        dtype
+    )
     log_probs[0, 3] = log_probs[1, 3] + 1
     mine = comm.grid.local_samples(6)
     density = LogMeanExp(6)
@@ -276,9 +274,7 @@ def test_scores_equal_scoringrules_on_gathered_samples(comm, fairness):
     mine = comm.grid.local_samples(7)
     estimator = "fair" if fairness else "nrg"
     expected = {
-        "crps": scoringrules.crps_ensemble(
-            y.numpy(), members.movedim(0, -1).numpy(), estimator=estimator
-        ).mean(1),
+        "crps": scoringrules.crps_ensemble(y.numpy(), members.movedim(0, -1).numpy(), estimator=estimator).mean(1),
         "energy": scoringrules.es_ensemble(y.numpy(), members.movedim(0, 1).numpy(), estimator=estimator),
     }
     for objective in (Crps(fairness), Energy(fairness)):

@@ -33,9 +33,7 @@ FAMILIES = {
     "low_rank": lambda comm: LowRankGaussian(make_net(), init_std=0.1, rank=2),
     "mc_dropout": lambda comm: MCDropout(make_net(dropout=0.2)),
     "deterministic": lambda comm: DeterministicNetwork(make_net()),
-    "ensemble": lambda comm: DeepEnsemble(
-        make_module, NUM_SAMPLES, comm.grid.local_samples(NUM_SAMPLES), seed=5
-    ),
+    "ensemble": lambda comm: DeepEnsemble(make_module, NUM_SAMPLES, comm.grid.local_samples(NUM_SAMPLES), seed=5),
 }
 
 
@@ -94,10 +92,7 @@ LAMB = {"name": "pytorch_optimizer.Lamb"}
 )
 @pytest.mark.parametrize(
     "family",
-    [
-        pytest.param(f, marks=[] if f in ("mean_field", "with_points") else pytest.mark.slow)
-        for f in REPLICATED
-    ],
+    [pytest.param(f, marks=[] if f in ("mean_field", "with_points") else pytest.mark.slow) for f in REPLICATED],
 )
 def test_a_sharded_optimizer_gives_the_numbers_of_the_whole_one(comm, family, options):
     expected = alone(family, **options)
@@ -196,8 +191,6 @@ def test_what_cannot_be_sharded_is_refused(comm):
     posterior = FAMILIES["mean_field"](comm)
     optimizer = ShardedOptimizer(lambda parameters: torch.optim.Adam(parameters, lr=1e-3), posterior, comm)
     assert (
-        VariationalStep(
-            posterior, Categorical(3), optimizer, comm, num_samples=4, num_train_examples=31
-        ).optimizer
+        VariationalStep(posterior, Categorical(3), optimizer, comm, num_samples=4, num_train_examples=31).optimizer
         is optimizer
     )

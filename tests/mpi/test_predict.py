@@ -71,9 +71,7 @@ def test_the_file_of_any_grid_is_that_of_one_process(comm, directory, monkeypatc
             assert levels == [0.1, 0.5]
             if name == "categorical":
                 np.testing.assert_allclose(got["probabilities"][()], members.mean(1), rtol=1e-10)
-                np.testing.assert_allclose(
-                    got["quantiles"][:, 1], np.quantile(members, 0.5, axis=1), rtol=1e-10
-                )
+                np.testing.assert_allclose(got["quantiles"][:, 1], np.quantile(members, 0.5, axis=1), rtol=1e-10)
                 assert (got["class"][()] == members.mean(1).argmax(1)).all()
             else:
                 np.testing.assert_allclose(got["mean"][()], members.mean(1), rtol=1e-9, atol=1e-9)
@@ -103,9 +101,7 @@ def test_a_file_that_cannot_be_written_ends_all_ranks(comm, directory):
     "name, family, num_test_samples",
     [("categorical", "mean_field", 1), ("gaussian", "mean_field", 1), ("gaussian", "ensemble", 5)],
 )
-def test_fewer_examples_than_data_groups_and_samples_than_ranks(
-    comm, directory, name, family, num_test_samples
-):
+def test_fewer_examples_than_data_groups_and_samples_than_ranks(comm, directory, name, family, num_test_samples):
     """Some ranks have nothing to do: evaluation, pictures and predictions are those of one process."""
     with comm.agree("writing"):
         if comm.grid.rank == 0:

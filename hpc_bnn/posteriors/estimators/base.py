@@ -124,9 +124,7 @@ class Estimator:
         uses: dict[nn.Module, list[torch.Size]] = {}
         handles = [
             layer.register_forward_hook(
-                lambda layer, args, kwargs, _: uses.setdefault(layer, []).append(
-                    (*args, *kwargs.values())[0].shape
-                ),
+                lambda layer, args, kwargs, _: uses.setdefault(layer, []).append((*args, *kwargs.values())[0].shape),
                 with_kwargs=True,
             )
             for layer in module.modules()

@@ -122,9 +122,7 @@ class Family:
         """Return the mean of the weights, [P]."""
         raise NotImplementedError(f"{self.name} has no mean network")
 
-    def after_update_(
-        self, grads: Slots, slots: Slots, samples: Sequence[int], draw: Draw, scalars: Scalars
-    ) -> None:
+    def after_update_(self, grads: Slots, slots: Slots, samples: Sequence[int], draw: Draw, scalars: Scalars) -> None:
         """Change the slots once more after the update, for example by the noise of a chain.
 
         ``samples`` and ``draw`` are those of the rows of this rank; where all ranks hold the slots, one draw that is the

@@ -68,9 +68,7 @@ class LowRank(MeanField):
         # prior sees only the marginal standard deviations.
         names = ("loc", "log_scale", "factor")
         with torch.set_grad_enabled(grads is not None):
-            loc, log_scale, factor = leaves = [
-                slots[name].detach().requires_grad_(grads is not None) for name in names
-            ]
+            loc, log_scale, factor = leaves = [slots[name].detach().requires_grad_(grads is not None) for name in names]
             gram = factor @ factor.T
             kl = -gaussian_entropy(log_scale) - 0.5 * torch.logdet(gram + torch.eye(len(gram)).to(gram))
             if self.prior.closed_form:

@@ -31,9 +31,7 @@ class MeanField(Family):
     name = "mean-field Gaussian"
     capabilities = FAMILIES["mean_field"].capabilities
 
-    def __init__(
-        self, prior: Prior = GaussianPrior(), init_std: float = 0.01, init_std_relative: float | None = None
-    ):
+    def __init__(self, prior: Prior = GaussianPrior(), init_std: float = 0.01, init_std_relative: float | None = None):
         check_field("posterior.init_std", init_std)
         check_field("posterior.init_std_relative", init_std_relative)
         self.prior, self.init_std, self.init_std_relative = prior, init_std, init_std_relative
