@@ -29,8 +29,9 @@ test: setup ## Run the quick tests, serial and on 1, 2, 3 and 4 MPI ranks (on a 
 test-all: setup ## Run all tests: the quick tests of `make test` and the slow ones
 	$(ACTIVATE); $(PYTEST) $(PYTEST_ARGS)
 
-lint: setup ## Check style, docstrings and the order of imports
-	$(ACTIVATE); ruff check . && ruff format --check . && lint-imports
+lint: setup ## Check style, docstrings, types and the order of imports
+	$(ACTIVATE); command -v basedpyright >/dev/null || python -m pip install -q 'basedpyright>=1.20'
+	$(ACTIVATE); ruff check . && ruff format --check . && lint-imports && basedpyright
 
 clean: ## Remove the environment, data and runs
 	rm -rf .venv data runs
