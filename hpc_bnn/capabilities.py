@@ -55,6 +55,8 @@ class Features:
     couples: bool = False
     """Whether the objective couples the samples."""
     overlap: bool = False
+    can_overlap: bool = True
+    """Whether sums go on while the ranks compute, with the communication library."""
     sharded: bool = False
     compression: bool = False
     estimator: str = "reparameterisation"
@@ -94,6 +96,8 @@ TABLE = (
             "an ensemble has its members, and their optimizer states, spread over the sample axis already", "Leave it out"),
     Refusal("grid.overlap", lambda c, f: f.overlap and f.sharded,
             "a sharded optimizer sums by shares, not by blocks", "Leave one of the two out"),
+    Refusal("grid.overlap", lambda c, f: f.overlap and not f.can_overlap,
+            "MPI makes no progress with a sum while the ranks compute", "Leave it out, or use <backend> horovod or torch"),
     Refusal("grid.overlap", lambda c, f: f.overlap and f.compression,
             "compressed sums are made in shares, one after another", "Leave one of the two out"),
     Refusal("grid.overlap", lambda c, f: f.overlap and not c.is_separable,

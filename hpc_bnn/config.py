@@ -14,7 +14,7 @@ from .capabilities import FAMILIES, Features, check_features
 from .errors import ConfigError, Fault, Rule, above_and_below, at_least, check_all, positive
 
 Auto = Literal["auto"]
-Library = Literal["horovod", "torch"]
+Library = Literal["horovod", "torch", "mpi"]
 Backend = Literal[Auto, Library]
 Batching = Literal["auto", "walking", "vmap"]
 Compression = Literal["none", "fp16", "bf16"]
@@ -265,9 +265,10 @@ class Config:
     """Precision; bfloat16 runs the network under autocast and keeps weights and sums in float32."""
     device: str = "auto"
     """auto, cpu, cuda (one GPU per rank of a node) or cuda:N."""
-    backend: Backend = "auto"
-    """Communication library for tensors: Horovod or torch.distributed (NCCL or Gloo). auto: Horovod if all ranks can
-    use it, otherwise torch."""
+    backend: str = _named("auto", Backend)
+    """Communication library for tensors: horovod, torch (torch.distributed: NCCL or Gloo), mpi (the MPI itself), or the
+    import path of a TensorTransport. auto: on GPUs the one that has NCCL; on CPUs Horovod if all ranks can use it,
+    otherwise the MPI."""
     num_samples: int = _ruled(8, at_least(1, "Give a positive number"))
     """Weight samples per step in the whole job."""
     num_test_samples: int = _ruled(64, at_least(1, "Give a positive number"))
@@ -391,6 +392,7 @@ class Config:
         asked = Features(
             couples=name in get_args(ObjectiveName) and name != "elbo",
             overlap=self.grid.overlap,
+            can_overlap=self.backend != "mpi",
             sharded=self.optimizer.sharded,
             compression=self.grid.compression != "none",
             estimator=posterior.estimator,

@@ -109,6 +109,11 @@ class Grid:
         return self.world_size // self.sample_size
 
     @property
+    def axes(self) -> tuple[Axis, ...]:
+        """The axes, the one whose index varies fastest first; the world is none of them."""
+        return "sample", "data"
+
+    @property
     def extents(self) -> dict[Axis, int]:
         """Number of ranks along each axis."""
         return {"sample": self.sample_size, "data": self.data_size, "world": self.world_size}
@@ -150,6 +155,14 @@ class Grid:
     def groups(self) -> dict[Axis, range]:
         """World ranks of this rank's group along each axis."""
         return {"sample": self.sample_group(), "data": self.data_group(), "world": range(self.world_size)}
+
+    def all_groups(self, axis: Axis) -> list[range]:
+        """World ranks of each group along an axis."""
+        if axis == "sample":
+            return [self.sample_group(index) for index in range(self.data_size)]
+        if axis == "data":
+            return [self.data_group(index) for index in range(self.sample_size)]
+        return [self.groups[axis]]
 
     def local_samples(self, num_samples: int) -> range:
         """Global indices of the samples that this rank draws, of ``num_samples`` in the job."""

@@ -493,7 +493,7 @@ def test_a_sum_that_fails_on_one_rank_ends_the_job(mpirun, tmp_path):
         "from hpc_bnn.__main__ import run\n"
         "def broken(*_): raise RuntimeError('deliberate fault')\n"
         "hpc_bnn.doctor.examination.GRACE_SECONDS = 1.0\n"
-        "if comm.launched_rank() == 1: comm.HorovodComm.sum_ = broken\n"
+        "if comm.launched_rank() == 1: comm.GridComm.sum_ = broken\n"
         "run()\n"
     )
     done = mpirun(2, program, "doctor")

@@ -7,6 +7,7 @@ from torch import nn
 
 from hpc_bnn import Categorical, Grid, GridComm, MeanFieldGaussian, OverlappingOptimizer, VariationalStep
 from hpc_bnn.capabilities import Capabilities
+from hpc_bnn.comm import TensorTransport
 from hpc_bnn.errors import ConfigError, DataError
 from hpc_bnn.noise import Key, Stream
 from hpc_bnn.posteriors import DeepEnsemble, Family, GaussianPrior, Posterior, Slot
@@ -120,16 +121,25 @@ class Twofold(MeanField):
         grads["few"].add_(total.sum())
 
 
-class Doubling(GridComm):
-    """One rank that sums as if another had the same numbers."""
+class Doubling(TensorTransport):
+    """The sums of one of two ranks, as if the other had the same numbers; notes when they are begun and waited for."""
 
-    def sum_(self, tensors, axis="world", compressed=False):
-        for tensor in [tensors] if isinstance(tensors, torch.Tensor) else tensors:
-            tensor.mul_(2)
+    name = "doubling"
 
-    def start_sum_(self, tensors):
-        self.sum_(tensors)
-        return lambda: None
+    def __init__(self):
+        self.begun, self.waited = [], []
+
+    def reduce_(self, flat, axis, operation):
+        flat.mul_(2)
+
+    def start_sum_(self, flat, axis):
+        self.begun.append(len(flat))
+        flat.mul_(2)
+        return lambda number=len(self.begun): self.waited.append(number)
+
+
+def doubling():
+    return GridComm(Grid(2, 1, 0), tensors=Doubling())
 
 
 def test_blocks_sum_every_number_of_any_slot_once(monkeypatch):
@@ -137,7 +147,7 @@ def test_blocks_sum_every_number_of_any_slot_once(monkeypatch):
     monkeypatch.setattr("hpc_bnn.training.reducer.OVERLAP_BLOCKS", 10**6)
     reduced = []
     for overlap in (False, True):
-        posterior, comm = Posterior(make_net(), Twofold()), Doubling(Grid())
+        posterior, comm = Posterior(make_net(), Twofold()), doubling()
         optimizer = torch.optim.SGD(posterior.parameters(), 0.1)
         optimizer = OverlappingOptimizer(optimizer, posterior, comm) if overlap else optimizer
         step = VariationalStep(posterior, Categorical(3), optimizer, comm, num_samples=2, num_train_examples=10)
@@ -208,34 +218,22 @@ def test_a_prediction_between_the_parts_of_a_step_is_an_error():
         step.reduce_()
 
 
-class Recording(GridComm):
-    """One rank whose sums of blocks are noted when they are begun and when they are waited for."""
-
-    def __init__(self):
-        super().__init__(Grid())
-        self.begun, self.waited = [], []
-
-    def start_sum_(self, tensors):
-        self.begun.append(len(tensors))
-        return lambda number=len(self.begun): self.waited.append(number)
-
-
 def test_a_step_that_was_given_up_leaves_no_sums_of_blocks_behind(monkeypatch):
     monkeypatch.setattr("hpc_bnn.training.reducer.OVERLAP_BYTES", 8)
     monkeypatch.setattr("hpc_bnn.training.reducer.OVERLAP_BLOCKS", 10**6)
     counts = []
     for gives_up in (False, True):
-        comm, posterior = Recording(), MeanFieldGaussian(make_net())
+        comm, posterior = doubling(), MeanFieldGaussian(make_net())
         optimizer = OverlappingOptimizer(torch.optim.SGD(posterior.parameters(), 0.1), posterior, comm)
         step = make_step(posterior, optimizer)
         x, y = batch()
         if gives_up:
             step.accumulate_(x, y, 6)
-            assert comm.begun
-        num_before = len(comm.begun)
+            assert comm.tensors.begun
+        num_before = len(comm.tensors.begun)
         step(x, y, 6)
-        counts.append(len(comm.begun) - num_before)
-        assert len(comm.waited) == len(comm.begun)
+        counts.append(len(comm.tensors.begun) - num_before)
+        assert len(comm.tensors.waited) == len(comm.tensors.begun)
     assert counts[0] == counts[1] > 1
 
 

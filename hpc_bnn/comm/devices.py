@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Callable
-from typing import Any
 
 import torch
 
 from ..errors import CommunicationError, ConfigError, Fault
-from .base import GridComm
+from .grid_comm import GridComm
+from .transports import ObjectTransport
 
 logger = logging.getLogger(__name__)
 
@@ -57,14 +56,14 @@ def set_num_threads(local_size: int) -> None:
         torch.set_num_threads(max(1, cores if bound else cores // local_size))
 
 
-def agree_on_device(allgather: Callable[[Any], list[Any]], requested: str, local_rank: int) -> torch.device:
-    """Choose the device of this rank, or raise the same error on all. Collective over the world, by ``allgather``."""
+def agree_on_device(objects: ObjectTransport, requested: str) -> torch.device:
+    """Choose the device of this rank, or raise the same error on all. Collective over the world."""
     device, faults = None, ()
     try:
-        device = choose_device(requested, local_rank, num_visible_gpus())
+        device = choose_device(requested, objects.local_rank, num_visible_gpus())
     except ConfigError as error:
         faults = error.faults
-    seen = allgather((faults, device and device.type, socket.gethostname()))
+    seen = objects.gather((faults, device and device.type, socket.gethostname()))
     for rank, (theirs, _, host) in enumerate(seen):
         if theirs:
             raise ConfigError(*theirs, where=f"rank {rank} on {host}: ")
@@ -77,13 +76,13 @@ def agree_on_device(allgather: Callable[[Any], list[Any]], requested: str, local
     return device
 
 
-def ranks_on_one_gpu(comm: GridComm) -> tuple[list[int], str]:
+def ranks_on_one_gpu(device: torch.device, objects: ObjectTransport) -> tuple[list[int], str]:
     """Return the ranks that use one GPU together, and its name; no ranks if each has its own. Collective."""
     uuid = None
-    if comm.device.type == "cuda":
-        torch.cuda.set_device(comm.device)
-        uuid = str(torch.cuda.get_device_properties(comm.device).uuid)
-    uuids = comm.gather_objects(uuid)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        uuid = str(torch.cuda.get_device_properties(device).uuid)
+    uuids = objects.gather(uuid)
     shared = sorted({u for u in uuids if u is not None and uuids.count(u) > 1})
     if not shared:
         return [], ""
@@ -92,11 +91,11 @@ def ranks_on_one_gpu(comm: GridComm) -> tuple[list[int], str]:
 
 def check_one_rank_per_gpu(comm: GridComm) -> None:
     """Raise an error for two ranks on one GPU if NCCL would, otherwise warn. Collective over the world."""
-    ranks, uuid = ranks_on_one_gpu(comm)
+    ranks, uuid = ranks_on_one_gpu(comm.device, comm.objects)
     if not ranks:
         return
     text = f"ranks {ranks} share one GPU ({uuid})"
-    if comm.needs_own_gpu:
+    if comm.tensors.needs_own_gpu:
         raise CommunicationError(
             f"{text}, which NCCL refuses. Start one rank per GPU of a node; for a trial <backend> torch sends "
             "through host memory"

@@ -10,20 +10,18 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
 
-from ..config import Compression, Reduction
 from ..errors import CommunicationError
 from ..grid import Grid
-from .base import GridComm, NodeArray, ObjectAxis, no_shared_memory
 from .launcher import launcher_of
+from .transports import NodeArray, ObjectAxis, ObjectTransport, no_shared_memory
 
 STALL_SECONDS = 600.0
 """Time that a collective of tensors waits for a missing rank."""
 
 
-class MpiComm(GridComm):
-    """Objects and shared memory by mpi4py; tensors are left to a subclass.
+class MpiObjects(ObjectTransport):
+    """Objects and shared memory by mpi4py, and the communicators of the axes.
 
     Parameters
     ----------
@@ -33,62 +31,35 @@ class MpiComm(GridComm):
         Largest number of ranks that share memory, to give each socket of a node its own copy.
     """
 
-    library = "mpi4py"
-
-    def __init__(
-        self,
-        grid: Grid,
-        device: torch.device | str = "cpu",
-        reduction: Reduction = "axes",
-        compression: Compression = "none",
-        *,
-        mpi,
-        node_size: int | None = None,
-    ):
-        super().__init__(grid, device, reduction, compression)
-        self._mpi = mpi
-        self.world_comm = mpi.COMM_WORLD
-        self.sample_comm = self.world_comm.Split(color=grid.data_index, key=grid.sample_index)
-        self.data_comm = self.world_comm.Split(color=grid.sample_index, key=grid.data_index)
-        self.node_comm = split_by_node(mpi, node_size)
-        self.local_rank, self.local_size = self.node_comm.rank, self.node_comm.size
-        self._object_comms = {
-            "sample": self.sample_comm,
-            "data": self.data_comm,
-            "world": self.world_comm,
-            "node": self.node_comm,
-        }
+    def __init__(self, mpi, node_size: int | None = None):
+        self.mpi = mpi
+        world, node = mpi.COMM_WORLD, split_by_node(mpi, node_size)
+        self.rank, self.size = world.rank, world.size
+        self.local_rank, self.local_size = node.rank, node.size
+        self.comms = {"world": world, "node": node}
         self._windows = []
-        self._start_library()
 
-    def _start_library(self) -> None:
-        """Start the communication library for tensors when communicators and grid are known.
+    def enter(self, grid: Grid) -> None:
+        for axis in grid.axes:
+            first = grid.groups[axis][0]  # a group has the rank of its first as its colour
+            self.comms[axis] = self.comms["world"].Split(color=first, key=grid.indices[axis])
 
-        Collective over the world.
-        """
+    def broadcast(self, value: Any, root: int = 0) -> Any:
+        return self.comms["world"].bcast(value, root)
 
-    def broadcast_object(self, value: Any, root: int = 0) -> Any:
-        self.traffic.num_object_collectives += 1
-        return self.world_comm.bcast(value, root)
-
-    def gather_objects(self, value: Any, axis: ObjectAxis = "world") -> list[Any]:
-        self.traffic.num_object_collectives += 1
-        return self._object_comms[axis].allgather(value)
+    def gather(self, value: Any, axis: ObjectAxis = "world") -> list[Any]:
+        return self.comms[axis].allgather(value)
 
     def barrier(self) -> None:
-        self.traffic.num_object_collectives += 1
-        self.world_comm.Barrier()
+        self.comms["world"].Barrier()
 
-    def node_array(self, shape: tuple[int, ...], dtype: np.dtype | str) -> NodeArray:
-        if self.local_size == 1:
-            return super().node_array(shape, dtype)
-        dtype = np.dtype(dtype)
-        num_bytes = math.prod(shape) * dtype.itemsize
+    def node_array(self, shape: tuple[int, ...], dtype: np.dtype) -> NodeArray:
+        node, num_bytes = self.comms["node"], math.prod(shape) * dtype.itemsize
         try:
             # The first rank of the node gives all of it.
             mine = max(num_bytes, 1) if self.local_rank == 0 else 0
-            window = self._mpi.Win.Allocate_shared(mine, 1, comm=self.node_comm)
-        except self._mpi.Exception as error:
+            window = self.mpi.Win.Allocate_shared(mine, 1, comm=node)
+        except self.mpi.Exception as error:
             raise no_shared_memory(num_bytes, error) from error
         self._windows.append(window)
         buffer, _ = window.Shared_query(0)
@@ -96,19 +67,20 @@ class MpiComm(GridComm):
 
         def publish() -> None:
             window.Sync()
-            self.node_comm.Barrier()
+            node.Barrier()
             window.Sync()
 
         return NodeArray(np.frombuffer(buffer, np.uint8, num_bytes).view(dtype).reshape(shape), publish)
 
     def close(self) -> None:
-        self.barrier()
         for window in self._windows:
             window.Unlock_all()
             window.Free()
         self._windows.clear()
-        for comm in (self.sample_comm, self.data_comm, self.node_comm):
+        world = self.comms.pop("world")
+        for comm in self.comms.values():
             comm.Free()
+        self.comms = {"world": world}
 
 
 def start_mpi():

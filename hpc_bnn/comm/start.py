@@ -5,20 +5,23 @@ from __future__ import annotations
 import functools
 import logging
 import os
+from typing import Any, get_args
 
 import torch
 
 from ..config import Backend, Compression, Reduction
-from ..errors import CommunicationError
+from ..errors import CommunicationError, ConfigError, Fault, import_object
 from ..grid import Grid
-from . import horovod, mpi, torch_distributed, torchrun
-from .base import GridComm
+from . import horovod, mpi, torch_dist, torchrun
 from .devices import agree_on_device, check_one_rank_per_gpu, choose_device, num_visible_gpus, set_num_threads
-from .horovod import HorovodComm
+from .grid_comm import GridComm
+from .horovod import HorovodTensors
 from .launcher import launcher_of
-from .mpi import MpiComm, install_abort_hook, running_mpi, split_by_node, start_mpi
-from .torch_distributed import TorchComm
-from .torchrun import TorchrunComm
+from .mpi import MpiObjects, install_abort_hook, running_mpi, start_mpi
+from .mpi_tensors import MpiTensors
+from .torch_dist import TorchTensors
+from .torchrun import TorchObjects
+from .transports import Alone, ObjectTransport, TensorTransport
 
 logger = logging.getLogger(__name__)
 
@@ -29,8 +32,9 @@ def connect(
     reduction: Reduction = "axes",
     compression: Compression = "none",
     *,
-    backend: Backend = "auto",
+    backend: str | type[TensorTransport] = "auto",
     node_size: int | None = None,
+    process_group: Any = None,
 ) -> GridComm:
     """Join the process grid of this job. Collective over the world.
 
@@ -52,10 +56,15 @@ def connect(
         See `GridComm`.
     compression : {"none", "fp16", "bf16"}
         Number format for the sum of the gradient; other sums are never compressed.
-    backend : {"auto", "horovod", "torch"}
-        Communication library for tensors: Horovod or torch.distributed. ``auto``: Horovod if all ranks can use it.
+    backend : {"auto", "horovod", "torch", "mpi"}, import path or class
+        Communication library for tensors: Horovod, torch.distributed, the MPI itself, or a `TensorTransport` of
+        yours. ``auto``: on GPUs Horovod or torch.distributed, whichever has NCCL; on CPUs Horovod if all ranks can use
+        it, otherwise MPI; without MPI torch.distributed.
     node_size : int, optional
-        See `MpiComm`.
+        See `MpiObjects`.
+    process_group : torch.distributed.ProcessGroup, optional
+        The ranks of the grid, where a framework (Lightning, Accelerate) has started torch.distributed. Tensors and
+        objects then travel by groups that are made of its ranks, and MPI is not started.
 
     Returns
     -------
@@ -68,60 +77,77 @@ def connect(
     CommunicationError
         The job has several ranks and the library does not start, or the launcher belongs to another MPI.
     """
+    objects = _join(node_size, process_group)
+    grid = Grid(objects.size, sample_size, objects.rank)
+    if objects.size == 1:
+        logger.info("one process: no communication, all samples and examples are computed here")
+        return GridComm(grid, choose_device(device, 0, num_visible_gpus()))
+    set_num_threads(objects.local_size)
+    chosen = agree_on_device(objects, device)
+    objects.enter(grid)
+    transport = _choose_transport(objects, backend, chosen)
+    tensors = transport(grid, chosen, objects)  # pyright: ignore[reportCallIssue]: a Protocol says nothing of it
+    comm = GridComm(grid, chosen, reduction, compression, tensors=tensors, objects=objects)
+    check_one_rank_per_gpu(comm)
+    return comm
+
+
+def _join(node_size: int | None, process_group: Any = None) -> ObjectTransport:
+    """Return what carries objects between the ranks of this job. Collective over the world."""
+    if process_group is not None:
+        torch_dist.adopt(process_group)
+        return TorchObjects(node_size)
     if torchrun.launcher():
-        return _connect_torchrun(sample_size, device, reduction, compression, backend, node_size)
+        install_abort_hook(abort)
+        torchrun.join()
+        return TorchObjects(node_size)
     started = start_mpi()
     if started is None or started.COMM_WORLD.size == 1:
-        logger.info("one process: no communication, all samples and examples are computed here")
-        return GridComm(Grid(1, sample_size, 0), choose_device(device, 0, num_visible_gpus()))
-    world = started.COMM_WORLD
+        return Alone()
     install_abort_hook()
-    grid = Grid(world.size, sample_size, world.rank)
-    node = split_by_node(started)
-    local_rank, local_size = node.rank, node.size
-    node.Free()
-    set_num_threads(local_size)
-    device = agree_on_device(world.allgather, device, local_rank)
-    library = _choose_library(world, backend, device)
-    comm = library(grid, device, reduction, compression, mpi=started, node_size=node_size)
-    check_one_rank_per_gpu(comm)
-    return comm
+    return MpiObjects(started, node_size)
 
 
-def _connect_torchrun(sample_size, device, reduction, compression, backend, node_size) -> TorchrunComm:
-    """Do the same as `connect`, for ranks without MPI."""
+TRANSPORTS: dict[str, type[TensorTransport]] = {"horovod": HorovodTensors, "torch": TorchTensors, "mpi": MpiTensors}
+
+
+def _choose_transport(
+    objects: ObjectTransport, backend: str | type[TensorTransport], device: torch.device
+) -> type[TensorTransport]:
+    """Return the class that carries the tensors, the same on all ranks. Collective over the world."""
+    if isinstance(backend, type):
+        return backend
+    if backend not in get_args(Backend):
+        found = import_object("backend", backend)
+        if not (isinstance(found, type) and issubclass(found, TensorTransport)):
+            rule, remedy = "it is no class of a transport", "Let it inherit from hpc_bnn.TensorTransport"
+            raise ConfigError(Fault("backend", backend, rule, remedy))
+        return found
+    if not objects.comms:
+        if backend in ("horovod", "mpi"):
+            raise CommunicationError(
+                f"these ranks were started without MPI, and {LIBRARY_NAMES[backend]} needs it. "
+                "Use mpirun or srun, or <backend> torch"
+            )
+        return TorchTensors
+    needs_nccl = backend == "auto" and torch_dist.has_nccl_for(device)
+    if backend not in ("auto", "horovod"):
+        return TRANSPORTS[backend]
+    problem = horovod.why_not(objects, needs_nccl)
+    if problem is None:
+        return HorovodTensors
     if backend == "horovod":
         raise CommunicationError(
-            "torchrun starts ranks without MPI, and Horovod needs it. Use mpirun or srun, or <backend> torch"
+            f"{objects.size} ranks need Horovod, and {problem}. "
+            "Build it for this PyTorch and MPI with tools/install_horovod.sh, or use <backend> mpi or torch"
         )
-    job = torchrun.launcher()
-    install_abort_hook(abort)
-    grid = Grid(job.size, sample_size, job.rank)
-    torchrun.join()
-    local_rank, local_size = torchrun.local_place()
-    set_num_threads(local_size)
-    device = agree_on_device(torchrun.allgather, device, local_rank)
-    comm = TorchrunComm(grid, device, reduction, compression, node_size=node_size)
-    check_one_rank_per_gpu(comm)
-    return comm
+    if objects.rank == 0:
+        other = LIBRARY_NAMES["torch" if needs_nccl else "mpi"]
+        _say_once(f"{other} carries the tensors; of Horovod: {problem}")
+    return TorchTensors if needs_nccl else MpiTensors
 
 
-def _choose_library(world, backend: Backend, device: torch.device) -> type[HorovodComm] | type[TorchComm]:
-    """Return the `GridComm` class of the communication library, the same on all ranks. Collective over the world."""
-    if backend == "torch":
-        return TorchComm
-    is_free = backend == "auto"
-    problem = horovod.why_not(world, needs_nccl=is_free and torch_distributed.has_nccl_for(device))
-    if problem is None:
-        return HorovodComm
-    if not is_free:
-        raise CommunicationError(
-            f"{world.size} ranks need Horovod, and {problem}. "
-            "Build it for this PyTorch and MPI with tools/install_horovod.sh, or use <backend> torch"
-        )
-    if world.rank == 0:
-        _say_once(f"torch.distributed carries the tensors; of Horovod: {problem}")
-    return TorchComm
+LIBRARY_NAMES = {"horovod": "Horovod", "torch": "torch.distributed", "mpi": "MPI"}
 
 
 @functools.cache
@@ -137,17 +163,12 @@ def connect_for_files(node_size: int | None = None) -> GridComm:
     Parameters
     ----------
     node_size : int, optional
-        See `MpiComm`.
+        See `MpiObjects`.
     """
-    if job := torchrun.launcher():
-        install_abort_hook(abort)
-        torchrun.join()
-        return TorchrunComm(Grid(job.size, 1, job.rank), node_size=node_size)
-    started = start_mpi()
-    if started is None or started.COMM_WORLD.size == 1:
-        return GridComm(Grid(1, 1, 0))
-    install_abort_hook()
-    return MpiComm(Grid(started.COMM_WORLD.size, 1, started.COMM_WORLD.rank), mpi=started, node_size=node_size)
+    objects = _join(node_size)
+    grid = Grid(objects.size, 1, objects.rank)
+    objects.enter(grid)
+    return GridComm(grid, objects=objects)
 
 
 def world_size() -> int:
@@ -188,7 +209,7 @@ def finalize() -> None:
     if running is not None:
         running.COMM_WORLD.Barrier()
     horovod.shutdown()
-    torch_distributed.shutdown()
+    torch_dist.shutdown()
     if running is not None:
         running.Finalize()
 

@@ -14,7 +14,8 @@ from typing import Literal
 import torch
 
 from ..errors import ConfigError, Fault
-from .base import Axis, GridComm
+from ..grid import Axis
+from .grid_comm import GridComm
 
 Operation = Literal["all-reduce", "reduce-scatter", "all-gather"]
 

@@ -1,4 +1,4 @@
-"""Ranks that torchrun has started, without MPI: objects and shared memory by torch.distributed, too."""
+"""Ranks without MPI: objects and shared memory by torch.distributed, too. How torchrun's ranks meet, and end."""
 
 from __future__ import annotations
 
@@ -10,108 +10,114 @@ import pickle
 import socket
 import tempfile
 import time
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from ..config import Compression, Reduction
 from ..errors import CommunicationError
 from ..grid import Grid
-from .base import NodeArray, ObjectAxis, no_shared_memory
 from .launcher import Launcher, launcher_of
 from .rendezvous import find_meeting
-from .torch_distributed import (
+from .torch_dist import (
     STALL,
     START_SECONDS,
     WITH_NCCL,
     Running,
-    TorchTensors,
+    group_of,
     has_nccl_for,
     refuse_foreign_start,
     start,
     use_interface,
 )
+from .transports import NodeArray, ObjectAxis, ObjectTransport, no_shared_memory
 
 SHARED_MEMORY = "/dev/shm"
 
 
-class TorchrunComm(TorchTensors):
-    """The collectives of `GridComm` by torch.distributed alone; call `join` first.
+class TorchObjects(ObjectTransport):
+    """Objects and shared memory by torch.distributed; call `join` or `torch_dist.adopt` before.
 
     Parameters
     ----------
     node_size : int, optional
-        As for `MpiComm`.
+        As for `MpiObjects`.
     """
 
-    def __init__(
-        self,
-        grid: Grid,
-        device: torch.device | str = "cpu",
-        reduction: Reduction = "axes",
-        compression: Compression = "none",
-        *,
-        node_size: int | None = None,
-    ):
-        super().__init__(grid, device, reduction, compression)
-        place, total = local_place()
-        part = node_size or total
-        first = place // part * part  # among the ranks of the node, which follow each other in the world
-        self.local_rank, self.local_size = place - first, min(part, total - first)
-        start_of_part = grid.rank - self.local_rank
-        self._node_size = node_size
-        self._ranks["node"] = range(start_of_part, start_of_part + self.local_size)
-        self._enter_groups()
-        self._through_host = self.device.type == "cuda" and not self._can_use_nccl()
+    comms: Mapping[ObjectAxis, Any] = {}
 
-    def broadcast_object(self, value: Any, root: int = 0) -> Any:
-        self.traffic.num_object_collectives += 1
-        box = [value]
-        dist.broadcast_object_list(box, root, device=torch.device("cpu"))
+    def __init__(self, node_size: int | None = None):
+        self._grid = Grid()
+        self._node_size = node_size
+        world = Running.world()
+        self.rank, self.size = dist.get_rank(world), dist.get_world_size(world)
+        nodes = self.gather(_node())
+        here = [rank for rank, node in enumerate(nodes) if node == nodes[self.rank]]
+        place = here.index(self.rank)
+        first = place - place % (node_size or len(here))
+        self._node = here[first:][: node_size or len(here)]
+        self.local_rank, self.local_size = place - first, len(self._node)
+
+    def enter(self, grid: Grid) -> None:
+        self._grid = grid
+        self._group("node")  # on a node with one rank as well
+
+    def _group(self, axis: ObjectAxis) -> dist.ProcessGroup:
+        if axis == "node":
+            return group_of(("node", self._node_size), self._node)
+        if axis == "world":
+            return group_of(("world", self.size), range(self.size))
+        return group_of((axis, self._grid.extents[axis]), self._grid.groups[axis])
+
+    def broadcast(self, value: Any, root: int = 0) -> Any:
+        box, group = [value], self._group("world")
+        dist.broadcast_object_list(box, dist.get_global_rank(group, root), group, device=torch.device("cpu"))
         return box[0]
 
-    def gather_objects(self, value: Any, axis: ObjectAxis = "world") -> list[Any]:
-        self.traffic.num_object_collectives += 1
-        group = self._group(axis)
-        return [value] if group is None else allgather(value, group)
+    def gather(self, value: Any, axis: ObjectAxis = "world") -> list[Any]:
+        if axis != "world" and (self.local_size if axis == "node" else self._grid.extents[axis]) == 1:
+            return [value]
+        values = [None] * (self.local_size if axis == "node" else dist.get_world_size(self._group(axis)))
+        dist.all_gather_object(values, value, self._group(axis))
+        return values
 
     def barrier(self) -> None:
-        self.traffic.num_object_collectives += 1
-        dist.all_reduce(torch.zeros(1))  # on the host: torch's own barrier would wait for the GPUs, too
+        self._wait("world")
 
-    def node_array(self, shape: tuple[int, ...], dtype: np.dtype | str) -> NodeArray:
-        if self.local_size == 1:
-            return super().node_array(shape, dtype)
-        dtype = np.dtype(dtype)
+    def _wait(self, axis: ObjectAxis) -> None:
+        dist.all_reduce(torch.zeros(1), group=self._group(axis))  # on the host: torch's own barrier waits for GPUs, too
+
+    def node_array(self, shape: tuple[int, ...], dtype: np.dtype) -> NodeArray:
         num_bytes = math.prod(shape) * dtype.itemsize
-        path = problem = None
+        path = memory = problem = None
         if self.local_rank == 0:
             try:
                 path = _shared_file(max(num_bytes, 1))
             except OSError as error:
                 problem = str(error)
-        path, problem = self.gather_objects((path, problem), "node")[0]
+        path, problem = self.gather((path, problem), "node")[0]
         if problem is not None:
             raise no_shared_memory(num_bytes, problem)
-        memory = None
         try:
             memory = np.memmap(path, np.uint8, "r+")
         except OSError as error:
             problem = str(error)
-        problems = [p for p in self.gather_objects(problem, "node") if p is not None]
+        problems = [p for p in self.gather(problem, "node") if p is not None]
         if self.local_rank == 0:
             os.unlink(path)  # all have it open
         if problems:
             raise no_shared_memory(num_bytes, problems[0])
-        return NodeArray(
-            memory[:num_bytes].view(np.ndarray).view(dtype).reshape(shape),
-            lambda: dist.all_reduce(torch.zeros(1), group=self._group("node")),
-        )
+        array = memory[:num_bytes].view(np.ndarray).view(dtype).reshape(shape)
+        return NodeArray(array, lambda: self._wait("node"))
 
-    def close(self) -> None:
-        self.barrier()  # the groups stay: other objects use them
+
+def _node() -> tuple[str, str]:
+    """Return what tells nodes apart: containers of one node may have names of their own, and those of several the same."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return socket.gethostname(), boot.read_text() if boot.exists() else ""
 
 
 def _shared_file(num_bytes: int) -> str:
@@ -127,13 +133,6 @@ def _shared_file(num_bytes: int) -> str:
     return path
 
 
-def allgather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-    """Return the objects of all ranks of a group (the world). Collective over it."""
-    values = [None] * dist.get_world_size(group)
-    dist.all_gather_object(values, value, group)
-    return values
-
-
 # --- start and end -------------------------------------------------------------------------------------
 
 
@@ -141,11 +140,6 @@ def launcher() -> Launcher | None:
     """Return torchrun if it has started several ranks. Local."""
     found = launcher_of(os.environ)
     return found if found.needs_no_mpi else None
-
-
-def local_place() -> tuple[int, int]:
-    """Return this rank among those of its node, and their number. Local."""
-    return int(os.environ["LOCAL_RANK"]), launcher_of(os.environ).local_size
 
 
 def join() -> None:

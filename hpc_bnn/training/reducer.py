@@ -45,8 +45,8 @@ class Reducer:
     """
 
     def __init__(self, posterior: Posterior, comm: GridComm, *, in_blocks: bool = False, divided: bool = False):
-        is_compressed = comm.compression != "none"
-        posterior.check_features(overlap=in_blocks, sharded=divided, compression=is_compressed)
+        asked = {"overlap": in_blocks, "sharded": divided, "compression": comm.compression != "none"}
+        posterior.check_features(**asked, can_overlap=comm.tensors.can_overlap)
         self.posterior, self.comm, self.in_blocks, self.divided = posterior, comm, in_blocks, divided
         self._blocks = []
         if in_blocks:

@@ -4,26 +4,35 @@ A failing test on one rank must neither hang the others nor go unseen: the verdi
 gathered after each test, and a rank that waits too long ends the job with a traceback of every rank.
 
 The tests of a grid run one after another on one grid: to join it takes longer than many a test.
+
+Where several libraries carry the tensors of jobs of one size (TEST_LIBRARIES), tests of communication run with each of
+them. Each case of another test runs with one of them, chosen by its name, so that every test meets all libraries;
+``TEST_LIBRARIES=`` gives it to each.
 """
 
 import faulthandler
 import os
 import sys
 import traceback
+import zlib
 
 import pytest
 
 from hpc_bnn import comm as comm_module
 
 LIBRARY = os.environ.get("TEST_LIBRARY", "horovod")
-"""What must carry the tensors: the same tests run on each."""
+"""What must carry the tensors."""
+LIBRARIES = sorted(os.environ.get("TEST_LIBRARIES", "").split())
+"""What carries them in all jobs of this size that run the tests."""
+WITH_EACH = {"test_carriers.py", "test_collectives.py", "test_comm.py", "test_layout_law.py", "test_overlap.py"}
 
 if LIBRARY != "horovod":
-    sys.modules["horovod"] = None  # as if it were not installed: every connect() finds another
+    sys.modules["horovod"] = None  # as if it were not installed
+comm_module.connect.__kwdefaults__["backend"] = LIBRARY
 comm_module.world_size()  # starts MPI with the settings of hpc_bnn
 from mpi4py import MPI  # noqa: E402
 
-from hpc_bnn.comm.mpi import MpiComm  # noqa: E402
+from hpc_bnn.comm.mpi import MpiObjects  # noqa: E402
 
 WORLD = MPI.COMM_WORLD
 TEST_SECONDS = float(os.environ.get("TEST_SECONDS", 300))
@@ -59,15 +68,31 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("sample_size", divisors, ids=lambda s: f"{s}x{WORLD.size // s}")
 
 
-def pytest_collection_modifyitems(items):
+@pytest.hookimpl(trylast=True)  # after -m and -k
+def pytest_collection_modifyitems(config, items):
     """The tests of one grid together; those without a grid, which may join their own, first."""
-    items.sort(key=lambda item: item.callspec.params.get("sample_size", 0) if hasattr(item, "callspec") else 0)
+    left_out = [item for item in items if LIBRARIES and not is_ours(item)]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = sorted((item for item in items if item not in left_out), key=sample_size_of)
+
+
+def sample_size_of(item):
+    return item.callspec.params.get("sample_size", 0) if hasattr(item, "callspec") else 0
+
+
+def is_ours(item):
+    """Whether this library runs a case: on all grids of the job or on none, as they are compared with one reference."""
+    if item.path.name in WITH_EACH:
+        return True
+    size = sample_size_of(item)
+    name = item.name.replace(f"{size}x{WORLD.size // size}", "") if size else item.name
+    return LIBRARIES[zlib.crc32(name.encode()) % len(LIBRARIES)] == LIBRARY
 
 
 JOINED = {}
 """The grid that stands: its sample_size -> the grid, and how many had been joined then."""
 num_joined = 0
-join = MpiComm.__init__
+join = MpiObjects.__init__
 
 
 def count_and_join(self, *arguments, **options):
@@ -76,7 +101,7 @@ def count_and_join(self, *arguments, **options):
     join(self, *arguments, **options)
 
 
-MpiComm.__init__ = count_and_join  # whoever calls connect(): a former grid is then of no use
+MpiObjects.__init__ = count_and_join  # whoever calls connect(): a former grid is then of no use
 
 
 @pytest.fixture

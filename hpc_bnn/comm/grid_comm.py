@@ -1,38 +1,25 @@
-"""The interface of communication, and the grid of one process."""
+"""Collectives over the axes of the process grid."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, final
 
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from ..config import Compression, Reduction
-from ..errors import CommunicationError, HpcBnnError, RankError
+from ..errors import CommunicationError
 from ..grid import Axis, Grid, share
 from ..trees import map_leaves
 from .compression import decode, encode, encoded_bytes
 from .packing import Outline, as_list, packed_buckets, share_buckets
-
-ObjectAxis = Literal[Axis, "node"]
-Operation = Literal["sum", "max"]
-
-
-@dataclass(frozen=True)
-class NodeArray:
-    """An array that the ranks of a node share (`GridComm.node_array`)."""
-
-    array: np.ndarray
-    """The same memory on each rank of the node."""
-    publish: Callable[[], None]
-    """Let all ranks of the node see what any of them has written. Collective over ``node_comm``."""
+from .transports import Alone, NodeArray, NoTensors, ObjectAxis, ObjectTransport, Operation, TensorTransport, agreed
 
 
 @dataclass
@@ -49,8 +36,12 @@ class Traffic:
     """Collectives of Python objects (start, checks, errors; never in a training step)."""
 
 
+@final
 class GridComm:
-    """Collectives over the axes of the process grid; this class: one process, nothing to do.
+    """Collectives over the axes of the process grid; without transports: one process, nothing to do.
+
+    What is the same for all communication libraries stands here: which axes a sum takes, packing, shares, compression,
+    copies through host memory, counting, errors on which the ranks agree. The rest is left to two transports.
 
     Parameters
     ----------
@@ -62,30 +53,16 @@ class GridComm:
         How `sum_` over the world goes: over the sample group and then over the data group, or at once.
     compression : {"none", "fp16", "bf16"}
         What `sum_` and `reduce_scatter_` send where they are asked to compress.
+    tensors : TensorTransport, optional
+        Carries tensors.
+    objects : ObjectTransport, optional
+        Carries Python objects.
 
     Attributes
     ----------
-    sample_comm, data_comm, world_comm : mpi4py.MPI.Intracomm or None
-        The communicators of the groups (None in a single process without MPI).
-    sample_set, data_set : horovod.torch.ProcessSet, torch.distributed.ProcessGroup or None
-        What the library has for the same ranks (None for an axis of extent 1).
-    node_comm : mpi4py.MPI.Intracomm or None
-        The communicator of the ranks that share memory with this one.
-    local_rank, local_size : int
-        This rank among the ranks of its node, and their number.
-    needs_own_gpu : bool
-        Whether the library refuses two ranks on one GPU (NCCL).
     traffic : Traffic
         Count of the collectives so far.
     """
-
-    library = "none"
-    sample_comm = data_comm = world_comm = node_comm = None
-    sample_set = data_set = None
-    local_rank, local_size = 0, 1
-    needs_own_gpu = False
-    _through_host = False
-    """Whether the tensors of GPUs are sent from host memory."""
 
     def __init__(
         self,
@@ -93,19 +70,65 @@ class GridComm:
         device: torch.device | str = "cpu",
         reduction: Reduction = "axes",
         compression: Compression = "none",
+        *,
+        tensors: TensorTransport | None = None,
+        objects: ObjectTransport | None = None,
     ):
         self.grid = grid
-        self.compression = compression
+        self.compression: Compression = compression
         self.device = torch.device(device)
+        self.tensors = tensors or NoTensors()
+        self.objects = objects or Alone()
         self.traffic = Traffic()
         self._extents = grid.extents
-        self._ranks = grid.groups
-        axes = ("world",) if reduction == "world" else ("sample", "data")
-        self._routes: dict[str, list[Axis]] = {
-            "sample": [axis for axis in ("sample",) if self._extents[axis] > 1],
-            "data": [axis for axis in ("data",) if self._extents[axis] > 1],
-            "world": [axis for axis in axes if self._extents[axis] > 1],
-        }
+        routes: dict[Axis, tuple[Axis, ...]] = {axis: (axis,) for axis in grid.axes}
+        routes["world"] = ("world",) if reduction == "world" else grid.axes
+        self._routes = {axis: [step for step in route if self._extents[step] > 1] for axis, route in routes.items()}
+
+    @property
+    def library(self) -> str:
+        """Name of the communication library for tensors; "none" for one process."""
+        return self.tensors.name
+
+    @property
+    def sample_comm(self) -> Any:
+        """``mpi4py.MPI.Intracomm`` of the ranks with the same examples; None without MPI."""
+        return self.objects.comms.get("sample")
+
+    @property
+    def data_comm(self) -> Any:
+        """``mpi4py.MPI.Intracomm`` of the ranks with the same samples; None without MPI."""
+        return self.objects.comms.get("data")
+
+    @property
+    def world_comm(self) -> Any:
+        """``mpi4py.MPI.Intracomm`` of all ranks; None without MPI."""
+        return self.objects.comms.get("world")
+
+    @property
+    def node_comm(self) -> Any:
+        """``mpi4py.MPI.Intracomm`` of the ranks that share memory with this one; None without MPI."""
+        return self.objects.comms.get("node")
+
+    @property
+    def sample_set(self) -> Any:
+        """What the library for tensors has for the sample group; None for an axis of extent 1."""
+        return self.tensors.group("sample")
+
+    @property
+    def data_set(self) -> Any:
+        """What the library for tensors has for the data group; None for an axis of extent 1."""
+        return self.tensors.group("data")
+
+    @property
+    def local_rank(self) -> int:
+        """Number of this rank among the ranks of its node."""
+        return self.objects.local_rank
+
+    @property
+    def local_size(self) -> int:
+        """Number of ranks of this node."""
+        return self.objects.local_size
 
     # --- tensors --------------------------------------------------------------------------------
 
@@ -152,12 +175,16 @@ class GridComm:
         """
         if self._extents[axis] == 1 or flat.numel() == 0:
             return lambda: None
+        flat = flat.detach()
+        near = self._near(flat)
         with self._counted(flat):
-            end = self._start_sum_(flat.detach(), axis)
+            end = self.tensors.start_sum_(near, axis)
 
         def wait() -> None:
             begun = time.perf_counter()
             end()
+            if near is not flat:
+                flat.copy_(near)
             self.traffic.seconds += time.perf_counter() - begun
 
         return wait
@@ -190,14 +217,12 @@ class GridComm:
             if compressed and self.compression != "none":
                 encoded = [encode(chunk, self.compression) for chunk in chunks]
                 packed = torch.cat(encoded)
-                with self._counted(packed):
-                    received = self._all_to_all(packed, [len(chunk) for chunk in encoded], axis)
+                received = self._carry(packed, self.tensors.all_to_all, [len(chunk) for chunk in encoded], axis)
                 contents = received.view(len(chunks), -1)
                 total = sum(decode(content, self.compression, flats[0].dtype) for content in contents)
             else:
                 packed = pad_sequence(chunks, batch_first=True)  # of one length, as the libraries want them
-                with self._counted(packed):
-                    total = self._reduce_scatter(packed, axis)[:length]
+                total = self._carry(packed, self.tensors.reduce_scatter, axis)[:length]
             for (number, spans), part in zip(bucket, total.split([len(s[index]) for _, s in bucket])):
                 flats[number][spans[index].start : spans[index].stop] = part
         return [flat[s[index].start : s[index].stop] for flat, s in zip(flats, shares)]
@@ -213,8 +238,7 @@ class GridComm:
         for bucket in share_buckets(shares, flats[0].element_size()):
             part = torch.cat([flats[number][s[index].start : s[index].stop] for number, s in bucket])
             part = encode(part, self.compression) if is_compressed else part
-            with self._counted(part):
-                gathered = self._gather(part, axis)
+            gathered = self._carry(part, self.tensors.gather, axis)
             lengths = [[len(spans[rank]) for _, spans in bucket] for rank in range(len(shares[0]))]
             sent = [encoded_bytes(sum(n)) if is_compressed else sum(n) for n in lengths]
             for rank, content in enumerate(gathered.split(sent)):
@@ -243,8 +267,7 @@ class GridComm:
             return tensor
         is_half = tensor.dtype in (torch.bfloat16, torch.float16)
         wide = tensor.detach().float() if is_half else tensor.detach()
-        with self._counted(wide):
-            return self._gather(wide.contiguous(), axis).to(tensor.dtype)
+        return self._carry(wide.contiguous(), self.tensors.gather, axis).to(tensor.dtype)
 
     def broadcast_(self, tensors: torch.Tensor | Sequence[torch.Tensor], root: int = 0, axis: Axis = "world") -> None:
         """Overwrite tensors with those of the rank with index ``root`` along an axis.
@@ -255,8 +278,7 @@ class GridComm:
             return
         with packed_buckets(tensors) as buckets:
             for flat in buckets:
-                with self._counted(flat):
-                    self._broadcast_(flat, root, axis)
+                self._carry_(flat, self.tensors.broadcast_, root, axis)
 
     def broadcast_optimizer_state(self, optimizer: torch.optim.Optimizer, root: int = 0) -> None:
         """Overwrite the state of an optimizer with that of world rank ``root``. Collective over the world.
@@ -287,19 +309,23 @@ class GridComm:
 
     def broadcast_object(self, value: Any, root: int = 0) -> Any:
         """Return the object of world rank ``root`` on all ranks. Collective over the world."""
-        return value
+        self._count_objects()
+        return self.objects.broadcast(value, root)
 
     def gather_objects(self, value: Any, axis: ObjectAxis = "world") -> list[Any]:
         """Return the objects of all ranks of an axis or node, in rank order, on each of them. Collective."""
-        return [value]
+        self._count_objects()
+        return self.objects.gather(value, axis)
 
     def barrier(self) -> None:
         """Wait for all ranks. Collective over the world."""
+        self._count_objects()
+        self.objects.barrier()
 
     def node_array(self, shape: tuple[int, ...], dtype: np.dtype | str) -> NodeArray:
         """Return a new array in memory that the ranks of a node share; alone, in ordinary memory.
 
-        Collective over ``node_comm``.
+        Collective over the ranks of the node.
 
         Parameters
         ----------
@@ -313,7 +339,8 @@ class GridComm:
         CommunicationError
             There is not that much shared memory.
         """
-        return NodeArray(np.empty(shape, dtype), lambda: None)
+        objects = self.objects if self.local_size > 1 else Alone()
+        return objects.node_array(shape, np.dtype(dtype))
 
     @contextlib.contextmanager
     def agree(self, doing: str) -> Iterator[None]:
@@ -333,22 +360,9 @@ class GridComm:
             Of the class of the first failing rank's error (`RankError` for a foreign class), with rank
             and host in its message.
         """
-        error = None
-        try:
+        self._count_objects()
+        with agreed(self.objects, doing):
             yield
-        except Exception as caught:
-            error = caught
-        report = None
-        if error is not None:
-            ours = error if isinstance(error, HpcBnnError) else RankError(f"{type(error).__name__}: {error}")
-            report = (type(ours), ours.args, f"{doing}: {ours.where}", self.grid.rank, socket.gethostname())
-        reports = [r for r in self.gather_objects(report) if r is not None]
-        if reports:
-            kind, parts, where, rank, host = reports[0]
-            if self.grid.world_size > 1:
-                others = f" (and {len(reports) - 1} other ranks)" if len(reports) > 1 else ""
-                where = f"rank {rank} on {host}{others}, {where}"
-            raise kind(*parts, where=where) from error
 
     def check_replicas(self, tensors: torch.Tensor | Sequence[torch.Tensor], what: str, axis: Axis = "world") -> None:
         """Verify that tensors are bit for bit the same on all ranks of an axis. Collective.
@@ -372,6 +386,9 @@ class GridComm:
 
     def close(self) -> None:
         """Wait for all ranks and leave the groups. Collective over the world; afterwards it is of no use."""
+        self.barrier()
+        self.tensors.close()
+        self.objects.close()
 
     def __enter__(self) -> GridComm:
         return self
@@ -382,42 +399,29 @@ class GridComm:
 
     def group_ranks(self, axis: Axis) -> list[int]:
         """Return the world ranks of this rank's group along an axis, as the library has them. Local."""
-        return list(self._ranks[axis])
-
-    # --- what a library provides ------------------------------------------------------------------
-
-    def _reduce_(self, flat: torch.Tensor, axis: Axis, operation: Operation) -> None:
-        raise NotImplementedError
-
-    def _start_sum_(self, flat: torch.Tensor, axis: Axis) -> Callable[[], None]:
-        raise NotImplementedError
-
-    def _broadcast_(self, flat: torch.Tensor, root: int, axis: Axis) -> None:
-        raise NotImplementedError
-
-    def _gather(self, tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
-        raise NotImplementedError
-
-    def _reduce_scatter(self, rows: torch.Tensor, axis: Axis) -> torch.Tensor:
-        """Return the sum over the axis of the row [n] of [ranks, n] that is this rank's."""
-        raise NotImplementedError
-
-    def _all_to_all(self, flat: torch.Tensor, counts: list[int], axis: Axis) -> torch.Tensor:
-        """Return what the ranks of the axis sent here, one after another, of parts with these lengths."""
-        raise NotImplementedError
+        return [self.grid.rank] if self._extents[axis] == 1 else self.tensors.group_ranks(axis)
 
     # --- shared -------------------------------------------------------------------------------------
 
     def _near(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return a tensor, or a copy of it, where the library can read it."""
-        return tensor.cpu() if self._through_host else tensor
+        return tensor.cpu() if self.tensors.is_through_host else tensor
 
-    @staticmethod
-    def _end_sum_(wait: Callable[[], Any], buffer: torch.Tensor, flat: torch.Tensor) -> None:
-        """Wait for a sum in a buffer, which may be a copy of where it belongs."""
-        wait()
-        if buffer is not flat:
-            flat.copy_(buffer)
+    def _carry(self, tensor: torch.Tensor, collective: Callable[..., torch.Tensor], *arguments) -> torch.Tensor:
+        """Return what a collective makes of a tensor, on the tensor's device."""
+        with self._counted(tensor):
+            return collective(self._near(tensor), *arguments).to(tensor.device)
+
+    def _carry_(self, flat: torch.Tensor, collective: Callable[..., None], *arguments) -> None:
+        """Let a collective work on a tensor in place."""
+        with self._counted(flat):
+            near = self._near(flat)
+            collective(near, *arguments)
+            if near is not flat:
+                flat.copy_(near)
+
+    def _count_objects(self) -> None:
+        self.traffic.num_object_collectives += self.grid.world_size > 1
 
     def _reduce_all_(self, tensors, axis: Axis, operation: Operation) -> None:
         route = self._routes[axis]
@@ -428,8 +432,7 @@ class GridComm:
                 if flat.numel() == 0:
                     continue  # on all ranks of the group alike
                 for step in route:
-                    with self._counted(flat):
-                        self._reduce_(flat, step, operation)
+                    self._carry_(flat, self.tensors.reduce_, step, operation)
 
     def _sum_compressed_(self, tensors, axis: Axis) -> None:
         for step in self._routes[axis]:
@@ -453,11 +456,3 @@ class GridComm:
         self.traffic.num_collectives += 1
         self.traffic.num_bytes += tensor.numel() * tensor.element_size()
         self.traffic.seconds += time.perf_counter() - start
-
-
-def no_shared_memory(num_bytes: int, error: object) -> CommunicationError:
-    """Return the error of a `GridComm.node_array` that does not fit."""
-    return CommunicationError(
-        f"{num_bytes / 1e9:.2f} GB of shared memory cannot be had on {socket.gethostname()} ({error}). "
-        "Make /dev/shm larger, or use <data.reading> group or rank"
-    )
