@@ -153,10 +153,9 @@ class FailuresAtOnce:
 
 
 LONG = (
-    "test_mpi.py::test_suite_on_ranks[4-horovod",
-    "test_mpi.py::test_suite_on_ranks[4-torch",
-    "test_mpi.py::test_suite_on_ranks[3-horovod",
-    "test_mpi.py::test_suite_on_ranks[2-torch",
+    "test_mpi.py::test_suite_on_ranks[4",
+    "test_mpi.py::test_suite_on_ranks[3",
+    "test_mpi.py::test_suite_on_ranks[2",
     "test_mpi.py::test_a_run_goes_on_across_grids",
     "test_readme.py::test_commands",
     "test_mpi.py::test_suite_on_ranks",

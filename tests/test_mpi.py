@@ -12,17 +12,18 @@ from conftest import REPOSITORY, TEST_SECONDS, assert_learnt, patience
 
 from hpc_bnn.cli.commands import main
 
-SUITES = [(1, "horovod"), (2, "torch"), (3, "horovod"), (4, "horovod")]
-SUITES += [pytest.param(4, "torch", marks=pytest.mark.slow)]
-"""The same tests on either library."""
+SUITES = [(1, "horovod"), (2, "mpi"), (3, "torch"), (4, "horovod"), (4, "torch"), (4, "mpi")]
+"""Ranks, and what carries their tensors. On 4 ranks the three share the cases (tests/mpi/conftest.py)."""
 RANK_SECONDS = 300
 """Limit of a test on the ranks: the watchdog of tests/mpi/conftest.py."""
 
 
 @pytest.mark.parametrize(("num_ranks", "library"), SUITES)
 def test_suite_on_ranks(mpirun, request, num_ranks, library):
-    """The tests of tests/mpi; those marked `slow` with `make test-all`, on 4 ranks by either library."""
-    environment = {"TEST_LIBRARY": library, "TEST_SECONDS": str(patience(RANK_SECONDS))}
+    """The tests of tests/mpi; those marked `slow` with `make test-all`, on 4 ranks."""
+    libraries = [other for ranks, other in SUITES if ranks == num_ranks]
+    environment = {"TEST_LIBRARY": library, "TEST_LIBRARIES": " ".join(libraries)}
+    environment["TEST_SECONDS"] = str(patience(RANK_SECONDS))
     # Horovod's own pace: with hpc_bnn's, ten times as quick, the threads of 4 ranks take 2 cores from the tests
     environment["HOROVOD_CYCLE_TIME"] = "1"
     selected = ("-m", request.config.option.markexpr if num_ranks == 4 else "not slow")
@@ -37,7 +38,8 @@ def test_suite_on_ranks(mpirun, request, num_ranks, library):
 
 FAILING = """
 import sys, os, signal, time
-import torch, hpc_bnn
+import torch, hpc_bnn, hpc_bnn.comm.mpi
+hpc_bnn.comm.mpi.STALL_SECONDS = 2.0
 comm = hpc_bnn.connect(sample_size={sample_size}, device="cpu", backend="{backend}")
 assert comm.library == "{backend}"
 comm.sum_(torch.ones(3))
@@ -51,12 +53,13 @@ FAULTS = {
     "raises": "raise RuntimeError('deliberate fault')",
     "exits": "sys.exit(3)",
     "is_killed": "os.kill(os.getpid(), signal.SIGKILL)",
+    "hangs": "time.sleep(1000)",  # MPI itself would wait for ever; the others have limits of their own
 }
 OTHERS = {"tensor_collective": "comm.sum_(torch.ones(3))", "object_collective": "comm.gather_objects(1)"}
 
 
-# Objects go by MPI with both libraries.
-QUICK_FAULTS = {("raises", "horovod"), ("is_killed", "torch")}
+# Objects go by MPI with all libraries.
+QUICK_FAULTS = {("raises", "horovod"), ("is_killed", "torch"), ("hangs", "mpi")}
 FAULTY = [
     pytest.param(
         fault,
@@ -67,9 +70,11 @@ FAULTY = [
     for others, backend in (
         ("tensor_collective", "horovod"),
         ("tensor_collective", "torch"),
+        ("tensor_collective", "mpi"),
         ("object_collective", "horovod"),
     )
     for fault in FAULTS
+    if fault != "hangs" or backend == "mpi"
 ]
 
 
@@ -82,11 +87,14 @@ def seconds_after_fault(done) -> float:
 def test_a_rank_that_fails_ends_the_job_within_ten_seconds(mpirun, fault, others, backend, tmp_path):
     program = tmp_path / "program.py"
     program.write_text(FAILING.format(sample_size=2, backend=backend, fault=FAULTS[fault], others=OTHERS[others]))
-    done = mpirun(4, program)
+    done = mpirun(2 if backend == "mpi" else 4, program)
     assert seconds_after_fault(done) < patience(10)
     assert done.returncode != 0
     if fault == "raises":
         assert "RuntimeError: deliberate fault" in done.stderr
+    if fault == "hangs":
+        assert re.search(r"rank 0 on .* has waited 2 s in a reduction over sample", done.stderr), done.stderr
+        assert "rank 1 on" not in done.stderr
 
 
 def test_the_abort_hook_works_without_mpi4py_as_runner(mpirun, tmp_path):
@@ -178,7 +186,7 @@ class Runs:
         """Run commands in one job, and return what it said."""
         done = self.mpirun(num_ranks, program, json.dumps(commands))
         assert done.returncode == 0, done.stderr
-        is_said = done.stderr.count("torch.distributed carries the tensors")
+        is_said = done.stderr.count("MPI carries the tensors")
         assert is_said == (program != "tests/commands.py"), done.stderr
 
     def result(self, run_dir):
@@ -210,13 +218,13 @@ def test_layout_law_through_the_command_line(runs):
         assert_equal(model, models[0], 1e-12)
 
 
-def test_both_libraries_give_the_same_run_and_auto_finds_the_one_that_is_there(runs, tmp_path):
-    """2 x 2 ranks, sharded optimiser, float64; the third run has no Horovod and asks for no library."""
+def test_all_libraries_give_the_same_run_and_auto_finds_the_one_that_is_there(runs, tmp_path):
+    """2 x 2 ranks, sharded optimiser, float64; the third run has no Horovod and names no library: MPI carries it."""
     program = tmp_path / "program.py"
     program.write_text("import sys; sys.modules['horovod'] = None\n" + COMMANDS)
     runs.run(4, runs.train("library-auto", 2, *LIBRARY, "--backend", "auto"), program=program)
     found = [runs.result(f"library-{name}") for name in ("horovod", "torch", "auto")]
-    assert [s["communication"]["library"] for s, _ in found] == ["horovod", "torch", "torch"]
+    assert [s["communication"]["library"] for s, _ in found] == ["horovod", "torch", "mpi"]
     for summary, model in found[1:]:
         assert summary["test/nll"] == pytest.approx(found[0][0]["test/nll"], rel=1e-12)
         assert summary["communication"]["num_bytes"] == found[0][0]["communication"]["num_bytes"]
@@ -299,7 +307,7 @@ def test_unwritable_run_dir_on_rank_0_ends_all_ranks(mpirun, digits, tmp_path):
     assert done.stderr.count("hpc-bnn: error: rank 0 on ") == 1 and "opening" in done.stderr
 
 
-@pytest.mark.parametrize("backend", ["horovod", pytest.param("torch", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["horovod", *(pytest.param(b, marks=pytest.mark.slow) for b in ("torch", "mpi"))])
 def test_a_rank_that_ends_early_does_not_take_the_library_from_the_others(mpirun, backend, tmp_path):
     program = tmp_path / "program.py"
     program.write_text(

@@ -58,12 +58,12 @@ def set_num_threads(local_size: int) -> None:
 
 def agree_on_device(objects: ObjectTransport, requested: str) -> torch.device:
     """Choose the device of this rank, or raise the same error on all. Collective over the world."""
-    device, faults = None, ()
+    device, faults = torch.device("cpu"), ()
     try:
         device = choose_device(requested, objects.local_rank, num_visible_gpus())
     except ConfigError as error:
         faults = error.faults
-    seen = objects.gather((faults, device and device.type, socket.gethostname()))
+    seen = objects.gather((faults, device.type, socket.gethostname()))
     for rank, (theirs, _, host) in enumerate(seen):
         if theirs:
             raise ConfigError(*theirs, where=f"rank {rank} on {host}: ")

@@ -19,7 +19,7 @@ from ..grid import Axis, Grid, share
 from ..trees import map_leaves
 from .compression import decode, encode, encoded_bytes
 from .packing import Outline, as_list, packed_buckets, share_buckets
-from .transports import Alone, NodeArray, NoTensors, ObjectAxis, ObjectTransport, Operation, TensorTransport, agreed
+from .transports import Alone, NodeArray, ObjectAxis, ObjectTransport, Operation, TensorTransport, agreed
 
 
 @dataclass
@@ -77,13 +77,15 @@ class GridComm:
         self.grid = grid
         self.compression: Compression = compression
         self.device = torch.device(device)
-        self.tensors = tensors or NoTensors()
         self.objects = objects or Alone()
+        self.tensors = tensors or TensorTransport(grid, self.device, self.objects)
         self.traffic = Traffic()
         self._extents = grid.extents
         routes: dict[Axis, tuple[Axis, ...]] = {axis: (axis,) for axis in grid.axes}
         routes["world"] = ("world",) if reduction == "world" else grid.axes
-        self._routes = {axis: [step for step in route if self._extents[step] > 1] for axis, route in routes.items()}
+        self._routes: dict[Axis, list[Axis]] = {
+            axis: [step for step in route if self._extents[step] > 1] for axis, route in routes.items()
+        }
 
     @property
     def library(self) -> str:
@@ -219,7 +221,9 @@ class GridComm:
                 packed = torch.cat(encoded)
                 received = self._carry(packed, self.tensors.all_to_all, [len(chunk) for chunk in encoded], axis)
                 contents = received.view(len(chunks), -1)
-                total = sum(decode(content, self.compression, flats[0].dtype) for content in contents)
+                total = torch.zeros_like(chunks[index])
+                for content in contents:
+                    total += decode(content, self.compression, flats[0].dtype)
             else:
                 packed = pad_sequence(chunks, batch_first=True)  # of one length, as the libraries want them
                 total = self._carry(packed, self.tensors.reduce_scatter, axis)[:length]
@@ -376,7 +380,7 @@ class GridComm:
             return
         digest = hashlib.sha256()
         for tensor in as_list(tensors):
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            digest.update(memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()))
         digests = self.gather_objects((self.grid.rank, digest.digest()), axis)
         odd = [rank for rank, other in digests if other != digests[0][1]]
         # All ranks raise, also those of the groups that agree with themselves.

@@ -31,7 +31,7 @@ class HorovodTensors(TensorTransport):
         self._grid, self._comms, self._hvd = grid, objects.comms, hvd
         self._start(grid, objects)
         self._operations = {"sum": hvd.Sum, "max": hvd.Max}
-        self.needs_own_gpu = hvd.nccl_built()
+        self.needs_own_gpu = bool(hvd.nccl_built())
         self.is_through_host = device.type == "cuda" and not hvd.nccl_built()
         if self.is_through_host and grid.is_first("world"):
             logger.warning(

@@ -37,7 +37,7 @@ class MpiObjects(ObjectTransport):
         self.rank, self.size = world.rank, world.size
         self.local_rank, self.local_size = node.rank, node.size
         self.comms = {"world": world, "node": node}
-        self._windows = []
+        self._windows: list[Any] = []
 
     def enter(self, grid: Grid) -> None:
         for axis in grid.axes:
@@ -120,7 +120,7 @@ def _mpi_name(mpi) -> str:
     return mpi.Get_library_version().replace("\0", "").splitlines()[0].split(",")[0]
 
 
-def running_mpi():
+def running_mpi() -> Any:
     """Return mpi4py.MPI if MPI runs in this process, otherwise None. Local."""
     mpi = sys.modules.get("mpi4py.MPI")
     return mpi if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized() else None

@@ -67,7 +67,7 @@ def find_meeting(allgather: Callable[[Any], list[Any]], is_first: bool) -> Meeti
             reached = _reach(address, port, token)
             answers = allgather((socket.gethostname(), reached))
             missing = [(rank, *answer) for rank, answer in enumerate(answers) if isinstance(answer[1], OSError)]
-            if not missing:
+            if isinstance(reached, str) and not missing:
                 return Meeting(address, _interface_of(reached))
             rank, host, why = missing[0]
             failures.append(f"{address} not from rank {rank} on {host} ({why})")

@@ -86,7 +86,7 @@ def connect(
     chosen = agree_on_device(objects, device)
     objects.enter(grid)
     transport = _choose_transport(objects, backend, chosen)
-    tensors = transport(grid, chosen, objects)  # pyright: ignore[reportCallIssue]: a Protocol says nothing of it
+    tensors = transport(grid, chosen, objects)
     comm = GridComm(grid, chosen, reduction, compression, tensors=tensors, objects=objects)
     check_one_rank_per_gpu(comm)
     return comm
@@ -180,7 +180,7 @@ def world_size() -> int:
         The launcher started several ranks that cannot work together: no mpi4py, or another MPI.
     """
     if job := torchrun.launcher():
-        return job.size
+        return job.least_size
     started = start_mpi()
     return started.COMM_WORLD.size if started else 1
 

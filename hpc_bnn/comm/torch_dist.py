@@ -14,8 +14,10 @@ import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.cuda.nccl
 import torch.distributed as dist
 
 from ..errors import CommunicationError
@@ -65,12 +67,13 @@ class TorchTensors(TensorTransport):
         dist.all_reduce(flat, getattr(dist.ReduceOp, _OPERATIONS[operation]), group=self.group(axis))
 
     def start_sum_(self, flat: torch.Tensor, axis: Axis) -> Callable[[], object]:
-        return dist.all_reduce(flat, group=self.group(axis), async_op=True).wait
+        work: Any = dist.all_reduce(flat, group=self.group(axis), async_op=True)
+        return work.wait
 
     def broadcast_(self, flat: torch.Tensor, root: int, axis: Axis) -> None:
         group = self.group(axis)
         # As bytes: Gloo does not know all kinds of integers.
-        dist.broadcast(flat.view(torch.uint8), dist.get_global_rank(group, root), group=group)
+        dist.broadcast(flat.view(torch.uint8), dist.get_process_group_ranks(group)[root], group)
 
     def gather(self, tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
         """Gather from all ranks as much as the longest has, because the library gathers equal lengths only."""
@@ -139,7 +142,8 @@ def has_nccl_for(device: torch.device) -> bool:
 class Running:
     """torch.distributed of this process: the store stays, the groups last until `shutdown`."""
 
-    store: dist.Store | None = None
+    store: Any = None
+    """Of class torch.distributed.Store."""
     backend: str | None = None
     is_over_mpi = False
     framework: dist.ProcessGroup | None = None
@@ -150,7 +154,7 @@ class Running:
     @classmethod
     def world(cls) -> dist.ProcessGroup:
         """Return the group whose ranks are those of the grid."""
-        return cls.framework or dist.group.WORLD
+        return cls.framework or _world()
 
 
 def refuse_foreign_start() -> None:
@@ -232,7 +236,7 @@ def _polite_threads() -> Iterator[None]:
             os.sched_setscheduler(0, usual, os.sched_param(0))
 
 
-def _open_store(objects: MpiObjects) -> dist.Store:
+def _open_store(objects: MpiObjects) -> Any:
     """Open a port on rank 0 and connect to it from all ranks. Collective over the world."""
     meeting = find_meeting(objects.gather, objects.rank == 0)
     use_interface(meeting)
@@ -254,6 +258,11 @@ def use_interface(meeting: Meeting) -> None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", meeting.interface)
 
 
+def _world() -> dist.ProcessGroup:
+    assert dist.group.WORLD is not None, "torch.distributed has not been started"
+    return dist.group.WORLD
+
+
 def group_of(key: tuple, ranks: Sequence[int]) -> dist.ProcessGroup:
     """Return the process group of some ranks of the grid; make it if the key is new. Collective over these ranks.
 
@@ -261,15 +270,17 @@ def group_of(key: tuple, ranks: Sequence[int]) -> dist.ProcessGroup:
     former grid are taken again.
     """
     if Running.framework is None and len(ranks) == dist.get_world_size():
-        return dist.group.WORLD
+        return _world()
     if key not in Running.groups:
         of_world = dist.get_process_group_ranks(Running.world())
         # A framework may have started with a backend that does not carry both host and GPU memory.
         backend = None if Running.framework is None else Running.backend
         with _polite_threads():
-            Running.groups[key] = dist.new_group(
+            group = dist.new_group(
                 [of_world[rank] for rank in ranks], timeout=STALL, backend=backend, use_local_synchronization=True
             )
+        assert isinstance(group, dist.ProcessGroup), "this rank is one of them"
+        Running.groups[key] = group
     return Running.groups[key]
 
 

@@ -10,7 +10,6 @@ import pickle
 import socket
 import tempfile
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +46,7 @@ class TorchObjects(ObjectTransport):
         As for `MpiObjects`.
     """
 
-    comms: Mapping[ObjectAxis, Any] = {}
+    comms: dict[ObjectAxis, Any] = {}  # noqa: RUF012
 
     def __init__(self, node_size: int | None = None):
         self._grid = Grid()
@@ -92,7 +91,7 @@ class TorchObjects(ObjectTransport):
 
     def node_array(self, shape: tuple[int, ...], dtype: np.dtype) -> NodeArray:
         num_bytes = math.prod(shape) * dtype.itemsize
-        path = memory = problem = None
+        path, memory, problem = None, np.empty(0, np.uint8), None
         if self.local_rank == 0:
             try:
                 path = _shared_file(max(num_bytes, 1))
@@ -147,20 +146,20 @@ def join() -> None:
     if Running.backend is not None:
         return
     refuse_foreign_start()
-    job, kind = launcher(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    job, kind = launcher_of(os.environ), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     _open_store()
     use_interface(find_meeting(_allgather_before_start, job.rank == 0))
-    start(WITH_NCCL if has_nccl_for(kind) else "gloo", job.rank, job.size)
+    start(WITH_NCCL if has_nccl_for(kind) else "gloo", job.rank, job.least_size)
 
 
 def _allgather_before_start(value: Any) -> list[Any]:
     """Gather by the store alone, through rank 0, so that no rank has to ask every other. Collective over the world."""
     Running.num_waits += 1
-    key, job = f"hpc_bnn.gather.{Running.num_waits}", launcher()
+    key, job = f"hpc_bnn.gather.{Running.num_waits}", launcher_of(os.environ)
     try:
         Running.store.set(f"{key}.{job.rank}", pickle.dumps(value))
         if job.rank == 0:
-            values = Running.store.multi_get([f"{key}.{rank}" for rank in range(job.size)])
+            values = Running.store.multi_get([f"{key}.{rank}" for rank in range(job.least_size)])
             Running.store.set(key, pickle.dumps([pickle.loads(value) for value in values]))
         return pickle.loads(Running.store.get(key))
     except dist.DistError as error:
@@ -177,7 +176,7 @@ def wait_for_others(seconds: float) -> bool:
     except CommunicationError:  # whoever needed it before has said it
         return False
     Running.num_waits += 1
-    key, size = f"hpc_bnn.wait.{Running.num_waits}", launcher().size
+    key, size = f"hpc_bnn.wait.{Running.num_waits}", launcher_of(os.environ).least_size
     end, pause = time.monotonic() + seconds, 0.01
     with contextlib.suppress(dist.DistError):
         Running.store.add(key, 1)
@@ -199,6 +198,6 @@ def _open_store(seconds: float | None = None) -> None:
     except Exception as error:
         where = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
         raise CommunicationError(
-            f"the store of torchrun at {where} cannot be reached from rank {launcher().rank} ({error}). "
+            f"the store of torchrun at {where} cannot be reached from rank {launcher_of(os.environ).rank} ({error}). "
             "Give torchrun an address that all nodes reach (--rdzv-endpoint)"
         ) from error

@@ -1,12 +1,12 @@
-"""The two protocols below `GridComm`: what carries tensors, and what carries Python objects; and one process alone."""
+"""The two interfaces below `GridComm`: what carries tensors, and what carries Python objects; and one process alone."""
 
 from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ ObjectAxis = Literal[Axis, "node"]
 Operation = Literal["sum", "max"]
 
 
-class TensorTransport(Protocol):
+class TensorTransport:
     """The collectives of tensors that a communication library provides, over the axes of a grid.
 
     Inherit from it, and give the class to ``connect(backend=...)`` or its import path to ``--backend``. `GridComm` makes
@@ -35,7 +35,7 @@ class TensorTransport(Protocol):
         Carries what the ranks have to tell each other at the start; with MPI it has the communicators of the axes.
     """
 
-    name: str
+    name: str = "none"
     """As in ``--backend``; it stands in the files of a run."""
     needs_own_gpu: bool = False
     """Whether two ranks on one GPU are refused (NCCL)."""
@@ -43,6 +43,9 @@ class TensorTransport(Protocol):
     """Whether tensors of GPUs have to be copied into host memory before, which `GridComm` does."""
     can_overlap: bool = True
     """Whether a sum that was begun makes progress while this rank computes."""
+
+    def __init__(self, grid: Grid, device: torch.device, objects: ObjectTransport):
+        """Start the library for a grid. Collective over the world."""
 
     def reduce_(self, flat: torch.Tensor, axis: Axis, operation: Operation) -> None:
         """Replace numbers [n] of float32, float64 or integers by their sum or maximum over an axis. Collective over it."""
@@ -83,7 +86,7 @@ class TensorTransport(Protocol):
         """Leave the groups. Collective over the world."""
 
 
-class ObjectTransport(Protocol):
+class ObjectTransport:
     """The collectives of Python objects, and the memory that the ranks of a node share."""
 
     rank: int
@@ -92,7 +95,7 @@ class ObjectTransport(Protocol):
     local_rank: int
     local_size: int
     """This rank among the ranks of its node, and their number."""
-    comms: Mapping[ObjectAxis, Any]
+    comms: dict[ObjectAxis, Any]
     """The communicators of the axes and of the node, with MPI."""
 
     def enter(self, grid: Grid) -> None:
@@ -134,7 +137,7 @@ class Alone(ObjectTransport):
 
     rank, size = 0, 1
     local_rank, local_size = 0, 1
-    comms: Mapping[ObjectAxis, Any] = {}
+    comms: dict[ObjectAxis, Any] = {}  # noqa: RUF012
 
     def enter(self, grid: Grid) -> None:
         pass
@@ -150,12 +153,6 @@ class Alone(ObjectTransport):
 
     def node_array(self, shape: tuple[int, ...], dtype: np.dtype) -> NodeArray:
         return NodeArray(np.empty(shape, dtype), lambda: None)
-
-
-class NoTensors(TensorTransport):
-    """Carries no tensors: for one process, and for work on files."""
-
-    name = "none"
 
 
 @contextlib.contextmanager

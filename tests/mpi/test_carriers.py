@@ -1,0 +1,86 @@
+"""What each communication library does under `GridComm`, beyond what test_comm.py asks of all of them."""
+
+import pytest
+import torch
+from conftest import LIBRARY
+from reference import assert_layout_law, make_step, train, train_alone
+
+from hpc_bnn import OverlappingOptimizer, connect
+from hpc_bnn.comm import HorovodTensors, MpiTensors, TorchTensors, mpi_tensors
+from hpc_bnn.errors import ConfigError
+
+
+@pytest.mark.skipif(LIBRARY != "mpi", reason="a limit of MPI alone")
+@pytest.mark.parametrize("limit", [1, 7, 64])
+def test_messages_with_more_numbers_than_mpi_counts_go_in_pieces(comm, limit, monkeypatch):
+    """Counts of MPI are below 2^31; here below 64. Uneven lengths, one of them 0, and rows of several numbers."""
+    grid, rank = comm.grid, comm.grid.rank
+
+    def results():
+        flat = torch.arange(37.0) * (rank + 1)
+        comm.sum_(flat)
+        sent = torch.arange(23.0) + rank
+        comm.broadcast_(sent, grid.world_size - 1)
+        wide = comm.gather(torch.arange(6.0 * rank).view(2 * rank, 3) + 100 * rank, "data")
+        few = comm.gather(torch.arange(5.0 * (grid.sample_index % 2)), "sample")
+        (shares,) = comm.reduce_scatter_([torch.arange(41.0) * (rank + 1)], "sample")
+        return flat, sent, wide, few, shares.clone()
+
+    expected = results()
+    monkeypatch.setattr(mpi_tensors, "MAX_COUNT", limit)
+    for one, other in zip(results(), expected, strict=True):
+        assert one.shape == other.shape and torch.equal(one, other)
+
+
+@pytest.mark.skipif(LIBRARY != "mpi", reason="a limit of MPI alone")
+def test_overlap_is_refused_where_mpi_carries_the_tensors(comm):
+    step = make_step(comm)
+    optimizer = torch.optim.SGD(step.posterior.parameters(), lr=0.1)
+    if comm.grid.world_size == 1:
+        OverlappingOptimizer(optimizer, step.posterior, comm)  # nothing is sent
+        return
+    with pytest.raises(ConfigError, match=r"overlap.*no progress"):
+        OverlappingOptimizer(optimizer, step.posterior, comm)
+
+
+BASE = {"horovod": HorovodTensors, "torch": TorchTensors, "mpi": MpiTensors}[LIBRARY]
+
+
+class Counting(BASE):
+    """A carrier as a user writes it: it counts the bytes that this rank gives away."""
+
+    name = "counting"
+
+    def __init__(self, grid, device, objects):
+        super().__init__(grid, device, objects)
+        self.num_bytes = 0
+
+    def reduce_(self, flat, axis, operation):
+        self.num_bytes += flat.nbytes
+        super().reduce_(flat, axis, operation)
+
+    def broadcast_(self, flat, root, axis):
+        self.num_bytes += flat.nbytes
+        super().broadcast_(flat, root, axis)
+
+    def gather(self, tensor, axis):
+        self.num_bytes += tensor.nbytes
+        return super().gather(tensor, axis)
+
+
+@pytest.mark.parametrize("backend", [Counting, "test_carriers.Counting"], ids=["class", "path"])
+def test_a_carrier_of_the_user_carries_a_run(sample_size, backend):
+    comm = connect(sample_size, "cpu", backend=backend)
+    results = train(comm)[1]
+    assert_layout_law(results, train_alone()[1])
+    if comm.grid.world_size > 1:
+        x = comm.gather(torch.ones(3), "data")
+        comm.broadcast_(x)
+        assert comm.library == "counting" and comm.tensors.num_bytes == comm.traffic.num_bytes > 0
+
+
+@pytest.mark.parametrize("backend", ["test_carriers.Missing", "test_carriers.train"])
+def test_what_is_no_carrier_is_refused(world, backend):
+    if world.size > 1:
+        with pytest.raises(ConfigError, match=r"^backend test_carriers"):
+            connect(1, "cpu", backend=backend)
