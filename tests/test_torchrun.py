@@ -74,6 +74,51 @@ def test_objects_and_shared_memory_without_mpi(torchrun):
     assert done.returncode == 0, done.stderr
 
 
+FRAMEWORK = f"""
+import sys, torch, torch.distributed as dist
+sys.path.insert(0, {str(REPOSITORY / "tests/mpi")!r})
+import hpc_bnn
+from hpc_bnn.errors import CommunicationError
+from reference import assert_layout_law, train, train_alone
+dist.init_process_group("gloo")  # as Lightning and Accelerate do
+try:
+    hpc_bnn.connect(2, "cpu")
+    raise AssertionError("it is not ours")
+except CommunicationError as error:
+    assert "process_group=" in str(error), error
+rank = dist.get_rank()
+halves = [dist.new_group([3, 1]), dist.new_group([0, 2])]
+for group, size in ((dist.group.WORLD, 2), (halves[rank in (0, 2)], 2), (dist.group.WORLD, 1)):
+    comm = hpc_bnn.connect(size, "cpu", process_group=group)
+    assert comm.library == "torch" and comm.grid.rank == dist.get_rank(group)
+    assert comm.grid.world_size == dist.get_world_size(group) == comm.local_size
+    assert comm.gather_objects(rank) == dist.get_process_group_ranks(group)
+    assert comm.group_ranks("sample") == list(comm.grid.sample_group())
+    shared = comm.node_array((comm.local_size,), "float64")
+    shared.array[comm.local_rank] = rank
+    shared.publish()
+    assert shared.array.tolist() == comm.gather_objects(rank, "node")
+    tree = comm.broadcast_tree({{"x": torch.full((3,), rank)}}, 1)
+    assert tree["x"].tolist() == [dist.get_process_group_ranks(group)[1]] * 3
+    assert_layout_law(train(comm)[1], train_alone()[1])
+    comm.close()
+only_of_some = dist.new_group([0, 1])
+try:
+    hpc_bnn.connect(2, "cpu", process_group=halves[rank in (0, 2)])
+    raise AssertionError("torch would wait for ever")
+except CommunicationError as error:
+    assert "to" in str(error) and "alike on all ranks" in str(error), error
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_the_ranks_of_a_framework_form_a_grid(torchrun):
+    """All of them, some of them, and all of them once more on another grid."""
+    done = torchrun(4, WITHOUT_MPI + FRAMEWORK)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("fault", ["raise RuntimeError('deliberate fault')", "os.kill(os.getpid(), 9)"])
 def test_a_rank_that_fails_ends_the_job(torchrun, fault):
     program = (

@@ -380,7 +380,7 @@ class GridComm:
             return
         digest = hashlib.sha256()
         for tensor in as_list(tensors):
-            digest.update(memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()))
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         digests = self.gather_objects((self.grid.rank, digest.digest()), axis)
         odd = [rank for rank, other in digests if other != digests[0][1]]
         # All ranks raise, also those of the groups that agree with themselves.

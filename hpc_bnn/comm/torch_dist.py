@@ -148,6 +148,8 @@ class Running:
     is_over_mpi = False
     framework: dist.ProcessGroup | None = None
     """The group of the user's framework (`adopt`)."""
+    of_framework: dist.ProcessGroup | None = None
+    """All ranks that it started."""
     num_starts = num_waits = 0
     groups: dict[tuple, dist.ProcessGroup] = {}  # noqa: RUF012
 
@@ -167,12 +169,22 @@ def refuse_foreign_start() -> None:
 
 
 def adopt(process_group: dist.ProcessGroup) -> None:
-    """Take the ranks of a group of the user's framework, and carry tensors by groups of our own. Local."""
-    if Running.framework is not process_group:
-        shutdown()
-        Running.framework = process_group
-        Running.backend = WITH_NCCL if has_nccl_for(torch.device("cuda")) and torch.cuda.is_available() else "gloo"
-        atexit.register(shutdown)
+    """Take the ranks of a group of the user's framework, and carry tensors by groups of our own. Collective over it."""
+    if Running.backend is not None and Running.framework is None:
+        raise CommunicationError("hpc_bnn itself has started torch.distributed: leave <process_group> out")
+    if Running.of_framework is not _world():
+        Running.groups.clear()  # they ended with a former start
+        Running.of_framework = _world()
+    counts: list[Any] = [None] * dist.get_world_size(process_group)
+    dist.all_gather_object(counts, len(dist.distributed_c10d._world.pg_names), process_group)
+    if len(set(counts)) > 1:  # torch names a new group by this number: the ranks would wait for each other
+        raise CommunicationError(
+            f"the ranks of <process_group> have made {min(counts)} to {max(counts)} process groups, and torch can make further "
+            "ones only where these numbers are equal. Call torch.distributed.new_group alike on all ranks, or connect first"
+        )
+    Running.framework = process_group
+    Running.backend = WITH_NCCL if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
+    atexit.register(shutdown)
 
 
 def start_over_mpi(backend: str, objects: MpiObjects) -> None:
@@ -267,12 +279,13 @@ def group_of(key: tuple, ranks: Sequence[int]) -> dist.ProcessGroup:
     """Return the process group of some ranks of the grid; make it if the key is new. Collective over these ranks.
 
     torch numbers the groups of each rank, and the number is a part of the name: all ranks must make as many. Those of a
-    former grid are taken again.
+    former grid are taken again, because a second one of the same name would find what the first left in the store.
     """
     if Running.framework is None and len(ranks) == dist.get_world_size():
         return _world()
+    of_world = dist.get_process_group_ranks(Running.world())
+    key = (*key, *of_world)
     if key not in Running.groups:
-        of_world = dist.get_process_group_ranks(Running.world())
         # A framework may have started with a backend that does not carry both host and GPU memory.
         backend = None if Running.framework is None else Running.backend
         with _polite_threads():
