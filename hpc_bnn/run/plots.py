@@ -82,8 +82,12 @@ def write_plots(run_dir: str | Path, examples: dict[str, Any]) -> list[Path]:
         return []
     directory = Path(run_dir, "plots")
     directory.mkdir(exist_ok=True)
-    of_numbers = _plot_fields if examples["y"].ndim == 3 else _plot_values
-    draw = _plot_uncertainty if "surest" in examples else of_numbers
+    if "surest" in examples:
+        draw = _plot_uncertainty
+    elif examples["y"].ndim == 3:
+        draw = _plot_fields
+    else:
+        draw = _plot_values
     return [_plot_curves(read_rows(run_dir), directory / "curves.png"), draw(examples, directory / "uncertainty.png")]
 
 
