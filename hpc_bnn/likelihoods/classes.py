@@ -21,6 +21,7 @@ class Categorical(Likelihood):
         Number of classes, C.
     """
 
+    num_classes: int
     has_variance = False  # a class is no number
 
     def __init__(self, num_classes: int):

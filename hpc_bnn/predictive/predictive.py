@@ -1,0 +1,218 @@
+"""The predictive of one batch over all samples of the job."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from typing import TypeGuard
+
+import torch
+from torch import Tensor
+
+from ..comm import GridComm
+from ..likelihoods import Categorical, Likelihood
+from ..likelihoods.mixtures import Mixture
+from ..noise import Key, Stream
+from ..posteriors import Posterior
+from ..posteriors.sample_loop import SampleLoop
+from ..reductions import LogMeanExp, Moments
+from ..trees import Inputs, device_of, num_rows
+from ..views import SharedView
+
+
+@dataclass(frozen=True)
+class ClassPredictive:
+    """Predictive of some examples over all samples of the job; B examples, C classes."""
+
+    probabilities: Tensor
+    """[B, C] mean over samples of the class probabilities."""
+    std: Tensor
+    """[B, C] standard deviation over samples of the class probabilities."""
+    expected_entropy: Tensor
+    """[B] mean over samples of the entropy (nats): the aleatoric part."""
+    members: Tensor | None = None
+    """[B, K, C] class probabilities of each sample, where they were asked for."""
+
+    @property
+    def entropy(self) -> Tensor:
+        """[B] entropy of the mean probabilities (nats): the total uncertainty."""
+        return torch.special.entr(self.probabilities).sum(-1)
+
+    @property
+    def mutual_information(self) -> Tensor:
+        """[B] entropy minus expected entropy (nats): the epistemic uncertainty (Houlsby et al., 2011)."""
+        return (self.entropy - self.expected_entropy).clamp_min(0)
+
+
+@dataclass(frozen=True)
+class ValuePredictive:
+    """Predictive of numbers over all samples of the job; B examples, targets [T, ...].
+
+    The total variance is the mean over samples of the likelihood's variance (aleatoric) and the variance over
+    samples of its mean (epistemic): the law of total variance.
+    """
+
+    mean: Tensor
+    """[B, T, ...] mean (units of y)."""
+    aleatoric_variance: Tensor
+    """[B, T, ...] mean over samples of the variance that the likelihood states."""
+    epistemic_variance: Tensor
+    """[B, T, ...] variance over samples of the mean that the likelihood states."""
+    log_prob: Tensor | None = None
+    """[B] log of the mean over samples of p(y | x, w_s) (nats), where y was given and has a density."""
+    mixture: Mixture | None = None
+    """The samples' distributions of each target, where they were asked for and the likelihood has them."""
+    members: Tensor | None = None
+    """[B, K, T, ...] mean of each sample, where they were asked for."""
+
+    @property
+    def variance(self) -> Tensor:
+        """[B, T, ...] total variance."""
+        return self.aleatoric_variance + self.epistemic_variance
+
+    def in_units(self, mean: Tensor, std: Tensor) -> ValuePredictive:
+        """Return the predictive of ``std * y + mean`` from that of y; they broadcast to [B, T, ...]."""
+        log_prob = self.log_prob
+        if log_prob is not None:
+            log_prob = log_prob - std.to(log_prob).expand(self.mean[:1].shape).log().sum()
+        square = std.square()
+        return ValuePredictive(
+            self.mean * std + mean,
+            self.aleatoric_variance * square,
+            self.epistemic_variance * square,
+            log_prob,
+            self.mixture and self.mixture.in_units(mean, std),
+            None if self.members is None else self.members * std[:, None] + mean[:, None],
+        )
+
+
+Predictive = ClassPredictive | ValuePredictive
+
+
+def examples_of(predictive: Predictive, start: int, stop: int) -> Predictive:
+    """Return the predictive of some of its examples. Local."""
+    values = {field.name: getattr(predictive, field.name) for field in fields(predictive)}
+    for name, value in values.items():
+        if value is not None:
+            values[name] = value.rows(start, stop) if isinstance(value, Mixture) else value[start:stop]
+    return type(predictive)(**values)
+
+
+def is_of_classes(likelihood: Likelihood) -> TypeGuard[Categorical]:
+    """Whether the targets are classes: the likelihood then has the methods of `Categorical`. Local."""
+    return likelihood.num_classes is not None
+
+
+def member_outputs(
+    posterior: Posterior, comm: GridComm, x: Inputs, num_samples: int, seed: int, batch_size: int, chunk_size: int = 1
+) -> Iterator[tuple[range, Tensor]]:
+    """Yield (samples, outputs [c, B, ...] in float64) for the samples of this rank, chunk by chunk. Local.
+
+    A rank without samples (fewer than ranks of the sample axis) yields once, with c = 0, to give the shape.
+    """
+    key, views, is_first = Key(seed, Stream.PREDICTION), SharedView(x), comm.grid.is_first("world")
+    mine = comm.grid.local_samples(num_samples)
+    posterior.check_num_samples(num_samples, mine)
+    loop = SampleLoop(posterior, chunk_size, "vmap", speaks=is_first, max_examples=batch_size)
+    with posterior.evaluating():
+        loop.look(mine or range(1), views, key, comm.grid)
+        for samples, outputs in loop(mine or range(1), views, key):
+            count = min(len(samples), len(mine))
+            yield range(samples[0], samples[0] + count), outputs[:count].double()
+
+
+@torch.no_grad()
+def predict_classes(
+    posterior: Posterior,
+    likelihood: Categorical,
+    comm: GridComm,
+    x: Inputs,
+    *,
+    num_samples: int,
+    seed: int = 0,
+    batch_size: int = 1024,
+    chunk_size: int = 1,
+    keep_members: bool = False,
+) -> ClassPredictive:
+    """Return the predictive of this rank's examples over the samples of all ranks of its sample group.
+
+    Collective over ``sample_comm``: one sum of [B, 2 C + 1]; a gather of [K, B, C] to keep the members.
+
+    Parameters
+    ----------
+    x : Tensor or tree of tensors
+        [B, ...] inputs; the same on all ranks of a sample group. A dict is ``module(**x)``, a list or tuple
+        ``module(*x)``.
+    num_samples : int
+        Samples in the whole job, any number; the same samples on every grid.
+    seed : int
+        Key of the samples.
+    batch_size : int
+        Examples per forward pass on this rank.
+    chunk_size : int
+        Samples that a rank evaluates at once, by ``torch.vmap``; 1 walks over them.
+    keep_members : bool
+        Whether the probabilities of each sample are kept as well.
+    """
+    num_classes = likelihood.num_classes
+    # p, p^2, entropy; in float64, because the variance is a small difference
+    sums = torch.zeros(num_rows(x), 2 * num_classes + 1, dtype=torch.float64, device=device_of(x))
+    kept = []
+    for _, outputs in member_outputs(posterior, comm, x, num_samples, seed, batch_size, chunk_size):
+        p = likelihood.probabilities(outputs.flatten(0, 1)).unflatten(0, outputs.shape[:2])
+        parts = torch.cat([p, p.square(), torch.special.entr(p).sum(-1, keepdim=True)], dim=-1)
+        sums += parts.sum(0)
+        kept += [p] if keep_members else []
+    comm.sum_(sums, "sample")
+    mean, square, entropy = (sums / num_samples).split([num_classes, num_classes, 1], dim=-1)
+    members = comm.gather(torch.cat(kept), "sample").movedim(0, 1) if keep_members else None
+    return ClassPredictive(mean, (square - mean.square()).clamp_min(0).sqrt(), entropy.squeeze(-1), members)
+
+
+@torch.no_grad()
+def predict_values(
+    posterior: Posterior,
+    likelihood: Likelihood,
+    comm: GridComm,
+    x: Inputs,
+    y: Tensor | None = None,
+    *,
+    num_samples: int,
+    seed: int = 0,
+    batch_size: int = 1024,
+    chunk_size: int = 1,
+    keep_members: bool = False,
+) -> ValuePredictive:
+    """Return the predictive of this rank's examples over the samples of all ranks of its sample group.
+
+    Collective over ``sample_comm``: two sums, of 2 and 1 numbers per target; with targets y a maximum and a sum of
+    B numbers more; a gather of the outputs of all samples to keep the members.
+
+    Parameters
+    ----------
+    x, y : Tensor
+        [B, ...] inputs, and targets where their log-density is wanted; the same on all ranks of a sample group.
+    num_samples, seed, batch_size, chunk_size
+        As for `predict_classes`.
+    keep_members : bool
+        Whether the distribution of each sample is kept as well: for quantiles, PIT and CRPS.
+    """
+    moments, density = Moments(num_samples), LogMeanExp(num_samples)
+    kept = []
+    for samples, members in member_outputs(posterior, comm, x, num_samples, seed, batch_size, chunk_size):
+        form, outputs = (len(samples), num_rows(x)), members.flatten(0, 1)
+        mean_and_variance = torch.stack([likelihood.mean(outputs), likelihood.variance(outputs)], dim=1)
+        moments.add(mean_and_variance.unflatten(0, form))
+        if y is not None and likelihood.has_density:
+            targets = y.expand(len(samples), *y.shape).flatten(0, 1)
+            density.add(likelihood.log_prob(outputs, targets).unflatten(0, form))
+        kept += [members] if keep_members else []
+    moments.exchange(comm)
+    density.exchange(comm)
+    assert moments.mean is not None, "each rank of a sample group adds one chunk or more"
+    predictive = ValuePredictive(moments.mean, moments.aleatoric, moments.epistemic, density.log_mean)
+    if not keep_members:
+        return predictive
+    outputs = comm.gather(torch.cat(kept), "sample")  # [K, B, ...]
+    means = likelihood.mean(outputs.flatten(0, 1)).unflatten(0, outputs.shape[:2])
+    return replace(predictive, mixture=likelihood.mixture(outputs), members=means.movedim(0, 1))
