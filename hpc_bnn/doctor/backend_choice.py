@@ -19,17 +19,11 @@ class Carrier:
     """The requested backend."""
     library: Library
     transport: Literal["NCCL", "Gloo", "MPI"]
-    """Transport of the library: NCCL, MPI or Gloo."""
     why: str
     """Why this library."""
 
-    @property
-    def name(self) -> str:
-        """Return the name of the library for messages."""
-        return LIBRARY_NAMES[self.library]
-
     def __str__(self) -> str:
-        return f"{self.name} ({self.transport})"
+        return f"{LIBRARY_NAMES[self.library]} ({self.transport})"
 
 
 LIBRARY_NAMES = {"horovod": "Horovod", "torch": "torch.distributed"}
@@ -37,7 +31,7 @@ LIBRARY_NAMES = {"horovod": "Horovod", "torch": "torch.distributed"}
 
 def carrier_of(ranks: Sequence[RankFacts], backend: Backend) -> Carrier:
     """Return what `hpc_bnn.connect` takes for the tensors of these ranks, or would take if there were several."""
-    unusable = list(same(ranks, lambda r: [w for w in (why_no_horovod(r),) if w]))
+    unusable = list(same(ranks, why_no_horovod))
     if backend != "auto":
         library, why = backend, f"--backend {backend}"
     elif ranks[0].launcher.needs_no_mpi:

@@ -25,7 +25,7 @@ from ..grid import Grid, sample_sizes
 from ..safe_files import write_atomically
 from .backend_choice import LIBRARY_NAMES, Carrier, carrier_of
 from .facts import RankFacts, collect
-from .problems import SEVERITIES, Problem, has_errors
+from .problems import Problem, has_errors
 from .report import Bandwidth, Report, as_dict, bandwidth_rows, process_rows, sections
 from .rules import diagnose
 from .summarise import by_host, ranges
@@ -72,54 +72,45 @@ def examine(
     report = Report(launcher.rank == 0 or (launcher.size is None and launcher.rank == 1))
     report.section("this process", process_rows(launcher))
     with Watch(seconds, report) as watch:
-        return _examine(sample_size, device, json_path, backend, report, watch)
-
-
-def _examine(
-    sample_size: int | None, device: str, json_path: str | None, backend: Backend, report: Report, watch: Watch
-) -> int:
-    launcher = launcher_of(os.environ)
-    watch.step("starting torch.distributed" if launcher.needs_no_mpi else "starting MPI")
-    start_error = None
-    try:
-        ranks = comm.connect_for_files()
-    except CommunicationError as error:  # what it means, the facts will tell
-        ranks, start_error = comm.GridComm(Grid()), error.on_command_line()
-        sample_size = None  # it is for the ranks that should be there
-    world_size = ranks.grid.world_size
-    if sample_size is not None:
-        Grid(world_size, sample_size)  # the same verdict on each rank
-    comm.set_num_threads(ranks.local_size)  # as training does
-    is_imported = backend != "torch" and not launcher.needs_no_mpi
-    watch.step(f"looking at the ranks{', importing Horovod' if is_imported else ''}")
-    rank = ranks.grid.rank if world_size > 1 else launcher.rank
-    everyone = ranks.gather_objects(collect(rank, device, ranks.local_rank, backend))
-    carrier = carrier_of(everyone, backend)
-    problems = diagnose(everyone, carrier)
-    if start_error is not None and not has_errors(problems):
-        problems.insert(0, _grid_failed(start_error, carrier))
-    watch.problems = problems
-    grid = Grid(world_size, sample_size or default_sample_size(everyone), ranks.grid.rank)
-    for title, rows in sections(everyone, grid, carrier):
-        report.section(title, rows)
-    bandwidths: dict[str, Bandwidth] = {}
-    if has_errors(problems):
-        report.section("self-test and bandwidth", [("", "not run: the errors below come first")])
-    elif world_size == 1:
-        comm.choose_device(device, 0, len(everyone[0].gpus))
-        alone = "one process: nothing to sum; start it under mpirun, srun or torchrun"
-        report.section("self-test and bandwidth", [("", alone)])
-    else:
-        found, bandwidths = _try_the_grid(ranks, grid, device, carrier, report, watch)
-        problems += found
-    problems.sort(key=lambda problem: SEVERITIES.index(problem.severity))
-    report.problems(problems)
-    if json_path is not None:
-        watch.step(f"writing {json_path}")
-        with ranks.agree(f"writing {json_path}"):
-            if report.is_speaker:
-                content = as_dict(everyone, grid, carrier, bandwidths, problems)
-                write_atomically(Path(json_path), json.dumps(content, indent=1) + "\n")
+        watch.step("starting torch.distributed" if launcher.needs_no_mpi else "starting MPI")
+        start_error = None
+        try:
+            ranks = comm.connect_for_files()
+        except CommunicationError as error:  # what it means, the facts will tell
+            ranks, start_error = comm.GridComm(Grid()), error.on_command_line()
+            sample_size = None  # it is for the ranks that should be there
+        world_size = ranks.grid.world_size
+        if sample_size is not None:
+            Grid(world_size, sample_size)  # the same verdict on each rank
+        comm.set_num_threads(ranks.local_size)  # as training does
+        is_imported = backend != "torch" and not launcher.needs_no_mpi
+        watch.step(f"looking at the ranks{', importing Horovod' if is_imported else ''}")
+        rank = ranks.grid.rank if world_size > 1 else launcher.rank
+        everyone = ranks.gather_objects(collect(rank, device, ranks.local_rank, backend))
+        carrier = carrier_of(everyone, backend)
+        watch.problems = problems = diagnose(everyone, carrier)
+        if start_error is not None and not has_errors(problems):
+            problems.insert(0, _grid_failed(start_error, carrier))
+        grid = Grid(world_size, sample_size or default_sample_size(everyone), ranks.grid.rank)
+        for title, rows in sections(everyone, grid, carrier):
+            report.section(title, rows)
+        bandwidths: dict[str, Bandwidth] = {}
+        if has_errors(problems):
+            report.section("self-test and bandwidth", [("", "not run: the errors below come first")])
+        elif world_size == 1:
+            comm.choose_device(device, 0, len(everyone[0].gpus))
+            alone = "one process: nothing to sum; start it under mpirun, srun or torchrun"
+            report.section("self-test and bandwidth", [("", alone)])
+        else:
+            errors, bandwidths = _try_the_grid(ranks, grid, device, carrier, report, watch)
+            problems[:0] = errors  # the worst first
+        report.problems(problems)
+        if json_path is not None:
+            watch.step(f"writing {json_path}")
+            with ranks.agree(f"writing {json_path}"):
+                if report.is_speaker:
+                    content = as_dict(everyone, grid, carrier, bandwidths, problems)
+                    write_atomically(Path(json_path), json.dumps(content, indent=1) + "\n")
     return int(has_errors(problems))
 
 
@@ -139,7 +130,7 @@ def _try_the_grid(
     ranks: comm.GridComm, grid: Grid, device: str, carrier: Carrier, report: Report, watch: Watch
 ) -> tuple[list[Problem], dict[str, Bandwidth]]:
     """Start the grid as training does, verify its sums and measure them. Collective over the world."""
-    watch.step(f"starting {carrier.name}")
+    watch.step(f"starting {LIBRARY_NAMES[carrier.library]}")
     grid_comm, error = None, None
     try:
         # The world by one set of its own: with the sets of the axes that is each set that training can use.
@@ -149,13 +140,12 @@ def _try_the_grid(
     except Exception as caught:  # of the libraries many kinds
         error = caught.on_command_line() if isinstance(caught, HpcBnnError) else first_line(caught)
     errors = [e for e in _gather_from_all(ranks, error, watch) if e is not None]
-    if errors:
+    if grid_comm is None or errors:
         report.section("self-test", [("", "the grid does not start")])
         return [_grid_failed(errors[0], carrier)], {}
     watch.step("self-test of the sums")
-    mine = self_test(grid_comm)
     wrong: dict[str, str] = {}
-    for theirs in _gather_from_all(ranks, mine, watch):
+    for theirs in _gather_from_all(ranks, self_test(grid_comm), watch):
         wrong = theirs | wrong  # the first rank that saw it
     verdicts = {axis: "wrong" if axis in wrong else "right on all ranks" for axis in AXES}
     report.section("self-test: sums over each axis", list(verdicts.items()))
@@ -226,9 +216,9 @@ def measure(grid_comm: comm.GridComm, axis: comm.Axis) -> Bandwidth:
     """Measure the time of sums over an axis. Collective over the world."""
     extent = grid_comm.grid.extents[axis]
     if extent == 1:
-        return Bandwidth(1, None, None)
-    times = [seconds_of_sum(grid_comm, axis, num_bytes) for num_bytes in (SMALL_BYTES, LARGE_BYTES)]
-    return Bandwidth(extent, *times)
+        return Bandwidth(1, None)
+    small, large = (seconds_of_sum(grid_comm, axis, num_bytes) for num_bytes in (SMALL_BYTES, LARGE_BYTES))
+    return Bandwidth(extent, (small, large))
 
 
 # --- what does not end ---------------------------------------------------------------------------------

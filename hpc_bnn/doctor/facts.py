@@ -5,7 +5,6 @@ Nothing here communicates; every function is Local. `collect` starts MPI if it d
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import os
 import platform
@@ -130,31 +129,30 @@ def versions() -> dict[str, str]:
 def collect(rank: int, device: str, local_rank: int, backend: Backend) -> RankFacts:
     """Return the facts of this rank; ``failures`` has the checks that failed.
 
+    It imports only libraries that training imports.
+
     Parameters
     ----------
     rank : int
         World rank.
-    device : str
+    device, local_rank
         As for `hpc_bnn.comm.choose_device`.
-    local_rank : int
-        This rank among the ranks of its node.
     backend : {"auto", "horovod", "torch"}
-        As for `hpc_bnn.connect`. This function imports only libraries that training imports.
+        As for `hpc_bnn.connect`.
     """
     launcher = launcher_of(os.environ)
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = {"mpi": None, "horovod": None}
     failures: dict[str, str] = {}
 
     def look(name: str, function: Callable[[], Any]) -> None:
         try:
             values[name] = function()
         except ConfigError:
-            raise
+            pass  # of the device: `connect` says it, for all ranks
         except Exception as error:  # a rank that cannot look says so; it must not leave the others waiting
             failures[name] = first_line(error)
 
     look("versions", versions)
-    values |= {"mpi": None, "horovod": None}
     if not launcher.needs_no_mpi:
         look("mpi", mpi_facts)
         if backend != "torch":
@@ -165,8 +163,7 @@ def collect(rank: int, device: str, local_rank: int, backend: Backend) -> RankFa
     look("cpus", allowed_cpus)
     look("torch_threads", torch.get_num_threads)
     look("gpus", visible_gpus)
-    with contextlib.suppress(ConfigError):  # `connect` says it, for all ranks
-        look("gpu", lambda: choose_device(device, local_rank, len(values.get("gpus", ()))).index)
+    look("gpu", lambda: choose_device(device, local_rank, len(values.get("gpus", ()))).index)
     look("node_gpus", lambda: len(list(Path("/proc/driver/nvidia/gpus").glob("*"))))
     look("accelerator", accelerator)
     look("memory_bytes", lambda: os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

@@ -22,6 +22,9 @@ from .summarise import by_host, plural, ranges
 
 NUM_SHOWN_NODES = 8
 
+Rows = list[tuple[str, str]]
+"""Names and values of a section."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Bandwidth:
@@ -29,15 +32,18 @@ class Bandwidth:
 
     ranks: int
     """Extent of the axis."""
-    latency_seconds: float | None
-    """Median time of a sum of `SMALL_BYTES` on the slowest rank; None for one rank."""
-    large_seconds: float | None
-    """Median time of a sum of `LARGE_BYTES`."""
+    seconds: tuple[float, float] | None
+    """Median times of sums of `SMALL_BYTES` and of `LARGE_BYTES` on the slowest rank; None for one rank."""
+
+    @property
+    def latency_seconds(self) -> float | None:
+        """Time of the small sum."""
+        return self.seconds and self.seconds[0]
 
     @property
     def bytes_per_second(self) -> float | None:
-        """Algorithm bandwidth: bytes of the buffer divided by time."""
-        return LARGE_BYTES / self.large_seconds if self.large_seconds else None
+        """Algorithm bandwidth: bytes of the large buffer divided by time."""
+        return self.seconds and LARGE_BYTES / self.seconds[1]
 
 
 def as_dict(
@@ -49,7 +55,7 @@ def as_dict(
 ) -> dict[str, Any]:
     """Return the content of the ``--json`` file; docs/doctor.md describes it."""
     world = bandwidths.get("world")
-    network = world and network_of_sums(world.latency_seconds, world.large_seconds, world.ranks)
+    network = world and world.seconds and network_of_sums(*world.seconds, world.ranks)
     return {
         "format": 1,
         "hpc_bnn": __version__,
@@ -83,7 +89,7 @@ class Report:
     def __init__(self, is_speaker: bool):
         self.is_speaker = is_speaker
 
-    def section(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
+    def section(self, title: str, rows: Rows) -> None:
         """Print names and values."""
         width = max((len(name) for name, _ in rows), default=0)
         self._print(title, [f"{name:{width}}  {value}" if name else value for name, value in rows])
@@ -107,12 +113,10 @@ class Report:
             print("\n".join([title, *(f"  {line}" for line in lines)]), flush=True)
 
 
-def process_rows(launcher: Launcher) -> list[tuple[str, str]]:
+def process_rows(launcher: Launcher) -> Rows:
     """Rows of facts that need no MPI."""
     found = versions()
-    started = "none: this process is alone"
-    if launcher.name is not None:
-        started = f"{launcher.name} ({launcher.signs})"
+    started = f"{launcher.name} ({launcher.signs})" if launcher.name else "none: this process is alone"
     return [
         ("host", f"{socket.gethostname()}, {platform.system()} {platform.release()}, {platform.machine()}"),
         ("python", f"{found.pop('python')}, {sys.executable}"),
@@ -122,56 +126,37 @@ def process_rows(launcher: Launcher) -> list[tuple[str, str]]:
     ]
 
 
-def sections(ranks: Sequence[RankFacts], grid: Grid, carrier: Carrier) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-    """Yield the title of each section of the report, and its (name, value) rows. Local."""
+def sections(ranks: Sequence[RankFacts], grid: Grid, carrier: Carrier) -> Iterator[tuple[str, Rows]]:
+    """Yield the title of each section of the report, and its rows."""
     first, nodes = ranks[0], by_host(ranks)
-    hdf5 = first.hdf5
     per_node = "/".join(map(str, sorted({len(node) for node in nodes.values()})))
-    yield (
-        "job",
-        [
-            ("ranks", f"{len(ranks)} on {plural(len(nodes), 'node')}, {per_node} on each"),
-            ("grid", str(grid)),
-            ("runner", _runner(first)),
-            ("tensors", f"{carrier}: {carrier.why}"),
-        ],
-    )
+    runner = "python -m mpi4py" if first.has_runner else "plain python"
+    job = [
+        ("ranks", f"{len(ranks)} on {plural(len(nodes), 'node')}, {per_node} on each"),
+        ("grid", str(grid)),
+        ("runner", "torchrun" if first.launcher.needs_no_mpi else runner),
+        ("tensors", f"{carrier}: {carrier.why}"),
+    ]
+    yield "job", job
     yield "MPI", _mpi_rows(first)
     yield "Horovod", _horovod_rows(first)
     yield "torch.distributed", _distributed_rows(first)
-    if hdf5.error:
-        yield "HDF5", [("error", hdf5.error)]
-    else:
-        locking = first.environment.get("HDF5_USE_FILE_LOCKING", "not set")
-        yield (
-            "HDF5",
-            [
-                ("library", f"{hdf5.hdf5}, h5py {hdf5.h5py}"),
-                ("parallel", f"{_yes(hdf5.mpi)} (not needed)"),
-                ("HDF5_USE_FILE_LOCKING", locking),
-            ],
-        )
-    yield "threads and binding", list(_per_node(nodes, _cpu_row))
-    yield "memory", list(_per_node(nodes, _memory_row))
-    yield "GPUs", list(_per_node(nodes, _gpu_row))
+    yield "HDF5", _hdf5_rows(first)
+    num_hidden = len(nodes) - NUM_SHOWN_NODES
+    rest = [("", f"and {num_hidden} nodes more (all of them with --json)")] if num_hidden > 0 else []
+    for title, row in (("threads and binding", _cpu_row), ("memory", _memory_row), ("GPUs", _gpu_row)):
+        yield title, [(host, row(node)) for host, node in list(nodes.items())[:NUM_SHOWN_NODES]] + rest
 
 
-def _runner(r: RankFacts) -> str:
-    if r.launcher.needs_no_mpi:
-        return "torchrun"
-    return "python -m mpi4py" if r.has_runner else "plain python"
-
-
-def _mpi_rows(r: RankFacts) -> list[tuple[str, str]]:
+def _mpi_rows(r: RankFacts) -> Rows:
     if r.mpi is None:
-        is_needed = not r.launcher.needs_no_mpi
-        return [("", "not seen" if is_needed else "not started: ranks of torchrun need none")]
+        return [("", "not started: ranks of torchrun need none" if r.launcher.needs_no_mpi else "not seen")]
     rows = [("library", f"{r.mpi.library}, MPI {r.mpi.standard}"), ("threads", r.mpi.thread_level)]
     files = ", ".join(r.mpi_libraries) or "none is mapped"
     return [*([("error", r.mpi.error)] if r.mpi.error else rows), ("files", files)]
 
 
-def _horovod_rows(r: RankFacts) -> list[tuple[str, str]]:
+def _horovod_rows(r: RankFacts) -> Rows:
     horovod = r.horovod
     if horovod is None:
         return [("", "not imported: training would not either")]
@@ -185,10 +170,10 @@ def _horovod_rows(r: RankFacts) -> list[tuple[str, str]]:
     ]
 
 
-def _distributed_rows(r: RankFacts) -> list[tuple[str, str]]:
+def _distributed_rows(r: RankFacts) -> Rows:
     found, named = r.distributed, ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
     if not found.is_available:
-        return [("error", found.why_not())]
+        return [("error", str(found.why_not()))]
     tuned = [f"{n}={v}" for n, v in r.environment.items() if n.startswith(PREFIXES) and n not in named]
     return [
         ("built with", f"Gloo {_yes(found.gloo)}, NCCL {found.nccl or 'no'}"),
@@ -197,11 +182,14 @@ def _distributed_rows(r: RankFacts) -> list[tuple[str, str]]:
     ]
 
 
-def _per_node(nodes: dict[str, list[RankFacts]], row: Any) -> Iterator[tuple[str, str]]:
-    for host, node in list(nodes.items())[:NUM_SHOWN_NODES]:
-        yield host, row(node)
-    if len(nodes) > NUM_SHOWN_NODES:
-        yield "", f"and {len(nodes) - NUM_SHOWN_NODES} nodes more (all of them with --json)"
+def _hdf5_rows(r: RankFacts) -> Rows:
+    if r.hdf5.error:
+        return [("error", r.hdf5.error)]
+    return [
+        ("library", f"{r.hdf5.hdf5}, h5py {r.hdf5.h5py}"),
+        ("parallel", f"{_yes(r.hdf5.mpi)} (not needed)"),
+        ("HDF5_USE_FILE_LOCKING", r.environment.get("HDF5_USE_FILE_LOCKING", "not set")),
+    ]
 
 
 def _cpu_row(node: list[RankFacts]) -> str:
@@ -228,14 +216,14 @@ def _gpu_row(node: list[RankFacts]) -> str:
 
 
 def bandwidth_rows(bandwidths: dict[str, Bandwidth]) -> list[list[str]]:
-    """Return the table of latency and bandwidth by axis, heads first. Local."""
+    """Return the table of latency and bandwidth by axis, heads first."""
     large = f"{LARGE_BYTES / 2**20:.0f} MiB"
     rows = [["axis", "ranks", f"{SMALL_BYTES} B", large, "bandwidth"]]
     for axis, measured in bandwidths.items():
         cells = ["-", "-", "no communication"]
-        if measured.latency_seconds is not None:
-            times = (f"{t * 1e3:.3f} ms" for t in (measured.latency_seconds, measured.large_seconds))
-            cells = [*times, f"{measured.bytes_per_second / 1e9:.3f} GB/s"]
+        if measured.seconds is not None:
+            times = [f"{seconds * 1e3:.3f} ms" for seconds in measured.seconds]
+            cells = [*times, f"{LARGE_BYTES / measured.seconds[1] / 1e9:.3f} GB/s"]
         rows.append([axis, str(measured.ranks), *cells])
     return rows
 

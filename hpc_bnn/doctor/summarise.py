@@ -4,21 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 from .facts import RankFacts
 from .problems import Problem
 
-
-@dataclass(frozen=True)
-class Sight:
-    """A problem of one node."""
-
-    problem: Problem
-    host: str
-    example: str = ""
-    """Facts that differ between nodes."""
+Finding = tuple[Problem, str]
+"""A problem of a node, and an example: facts that differ between nodes."""
 
 
 def by_host(ranks: Iterable[RankFacts]) -> dict[str, list[RankFacts]]:
@@ -46,25 +39,29 @@ def ranks_in_words(ranks: Sequence[RankFacts]) -> str:
     return f"{noun} {ranges(r.rank for r in ranks)} ({counted(by_host(ranks))})"
 
 
-def same(ranks: Sequence[RankFacts], look: Callable[[RankFacts], Iterable[Any]]) -> Iterator[tuple[Any, str]]:
-    """Yield each different finding once, with its ranks."""
-    seen = defaultdict(list)
+def same(ranks: Sequence[RankFacts], look: Callable[[RankFacts], Any]) -> Iterator[tuple[Any, str]]:
+    """Yield each different finding once, with its ranks; where ``look`` returns nothing, there is none."""
+    found = defaultdict(list)
     for r in ranks:
-        for sight in look(r):
-            seen[sight].append(r)
-    for sight, showing in seen.items():
-        yield sight, ranks_in_words(showing)
+        found[look(r)].append(r)
+    for finding, showing in found.items():
+        if finding:
+            yield finding, ranks_in_words(showing)
 
 
-def merged(nodes: Iterable[Iterable[Sight]]) -> Iterator[Problem]:
-    """Yield the problems of nodes, one for all nodes that have the same, with the facts of the first."""
-    alike: dict[tuple[str, str], list[Sight]] = defaultdict(list)
-    for sight in (sight for node in nodes for sight in node):
-        alike[sight.problem.code, sight.problem.seen].append(sight)
-    for sights in alike.values():
-        problem, example = sights[0].problem, f" ({sights[0].example})" if sights[0].example else ""
-        hosts = counted(sight.host for sight in sights)
-        yield Problem(problem.code, f"{problem.seen}, on {hosts}{example}", problem.values)
+def merged(
+    nodes: dict[str, list[RankFacts]], look: Callable[[list[RankFacts]], Iterable[Finding]]
+) -> Iterator[Problem]:
+    """Yield the problems of nodes, one for all nodes that have the same, with the example of the first."""
+    first: dict[tuple[str, str], Finding] = {}
+    hosts = defaultdict(list)
+    for host, node in nodes.items():
+        for problem, example in look(node):
+            first.setdefault((problem.code, problem.seen), (problem, example))
+            hosts[problem.code, problem.seen].append(host)
+    for key, (problem, example) in first.items():
+        seen = f"{problem.seen}, on {counted(hosts[key])}{f' ({example})' if example else ''}"
+        yield replace(problem, seen=seen)
 
 
 def counted(items: Iterable[str]) -> str:

@@ -22,7 +22,7 @@ from ..config import Config
 from ..data import Manifest
 from ..data.dataset import free_memory_bytes
 from ..errors import ConfigError, Fault, check_all
-from ..grid import Grid, grids
+from ..grid import Axis, Grid, grids
 from ..likelihoods import Categorical
 from ..models import MLP
 from ..posteriors import MeanFieldGaussian
@@ -55,7 +55,7 @@ class Machine:
     flops: float | None = None
     """Floating-point operations per second of a rank; None to measure a rank's step here."""
 
-    def network(self, axis: str, grid: Grid) -> Network:
+    def network(self, axis: Axis, grid: Grid) -> Network:
         """Return the network that an axis runs over: ranks of a sample group are neighbours."""
         span = grid.sample_size if axis == "sample" else grid.world_size
         is_within = span <= self.ranks_per_node and self.ranks_per_node % span == 0
@@ -106,9 +106,8 @@ class Plan:
         content = asdict(self)
         for row, kept in zip(content["rows"], self.rows):
             row["step_seconds"] = kept.step_seconds
-        content["machine"]["memory_bytes"] = (
-            None if math.isinf(self.machine.memory_bytes) else self.machine.memory_bytes
-        )
+        if math.isinf(self.machine.memory_bytes):
+            content["machine"]["memory_bytes"] = None
         return json.dumps(content, indent=1) + "\n"
 
 
@@ -332,33 +331,25 @@ def plan_here(
             if between is None or within is None:
                 measured = measure_network(comm)
                 between, within = between or measured, within or measured
-    if ranks_per_node is None:
-        alike = torch.cuda.device_count() or len(os.sched_getaffinity(0))
-        ranks_per_node = local_size if world_size > 1 else min(num_ranks, alike)
-    if memory_bytes is None:
-        memory_bytes = min(ranks.gather_objects(_free_bytes(torch.device(device), ranks_per_node)))
-    machine = Machine(
-        num_ranks, ranks_per_node, between or ASSUMED_BETWEEN, within or ASSUMED_WITHIN, memory_bytes, flops
-    )
+    alike = torch.cuda.device_count() or len(os.sched_getaffinity(0))
+    per_node = ranks_per_node or (local_size if world_size > 1 else min(num_ranks, alike))
+    memory = memory_bytes
+    if memory is None:
+        is_on_gpu = device.startswith("cuda")
+        mine = torch.cuda.mem_get_info(device)[1] if is_on_gpu else free_memory_bytes(is_shared=False) / per_node
+        memory = float(min(ranks.gather_objects(mine)))
+    machine = Machine(num_ranks, per_node, between or ASSUMED_BETWEEN, within or ASSUMED_WITHIN, memory, flops)
     plan = make_plan(config, manifest, machine, ranks, device)
     ranks.close()
     return plan
 
 
-def _free_bytes(device: torch.device, num_sharing: int) -> float:
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[1])
-    return free_memory_bytes(is_shared=False) / num_sharing
-
-
 def describe(config: Config, plan: Plan) -> str:
     """Return a plan as text."""
     machine, best = plan.machine, plan.best.rehearsal
-    how = (
-        "measured here"
-        if machine.flops is None
-        else f"computing at {machine.flops:.3g} FLOP/s, noise and update left out"
-    )
+    how = "measured here"
+    if machine.flops is not None:
+        how = f"computing at {machine.flops:.3g} FLOP/s, noise and update left out"
     networks = [f"{n.bandwidth / 1e9:.3g} GB/s and {1e6 * n.latency:.3g} µs {where}"
                 for n, where in ((machine.within, "within"), (machine.between, "between"))]  # fmt: skip
     lines = [

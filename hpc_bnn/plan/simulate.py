@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from bisect import bisect
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from unittest import mock
 
@@ -29,13 +30,14 @@ from ..config import Config, ModelConfig, PosteriorConfig
 from ..data import Manifest, ShardDataset
 from ..data.dataset import _Scale
 from ..errors import DataError
-from ..grid import Grid
+from ..grid import Axis, Grid
 from ..likelihoods import Likelihood
 from ..likelihoods.mixtures import CHUNK_ELEMENTS
 from ..predictive import block_size, member_outputs, score_dataset
 from ..run import Experiment, shown_examples
 from ..training.optim import optimizer_maker
 from ..training.step import VariationalStep
+from ..training.updaters import DividedUpdater
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Collective:
     """A collective of every step."""
 
     operation: Operation
-    axis: str
+    axis: Axis
     num_bytes: float
     """Bytes of the whole buffer."""
 
@@ -132,7 +134,7 @@ class ImaginedComm(GridComm):
     def broadcast_(self, tensors, root=0, axis="world") -> None:
         pass  # at the start only
 
-    def _note(self, operation: Operation, axis: str, tensors, compressed: bool = False) -> None:
+    def _note(self, operation: Operation, axis: Axis, tensors, compressed: bool = False) -> None:
         is_half = compressed and self.compression != "none"
         num_bytes = sum(t.numel() * (2 if is_half else t.element_size()) for t in as_list(tensors))
         if self._extents[axis] > 1 and num_bytes:
@@ -215,7 +217,7 @@ def rehearse(config: Config, manifest: Manifest, grid: Grid, *, is_on_gpu: bool 
         if config.optimizer.max_gradient_norm is not None:
             step.updater.clip_(config.optimizer.max_gradient_norm)
         peak = memory.peak_bytes
-        if config.optimizer.sharded:
+        if isinstance(step.updater, DividedUpdater):
             step.updater.gather_()  # of the update
         with _rehearsing(config):
             forward = _forward_bytes(config, manifest, step, memory)
@@ -256,19 +258,7 @@ def _rehearsing(config: Config) -> Iterator[None]:
 
 
 class ImaginedDataset(ShardDataset):
-    """Examples of zeros in the shapes of a manifest. Local.
-
-    Parameters
-    ----------
-    manifest : Manifest
-        Of the data.
-    dtype : torch.dtype
-        Of the inputs.
-    num_examples : int
-        Their number.
-    likelihood : Likelihood
-        The likelihood; it decides whether targets are normalised.
-    """
+    """Examples of zeros in the shapes of a manifest. Local. The likelihood decides whether targets are normalised."""
 
     def __init__(self, manifest: Manifest, dtype: torch.dtype, num_examples: int, likelihood: Likelihood):
         self.manifest, self.dtype, self.device = manifest, dtype, torch.device("cpu")
@@ -279,7 +269,7 @@ class ImaginedDataset(ShardDataset):
     def __len__(self) -> int:
         return self._num_examples
 
-    def fetch(self, indices):
+    def fetch(self, indices: torch.Tensor | Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         shapes = {name: (len(indices), *spec.shape) for name, spec in self.manifest.arrays.items()}
         kind = self.dtype if self.manifest.num_classes is None else torch.int64
         return torch.zeros(shapes["x"], dtype=self.dtype), torch.zeros(shapes["y"], dtype=kind)
@@ -373,14 +363,13 @@ def fitting_test_samples(
     is_on_gpu: bool = False,
 ) -> int:
     """Return the largest ``num_test_samples`` below that of a config whose evaluation fits, 0 if none does. Local."""
-    fits, fails = 0, config.num_test_samples
-    while fails - fits > 1:
-        middle = (fits + fails) // 2
-        fewer = replace(config, num_test_samples=middle)
+
+    def needed_bytes(num_test_samples: int) -> int:
+        fewer = replace(config, num_test_samples=num_test_samples)
         resident, forward = rehearsal.resident_bytes, rehearsal.forward_bytes
-        needed = evaluation_bytes(fewer, manifest, grid, resident, forward, is_on_gpu=is_on_gpu)
-        fits, fails = (middle, fails) if needed <= memory_bytes else (fits, middle)
-    return fits
+        return evaluation_bytes(fewer, manifest, grid, resident, forward, is_on_gpu=is_on_gpu)
+
+    return bisect(range(config.num_test_samples), memory_bytes, lo=1, key=needed_bytes) - 1
 
 
 def _block(config: Config, manifest: Manifest, grid: Grid, likelihood: Likelihood) -> tuple[int, int]:
