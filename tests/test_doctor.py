@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from string import Formatter
 
 import pytest
 from conftest import JOB_SECONDS, REPOSITORY, launch_environment, patience
@@ -19,7 +20,7 @@ from hpc_bnn.comm.timing import Network, read_network
 from hpc_bnn.doctor.backend_choice import carrier_of
 from hpc_bnn.doctor.examination import default_sample_size
 from hpc_bnn.doctor.facts import VARIABLES, Gpu, Hdf5Facts, RankFacts, memory_limit_bytes
-from hpc_bnn.doctor.problems import KINDS, Problem, has_errors, table_of_kinds
+from hpc_bnn.doctor.problems import KINDS, Problem, has_errors
 from hpc_bnn.doctor.rules import RULES, diagnose
 from hpc_bnn.doctor.summarise import ranges
 
@@ -330,6 +331,16 @@ def test_memory_limits_of_control_groups(tmp_path, group, files, limit):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     assert memory_limit_bytes(tmp_path) == limit
+
+
+def table_of_kinds() -> str:
+    """Return all kinds of problems as a table in Markdown."""
+    lines = ["| | problem | why it matters | remedy |", "|---|---|---|---|"]
+    for code, kind in KINDS.items():
+        names = {name: f"*{name}*" for _, name, _, _ in Formatter().parse(kind.remedy) if name}
+        cells = (f"{kind.severity}, `{code}`", kind.title, kind.why.rstrip("."), kind.remedy.format(**names))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def test_docs_have_every_problem():

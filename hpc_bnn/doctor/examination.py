@@ -26,7 +26,7 @@ from ..safe_files import write_atomically
 from .backend_choice import LIBRARY_NAMES, Carrier, carrier_of
 from .facts import RankFacts, collect
 from .problems import Problem, has_errors
-from .report import Bandwidth, Report, as_dict, bandwidth_rows, process_rows, sections
+from .report import Report, Times, as_dict, bandwidth_rows, process_rows, sections
 from .rules import diagnose
 from .summarise import by_host, ranges
 
@@ -51,14 +51,12 @@ def examine(
     ----------
     sample_size : int, optional
         Extent of the sample axis (default: `default_sample_size`).
-    device : str
+    device, backend
         As for `hpc_bnn.connect`.
     json_path : str, optional
         File for all facts and measurements.
     seconds : float
         Longest time that one step may take, before the job is ended.
-    backend : {"auto", "horovod", "torch"}
-        As for `hpc_bnn.connect`.
 
     Raises
     ------
@@ -94,7 +92,7 @@ def examine(
         grid = Grid(world_size, sample_size or default_sample_size(everyone), ranks.grid.rank)
         for title, rows in sections(everyone, grid, carrier):
             report.section(title, rows)
-        bandwidths: dict[str, Bandwidth] = {}
+        times: dict[comm.Axis, Times] = {}
         if has_errors(problems):
             report.section("self-test and bandwidth", [("", "not run: the errors below come first")])
         elif world_size == 1:
@@ -102,14 +100,14 @@ def examine(
             alone = "one process: nothing to sum; start it under mpirun, srun or torchrun"
             report.section("self-test and bandwidth", [("", alone)])
         else:
-            errors, bandwidths = _try_the_grid(ranks, grid, device, carrier, report, watch)
+            errors, times = _try_the_grid(ranks, grid, device, carrier, report, watch)
             problems[:0] = errors  # the worst first
         report.problems(problems)
         if json_path is not None:
             watch.step(f"writing {json_path}")
             with ranks.agree(f"writing {json_path}"):
                 if report.is_speaker:
-                    content = as_dict(everyone, grid, carrier, bandwidths, problems)
+                    content = as_dict(everyone, grid, carrier, times, problems)
                     write_atomically(Path(json_path), json.dumps(content, indent=1) + "\n")
     return int(has_errors(problems))
 
@@ -128,7 +126,7 @@ def default_sample_size(ranks: Sequence[RankFacts]) -> int:
 
 def _try_the_grid(
     ranks: comm.GridComm, grid: Grid, device: str, carrier: Carrier, report: Report, watch: Watch
-) -> tuple[list[Problem], dict[str, Bandwidth]]:
+) -> tuple[list[Problem], dict[comm.Axis, Times]]:
     """Start the grid as training does, verify its sums and measure them. Collective over the world."""
     watch.step(f"starting {LIBRARY_NAMES[carrier.library]}")
     grid_comm, error = None, None
@@ -153,16 +151,15 @@ def _try_the_grid(
         another = "--backend torch" if grid_comm.library == "horovod" else "--backend horovod, with mpirun or srun"
         values = {"another": another}
         return [Problem("self_test_failed", f"{axis}: {seen}", values) for axis, seen in wrong.items()], {}
-    bandwidths = {}
+    times = {}
     for axis in AXES:
         watch.step(f"measuring the {axis} axis")
-        bandwidths[axis] = measure(grid_comm, axis)
-    report.table(
-        f"bandwidth of sums ({LIBRARY_NAMES[grid_comm.library]}, {grid_comm.device.type})", bandwidth_rows(bandwidths)
-    )
+        times[axis] = measure(grid_comm, axis)
+    title = f"bandwidth of sums ({LIBRARY_NAMES[grid_comm.library]}, {grid_comm.device.type})"
+    report.table(title, bandwidth_rows(times, grid))
     watch.step("leaving the grid")
     grid_comm.close()
-    return [], bandwidths
+    return [], times
 
 
 def _grid_failed(error: str, carrier: Carrier) -> Problem:
@@ -212,13 +209,12 @@ def _gather_from_all(ranks: comm.GridComm, mine: Any, watch: Watch) -> list[Any]
         raise
 
 
-def measure(grid_comm: comm.GridComm, axis: comm.Axis) -> Bandwidth:
-    """Measure the time of sums over an axis. Collective over the world."""
-    extent = grid_comm.grid.extents[axis]
-    if extent == 1:
-        return Bandwidth(1, None)
+def measure(grid_comm: comm.GridComm, axis: comm.Axis) -> Times:
+    """Measure the times of sums over an axis. Collective over the world."""
+    if grid_comm.grid.extents[axis] == 1:
+        return None
     small, large = (seconds_of_sum(grid_comm, axis, num_bytes) for num_bytes in (SMALL_BYTES, LARGE_BYTES))
-    return Bandwidth(extent, (small, large))
+    return small, large
 
 
 # --- what does not end ---------------------------------------------------------------------------------

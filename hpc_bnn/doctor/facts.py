@@ -90,7 +90,6 @@ class RankFacts:
     horovod: HorovodFacts | None = field(default_factory=HorovodFacts)
     """None if training does not look for Horovod."""
     distributed: DistributedFacts = field(default_factory=DistributedFacts)
-    """torch.distributed."""
     hdf5: Hdf5Facts = field(default_factory=Hdf5Facts)
     cpus: tuple[int, ...] = (0,)
     """Hardware threads on which this rank may run."""
@@ -127,18 +126,9 @@ def versions() -> dict[str, str]:
 
 
 def collect(rank: int, device: str, local_rank: int, backend: Backend) -> RankFacts:
-    """Return the facts of this rank; ``failures`` has the checks that failed.
+    """Return the facts of this rank of the world; ``failures`` has the checks that failed.
 
-    It imports only libraries that training imports.
-
-    Parameters
-    ----------
-    rank : int
-        World rank.
-    device, local_rank
-        As for `hpc_bnn.comm.choose_device`.
-    backend : {"auto", "horovod", "torch"}
-        As for `hpc_bnn.connect`.
+    The device is that of `hpc_bnn.comm.choose_device`. Of the libraries only those are imported that training imports.
     """
     launcher = launcher_of(os.environ)
     values: dict[str, Any] = {"mpi": None, "horovod": None}
@@ -225,10 +215,7 @@ def accelerator() -> str | None:
 def memory_limit_bytes(root: Path = Path("/")) -> int | None:
     """Return the smallest memory limit of the control groups around this process; None without a limit.
 
-    Parameters
-    ----------
-    root : Path
-        Where ``proc`` and ``sys`` are, for tests.
+    Tests name another ``root``, where ``proc`` and ``sys`` are.
     """
     groups = root / "proc/self/cgroup"
     if not groups.exists():

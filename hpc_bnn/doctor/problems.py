@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from string import Formatter
 from typing import Any, Literal
 
 Severity = Literal["error", "warning", "hint"]
@@ -244,13 +243,3 @@ class Problem:
 def has_errors(problems: Iterable[Problem]) -> bool:
     """Whether training would fail."""
     return any(problem.severity == "error" for problem in problems)
-
-
-def table_of_kinds() -> str:
-    """Return all kinds of problems as a table in Markdown, for docs/doctor.md."""
-    lines = ["| | problem | why it matters | remedy |", "|---|---|---|---|"]
-    for code, kind in KINDS.items():
-        names = {name: f"*{name}*" for _, name, _, _ in Formatter().parse(kind.remedy) if name}
-        cells = (f"{kind.severity}, `{code}`", kind.title, kind.why.rstrip("."), kind.remedy.format(**names))
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"

@@ -14,7 +14,7 @@ from typing import Any
 from .. import __version__
 from ..comm.launcher import Launcher
 from ..comm.timing import LARGE_BYTES, SMALL_BYTES, network_of_sums
-from ..grid import Grid
+from ..grid import Axis, Grid
 from .backend_choice import Carrier
 from .facts import PREFIXES, RankFacts, versions
 from .problems import Problem
@@ -26,36 +26,17 @@ Rows = list[tuple[str, str]]
 """Names and values of a section."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Bandwidth:
-    """Times of sums over an axis while all groups of the axis sum at the same time."""
-
-    ranks: int
-    """Extent of the axis."""
-    seconds: tuple[float, float] | None
-    """Median times of sums of `SMALL_BYTES` and of `LARGE_BYTES` on the slowest rank; None for one rank."""
-
-    @property
-    def latency_seconds(self) -> float | None:
-        """Time of the small sum."""
-        return self.seconds and self.seconds[0]
-
-    @property
-    def bytes_per_second(self) -> float | None:
-        """Algorithm bandwidth: bytes of the large buffer divided by time."""
-        return self.seconds and LARGE_BYTES / self.seconds[1]
+Times = tuple[float, float] | None
+"""Median times of sums of `SMALL_BYTES` and of `LARGE_BYTES` over an axis on the slowest rank, while all groups of the
+axis sum at the same time; None for an axis of one rank."""
 
 
 def as_dict(
-    ranks: Sequence[RankFacts],
-    grid: Grid,
-    carrier: Carrier,
-    bandwidths: dict[str, Bandwidth],
-    problems: Sequence[Problem],
+    ranks: Sequence[RankFacts], grid: Grid, carrier: Carrier, times: dict[Axis, Times], problems: Sequence[Problem]
 ) -> dict[str, Any]:
     """Return the content of the ``--json`` file; docs/doctor.md describes it."""
-    world = bandwidths.get("world")
-    network = world and world.seconds and network_of_sums(*world.seconds, world.ranks)
+    world = times.get("world")
+    network = world and network_of_sums(*world, grid.world_size)
     return {
         "format": 1,
         "hpc_bnn": __version__,
@@ -64,13 +45,13 @@ def as_dict(
         "nodes": {host: [r.rank for r in node] for host, node in by_host(ranks).items()},
         "axes": {
             axis: {
-                "ranks": measured.ranks,
-                "latency_seconds": measured.latency_seconds,
+                "ranks": grid.extents[axis],
+                "latency_seconds": seconds and seconds[0],
                 "latency_bytes": SMALL_BYTES,
-                "bandwidth_bytes_per_second": measured.bytes_per_second,
+                "bandwidth_bytes_per_second": seconds and LARGE_BYTES / seconds[1],
                 "bandwidth_bytes": LARGE_BYTES,
             }
-            for axis, measured in bandwidths.items()
+            for axis, seconds in times.items()
         },
         "network": network and dataclasses.asdict(network),
         "problems": [
@@ -215,16 +196,15 @@ def _gpu_row(node: list[RankFacts]) -> str:
     return f"{len(visible)} visible ({models}); {taken or 'none taken'}"
 
 
-def bandwidth_rows(bandwidths: dict[str, Bandwidth]) -> list[list[str]]:
+def bandwidth_rows(times: dict[Axis, Times], grid: Grid) -> list[list[str]]:
     """Return the table of latency and bandwidth by axis, heads first."""
-    large = f"{LARGE_BYTES / 2**20:.0f} MiB"
-    rows = [["axis", "ranks", f"{SMALL_BYTES} B", large, "bandwidth"]]
-    for axis, measured in bandwidths.items():
+    rows = [["axis", "ranks", f"{SMALL_BYTES} B", f"{LARGE_BYTES / 2**20:.0f} MiB", "bandwidth"]]
+    for axis, seconds in times.items():
         cells = ["-", "-", "no communication"]
-        if measured.seconds is not None:
-            times = [f"{seconds * 1e3:.3f} ms" for seconds in measured.seconds]
-            cells = [*times, f"{LARGE_BYTES / measured.seconds[1] / 1e9:.3f} GB/s"]
-        rows.append([axis, str(measured.ranks), *cells])
+        if seconds is not None:
+            small, large = seconds
+            cells = [f"{small * 1e3:.3f} ms", f"{large * 1e3:.3f} ms", f"{LARGE_BYTES / large / 1e9:.3f} GB/s"]
+        rows.append([axis, str(grid.extents[axis]), *cells])
     return rows
 
 

@@ -53,15 +53,14 @@ def merged(
     nodes: dict[str, list[RankFacts]], look: Callable[[list[RankFacts]], Iterable[Finding]]
 ) -> Iterator[Problem]:
     """Yield the problems of nodes, one for all nodes that have the same, with the example of the first."""
-    first: dict[tuple[str, str], Finding] = {}
-    hosts = defaultdict(list)
+    alike = defaultdict(list)
     for host, node in nodes.items():
         for problem, example in look(node):
-            first.setdefault((problem.code, problem.seen), (problem, example))
-            hosts[problem.code, problem.seen].append(host)
-    for key, (problem, example) in first.items():
-        seen = f"{problem.seen}, on {counted(hosts[key])}{f' ({example})' if example else ''}"
-        yield replace(problem, seen=seen)
+            alike[problem.code, problem.seen].append((host, problem, example))
+    for found in alike.values():
+        _, problem, example = found[0]
+        where = counted(host for host, *_ in found) + (f" ({example})" if example else "")
+        yield replace(problem, seen=f"{problem.seen}, on {where}")
 
 
 def counted(items: Iterable[str]) -> str:

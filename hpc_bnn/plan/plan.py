@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import math
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -114,19 +113,15 @@ class Plan:
 def make_plan(
     config: Config, manifest: Manifest, machine: Machine, ranks: GridComm | None = None, device: str = "cpu"
 ) -> Plan:
-    """Return memory, time and communication of every grid.
+    """Return memory, time and communication of every grid. Collective over the world of ``ranks``.
 
     Parameters
     ----------
     config : Config
         Approved by its `Config.check`; ``grid.sample_size`` is ignored.
-    manifest : Manifest
-        Of the data.
-    machine : Machine
-        The machine of the plan.
     ranks : GridComm, optional
         Ranks that run their steps at the same time, so the measurement includes how much they slow each other down.
-        If they are as many as the plan is for, they run each grid. Default: one rank. Collective over their world.
+        If they are as many as the plan is for, they run each grid. Default: one rank.
     device : str
         Device of the ranks.
 
@@ -142,25 +137,23 @@ def make_plan(
     process_bytes = resident_bytes()
     num_examples = manifest.num_examples(config.data.train_split)
     batch = min(config.global_batch_size, num_examples)
-    sizes = grids(machine.num_ranks, config.num_samples, batch)
     steps_per_epoch = -(-num_examples // batch)
     rows = []
-    for sample_size in sizes:
+    for sample_size in grids(machine.num_ranks, config.num_samples, batch):
         grid = Grid(machine.num_ranks, sample_size, 0)
         is_on_gpu, fitting = device.startswith("cuda"), None
         with ranks.agree(f"rehearsing the grid {grid}"):
             rehearsal = rehearse(config, manifest, grid, is_on_gpu=is_on_gpu)
             is_free = config.posterior.family != "ensemble"  # whose members are the test samples
             if rehearsal.peak_bytes <= machine.memory_bytes < rehearsal.evaluation_bytes and is_free:
-                fitting = fitting_test_samples(
-                    config, manifest, grid, rehearsal, machine.memory_bytes, is_on_gpu=is_on_gpu
-                )
+                fitting = fitting_test_samples(config, manifest, grid, rehearsal, machine.memory_bytes, is_on_gpu)
         if machine.flops is not None:
             compute = rehearsal.flops / machine.flops
         else:
             compute = measure_share(config, manifest, grid, ranks, device)
         if can_try:
-            tried = try_grid(config, manifest, sample_size, ranks)
+            with connect_grid(config, sample_size) as comm:
+                tried = _measure(config, manifest, comm, ranks)  # collectives included
             compute = min(compute, tried)  # of two measurements that differ, a step is what was tried
             reduce = tried - compute
         else:
@@ -185,10 +178,9 @@ def choose(rows: Sequence[Row], machine: Machine) -> tuple[Row, str]:
     if not fitting:
         best = min(rows, key=lambda row: row.rehearsal.needed_bytes)
         why = f"no grid fits into {_size(machine.memory_bytes)}; this one takes least{_misfit(best, machine)}"
-        if best.rehearsal.peak_bytes <= machine.memory_bytes:
-            return best, why
-        remedy = "more ranks, a smaller --global_batch_size or --chunk_size, or --optimizer.sharded true"
-        return best, f"{why}. Try {remedy}"
+        if best.rehearsal.peak_bytes > machine.memory_bytes:
+            why += ". Try more ranks, a smaller --global_batch_size or --chunk_size, or --optimizer.sharded true"
+        return best, why
     least = min(row.step_seconds for row in fitting)
     best = max((row for row in fitting if row.step_seconds <= (1 + ALIKE) * least), key=lambda row: row.sample_size)
     others = sorted((row for row in rows if row is not best), key=lambda row: row.step_seconds)
@@ -226,8 +218,7 @@ def measure_share(config: Config, manifest: Manifest, grid: Grid, ranks: GridCom
     num_chunks = -(-len(grid.local_samples(config.num_samples)) // chunk)
 
     def measure(num_samples: int) -> float:
-        fewer = copy.copy(config)
-        fewer.num_samples = num_samples
+        fewer = replace(config, num_samples=num_samples)
         return _measure(fewer, manifest, ImaginedComm(grid, fewer, device), ranks)
 
     if num_chunks <= 3:
@@ -236,19 +227,13 @@ def measure_share(config: Config, manifest: Manifest, grid: Grid, ranks: GridCom
     return three + (num_chunks - 3) * max(three - two, 0.0)
 
 
-def try_grid(config: Config, manifest: Manifest, sample_size: int, ranks: GridComm) -> float:
-    """Return the seconds of a step on a grid of all ranks, collectives included. Collective over ``ranks``."""
-    with connect_grid(config, sample_size) as comm:
-        return _measure(config, manifest, comm, ranks)
-
-
-def _measure(config: Config, manifest: Manifest, comm: GridComm, ranks: GridComm, limit: float = 1.0) -> float:
+def _measure(config: Config, manifest: Manifest, comm: GridComm, ranks: GridComm) -> float:
     """Return the median seconds of a step with one rank's work, on the slowest rank. Collective over ``ranks``."""
     with ranks.agree(f"computing on the grid {comm.grid}"):
         step, arguments = share_of(config, manifest, comm)
         step(*arguments)
         first = _timed(step, arguments)
-    num_rounds = min(15, max(3, int(limit / max(ranks.gather_objects(first)))))
+    num_rounds = min(15, max(3, int(1 / max(ranks.gather_objects(first)))))  # about a second
     seconds = []
     for _ in range(num_rounds):
         ranks.barrier()
@@ -270,8 +255,7 @@ def resident_bytes() -> int:
         posterior, Categorical(2), optimizer, GridComm(Grid(1, 1, 0)), num_samples=1, num_train_examples=4
     )
     step(torch.zeros(4, 4), torch.zeros(4, dtype=torch.int64), 4)
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")  # pages
 
 
 # --- what a user calls ---------------------------------------------------------------------------------
@@ -379,8 +363,9 @@ def describe(config: Config, plan: Plan) -> str:
         f"Take --grid.sample_size {plan.best.sample_size}: {plan.why}.",
         "Memory of a rank: " + ", ".join(f"{name} {_size(size)}" for name, size in parts.items())
         + f" (at different moments; the peak of a step is {_size(best.peak_bytes)}); of an "
-        f"evaluation with {config.num_test_samples} samples, {_size(best.evaluation_bytes)}. Besides: {_size(plan.process_bytes)} of Python and "
-        f"libraries per rank on the host, {_size(plan.data_bytes)} of training examples per node.",
+        f"evaluation with {config.num_test_samples} samples, {_size(best.evaluation_bytes)}. Besides: "
+        f"{_size(plan.process_bytes)} of Python and libraries per rank on the host, "
+        f"{_size(plan.data_bytes)} of training examples per node.",
     ]  # fmt: skip
     return "\n".join(lines)
 

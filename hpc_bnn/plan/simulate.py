@@ -88,12 +88,8 @@ class Rehearsal:
 class ImaginedComm(GridComm):
     """Rank 0 of a grid whose other ranks do not exist: it records messages and does not send them.
 
-    Sums are this rank's values, gathered tensors are copies of its own. Local.
-
-    Parameters
-    ----------
-    num_gathered : int, optional
-        Rows of gathered tensors, if other ranks have fewer than this one; default: the same number from each.
+    Sums are this rank's values, gathered tensors are copies of its own. Local. Where other ranks have fewer rows than
+    this one, ``num_gathered`` is the number of all rows.
     """
 
     library = "imagined"
@@ -142,12 +138,9 @@ class ImaginedComm(GridComm):
 
 
 class LiveMemory(TorchDispatchMode):
-    """Counts the bytes of the tensors that are alive, and their peak, real or fake.
+    """Counts the bytes of the tensors that are alive after an operation, and their peak so far, real or fake.
 
-    Attributes
-    ----------
-    live_bytes, peak_bytes : int
-        Bytes after the last operation; the largest so far. Temporary memory inside an operation is not counted.
+    Temporary memory inside an operation is not counted.
     """
 
     def __init__(self):
@@ -208,7 +201,7 @@ def rehearse(config: Config, manifest: Manifest, grid: Grid, *, is_on_gpu: bool 
         posterior.begin_()  # makes what all steps keep
         begun = memory.live_bytes
         memory.peak_bytes = 0
-        batch_bytes = sum(a.numel() * a.element_size() for a in arguments[:2])
+        batch_bytes = sum(tensor.nbytes for tensor in arguments[:2])
         with _rehearsing(config), FlopCounterMode(display=False) as flops:
             step.accumulate_batch_(*arguments)
             step.reduce_()
@@ -276,19 +269,13 @@ class ImaginedDataset(ShardDataset):
 
 
 class Outputs(nn.Module):
-    """A network of one weight that takes no memory: its outputs differ by point and sample.
-
-    Attributes
-    ----------
-    look : callable
-        Called at each forward pass.
-    """
+    """A network of one weight that takes no memory: its outputs differ by point and sample."""
 
     def __init__(self, in_shape, num_outputs: int, places=()):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(1))
         self.form = (num_outputs, *places)
-        self.look = lambda: None
+        self.look = lambda: None  # called at each forward pass
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.look()
@@ -299,18 +286,11 @@ class Outputs(nn.Module):
 def evaluation_bytes(
     config: Config, manifest: Manifest, grid: Grid, resident: float, forward: float, *, is_on_gpu: bool = False
 ) -> int:
-    """Return the memory of the busiest rank at the peak of an evaluation.
+    """Return the memory of the busiest rank at the peak of an evaluation; ``resident``, ``forward``: see `Rehearsal`.
 
     Local; it does not need that memory. The real evaluation runs on real numbers, because some of its loops end by
     them: with all samples, but on few examples and points, and without the network. Its memory grows linearly with
-    them.
-
-    Parameters
-    ----------
-    resident, forward : float
-        See `Rehearsal` (bytes).
-    is_on_gpu : bool
-        Whether scores are computed in the chunks of a GPU.
+    them. Scores are computed in the chunks of a CPU or a GPU.
     """
     num_samples = config.num_test_samples
     shape = manifest.arrays["y"].shape
@@ -340,10 +320,8 @@ def evaluation_bytes(
         with LiveMemory() as memory, mock.patch.dict(CHUNK_ELEMENTS, cpu=chunk):
             network = next(m for m in experiment.posterior.module.modules() if isinstance(m, Outputs))
             network.look = lambda: before.append(memory.live_bytes)
-            scores = score_dataset(
-                experiment.posterior, likelihood, comm, dataset, num_samples=num_samples, see=shown.see
-            )
-            held[:] = shown, scores
+            options = {"num_samples": num_samples, "see": shown.see}
+            held[:] = shown, score_dataset(experiment.posterior, likelihood, comm, dataset, **options)
             return memory.peak_bytes, memory.live_bytes
 
     (fixed, empty), (peak, kept) = try_(0), try_(few)
@@ -354,13 +332,7 @@ def evaluation_bytes(
 
 
 def fitting_test_samples(
-    config: Config,
-    manifest: Manifest,
-    grid: Grid,
-    rehearsal: Rehearsal,
-    memory_bytes: float,
-    *,
-    is_on_gpu: bool = False,
+    config: Config, manifest: Manifest, grid: Grid, rehearsal: Rehearsal, memory_bytes: float, is_on_gpu: bool
 ) -> int:
     """Return the largest ``num_test_samples`` below that of a config whose evaluation fits, 0 if none does. Local."""
 
@@ -425,9 +397,7 @@ def _default_dtype(config: Config) -> Iterator[None]:
 
 
 def optimizer_bytes(config: Config, num_tensors: int) -> tuple[float, float]:
-    """Return the state of an optimizer and the temporary memory of its update, as multiples of the tensor that it updates at once.
-
-    Local.
+    """Return an optimizer's state and its temporary memory, as multiples of the tensor that it updates at once. Local.
 
     It runs the optimizer on small tensors: on two if there are several, because the memory of one may not be free
     when the next one is updated.
@@ -442,5 +412,5 @@ def optimizer_bytes(config: Config, num_tensors: int) -> tuple[float, float]:
             memory.peak_bytes = 0
             optimizer.step()
         kept, peak = memory.live_bytes, memory.peak_bytes
-    unit = parameter.numel() * parameter.element_size()
+    unit = parameters[0].nbytes
     return (kept - begun) / (num_tensors * unit), (peak - kept) / unit

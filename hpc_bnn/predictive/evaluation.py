@@ -137,7 +137,8 @@ def evaluate_dataset(
     """
     scores = score_dataset(posterior, likelihood, comm, dataset, see=see, **options)
     scores.combine(comm)
-    return Evaluation(scores.compute(), scores.curves(), scores.uncertainties)
+    uncertainties = {name: scores.gathered[name] for name in UNCERTAINTIES[is_of_classes(likelihood)]}
+    return Evaluation(scores.compute(), scores.curves(), uncertainties)
 
 
 def score_dataset(
@@ -173,13 +174,8 @@ UNCERTAINTIES = {True: ("entropy", "mutual_information"), False: ("std", "episte
 def uncertainties_of(predictive: Predictive, unit: Tensor | float = 1.0) -> dict[str, Tensor]:
     """Return scalar uncertainties [B] of examples: a larger value means less certainty. Local.
 
-    Parameters
-    ----------
-    predictive : ClassPredictive or ValuePredictive
-        For classes entropy and mutual information (nats); for numbers the means over targets of the total and the
-        epistemic standard deviation.
-    unit : Tensor or float
-        Unit by which standard deviations are divided first, so that targets of different units can be averaged.
+    For classes entropy and mutual information (nats); for numbers the means over targets of the total and the
+    epistemic standard deviation, both divided by ``unit`` first, so that targets of different units can be averaged.
     """
     if isinstance(predictive, ClassPredictive):
         return {"entropy": predictive.entropy, "mutual_information": predictive.mutual_information}
@@ -212,7 +208,7 @@ def out_of_distribution_auroc(inside: dict[str, Tensor], outside: dict[str, Tens
     """
     found = {}
     for name, values in inside.items():
-        # The fraction of pairs in which the foreign example is the less certain one, ties by half (Mann and Whitney, 1947)
+        # The fraction of pairs whose foreign example is the less certain one, ties by half (Mann and Whitney, 1947)
         ordered, foreign = values.sort().values, outside[name]
         below, up_to = (torch.searchsorted(ordered, foreign, right=right) for right in (False, True))
         found[f"ood_auroc/{name}"] = (below + up_to).double().mean().item() / (2 * len(ordered))
@@ -270,11 +266,6 @@ class _Scores:
 
     def curves(self) -> dict[str, Any]:
         raise NotImplementedError
-
-    @property
-    def uncertainties(self) -> dict[str, Tensor]:
-        names = {name for names in UNCERTAINTIES.values() for name in names}
-        return {name: column for name, column in self.gathered.items() if name in names}
 
 
 class _ClassScores(_Scores):

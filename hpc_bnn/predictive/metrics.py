@@ -19,13 +19,7 @@ NUM_PIT_BINS = 200
 
 
 class Metric:
-    """A metric of sums and counts.
-
-    Attributes
-    ----------
-    sums : Tensor
-        The sums and counts so far, in float64: `update` and the sum over the ranks change them in place.
-    """
+    """A metric of ``sums`` (and counts) in float64: `update` and the sum over the ranks change them in place."""
 
     def __init__(self, *shape: int):
         self.sums = torch.zeros(shape, dtype=torch.float64)
@@ -79,11 +73,7 @@ class ExpectedCalibrationError(Metric):
 def adaptive_calibration_error(confidence: Tensor, correct: Tensor) -> float:
     """Return the calibration error over bins of equal *count* of the confidence (Nguyen and O'Connor, 2015). Local.
 
-    Parameters
-    ----------
-    confidence, correct : Tensor
-        [N] largest class probability, and whether its class is right, of all examples in the order of the data set:
-        equal confidences keep this order.
+    Both are [N], of all examples in the order of the data set: equal confidences keep this order.
     """
     order = confidence.argsort(stable=True)
     difference = (confidence.double() - correct.double())[order]
@@ -94,16 +84,9 @@ def adaptive_calibration_error(confidence: Tensor, correct: Tensor) -> float:
 
 
 class ChannelMean(Metric):
-    """Mean over examples and places of a quantity of every target, by channel and of all together.
+    """Mean over examples and places of a quantity of every target, or its root, by channel and of all together.
 
-    Parameters
-    ----------
-    num_channels : int
-        Extent of dim 1 of the targets.
-    weights : Tensor
-        Weights of the targets of an example; they broadcast to [channels, ...].
-    is_root : bool
-        Whether the metric is the root of the mean.
+    ``weights`` of the targets of an example broadcast to [channels, ...].
     """
 
     def __init__(self, num_channels: int, weights: Tensor, is_root: bool = False):
@@ -133,12 +116,8 @@ class ChannelMean(Metric):
 class PitHistogram(Metric):
     """Histogram of the probability integral transform: the positions of observations in their predictives.
 
-    Coverage of central intervals and calibration follow from it, because the edges of the bins hold all levels.
-
-    Parameters
-    ----------
-    weights : Tensor
-        As for `ChannelMean`.
+    Coverage of central intervals and calibration follow from it, because the edges of the bins hold all levels. The
+    weights are as for `ChannelMean`.
     """
 
     def __init__(self, weights: Tensor):
