@@ -93,7 +93,7 @@ CASES = {
     "horovod_broken": (change(SOUND, [7], horovod=HorovodFacts("undefined symbol")), "undefined symbol", "horovod"),
     "horovod_without_mpi": (cluster(horovod=replace(HOROVOD, mpi=False)), "ranks 0-7 (n0, n1)", "horovod"),
     "horovod_without_process_sets": (cluster(horovod=replace(HOROVOD, process_sets=False)), "0.28.1", "horovod"),
-    "horovod_under_torchrun": (under_torchrun(), "WORLD_SIZE=8", "horovod"),
+    "mpi_under_torchrun": (under_torchrun(), "WORLD_SIZE=8", "horovod"),
     "distributed_missing": (cluster(distributed=DistributedFacts(gloo=False)), "without Gloo", "torch"),
     "horovod_unusable": (change(SOUND, [3], horovod=WITHOUT_NCCL), "Horovod 0.28.1: it was built without NCCL, on rank 3"),
     "second_mpi": (change(SOUND, [5], mpi_libraries=("/a/libmpi.so.40", "/b/libmpi.so.12")), "rank 5 (n1)", "torch"),
@@ -193,7 +193,9 @@ def test_what_matters_to_horovod_only(code):
 def test_a_torch_without_gloo_matters_where_it_is_used():
     ranks = change(SOUND, range(8), distributed=DistributedFacts(gloo=False))
     assert codes(ranks) == []
-    assert codes(change(ranks, [2], horovod=GONE)) == ["distributed_missing"]
+    assert codes(change(ranks, [2], horovod=GONE), "torch") == ["distributed_missing", "no_horovod"]
+    cpus = change(cluster(1, 2, 0), range(2), distributed=DistributedFacts(gloo=False), horovod=GONE)
+    assert codes(cpus) == ["no_horovod"]  # the MPI carries the tensors
     assert codes(change(under_torchrun(), [2], distributed=DistributedFacts(False, False))) == ["distributed_missing"]
 
 
@@ -427,27 +429,29 @@ class Finder:
         if name == 'horovod': os._exit(9)
 sys.meta_path.insert(0, Finder)
 """
+HIDDEN_HOROVOD = "import sys; sys.modules['horovod'] = None\n"
 
 
 @pytest.mark.parametrize(
-    "backend, hiding, problem, shown",
+    "backend, hiding, library, problem, shown",
     [
-        ("auto", "import sys; sys.modules['horovod'] = None\n", ("hint", "no_horovod"), "Horovod cannot be used on ranks 0-1"),
-        ("horovod", "import sys; sys.modules['horovod'] = None\n", ("error", "horovod_missing"), "--backend horovod"),
-        ("torch", DEADLY_HOROVOD, None, "--backend torch"),
+        ("auto", HIDDEN_HOROVOD, "mpi", ("hint", "no_horovod"), "Horovod cannot be used on ranks 0-1"),
+        ("horovod", HIDDEN_HOROVOD, "horovod", ("error", "horovod_missing"), "--backend horovod"),
+        ("torch", DEADLY_HOROVOD, "torch", None, "--backend torch"),
     ],
-)  # fmt: skip
-def test_ranks_without_horovod(mpirun, tmp_path, backend, hiding, problem, shown):
+)
+def test_ranks_without_horovod(mpirun, tmp_path, backend, hiding, library, problem, shown):
     program, path = tmp_path / "program.py", tmp_path / "facts.json"
     program.write_text(hiding + COMMAND)
     done = mpirun(2, program, "doctor", "--backend", backend, "--json", path)
     is_error = backend == "horovod"
     assert done.returncode == is_error, done.stderr
     tensors = json.loads(path.read_text())["tensors"]
-    assert tensors["library"] == ("horovod" if is_error else "torch") and shown in tensors["why"]
+    assert tensors["library"] == library and shown in tensors["why"]
     assert [p for p in problems_in(done.stdout) if "horovod" in p[1]] == ([problem] if problem else [])
     if not is_error:
-        assert tensors["transport"] == "Gloo" and "bandwidth of sums (torch.distributed, cpu)" in done.stdout
+        transport, name = {"mpi": ("MPI", "MPI"), "torch": ("Gloo", "torch.distributed")}[library]
+        assert tensors["transport"] == transport and f"bandwidth of sums ({name}, cpu)" in done.stdout
         assert done.stdout.count("right on all ranks") == 3
 
 

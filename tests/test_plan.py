@@ -20,7 +20,7 @@ from hpc_bnn.grid import Grid, grids
 from hpc_bnn.likelihoods import mixtures
 from hpc_bnn.plan import plan
 from hpc_bnn.plan.plan import ALIKE, Machine, Row, choose, describe, make_plan
-from hpc_bnn.plan.simulate import ImaginedComm, ImaginedDataset, LiveMemory, Rehearsal, rehearse, share_of
+from hpc_bnn.plan.simulate import ImaginedDataset, LiveMemory, Rehearsal, imagined_comm, rehearse, share_of
 from hpc_bnn.predictive.evaluation import score_dataset
 from hpc_bnn.run.experiment import Experiment
 from hpc_bnn.run.plotted_examples import shown_examples
@@ -65,7 +65,7 @@ def test_rehearsed_memory_is_that_of_the_real_step(manifest, changes):
     config = make_config(**changes)
     grid = Grid(1, 1, 0)
     rehearsed = rehearse(config, manifest, grid)
-    comm = ImaginedComm(grid, config)  # of one rank: nothing is imagined
+    comm = imagined_comm(grid, config)  # of one rank: nothing is imagined
     with LiveMemory() as memory:
         step, arguments = share_of(config, manifest, comm)
         step(*arguments)  # makes the state of the optimizer
@@ -122,7 +122,7 @@ def test_rehearsed_memory_is_that_of_the_real_evaluation(arguments, sample_size,
     config, manifest = make_evaluated(*arguments)
     grid = Grid(sample_size, sample_size, 0)
     rehearsed = rehearse(config, manifest, grid)
-    comm = ImaginedComm(grid, config, num_gathered=config.num_test_samples)
+    comm = imagined_comm(grid, config, num_gathered=config.num_test_samples)
     with LiveMemory() as memory:
         experiment = Experiment(config, comm, manifest)
         likelihood, begun = experiment.likelihood, memory.live_bytes

@@ -242,9 +242,9 @@ class GridComm:
         for bucket in share_buckets(shares, flats[0].element_size()):
             part = torch.cat([flats[number][s[index].start : s[index].stop] for number, s in bucket])
             part = encode(part, self.compression) if is_compressed else part
-            gathered = self._carry(part, self.tensors.gather, axis)
             lengths = [[len(spans[rank]) for _, spans in bucket] for rank in range(len(shares[0]))]
             sent = [encoded_bytes(sum(n)) if is_compressed else sum(n) for n in lengths]
+            gathered = self._carry(part, self.tensors.gather, axis, sent)
             for rank, content in enumerate(gathered.split(sent)):
                 content = decode(content, self.compression, flats[0].dtype) if is_compressed else content
                 for (number, spans), piece in zip(bucket, content.split(lengths[rank])):

@@ -6,7 +6,7 @@ import atexit
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -92,7 +92,7 @@ class HorovodTensors(TensorTransport):
         # Horovod counts the root by its world rank, in a process set too.
         self._hvd.broadcast_(flat, self._grid.groups[axis][root], process_set=self._sets[axis], name=name)
 
-    def gather(self, tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
+    def gather(self, tensor: torch.Tensor, axis: Axis, lengths: Sequence[int] | None = None) -> torch.Tensor:
         name = f"hpc_bnn.gather.{axis}.{tensor.dtype}.{tuple(tensor.shape[1:])}"
         return self._hvd.allgather(tensor, name=name, process_set=self._sets[axis])
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -58,12 +58,13 @@ class MpiTensors(TensorTransport):
             with _watched(f"a broadcast over {axis}"):
                 self._comms[axis].Bcast(_memory(piece), root)
 
-    def gather(self, tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
+    def gather(self, tensor: torch.Tensor, axis: Axis, lengths: Sequence[int] | None = None) -> torch.Tensor:
         comm, width = self._comms[axis], tensor.shape[1:].numel()
-        with _watched(f"a gather over {axis}"):
-            lengths = comm.allgather(len(tensor))
+        if lengths is None:
+            with _watched(f"a gather over {axis}"):
+                lengths = comm.allgather(len(tensor))
         gathered = tensor.new_empty(sum(lengths), *tensor.shape[1:])
-        parts = gathered.split(lengths)
+        parts = gathered.split(list(lengths))
         rows = max(1, MAX_COUNT // (len(lengths) * width))
         for start in range(0, max(lengths), rows):
             now = [part[start : start + rows] for part in parts]

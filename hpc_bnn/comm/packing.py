@@ -98,5 +98,5 @@ def packed_buckets(tensors: torch.Tensor | Sequence[torch.Tensor]) -> Iterator[l
             if len(group) > 1:
                 torch._foreach_copy_(group, list(bucket.split([p.numel() for p in group])))
         for original, source in zip(originals, sources):
-            if original.data_ptr() != source.data_ptr():
+            if source is not original:
                 original.copy_(source)

@@ -75,21 +75,22 @@ class TorchTensors(TensorTransport):
         # As bytes: Gloo does not know all kinds of integers.
         dist.broadcast(flat.view(torch.uint8), dist.get_process_group_ranks(group)[root], group)
 
-    def gather(self, tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
+    def gather(self, tensor: torch.Tensor, axis: Axis, lengths: Sequence[int] | None = None) -> torch.Tensor:
         """Gather from all ranks as much as the longest has, because the library gathers equal lengths only."""
         size, group = self._grid.extents[axis], self.group(axis)
-        lengths = torch.empty(size, dtype=torch.int64, device=tensor.device)
-        getattr(dist, _GATHER)(lengths, lengths.new_tensor([len(tensor)]), group=group)
-        counts = lengths.tolist()
-        longest = max(counts)
+        if lengths is None:
+            found = torch.empty(size, dtype=torch.int64, device=tensor.device)
+            getattr(dist, _GATHER)(found, found.new_tensor([len(tensor)]), group=group)
+            lengths = found.tolist()
+        longest = max(lengths)
         if longest == 0:
             return tensor
         if len(tensor) < longest:
             tensor = torch.cat([tensor, tensor.new_zeros(longest - len(tensor), *tensor.shape[1:])])
         gathered = tensor.new_empty(size * longest, *tensor.shape[1:])
         getattr(dist, _GATHER)(gathered, tensor, group=group)
-        if min(counts) < longest:
-            gathered = torch.cat([part[:count] for part, count in zip(gathered.split(longest), counts)])
+        if min(lengths) < longest:
+            gathered = torch.cat([part[:count] for part, count in zip(gathered.split(longest), lengths)])
         return gathered
 
     def reduce_scatter(self, rows: torch.Tensor, axis: Axis) -> torch.Tensor:

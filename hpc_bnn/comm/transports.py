@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -59,8 +59,11 @@ class TensorTransport:
         """Overwrite [n] of any dtype with that of the rank with index ``root`` along an axis. Collective over it."""
         raise NotImplementedError
 
-    def gather(self, tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
-        """Return [n, ...] of all ranks of an axis along dim 0; n may differ, and be 0. Collective over the axis."""
+    def gather(self, tensor: torch.Tensor, axis: Axis, lengths: Sequence[int] | None = None) -> torch.Tensor:
+        """Return [n, ...] of all ranks of an axis along dim 0; n may differ, and be 0. Collective over the axis.
+
+        ``lengths`` are the n of all ranks, where they are known.
+        """
         raise NotImplementedError
 
     def reduce_scatter(self, rows: torch.Tensor, axis: Axis) -> torch.Tensor:

@@ -148,7 +148,7 @@ def _try_the_grid(
     verdicts = {axis: "wrong" if axis in wrong else "right on all ranks" for axis in AXES}
     report.section("self-test: sums over each axis", list(verdicts.items()))
     if wrong:
-        another = "--backend torch" if grid_comm.library == "horovod" else "--backend horovod, with mpirun or srun"
+        another = "--backend mpi, with mpirun or srun" if grid_comm.library == "torch" else "--backend torch"
         values = {"another": another}
         return [Problem("self_test_failed", f"{axis}: {seen}", values) for axis, seen in wrong.items()], {}
     times = {}
@@ -163,7 +163,11 @@ def _try_the_grid(
 
 
 def _grid_failed(error: str, carrier: Carrier) -> Problem:
-    debug = {"horovod": "HOROVOD_LOG_LEVEL=debug", "torch": "TORCH_CPP_LOG_LEVEL=INFO and NCCL_DEBUG=INFO"}
+    debug = {
+        "horovod": "HOROVOD_LOG_LEVEL=debug",
+        "torch": "TORCH_CPP_LOG_LEVEL=INFO and NCCL_DEBUG=INFO",
+        "mpi": "the settings of the MPI for debugging (OMPI_MCA_btl_base_verbose=30)",
+    }
     return Problem("grid_failed", error, {"debug": debug[carrier.library]})
 
 

@@ -45,27 +45,27 @@ KINDS = {
     "horovod_missing": error(
         "No Horovod, with --backend horovod",
         "Sums of tensors over several ranks go through it; one process needs none.",
-        "Build it for this torch and MPI with tools/install_horovod.sh, or use --backend torch",
+        "Build it for this torch and MPI with tools/install_horovod.sh, or use --backend mpi or torch",
     ),
     "horovod_broken": error(
         "Horovod cannot be imported, with --backend horovod",
         "It was built for another torch or MPI, or its libraries are not found.",
         "Build it again with tools/install_horovod.sh, with the modules loaded that are loaded in the job, "
-        "or use --backend torch",
+        "or use --backend mpi or torch",
     ),
     "horovod_without_mpi": error(
         "Horovod was built without MPI, with --backend horovod",
         "hpc_bnn starts Horovod on the communicators of MPI.",
-        "Build it with HOROVOD_WITH_MPI=1 (tools/install_horovod.sh), or use --backend torch",
+        "Build it with HOROVOD_WITH_MPI=1 (tools/install_horovod.sh), or use --backend mpi or torch",
     ),
     "horovod_without_process_sets": error(
         "A Horovod without process sets, with --backend horovod",
         "Sums over one axis of the process grid need them; they came with Horovod 0.23.",
-        "Install Horovod 0.28.1 with tools/install_horovod.sh, or use --backend torch",
+        "Install Horovod 0.28.1 with tools/install_horovod.sh, or use --backend mpi or torch",
     ),
-    "horovod_under_torchrun": error(
-        "torchrun, with --backend horovod",
-        "torchrun starts ranks without MPI, which Horovod needs.",
+    "mpi_under_torchrun": error(
+        "torchrun, with --backend horovod or mpi",
+        "torchrun starts ranks without MPI, which both need.",
         "Start with mpirun or srun, or use --backend torch",
     ),
     "distributed_missing": error(
@@ -77,7 +77,7 @@ KINDS = {
         "MPI does not allow several threads",
         "Horovod calls MPI from a thread of its own while mpi4py calls it from another: crashes or hangs.",
         "Use an MPI that gives MPI_THREAD_MULTIPLE, and unset MPI4PY_RC_THREADS and MPI4PY_RC_THREAD_LEVEL; "
-        "or use --backend torch",
+        "or use --backend mpi or torch",
     ),
     "shared_gpu_nccl": error(
         "Two ranks on one GPU, with the NCCL of Horovod",
@@ -141,14 +141,14 @@ KINDS = {
     ),
     "gpu_without_nccl": warning(
         "GPUs, and no NCCL in what carries the tensors",
-        "Tensors go through host memory.",
+        "Tensors go through host memory, except with an MPI that reads the memory of GPUs.",
         "Use --backend torch and a torch that has NCCL, or HOROVOD_GPU_OPERATIONS=NCCL tools/install_horovod.sh",
     ),
     "horovod_unusable": warning(
         "A Horovod that cannot be used",
-        "torch.distributed carries the tensors instead, with the same results to rounding; but someone installed this Horovod to be used.",
+        "Another library carries the tensors instead, with the same results to rounding; but someone installed this Horovod to be used.",
         "Build it again with tools/install_horovod.sh (on GPUs with HOROVOD_GPU_OPERATIONS=NCCL) and the modules of "
-        "the job, or use --backend torch, which does not look for it",
+        "the job, or use --backend mpi or torch, which do not look for it",
     ),
     "second_mpi": warning(
         "A second MPI library beside that of mpi4py",
@@ -192,8 +192,8 @@ KINDS = {
     ),
     "no_horovod": hint(
         "No Horovod is installed",
-        "torch.distributed carries the tensors, with the same results to rounding; which of the two is faster depends on the machine.",
-        "Nothing need be done, and --backend torch says that none is wanted; tools/install_horovod.sh builds one to compare",
+        "The MPI itself carries the tensors (on GPUs torch.distributed), with the same results to rounding.",
+        "Nothing need be done, and --backend mpi or torch says that none is wanted; tools/install_horovod.sh builds one to compare",
     ),
     "batch_step": hint(
         "A job of several tasks, and one process",

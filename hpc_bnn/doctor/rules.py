@@ -71,10 +71,14 @@ TASKS = ("SLURM_NTASKS", "PBS_NP", "LSB_DJOB_NUMPROC")
 
 def _libraries(ranks: Sequence[RankFacts], carrier: Carrier) -> Iterator[Problem]:
     """Check the communication library, and a Horovod that is installed and not used."""
-    if carrier.library == "horovod" and ranks[0].launcher.needs_no_mpi:
-        yield Problem("horovod_under_torchrun", f"torchrun started these ranks ({ranks[0].launcher.signs})")
+    if carrier.library != "torch" and ranks[0].launcher.needs_no_mpi:
+        yield Problem("mpi_under_torchrun", f"torchrun started these ranks ({ranks[0].launcher.signs})")
         return
-    looks = [_horovod_of_rank] if carrier.library == "horovod" else [_distributed_of_rank, _unused_horovod_of_rank]
+    looks = {
+        "horovod": [_horovod_of_rank],
+        "torch": [_distributed_of_rank, _unused_horovod_of_rank],
+        "mpi": [lambda r: ("gpu_without_nccl", "MPI") if r.gpu is not None else None, _unused_horovod_of_rank],
+    }[carrier.library]
     for (code, seen), where in (finding for look in looks for finding in same(ranks, look)):
         yield Problem(code, f"{seen}, on {where}")
 
@@ -103,7 +107,7 @@ def _distributed_of_rank(r: RankFacts) -> tuple[str, str] | None:
 
 def _unused_horovod_of_rank(r: RankFacts) -> tuple[str, str] | None:
     problem = why_no_horovod(r)
-    if problem is None or r.horovod is None or r.distributed.why_not():
+    if problem is None or r.horovod is None:
         return None
     if r.horovod.is_installed:
         return "horovod_unusable", f"Horovod {r.horovod.version}: {problem}"

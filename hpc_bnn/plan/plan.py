@@ -27,7 +27,7 @@ from ..models import MLP
 from ..posteriors import MeanFieldGaussian
 from ..run import connect_grid, read_or_prepare
 from ..training.step import VariationalStep
-from .simulate import ImaginedComm, Rehearsal, fitting_test_samples, rehearse, share_of
+from .simulate import Rehearsal, fitting_test_samples, imagined_comm, rehearse, share_of
 
 logger = logging.getLogger(__name__)
 
@@ -219,7 +219,7 @@ def measure_share(config: Config, manifest: Manifest, grid: Grid, ranks: GridCom
 
     def measure(num_samples: int) -> float:
         fewer = replace(config, num_samples=num_samples)
-        return _measure(fewer, manifest, ImaginedComm(grid, fewer, device), ranks)
+        return _measure(fewer, manifest, imagined_comm(grid, fewer, device), ranks)
 
     if num_chunks <= 3:
         return measure(config.num_samples)

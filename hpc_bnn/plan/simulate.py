@@ -1,7 +1,7 @@
 """Simulate one rank's step and evaluation on fake tensors: memory, FLOPs, collectives.
 
 The step is the real one. Its tensors are torch's fake tensors, which have shapes and no content, so a laptop can
-simulate one of 1,024 ranks with a large network. A `GridComm` whose other ranks do not exist records the messages.
+simulate one of 1,024 ranks with a large network. The other ranks do not exist: a transport records the messages.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from bisect import bisect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from unittest import mock
 
@@ -24,13 +24,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..comm import GridComm
 from ..comm.installed import first_line
-from ..comm.packing import as_list
-from ..comm.timing import Operation
+from ..comm.simulated import Collective, simulated_comm
 from ..config import Config, ModelConfig, PosteriorConfig
 from ..data import Manifest, ShardDataset
 from ..data.dataset import _Scale
 from ..errors import DataError
-from ..grid import Axis, Grid
+from ..grid import Grid
 from ..likelihoods import Likelihood
 from ..likelihoods.mixtures import CHUNK_ELEMENTS
 from ..predictive import block_size, member_outputs, score_dataset
@@ -38,16 +37,6 @@ from ..run import Experiment, shown_examples
 from ..training.optim import optimizer_maker
 from ..training.step import VariationalStep
 from ..training.updaters import DividedUpdater
-
-
-@dataclass(frozen=True)
-class Collective:
-    """A collective of every step."""
-
-    operation: Operation
-    axis: Axis
-    num_bytes: float
-    """Bytes of the whole buffer."""
 
 
 @dataclass(frozen=True)
@@ -85,56 +74,11 @@ class Rehearsal:
         return max(self.peak_bytes, self.evaluation_bytes)
 
 
-class ImaginedComm(GridComm):
-    """Rank 0 of a grid whose other ranks do not exist: it records messages and does not send them.
-
-    Sums are this rank's values, gathered tensors are copies of its own. Local. Where other ranks have fewer rows than
-    this one, ``num_gathered`` is the number of all rows.
-    """
-
-    library = "imagined"
-
-    def __init__(self, grid: Grid, config: Config, device: torch.device | str = "cpu", num_gathered: int | None = None):
-        super().__init__(grid, device, config.grid.reduction, config.grid.compression)
-        self.num_gathered = num_gathered
-        self.collectives: list[Collective] = []
-
-    def sum_(self, tensors, axis="world", *, compressed=False) -> None:
-        for route in self._routes[axis]:
-            self._note("all-reduce", route, tensors, compressed)
-
-    def start_sum_(self, flat, axis="world") -> Callable[[], None]:
-        self._note("all-reduce", axis, flat)
-        return lambda: None
-
-    def max_(self, tensors, axis="world") -> None:
-        self.sum_(tensors, axis)
-
-    def reduce_scatter_(self, tensors, axis, *, compressed=False) -> list[torch.Tensor]:
-        self._note("reduce-scatter", axis, tensors, compressed)
-        flats, shares, index = self._shares_of(tensors, axis)
-        return [flat[s[index].start : s[index].stop] for flat, s in zip(flats, shares)]
-
-    def gather_shares_(self, tensors, axis, *, compressed=False) -> None:
-        self._note("all-gather", axis, tensors, compressed)
-
-    def gather(self, tensor, axis) -> torch.Tensor:
-        if not self._routes[axis]:
-            return tensor
-        num_rows = self.num_gathered or self._extents[axis] * len(tensor)
-        rows = torch.arange(num_rows, device=tensor.device) % max(len(tensor), 1)
-        gathered = tensor.detach()[rows]
-        self._note("all-gather", axis, gathered)
-        return gathered
-
-    def broadcast_(self, tensors, root=0, axis="world") -> None:
-        pass  # at the start only
-
-    def _note(self, operation: Operation, axis: Axis, tensors, compressed: bool = False) -> None:
-        is_half = compressed and self.compression != "none"
-        num_bytes = sum(t.numel() * (2 if is_half else t.element_size()) for t in as_list(tensors))
-        if self._extents[axis] > 1 and num_bytes:
-            self.collectives.append(Collective(operation, axis, num_bytes))
+def imagined_comm(
+    grid: Grid, config: Config, device: torch.device | str = "cpu", num_gathered: int | None = None
+) -> GridComm:
+    """Return rank 0 of a grid as a config wants it (`hpc_bnn.comm.simulated`). Local."""
+    return simulated_comm(grid, config.grid.reduction, config.grid.compression, device, num_gathered)
 
 
 class LiveMemory(TorchDispatchMode):
@@ -193,7 +137,7 @@ def rehearse(config: Config, manifest: Manifest, grid: Grid, *, is_on_gpu: bool 
     DataError
         The network cannot be simulated, because its control flow depends on numbers (it reads the content of a tensor).
     """
-    comm = ImaginedComm(grid, config)
+    comm = imagined_comm(grid, config)
     with _default_dtype(config), FakeTensorMode(), LiveMemory() as memory:
         step, arguments = share_of(config, manifest, comm)
         posterior = step.posterior
@@ -235,7 +179,7 @@ def rehearse(config: Config, manifest: Manifest, grid: Grid, *, is_on_gpu: bool 
         forward_bytes=forward,
         evaluation_bytes=evaluation,
         flops=float(flops.get_total_flops()),
-        collectives=tuple(comm.collectives),
+        collectives=tuple(comm.tensors.collectives),
     )
 
 
@@ -300,7 +244,7 @@ def evaluation_bytes(
     extent = max(2, math.ceil(wanted ** (1 / max(len(places), 1))))
     few_places = tuple(min(place, extent) for place in places)
     config, small = _in_small(config, manifest, few_places)
-    comm = ImaginedComm(grid, config, num_gathered=num_samples)
+    comm = imagined_comm(grid, config, num_gathered=num_samples)
     with _default_dtype(config):
         experiment = Experiment(config, comm, small)
     likelihood = experiment.likelihood

@@ -11,7 +11,7 @@ from hpc_bnn.data.manifest import ArraySpec, ShardFile
 from hpc_bnn.errors import ConfigError
 from hpc_bnn.grid import grids
 from hpc_bnn.plan.plan import plan_here
-from hpc_bnn.plan.simulate import ImaginedComm, rehearse, share_of
+from hpc_bnn.plan.simulate import imagined_comm, rehearse, share_of
 
 ARRAYS = {"x": ArraySpec((6,), "float32"), "y": ArraySpec((2,), "float32")}
 CASES = {
@@ -66,7 +66,7 @@ def test_an_imagined_rank_computes_a_share_as_large_as_a_real_one(sample_size, w
     comm = connect(sample_size, "cpu")
     real, (x, _, batch) = share_of(config, manifest, comm)
     grid = Grid(world.size, sample_size, comm.grid.rank)
-    imagined, (other, _, other_batch) = share_of(config, manifest, ImaginedComm(grid, config))
+    imagined, (other, _, other_batch) = share_of(config, manifest, imagined_comm(grid, config))
     assert (x.shape, batch) == (other.shape, other_batch)
     assert torch.equal(real.posterior.buffer.flat, imagined.posterior.buffer.flat)  # keyed, not broadcast
 

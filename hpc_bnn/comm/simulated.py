@@ -1,0 +1,73 @@
+"""Rank 0 of a grid whose other ranks do not exist."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..config import Compression, Reduction
+from ..grid import Axis, Grid
+from .grid_comm import GridComm
+from .timing import Operation
+from .transports import TensorTransport
+
+
+@dataclass(frozen=True)
+class Collective:
+    """A collective that a rank took part in."""
+
+    operation: Operation
+    axis: Axis
+    num_bytes: int
+    """Bytes of the whole buffer."""
+
+
+class SimulatedTensors(TensorTransport):
+    """Records messages and does not send them: sums are this rank's values, gathered tensors are copies of its own.
+
+    Where the other ranks have fewer rows than this one, ``num_gathered`` is the number of all rows.
+    """
+
+    name = "simulated"
+
+    def __init__(self, grid: Grid, num_gathered: int | None = None):
+        self._grid, self._num_gathered = grid, num_gathered
+        self.collectives: list[Collective] = []
+
+    def reduce_(self, flat: torch.Tensor, axis: Axis, operation: str) -> None:
+        self.collectives.append(Collective("all-reduce", axis, flat.nbytes))
+
+    def start_sum_(self, flat: torch.Tensor, axis: Axis) -> Callable[[], None]:
+        self.reduce_(flat, axis, "sum")
+        return lambda: None
+
+    def broadcast_(self, flat: torch.Tensor, root: int, axis: Axis) -> None:
+        pass  # at the start only
+
+    def gather(self, tensor: torch.Tensor, axis: Axis, lengths: Sequence[int] | None = None) -> torch.Tensor:
+        extent = self._grid.extents[axis]
+        num_rows = sum(lengths) if lengths is not None else self._num_gathered or extent * len(tensor)
+        gathered = tensor[torch.arange(num_rows, device=tensor.device) % max(len(tensor), 1)]
+        self.collectives.append(Collective("all-gather", axis, gathered.nbytes))
+        return gathered
+
+    def reduce_scatter(self, rows: torch.Tensor, axis: Axis) -> torch.Tensor:
+        self.collectives.append(Collective("reduce-scatter", axis, rows.nbytes))
+        return rows[self._grid.indices[axis]]
+
+    def all_to_all(self, flat: torch.Tensor, counts: list[int], axis: Axis) -> torch.Tensor:
+        self.collectives.append(Collective("reduce-scatter", axis, flat.nbytes))  # as many bytes, sent in the same way
+        return flat[: counts[self._grid.indices[axis]]].repeat(len(counts))
+
+
+def simulated_comm(
+    grid: Grid,
+    reduction: Reduction = "axes",
+    compression: Compression = "none",
+    device: torch.device | str = "cpu",
+    num_gathered: int | None = None,
+) -> GridComm:
+    """Return rank 0 of a grid, with a list ``tensors.collectives`` of what it would have sent. Local."""
+    return GridComm(grid, device, reduction, compression, tensors=SimulatedTensors(grid, num_gathered))
