@@ -1,7 +1,7 @@
 """The process grid: rank arithmetic in pure Python.
 
-The ranks of a job form a grid ``sample axis x data axis``. The sample index varies
-fastest, so that with block placement of ranks a sample group sits inside one node:
+The ranks of a job form a grid ``sample axis x data axis``. The sample index varies fastest, so that with block placement
+of ranks a sample group sits inside one node:
 
     rank = data_index * sample_size + sample_index
 
@@ -11,7 +11,7 @@ fastest, so that with block placement of ranks a sample group sits inside one no
                                                          ^
                                                          a data group: same samples, different examples
 
-Nothing here communicates; every function is Local.
+Everything here is Local.
 """
 
 from __future__ import annotations
@@ -26,24 +26,10 @@ Axis = Literal["sample", "data", "world"]
 
 
 def share(count: int, parts: int, part: int) -> range:
-    """Return the contiguous range of ``range(count)`` that one of ``parts`` owners has.
+    """Return the contiguous range of ``range(count)`` that owner number ``part`` of ``parts`` gets.
 
-    The first ``count % parts`` owners have one item more than the others: nothing is
-    padded or dropped. Sixteen samples on three ranks are 6, 5 and 5.
-
-    Parameters
-    ----------
-    count : int
-        Number of items, >= 0.
-    parts : int
-        Number of owners, >= 1.
-    part : int
-        Owner, in ``range(parts)``.
-
-    Returns
-    -------
-    range
-        The items of this owner; may be empty if there are fewer items than owners.
+    The first ``count % parts`` owners get one item more than the others; nothing is padded or dropped. Sixteen samples
+    on three ranks are 6, 5 and 5. With fewer items than owners the last ranges are empty.
     """
     quotient, remainder = divmod(count, parts)
     start = part * quotient + min(part, remainder)
@@ -98,9 +84,8 @@ class Grid:
         assert self.world_size >= 1 and 0 <= self.rank < self.world_size, self
         if self.sample_size < 1 or self.world_size % self.sample_size:
             rule = f"sample_size x data_size must be the number of ranks, and the job has {self.world_size}"
-            remedy = (
-                f"Use one of {', '.join(map(str, sample_sizes(self.world_size)))}, or start another number of ranks"
-            )
+            sizes = ", ".join(map(str, sample_sizes(self.world_size)))
+            remedy = f"Use one of {sizes}, or start another number of ranks"
             raise ConfigError(Fault("grid.sample_size", self.sample_size, rule, remedy))
 
     @property
@@ -112,6 +97,16 @@ class Grid:
     def axes(self) -> tuple[Axis, ...]:
         """The axes, the one whose index varies fastest first; the world is none of them."""
         return "sample", "data"
+
+    @property
+    def sample_index(self) -> int:
+        """Coordinate of this rank on the sample axis."""
+        return self.rank % self.sample_size
+
+    @property
+    def data_index(self) -> int:
+        """Coordinate of this rank on the data axis."""
+        return self.rank // self.sample_size
 
     @property
     def extents(self) -> dict[Axis, int]:
@@ -130,16 +125,6 @@ class Grid:
     def share(self, count: int, axis: Axis) -> range:
         """Return this rank's range of ``count`` items that are divided along an axis (see `share`)."""
         return share(count, self.extents[axis], self.indices[axis])
-
-    @property
-    def sample_index(self) -> int:
-        """Coordinate of this rank on the sample axis."""
-        return self.rank % self.sample_size
-
-    @property
-    def data_index(self) -> int:
-        """Coordinate of this rank on the data axis."""
-        return self.rank // self.sample_size
 
     def sample_group(self, data_index: int | None = None) -> range:
         """World ranks with the same examples, those of ``data_index`` (default: of this rank)."""
@@ -181,22 +166,14 @@ class Grid:
             raise ConfigError(Fault("num_samples", num_samples, rule, remedy))
 
     def check_batch(self, global_batch_size: int, num_examples: int | None = None) -> None:
-        """Raise `ConfigError` unless each data group has an example of a batch.
-
-        Parameters
-        ----------
-        global_batch_size : int
-            Examples of a batch in the whole job.
-        num_examples : int, optional
-            Examples of the training set, if known.
-        """
+        """Raise `ConfigError` unless each data group has an example of a batch, and of the training set if it is known."""
         ranks = f"the {self.data_size} data groups ({self.world_size} ranks, <grid.sample_size> {self.sample_size})"
         remedy = "a larger <grid.sample_size>, or fewer ranks"
         faults = []
         if 0 < global_batch_size < self.data_size:  # below 1 it is a fault of its own
             rule = f"each of {ranks} evaluates one example or more in a step"
-            remedy_of_batch = f"Use <global_batch_size> {self.data_size}, {remedy}"
-            faults.append(Fault("global_batch_size", global_batch_size, rule, remedy_of_batch))
+            of_batch = f"Use <global_batch_size> {self.data_size}, {remedy}"
+            faults.append(Fault("global_batch_size", global_batch_size, rule, of_batch))
         if num_examples is not None and num_examples < self.data_size:
             rule = f"the training set has fewer examples than {ranks}, and each evaluates one or more in a step"
             faults.append(Fault("data.train_split", f"with {num_examples} examples", rule, f"Use {remedy}"))

@@ -3,8 +3,8 @@
 A draw is named by a `Key`. Every rank that needs the noise of sample 7 at step 300 makes the same generator and gets
 the same numbers, on any grid. No global generator is read or advanced anywhere in the package.
 
-The numbers of one key depend on the kind of device (a CPU and a GPU have different generators)
-and on the dtype that is drawn, not on the number of threads.
+The numbers of one key depend on the kind of device (a CPU and a GPU have different generators) and on the dtype that is
+drawn, not on the number of threads. Everything here is Local.
 """
 
 from __future__ import annotations
@@ -62,27 +62,17 @@ def _mix32(x: int) -> int:
 
 @dataclass(frozen=True)
 class Key:
-    """The name of a draw: equal keys have equal numbers on every rank. Local in every method.
-
-    Parameters
-    ----------
-    seed : int
-        Seed of the run.
-    stream : Stream
-        Purpose of the numbers.
-    path : tuple of int
-        Purpose within the stream, such as a layer; at most three words.
-    step : int
-        Optimizer step or epoch.
-    sample : int
-        Global sample index.
-    """
+    """The name of a draw: equal keys have equal numbers on every rank."""
 
     seed: int
+    """Seed of the run."""
     stream: Stream
     path: tuple[int, ...] = ()
+    """Purpose within the stream, such as a layer; at most three words."""
     step: int = 0
+    """Optimizer step or epoch."""
     sample: int = 0
+    """Global sample index."""
 
     def of(self, sample: int) -> Key:
         """Return the key of another sample."""
@@ -98,10 +88,9 @@ class Key:
 
     @contextlib.contextmanager
     def global_generator(self) -> Iterator[None]:
-        """Run code of others that draws from torch's global CPU generator under this key.
+        """Run code that draws from torch's global CPU generator under this key, and put back the generator's state.
 
-        It is for the constructors of modules, which take no generator. The state of the global generator is put back
-        afterwards.
+        It is for the constructors of modules, which take no generator.
         """
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self._derive_seed())
@@ -112,24 +101,10 @@ class Key:
         return derive_seed(seed, *self.path) if self.path else seed
 
     def uniform(self, rows: torch.Tensor, count: int, first: int = 0) -> torch.Tensor:
-        """Return uniform numbers in [0, 1) for many rows at once: a counter-based generator.
+        """Return numbers ``first`` to ``first + count - 1`` of each row [B] int64, uniform in [0, 1): [B, count] float32.
 
         Number j of a row depends on the key and the row alone: not on the other rows, their order, the device or the
         threads. (SplitMix64 of a hash of the key and a counter; 24 random bits each.)
-
-        Parameters
-        ----------
-        rows : Tensor
-            [B] int64, such as global indices of examples.
-        count : int
-            Numbers per row.
-        first : int
-            Skip this number of numbers in each row.
-
-        Returns
-        -------
-        Tensor
-            [B, count] float32 on the device of ``rows``.
         """
         key = self.seed & _MASK64
         for word in (self.stream, self.step, *(self.path or (0,))):
@@ -141,11 +116,11 @@ class Key:
 
 
 def derive_seed(seed: int, stream: int, step: int = 0, index: int = 0) -> int:
-    """Map words to the 32-bit seed of a generator. Local.
+    """Map words to the 32-bit seed of a generator.
 
-    torch's CPU generator keeps only the low 32 bits of its seed, so a key must be hashed into
-    them. For a fixed (seed, stream, step) the map is a bijection of ``index`` below 2^32: the samples of one
-    step can never share their noise. Two keys of different steps coincide with probability 2^-32.
+    torch's CPU generator keeps only the low 32 bits of its seed, so a key must be hashed into them. For a fixed (seed,
+    stream, step) the map is a bijection of ``index`` below 2^32: the samples of one step can never share their noise.
+    Two keys of different steps coincide with probability 2^-32.
     """
     key = _mix64(_mix64(_mix64(seed & _MASK64) ^ stream) ^ step)
     return _mix32(_mix32((index ^ key) & 0xFFFFFFFF) ^ (key >> 32))

@@ -1,7 +1,8 @@
 """Running statistics over the samples of the job, for training and prediction.
 
 Each adds the samples of this rank one after another; the sample group then exchanges it without gradient. Its size
-does not grow with the number of samples.
+does not grow with the number of samples of the job, K. ``add`` is Local; ``exchange`` makes it the statistic of all
+samples, is collective over ``sample_comm``, and does nothing where no example was added.
 """
 
 from __future__ import annotations
@@ -16,58 +17,41 @@ from .comm import GridComm
 __all__ = ["LogMeanExp", "Moments"]
 
 
-class _Reduction:
-    """Base class of the running statistics.
-
-    Parameters
-    ----------
-    num_samples : int
-        Samples in the whole job, K.
-    """
+class LogMeanExp:
+    """Log-mean-exp of l[s, b] over samples: shifted by the largest, so that nothing under- or overflows."""
 
     def __init__(self, num_samples: int):
         self.num_samples = num_samples
+        # [B] each, of the samples added: the largest l, and the sum of exp(l - largest)
+        self._added: tuple[Tensor, Tensor] | None = None
 
     def add(self, statistic: Tensor) -> None:
-        """Add the statistic [c, B, ...] of c samples, without gradient. Local."""
-        raise NotImplementedError
-
-    def exchange(self, comm: GridComm) -> None:
-        """Make it the statistic of all samples of the job. Collective over ``sample_comm``, on a rank with examples."""
-        raise NotImplementedError
-
-
-class LogMeanExp(_Reduction):
-    """Log-sum-exp of l[s, b] over samples: shifted by the largest, so that nothing under- or overflows."""
-
-    _max: Tensor | None = None  # [B] of l over the samples seen
-    _sum: Tensor | None = None  # [B] of exp(l - max)
-
-    def add(self, statistic: Tensor) -> None:
-        if self._max is None:
-            self._max = statistic.new_full(statistic.shape[1:], -math.inf)
-            self._sum = torch.zeros_like(self._max)
+        """Add l [c, B] of c samples."""
+        if self._added is None:
+            nothing = statistic.new_full(statistic.shape[1:], -math.inf)
+            self._added = nothing, torch.zeros_like(nothing)
         if len(statistic) == 0:
             return
-        top = torch.maximum(self._max, statistic.amax(0))
-        shift = _finite(top)
-        self._sum = self._sum * torch.exp(self._max - shift) + torch.exp(statistic - shift).sum(0)
-        self._max = top
+        former, total = self._added
+        largest = torch.maximum(former, statistic.amax(0))
+        shift = _finite(largest)
+        self._added = largest, total * torch.exp(former - shift) + torch.exp(statistic - shift).sum(0)
 
     def exchange(self, comm: GridComm) -> None:
-        if self._max is None:
+        if self._added is None:
             return
-        top = self._max.clone()
-        comm.max_(top, "sample")
-        self._shift = _finite(top)
-        self._sum *= torch.exp(self._max - self._shift)
-        comm.sum_(self._sum, "sample")
-        self._log_sum = self._sum.log()
+        own, total = self._added
+        largest = own.clone()
+        comm.max_(largest, "sample")
+        self._shift = _finite(largest)
+        total = total * torch.exp(own - self._shift)
+        comm.sum_(total, "sample")
+        self._log_sum = total.log()
 
     @property
     def log_mean(self) -> Tensor | None:
-        """[B] log (1/K) sum_s exp l[s, b] of the job (nats); None where no example was taken in."""
-        return None if self._max is None else self._shift + self._log_sum - math.log(self.num_samples)
+        """[B] log (1/K) sum_s exp l[s, b] of the job (nats); None where no example was added."""
+        return None if self._added is None else self._shift + self._log_sum - math.log(self.num_samples)
 
     def responsibilities(self, statistic: Tensor) -> Tensor:
         """Return exp l[s, b] / sum_s exp l[s, b] of some samples, [c, B]. Local."""
@@ -75,53 +59,57 @@ class LogMeanExp(_Reduction):
         return torch.exp((statistic - self._shift) - self._log_sum)
 
 
-def _finite(top: Tensor) -> Tensor:
+def _finite(largest: Tensor) -> Tensor:
     """Return a shift that may be subtracted: a likelihood of exactly 0 under all samples (-inf) stays 0, not NaN."""
-    return torch.where(top.isinf(), 0, top)
+    return torch.where(largest.isinf(), 0, largest)
 
 
-class Moments(_Reduction):
-    """Mean and variances of predictions over samples: statistic [c, B, 2, ...] of mean and variance.
+class Moments:
+    """Mean and variances of predictions over samples.
 
     Attributes
     ----------
     mean, aleatoric, epistemic : Tensor
-        [B, ...] after `exchange`: mean of the predictive; mean over samples of the likelihood's variance; variance
-        over samples of its mean (divided by K). Their sum is the total variance. `mean` is None if no example was
-        added.
+        [B, ...] after ``exchange``: mean of the predictive; mean over samples of the likelihood's variance; variance
+        over samples of its mean (divided by K). `mean` is None where no example was added.
     """
 
     mean: Tensor | None = None
-    _count = 0
-    _mean: Tensor | None = None
-    _square: Tensor | None = None  # sum of squared differences from the mean of the samples seen
-    _variance: Tensor | None = None
+
+    def __init__(self, num_samples: int):
+        self.num_samples = num_samples
+        self._count = 0
+        # [3, B, ...] of the samples added: mean, sum of squared differences from it, sum of the likelihood's variances
+        self._added: Tensor | None = None
 
     def add(self, statistic: Tensor) -> None:
+        """Add mean and variance of the likelihood, [c, B, 2, ...], of c samples."""
         # Chan, Golub, LeVeque, Algorithms for computing the sample variance, 1983
         mean, variance = statistic.unbind(2)
-        if self._mean is None:
-            self._mean, self._square, self._variance = mean.new_zeros(3, *mean.shape[1:]).unbind(0)
+        if self._added is None:
+            self._added = mean.new_zeros(3, *mean.shape[1:])
         if len(mean) == 0:
             return
-        total = self._count + len(mean)
+        running_mean, squares, variances = self._added.unbind(0)
+        count = self._count + len(mean)
         chunk_mean = mean.mean(0)
-        delta = chunk_mean - self._mean
-        self._square += (mean - chunk_mean).square().sum(0)
-        self._square += delta.square() * (self._count * len(mean) / total)
-        self._mean += delta * (len(mean) / total)
-        self._variance += variance.sum(0)
-        self._count = total
+        delta = chunk_mean - running_mean
+        squares += (mean - chunk_mean).square().sum(0)
+        squares += delta.square() * (self._count * len(mean) / count)
+        running_mean += delta * (len(mean) / count)
+        variances += variance.sum(0)
+        self._count = count
 
     def exchange(self, comm: GridComm) -> None:
-        if self._mean is None:
+        if self._added is None:
             return
-        sums = torch.stack([self._mean * (self._count / self.num_samples), self._variance / self.num_samples])
+        own_mean, squares, variances = self._added.unbind(0)
+        sums = torch.stack([own_mean * (self._count / self.num_samples), variances / self.num_samples])
         comm.sum_(sums, "sample")
         self.mean, self.aleatoric = sums.unbind(0)
-        square = self._square + self._count * (self._mean - self.mean).square()
-        comm.sum_(square, "sample")
-        self.epistemic = square / self.num_samples
+        squares = squares + self._count * (own_mean - self.mean).square()
+        comm.sum_(squares, "sample")
+        self.epistemic = squares / self.num_samples
 
     @property
     def total(self) -> Tensor:

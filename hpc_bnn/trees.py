@@ -30,7 +30,7 @@ def map_leaves(tree: Any, kind: type, function: Callable[[Any], Any]) -> Any:
 
 def map_tensors(function: Callable[[Tensor], Tensor], tree: Inputs) -> Inputs:
     """Apply a function to each tensor."""
-    return function(tree) if isinstance(tree, Tensor) else map_leaves(tree, Tensor, function)
+    return map_leaves(tree, Tensor, function)
 
 
 def tensors_of(tree: Inputs) -> list[Tensor]:
@@ -42,7 +42,7 @@ def tensors_of(tree: Inputs) -> list[Tensor]:
 
 def device_of(tree: Inputs) -> torch.device:
     """Return the device of the first tensor."""
-    return tree.device if isinstance(tree, Tensor) else tensors_of(tree)[0].device
+    return tensors_of(tree)[0].device
 
 
 def num_rows(tree: Inputs) -> int:

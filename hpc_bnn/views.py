@@ -33,17 +33,13 @@ class SharedView:
         """Return the inputs [B, ...] of a sample."""
         return self._x
 
-    def part(self, span: slice) -> SharedView:
-        """Return the inputs of some of the examples."""
-        return _Part(self, span)
-
     def parts(self, size: int | None) -> list[tuple[slice, SharedView]]:
         """Return parts of at most ``size`` examples, each with its span; all in one where ``size`` is None."""
         count = len(self)
         if size is None or count <= size:
             return [(slice(0, count), self)]
         spans = [slice(start, min(start + size, count)) for start in range(0, count, size)]
-        return [(span, self.part(span)) for span in spans]
+        return [(span, _Part(self, span)) for span in spans]
 
 
 class _Part(SharedView):

@@ -26,20 +26,18 @@ class Likelihood:
         Extent of dim 1 of the targets (1 if they have no dim 1; for classes, see `Categorical`).
     num_outputs : int
         Extent of dim 1 that the network must have.
-    num_classes : int or None
-        Number of classes if the target is a class.
-    has_density : bool
-        Whether `log_prob` exists.
-    has_variance : bool
-        Whether the variance of the target, given a sample, is positive and finite.
-    is_equivariant : bool
-        Whether the likelihood also holds for shifted and rescaled targets, so the network may get normalised ones.
     """
 
     num_classes: int | None = None
+    """Number of classes if the target is a class."""
     has_density = True
+    """Whether `log_prob` exists."""
     has_variance = True
+    """Whether the variance of the target, given a sample, is positive and finite."""
     is_equivariant = False
+    """Whether the likelihood also holds for shifted and rescaled targets, so the network may get normalised ones."""
+    support = "finite numbers"
+    """Name of the allowed targets, for messages."""
 
     def __init__(self, num_targets: int = 1):
         at_least(1, "Count the targets").check("num_targets", num_targets)
@@ -73,15 +71,12 @@ class Likelihood:
         """Whether `mixture` returns one."""
         return type(self).mixture is not Likelihood.mixture
 
-    support = "finite numbers"
-    """Name of the allowed targets, for messages."""
-
     def fits(self, y: Tensor) -> Tensor:
-        """Return for each element of y whether it is in the support. Local."""
+        """Return for each element of y whether it is in the support."""
         return y.isfinite()
 
     def check_targets(self, y: Tensor) -> None:
-        """Raise `DataError` if a target [B, ...] lies outside the support. Local."""
+        """Raise `DataError` if a target [B, ...] lies outside the support."""
         wrong = ~self.fits(y)
         if wrong.any():
             raise DataError(
@@ -90,19 +85,13 @@ class Likelihood:
             )
 
     def targets(self, y: Tensor, like: Tensor) -> Tensor:
-        """Return y in the shape and dtype of predictions; a silent broadcast would be another model.
-
-        Raises
-        ------
-        ConfigError
-            The targets have another shape than the predictions.
-        """
+        """Return y in the shape and dtype of predictions; `ConfigError` where a broadcast would be another model."""
         y = y.unsqueeze(1) if y.ndim == like.ndim - 1 and like.shape[1] == 1 else y
         if y.shape != like.shape:
             rule = f"the network gives {list(like.shape[1:])} per example, the targets are {list(y.shape[1:])}"
             remedy = f"Let the network have num_outputs = {self.num_outputs} on dim 1"
-            fault = Fault(f"likelihood {type(self).__name__}", f"num_targets {self.num_targets}", rule, remedy)
-            raise ConfigError(fault)
+            field, value = f"likelihood {type(self).__name__}", f"num_targets {self.num_targets}"
+            raise ConfigError(Fault(field, value, rule, remedy))
         return y.to(like.dtype)
 
 

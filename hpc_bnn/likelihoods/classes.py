@@ -13,13 +13,7 @@ __all__ = ["Bernoulli", "Categorical"]
 
 
 class Categorical(Likelihood):
-    """Classes with softmax probabilities; one class per example or per point of a field.
-
-    Parameters
-    ----------
-    num_classes : int
-        Number of classes, C.
-    """
+    """C = ``num_classes`` classes with softmax probabilities; one class per example or per point of a field."""
 
     num_classes: int
     has_variance = False  # a class is no number
@@ -30,7 +24,7 @@ class Categorical(Likelihood):
         self.support = f"classes 0 to {num_classes - 1}, or their probabilities"
 
     def fits(self, y: Tensor) -> Tensor:
-        return (y >= 0) & (y <= (1 if y.is_floating_point() else self.num_classes - 1))
+        return (y >= 0) & (y <= (1 if y.is_floating_point() else self.num_outputs - 1))
 
     def log_prob(self, outputs: Tensor, y: Tensor) -> Tensor:
         """Return log p(y | outputs), [B], from logits [B, C, ...] and classes [B, ...] of a whole-number dtype.

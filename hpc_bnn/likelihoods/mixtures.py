@@ -15,32 +15,22 @@ from torch import Tensor
 
 
 class Mixture:
-    """Equal mixture of K distributions for each target.
-
-    Parameters
-    ----------
-    components : Tensor
-        [K, n, targets, ...] each: parameters of the distributions.
-    """
+    """Equal mixture of K distributions for each target, from their parameters, [K, n, targets, ...] each."""
 
     def __init__(self, *components: Tensor):
         self.components = components
+        self.num_components = len(components[0])
 
     def _of(self, *components: Tensor) -> Mixture:
         """Return a mixture of the same kind."""
         return type(self)(*components)
-
-    @property
-    def num_components(self) -> int:
-        """Number of components, K."""
-        return len(self.components[0])
 
     def rows(self, start: int, stop: int) -> Mixture:
         """Return the mixture of some examples."""
         return self._of(*(component[:, start:stop] for component in self.components))
 
     def in_units(self, mean: Tensor, std: Tensor) -> Mixture:
-        """Return the mixture of ``std * y + mean``; they broadcast to [n, targets, ...]."""
+        """Return the mixture of ``std * y + mean``, where they broadcast to [n, targets, ...]."""
         raise NotImplementedError(f"{type(self).__name__} does not hold for shifted and rescaled targets")
 
     def cdf(self, z: Tensor) -> Tensor:
@@ -50,8 +40,8 @@ class Mixture:
     def pit(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """Return the ends of the interval on which the probability integral transform of y is uniform.
 
-        For a continuous distribution both are P(Y <= y). With steps they are P(Y < y) and P(Y <= y): the
-        nonrandomised PIT (Czado, Gneiting, Held, Predictive model assessment for count data, 2009).
+        They are P(Y < y) and P(Y <= y), the nonrandomised PIT (Czado, Gneiting, Held, Predictive model assessment for
+        count data, 2009): the same for a continuous distribution.
         """
         value = self.cdf(y)
         return value, value
@@ -63,9 +53,8 @@ class Mixture:
     def crps(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """Return the CRPS of the mixture and the fair CRPS, [n, targets, ...] (units of y).
 
-        The first scores the K components as they are, ``E|Y - y| - E|Y - Y'| / 2`` (Gneiting and Raftery, 2007). In
-        the fair one Y and Y' never are of the same component, so that its expectation does not depend on K (Ferro,
-        2014); it is NaN for K = 1.
+        The first is ``E|Y - y| - E|Y - Y'| / 2`` (Gneiting and Raftery, 2007). In the fair one Y and Y' never are of the
+        same component, so that its expectation does not depend on K (Ferro, 2014); it is NaN for K = 1.
         """
         distance, pairs, own_pairs = self._by_chunks(lambda part, y: part._distances(y), y)
         count = self.num_components
@@ -74,15 +63,15 @@ class Mixture:
 
     def _by_chunks(self, function: Callable[..., tuple[Tensor, ...]], *fields: Tensor) -> tuple[Tensor, ...]:
         """Apply a function to blocks of the targets, so that its additional memory is bounded."""
-        shape = self.components[0].shape[1:]
+        shape, size = self.components[0].shape[1:], CHUNK_ELEMENTS["cuda" if self.components[0].is_cuda else "cpu"]
         flat = [component.flatten(1) for component in self.components]
-        fields = tuple(field.expand(shape).flatten() for field in fields)
-        size = CHUNK_ELEMENTS["cuda" if flat[0].is_cuda else "cpu"] // self.num_components
-        parts = [
-            function(self._of(*chunk[: len(flat)]), *(field[0] for field in chunk[len(flat) :]))
-            for chunk in zip(*(t.split(max(size, 1), dim=-1) for t in (*flat, *(f[None] for f in fields))))
+        flat += [field.expand(shape).flatten()[None] for field in fields]
+        num = len(self.components)
+        blocks = [
+            function(self._of(*block[:num]), *(field[0] for field in block[num:]))
+            for block in zip(*(tensor.split(max(size // self.num_components, 1), dim=1) for tensor in flat))
         ]
-        return tuple(torch.cat(columns).view(shape) for columns in zip(*parts))
+        return tuple(torch.cat(columns).view(shape) for columns in zip(*blocks))
 
     def _quantile(self, level: float) -> Tensor:
         raise NotImplementedError
@@ -168,6 +157,11 @@ def _mean_distance(mean: Tensor, std: Tensor) -> Tensor:
     return std * (math.sqrt(2 / math.pi) * torch.exp(-0.5 * z.square())) + mean * torch.special.erf(z / math.sqrt(2))
 
 
+def student_t_log_norm(df: float) -> float:
+    """Return the log density of the standard Student-t distribution at 0 (nats)."""
+    return math.lgamma((df + 1) / 2) - math.lgamma(df / 2) - 0.5 * math.log(df * math.pi)
+
+
 class StudentTMixture(GaussianMixture):
     """Components of a location and a scale, with ``df`` degrees of freedom."""
 
@@ -189,19 +183,14 @@ class StudentTMixture(GaussianMixture):
         return float(stdtrit(self.df, level))
 
     def _distances(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the distances of `Mixture._distances`.
-
-        E|Y_i - y| and E|Y_i - Y_i'| in closed form (Jordan, Krueger, Lerch, Evaluating probabilistic forecasts with
-        scoringRules, 2019); for the pairs the integral of 2 F (1 - F), by sinh-sinh quadrature (Takahasi and Mori,
-        1974).
-        """
+        # E|Y_i - y| and E|Y_i - Y_i'| in closed form (Jordan, Krueger, Lerch, Evaluating probabilistic forecasts with
+        # scoringRules, 2019); for the pairs the integral of 2 F (1 - F), by sinh-sinh quadrature (Takahasi and Mori, 1974)
         df, (loc, scale) = self.df, self.components
         if df <= 1:
             infinite = torch.full_like(y, math.inf)
             return infinite, torch.zeros_like(y), torch.zeros_like(y)
-        log_norm = math.lgamma((df + 1) / 2) - math.lgamma(df / 2) - 0.5 * math.log(df * math.pi)
         z = (y - loc) / scale
-        density = torch.exp(log_norm - (df + 1) / 2 * torch.log1p(z.square() / df))
+        density = torch.exp(student_t_log_norm(df) - (df + 1) / 2 * torch.log1p(z.square() / df))
         distance = z * (2 * self._standard_cdf(z) - 1) + 2 * density * (df + z.square()) / (df - 1)
         log_beta = [math.lgamma(0.5) + math.lgamma(b) - math.lgamma(b + 0.5) for b in (df - 0.5, df / 2)]
         own = 4 * math.sqrt(df) / (df - 1) * math.exp(log_beta[0] - 2 * log_beta[1]) * scale.sum(0)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..config import LikelihoodScale, check_field
 from ..errors import ConfigError, Fault
 from .base import Likelihood, sum_targets
-from .mixtures import GaussianMixture, Members, Mixture, PoissonMixture, StudentTMixture
+from .mixtures import GaussianMixture, Members, Mixture, PoissonMixture, StudentTMixture, student_t_log_norm
 
 __all__ = ["Gaussian", "Implicit", "LearnedScale", "LocationScale", "Poisson", "StudentT"]
 
@@ -63,18 +63,16 @@ class LocationScale(Likelihood):
         check_field("likelihood.init_scale", init_scale)
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        if self.scale != "learned":
-            return module
-        return LearnedScale(module, self.num_targets, self.init_scale)
+        return LearnedScale(module, self.num_targets, self.init_scale) if self.scale == "learned" else module
 
     def _split(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Return locations and logarithms of the scales, alike in shape."""
+        """Return locations and logarithms of the scales, [B, num_targets, ...] both."""
         if isinstance(self.scale, str):
             if outputs.shape[1] != 2 * self.num_targets:
                 remedy = "Wrap the network with likelihood.wrap" if self.scale == "learned" else "Widen it"
                 rule = f"needs {2 * self.num_targets} outputs on dim 1, and there are {outputs.shape[1]}"
                 raise ConfigError(Fault("likelihood.scale", self.scale, rule, remedy))
-            return outputs.split(self.num_targets, dim=1)
+            return outputs[:, : self.num_targets], outputs[:, self.num_targets :]
         return outputs, torch.full_like(outputs, math.log(self.scale))
 
     def mean(self, outputs: Tensor) -> Tensor:
@@ -124,8 +122,7 @@ class StudentT(LocationScale):
         loc, log_scale = self._split(outputs)
         df = self.df
         z = (self.targets(y, loc) - loc) * torch.exp(-log_scale)
-        constant = math.lgamma((df + 1) / 2) - math.lgamma(df / 2) - 0.5 * math.log(df * math.pi)
-        return sum_targets(constant - log_scale - (df + 1) / 2 * torch.log1p(z.square() / df))
+        return sum_targets(student_t_log_norm(df) - log_scale - (df + 1) / 2 * torch.log1p(z.square() / df))
 
     def variance(self, outputs: Tensor) -> Tensor:
         factor = self.df / (self.df - 2) if self.has_variance else math.inf
@@ -145,9 +142,8 @@ class Implicit(Likelihood):
     is_equivariant = True
 
     def log_prob(self, outputs: Tensor, y: Tensor) -> Tensor:
-        raise ConfigError(
-            Fault("likelihood.name", "implicit", "it has no density", "Use gaussian, or the objective crps")
-        )
+        remedy = "Use gaussian, or the objective crps"
+        raise ConfigError(Fault("likelihood.name", "implicit", "it has no density", remedy))
 
     def mean(self, outputs: Tensor) -> Tensor:
         return outputs
@@ -160,18 +156,9 @@ class Implicit(Likelihood):
 
 
 class LearnedScale(nn.Module):
-    """A network with one learned scale per target, the same for all inputs.
+    """A network that gives [B, num_targets, ...], with one learned scale per target, the same for all inputs.
 
     The scale is a point weight with every posterior (maximum likelihood of the second kind).
-
-    Parameters
-    ----------
-    network : nn.Module
-        Gives [B, num_targets, ...].
-    num_targets : int
-        Number of scales.
-    init_scale : float
-        Initial value of the scales (units of y).
     """
 
     point_parameters = ("log_scale",)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .vit import Block
+
 
 class Swin(nn.Module):
     """U-shaped SWIN transformer from fields to fields, periodic in longitude or of a region.
@@ -69,23 +71,19 @@ class Swin(nn.Module):
             raise ValueError(f"Swin: the targets have places {tuple(places)}, the inputs {(rows, columns)}")
         if len(heads) != len(depths) or any((dim << i) % h for i, h in enumerate(heads)):
             raise ValueError(f"Swin: heads={tuple(heads)} must divide dim={dim}, doubled from stage to stage")
-        coarsest = patch << (len(depths) - 1)
-        if is_periodic and columns % (coarsest * window[1]):
-            raise ValueError(
-                f"Swin: {columns} longitudes must be a multiple of patch * window[1] * 2 ** (stages - 1) = {coarsest * window[1]}"
-            )
+        down, right = (side * (patch << (len(depths) - 1)) for side in window)  # a window of the coarsest stage
+        if is_periodic and columns % right:
+            rule = f"must be a multiple of patch * window[1] * 2 ** (stages - 1) = {right}"
+            raise ValueError(f"Swin: {columns} longitudes {rule}")
         self.patch = patch
         self.shape = (rows, columns)
-        self.padding = (-rows % (coarsest * window[0]), -columns % (coarsest * window[1]))
+        self.padding = (-rows % down, -columns % right)
         size = ((rows + self.padding[0]) // patch, (columns + self.padding[1]) // patch)
 
         def stage(index: int) -> nn.Sequential:
-            here = (size[0] >> index, size[1] >> index)
-            blocks = (
-                SwinBlock(dim << index, heads[index], here, tuple(window), bool(i % 2), is_periodic, mlp_ratio, dropout)
-                for i in range(depths[index])
-            )
-            return nn.Sequential(*blocks)
+            here, width = (size[0] >> index, size[1] >> index), dim << index
+            same = (width, heads[index], int(mlp_ratio * width), dropout, here, window, is_periodic)
+            return nn.Sequential(*(SwinBlock(*same, is_shifted=bool(i % 2)) for i in range(depths[index])))
 
         stages = range(len(depths))
         self.embed = nn.Linear(channels * patch * patch, dim)
@@ -98,13 +96,11 @@ class Swin(nn.Module):
         self.head = nn.Linear(dim, num_outputs * patch * patch)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, channels, rows, columns] -> [B, num_outputs, rows, columns]
-        patch = self.patch
         for dim, count in zip((2, 3), self.padding):
             if count:
                 edge = x.narrow(dim, x.shape[dim] - 1, 1)
                 x = torch.cat([x, edge.repeat_interleave(count, dim)], dim)
-        x = x.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # [B, C, H, p, W, p]
-        x = self.embed(x.permute(0, 2, 4, 1, 3, 5).flatten(3))  # [B, H, W, dim]
+        x = self.embed(F.pixel_unshuffle(x, self.patch).movedim(1, -1))  # [B, H, W, dim]
         skips = []
         for stage, merge in itertools.zip_longest(self.down, self.merge):
             x = stage(x)
@@ -114,60 +110,54 @@ class Swin(nn.Module):
         for index in reversed(range(len(self.up))):
             x = self.fuse[index](torch.cat([self.expand[index](x), skips[index]], dim=-1))
             x = self.up[index](x)
-        x = self.head(self.norm(x)).unflatten(3, (-1, patch, patch))  # [B, H, W, outputs, p, p]
-        x = x.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+        x = F.pixel_shuffle(self.head(self.norm(x)).movedim(-1, 1), self.patch)
         return x[:, :, : self.shape[0], : self.shape[1]]
 
 
-class SwinBlock(nn.Module):
+class SwinBlock(Block):
     """Pre-norm block with attention within windows of [B, H, W, dim]."""
+
+    _offsets: Tensor
+    _mask: Tensor | None
 
     def __init__(
         self,
         dim: int,
         heads: int,
-        size: tuple[int, int],
-        window: tuple[int, int],
-        is_shifted: bool,
-        is_periodic: bool,
-        mlp_ratio: float,
+        mlp_dim: int,
         dropout: float,
+        size: tuple[int, int],
+        window: Sequence[int],
+        is_periodic: bool,
+        is_shifted: bool,
     ):
-        super().__init__()
-        self.heads, self.window = heads, window
+        super().__init__(dim, heads, mlp_dim, dropout)
+        height, width = self.window = tuple(window)
         # A window that spans an axis has nothing to shift there
         self.shift = tuple(w // 2 if is_shifted and w < s else 0 for w, s in zip(window, size))
-        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
-        hidden = int(mlp_ratio * dim)
-        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
-        self.dropout1, self.dropout2 = nn.Dropout(dropout), nn.Dropout(dropout)
-        height, width = window
         self.position_bias = nn.Parameter(0.02 * torch.randn((2 * height - 1) * (2 * width - 1), heads))
         self.register_buffer("_offsets", _offsets(height, width), persistent=False)
         self.register_buffer("_mask", self._edge_mask(size, is_periodic), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.dropout1(self._attend(self.norm1(x)))
-        return x + self.dropout2(self.mlp(self.norm2(x)))
-
-    def _attend(self, x: Tensor) -> Tensor:
+    def attend(self, x: Tensor) -> Tensor:
+        """Return the attention of the tokens of each window to each other."""
         (height, width), shift = self.window, self.shift
         if any(shift):
             x = x.roll((-shift[0], -shift[1]), (1, 2))
         windows = x.unflatten(2, (-1, width)).unflatten(1, (-1, height))  # [B, rows, h, columns, w, dim]
         form = windows.shape
         windows = windows.transpose(2, 3).flatten(3, 4)  # [B, rows, columns, h w, dim]
-        q, k, v = self.qkv(windows).unflatten(-1, (3, self.heads, -1)).movedim(-3, 0).transpose(-3, -2)
         bias = self.position_bias[self._offsets].movedim(-1, 0)  # [heads, h w, h w]
         if self._mask is not None:
             bias = bias + self._mask.to(bias.dtype)  # [rows, columns or 1, heads, h w, h w]
-        attended = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=bias
-        )  # [B, rows, columns, heads, h w, dim / heads]
-        attended = self.proj(attended.transpose(-3, -2).flatten(-2))
-        x = attended.unflatten(3, (height, width)).transpose(2, 3).reshape(form).flatten(3, 4).flatten(1, 2)
+        x = (
+            self.attention(windows, bias)
+            .unflatten(3, (height, width))
+            .transpose(2, 3)
+            .reshape(form)
+            .flatten(3, 4)
+            .flatten(1, 2)
+        )
         return x.roll(shift, (1, 2)) if any(shift) else x
 
     def _edge_mask(self, size: tuple[int, int], is_periodic: bool) -> Tensor | None:
