@@ -28,18 +28,10 @@ from .manifest import Manifest
 
 
 class ExampleRandom:
-    """Random numbers of the examples of a batch, for one transform of one view.
+    """Random numbers of ``examples``, the global indices [B] of a batch, for one transform of one view.
 
-    Each call returns new numbers; those of an example do not depend on the other examples of the batch.
-
-    Parameters
-    ----------
-    seed, epoch : int
-        Key.
-    examples : Tensor
-        [B] global indices of the examples.
-    view, transform : int
-        Key: number of the view, and position of the transform in the list.
+    Each call returns new numbers; those of an example do not depend on the other examples of the batch. The key holds
+    the number of the view, and the position of the transform in the list.
     """
 
     def __init__(self, seed: int, epoch: int, examples: Tensor, view: int, transform: int):
@@ -49,10 +41,9 @@ class ExampleRandom:
 
     def uniform(self, *shape: int) -> Tensor:
         """Return numbers [B, *shape] in [0, 1)."""
-        num = math.prod(shape)
-        numbers = self._key.uniform(self._examples, num, first=self._num_drawn)
+        num, first = math.prod(shape), self._num_drawn
         self._num_drawn += num
-        return numbers.view(-1, *shape)
+        return self._key.uniform(self._examples, num, first).view(-1, *shape)
 
     def normal(self, *shape: int) -> Tensor:
         """Return standard normal numbers [B, *shape] (Box and Muller, 1958)."""
@@ -97,21 +88,14 @@ class Flip:
         self.probability = _probability(probability)
 
     def __call__(self, x: Tensor, random: ExampleRandom) -> Tensor:
-        chosen = random.uniform(1) < self.probability
-        return torch.where(chosen.view(-1, *(1,) * (x.ndim - 1)), x.flip(-1), x)
+        return torch.where(_along(x, random.uniform(1) < self.probability), x.flip(-1), x)
 
 
 class Erase:
     """Set a rectangle of an image [C, H, W] to 0 with some probability (Zhong et al., 2017).
 
-    Parameters
-    ----------
-    probability : float
-        Of a rectangle.
-    min_area, max_area : float
-        Bounds of its area, as fractions of the image.
-    max_aspect : float
-        Largest ratio of its height to its width, and of its width to its height.
+    The bounds of its area are fractions of the image; ``max_aspect`` is the largest ratio of its height to its width,
+    and of its width to its height.
     """
 
     num_dims = 3
@@ -131,20 +115,14 @@ class Erase:
         height, width = x.shape[-2:]
         rows = _stretch(height, (area.sqrt() * root * height).round(), u[:, 2])
         columns = _stretch(width, (area.sqrt() / root * width).round(), u[:, 3])
-        chosen = u[:, 4] < self.probability
-        inside = rows[:, None, :, None] & columns[:, None, None, :] & chosen[:, None, None, None]
-        return x.masked_fill(inside, 0)
+        chosen = _along(x, u[:, 4] < self.probability)
+        return x.masked_fill(rows[:, None, :, None] & columns[:, None, None, :] & chosen, 0)
 
 
 class Mask:
     """Set a stretch of a series [C, length] to 0 in all channels, with some probability.
 
-    Parameters
-    ----------
-    probability : float
-        Of a stretch.
-    max_share : float
-        Its length is uniform up to this fraction of the series.
+    Its length is uniform up to ``max_share`` of the series.
     """
 
     num_dims = 2
@@ -154,27 +132,26 @@ class Mask:
 
     def __call__(self, x: Tensor, random: ExampleRandom) -> Tensor:
         u = random.uniform(3)
-        within = _stretch(x.shape[-1], (u[:, 0] * self.max_share * x.shape[-1]).ceil(), u[:, 1])
-        within &= (u[:, 2] < self.probability)[:, None]
-        return x.masked_fill(within.view(len(x), *(1,) * (x.ndim - 2), -1), 0)
+        inside = _stretch(x.shape[-1], (u[:, 0] * self.max_share * x.shape[-1]).ceil(), u[:, 1])
+        inside &= (u[:, 2] < self.probability)[:, None]
+        return x.masked_fill(inside.view(len(x), *(1,) * (x.ndim - 2), -1), 0)
 
 
-def _stretch(extent: int, length: Tensor, place: Tensor) -> Tensor:
-    """Return which of ``extent`` positions lie in a stretch of a length [B], at a place [B] in [0, 1): [B, extent]."""
+def _along(x: Tensor, values: Tensor) -> Tensor:
+    """Return one value per example, [B] or [B, 1], in a shape that broadcasts over x [B, ...]."""
+    return values.view(-1, *(1,) * (x.ndim - 1))
+
+
+def _stretch(extent: int, length: Tensor, u: Tensor) -> Tensor:
+    """Return which of ``extent`` positions lie in a stretch of a length [B] that u [B] in [0, 1) places: [B, extent]."""
     length = length.clamp(1, extent)
-    start = (place * (extent - length + 1)).floor()
+    start = (u * (extent - length + 1)).floor()
     positions = torch.arange(extent, device=length.device)
     return (positions >= start[:, None]) & (positions < (start + length)[:, None])
 
 
 class Noise:
-    """Add normal noise: jitter for series, perturbation for fields.
-
-    Parameters
-    ----------
-    std : float
-        In standard deviations of a channel over the training split.
-    """
+    """Add normal noise, with ``std`` in standard deviations of a channel over the training split."""
 
     def __init__(self, std: float = 0.05):
         _check("std", std, 0 < std < math.inf, "positive and finite", "Try 0.05")
@@ -204,10 +181,10 @@ class Mixup:
     def weights(self, random: ExampleRandom) -> Tensor:
         """Return w [B], float64."""
         u, side = random.uniform(2).double().unbind(1)
-        place = u * (len(self._table) - 1)
-        below = place.long().clamp(max=len(self._table) - 2)
         table = self._table.to(u.device)
-        w = torch.lerp(table[below], table[below + 1], place - below)
+        position = u * (len(table) - 1)
+        below = position.long().clamp(max=len(table) - 2)
+        w = torch.lerp(table[below], table[below + 1], position - below)
         return torch.where(side < 0.5, w, 1 - w)
 
     def mix(self, batch: Batch, random: ExampleRandom, num_classes: int | None) -> tuple[Tensor, Tensor]:
@@ -216,16 +193,13 @@ class Mixup:
             rule = "it needs the mirrored examples of a batch, and for classes their number"
             remedy = "Give BatchLoader with_partners=True, and Augmentation num_classes"
             raise ConfigError(Fault("mixup", f"targets {batch.y.dtype}", rule, remedy))
-        other_x, other_y = batch.partners
-        y = batch.y
+        x, (other_x, other_y) = batch.x, batch.partners
+        targets = (batch.y, other_y)
         if num_classes is not None:
-            y, other_y = (F.one_hot(t.long(), num_classes).to(batch.x.dtype) for t in (y, other_y))
-        w = self.weights(random)
-
-        def mixed(a: Tensor, b: Tensor) -> Tensor:
-            return torch.lerp(b, a, w.to(a.dtype).view(-1, *(1,) * (a.ndim - 1)))
-
-        return mixed(batch.x, other_x), mixed(y.to(batch.x.dtype), other_y.to(batch.x.dtype))
+            targets = (F.one_hot(y.long(), num_classes) for y in targets)
+        y, other_y = (y.to(x.dtype) for y in targets)
+        w = self.weights(random).to(x.dtype)
+        return torch.lerp(other_x, x, _along(x, w)), torch.lerp(other_y, y, _along(y, w))
 
 
 TRANSFORMS: dict[str, type] = {kind.__name__.lower(): kind for kind in (Crop, Flip, Erase, Mask, Noise, Mixup)}
@@ -243,10 +217,8 @@ class Augmentation:
         Transforms in order: functions ``transform(x, random)``; a `Mixup` acts on the batch before all others.
     kind : {"per_sample", "per_group", "shared"}
         Which samples get the same view.
-    num_samples : int
-        Samples per step in the whole job, K.
-    num_groups : int
-        Groups of samples with one view each, with ``per_group``.
+    num_samples, num_groups : int
+        Samples per step in the whole job, K, and groups of them with one view each, with ``per_group``.
     seed : int
         Key.
     num_classes : int, optional
@@ -281,18 +253,18 @@ class Augmentation:
     def __call__(self, batch: Batch, epoch: int) -> tuple[Views, Tensor]:
         """Return the views of a batch, and its targets."""
         x, y = batch.x, batch.y
-        for place, mixup in self._mixups:
-            random = ExampleRandom(self.seed, epoch, batch.examples, 0, place)
+        for position, mixup in self._mixups:
+            random = ExampleRandom(self.seed, epoch, batch.examples, 0, position)
             x, y = mixup.mix(batch, random, self.num_classes)
 
         def make(inputs: Tensor, view: int) -> Tensor:
             x, version = inputs, inputs._version
-            for place, transform in self._transforms:
+            for position, transform in self._transforms:
                 before = x
-                x = transform(before, ExampleRandom(self.seed, epoch, batch.examples, view, place))
+                x = transform(before, ExampleRandom(self.seed, epoch, batch.examples, view, position))
                 rule = None
                 if inputs._version != version:
-                    rule, remedy = ("it changes its inputs in place, which other samples see, too", "Return new ones")
+                    rule, remedy = "it changes its inputs in place, which other samples see, too", "Return new ones"
                 elif not isinstance(x, Tensor):
                     rule, remedy = f"it returns {type(x).__name__}", "Return a tensor"
                 elif (x.shape, x.dtype) != (before.shape, before.dtype):
@@ -311,23 +283,21 @@ def build_augmentation(
 ) -> Augmentation | None:
     """Return the augmentation of a config for a data set, None if it has no transforms. Local.
 
-    Raises
-    ------
-    ConfigError
-        A transform is unknown, refuses its arguments, or does not suit the data.
+    `ConfigError` where a transform is unknown, refuses its arguments, or does not suit the data.
     """
     transforms = [_build_transform(dict(entry)) for entry in config.transforms]
     if not transforms:
         return None
     x, y = manifest.arrays["x"].shape, manifest.arrays["y"].shape
     for transform in transforms:
-        name, num_dims = type(transform).__name__.lower(), getattr(transform, "num_dims", len(x))
-        kind = {2: "series [channels, length]", 3: "images [channels, height, width]"}.get(num_dims)
+        num_dims, rule = getattr(transform, "num_dims", len(x)), None
         if num_dims != len(x):
+            kind = {2: "series [channels, length]", 3: "images [channels, height, width]"}.get(num_dims)
             rule = f"it is for {kind}, and an input is {list(x)}"
-            raise ConfigError(Fault("augmentation.transforms", name, rule, "Leave it out"))
-        if getattr(transform, "moves", False) and len(y) > 1:
+        elif getattr(transform, "moves", False) and len(y) > 1:
             rule = f"it would move the inputs {list(x)} and not the targets {list(y)}"
+        if rule:
+            name = type(transform).__name__.lower()
             raise ConfigError(Fault("augmentation.transforms", name, rule, "Leave it out"))
     return Augmentation(
         transforms,
@@ -352,9 +322,8 @@ def _build_transform(entry: dict[str, Any]) -> Transform | Mixup:
     except ConfigError:
         raise
     except (TypeError, ValueError) as error:
-        rule = f"it refuses them ({error})"
-        remedy = "Fix the arguments"
-        raise ConfigError(Fault("augmentation.transforms", {"name": name, **entry}, rule, remedy)) from error
+        rule, value = f"it refuses them ({error})", {"name": name, **entry}
+        raise ConfigError(Fault("augmentation.transforms", value, rule, "Fix the arguments")) from error
 
 
 def _check(name: str, value: object, fits: bool, rule: str, remedy: str) -> None:

@@ -26,14 +26,10 @@ class ShardDataset:
 
     Parameters
     ----------
-    directory : path
-        Shard directory.
-    split : str
-        Name of the split.
-    device : torch.device
-        Device of the examples.
-    dtype : torch.dtype
-        Floating-point dtype of the inputs, and of targets that are numbers.
+    directory, split : path, str
+        Shard directory, and name of the split.
+    device, dtype : torch.device, torch.dtype
+        Device of the examples; floating-point dtype of the inputs, and of targets that are numbers.
     comm : GridComm, optional
         The ranks that read together; construction is then collective over the world.
     reading : {"auto", "node", "group", "rank"}
@@ -42,20 +38,14 @@ class ShardDataset:
         - ``node``: the ranks of a node read the split into memory that they share, each file once.
         - ``group``: the first rank of a sample group reads the examples of a batch, the others receive them over
           ``sample_comm``; `fetch` is then collective over it.
-        - ``rank``: each rank reads the examples of its batches from the files. - ``auto``: ``node`` if the split
-        takes at most half of the free memory on each node; otherwise ``group``, or ``rank`` if a sample group is one
-        rank.
+        - ``rank``: each rank reads the examples of its batches from the files.
+        - ``auto``: ``node`` if the split takes at most half of the free memory on each node; otherwise ``group``, or
+          ``rank`` if a sample group is one rank.
     normalises_targets : bool
         Whether targets get mean 0 and standard deviation 1, if the manifest has their statistics.
     scaling : Manifest, optional
         Manifest whose statistics are used for normalisation (default: that of this directory). For a trained network
         pass the manifest of its training data.
-
-    Attributes
-    ----------
-    manifest : Manifest
-    reading : str
-        The reading that is used, never "auto".
 
     Raises
     ------
@@ -86,6 +76,7 @@ class ShardDataset:
         self.manifest: Manifest = self._files.manifest
         self.device, self.dtype = torch.device(device), dtype
         self.reading = self._choose(reading)
+        """The reading that is used, never "auto"."""
         self._memory = self._read_into_memory() if self.reading == "node" else None
         scaling = scaling or self.manifest
         self._x_scale = _Scale(scaling, "x", self.device, dtype)
@@ -103,11 +94,7 @@ class ShardDataset:
     @property
     def num_bytes(self) -> int:
         """Bytes of the examples of the split, as they are stored."""
-        return len(self) * self._bytes_per_example
-
-    @property
-    def _bytes_per_example(self) -> int:
-        return sum(spec.num_bytes for spec in self.manifest.arrays.values())
+        return len(self) * self.manifest.num_bytes_per_example
 
     @property
     def num_bytes_read(self) -> int:
@@ -128,25 +115,24 @@ class ShardDataset:
         """
         if isinstance(indices, slice):
             indices = torch.arange(*indices.indices(len(self)))
-        indices = torch.as_tensor(indices)
-        is_whole = indices.dtype in (torch.int64, torch.int32) or len(indices) == 0
-        if not is_whole or (len(indices) and not (indices.min() >= 0 and indices.max() < len(self))):
-            raise IndexError(f"examples are fetched by whole numbers from 0 to {len(self) - 1}, not {indices}")
-        return self.deliver(self.read(indices.long()))
+        wanted = torch.as_tensor(indices)
+        is_whole = wanted.dtype in (torch.int64, torch.int32)
+        if len(wanted) and not (is_whole and wanted.min() >= 0 and wanted.max() < len(self)):
+            raise IndexError(f"examples are fetched by whole numbers from 0 to {len(self) - 1}, not {wanted}")
+        return self.deliver(self.read(wanted.long()))
 
     def read(self, indices: torch.Tensor) -> torch.Tensor:
         """Return the bytes of some examples, for `deliver`. Local, also in a thread of its own.
 
         A rank that receives them from another rank returns memory for them.
         """
-        indices = indices.cpu().numpy()
-        buffer = torch.empty(len(indices) * self._bytes_per_example, dtype=torch.uint8)
+        buffer = torch.empty(len(indices) * self.manifest.num_bytes_per_example, dtype=torch.uint8)
         x, y = (array.numpy() for array in self._split(buffer))
         if self._memory is not None:
-            np.take(self._memory[0], indices, axis=0, out=x)
-            np.take(self._memory[1], indices, axis=0, out=y)
+            for whole, array in zip(self._memory, (x, y)):
+                np.take(whole, indices.cpu().numpy(), axis=0, out=array)
         elif self.reading == "rank" or self._comm.grid.is_first("sample"):
-            self._files.read(indices, x, y)
+            self._files.read(indices.cpu().numpy(), x, y)
         return buffer.pin_memory() if self.device.type == "cuda" else buffer
 
     def deliver(self, buffer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -179,26 +165,24 @@ class ShardDataset:
             return "node"
         return "group" if has_groups else "rank"
 
-    def _read_into_memory(self) -> tuple[np.ndarray, np.ndarray]:
-        """Read the whole split, each file by one rank of the node. Collective over the world."""
-        comm = self._comm
-        shared = [comm.node_array((len(self), *spec.shape), spec.dtype) for spec in self.manifest.arrays.values()]
+    def _read_into_memory(self) -> list[np.ndarray]:
+        """Read the whole x and y of the split, each file by one rank of the node. Collective over the world."""
+        comm, arrays = self._comm, self.manifest.arrays
+        shared = [comm.node_array((len(self), *arrays[name].shape), arrays[name].dtype) for name in ("x", "y")]
         with comm.agree(f"reading {self._files.directory}"):
             for number in range(comm.local_rank, len(self._files.shards), comm.local_size):
                 self._files.read_shard(number, *(one.array for one in shared))
         for one in shared:
             one.publish()
-        return shared[0].array, shared[1].array
+        return [one.array for one in shared]
 
     def _split(self, buffer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return views x and y [B, ...] of a buffer of bytes; the wider items come first, so that all are aligned."""
-        num_examples = len(buffer) // self._bytes_per_example
-        dtypes = {name: torch_dtype(spec.dtype) for name, spec in self.manifest.arrays.items()}
+        num_examples = len(buffer) // self.manifest.num_bytes_per_example
         arrays, start = {}, 0
-        for name in sorted(dtypes, key=lambda name: -dtypes[name].itemsize):
-            spec = self.manifest.arrays[name]
+        for name, spec in sorted(self.manifest.arrays.items(), key=lambda item: -np.dtype(item[1].dtype).itemsize):
             stop = start + num_examples * spec.num_bytes
-            arrays[name] = buffer[start:stop].view(dtypes[name]).view(num_examples, *spec.shape)
+            arrays[name] = buffer[start:stop].view(torch_dtype(spec.dtype)).view(num_examples, *spec.shape)
             start = stop
         return arrays["x"], arrays["y"]
 
@@ -221,7 +205,7 @@ class _Scale:
 
     def __init__(self, manifest: Manifest, name: str, device: torch.device, dtype: torch.dtype):
         statistics, num_dims = manifest.statistics[name], len(manifest.arrays[name].shape)
-        form = (1, -1) + (1,) * (num_dims - 1) if num_dims else (1,)
+        form = (1, -1, *(1,) * (num_dims - 1)) if num_dims else (1,)
         std = torch.tensor(statistics.std, dtype=dtype, device=device)
         self.mean = torch.tensor(statistics.mean, dtype=dtype, device=device).view(form)
         self.std = torch.where(std > 0, std, 1).view(form)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
-from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,8 +13,10 @@ import h5py
 import numpy as np
 
 from ..errors import DataError
-from .manifest import Manifest, ShardFile, crc32_of_examples
+from .manifest import ArraySpec, Manifest, ShardFile, broken, crc32_of_examples
 
+CRC32 = ArraySpec((), str(np.dtype("<u4")))
+"""The checksums in a file."""
 MAX_OPEN_FILES = 64
 SMALL_BYTES = 256
 """An array whose examples are not larger is read whole when a file is opened: with targets that are classes, one
@@ -25,18 +27,6 @@ class SplitFiles:
     """The files of one split. Local; for one thread at a time.
 
     HDF5 files are opened when they are first needed, by the process that reads: nothing is inherited by a fork.
-
-    Parameters
-    ----------
-    directory : path
-        Shard directory.
-    split : str
-        Name of the split.
-
-    Attributes
-    ----------
-    num_bytes_read : int
-        Bytes that this process has read from the file system so far.
 
     Raises
     ------
@@ -55,7 +45,8 @@ class SplitFiles:
         self.shards = self.manifest.splits[split]
         self.starts = np.cumsum([0, *(shard.num_examples for shard in self.shards)])
         self.num_bytes_read = 0
-        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+        """Bytes that this process has read from the file system so far."""
+        self._open: dict[int, _OpenShard] = {}  # the one that was used last at the end
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -70,10 +61,10 @@ class SplitFiles:
     def read(self, indices: np.ndarray, x: np.ndarray, y: np.ndarray) -> None:
         """Read examples [n] of the split, in any order, into x and y [n, ...]; each chunk once."""
         numbers = np.searchsorted(self.starts, indices, side="right") - 1
-        for number in np.unique(numbers):
+        for number in np.unique(numbers).tolist():
             rows = np.flatnonzero(numbers == number)
-            shard = self._shard(int(number))
-            with _naming(shard.path):
+            with _naming(self.directory / self.shards[number].file):
+                shard = self._shard(number)
                 self.num_bytes_read += shard.read(indices[rows] - self.starts[number], rows, x, y)
 
     def read_shard(self, number: int, x: np.ndarray, y: np.ndarray) -> None:
@@ -85,25 +76,22 @@ class SplitFiles:
             self.num_bytes_read += len(image)
             _check_size(path, len(image), shard)
             if hashlib.sha256(image).hexdigest() != shard.sha256:
-                raise DataError(
-                    f"{path} is not the file that the manifest describes (SHA-256). Stage or prepare the shards again"
-                )
+                raise broken(f"{path} is not the file that the manifest describes (SHA-256)")
             with h5py.File(h5py.h5f.open_file_image(image)) as file:
-                part = slice(self.starts[number], self.starts[number + 1])
+                span = slice(self.starts[number], self.starts[number + 1])
                 for name, array in (("x", x), ("y", y)):
-                    _check_dataset(path, file[name], shard, self.manifest)
-                    file[name].read_direct(array[part])
+                    _dataset(file, name, path, shard, self.manifest).read_direct(array[span])
 
     def _shard(self, number: int) -> _OpenShard:
-        if number not in self._open:
+        opened = self._open.pop(number, None)
+        if opened is None:
             if len(self._open) >= MAX_OPEN_FILES:
-                self._open.popitem(last=False)[1].file.close()
-            path = self.directory / self.shards[number].file
-            with _naming(path):
-                self._open[number] = opened = _OpenShard(path, self.shards[number], self.manifest)
-                self.num_bytes_read += opened.num_bytes_at_opening
-        self._open.move_to_end(number)
-        return self._open[number]
+                self._open.pop(next(iter(self._open))).file.close()
+            shard = self.shards[number]
+            opened = _OpenShard(self.directory / shard.file, shard, self.manifest)
+            self.num_bytes_read += opened.num_bytes_at_opening
+        self._open[number] = opened
+        return opened
 
     def close(self) -> None:
         """Close the files."""
@@ -117,7 +105,7 @@ def _naming(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, KeyError, RuntimeError, ValueError, TypeError, MemoryError) as error:
-        raise DataError(f"{path} is missing or corrupt ({error}). Stage or prepare the shards again") from error
+        raise broken(f"{path} is missing or corrupt ({error})") from error
 
 
 class _OpenShard:
@@ -127,22 +115,14 @@ class _OpenShard:
         self.path = path
         _check_size(path, path.stat().st_size, shard)
         self.file = h5py.File(path, "r", rdcc_nbytes=2**20)
-        self.datasets = {name: self.file[name] for name in manifest.arrays}
-        for dataset in self.datasets.values():
-            _check_dataset(path, dataset, shard, manifest)
-        checks = self.file["crc32"]
-        # The shape first: a damaged header may speak of exabytes
-        self.crc32 = checks[()] if checks.shape == (shard.num_examples,) else np.empty(0)
+        self.datasets = {name: _dataset(self.file, name, path, shard, manifest) for name in manifest.arrays}
+        checks = _dataset(self.file, "crc32", path, shard, manifest)
+        self.crc32 = checks[()]
         if hashlib.sha256(self.crc32.tobytes()).hexdigest() != shard.crc_sha256:
-            raise DataError(
-                f"{path} is not the file that the manifest describes (checksums). Stage or prepare the shards again"
-            )
-        self.whole = {
-            name: dataset[()]
-            for name, dataset in self.datasets.items()
-            if manifest.arrays[name].num_bytes <= SMALL_BYTES
-        }
-        read = [checks, *(self.datasets[name] for name in self.whole)]
+            raise broken(f"{path} is not the file that the manifest describes (checksums)")
+        small = [name for name, spec in manifest.arrays.items() if spec.num_bytes <= SMALL_BYTES]
+        self.whole = {name: self.datasets[name][()] for name in small}
+        read = [checks, *(self.datasets[name] for name in small)]
         self.num_bytes_at_opening = sum(dataset.id.get_storage_size() for dataset in read)
 
     def read(self, indices: np.ndarray, rows: np.ndarray, x: np.ndarray, y: np.ndarray) -> int:
@@ -152,46 +132,42 @@ class _OpenShard:
             if name in self.whole:
                 array[rows] = self.whole[name][indices]
             else:
-                num_bytes += self._read_chunks(self.datasets[name], indices, rows, array)
-        found = crc32_of_examples(x, y, rows)
-        if (found != self.crc32[indices]).any():
-            example = indices[np.argmax(found != self.crc32[indices])]
-            raise DataError(
-                f"{self.path}: example {example} was changed after it was written (CRC-32). Stage or prepare the "
-                "shards again"
-            )
-        return num_bytes
-
-    def _read_chunks(self, dataset: h5py.Dataset, indices: np.ndarray, rows: np.ndarray, array: np.ndarray) -> int:
-        length, num_bytes = dataset.chunks[0], 0
-        chunks = indices // length
-        for chunk in np.unique(chunks):
-            here = chunks == chunk
-            if dataset.compression:
-                content = dataset[chunk * length : (chunk + 1) * length]
-                num_bytes += dataset.id.get_chunk_info_by_coord(_origin(dataset, chunk)).size
-            else:
-                # Past HDF5's cache, into our memory once; the last four bytes are fletcher32's.
-                _, raw = dataset.id.read_direct_chunk(_origin(dataset, chunk))
-                content = np.frombuffer(raw, dataset.dtype, length * int(np.prod(dataset.shape[1:])))
-                content = content.reshape(length, *dataset.shape[1:])
-                num_bytes += len(raw)
-            array[rows[here]] = content[indices[here] - chunk * length]
+                num_bytes += _read_chunks(self.datasets[name], indices, rows, array)
+        is_changed = crc32_of_examples(x, y, rows) != self.crc32[indices]
+        if is_changed.any():
+            example = indices[np.argmax(is_changed)]
+            raise broken(f"{self.path}: example {example} was changed after it was written (CRC-32)")
         return num_bytes
 
 
-def _origin(dataset: h5py.Dataset, chunk: int) -> tuple[int, ...]:
-    return (int(chunk) * dataset.chunks[0], *(0 for _ in dataset.shape[1:]))
+def _read_chunks(dataset: h5py.Dataset, indices: np.ndarray, rows: np.ndarray, array: np.ndarray) -> int:
+    """Read examples into rows of an array, each chunk once; return the number of bytes read."""
+    length, form, num_bytes = (dataset.chunks or dataset.shape)[0], dataset.shape[1:], 0
+    chunks = indices // length
+    for chunk in np.unique(chunks).tolist():
+        here, start = chunks == chunk, chunk * length
+        origin = (start, *(0 for _ in form))
+        if dataset.compression:
+            content = dataset[start : start + length]
+            num_bytes += dataset.id.get_chunk_info_by_coord(origin).size
+        else:
+            # Past HDF5's cache, into our memory once; the last four bytes are fletcher32's.
+            _, raw = dataset.id.read_direct_chunk(origin)
+            content = np.frombuffer(raw, dataset.dtype, length * math.prod(form)).reshape(length, *form)
+            num_bytes += len(raw)
+        array[rows[here]] = content[indices[here] - start]
+    return num_bytes
 
 
 def _check_size(path: Path, num_bytes: int, shard: ShardFile) -> None:
     if num_bytes != shard.num_bytes:
-        raise DataError(
-            f"{path} has {num_bytes} bytes, the manifest says {shard.num_bytes}. Stage or prepare the shards again"
-        )
+        raise broken(f"{path} has {num_bytes} bytes, the manifest says {shard.num_bytes}")
 
 
-def _check_dataset(path: Path, dataset: h5py.Dataset, shard: ShardFile, manifest: Manifest) -> None:
-    spec = manifest.arrays[dataset.name.strip("/")]
-    if (dataset.shape, str(dataset.dtype)) != ((shard.num_examples, *spec.shape), spec.dtype):
-        raise DataError(f"{path}: {dataset.name} is {dataset.dtype} {dataset.shape}, not what the manifest says")
+def _dataset(file: h5py.File, name: str, path: Path, shard: ShardFile, manifest: Manifest) -> h5py.Dataset:
+    """Return a dataset of a file that has the shape of the manifest: a damaged header may speak of exabytes."""
+    spec, dataset = manifest.arrays.get(name, CRC32), file[name]
+    expected = (shard.num_examples, *spec.shape), spec.dtype
+    if isinstance(dataset, h5py.Dataset) and (dataset.shape, str(dataset.dtype)) == expected:
+        return dataset
+    raise broken(f"{path}: {dataset} is not what the manifest says")

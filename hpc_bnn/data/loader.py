@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
+import contextlib
 from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -35,9 +35,6 @@ class Batch:
 
 class BatchLoader:
     """Iterates over the batches of an epoch. With the reading ``group`` collective over ``sample_comm``, else local.
-
-    Batches are read ahead by a thread, not by a forked process: a fork after MPI has started is not safe. The main
-    thread makes all exchanges between ranks.
 
     Parameters
     ----------
@@ -85,42 +82,46 @@ class BatchLoader:
         """Yield the batches of an epoch, from ``first_batch`` on: an interrupted epoch continues where it stopped."""
         if not 0 <= first_batch <= self.num_batches:
             rule = f"an epoch has {self.num_batches} batches"
-            remedy = "Begin with one of them"
-            raise ConfigError(Fault("first_batch", first_batch, rule, remedy))
+            raise ConfigError(Fault("first_batch", first_batch, rule, "Begin with one of them"))
+        size, num_examples = self.global_batch_size, len(self.dataset)
         batches = global_batches(
-            len(self.dataset),
-            self.global_batch_size,
-            self.seed,
-            epoch,
-            drop_last=self.drop_last,
-            first_batch=first_batch,
+            num_examples, size, self.seed, epoch, drop_last=self.drop_last, first_batch=first_batch
         )
-        if not self.prefetch:
-            for batch in batches:
-                yield self._deliver(batch, self.dataset.read(self._wanted(batch)))
-            return
-        waiting: deque = deque()
-        with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as reader:
-            try:
-                for batch in itertools.islice(batches, self.prefetch):
-                    waiting.append((batch, reader.submit(self.dataset.read, self._wanted(batch))))
-                while waiting:
-                    batch, read = waiting.popleft()
-                    for following in itertools.islice(batches, 1):
-                        waiting.append((following, reader.submit(self.dataset.read, self._wanted(following))))
-                    yield self._deliver(batch, read.result())
-            finally:
-                reader.shutdown(wait=True, cancel_futures=True)
+        with contextlib.closing(_read_ahead(self._read, batches, self.prefetch)) as read:
+            for batch, buffer in read:
+                x, y = self.dataset.deliver(buffer)
+                examples = batch[self.grid.local_examples(len(batch))].to(x.device)
+                mine = len(examples)
+                partners = (x[mine:], y[mine:]) if self.with_partners else None
+                yield Batch(x[:mine], y[:mine], examples, len(batch), partners)
 
-    def _wanted(self, batch: torch.Tensor) -> torch.Tensor:
-        """Return the examples that this rank needs of a global batch."""
-        part = self.grid.local_examples(len(batch))
-        return torch.cat([batch[part], batch.flip(0)[part]]) if self.with_partners else batch[part]
+    def _read(self, batch: torch.Tensor) -> torch.Tensor:
+        """Return the bytes of the examples that this rank needs of a global batch."""
+        span = self.grid.local_examples(len(batch))
+        return self.dataset.read(torch.cat([batch[span], batch.flip(0)[span]]) if self.with_partners else batch[span])
 
-    def _deliver(self, batch: torch.Tensor, buffer: torch.Tensor) -> Batch:
-        part = self.grid.local_examples(len(batch))
-        x, y = self.dataset.deliver(buffer)
-        examples = batch[part].to(x.device)
-        mine = len(examples)
-        partners = (x[mine:], y[mine:]) if self.with_partners else None
-        return Batch(x[:mine], y[:mine], examples, len(batch), partners)
+
+def _read_ahead(
+    read: Callable[[torch.Tensor], torch.Tensor], batches: Iterator[torch.Tensor], count: int
+) -> Generator[tuple[torch.Tensor, torch.Tensor], None, None]:
+    """Yield each batch and what ``read`` returns for it; the next ``count`` batches are read meanwhile.
+
+    They are read by a thread, not by a forked process: a fork after MPI has started is not safe. The main thread makes
+    all exchanges between ranks.
+    """
+    if not count:
+        for batch in batches:
+            yield batch, read(batch)
+        return
+    waiting: deque[tuple[torch.Tensor, Future[torch.Tensor]]] = deque()
+    reader = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+    try:
+        for batch in batches:
+            waiting.append((batch, reader.submit(read, batch)))
+            if len(waiting) > count:
+                first, reading = waiting.popleft()
+                yield first, reading.result()
+        for first, reading in waiting:
+            yield first, reading.result()
+    finally:
+        reader.shutdown(cancel_futures=True)

@@ -1,4 +1,4 @@
-"""The manifest of a shard directory: its content and its checksums.
+"""The manifest of a shard directory: its content and its checksums. Local.
 
 ::
 
@@ -103,6 +103,11 @@ class Manifest:
         return sum(shard.num_examples for shard in self.splits[split])
 
     @property
+    def num_bytes_per_example(self) -> int:
+        """Bytes of an example, as it is stored."""
+        return sum(spec.num_bytes for spec in self.arrays.values())
+
+    @property
     def shards(self) -> list[ShardFile]:
         """All files."""
         return [shard for shards in self.splits.values() for shard in shards]
@@ -114,33 +119,23 @@ class Manifest:
 
     @classmethod
     def read(cls, directory: str | os.PathLike) -> Manifest:
-        """Read DIR/manifest.json. Local.
-
-        Raises
-        ------
-        DataError
-            The file is missing, unreadable, changed, or of another format or version.
-        """
+        """Read DIR/manifest.json; `DataError` if it is missing, unreadable, changed, or of another format or version."""
         path = Path(directory, MANIFEST)
         try:
             raw = json.loads(path.read_text())
         except FileNotFoundError:
-            if path.with_name(STAGED).exists():
-                raise DataError(f"{path} is not there: the staging was interrupted. Stage again") from None
+            why = "no shard directory. Write it with a script, for example python data_prep/digits.py --output DIR"
             if path.with_name(PREPARATION).exists():
-                raise DataError(
-                    f"{path} is not there: the preparation was interrupted. Run it again: it goes on where it stopped"
-                ) from None
-            raise DataError(
-                f"{path} is not there: no shard directory. "
-                "Write it with a script of data_prep/, for example python data_prep/digits.py --output DIR"
-            ) from None
+                why = "the preparation was interrupted. Run it again: it goes on where it stopped"
+            if path.with_name(STAGED).exists():
+                why = "the staging was interrupted. Stage again"
+            raise DataError(f"{path} is not there: {why}") from None
         except (OSError, ValueError) as error:
-            raise DataError(f"{path} cannot be read ({error}). Stage or prepare the shards again") from error
+            raise broken(f"{path} cannot be read ({error})") from error
         if not isinstance(raw, dict) or (raw.get("format"), raw.get("version")) != (FORMAT, VERSION):
-            raise DataError(f"{path} is not of format '{FORMAT}', version {VERSION}. Stage or prepare the shards again")
+            raise broken(f"{path} is not of format '{FORMAT}', version {VERSION}")
         if raw.pop("sha256", None) != sha256_of_json(raw):
-            raise DataError(f"{path} was changed after it was written (SHA-256). Stage or prepare the shards again")
+            raise broken(f"{path} was changed after it was written (SHA-256)")
         del raw["format"], raw["version"]
         try:
             raw["arrays"] = {
@@ -155,9 +150,12 @@ class Manifest:
             }
             return cls(**raw)
         except (KeyError, TypeError, AttributeError) as error:
-            raise DataError(
-                f"{path} lacks or misstates a field ({error}). Stage or prepare the shards again"
-            ) from error
+            raise broken(f"{path} lacks or misstates a field ({error})") from error
+
+
+def broken(what: str) -> DataError:
+    """Return the error of shards that must be staged or prepared again."""
+    return DataError(f"{what}. Stage or prepare the shards again")
 
 
 def torch_dtype(name: str) -> torch.dtype:

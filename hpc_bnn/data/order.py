@@ -28,10 +28,8 @@ def global_batches(
 
     Parameters
     ----------
-    num_examples : int
-        In the data set.
-    global_batch_size : int
-        Examples per batch in the whole job.
+    num_examples, global_batch_size : int
+        Examples of the data set, and per batch in the whole job.
     seed, epoch : int
         Key of the order.
     drop_last : bool

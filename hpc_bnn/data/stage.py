@@ -49,10 +49,8 @@ def stage_shards(
 
     Parameters
     ----------
-    source : path
-        Shard directory that all ranks see.
-    destination : path
-        Directory on storage of the node; created if it is missing.
+    source, destination : path
+        Shard directory that all ranks see, and directory on storage of the node; created if it is missing.
     comm : GridComm
         The ranks of the job (`hpc_bnn.comm.connect_for_files`).
     verify : bool
@@ -71,15 +69,18 @@ def stage_shards(
         if here == there or here in there.parents or there in here.parents:
             rule = "it is SRC itself, in it, or around it"
             raise ConfigError(Fault("DST", destination, rule, "Name a directory on the node"))
-        manifest = Manifest.read(source) if comm.grid.is_first("world") else None
-        text = (source / MANIFEST).read_text() if comm.grid.is_first("world") else None
-    text, manifest = comm.broadcast_object((text, manifest))
+        is_first = comm.grid.is_first("world")
+        found = (Manifest.read(source), (source / MANIFEST).read_text()) if is_first else None
+    manifest, text = comm.broadcast_object(found)
     # Large files first, dealt round: the ranks of the node have about the same to do
     files = sorted(manifest.shards, key=lambda shard: -shard.num_bytes)[comm.local_rank :: comm.local_size]
     with comm.agree(f"opening {destination}"):
         destination.mkdir(parents=True, exist_ok=True)
-        if comm.local_rank == 0:
-            _prepare(destination, text, manifest)
+        former = destination / MANIFEST
+        if comm.local_rank == 0 and not (former.exists() and former.read_text() == text):
+            names = [shard.file for shard in manifest.shards]
+            _remove_staged(destination, but=names)
+            write_atomically(destination / STAGED, json.dumps(names))
     missing = sum(shard.num_bytes for shard in files if not _has_size(destination / shard.file, shard))
     missing = sum(comm.gather_objects(missing, "node"))
     with comm.agree(f"staging to {destination}"):
@@ -98,17 +99,9 @@ def stage_shards(
 
 
 def unstage_shards(destination: str | os.PathLike, comm: GridComm) -> list[str]:
-    """Remove a staged shard directory from every node; other files in it stay. Collective over the world.
+    """Remove a staged shard directory from every node, and return the names of other files, which stay on this node.
 
-    Returns
-    -------
-    list of str
-        Names of the files that stay, on this rank's node.
-
-    Raises
-    ------
-    ConfigError
-        The directory holds shards that were not staged.
+    Collective over the world. It raises `ConfigError` where the directory holds shards that were not staged.
     """
     destination = Path(destination)
     with comm.agree(f"removing {destination}"):
@@ -118,16 +111,6 @@ def unstage_shards(destination: str | os.PathLike, comm: GridComm) -> list[str]:
                 destination.rmdir()
     with comm.agree(f"looking at {destination}"):  # after the first rank of the node
         return sorted(path.name for path in destination.iterdir()) if destination.exists() else []
-
-
-def _prepare(destination: Path, text: str, manifest: Manifest) -> None:
-    """Remove an earlier data set that was staged here, and mark the place."""
-    path, mark = destination / MANIFEST, destination / STAGED
-    if path.exists() and path.read_text() == text:
-        return
-    files = [shard.file for shard in manifest.shards]
-    _remove_staged(destination, but=files)
-    write_atomically(mark, json.dumps(files))
 
 
 def _remove_staged(destination: Path, but: Iterable[str] = ()) -> None:

@@ -11,14 +11,7 @@ from .manifest import MANIFEST, STAGED, Manifest, sha256_of_file
 
 
 def verify_shards(directory: str | os.PathLike, progress: Callable[[Iterable], Iterable] = iter) -> list[str]:
-    """Compare every file of a shard directory with its manifest; return the problems. Local.
-
-    Parameters
-    ----------
-    directory : path
-        Shard directory.
-    progress : callable
-        Wraps the files while they are read, for a progress bar.
+    """Compare every file of a shard directory with its manifest. Local.
 
     Returns
     -------
@@ -31,10 +24,9 @@ def verify_shards(directory: str | os.PathLike, progress: Callable[[Iterable], I
         manifest = Manifest.read(directory)
     except DataError as error:
         return [str(error)]
-    shards = manifest.shards
-    owners = {shard.sha256: shard.file for shard in shards}
+    owners = {shard.sha256: shard.file for shard in manifest.shards}
     problems = []
-    for shard in progress(shards):
+    for shard in progress(manifest.shards):
         path = directory / shard.file
         try:
             num_bytes, found = path.stat().st_size, sha256_of_file(path)
@@ -50,6 +42,6 @@ def verify_shards(directory: str | os.PathLike, progress: Callable[[Iterable], I
             problems.append(f"{path} is {what}: {num_bytes} bytes, the manifest says {shard.num_bytes}")
         else:
             problems.append(f"{path} was changed: its SHA-256 is not that of the manifest")
-    known = {MANIFEST, STAGED, *(shard.file for shard in shards)}
+    known = {MANIFEST, STAGED, *(shard.file for shard in manifest.shards)}
     foreign = sorted(path.name for path in directory.iterdir() if path.name not in known)
     return problems + [f"{directory / name} is foreign: the manifest does not name it. Remove it" for name in foreign]

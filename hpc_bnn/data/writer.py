@@ -45,19 +45,11 @@ SHARD_BYTES = 256 * 2**20
 
 @dataclass(frozen=True)
 class Examples:
-    """Examples that are made when they are written, for sets larger than memory.
-
-    Parameters
-    ----------
-    num_examples : int
-        Number of examples.
-    read : callable
-        ``read(start, stop)`` returns inputs x [n, channels, ...] and targets y [n, ...] as NumPy arrays; any rank may
-        ask for any range.
-    """
+    """Examples that are made when they are written, for sets larger than memory."""
 
     num_examples: int
     read: Callable[[int, int], tuple[np.ndarray, np.ndarray]]
+    """``read(start, stop)`` returns inputs x [n, channels, ...] and targets y [n, ...]; any rank may ask for any range."""
 
 
 def write_shards(
@@ -79,7 +71,7 @@ def write_shards(
     comm: GridComm | None = None,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> Manifest:
-    """Write a shard directory. Collective over the world of ``comm``: each rank writes files of its own.
+    """Write a shard directory; return its manifest. Collective over the world of ``comm``: each rank writes own files.
 
     Parameters
     ----------
@@ -88,10 +80,8 @@ def write_shards(
         continued if it has the same ``key``.
     splits : dict of str to (x, y) or Examples
         Inputs [n, channels, ...] and targets [n, ...] of each split, the same on each rank.
-    name, source, licence : str
-        See `Manifest`.
-    num_classes : int, optional
-        Number of classes if y is a class.
+    name, source, licence, num_classes, target_weights, details
+        As in `Manifest`; the weights as an array, such as cos(latitude) as [latitudes, 1].
     examples_per_shard : int, optional
         Examples per file; by default about 256 MiB.
     train_split : str
@@ -99,12 +89,8 @@ def write_shards(
     normalise_targets : bool, optional
         Whether the network gets targets of mean 0 and standard deviation 1 per channel; metrics stay in units of y.
         Default: True if y has a floating-point dtype.
-    target_weights : array, optional
-        Weights of the targets that broadcast to an example of y, such as cos(latitude) as [latitudes, 1].
     channels : dict of str to names, optional
         Names of the channels of x and y.
-    details : dict, optional
-        Further facts, as plain numbers, strings and lists.
     compression : str, optional
         HDF5 filter such as "gzip"; compressed examples are smaller on disk and slower to read.
     key : optional
@@ -114,11 +100,6 @@ def write_shards(
         The ranks that write (`hpc_bnn.comm.connect_for_files`).
     progress : callable
         Wraps this rank's files while they are written, for a progress bar.
-
-    Returns
-    -------
-    Manifest
-        The same on each rank.
 
     Raises
     ------
@@ -146,27 +127,18 @@ def write_shards(
     with comm.agree(f"opening {directory}"):
         if comm.grid.is_first("world"):
             _open(directory, plan)
+    wanted = ("x", "y") if normalise_targets else ("x",)  # the arrays with statistics
     tasks = [
-        _Task(split, number, start, min(start + examples_per_shard, examples.num_examples))
+        _Task(split, number, examples, range(examples.num_examples)[start : start + examples_per_shard])
         for split, examples in sources.items()
         for number, start in enumerate(range(0, examples.num_examples, examples_per_shard))
     ]
     with comm.agree(f"writing {directory}"):
-        # The statistics of x, and of y where they are wanted
-        wanted = ("x", "y") if normalise_targets else ("x",)
         mine = [
-            _finish(
-                task,
-                sources[task.split],
-                directory,
-                arrays,
-                wanted * (task.split == train_split),
-                num_classes,
-                compression,
-            )
+            _finish(task, directory, arrays, wanted * (task.split == train_split), num_classes, compression)
             for task in progress(tasks[comm.grid.rank :: comm.grid.world_size])
         ]
-    records = {r["file"]["file"]: r for rank in comm.gather_objects(mine) for r in rank}
+    records = {r["file"]["file"]: r for of_rank in comm.gather_objects(mine) for r in of_rank}
     files = {split: [records[task.file] for task in tasks if task.split == split] for split in sources}
     manifest = Manifest(
         name=name,
@@ -201,8 +173,8 @@ class _Task:
 
     split: str
     number: int
-    start: int
-    stop: int
+    examples: Examples
+    rows: range
 
     @property
     def file(self) -> str:
@@ -284,7 +256,6 @@ def _open(directory: Path, plan: dict) -> None:
 
 def _finish(
     task: _Task,
-    examples: Examples,
     directory: Path,
     arrays: dict[str, ArraySpec],
     wanted: Iterable[str],
@@ -297,22 +268,22 @@ def _finish(
         record = json.loads(notes.read_text())
         if sha256_of_file(path) == record["file"]["sha256"]:
             return record
-    x, y = (np.ascontiguousarray(array) for array in examples.read(task.start, task.stop))
+    rows = task.rows
+    x, y = (np.ascontiguousarray(array) for array in task.examples.read(rows.start, rows.stop))
     found = {"x": x, "y": y}
     for name, array in found.items():
-        expected = ((task.stop - task.start, *arrays[name].shape), arrays[name].dtype)
-        if (array.shape, str(array.dtype)) != expected:
+        shape, dtype = (len(rows), *arrays[name].shape), arrays[name].dtype
+        if (array.shape, str(array.dtype)) != (shape, dtype):
             raise DataError(
-                f"{task.split}, examples {task.start} to {task.stop - 1}: {name} is {array.dtype} {array.shape}, "
-                f"and {expected[1]} {expected[0]} is expected"
+                f"{task.split}, examples {rows[0]} to {rows[-1]}: {name} is {array.dtype} {array.shape}, "
+                f"and {dtype} {shape} is expected"
             )
         if array.dtype.kind == "f" and not np.isfinite(array).all():
-            row = task.start + int(np.argmin(np.isfinite(array).reshape(len(array), -1).all(1)))
+            row = rows[_first(~np.isfinite(array))]
             raise DataError(f"{task.split}, example {row}: {name} holds a value that is not finite")
-    wrong = (y < 0) | (y >= num_classes) if num_classes is not None else np.zeros(len(y), bool)
-    if wrong.any():
-        row = task.start + int(np.argmax(wrong.reshape(len(y), -1).any(1)))
-        raise DataError(f"{task.split}, example {row}: class {y[wrong][0]} is not in 0..{num_classes - 1}")
+    if num_classes is not None and (is_wrong := (y < 0) | (y >= num_classes)).any():
+        row = rows[_first(is_wrong)]
+        raise DataError(f"{task.split}, example {row}: class {y[is_wrong][0]} is not in 0..{num_classes - 1}")
     crc32 = crc32_of_examples(x, y, range(len(x)))
     with replacing(path) as temporary:
         with Disk(temporary) as disk, h5py.File(disk, "w", libver="earliest") as file:
@@ -328,6 +299,11 @@ def _finish(
     return record
 
 
+def _first(is_wrong: np.ndarray) -> int:
+    """Return the number of the first of the examples [n, ...] with a wrong value."""
+    return int(np.argmax(is_wrong.reshape(len(is_wrong), -1).any(1)))
+
+
 # --- statistics ----------------------------------------------------------------------------------------
 
 
@@ -335,17 +311,19 @@ def _moments(array: np.ndarray) -> dict[str, Any]:
     """Return number, mean and sum of squared differences per channel of examples [n, channels, ...] or [n]."""
     flat = array.reshape(len(array), array.shape[1] if array.ndim > 1 else 1, -1)
     mean = flat.mean(axis=(0, 2), dtype=np.float64)
-    squares = sum(np.square(example - mean[:, None]).sum(axis=1) for example in flat)
+    squares = np.zeros(len(mean))
+    for example in flat:  # without a second array as large
+        squares += np.square(example - mean[:, None]).sum(axis=1)
     return {"count": flat.shape[0] * flat.shape[2], "mean": mean.tolist(), "squares": squares.tolist()}
 
 
 def _statistics(moments: list[dict[str, Any]]) -> Statistics:
     """Join the moments of all files, in order (Chan, Golub, LeVeque, 1979)."""
-    count, mean, squares = 0, 0.0, 0.0
-    for part in moments:
-        shift = np.array(part["mean"]) - mean
-        total = count + part["count"]
-        squares = squares + np.array(part["squares"]) + shift**2 * (count * part["count"] / total)
-        mean = mean + shift * (part["count"] / total)
+    count, mean, squares = 0, np.zeros(1), np.zeros(1)
+    for added in moments:
+        shift = np.array(added["mean"]) - mean
+        total = count + added["count"]
+        squares = squares + np.array(added["squares"]) + shift**2 * (count * added["count"] / total)
+        mean = mean + shift * (added["count"] / total)
         count = total
     return Statistics(tuple(mean.tolist()), tuple(np.sqrt(squares / count).tolist()))
