@@ -42,13 +42,7 @@ def sample_sizes(num_ranks: int) -> list[int]:
 
 
 def grids(num_ranks: int, num_samples: int, batch: int, flag: str = "number of ranks") -> list[int]:
-    """Return the extents of the sample axis that give each rank a sample and an example of a batch.
-
-    Raises
-    ------
-    ConfigError
-        There is none.
-    """
+    """Return the extents of the sample axis that give each rank a sample and an example; `ConfigError` if there is none."""
     sizes = [s for s in sample_sizes(num_ranks) if s <= num_samples and num_ranks // s <= batch]
     if not sizes:
         rule = f"no grid of {num_ranks} ranks has a sample and an example for each, with {num_samples} samples and {batch} examples"
@@ -59,26 +53,14 @@ def grids(num_ranks: int, num_samples: int, batch: int, flag: str = "number of r
 
 @dataclass(frozen=True)
 class Grid:
-    """Coordinates of one rank in the process grid.
-
-    Parameters
-    ----------
-    world_size : int
-        Number of ranks of the job.
-    sample_size : int
-        Extent of the sample axis; must divide ``world_size``.
-    rank : int
-        World rank of this process.
-
-    Raises
-    ------
-    ConfigError
-        ``sample_size`` is not a positive divisor of ``world_size``.
-    """
+    """Coordinates of one rank in the process grid; `ConfigError` unless ``sample_size`` divides ``world_size``."""
 
     world_size: int = 1
+    """Number of ranks of the job."""
     sample_size: int = 1
+    """Extent of the sample axis."""
     rank: int = 0
+    """World rank of this process."""
 
     def __post_init__(self):
         assert self.world_size >= 1 and 0 <= self.rank < self.world_size, self

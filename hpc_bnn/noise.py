@@ -118,9 +118,9 @@ class Key:
 def derive_seed(seed: int, stream: int, step: int = 0, index: int = 0) -> int:
     """Map words to the 32-bit seed of a generator.
 
-    torch's CPU generator keeps only the low 32 bits of its seed, so a key must be hashed into them. For a fixed (seed,
-    stream, step) the map is a bijection of ``index`` below 2^32: the samples of one step can never share their noise.
-    Two keys of different steps coincide with probability 2^-32.
+    torch's CPU generator keeps only the low 32 bits of its seed. For a fixed (seed, stream, step) the map is a bijection
+    of ``index`` below 2^32: the samples of one step never share their noise. Two keys of different steps coincide with
+    probability 2^-32.
     """
     key = _mix64(_mix64(_mix64(seed & _MASK64) ^ stream) ^ step)
     return _mix32(_mix32((index ^ key) & 0xFFFFFFFF) ^ (key >> 32))

@@ -67,11 +67,8 @@ def _finite(largest: Tensor) -> Tensor:
 class Moments:
     """Mean and variances of predictions over samples.
 
-    Attributes
-    ----------
-    mean, aleatoric, epistemic : Tensor
-        [B, ...] after ``exchange``: mean of the predictive; mean over samples of the likelihood's variance; variance
-        over samples of its mean (divided by K). `mean` is None where no example was added.
+    After ``exchange``, [B, ...] each: ``mean`` of the predictive, None where no example was added; ``aleatoric``, the
+    mean over samples of the likelihood's variance; ``epistemic``, the variance over samples of its mean (divided by K).
     """
 
     mean: Tensor | None = None

@@ -46,13 +46,7 @@ def device_of(tree: Inputs) -> torch.device:
 
 
 def num_rows(tree: Inputs) -> int:
-    """Return the common length of dim 0.
-
-    Raises
-    ------
-    ConfigError
-        There is no tensor, or the lengths differ.
-    """
+    """Return the common length of dim 0; `ConfigError` where there is no tensor, or the lengths differ."""
     if isinstance(tree, Tensor):
         return len(tree)
     lengths = {len(tensor) if tensor.ndim else -1 for tensor in tensors_of(tree)}

@@ -122,7 +122,7 @@ def test_an_error_of_the_reading_thread_arrives(shards):
     batches = loader.epoch(0)
     next(batches)
     os.truncate(shards / "train-00002.h5", 100)
-    dataset._files.close()
+    dataset._files._open.clear()
     with pytest.raises(DataError, match=r"train-00002\.h5"):
         list(loader.epoch(1))
     batches.close()

@@ -5,8 +5,7 @@ from .dataset import ShardDataset
 from .loader import Batch, BatchLoader
 from .manifest import ArraySpec, Manifest, Statistics
 from .order import epoch_order, global_batches, num_global_batches
-from .stage import Staged, stage_shards, unstage_shards
-from .verify import verify_shards
+from .stage import Staged, stage_shards, unstage_shards, verify_shards
 from .writer import Examples, write_shards
 
 __all__ = [

@@ -165,8 +165,8 @@ class Mixup:
     """Mix each example with the one at the mirrored position of the global batch (Zhang et al., 2018).
 
     ``x = w x1 + (1 - w) x2`` with w from Beta(alpha, alpha), keyed by the example; targets are mixed in the same way,
-    classes as probabilities. All samples get the same mixture with every kind of views, so they have the same
-    targets. Objectives that couple the samples need this.
+    classes as probabilities. All samples get the same mixture with every kind of views: objectives that couple the
+    samples need the same targets.
     """
 
     def __init__(self, alpha: float = 0.2):
@@ -219,10 +219,8 @@ class Augmentation:
         Which samples get the same view.
     num_samples, num_groups : int
         Samples per step in the whole job, K, and groups of them with one view each, with ``per_group``.
-    seed : int
-        Key.
-    num_classes : int, optional
-        Number of classes where targets are classes.
+    seed, num_classes : int
+        Key of the random numbers; number of classes where targets are classes.
     """
 
     def __init__(

@@ -24,6 +24,9 @@ MEMORY_SHARE = 0.5
 class ShardDataset:
     """One split of a shard directory: read as it is stored, normalised on the device when fetched.
 
+    `DataError` where the split or a file is missing, truncated, corrupt, or not what the manifest says. If only one rank
+    finds an error while it fetches, only this rank raises it, and the error has to end the job.
+
     Parameters
     ----------
     directory, split : path, str
@@ -33,25 +36,16 @@ class ShardDataset:
     comm : GridComm, optional
         The ranks that read together; construction is then collective over the world.
     reading : {"auto", "node", "group", "rank"}
-        How the bytes reach the ranks:
-
-        - ``node``: the ranks of a node read the split into memory that they share, each file once.
-        - ``group``: the first rank of a sample group reads the examples of a batch, the others receive them over
-          ``sample_comm``; `fetch` is then collective over it.
-        - ``rank``: each rank reads the examples of its batches from the files.
-        - ``auto``: ``node`` if the split takes at most half of the free memory on each node; otherwise ``group``, or
-          ``rank`` if a sample group is one rank.
+        How the bytes reach the ranks. ``node``: the ranks of a node read the split into memory that they share, each
+        file once. ``group``: the first rank of a sample group reads the examples of a batch, the others receive them
+        over ``sample_comm``. ``rank``: each rank reads the examples of its batches. ``auto``: ``node`` if the split
+        takes at most half of the free memory on each node; otherwise ``group``, or ``rank`` if a sample group is one
+        rank.
     normalises_targets : bool
         Whether targets get mean 0 and standard deviation 1, if the manifest has their statistics.
     scaling : Manifest, optional
-        Manifest whose statistics are used for normalisation (default: that of this directory). For a trained network
-        pass the manifest of its training data.
-
-    Raises
-    ------
-    DataError
-        The split or a file is missing, truncated, corrupt, or not what the manifest says. If only one rank finds an
-        error while it fetches, only this rank raises it, and the error has to end the job.
+        Manifest with the statistics of the normalisation: for a trained network that of its training data (default:
+        that of this directory).
     """
 
     def __init__(
@@ -71,14 +65,13 @@ class ShardDataset:
             self._files = SplitFiles(directory, split)
             if self._comm.local_rank == 0:
                 self._files.check_sizes()
-            if scaling is not None:
-                _check_alike(scaling, self._files.manifest, directory)
-        self.manifest: Manifest = self._files.manifest
+            scaling = scaling or self._files.manifest
+            _check_alike(scaling, self._files.manifest, directory)
+        self.manifest = self._files.manifest
         self.device, self.dtype = torch.device(device), dtype
         self.reading = self._choose(reading)
         """The reading that is used, never "auto"."""
         self._memory = self._read_into_memory() if self.reading == "node" else None
-        scaling = scaling or self.manifest
         self._x_scale = _Scale(scaling, "x", self.device, dtype)
         has_scale = normalises_targets and "y" in scaling.statistics
         self._y_scale = _Scale(scaling, "y", self.device, dtype) if has_scale else None

@@ -26,12 +26,8 @@ example would otherwise cost a second chunk."""
 class SplitFiles:
     """The files of one split. Local; for one thread at a time.
 
-    HDF5 files are opened when they are first needed, by the process that reads: nothing is inherited by a fork.
-
-    Raises
-    ------
-    DataError
-        The split does not exist; while reading: a file is missing, truncated, corrupt, or not what the manifest says.
+    HDF5 files are opened when they are first needed, by the process that reads: nothing is inherited by a fork. Every
+    method raises `DataError` where a file is missing, truncated, corrupt, or not what the manifest says.
     """
 
     def __init__(self, directory: str | os.PathLike, split: str):
@@ -92,11 +88,6 @@ class SplitFiles:
             self.num_bytes_read += opened.num_bytes_at_opening
         self._open[number] = opened
         return opened
-
-    def close(self) -> None:
-        """Close the files."""
-        while self._open:
-            self._open.popitem()[1].file.close()
 
 
 @contextlib.contextmanager

@@ -38,20 +38,14 @@ class BatchLoader:
 
     Parameters
     ----------
-    dataset : ShardDataset
-        Where the examples come from.
-    grid : Grid
-        Coordinates of this rank: the ranks of the data axis take disjoint ranges of each batch.
-    global_batch_size : int
-        Examples per batch in the whole job.
-    seed : int
-        Key of the order.
-    drop_last : bool
-        Leave out the last batch if it is smaller.
+    dataset, grid : ShardDataset, Grid
+        Where the examples come from; the ranks of the data axis take disjoint ranges of each batch.
+    global_batch_size, seed : int
+        Examples per batch in the whole job, and key of the order.
+    drop_last, with_partners : bool
+        Leave out the last batch if it is smaller; bring the examples of the mirrored positions as well (for `Mixup`).
     prefetch : int
         Batches that are read ahead; 0 reads each when it is needed.
-    with_partners : bool
-        Whether each batch brings the examples of the mirrored positions of the global batch (for `Mixup`).
     """
 
     def __init__(

@@ -78,11 +78,9 @@ class Manifest:
     """Description of a shard directory."""
 
     name: str
-    """Name of the data set."""
     source: str
     """Where the data come from."""
     licence: str
-    """Licence of the data."""
     arrays: dict[str, ArraySpec]
     """x (inputs) and y (targets)."""
     splits: dict[str, tuple[ShardFile, ...]]

@@ -24,18 +24,9 @@ def global_batches(
 ) -> Iterator[torch.Tensor]:
     """Yield the example indices of each global batch of an epoch. Local; equal on all ranks.
 
-    A rank evaluates the examples ``batch[comm.grid.local_examples(len(batch))]``.
-
-    Parameters
-    ----------
-    num_examples, global_batch_size : int
-        Examples of the data set, and per batch in the whole job.
-    seed, epoch : int
-        Key of the order.
-    drop_last : bool
-        Leave out the last batch if it is smaller; otherwise it is kept, and is exact because of sums with counts.
-    first_batch : int
-        Start with this batch, to continue in the middle of an epoch.
+    A rank evaluates the examples ``batch[comm.grid.local_examples(len(batch))]``. A smaller last batch is left out with
+    ``drop_last``; otherwise it is kept, and is exact because of sums with counts. An interrupted epoch continues with
+    ``first_batch``.
     """
     order = epoch_order(num_examples, seed, epoch)
     number = num_global_batches(num_examples, global_batch_size, drop_last)

@@ -1,4 +1,4 @@
-"""Copying a shard directory to the local storage of every node, once per node."""
+"""Copying a shard directory to the local storage of every node, once per node, and checking one."""
 
 from __future__ import annotations
 
@@ -26,7 +26,6 @@ class Staged:
     """What `stage_shards` did on this rank's node."""
 
     num_copied: int
-    """Files copied."""
     num_kept: int
     """Files that were already present and sound."""
     num_bytes_read: int
@@ -45,23 +44,17 @@ def stage_shards(
 
     The ranks of a node divide the files among themselves. An interrupted copy continues where it stopped; the
     manifest is copied last, so a directory with a manifest is complete. Staged files are marked, and nothing else is
-    replaced.
+    replaced. `DataError` where the source is not sound or there is too little space; on all ranks, with the node that
+    saw it.
 
     Parameters
     ----------
     source, destination : path
         Shard directory that all ranks see, and directory on storage of the node; created if it is missing.
-    comm : GridComm
-        The ranks of the job (`hpc_bnn.comm.connect_for_files`).
+    comm, progress : GridComm, callable
+        The ranks of the job (`hpc_bnn.comm.connect_for_files`); what wraps this rank's files, for a progress bar.
     verify : bool
         Compare the SHA-256 of every file, copied or kept, with the manifest; otherwise only sizes.
-    progress : callable
-        Wraps this rank's files, for a progress bar.
-
-    Raises
-    ------
-    DataError
-        The source is not sound, or there is too little space; on all ranks, with the node that saw it.
     """
     source, destination = Path(source), Path(destination)
     with comm.agree(f"reading {source}"):
@@ -152,3 +145,33 @@ def _bring(shard: ShardFile, source: Path, destination: Path, verify: bool) -> b
                 f"{source / shard.file} is not the file that the manifest describes. See hpc-bnn verify {source}"
             )
     return True
+
+
+def verify_shards(directory: str | os.PathLike, progress: Callable[[Iterable], Iterable] = iter) -> list[str]:
+    """Compare every file of a shard directory with its manifest; return one sentence for each problem. Local."""
+    directory = Path(directory)
+    try:
+        manifest = Manifest.read(directory)
+    except DataError as error:
+        return [str(error)]
+    owners = {shard.sha256: shard.file for shard in manifest.shards}
+    problems = []
+    for shard in progress(manifest.shards):
+        path = directory / shard.file
+        try:
+            num_bytes, found = path.stat().st_size, sha256_of_file(path)
+        except OSError as error:
+            problems.append(f"{path} is missing or cannot be read ({error.strerror})")
+            continue
+        if found == shard.sha256:
+            continue
+        if found in owners:
+            problems.append(f"{path} holds what belongs to {owners[found]}")
+        elif num_bytes != shard.num_bytes:
+            what = "truncated" if num_bytes < shard.num_bytes else "too long"
+            problems.append(f"{path} is {what}: {num_bytes} bytes, the manifest says {shard.num_bytes}")
+        else:
+            problems.append(f"{path} was changed: its SHA-256 is not that of the manifest")
+    known = {MANIFEST, STAGED, *(shard.file for shard in manifest.shards)}
+    foreign = sorted(path.name for path in directory.iterdir() if path.name not in known)
+    return problems + [f"{directory / name} is foreign: the manifest does not name it. Remove it" for name in foreign]

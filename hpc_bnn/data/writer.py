@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
@@ -37,8 +37,7 @@ from .manifest import (
 )
 
 CHUNK_BYTES = 4 * 2**10
-"""Aim for the size of an HDF5 chunk (bytes), a page; a chunk holds whole examples, at least one. Small, so that an
-example can be read at random without its neighbours."""
+"""Aim for the size of an HDF5 chunk of whole examples (bytes), a page: they are read at random, without neighbours."""
 SHARD_BYTES = 256 * 2**20
 """Aim for the size of a file (bytes) where the number of examples per file is not given."""
 
@@ -73,6 +72,8 @@ def write_shards(
 ) -> Manifest:
     """Write a shard directory; return its manifest. Collective over the world of ``comm``: each rank writes own files.
 
+    `DataError` on all ranks where the examples have a wrong form or a value that is not finite.
+
     Parameters
     ----------
     directory : path
@@ -80,31 +81,20 @@ def write_shards(
         continued if it has the same ``key``.
     splits : dict of str to (x, y) or Examples
         Inputs [n, channels, ...] and targets [n, ...] of each split, the same on each rank.
-    name, source, licence, num_classes, target_weights, details
-        As in `Manifest`; the weights as an array, such as cos(latitude) as [latitudes, 1].
-    examples_per_shard : int, optional
-        Examples per file; by default about 256 MiB.
+    name, source, licence, num_classes, target_weights, channels, details
+        As in `Manifest`; the weights as an array, such as cos(latitude) as [latitudes, 1], the channels for x and y.
+    examples_per_shard, compression : int, str, optional
+        Examples per file, by default about 256 MiB; HDF5 filter such as "gzip", with smaller files that are slower to read.
     train_split : str
         The split that the statistics come from, and no other.
     normalise_targets : bool, optional
         Whether the network gets targets of mean 0 and standard deviation 1 per channel; metrics stay in units of y.
         Default: True if y has a floating-point dtype.
-    channels : dict of str to names, optional
-        Names of the channels of x and y.
-    compression : str, optional
-        HDF5 filter such as "gzip"; compressed examples are smaller on disk and slower to read.
     key : optional
         Any ``json`` value that determines the content (checksums of the source, flags). A preparation with the same
         key continues an interrupted one; without a key it starts again.
-    comm : GridComm, optional
-        The ranks that write (`hpc_bnn.comm.connect_for_files`).
-    progress : callable
-        Wraps this rank's files while they are written, for a progress bar.
-
-    Raises
-    ------
-    DataError
-        The examples have a wrong form or a value that is not finite; on all ranks.
+    comm, progress : GridComm, callable, optional
+        The ranks that write (`hpc_bnn.comm.connect_for_files`); what wraps this rank's files, for a progress bar.
     """
     comm = comm or GridComm(Grid(1, 1, 0))
     directory = Path(directory)
@@ -129,7 +119,12 @@ def write_shards(
             _open(directory, plan)
     wanted = ("x", "y") if normalise_targets else ("x",)  # the arrays with statistics
     tasks = [
-        _Task(split, number, examples, range(examples.num_examples)[start : start + examples_per_shard])
+        _Task(
+            split,
+            f"{split}-{number:05d}.h5",
+            examples,
+            range(examples.num_examples)[start : start + examples_per_shard],
+        )
         for split, examples in sources.items()
         for number, start in enumerate(range(0, examples.num_examples, examples_per_shard))
     ]
@@ -167,18 +162,13 @@ def sha256_of_key(key: Any) -> str | None:
 # --- the plan ------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Task:
+class _Task(NamedTuple):
     """A file to write."""
 
     split: str
-    number: int
+    file: str
     examples: Examples
     rows: range
-
-    @property
-    def file(self) -> str:
-        return f"{self.split}-{self.number:05d}.h5"
 
 
 def _as_examples(examples: tuple[np.ndarray, np.ndarray] | Examples) -> Examples:

@@ -18,16 +18,12 @@ __all__ = ["Likelihood", "sum_targets"]
 
 
 class Likelihood:
-    """Base class of all likelihoods.
+    """Base class of all likelihoods."""
 
-    Attributes
-    ----------
-    num_targets : int
-        Extent of dim 1 of the targets (1 if they have no dim 1; for classes, see `Categorical`).
-    num_outputs : int
-        Extent of dim 1 that the network must have.
-    """
-
+    num_targets: int
+    """Extent of dim 1 of the targets (1 if they have no dim 1; for classes, see `Categorical`)."""
+    num_outputs: int
+    """Extent of dim 1 that the network must have."""
     num_classes: int | None = None
     """Number of classes if the target is a class."""
     has_density = True
@@ -60,10 +56,7 @@ class Likelihood:
         raise NotImplementedError
 
     def mixture(self, outputs: Tensor) -> Mixture | None:
-        """Return the predictive of every target by itself, from the outputs of all samples [K, B, num_outputs, ...].
-
-        None if a likelihood has no mixture: the predictive then has no quantiles and no CRPS.
-        """
+        """Return the predictive of each target, from [K, B, num_outputs, ...]; without one: no quantiles and no CRPS."""
         return None
 
     @property

@@ -89,8 +89,8 @@ time); on a GPU they take longer than a kernel launch, and a sort needs little t
 class Members(Mixture):
     """K numbers without a density: an ensemble.
 
-    An observation that is exchangeable with the members has each rank among them with probability 1 / (K + 1);
-    PIT and quantiles are those of this rule (Hyndman and Fan, 1996, type 6; not beyond the members).
+    An observation that is exchangeable with the members has each rank among them with probability 1 / (K + 1); PIT and
+    quantiles are those of this rule (Hyndman and Fan, 1996, type 6; not beyond the members).
     """
 
     def in_units(self, mean: Tensor, std: Tensor) -> Members:

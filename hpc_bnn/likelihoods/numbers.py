@@ -30,8 +30,7 @@ class Poisson(Likelihood):
     def mean(self, outputs: Tensor) -> Tensor:
         return outputs.exp()
 
-    def variance(self, outputs: Tensor) -> Tensor:
-        return outputs.exp()
+    variance = mean
 
     def mixture(self, outputs: Tensor) -> Mixture:
         return PoissonMixture(outputs.exp())
@@ -44,12 +43,10 @@ class LocationScale(Likelihood):
     ----------
     num_targets : int
         Extent of dim 1 of the targets.
-    scale : float, "learned" or "heteroscedastic"
+    scale, init_scale : float, "learned" or "heteroscedastic"; float
         A number fixes it (units of the network's targets: standard deviations if the shards are normalised).
-        "learned": one scale per target, a point parameter that `wrap` adds to the network. "heteroscedastic": the
-        network gives the locations and then the logarithms of the scales, [B, 2 num_targets, ...].
-    init_scale : float
-        Initial value of a learned scale (in the same units).
+        "learned": one scale per target from ``init_scale`` on, a point parameter that `wrap` adds to the network.
+        "heteroscedastic": the network gives the locations and then the logarithms of the scales, [B, 2 num_targets, ...].
     """
 
     is_equivariant = True
@@ -133,9 +130,9 @@ class StudentT(LocationScale):
 
 
 class Implicit(Likelihood):
-    """No density: the outputs themselves are the members of the predictive.
+    """No density: the outputs are the members of the predictive, which CRPS and energy score.
 
-    Use it for objectives that score the members (CRPS, energy score); the weights then describe all uncertainty.
+    The weights then describe all uncertainty.
     """
 
     has_density = has_variance = False

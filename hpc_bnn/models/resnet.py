@@ -15,18 +15,13 @@ class ResNet(nn.Module):
 
     Parameters
     ----------
-    in_shape : sequence of int
-        Channels, height and width of an image.
-    num_outputs : int
-        Number of outputs.
-    width : int
-        Channels of the first stage; doubled from stage to stage, with half the resolution.
-    depths : sequence of int
-        Blocks of each stage.
-    norm : {"group", "batch"}
-        Normalisation; groups of 8 channels do not depend on the batch, and suit deep ensembles and evaluation in chunks.
-    dropout : float
-        Rate of the dropout layer within a block (for MC dropout).
+    in_shape, num_outputs : sequence of int, int
+        Channels, height and width of an image; number of outputs.
+    width, depths : int, sequence of int
+        Channels of the first stage, doubled from stage to stage with half the resolution; blocks of each stage.
+    norm, dropout : {"group", "batch"}, float
+        Normalisation: groups of 8 channels do not depend on the batch, and suit deep ensembles and evaluation in chunks;
+        rate of the dropout layer within a block (for MC dropout).
     """
 
     def __init__(

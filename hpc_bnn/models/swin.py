@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 import torch
@@ -21,31 +20,22 @@ class Swin(nn.Module):
 
     Parameters
     ----------
-    in_shape : sequence of int
-        Channels (variables and levels), latitudes and longitudes of a field.
-    num_outputs : int
-        Channels of the output.
+    in_shape, num_outputs : sequence of int, int
+        Channels (variables and levels), latitudes and longitudes of a field; channels of the output.
     places : sequence of int
         Latitudes and longitudes of the output: those of the input.
-    patch : int
-        Side of a square patch (grid points).
-    dim : int
-        Width of the first stage; a multiple of its heads.
-    depths : sequence of int
-        Blocks of each stage on the way down; the way up repeats all but the last.
-    heads : sequence of int
-        Attention heads of each stage.
+    patch, dim : int
+        Side of a square patch (grid points); width of the first stage, a multiple of its heads.
+    depths, heads : sequence of int
+        Blocks and attention heads of each stage on the way down; the way up repeats all but the last.
     window : sequence of int
         Latitudes and longitudes of a window (patches).
-    mlp_ratio : float
-        Width of the hidden layer of a block, in multiples of its dim.
-    dropout : float
-        Rate of the dropout layers behind attention and MLP (for MC dropout).
+    mlp_ratio, dropout : float
+        Width of the hidden layer of a block, in multiples of its dim; rate of the dropout layers behind attention and
+        MLP (for MC dropout).
     is_periodic : bool
         Whether the last longitude is the neighbour of the first; False for a region.
 
-    Notes
-    -----
     The network repeats latitudes at the southern edge up to a multiple of ``patch * window[0] * 2 ** (stages - 1)``, and
     cuts them off at the end. Longitudes must be a multiple of ``patch * window[1] * 2 ** (stages - 1)`` if they are
     periodic; for a region the network repeats them at the eastern edge.
@@ -102,11 +92,10 @@ class Swin(nn.Module):
                 x = torch.cat([x, edge.repeat_interleave(count, dim)], dim)
         x = self.embed(F.pixel_unshuffle(x, self.patch).movedim(1, -1))  # [B, H, W, dim]
         skips = []
-        for stage, merge in itertools.zip_longest(self.down, self.merge):
-            x = stage(x)
-            if merge is not None:
-                skips.append(x)
-                x = merge(x)
+        for stage, merge in zip(self.down, self.merge):
+            skips.append(stage(x))
+            x = merge(skips[-1])
+        x = self.down[-1](x)
         for index in reversed(range(len(self.up))):
             x = self.fuse[index](torch.cat([self.expand[index](x), skips[index]], dim=-1))
             x = self.up[index](x)
@@ -176,12 +165,10 @@ class SwinBlock(Block):
 
 
 def _offsets(height: int, width: int) -> Tensor:
-    """Return for each pair of places of a window the number of their offset, [h w, h w]."""
-    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    rows, columns = rows.flatten(), columns.flatten()
-    down = rows[:, None] - rows[None] + height - 1
-    right = columns[:, None] - columns[None] + width - 1
-    return down * (2 * width - 1) + right
+    """Return for each pair of patches of a window the number of their offset, [h w, h w]."""
+    positions = torch.cartesian_prod(torch.arange(height), torch.arange(width))  # [h w, 2]
+    down, right = (positions[:, None] - positions).unbind(-1)
+    return (down + height - 1) * (2 * width - 1) + right + width - 1
 
 
 class PatchMerging(nn.Module):
