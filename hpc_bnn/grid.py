@@ -1,7 +1,7 @@
 """The process grid: rank arithmetic in pure Python.
 
-The ranks of a job form a grid ``sample axis x data axis``. The sample index varies fastest, so that with block placement
-of ranks a sample group sits inside one node:
+The ranks of a job form a grid ``sample axis x data axis``. The sample index varies fastest, so that with block
+placement of ranks a sample group sits inside one node:
 
     rank = data_index * sample_size + sample_index
 
@@ -42,10 +42,11 @@ def sample_sizes(num_ranks: int) -> list[int]:
 
 
 def grids(num_ranks: int, num_samples: int, batch: int, flag: str = "number of ranks") -> list[int]:
-    """Return the extents of the sample axis that give each rank a sample and an example; `ConfigError` if there is none."""
+    """Return the extents of the sample axis that give each rank a sample and an example; `ConfigError` if none does."""
     sizes = [s for s in sample_sizes(num_ranks) if s <= num_samples and num_ranks // s <= batch]
     if not sizes:
-        rule = f"no grid of {num_ranks} ranks has a sample and an example for each, with {num_samples} samples and {batch} examples"
+        have = f"{num_samples} samples and {batch} examples"
+        rule = f"no grid of {num_ranks} ranks has a sample and an example for each, with {have}"
         remedy = "Use fewer ranks, more <num_samples>, or more examples (<global_batch_size>, <data.train_split>)"
         raise ConfigError(Fault(flag, num_ranks, rule, remedy))
     return sizes
@@ -148,7 +149,7 @@ class Grid:
             raise ConfigError(Fault("num_samples", num_samples, rule, remedy))
 
     def check_batch(self, global_batch_size: int, num_examples: int | None = None) -> None:
-        """Raise `ConfigError` unless each data group has an example of a batch, and of the training set if it is known."""
+        """Raise `ConfigError` unless each data group has an example of a batch, and of the training set (if known)."""
         ranks = f"the {self.data_size} data groups ({self.world_size} ranks, <grid.sample_size> {self.sample_size})"
         remedy = "a larger <grid.sample_size>, or fewer ranks"
         faults = []

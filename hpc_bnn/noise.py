@@ -101,7 +101,7 @@ class Key:
         return derive_seed(seed, *self.path) if self.path else seed
 
     def uniform(self, rows: torch.Tensor, count: int, first: int = 0) -> torch.Tensor:
-        """Return numbers ``first`` to ``first + count - 1`` of each row [B] int64, uniform in [0, 1): [B, count] float32.
+        """Return numbers ``first`` to ``first + count - 1`` of each row [B] int64, in [0, 1): [B, count] float32.
 
         Number j of a row depends on the key and the row alone: not on the other rows, their order, the device or the
         threads. (SplitMix64 of a hash of the key and a counter; 24 random bits each.)
@@ -118,9 +118,9 @@ class Key:
 def derive_seed(seed: int, stream: int, step: int = 0, index: int = 0) -> int:
     """Map words to the 32-bit seed of a generator.
 
-    torch's CPU generator keeps only the low 32 bits of its seed. For a fixed (seed, stream, step) the map is a bijection
-    of ``index`` below 2^32: the samples of one step never share their noise. Two keys of different steps coincide with
-    probability 2^-32.
+    torch's CPU generator keeps only the low 32 bits of its seed. For a fixed (seed, stream, step) the map is a
+    bijection of ``index`` below 2^32: the samples of one step never share their noise. Two keys of different steps
+    coincide with probability 2^-32.
     """
     key = _mix64(_mix64(_mix64(seed & _MASK64) ^ stream) ^ step)
     return _mix32(_mix32((index ^ key) & 0xFFFFFFFF) ^ (key >> 32))

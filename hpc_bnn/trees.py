@@ -47,8 +47,6 @@ def device_of(tree: Inputs) -> torch.device:
 
 def num_rows(tree: Inputs) -> int:
     """Return the common length of dim 0; `ConfigError` where there is no tensor, or the lengths differ."""
-    if isinstance(tree, Tensor):
-        return len(tree)
     lengths = {len(tensor) if tensor.ndim else -1 for tensor in tensors_of(tree)}
     if len(lengths) != 1 or -1 in lengths:
         rule = "all tensors of the inputs need the same extent of dim 0, the examples"
@@ -57,7 +55,7 @@ def num_rows(tree: Inputs) -> int:
 
 
 def as_arguments(tree: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return what a module is called with: ``net(**x)`` for a dict, ``net(*x)`` for a list or tuple, otherwise ``net(x)``."""
+    """Return what a module is called with: ``net(**x)`` for a dict, ``net(*x)`` for a list or tuple, or ``net(x)``."""
     if isinstance(tree, dict):
         return (), tree
     return (tuple(tree), {}) if isinstance(tree, (list, tuple)) else ((tree,), {})

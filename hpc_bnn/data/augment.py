@@ -120,10 +120,7 @@ class Erase:
 
 
 class Mask:
-    """Set a stretch of a series [C, length] to 0 in all channels, with some probability.
-
-    Its length is uniform up to ``max_share`` of the series.
-    """
+    """Set a stretch of a series [C, length], uniform up to ``max_share`` of it, to 0 with some probability."""
 
     num_dims = 2
 
@@ -143,7 +140,7 @@ def _along(x: Tensor, values: Tensor) -> Tensor:
 
 
 def _stretch(extent: int, length: Tensor, u: Tensor) -> Tensor:
-    """Return which of ``extent`` positions lie in a stretch of a length [B] that u [B] in [0, 1) places: [B, extent]."""
+    """Return which of ``extent`` positions lie in a stretch of length [B], placed by u [B] in [0, 1): [B, extent]."""
     length = length.clamp(1, extent)
     start = (u * (extent - length + 1)).floor()
     positions = torch.arange(extent, device=length.device)

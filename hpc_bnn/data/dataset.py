@@ -24,8 +24,8 @@ MEMORY_SHARE = 0.5
 class ShardDataset:
     """One split of a shard directory: read as it is stored, normalised on the device when fetched.
 
-    `DataError` where the split or a file is missing, truncated, corrupt, or not what the manifest says. If only one rank
-    finds an error while it fetches, only this rank raises it, and the error has to end the job.
+    `DataError` where the split or a file is missing, truncated, corrupt, or not what the manifest says. If only one
+    rank finds an error while it fetches, only this rank raises it, and the error has to end the job.
 
     Parameters
     ----------

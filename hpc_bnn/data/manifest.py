@@ -117,7 +117,7 @@ class Manifest:
 
     @classmethod
     def read(cls, directory: str | os.PathLike) -> Manifest:
-        """Read DIR/manifest.json; `DataError` if it is missing, unreadable, changed, or of another format or version."""
+        """Read DIR/manifest.json; `DataError` if it is missing, unreadable, changed, or of another format."""
         path = Path(directory, MANIFEST)
         try:
             raw = json.loads(path.read_text())

@@ -48,7 +48,7 @@ class Examples:
 
     num_examples: int
     read: Callable[[int, int], tuple[np.ndarray, np.ndarray]]
-    """``read(start, stop)`` returns inputs x [n, channels, ...] and targets y [n, ...]; any rank may ask for any range."""
+    """``read(start, stop)`` returns x [n, channels, ...] and y [n, ...]; any rank may ask for any range."""
 
 
 def write_shards(
@@ -84,7 +84,7 @@ def write_shards(
     name, source, licence, num_classes, target_weights, channels, details
         As in `Manifest`; the weights as an array, such as cos(latitude) as [latitudes, 1], the channels for x and y.
     examples_per_shard, compression : int, str, optional
-        Examples per file, by default about 256 MiB; HDF5 filter such as "gzip", with smaller files that are slower to read.
+        Examples per file, by default about 256 MiB; HDF5 filter such as "gzip": smaller and slower to read.
     train_split : str
         The split that the statistics come from, and no other.
     normalise_targets : bool, optional
@@ -301,9 +301,8 @@ def _moments(array: np.ndarray) -> dict[str, Any]:
     """Return number, mean and sum of squared differences per channel of examples [n, channels, ...] or [n]."""
     flat = array.reshape(len(array), array.shape[1] if array.ndim > 1 else 1, -1)
     mean = flat.mean(axis=(0, 2), dtype=np.float64)
-    squares = np.zeros(len(mean))
-    for example in flat:  # without a second array as large
-        squares += np.square(example - mean[:, None]).sum(axis=1)
+    # One example after another: without a second array as large
+    squares = sum((np.square(example - mean[:, None]).sum(axis=1) for example in flat), start=np.zeros(len(mean)))
     return {"count": flat.shape[0] * flat.shape[2], "mean": mean.tolist(), "squares": squares.tolist()}
 
 

@@ -56,7 +56,7 @@ class Likelihood:
         raise NotImplementedError
 
     def mixture(self, outputs: Tensor) -> Mixture | None:
-        """Return the predictive of each target, from [K, B, num_outputs, ...]; without one: no quantiles and no CRPS."""
+        """Return the predictive of each target, from [K, B, num_outputs, ...]; None: no quantiles and no CRPS."""
         return None
 
     @property

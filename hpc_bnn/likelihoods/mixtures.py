@@ -53,8 +53,8 @@ class Mixture:
     def crps(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """Return the CRPS of the mixture and the fair CRPS, [n, targets, ...] (units of y).
 
-        The first is ``E|Y - y| - E|Y - Y'| / 2`` (Gneiting and Raftery, 2007). In the fair one Y and Y' never are of the
-        same component, so that its expectation does not depend on K (Ferro, 2014); it is NaN for K = 1.
+        The first is ``E|Y - y| - E|Y - Y'| / 2`` (Gneiting and Raftery, 2007). In the fair one Y and Y' never are of
+        the same component, so that its expectation does not depend on K (Ferro, 2014); it is NaN for K = 1.
         """
         distance, pairs, own_pairs = self._by_chunks(lambda part, y: part._distances(y), y)
         count = self.num_components
@@ -184,7 +184,7 @@ class StudentTMixture(GaussianMixture):
 
     def _distances(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # E|Y_i - y| and E|Y_i - Y_i'| in closed form (Jordan, Krueger, Lerch, Evaluating probabilistic forecasts with
-        # scoringRules, 2019); for the pairs the integral of 2 F (1 - F), by sinh-sinh quadrature (Takahasi and Mori, 1974)
+        # scoringRules, 2019); for the pairs the integral of 2 F (1 - F), by sinh-sinh quadrature (Takahasi, Mori, 1974)
         df, (loc, scale) = self.df, self.components
         if df <= 1:
             infinite = torch.full_like(y, math.inf)

@@ -46,7 +46,7 @@ class LocationScale(Likelihood):
     scale, init_scale : float, "learned" or "heteroscedastic"; float
         A number fixes it (units of the network's targets: standard deviations if the shards are normalised).
         "learned": one scale per target from ``init_scale`` on, a point parameter that `wrap` adds to the network.
-        "heteroscedastic": the network gives the locations and then the logarithms of the scales, [B, 2 num_targets, ...].
+        "heteroscedastic": the network gives the locations and then the logs of the scales, [B, 2 num_targets, ...].
     """
 
     is_equivariant = True

@@ -20,7 +20,7 @@ class ResNet(nn.Module):
     width, depths : int, sequence of int
         Channels of the first stage, doubled from stage to stage with half the resolution; blocks of each stage.
     norm, dropout : {"group", "batch"}, float
-        Normalisation: groups of 8 channels do not depend on the batch, and suit deep ensembles and evaluation in chunks;
+        Normalisation: groups of 8 channels do not depend on the batch, and suit ensembles and evaluation in chunks;
         rate of the dropout layer within a block (for MC dropout).
     """
 
