@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import JOB_SECONDS, WRITE_PLOTS, patience, with_plots
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from hpc_bnn import write_shards
@@ -154,7 +155,7 @@ def test_fields_are_shown_as_maps(tmp_path, monkeypatch):
     }
     write_shards(tmp_path / "shards", for_split, name="fields", source="made here", licence="none")
     drawn = {}
-    monkeypatch.setattr(plots, "_plot_fields", lambda examples, path: drawn.update(examples) or path)
+    monkeypatch.setattr(plots, "_plot_fields", lambda examples: drawn.update(examples) or Figure())
     arguments = {"patch": 3, "dim": 8, "depths": [1], "heads": [2], "window": [3, 2], "is_periodic": False}
     flags = ["--model.name", "hpc_bnn.models.Swin", "--model.arguments", json.dumps(arguments), "--num_epochs", "1"]
     flags += ["--data.shards", str(tmp_path / "shards"), "--run_dir", str(tmp_path / "run"), "--num_samples", "2"]

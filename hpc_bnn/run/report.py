@@ -8,7 +8,8 @@ import io
 import json
 import logging
 import math
-from collections.abc import Sequence
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -30,6 +31,18 @@ IDEALS = {"accuracy": 1.0, "spread_skill": 1.0, "coverage_50": 0.5, "coverage_90
 
 NO_BEST = ("width_50", "width_90", "width_95")
 """Metrics that are neither good nor bad by themselves."""
+
+CAPTIONS = {
+    "Training": "Objective, data term and KL of every epoch.",
+    "Test": "Metrics of the predictive over all samples, on the held-out split.",
+    "Calibration": "Classes: accuracy against confidence, a bin's size by its examples; on the diagonal confidence is "
+    "right. Numbers: histogram of the probability integral transform; flat is right, a hump says that intervals are too "
+    "wide, a bowl too narrow, a slope that the mean is biased.",
+    "Channels": "Metrics of numbers by channel, such as lead time.",
+    "Time and communication": "Throughput of the job, and the share of an epoch that rank 0 spends in collectives, "
+    "waiting included.",
+}
+"""The figures by their titles, in the order of the page."""
 
 MAX_CHANNELS = 24
 """Channels that are listed; more are drawn only."""
@@ -85,7 +98,7 @@ class RunRecord:
 
 
 def write_report(run_dirs: Sequence[str | Path], output: str | Path | None = None) -> Path:
-    """Write the page.
+    """Write the page and return its path.
 
     Parameters
     ----------
@@ -93,17 +106,15 @@ def write_report(run_dirs: Sequence[str | Path], output: str | Path | None = Non
         One run, or several to compare.
     output : path, optional
         By default report.html in the run directory; for several runs in the directory that they share.
-
-    Returns
-    -------
-    path : Path
     """
     paths = [Path(run_dir) for run_dir in run_dirs]
     names = [path.resolve().name for path in paths]
     labels = names if len(set(names)) == len(names) else [str(path) for path in paths]
     records = [RunRecord.read(path, label) for path, label in zip(paths, labels)]
     if output is None:
-        output = (paths[0] if len(paths) == 1 else _shared_parent(paths)) / "report.html"
+        parents = {path.resolve().parent for path in paths}
+        directory = paths[0] if len(paths) == 1 else parents.pop() if len(parents) == 1 else Path()
+        output = directory / "report.html"
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("hpc_bnn.run", "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -115,19 +126,15 @@ def write_report(run_dirs: Sequence[str | Path], output: str | Path | None = Non
         metrics=_metric_table(records),
         facts=_fact_table(records),
         differences=_differences(records),
-        channels=[(record.label, _channel_table(record)) for record in records if _channel_table(record)],
+        channels=[(record.label, lines) for record in records if (lines := _channel_table(record))],
         figures=_figures(records),
-        examples=[(r.label, _png(r.pictures["uncertainty"])) for r in records if "uncertainty" in r.pictures],
+        examples=[
+            (r.label, _data_url("png", r.pictures["uncertainty"])) for r in records if "uncertainty" in r.pictures
+        ],
         configs=[(record.label, yaml.safe_dump(record.config, sort_keys=False)) for record in records],
     )
-    output = Path(output)
-    write_atomically(output, page)
-    return output
-
-
-def _shared_parent(paths: list[Path]) -> Path:
-    parents = {path.resolve().parent for path in paths}
-    return parents.pop() if len(parents) == 1 else Path()
+    write_atomically(Path(output), page)
+    return Path(output)
 
 
 # --- tables --------------------------------------------------------------------------------------------
@@ -144,11 +151,15 @@ class Line:
     hint: str = ""
 
 
+def _names(columns: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the keys of all columns, each once, in their order."""
+    return list(dict.fromkeys(name for column in columns for name in column))
+
+
 def _metric_table(records: list[RunRecord]) -> list[Line]:
-    names = list(dict.fromkeys(name for record in records for name in record.metrics))
-    lines = []
-    for name in names:
-        values = [record.metrics.get(name) for record in records]
+    columns, lines = [record.metrics for record in records], []
+    for name in _names(columns):
+        values = [column.get(name) for column in columns]
         lines.append(Line(name, [_number(value) for value in values], _best(name, values), plots.LABELS.get(name, "")))
     return lines
 
@@ -158,30 +169,26 @@ def _best(name: str, values: list[float | None]) -> frozenset[int]:
     found = {i: v for i, v in enumerate(values) if v is not None and math.isfinite(v)}
     if len(set(found.values())) < 2 or name in NO_BEST:
         return frozenset()
-    ideal = 1.0 if name.startswith("ood_auroc/") else IDEALS.get(name, -math.inf)
-    distance = {i: v if ideal == -math.inf else abs(v - ideal) for i, v in found.items()}
-    least = min(distance.values())
-    return frozenset(i for i, value in distance.items() if value == least)
+    ideal = 1.0 if name.startswith("ood_auroc/") else IDEALS.get(name)
+    distance = {i: v if ideal is None else abs(v - ideal) for i, v in found.items()}
+    return frozenset(i for i, value in distance.items() if value == min(distance.values()))
 
 
 def _fact_table(records: list[RunRecord]) -> list[Line]:
     columns = [_facts(record) for record in records]
-    names = list(dict.fromkeys(name for column in columns for name in column))
-    return [Line(name, [column.get(name, "–") for column in columns]) for name in names]
+    return [Line(name, [column.get(name, "–") for column in columns]) for name in _names(columns)]
 
 
 def _facts(record: RunRecord) -> dict[str, str]:
     """Return facts of a run other than its metrics."""
-    config, summary, rows = record.config, record.summary, record.rows
-    last = rows[-1] if rows else {}
+    config, summary, rows, tested = record.config, record.summary, record.rows, record.evaluation
     facts = {"state": "complete" if summary else "not complete: it goes on, or was interrupted"}
     if rows:
-        facts["epochs, steps"] = f"{last['epoch']}, {last['step']}"
+        facts["epochs, steps"] = f"{rows[-1]['epoch']}, {rows[-1]['step']}"
     facts["posterior, prior"] = f"{config['posterior']['family']}, {config['posterior']['prior']}"
     facts["objective"] = config["objective"]["name"]
     facts["samples per step"] = f"{config['num_samples']}"
-    if record.evaluation:
-        tested = record.evaluation
+    if tested:
         facts["tested with"] = (
             f"{tested['num_samples']} samples, {tested['data']['shards']}, {tested['data']['split']}, "
             f"the {tested['checkpoint']} checkpoint (step {tested['num_steps']})"
@@ -192,8 +199,8 @@ def _facts(record: RunRecord) -> dict[str, str]:
     facts["network"] = config["model"]["name"]
     facts["shards"] = config["data"]["shards"]
     if summary:
-        grid, posterior, sent = summary["grid"], summary["posterior"], summary["communication"]
-        facts["random weights"] = f"{posterior['num_random_weights']:,}"
+        grid, sent = summary["grid"], summary["communication"]
+        facts["random weights"] = f"{summary['posterior']['num_random_weights']:,}"
         facts["grid (samples x data)"] = f"{grid['sample_size']} x {grid['data_size']} ranks"
         facts["device"] = summary["device"]
         facts["time of training"] = f"{summary['seconds']:.1f} s"
@@ -206,9 +213,9 @@ def _facts(record: RunRecord) -> dict[str, str]:
         ("bytes_per_step", "bytes per step of a rank", "{:,.0f}"),
         ("communication_share", "share of time in collectives", "{:.1%}"),
     ):
-        values = sorted(row[name] for row in trained if name in row)
+        values = [row[name] for row in trained if name in row]
         if values:
-            facts[f"{label} (median)"] = form.format(values[len(values) // 2])
+            facts[f"{label} (median)"] = form.format(statistics.median_high(values))
     if summary:
         facts["versions"] = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
     return facts
@@ -217,7 +224,7 @@ def _facts(record: RunRecord) -> dict[str, str]:
 def _differences(records: list[RunRecord]) -> list[Line]:
     """Return the fields of the configs that are not the same in all runs."""
     flat = [flatten(record.config) for record in records]
-    names = [name for name in dict.fromkeys(n for one in flat for n in one) if name not in ("run_dir", "resume")]
+    names = [name for name in _names(flat) if name not in ("run_dir", "resume")]
     lines = [Line(f"--{name}", [_value(one.get(name, "–")) for one in flat]) for name in names]
     return [line for line in lines if len(set(line.cells)) > 1]
 
@@ -232,11 +239,8 @@ def _channel_table(record: RunRecord) -> list[list[str]]:
     channels = record.evaluation.get("curves", {}).get("channels", {})
     if not 2 <= len(channels.get("name", ())) <= MAX_CHANNELS:
         return []
-    lines = [list(channels)]
-    for number in range(len(channels["name"])):
-        values = [column[number] for column in channels.values()]
-        lines.append([value if isinstance(value, str) else _number(value) for value in values])
-    return lines
+    lines = zip(*channels.values())
+    return [list(channels), *([v if isinstance(v, str) else _number(v) for v in values] for values in lines)]
 
 
 def _number(value: float | None) -> str:
@@ -252,37 +256,17 @@ def _figures(records: list[RunRecord]) -> list[tuple[str, str, str]]:
         logger.warning("a page without figures: matplotlib is not installed (pip install 'hpc_bnn[plots]')")
         return []
     found = []
-    for title, draw, caption in (
-        ("Training", plots.training_figure, "Objective, data term and KL of every epoch."),
-        ("Test", plots.test_figure, "Metrics of the predictive over all samples, on the held-out split."),
-        (
-            "Calibration",
-            plots.calibration_figure,
-            "Classes: accuracy against confidence, a bin's size by its examples; on the diagonal confidence is right. "
-            "Numbers: histogram of the probability integral transform; flat is right, a hump says that intervals are "
-            "too wide, a bowl too narrow, a slope that the mean is biased.",
-        ),
-        ("Channels", plots.channels_figure, "Metrics of numbers by channel, such as lead time."),
-        (
-            "Time and communication",
-            plots.time_figure,
-            "Throughput of the job, and the share of an epoch that rank 0 spends in collectives, waiting included.",
-        ),
-    ):
-        figure = draw(records)
+    for title, caption in CAPTIONS.items():
+        if title in plots.ROWS:
+            figure = plots.rows_figure(records, plots.ROWS[title])
+        else:
+            figure = (plots.calibration_figure if title == "Calibration" else plots.channels_figure)(records)
         if figure is not None:
-            found.append((title, _svg(figure, title), caption))
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format="svg", metadata={"Date": None, "Title": html.escape(title)})
+            found.append((title, _data_url("svg+xml", buffer.getvalue()), caption))
     return found
 
 
-def _svg(figure: Any, name: str) -> str:
-    from matplotlib import pyplot as plt
-
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Title": html.escape(name)})
-    plt.close(figure)
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def _png(content: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(content).decode()
+def _data_url(kind: str, content: bytes) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
