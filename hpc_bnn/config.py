@@ -5,13 +5,16 @@ from __future__ import annotations
 import functools
 import operator
 import typing
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from numbers import Real
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from .capabilities import FAMILIES, Features, check_features
-from .errors import ConfigError, Fault, Rule, above_and_below, at_least, check_all, positive
+from .errors import ConfigError, Fault, Rule, above_and_below, at_least, check_all, number, positive
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 Auto = Literal["auto"]
 Library = Literal["horovod", "torch", "mpi"]
@@ -177,9 +180,7 @@ class ObjectiveConfig:
 
     name: str = _named("elbo", ObjectiveName)
     """elbo, log_predictive (the direct loss), moment_matched, crps, energy, or the import path of your own."""
-    fairness: float = _ruled(
-        0.95, Rule(lambda value: isinstance(value, Real) and 0 <= value <= 1, "between 0 and 1", "Try 0.95")
-    )
+    fairness: float = _ruled(0.95, number(lambda value: 0 <= value <= 1, "between 0 and 1", "Try 0.95"))
     """Fairness of crps and energy to the finite number of samples: 0 the ordinary score, 1 the fair, 0.95 almost
     fair."""
     beta: float = _ruled(1.0, above_and_below(0, 2, "Try 1"))
@@ -326,60 +327,51 @@ class Config:
         augmentation, objective, samples = self.augmentation, self.objective, self.num_samples
         is_score = objective.name in get_args(Score)
         check_all(
-            *(functools.partial(check_field, name, operator.attrgetter(name)(self)) for name in FIELDS),
+            *(functools.partial(check_field, name, self._value(name)) for name in FIELDS),
             lambda: check_groups(augmentation.views, augmentation.num_groups, samples),
             lambda: is_score and check_pairs(objective.name, objective.fairness, samples),
-            self._check_together,
+            *(functools.partial(self._check_rule, *rule) for rule in self._rules()),
             self._check_features,
         )
 
-    def _check_together(self) -> None:
-        faults = [
-            Fault(name, value, f"must be {rule}", remedy)
-            for name, value, fits, rule, remedy in self._rules()
-            if not fits
-        ]
-        if faults:
-            raise ConfigError(*faults)
+    def _value(self, name: str) -> Any:
+        return operator.attrgetter(name)(self)
 
-    def _rules(self):
-        """Yield (name, value, whether it fits, rule, remedy) of what goes with what."""
-        warmup, epochs = self.optimizer.warmup_epochs, self.num_epochs
-        fits = 0 <= warmup < max(epochs, 1)
-        rule = f"0 or more and below <num_epochs>, {epochs}"
-        yield "optimizer.warmup_epochs", warmup, fits, rule, "Try 0"
-        yield from self._objective_rules()
-        yield from self._posterior_rules()
+    def _check_rule(self, name: str, fits: bool, rule: str, remedy: str) -> None:
+        if not fits:
+            raise ConfigError(Fault(name, self._value(name), f"must be {rule}", remedy))
 
-    def _objective_rules(self):
-        name, weights, likelihood = self.objective.name, self.objective.weights, self.likelihood.name
+    def _rules(self) -> Iterator[tuple[str, bool, str, str]]:
+        """Yield (field, whether its value fits, rule, remedy) of what goes with what."""
+        epochs, samples, objective, likelihood = self.num_epochs, self.num_samples, self.objective, self.likelihood
+        posterior, family, prior = self.posterior, self.posterior.family, self.posterior.prior
+        fits = 0 <= self.optimizer.warmup_epochs < max(epochs, 1)
+        yield "optimizer.warmup_epochs", fits, f"0 or more and below <num_epochs>, {epochs}", "Try 0"
+
+        name = objective.name
         if name in get_args(Score):
             rule = f"implicit for {name}, which scores predictions of numbers, not classes"
-            fits = likelihood in ("auto", "implicit")
-            yield "likelihood.name", likelihood, fits, rule, "Use <likelihood.name> implicit"
+            yield "likelihood.name", likelihood.name in ("auto", "implicit"), rule, "Use <likelihood.name> implicit"
         elif name in get_args(ObjectiveName):
-            fits = weights in ("auto", None)
-            yield "objective.weights", weights, fits, f"left out for {name}", "Use crps or energy"
-            fits, rule = likelihood != "implicit", f"one with a density for {name}"
-            yield "likelihood.name", likelihood, fits, rule, "Try gaussian"
+            yield "objective.weights", objective.weights in ("auto", None), f"left out for {name}", "Use crps or energy"
+            yield "likelihood.name", likelihood.name != "implicit", f"one with a density for {name}", "Try gaussian"
 
-    def _posterior_rules(self):
-        posterior, family, prior = self.posterior, self.posterior.family, self.posterior.prior
-        std, mean = posterior.prior_std, posterior.prior_mean
+        is_number = posterior.prior_std != "fan_in"
         if prior == "scale_mixture":
-            yield "posterior.prior_std", std, std != "fan_in", "a number for scale_mixture", "Try 1.0"
+            yield "posterior.prior_std", is_number, "a number for scale_mixture", "Try 1.0"
         if prior in ("scale_mixture", "student_t"):
-            yield "posterior.prior_mean", mean, mean == 0, f"0 for the {prior} prior", "Use gaussian"
-        for group in (posterior, self.likelihood):
-            field, name = ("posterior", family) if group is posterior else ("likelihood", group.name)
+            yield "posterior.prior_mean", posterior.prior_mean == 0, f"0 for the {prior} prior", "Use gaussian"
+        for group, name, arguments in (
+            ("posterior", family, posterior.arguments),
+            ("likelihood", likelihood.name, likelihood.arguments),
+        ):
             rule = f"left out for {name}, which has fields of its own"
-            yield (f"{field}.arguments", group.arguments, "." in name or not group.arguments, rule, "Leave them out")
+            yield f"{group}.arguments", "." in name or not arguments, rule, "Leave them out"
         if family in ("mc_dropout", "ensemble"):
-            yield "posterior.prior_std", std, std != "fan_in", f"a number for {family}", "Try 1.0"
+            yield "posterior.prior_std", is_number, f"a number for {family}", "Try 1.0"
         if family == "ensemble":
-            tests, members = self.num_test_samples, self.num_samples
-            rule = f"<num_samples>, {members}: the members"
-            yield "num_test_samples", tests, tests == members, rule, "Set both"
+            rule = f"<num_samples>, {samples}: the members"
+            yield "num_test_samples", self.num_test_samples == samples, rule, "Set both"
 
     def _check_features(self) -> None:
         """Check which feature goes with which (`hpc_bnn.capabilities`), as far as a config knows."""
@@ -399,17 +391,11 @@ class Config:
             antithetic=posterior.antithetic,
             micro_batches=self.micro_batch_size is not None,
         )
-        check_features(can, asked, lambda name: operator.attrgetter(name)(self))
+        check_features(can, asked, self._value)
 
 
 def config_of_run(run_dir: str | Path) -> Path:
-    """Return the path of RUN_DIR/config.yaml. Local.
-
-    Raises
-    ------
-    ConfigError
-        The file does not exist: the directory holds no run.
-    """
+    """Return the path of RUN_DIR/config.yaml; raise `ConfigError` where it is missing. Local."""
     path = Path(run_dir, "config.yaml")
     if not path.exists():
         remedy = "Name the <run_dir> of hpc-bnn train"
@@ -446,11 +432,11 @@ def _words(type_: Any) -> tuple[str | None, ...]:
     return arguments if typing.get_origin(type_) is Literal else sum(map(_words, arguments), ())
 
 
-def _fields(kind: type, prefix: str = "") -> dict[str, Field]:
+def _fields(kind: type[DataclassInstance], prefix: str = "") -> dict[str, Field]:
     found, hints, defaults = {}, typing.get_type_hints(kind), kind()
     for one in fields(kind):
         name, type_, default = prefix + one.name, hints[one.name], getattr(defaults, one.name)
-        if is_dataclass(type_):
+        if isinstance(type_, type) and is_dataclass(type_):
             found |= _fields(type_, f"{name}.")
             continue
         rule = one.metadata.get("rule")
@@ -469,14 +455,9 @@ NAMES = {*FIELDS, *(name.rpartition(".")[0] for name in FIELDS if "." in name)}
 
 
 def check_field(name: str, value: object, argument: str = "") -> None:
-    """Raise `ConfigError` unless a value fits the rule of a field. Local.
+    """Raise `ConfigError` unless a value fits the rule of a field, such as ``posterior.init_std``. Local.
 
-    Parameters
-    ----------
-    name : str
-        Of the field, such as ``posterior.init_std``.
-    argument : str
-        Name of the argument in Python, where it is another one.
+    ``argument`` is the name of the argument in Python, where it is another one.
     """
     one = FIELDS[name]
     is_word = isinstance(value, (str, type(None))) and value in _words(one.type)

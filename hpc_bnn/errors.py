@@ -15,6 +15,7 @@ from numbers import Real
 from typing import Any, NamedTuple
 
 _NAME = re.compile(r"<([a-z_.]+)>")
+Spell = Callable[[str], str]
 
 
 def _as_flag(name: str) -> str:
@@ -27,14 +28,14 @@ def _as_argument(name: str) -> str:
     return groups[-1] if groups and last == "name" else last
 
 
-def _is_field(name: str) -> bool:
+def _spelled_field(name: str, otherwise: str, spell: Spell) -> str:
     from .config import NAMES  # here, because config imports this module
 
-    return name in NAMES
+    return spell(name) if name in NAMES else otherwise
 
 
-def _spelled(text: str, spell: Callable[[str], str]) -> str:
-    return _NAME.sub(lambda match: spell(match[1]) if _is_field(match[1]) else match[0], text)
+def _spelled(text: str, spell: Spell) -> str:
+    return _NAME.sub(lambda match: _spelled_field(match[1], match[0], spell), text)
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,8 @@ class Fault:
         value = str(self.value).lower() if isinstance(self.value, bool) else self.value
         return self._text(self.field, _as_flag, value)
 
-    def _text(self, name: str, spell: Callable[[str], str], value: object) -> str:
-        name = spell(name) if _is_field(name) else name
-        return f"{name} {value}: {_spelled(f'{self.rule}. {self.remedy}', spell)}"
+    def _text(self, name: str, spell: Spell, value: object) -> str:
+        return f"{_spelled_field(name, name, spell)} {value}: {_spelled(f'{self.rule}. {self.remedy}', spell)}"
 
     def __reduce__(self):  # a value may be anything; its text can travel to other ranks
         return Fault, (self.field, str(self.value), self.rule, self.remedy, self.argument)
@@ -94,7 +94,7 @@ class HpcBnnError(Exception):
         """Return the text with flags."""
         return self._text(Fault.on_command_line, _as_flag)
 
-    def _text(self, of_fault: Callable[[Fault], str], spell: Callable[[str], str]) -> str:
+    def _text(self, of_fault: Callable[[Fault], str], spell: Spell) -> str:
         parts = [of_fault(part) if isinstance(part, Fault) else _spelled(str(part), spell) for part in self.args]
         return self.where + "\n".join(parts)
 
@@ -125,21 +125,25 @@ class Rule(NamedTuple):
             raise ConfigError(Fault(field, shown, f"must be {self.text}", self.remedy, argument))
 
 
+def number(fits: Callable[[Any], bool], text: str, remedy: str) -> Rule:
+    """Return the rule of a real number."""
+    return Rule(lambda value: isinstance(value, Real) and fits(value), text, remedy)
+
+
 def positive(remedy: str) -> Rule:
     """Return the rule of a positive, finite number."""
-    return Rule(lambda value: isinstance(value, Real) and 0 < value < math.inf, "positive and finite", remedy)
+    return number(lambda value: 0 < value < math.inf, "positive and finite", remedy)
 
 
 def at_least(least: int, remedy: str, text: str = "") -> Rule:
     """Return the rule of a finite number that has a least value."""
     text = text or (f"at least {least}" if least else "0 or more")
-    return Rule(lambda value: isinstance(value, Real) and least <= value < math.inf, text, remedy)
+    return number(lambda value: least <= value < math.inf, text, remedy)
 
 
 def above_and_below(low: float, high: float, remedy: str) -> Rule:
     """Return the rule of a number between two others, which it must not reach."""
-    text = f"above {low} and below {high}"
-    return Rule(lambda value: isinstance(value, Real) and low < value < high, text, remedy)
+    return number(lambda value: low < value < high, f"above {low} and below {high}", remedy)
 
 
 def import_object(field: str, path: str) -> Any:
@@ -148,20 +152,14 @@ def import_object(field: str, path: str) -> Any:
     try:
         return getattr(importlib.import_module(module_path), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(
-            Fault(field, path, f"it cannot be imported ({error})", "Give package.module.Class")
-        ) from error
+        rule = f"it cannot be imported ({error})"
+        raise ConfigError(Fault(field, path, rule, "Give package.module.Class")) from error
 
 
 def build_object(field: str, path: str, arguments: dict[str, Any], kind: type, arguments_field: str) -> Any:
     """Return an object of a user's class, or raise a `ConfigError` that names the field. Local.
 
-    Parameters
-    ----------
-    kind : type
-        What it must be an instance of.
-    arguments_field : str
-        The field of its arguments.
+    It must be an instance of ``kind``; ``arguments_field`` is the field of its arguments.
     """
     made = import_object(field, path)
     try:

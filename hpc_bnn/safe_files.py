@@ -39,11 +39,6 @@ class Disk:
         with Disk(path) as disk, h5py.File(disk, "w") as file:
             ...
 
-    Parameters
-    ----------
-    path : path
-        File to write.
-
     Attributes
     ----------
     error : OSError or None
@@ -55,14 +50,19 @@ class Disk:
         self._file = open(path, "w+b", buffering=0)  # noqa: SIM115
         self._end = 0
 
+    @contextlib.contextmanager
+    def _recording(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.error = error
+
     def write(self, content: Any) -> int:
         content, done = memoryview(content), 0
         self._end = max(self._end, self._file.tell() + len(content))
         while self.error is None and done < len(content):
-            try:
+            with self._recording():
                 done += self._file.write(content[done:])
-            except OSError as error:
-                self.error = error
         return len(content)
 
     def read(self, size: int = -1) -> bytes:  # h5py takes what has it for a file
@@ -75,13 +75,10 @@ class Disk:
         return len(buffer)
 
     def truncate(self, size: int | None = None) -> int:
-        size = self._file.tell() if size is None else size
-        self._end = size
+        self._end = size = self._file.tell() if size is None else size
         if self.error is None:
-            try:
+            with self._recording():
                 self._file.truncate(size)
-            except OSError as error:
-                self.error = error
         return size
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
@@ -98,10 +95,8 @@ class Disk:
     def close(self) -> None:
         """Bring everything to the disk."""
         if self.error is None:
-            try:
+            with self._recording():
                 os.fsync(self._file.fileno())
-            except OSError as error:
-                self.error = error
         self._file.close()
 
     def check(self) -> None:

@@ -334,7 +334,8 @@ def test_an_error_on_which_the_ranks_did_not_agree_is_printed_and_ends_the_job(m
         "        print('FAULT', time.time(), flush=True)\n"
         "        raise hpc_bnn.errors.DataError('only here')\n"
         "    comm.gather_objects(1)\n"
-        "hpc_bnn.cli.commands._train = command\n"
+        "commands = hpc_bnn.cli.commands.COMMANDS\n"
+        "commands['train'] = commands['train']._replace(run=command)\n"
         "run()\n"
     )
     done = mpirun(2, program, "train", "--config", "configs/digits.yaml")

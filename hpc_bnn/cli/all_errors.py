@@ -30,37 +30,23 @@ class Parser(jsonargparse.ArgumentParser):
 
 
 def faults_of(words: Sequence[str], known: set[str]) -> tuple[list[Fault], dict[str, Any]]:
-    """Return every unknown key and wrong type in the arguments of a subcommand, and the correct values. Local.
+    """Return every unknown key and wrong type in the words after a subcommand, and the correct values by field. Local.
 
-    Parameters
-    ----------
-    words : sequence of str
-        As typed.
-    known : set of str
-        Options of the subcommand, ``--config`` for example; this function ignores those that are not fields of
-        `Config`.
-
-    Returns
-    -------
-    faults : list of Fault
-    values : dict of str to object
-        Dotted names of fields, as files and flags set them.
+    ``known`` are the options of the subcommand, such as ``--config``; those that are not fields of `Config` are ignored.
     """
     of_users = tuple(f"{name}." for name, field in FIELDS.items() if typing.get_origin(field.type) is dict)
     faults, values = [], {}
     for name, value in _settings(words):
         if name.startswith(of_users):  # arguments of a user's class: anything
             continue
-        if name not in FIELDS:
-            if f"--{name}" not in known:
-                near = difflib.get_close_matches(name, FIELDS, 1)
-                remedy = f"Did you mean <{near[0]}>?" if near else "See --help for all"
-                shown = "" if value is None else value
-                faults.append(Fault(f"--{name}", shown, "there is no such field", remedy))
-            continue
-        if _fits(name, value):
+        if name not in FIELDS and f"--{name}" not in known:
+            near = difflib.get_close_matches(name, FIELDS, 1)
+            remedy = f"Did you mean <{near[0]}>?" if near else "See --help for all"
+            shown = "" if value is None else value
+            faults.append(Fault(f"--{name}", shown, "there is no such field", remedy))
+        elif name in FIELDS and _fits(name, value):
             values[name] = value
-        else:
+        elif name in FIELDS:
             values.pop(name, None)
             default = yaml.safe_dump(FIELDS[name].default).split("\n")[0]
             rule = f"must be {_in_words(FIELDS[name].type)}"
@@ -70,8 +56,11 @@ def faults_of(words: Sequence[str], known: set[str]) -> tuple[list[Fault], dict[
 
 def make_config(values: dict[str, Any]) -> Config:
     """Return a config from dotted names, with defaults for the rest. Local."""
-    parser = _config_parser()
-    return Config(**parser.instantiate(parser.parse_object(_nested(values))).as_dict())
+    parser, nested = Parser(prog="hpc-bnn"), jsonargparse.Namespace()
+    parser.add_class_arguments(Config, fail_untyped=True)
+    for name, value in values.items():
+        nested[name] = value
+    return Config(**parser.instantiate(parser.parse_object(nested)).as_dict())
 
 
 def check_together(words: Sequence[str], known: set[str], check: Callable[[Config], object]) -> None:
@@ -89,12 +78,6 @@ def check_together(words: Sequence[str], known: set[str], check: Callable[[Confi
     raise ConfigError(*faults)
 
 
-def _config_parser() -> Parser:
-    parser = Parser(prog="hpc-bnn")
-    parser.add_class_arguments(Config, fail_untyped=True)
-    return parser
-
-
 def _fits(name: str, value: Any) -> bool:
     parser = Parser()
     parser.add_argument("--value", type=FIELDS[name].type)
@@ -103,17 +86,6 @@ def _fits(name: str, value: Any) -> bool:
     except ConfigError:
         return False
     return True
-
-
-def _nested(values: dict[str, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for name, value in values.items():
-        *groups, last = name.split(".")
-        branch = tree
-        for group in groups:
-            branch = branch.setdefault(group, {})
-        branch[last] = value
-    return tree
 
 
 def _settings(words: Sequence[str]) -> Iterator[tuple[str, Any]]:
@@ -126,15 +98,12 @@ def _settings(words: Sequence[str]) -> Iterator[tuple[str, Any]]:
         name, equals, text = word[2:].partition("=")
         if not equals:
             text = words.pop(0) if words and not words[0].startswith("--") else None
-        value = _load(text)
         if name == "config":
             path = Path(text or "")
             content = _load(path.read_text()) if path.is_file() else None
             yield from _leaves(content) if isinstance(content, dict) else ()
-        elif isinstance(value, dict) and name in NAMES - FIELDS.keys():
-            yield from _leaves({name: value})
         else:
-            yield name, value
+            yield from _leaves({name: _load(text)})
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -160,7 +129,7 @@ def _in_words(type_: Any) -> str:
         return names[type_]
     origin, arguments = typing.get_origin(type_), typing.get_args(type_)
     if origin is typing.Literal:
-        return f"one of {', '.join(map(str, arguments))}" if len(arguments) > 1 else str(arguments[0])
+        return ("one of " if len(arguments) > 1 else "") + ", ".join(map(str, arguments))
     if origin in (typing.Union, types.UnionType):
         return " or ".join(_in_words(argument) for argument in arguments)
     if origin is list:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import jsonargparse
 from tqdm import tqdm
@@ -28,7 +28,19 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def build_parser(words: Sequence[str] | None = None) -> jsonargparse.ArgumentParser:
+class Command(NamedTuple):
+    """A subcommand of ``hpc-bnn``."""
+
+    description: str
+    add_arguments: Callable[[Parser], None]
+    """Adds its own arguments, besides those of a config."""
+    run: Callable[[jsonargparse.Namespace, set[str]], int]
+    """Takes the options, and the flags that the user gave."""
+    config_help: str = ""
+    """Of ``--config``; empty: the command takes no config."""
+
+
+def build_parser(words: Sequence[str] | None = None) -> Parser:
     """Return the parser of ``hpc-bnn``; with all commands, or only those among the words, as it takes long.
 
     The sentences of the fields, whose source must be read and parsed, are there only for help.
@@ -38,23 +50,25 @@ def build_parser(words: Sequence[str] | None = None) -> jsonargparse.ArgumentPar
     parser = Parser(prog="hpc-bnn", description="Bayesian neural networks by sampling parallelism.")
     parser.add_argument("--version", action="version", version=f"hpc_bnn {__version__}")
     commands = parser.add_subcommands()
-    for name, (description, add_arguments) in COMMANDS.items():
-        command = Parser(description=description)
+    for name, command in COMMANDS.items():
+        subparser = Parser(description=command.description)
         if words is None or name in words:
-            add_arguments(command)
-        commands.add_subcommand(name, command)
+            _add_arguments(subparser, command)
+        commands.add_subcommand(name, subparser)
     return parser
 
 
-def _add_train(train: Parser) -> None:
-    train.add_argument("--config", action="config", help="YAML file; flags given after it override it.")
-    train.add_class_arguments(Config, fail_untyped=True)
+def _add_arguments(parser: Parser, command: Command) -> None:
+    if command.config_help:
+        parser.add_argument("--config", action="config", help=command.config_help)
+    command.add_arguments(parser)
+    if command.config_help:
+        parser.add_class_arguments(Config, fail_untyped=True)
 
 
 def _add_run(parser: Parser) -> None:
     """Add what the commands that work on an existing run have in common."""
     parser.add_argument("run", type=str, metavar="RUN_DIR", help="Directory of the run; flags override its config.")
-    parser.add_argument("--config", action="config", help="By default RUN_DIR/config.yaml.")
     parser.add_argument(
         "--which", type=Literal["newest", "best"], default="newest", help="Checkpoint (default: newest)."
     )
@@ -66,7 +80,6 @@ def _add_evaluate(evaluate: Parser) -> None:
         "--ood_shards", type=str | None, help="Foreign examples: how well does the uncertainty tell them (AUROC)?"
     )
     evaluate.add_argument("--ood_split", type=str, default="test", help="Split of the foreign examples.")
-    evaluate.add_class_arguments(Config, fail_untyped=True)
 
 
 def _add_predict(predict: Parser) -> None:
@@ -78,7 +91,6 @@ def _add_predict(predict: Parser) -> None:
         "--quantiles", type=list[float], default=[0.05, 0.25, 0.5, 0.75, 0.95], help="Levels; [] for none."
     )
     predict.add_argument("--members", type=bool, default=False, help="Write every sample as well.")
-    predict.add_class_arguments(Config, fail_untyped=True)
 
 
 def _add_report(report: Parser) -> None:
@@ -91,7 +103,6 @@ def _add_verify(verify: Parser) -> None:
 
 
 def _add_plan(plan: Parser) -> None:
-    plan.add_argument("--config", action="config", help="YAML file; flags given after it override it.")
     plan.add_argument("--ranks", type=int | None, help="Ranks to plan for (default: those of this job).")
     plan.add_argument(
         "--ranks_per_node",
@@ -100,13 +111,12 @@ def _add_plan(plan: Parser) -> None:
     )
     plan.add_argument("--memory", type=float | None, help="Bytes that a rank may take (default: those of its device).")
     plan.add_argument("--flops", type=float | None, help="FLOP/s of a rank (default: measure its share here).")
-    for name, where in (("", "between nodes"), ("node_", "within a node")):
+    for prefix, where in (("", "between nodes"), ("node_", "within a node")):
         text = f"{where} (default: measured, where this job has several ranks; otherwise assumed)."
-        plan.add_argument(f"--{name}bandwidth", type=float | None, help=f"Bytes per second of a rank {text}")
-        plan.add_argument(f"--{name}latency", type=float | None, help=f"Seconds of a message {text}")
+        plan.add_argument(f"--{prefix}bandwidth", type=float | None, help=f"Bytes per second of a rank {text}")
+        plan.add_argument(f"--{prefix}latency", type=float | None, help=f"Seconds of a message {text}")
     plan.add_argument("--network", type=str | None, help="JSON of hpc-bnn doctor: its network, for both.")
     plan.add_argument("--output", type=str | None, help="JSON file to write as well.")
-    plan.add_class_arguments(Config, fail_untyped=True)
 
 
 def _add_stage(stage: Parser) -> None:
@@ -128,19 +138,6 @@ def _add_doctor(doctor: Parser) -> None:
     )
 
 
-COMMANDS: dict[str, tuple[str, Callable[[Parser], None]]] = {
-    "train": ("Train a Bayesian network on the process grid.", _add_train),
-    "evaluate": ("Evaluate a trained network with all samples of all ranks.", _add_evaluate),
-    "predict": ("Write the predictive of a trained network to an HDF5 file.", _add_predict),
-    "report": ("Write one self-contained HTML page about a run, or several side by side.", _add_report),
-    "verify": ("Compare the files of a shard directory with its manifest.", _add_verify),
-    "plan": ("Predict memory, time and communication of every grid, and recommend one.", _add_plan),
-    "stage": ("Copy a shard directory to local storage, once per node of the job.", _add_stage),
-    "doctor": ("Look at the ranks of this job, test its sums, and name problems and remedies.", _add_doctor),
-}
-"""Description of each command, and what adds its arguments."""
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0, 1 for an error, 2 for a request that cannot be fulfilled.
 
@@ -158,26 +155,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             parsed = parser.parse_args(words)
         except ConfigError:
-            _say_all_faults(parser, words)
+            _say_all_faults(words)
             raise
-        command = parsed.subcommand
-        options = parser.instantiate(parsed)[command]
-        commands = {"train": _train, "evaluate": _evaluate, "predict": _predict}
-        commands |= {"report": _report, "verify": _verify, "stage": _stage, "plan": _plan, "doctor": _doctor}
-        return commands[command](options, given)
+        return COMMANDS[parsed.subcommand].run(parser.instantiate(parsed)[parsed.subcommand], given)
 
     return run_and_report("hpc-bnn", work)
 
 
-def _say_all_faults(parser: Parser, words: list[str]) -> None:
+def _say_all_faults(words: list[str]) -> None:
     """Raise one error with all faults, if the command takes a config. Local."""
     from ..run import check
 
-    command = words[0] if words else None
-    if command in ("train", "evaluate", "predict", "plan"):
-        known = set(parser._subcommands_action.choices[command]._option_string_actions)
-        on_ranks = comm.world_size()
-        verify = (lambda config: check(config, on_ranks)) if command == "train" else Config.check
+    command = COMMANDS.get(words[0]) if words else None
+    if command is not None and command.config_help:
+        subparser, on_ranks = Parser(), comm.world_size()
+        _add_arguments(subparser, command)
+        known = set(subparser._option_string_actions)
+        verify = (lambda config: check(config, on_ranks)) if words[0] == "train" else Config.check
         check_together(words[1:], known, verify)
 
 
@@ -203,46 +197,38 @@ def run_and_report(name: str, work: Callable[[], int]) -> int:
 
 
 def _train(options: jsonargparse.Namespace, given: set[str]) -> int:
-    from ..run import Run, StopRequest, check, write_plots
+    from ..run import Run, StopRequest, check, connect_grid, write_plots
 
     stop = StopRequest()
     with stop.watching_signals():  # a signal during the start counts
-        config = _make_config(options, given)
+        config = config_of(options, given)
         check(config, comm.world_size())  # before the first collective
         if config.grid.sample_size == "auto":
             _choose_grid(config)
-        grid_comm = _connect(config)
+        grid_comm = connect_grid(config, config.grid.sample_size)
         run = Run(config, grid_comm, stop)
         summary, examples = run.train()
     with grid_comm.agree("drawing plots"):
         if run.is_writer:
             plots = write_plots(run.run_dir, examples)
-            metrics = [
-                f"{name.replace('/', ' ')} {value:.4f}" for name, value in summary.items() if name.startswith("test/")
-            ]
-            print(f"{', '.join(metrics)}, {summary['seconds']:.1f} s\n{run.run_dir}/summary.json")
-            for path in plots:
-                print(path)
+            tested = {name: value for name, value in summary.items() if name.startswith("test/")}
+            metrics = ", ".join(f"{name.replace('/', ' ')} {value:.4f}" for name, value in tested.items())
+            print(f"{metrics}, {summary['seconds']:.1f} s", run.run_dir / "summary.json", *plots, sep="\n")
     return 0
 
 
-def config_of(options: jsonargparse.Namespace) -> Config:
-    """Return the config among the options of a command. Local."""
-    values = options.as_dict()
-    return Config(**{name: values[name] for name in (field.name for field in fields(Config))})
+def config_of(options: jsonargparse.Namespace, given: Collection[str] = ()) -> Config:
+    """Return the config among the options of a command; ``given`` are the flags on the command line. Local."""
+    config = Config(**{field.name: options[field.name] for field in fields(Config)})
+    if "--data.shards" in given and "--data.prepare" not in given:
+        config.data.prepare = None  # the script of the config file belongs to the shards of the config file
+    return config
 
 
 def config_of_words(words: Sequence[str]) -> Config:
     """Return the config of a command line such as ``["train", "--config", FILE]``. Local."""
     parser = build_parser(words)
     return config_of(parser.instantiate(parser.parse_args(list(words)))[words[0]])
-
-
-def _make_config(options: jsonargparse.Namespace, given: set[str]) -> Config:
-    config = config_of(options)
-    if "--data.shards" in given and "--data.prepare" not in given:
-        config.data.prepare = None  # the script of the config file belongs to the shards of the config file
-    return config
 
 
 def _choose_grid(config: Config) -> None:
@@ -259,7 +245,7 @@ def _choose_grid(config: Config) -> None:
 def _plan(options: jsonargparse.Namespace, given: set[str]) -> int:
     from ..plan import ASSUMED_BETWEEN, ASSUMED_WITHIN, describe, plan_here
 
-    config = _make_config(options, given)
+    config = config_of(options, given)
     faults = [
         Fault(f"--{name}", getattr(options, name), "must be positive", "Leave it out")
         for name in ("bandwidth", "latency", "node_bandwidth", "node_latency")
@@ -299,22 +285,17 @@ def _network(
     return Network(bandwidth or assumed.bandwidth, latency or assumed.latency)
 
 
-def _connect(config: Config) -> comm.GridComm:
-    from ..run import connect_grid
-
-    return connect_grid(config, config.grid.sample_size)
-
-
 def _open_run(options: jsonargparse.Namespace, given: set[str]) -> Experiment:
     """Return the experiment of RUN_DIR with the parameters of a checkpoint. Collective over the world."""
-    from ..run import Experiment
+    from ..run import Experiment, connect_grid
 
-    config = _make_config(options, given)
-    config.run_dir, num_ranks, num_samples = options.run, comm.world_size(), max(config.num_test_samples, 1)
-    if "--grid.sample_size" not in given:  # the samples over as many ranks as there are samples for
-        config.grid.sample_size = max(size for size in sample_sizes(num_ranks) if size <= num_samples)
-    check_all(config.check, lambda: Grid(num_ranks, config.grid.sample_size).check_num_samples(num_samples))
-    return Experiment.of_run(config, _connect(config), options.which)
+    config, num_ranks = config_of(options, given), comm.world_size()
+    size, num_samples = config.grid.sample_size, max(config.num_test_samples, 1)
+    if size == "auto" or "--grid.sample_size" not in given:  # over as many ranks as there are samples for
+        size = max(s for s in sample_sizes(num_ranks) if s <= num_samples)
+    config.run_dir, config.grid.sample_size = options.run, size
+    check_all(config.check, lambda: Grid(num_ranks, size).check_num_samples(num_samples))
+    return Experiment.of_run(config, connect_grid(config, size), options.which)
 
 
 def _evaluate(options: jsonargparse.Namespace, given: set[str]) -> int:
@@ -338,9 +319,8 @@ def _evaluate(options: jsonargparse.Namespace, given: set[str]) -> int:
 def _predict(options: jsonargparse.Namespace, given: set[str]) -> int:
     from ..run import predict_run
 
-    options.data.shards = options.shards or options.data.shards
     if options.shards is not None:
-        given = given | {"--data.shards"}
+        options.data.shards, given = options.shards or options.data.shards, given | {"--data.shards"}
     experiment = _open_run(options, given)
     path = predict_run(
         experiment,
@@ -405,3 +385,22 @@ def _doctor(options: jsonargparse.Namespace, given: set[str]) -> int:
     from ..doctor import examine
 
     return examine(options.grid.sample_size, options.device, options.json, options.seconds, options.backend)
+
+
+_EXISTING = "By default RUN_DIR/config.yaml."
+_NEW = "YAML file; flags given after it override it."
+COMMANDS = {
+    "train": Command("Train a Bayesian network on the process grid.", lambda parser: None, _train, _NEW),
+    "evaluate": Command(
+        "Evaluate a trained network with all samples of all ranks.", _add_evaluate, _evaluate, _EXISTING
+    ),
+    "predict": Command("Write the predictive of a trained network to an HDF5 file.", _add_predict, _predict, _EXISTING),
+    "report": Command("Write one self-contained HTML page about a run, or several side by side.", _add_report, _report),
+    "verify": Command("Compare the files of a shard directory with its manifest.", _add_verify, _verify),
+    "plan": Command("Predict memory, time and communication of every grid, and recommend one.", _add_plan, _plan, _NEW),
+    "stage": Command("Copy a shard directory to local storage, once per node of the job.", _add_stage, _stage),
+    "doctor": Command(
+        "Look at the ranks of this job, test its sums, and name problems and remedies.", _add_doctor, _doctor
+    ),
+}
+"""The subcommands."""
