@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jsonargparse
 from tqdm import tqdm
@@ -32,12 +32,23 @@ class Command(NamedTuple):
     """A subcommand of ``hpc-bnn``."""
 
     description: str
-    add_arguments: Callable[[Parser], None]
-    """Adds its own arguments, besides those of a config."""
     run: Callable[[jsonargparse.Namespace, set[str]], int]
     """Takes the options, and the flags that the user gave."""
+    arguments: dict[str, dict[str, Any]]
+    """Its own arguments, besides those of a config."""
     config_help: str = ""
     """Of ``--config``; empty: the command takes no config."""
+
+    def make_parser(self) -> Parser:
+        """Return the parser of its arguments."""
+        parser = Parser(description=self.description)
+        if self.config_help:
+            parser.add_argument("--config", action="config", help=self.config_help)
+        for name, options in self.arguments.items():
+            parser.add_argument(name, **options)
+        if self.config_help:
+            parser.add_class_arguments(Config, fail_untyped=True)
+        return parser
 
 
 def build_parser(words: Sequence[str] | None = None) -> Parser:
@@ -51,91 +62,9 @@ def build_parser(words: Sequence[str] | None = None) -> Parser:
     parser.add_argument("--version", action="version", version=f"hpc_bnn {__version__}")
     commands = parser.add_subcommands()
     for name, command in COMMANDS.items():
-        subparser = Parser(description=command.description)
-        if words is None or name in words:
-            _add_arguments(subparser, command)
-        commands.add_subcommand(name, subparser)
+        is_needed = words is None or name in words
+        commands.add_subcommand(name, command.make_parser() if is_needed else Parser(description=command.description))
     return parser
-
-
-def _add_arguments(parser: Parser, command: Command) -> None:
-    if command.config_help:
-        parser.add_argument("--config", action="config", help=command.config_help)
-    command.add_arguments(parser)
-    if command.config_help:
-        parser.add_class_arguments(Config, fail_untyped=True)
-
-
-def _add_run(parser: Parser) -> None:
-    """Add what the commands that work on an existing run have in common."""
-    parser.add_argument("run", type=str, metavar="RUN_DIR", help="Directory of the run; flags override its config.")
-    parser.add_argument(
-        "--which", type=Literal["newest", "best"], default="newest", help="Checkpoint (default: newest)."
-    )
-
-
-def _add_evaluate(evaluate: Parser) -> None:
-    _add_run(evaluate)
-    evaluate.add_argument(
-        "--ood_shards", type=str | None, help="Foreign examples: how well does the uncertainty tell them (AUROC)?"
-    )
-    evaluate.add_argument("--ood_split", type=str, default="test", help="Split of the foreign examples.")
-
-
-def _add_predict(predict: Parser) -> None:
-    _add_run(predict)
-    predict.add_argument("--shards", type=str | None, help="Shard directory (default: that of the run).")
-    predict.add_argument("--split", type=str | None, help="Split of it (default: the test split of the run).")
-    predict.add_argument("--output", type=str, required=True, help="HDF5 file to write.")
-    predict.add_argument(
-        "--quantiles", type=list[float], default=[0.05, 0.25, 0.5, 0.75, 0.95], help="Levels; [] for none."
-    )
-    predict.add_argument("--members", type=bool, default=False, help="Write every sample as well.")
-
-
-def _add_report(report: Parser) -> None:
-    report.add_argument("runs", type=str, nargs="+", metavar="RUN_DIR", help="Directories of runs.")
-    report.add_argument("--output", type=str | None, help="HTML file (default: report.html with the run or runs).")
-
-
-def _add_verify(verify: Parser) -> None:
-    verify.add_argument("shards", type=str, metavar="SHARD_DIR", help="Directory with a manifest.json.")
-
-
-def _add_plan(plan: Parser) -> None:
-    plan.add_argument("--ranks", type=int | None, help="Ranks to plan for (default: those of this job).")
-    plan.add_argument(
-        "--ranks_per_node",
-        type=int | None,
-        help="Ranks of a node (default: as here, or the GPUs or cores of this machine).",
-    )
-    plan.add_argument("--memory", type=float | None, help="Bytes that a rank may take (default: those of its device).")
-    plan.add_argument("--flops", type=float | None, help="FLOP/s of a rank (default: measure its share here).")
-    for prefix, where in (("", "between nodes"), ("node_", "within a node")):
-        text = f"{where} (default: measured, where this job has several ranks; otherwise assumed)."
-        plan.add_argument(f"--{prefix}bandwidth", type=float | None, help=f"Bytes per second of a rank {text}")
-        plan.add_argument(f"--{prefix}latency", type=float | None, help=f"Seconds of a message {text}")
-    plan.add_argument("--network", type=str | None, help="JSON of hpc-bnn doctor: its network, for both.")
-    plan.add_argument("--output", type=str | None, help="JSON file to write as well.")
-
-
-def _add_stage(stage: Parser) -> None:
-    stage.add_argument("source", type=str, metavar="SRC", help="Shard directory that all nodes see.")
-    stage.add_argument("destination", type=str, metavar="DST", help="Directory on storage of the node.")
-    stage.add_argument("--verify", type=bool, default=True, help="Compare SHA-256, not only sizes (default: true).")
-    stage.add_argument("--clean", action="store_true", help="Remove DST from every node instead.")
-
-
-def _add_doctor(doctor: Parser) -> None:
-    doctor.add_argument(
-        "--grid.sample_size", type=int | None, help="Extent of the sample axis (default: one that suits the job)."
-    )
-    doctor.add_argument("--device", type=str, default="auto", help="As for train (default: auto).")
-    doctor.add_argument("--backend", type=Backend, default="auto", help="As for train (default: auto).")
-    doctor.add_argument("--json", type=str | None, help="File for all facts and measurements.")
-    doctor.add_argument(
-        "--seconds", type=float, default=120.0, help="Longest time of one step, before the job is ended."
-    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -168,9 +97,7 @@ def _say_all_faults(words: list[str]) -> None:
 
     command = COMMANDS.get(words[0]) if words else None
     if command is not None and command.config_help:
-        subparser, on_ranks = Parser(), comm.world_size()
-        _add_arguments(subparser, command)
-        known = set(subparser._option_string_actions)
+        known, on_ranks = set(command.make_parser()._option_string_actions), comm.world_size()
         verify = (lambda config: check(config, on_ranks)) if words[0] == "train" else Config.check
         check_together(words[1:], known, verify)
 
@@ -245,44 +172,41 @@ def _choose_grid(config: Config) -> None:
 def _plan(options: jsonargparse.Namespace, given: set[str]) -> int:
     from ..plan import ASSUMED_BETWEEN, ASSUMED_WITHIN, describe, plan_here
 
-    config = config_of(options, given)
+    config, path = config_of(options, given), None if options.output is None else Path(options.output)
     faults = [
-        Fault(f"--{name}", getattr(options, name), "must be positive", "Leave it out")
+        Fault(f"--{name}", options[name], "must be positive", "Leave it out")
         for name in ("bandwidth", "latency", "node_bandwidth", "node_latency")
-        if getattr(options, name) is not None and not getattr(options, name) > 0
+        if options[name] is not None and not options[name] > 0
     ]
-    if options.output is not None and Path(options.output).is_dir():
+    if path and path.is_dir():
         faults.append(Fault("--output", options.output, "it is a directory", "Name a file in it, plan.json"))
     if faults:
         raise ConfigError(*faults)
-    measured = read_network(options.network) if options.network is not None else None
+    measured = None if options.network is None else read_network(options.network)
+
+    def network(prefix: str, assumed: Network) -> Network | None:
+        """Return what the flags describe; without flags what the doctor measured, or None."""
+        bandwidth, latency, known = options[f"{prefix}bandwidth"], options[f"{prefix}latency"], measured or assumed
+        if bandwidth is None and latency is None:
+            return measured
+        return Network(bandwidth or known.bandwidth, latency or known.latency)
+
     plan = plan_here(
         config,
         options.ranks,
         options.ranks_per_node,
-        between=_network(options.bandwidth, options.latency, measured, ASSUMED_BETWEEN),
-        within=_network(options.node_bandwidth, options.node_latency, measured, ASSUMED_WITHIN),
+        between=network("", ASSUMED_BETWEEN),
+        within=network("node_", ASSUMED_WITHIN),
         memory_bytes=options.memory,
         flops=options.flops,
     )
     if comm.launched_rank() == 0:
         print(describe(config, plan))
-        if options.output is not None:
-            path = Path(options.output)
+        if path:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, plan.to_json())
             print(path)
     return 0
-
-
-def _network(
-    bandwidth: float | None, latency: float | None, measured: Network | None, assumed: Network
-) -> Network | None:
-    """Return the network model that the flags describe, or None."""
-    if bandwidth is None and latency is None:
-        return measured
-    assumed = measured or assumed
-    return Network(bandwidth or assumed.bandwidth, latency or assumed.latency)
 
 
 def _open_run(options: jsonargparse.Namespace, given: set[str]) -> Experiment:
@@ -387,20 +311,78 @@ def _doctor(options: jsonargparse.Namespace, given: set[str]) -> int:
     return examine(options.grid.sample_size, options.device, options.json, options.seconds, options.backend)
 
 
-_EXISTING = "By default RUN_DIR/config.yaml."
-_NEW = "YAML file; flags given after it override it."
-COMMANDS = {
-    "train": Command("Train a Bayesian network on the process grid.", lambda parser: None, _train, _NEW),
-    "evaluate": Command(
-        "Evaluate a trained network with all samples of all ranks.", _add_evaluate, _evaluate, _EXISTING
+# --- the table of commands -----------------------------------------------------------------------------
+
+
+def _argument(type_: Any, text: str, **options: Any) -> dict[str, Any]:
+    return {"type": type_, "help": text, **options}
+
+
+_RUN = {
+    "run": _argument(str, "Directory of the run; flags override its config.", metavar="RUN_DIR"),
+    "--which": _argument(Literal["newest", "best"], "Checkpoint (default: newest).", default="newest"),
+}
+_EVALUATE = {
+    "--ood_shards": _argument(str | None, "Foreign examples: how well does the uncertainty tell them (AUROC)?"),
+    "--ood_split": _argument(str, "Split of the foreign examples.", default="test"),
+}
+_PREDICT = {
+    "--shards": _argument(str | None, "Shard directory (default: that of the run)."),
+    "--split": _argument(str | None, "Split of it (default: the test split of the run)."),
+    "--output": _argument(str, "HDF5 file to write.", required=True),
+    "--quantiles": _argument(list[float], "Levels; [] for none.", default=[0.05, 0.25, 0.5, 0.75, 0.95]),
+    "--members": _argument(bool, "Write every sample as well.", default=False),
+}
+_REPORT = {
+    "runs": _argument(str, "Directories of runs.", nargs="+", metavar="RUN_DIR"),
+    "--output": _argument(str | None, "HTML file (default: report.html with the run or runs)."),
+}
+_BETWEEN, _WITHIN = (
+    f"{where} (default: measured, where this job has several ranks; otherwise assumed)."
+    for where in ("between nodes", "within a node")
+)
+_PLAN = {
+    "--ranks": _argument(int | None, "Ranks to plan for (default: those of this job)."),
+    "--ranks_per_node": _argument(
+        int | None, "Ranks of a node (default: as here, or the GPUs or cores of this machine)."
     ),
-    "predict": Command("Write the predictive of a trained network to an HDF5 file.", _add_predict, _predict, _EXISTING),
-    "report": Command("Write one self-contained HTML page about a run, or several side by side.", _add_report, _report),
-    "verify": Command("Compare the files of a shard directory with its manifest.", _add_verify, _verify),
-    "plan": Command("Predict memory, time and communication of every grid, and recommend one.", _add_plan, _plan, _NEW),
-    "stage": Command("Copy a shard directory to local storage, once per node of the job.", _add_stage, _stage),
+    "--memory": _argument(float | None, "Bytes that a rank may take (default: those of its device)."),
+    "--flops": _argument(float | None, "FLOP/s of a rank (default: measure its share here)."),
+    "--bandwidth": _argument(float | None, f"Bytes per second of a rank {_BETWEEN}"),
+    "--latency": _argument(float | None, f"Seconds of a message {_BETWEEN}"),
+    "--node_bandwidth": _argument(float | None, f"Bytes per second of a rank {_WITHIN}"),
+    "--node_latency": _argument(float | None, f"Seconds of a message {_WITHIN}"),
+    "--network": _argument(str | None, "JSON of hpc-bnn doctor: its network, for both."),
+    "--output": _argument(str | None, "JSON file to write as well."),
+}
+_VERIFY = {"shards": _argument(str, "Directory with a manifest.json.", metavar="SHARD_DIR")}
+_STAGE = {
+    "source": _argument(str, "Shard directory that all nodes see.", metavar="SRC"),
+    "destination": _argument(str, "Directory on storage of the node.", metavar="DST"),
+    "--verify": _argument(bool, "Compare SHA-256, not only sizes (default: true).", default=True),
+    "--clean": {"action": "store_true", "help": "Remove DST from every node instead."},
+}
+_DOCTOR = {
+    "--grid.sample_size": _argument(int | None, "Extent of the sample axis (default: one that suits the job)."),
+    "--device": _argument(str, "As for train (default: auto).", default="auto"),
+    "--backend": _argument(Backend, "As for train (default: auto).", default="auto"),
+    "--json": _argument(str | None, "File for all facts and measurements."),
+    "--seconds": _argument(float, "Longest time of one step, before the job is ended.", default=120.0),
+}
+_OF_RUN, _OF_FILE = "By default RUN_DIR/config.yaml.", "YAML file; flags given after it override it."
+COMMANDS = {
+    "train": Command("Train a Bayesian network on the process grid.", _train, {}, _OF_FILE),
+    "evaluate": Command(
+        "Evaluate a trained network with all samples of all ranks.", _evaluate, _RUN | _EVALUATE, _OF_RUN
+    ),
+    "predict": Command(
+        "Write the predictive of a trained network to an HDF5 file.", _predict, _RUN | _PREDICT, _OF_RUN
+    ),
+    "report": Command("Write one self-contained HTML page about a run, or several side by side.", _report, _REPORT),
+    "verify": Command("Compare the files of a shard directory with its manifest.", _verify, _VERIFY),
+    "plan": Command("Predict memory, time and communication of every grid, and recommend one.", _plan, _PLAN, _OF_FILE),
+    "stage": Command("Copy a shard directory to local storage, once per node of the job.", _stage, _STAGE),
     "doctor": Command(
-        "Look at the ranks of this job, test its sums, and name problems and remedies.", _add_doctor, _doctor
+        "Look at the ranks of this job, test its sums, and name problems and remedies.", _doctor, _DOCTOR
     ),
 }
-"""The subcommands."""

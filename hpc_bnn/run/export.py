@@ -63,10 +63,6 @@ def predict_run(
         Levels between 0 and 1; without any none are written.
     with_members : bool
         Whether every sample is written.
-
-    Returns
-    -------
-    path : Path
     """
     comm, path = experiment.comm, Path(output)
     bad = [level for level in quantiles if not 0 < level < 1]
@@ -88,9 +84,8 @@ def predict_run(
         keep_members=with_members or len(quantiles) > 0,
         with_targets=False,
     )
-    shapes = _shapes(experiment, quantiles, with_members)
     dtype = np.float64 if experiment.dtype == torch.float64 else np.float32
-    with _Output(path, comm, len(dataset), shapes, dtype) as file:
+    with _Output(path, comm, len(dataset), _shapes(experiment, quantiles, with_members), dtype) as file:
         for block in blocks:
             file.write(int(block.examples[0]), _columns(block, quantiles, with_members))
     with comm.agree(f"writing {path}"):
@@ -101,14 +96,13 @@ def predict_run(
 
 def _shapes(experiment: Experiment, quantiles: Sequence[float], with_members: bool) -> dict[str, tuple[int, ...]]:
     """Return the shape of a row of each dataset."""
-    likelihood, manifest = experiment.likelihood, experiment.manifest
-    num_classes = likelihood.num_classes
-    if num_classes is not None:
-        one = (num_classes,)
-        shapes = {"probabilities": one, "std": one, "class": (), "entropy": (), "mutual_information": ()}
+    likelihood, shapes = experiment.likelihood, {}
+    if likelihood.num_classes is not None:
+        one = (likelihood.num_classes,)
+        shapes |= {"probabilities": one, "std": one, "class": (), "entropy": (), "mutual_information": ()}
     else:
-        one = (likelihood.num_targets, *manifest.arrays["y"].shape[1:])
-        shapes = dict.fromkeys(("mean", "std", "aleatoric_std", "epistemic_std"), one)
+        one = (likelihood.num_targets, *experiment.manifest.arrays["y"].shape[1:])
+        shapes |= dict.fromkeys(("mean", "std", "aleatoric_std", "epistemic_std"), one)
     if quantiles:
         shapes["quantiles"] = (len(quantiles), *one)
     if with_members:
@@ -127,9 +121,6 @@ def _columns(block: Block, quantiles: Sequence[float], with_members: bool) -> di
             "entropy": predictive.entropy,
             "mutual_information": predictive.mutual_information,
         }
-        if quantiles:
-            levels = torch.tensor(quantiles, dtype=torch.float64, device=predictive.members.device)
-            columns["quantiles"] = predictive.members.quantile(levels, dim=1).movedim(0, 1)
     else:
         columns = {
             "mean": predictive.mean,
@@ -137,14 +128,21 @@ def _columns(block: Block, quantiles: Sequence[float], with_members: bool) -> di
             "aleatoric_std": predictive.aleatoric_variance.sqrt(),
             "epistemic_std": predictive.epistemic_variance.sqrt(),
         }
-        if quantiles:
+    if quantiles or with_members:
+        members = predictive.members
+        assert members is not None, "predict_run asks for them"
+        if with_members:
+            columns["members"] = members
+        if quantiles and isinstance(predictive, ClassPredictive):
+            levels = torch.tensor(quantiles, dtype=torch.float64, device=members.device)
+            columns["quantiles"] = members.quantile(levels, dim=1).movedim(0, 1)
+        elif quantiles:
             columns["quantiles"] = torch.stack([predictive.mixture.quantile(level) for level in quantiles], 1)
-    return columns | ({"members": predictive.members} if with_members else {})
+    return columns
 
 
 def _attributes(experiment: Experiment, split: str, quantiles: Sequence[float]) -> dict[str, object]:
     config = experiment.config
-    channels = experiment.manifest.arrays["y"].channels
     return {
         "run_dir": str(experiment.run_dir),
         "num_steps": experiment.num_steps,
@@ -153,7 +151,7 @@ def _attributes(experiment: Experiment, split: str, quantiles: Sequence[float]) 
         "num_samples": config.num_test_samples,
         "seed": config.seed,
         "quantile_levels": np.array(quantiles, dtype=np.float64),
-        "channels": [str(name) for name in channels],
+        "channels": [str(name) for name in experiment.manifest.arrays["y"].channels],
         "hpc_bnn": __version__,
     }
 
@@ -165,89 +163,83 @@ class _Output:
     """
 
     def __init__(self, path: Path, comm: GridComm, num_rows: int, shapes: dict[str, tuple[int, ...]], dtype: type):
-        self.path, self.comm, self.num_rows, self.shapes, self.dtype = path, comm, num_rows, shapes, dtype
+        self.path, self.comm, self.num_rows = path, comm, num_rows
+        self._rows = {name: (shape, np.dtype(np.int64 if name == "class" else dtype)) for name, shape in shapes.items()}
         grid = comm.grid
         self._is_shared = comm.world_comm is not None and grid.world_size > 1 and h5py.get_config().mpi
-        num_parts = 1 if self._is_shared else grid.data_size
-        self._spans = [share(num_rows, num_parts, part) for part in range(num_parts)]
-        self._parts = [path]
-        if num_parts > 1:
-            self._parts = [path.with_name(f"{path.stem}-{part:05d}{path.suffix}") for part in range(num_parts)]
-        self._mine = 0 if self._is_shared else grid.data_index
-        self._file: h5py.File | None = None
-        self._disk: Disk | None = None
+        num_files = 1 if self._is_shared else grid.data_size
+        self._spans = [share(num_rows, num_files, number) for number in range(num_files)]
+        self._files = [path]
+        if num_files > 1:
+            self._files = [path.with_name(f"{path.stem}-{number:05d}{path.suffix}") for number in range(num_files)]
+        mine = 0 if self._is_shared else grid.data_index
+        self._span, self._mine = self._spans[mine], _temporary(self._files[mine])
         self._writes = grid.is_first("sample")
-
-    def _temporary(self, part: int) -> Path:
-        return self._parts[part].with_name(f".{self._parts[part].name}.part")
+        self._opened = contextlib.ExitStack()
+        self._disk: Disk | None = None
+        self._datasets: dict[str, h5py.Dataset] = {}
 
     def __enter__(self) -> _Output:
         with self.comm.agree(f"opening {self.path}"), _as_data_error(self.path):
             if self._is_shared:
-                self._file = h5py.File(self._temporary(0), "w", driver="mpio", comm=self.comm.world_comm)
+                self._create(h5py.File(self._mine, "w", driver="mpio", comm=self.comm.world_comm))
             elif self._writes:
-                self._disk = Disk(self._temporary(self._mine))
-                self._file = h5py.File(self._disk, "w")
-            if self._file is not None:
-                for name, shape in self.shapes.items():
-                    self._create(name, shape)
+                self._disk = self._opened.enter_context(Disk(self._mine))
+                self._create(h5py.File(self._disk, "w"))
         return self
 
-    def _create(self, name: str, shape: tuple[int, ...]) -> None:
-        num_rows = len(self._spans[self._mine])
-        dtype = np.int64 if name == "class" else self.dtype
-        # Chunks of about 1 MiB of whole rows; no checksums where several write: filters need them all at once
-        rows = min(max(1, 2**20 // (math.prod(shape) * np.dtype(dtype).itemsize)), max(num_rows, 1))
-        options = {} if self._is_shared else {"chunks": (rows, *shape), "fletcher32": True}
-        self._file.create_dataset(name, (num_rows, *shape), dtype, **(options if num_rows else {}))
+    def _create(self, file: h5py.File) -> None:
+        self._opened.enter_context(file)
+        num_rows = len(self._span)
+        for name, (shape, dtype) in self._rows.items():
+            # Chunks of about 1 MiB of whole rows; no checksums where several write: filters need them all at once
+            rows = min(max(1, 2**20 // (math.prod(shape) * dtype.itemsize)), num_rows)
+            options = {} if self._is_shared or not num_rows else {"chunks": (rows, *shape), "fletcher32": True}
+            self._datasets[name] = file.create_dataset(name, (num_rows, *shape), dtype, **options)
 
     def write(self, first_row: int, columns: dict[str, Tensor]) -> None:
         """Write some rows of this rank's data group."""
         if not self._writes:
             return
-        start = first_row - self._spans[self._mine].start
+        start = first_row - self._span.start
         with _as_data_error(self.path):
             for name, column in columns.items():
-                self._file[name][start : start + len(column)] = column.cpu().numpy()
+                self._datasets[name][start : start + len(column)] = column.cpu().numpy()
             if self._disk is not None:
                 self._disk.check()
 
     def __exit__(self, kind, error, traceback) -> None:
-        if error is not None:
-            with contextlib.suppress(Exception):
-                self._file.close()
-                self._disk.close()
-                self._temporary(self._mine).unlink()
-            return
-        with self.comm.agree(f"writing {self.path}"), _as_data_error(self.path):
-            if self._file is not None:
-                self._file.close()
-            if self._disk is not None:
-                self._disk.close()
-                self._disk.check()
+        with contextlib.ExitStack() as failed:
+            failed.callback(self._discard)
+            if error is None:
+                with self.comm.agree(f"writing {self.path}"), _as_data_error(self.path):
+                    self._opened.close()
+                failed.pop_all()
+
+    def _discard(self) -> None:
+        with contextlib.suppress(Exception):
+            self._opened.close()
+        if self._disk is not None:
+            self._mine.unlink(missing_ok=True)
 
     def complete(self, attributes: dict[str, object]) -> None:
         """Give all their names, the file with everything last. Local: rank 0 calls it when all have closed theirs."""
+        several = len(self._files) > 1
         with _as_data_error(self.path):
-            if len(self._parts) == 1:
-                with h5py.File(self._temporary(0), "a") as file:
-                    file.attrs.update(attributes)
-                os.replace(self._temporary(0), self.path)
-                return
-            whole = self.path.with_name(f".{self.path.name}.part")
-            with h5py.File(whole, "w") as file:
+            with h5py.File(_temporary(self.path), "w" if several else "a") as file:
                 file.attrs.update(attributes)
-                for name, shape in self.shapes.items():
-                    dtype = np.int64 if name == "class" else self.dtype
+                for name, (shape, dtype) in self._rows.items() if several else ():
                     layout = h5py.VirtualLayout((self.num_rows, *shape), dtype)
-                    for part, span in zip(self._parts, self._spans):
+                    for source, span in zip(self._files, self._spans):
                         if len(span):
-                            source = h5py.VirtualSource(part.name, name, (len(span), *shape))
-                            layout[span.start : span.stop] = source
+                            layout[span.start : span.stop] = h5py.VirtualSource(source.name, name, (len(span), *shape))
                     file.create_virtual_dataset(name, layout)
-            for number, part in enumerate(self._parts):
-                os.replace(self._temporary(number), part)
-            os.replace(whole, self.path)
+            for target in dict.fromkeys([*self._files, self.path]):
+                os.replace(_temporary(target), target)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.part")
 
 
 @contextlib.contextmanager
