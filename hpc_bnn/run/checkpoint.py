@@ -142,7 +142,7 @@ class CheckpointStore:
         DataError
             No checkpoint is sound, or the newest sound one is of a format that this hpc_bnn does not know.
         """
-        notes, problems = self._scan_aloud()
+        notes, problems = self._scan(aloud=True)
         for note in notes:
             try:
                 content = self._read(note)
@@ -159,14 +159,8 @@ class CheckpointStore:
         return None
 
     def load_best(self) -> dict[str, Any] | None:
-        """Return the state with the lowest metric, on the CPU; None if no checkpoint has one.
-
-        Raises
-        ------
-        DataError
-            It is damaged, or of a format that this hpc_bnn does not know.
-        """
-        note = _best(self._scan_aloud()[0])
+        """Return the state with the lowest metric, as `load` does; None if no checkpoint has one."""
+        note = _best(self._scan(aloud=True)[0])
         return None if note is None else self.load(note)
 
     def load(self, note: Note) -> dict[str, Any]:
@@ -179,15 +173,9 @@ class CheckpointStore:
         """
         return self._known(note, self._read(note))
 
-    def _scan_aloud(self) -> tuple[list[Note], list[str]]:
-        notes, problems = self._scan()
-        for problem in problems:
-            logger.error("%s: it is not used", problem)
-        return notes, problems
-
-    def _scan(self) -> tuple[list[Note], list[str]]:
-        """Return the notes of this run, the newest first, and what is wrong with the others."""
-        found, problems = [], []
+    def _scan(self, aloud: bool = False) -> tuple[list[Note], dict[Path, str]]:
+        """Return the notes of this run, the newest first, and what is wrong with the others by their paths."""
+        found, problems = [], {}
         for path in sorted(self.directory.glob("step-*.json")):
             try:
                 content = json.loads(path.read_text())
@@ -195,14 +183,17 @@ class CheckpointStore:
                 if note.file != path.with_suffix(".pt").name:
                     raise ValueError(f"it names {note.file}")
             except (OSError, ValueError, TypeError) as error:
-                problems.append(f"the note {path} cannot be read ({error})")
+                problems[path] = f"the note {path} cannot be read ({error})"
                 continue
-            if None not in (self.identity, note.run) and note.run != self.identity:
-                problems.append(
-                    f"the checkpoint {path.with_suffix('.pt')} is one of run {note.run}, and this is run {self.identity}"
-                )
-            else:
+            if None in (self.identity, note.run) or note.run == self.identity:
                 found.append(note)
+            else:
+                checkpoint = self.directory / note.file
+                problems[checkpoint] = (
+                    f"the checkpoint {checkpoint} is one of run {note.run}, and this is run {self.identity}"
+                )
+        for problem in problems.values() if aloud else ():
+            logger.error("%s: it is not used", problem)
         return sorted(found, key=lambda note: -note.step), problems
 
     def _read(self, note: Note) -> dict[str, Any]:
@@ -234,11 +225,10 @@ class CheckpointStore:
                 f"{former_checkpoint.FORMAT_VERSION} and {FORMAT_VERSION}. Use the hpc_bnn that wrote it, or a newer one"
             )
         versions = state["sections"]
-        found = {name: versions.get(name) for name in {**versions, **state} if name not in _HEADER}
         faults = [
-            f"section {name} of version {version}"
-            for name, version in found.items()
-            if name not in SECTIONS or version != SECTIONS[name]
+            f"section {name} of version {versions.get(name)}"
+            for name in {**versions, **state}
+            if name not in _HEADER and (name not in SECTIONS or versions.get(name) != SECTIONS[name])
         ]
         faults += [f"no section {name}" for name in SECTIONS if name not in state]
         if faults:
@@ -255,15 +245,14 @@ class CheckpointStore:
 
     def _write(self, state: dict[str, Any], step: int, metric: float | None) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
-        buffer = io.BytesIO()
+        buffer, path = io.BytesIO(), self.directory / f"step-{step:08d}.pt"
         state = {**state, "run": {"identity": self.identity, "hpc_bnn": __version__}}
         sections = {name: SECTIONS[name] for name in state}
         torch.save({"format_version": FORMAT_VERSION, "sections": sections, **state}, buffer)
         content = buffer.getvalue()
-        path = self.directory / f"step-{step:08d}.pt"
-        for problem in self._scan()[1]:
-            if problem.startswith(f"the checkpoint {path} is one of run"):
-                raise DataError(f"{problem}: it is not overwritten. Move it elsewhere")
+        problems = self._scan()[1]
+        if path in problems:
+            raise DataError(f"{problems[path]}: it is not overwritten. Move it elsewhere")
         metric = metric if metric is not None and math.isfinite(metric) else None
         digest = hashlib.sha256(content).hexdigest()
         note = Note(path.name, step, metric, len(content), digest, self.identity)
@@ -276,13 +265,10 @@ class CheckpointStore:
         notes = [note for note in self.notes() if note.file not in self._damaged]
         best = _best(notes)
         for note in notes[self.keep_last :]:
-            if note != best:
-                path = self.directory / note.file
-                # The note first: the rest is no checkpoint without it
-                path.with_suffix(".json").unlink(missing_ok=True)
-                path.unlink(missing_ok=True)
+            if note != best:  # without its note it is no checkpoint
+                (self.directory / note.file).with_suffix(".json").unlink(missing_ok=True)
         for path in self.directory.glob("step-*.pt"):
-            if not path.with_suffix(".json").exists():  # left by a process that was killed
+            if not path.with_suffix(".json").exists():  # its note is gone, or a process was killed before it wrote one
                 path.unlink(missing_ok=True)
         for path in self.directory.glob(".step-*"):
             path.unlink(missing_ok=True)
@@ -293,8 +279,8 @@ _NOTE = [field.name for field in fields(Note)]  # a newer hpc_bnn may write more
 
 
 def _best(notes: list[Note]) -> Note | None:
-    measured = [note for note in notes if note.metric is not None]
-    return min(measured, key=lambda note: (note.metric, note.step), default=None)
+    metrics = {note: note.metric for note in notes if note.metric is not None}
+    return min(metrics, key=lambda note: (metrics[note], note.step), default=None)
 
 
 def _copied(tree: Any) -> Any:
@@ -308,10 +294,7 @@ def _copied(tree: Any) -> Any:
 def read_identity(run_dir: str | os.PathLike) -> str | None:
     """Return the identity of a run directory; None where it has none, as in hpc_bnn 0.1. Local.
 
-    Raises
-    ------
-    DataError
-        The file is there and cannot be read.
+    A file that cannot be read raises `DataError`.
     """
     path = Path(run_dir, RUN_FILE)
     try:
@@ -338,8 +321,7 @@ def write_identity(run_dir: str | os.PathLike, identity: str | None = None) -> s
 def gather_state(posterior: Posterior, optimizer: JobOptimizer, comm: GridComm) -> dict[str, Any]:
     """Return the parameters and the optimizer's state of the whole job, with views of the existing tensors.
 
-    Collective over ``sample_comm`` for an ensemble, whose members are spread over it, and for an optimizer whose state
-    is; otherwise local.
+    Collective over ``sample_comm`` where members or the optimizer's state are spread over it; otherwise Local.
     """
     model = posterior.state_dict()
     if not posterior.is_replicated:
@@ -349,13 +331,7 @@ def gather_state(posterior: Posterior, optimizer: JobOptimizer, comm: GridComm) 
 
 
 def restore_model(model: dict[str, Tensor], posterior: Posterior) -> None:
-    """Take over the parameters of a state that `gather_state` returned, on any grid. Local.
-
-    Raises
-    ------
-    ConfigError
-        The network is another one.
-    """
+    """Take over the parameters of `gather_state`, on any grid; raise `ConfigError` if the network is another. Local."""
     if not posterior.is_replicated:
         mine = posterior.state_dict().keys()
         model = {name: tensor for name, tensor in model.items() if name in mine}
@@ -363,6 +339,6 @@ def restore_model(model: dict[str, Tensor], posterior: Posterior) -> None:
 
 
 def restore_state(state: dict[str, Any], posterior: Posterior, optimizer: JobOptimizer) -> None:
-    """Take over what `gather_state` returned, on any grid. Local. It raises what `restore_model` does."""
+    """Take over what `gather_state` returned, as `restore_model` does, with the optimizer's state. Local."""
     restore_model(state["model"], posterior)
     optimizer.updater.load_state(state["optimizer"])
