@@ -46,7 +46,7 @@ class Tested:
 class Experiment:
     """A posterior over the weights of a network, its likelihood, and the data that it is for.
 
-    Collective over the world, in construction and in every method.
+    Collective over the world, in construction and in every method. ``num_steps`` are those of the checkpoint of `of_run`.
 
     Parameters
     ----------
@@ -62,14 +62,14 @@ class Experiment:
         self.config = config
         self.comm = comm
         self.manifest = manifest
+        self.num_steps = 0
         self.is_writer = comm.grid.is_first("world")
         self.run_dir = Path(config.run_dir)
         self.dtype = torch.float64 if config.dtype == "float64" else torch.float32
         self.likelihood = self._build_likelihood()
         self.posterior = self._build_posterior()
-        self.checkpoints = CheckpointStore(
-            self.run_dir / "checkpoints", config.checkpoint.keep_last, config.checkpoint.asynchronous
-        )
+        keep_last, asynchronous = config.checkpoint.keep_last, config.checkpoint.asynchronous
+        self.checkpoints = CheckpointStore(self.run_dir / "checkpoints", keep_last, asynchronous)
 
     @classmethod
     def of_run(cls, config: Config, comm: GridComm, which: str = "newest") -> Experiment:
@@ -85,35 +85,26 @@ class Experiment:
                 raise DataError(f"{config.run_dir} holds no run ({MANIFEST} is missing). Train one there")
             manifest = Manifest.read(config.run_dir)
         experiment = cls(config, comm, manifest)
-        experiment.restore(which)
-        return experiment
-
-    def restore(self, which: str) -> None:
-        """Load the parameters of the newest or the best checkpoint."""
-        state, store = None, self.checkpoints
-        with self.comm.agree(f"reading {store.directory}"):
-            if self.is_writer:
-                store.identity = read_identity(self.run_dir)
+        state, store = None, experiment.checkpoints
+        with comm.agree(f"reading {store.directory}"):
+            if experiment.is_writer:
+                store.identity = read_identity(experiment.run_dir)
                 state = store.load_best() if which == "best" else store.load_newest()
                 if state is None:
                     raise DataError(f"{store.directory} holds no sound checkpoint ({which})")
                 state = {"model": state["model"], "num_steps": state["place"]["num_steps"]}
-        state = self.comm.broadcast_tree(state)
-        with self.comm.agree("restoring the checkpoint"):
-            restore_model(state["model"], self.posterior)
-        self.num_steps = state["num_steps"]
+        state = comm.broadcast_tree(state)
+        with comm.agree("restoring the checkpoint"):
+            restore_model(state["model"], experiment.posterior)
+        experiment.num_steps = state["num_steps"]
+        return experiment
 
     def build_step(
         self, num_train_examples: int, num_batches: int
     ) -> tuple[VariationalStep, torch.optim.lr_scheduler.LambdaLR]:
         """Return the step of the training, with its optimizer, and the schedule of the learning rate.
 
-        Parameters
-        ----------
-        num_train_examples : int
-            N in the ELBO.
-        num_batches : int
-            Steps per epoch.
+        ``num_train_examples`` is N in the ELBO, ``num_batches`` the number of steps per epoch.
         """
         config, comm = self.config, self.comm
         with comm.agree(f"making the objective {config.objective.name}"):
@@ -157,8 +148,7 @@ class Experiment:
     def test_samples(self) -> dict[str, int]:
         """The samples of the predictive, and how many a rank evaluates at once: arguments of what predicts."""
         config = self.config
-        is_batched = config.batching == "vmap" and config.chunk_size != "auto"
-        chunk_size = config.chunk_size if is_batched else 1
+        chunk_size = config.chunk_size if config.batching == "vmap" and config.chunk_size != "auto" else 1
         return {"num_samples": config.num_test_samples, "seed": config.seed, "chunk_size": chunk_size}
 
     def open_to_test(self) -> ShardDataset:
@@ -198,7 +188,7 @@ class Experiment:
         foreign: dict[str, float] | None = None,
         foreign_data: str | None = None,
     ) -> Path:
-        """Write RUN_DIR/evaluation.json. Local: the writer calls it.
+        """Write RUN_DIR/evaluation.json and return its path. Local: the writer calls it.
 
         Parameters
         ----------
@@ -211,7 +201,7 @@ class Experiment:
         foreign : dict, optional
             Out-of-distribution metrics.
         foreign_data : str, optional
-            Shards and split of the out-of-distribution data.
+            Their shards and split.
         """
         data = self.config.data
         content = {
@@ -249,8 +239,7 @@ class Experiment:
                 module = network(**shapes, **arguments)
             except (TypeError, ValueError, AttributeError) as error:
                 rule = f"{config.model.name} refuses them ({error})"
-                remedy = "Fix the arguments"
-                raise ConfigError(Fault("model.arguments", arguments, rule, remedy)) from error
+                raise ConfigError(Fault("model.arguments", arguments, rule, "Fix the arguments")) from error
             if config.model.pretrained is not None:
                 _load_pretrained(module, config.model.pretrained)
             module = self.likelihood.wrap(module)
@@ -295,12 +284,10 @@ def read_or_prepare(config: DataConfig, comm: GridComm) -> Manifest:
 
 def _load_pretrained(module: nn.Module, path: str) -> None:
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        module.load_state_dict(state)
+        module.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except (OSError, RuntimeError, pickle.UnpicklingError, TypeError, AttributeError) as error:
         rule = f"not a state_dict of this network ({error})"
-        remedy = "Save net.state_dict()"
-        raise ConfigError(Fault("model.pretrained", path, rule, remedy)) from error
+        raise ConfigError(Fault("model.pretrained", path, rule, "Save net.state_dict()")) from error
 
 
 def _prepare_shards(script: str, directory: str) -> None:

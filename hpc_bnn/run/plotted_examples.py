@@ -14,7 +14,7 @@ from torch import Tensor
 from ..comm import GridComm
 from ..data import ShardDataset
 from ..likelihoods import Likelihood
-from ..predictive import ClassPredictive, ValuePredictive
+from ..predictive import ClassPredictive
 
 NUM_SHOWN_EXAMPLES = 12
 """Classes: half the surest, half the least sure."""
@@ -33,8 +33,8 @@ class ShownClasses:
         self.comm, self.dataset = comm, dataset
         self._seen: list[tuple[Tensor, ClassPredictive]] = []
 
-    def see(self, examples: Tensor, predictive: ClassPredictive, y: Tensor) -> None:
-        """Take in the predictive of some examples [B] of this rank, and their classes. Local."""
+    def see(self, examples: Tensor, predictive: Any, y: Tensor) -> None:
+        """Take in the `ClassPredictive` of some examples [B] of this rank, and their classes. Local."""
         self._seen.append((examples, predictive))
 
     def gather(self) -> dict[str, Any]:
@@ -90,8 +90,8 @@ class ShownValues:
         self._every = -(-len(dataset) // self.num_shown)
         self._seen: list[dict[str, Tensor]] = []
 
-    def see(self, examples: Tensor, predictive: ValuePredictive, y: Tensor) -> None:
-        """Take in the predictive of some examples [B] of this rank, and their targets. Local."""
+    def see(self, examples: Tensor, predictive: Any, y: Tensor) -> None:
+        """Take in the `ValuePredictive` of some examples [B] of this rank, and their targets. Local."""
         rows = examples % self._every == 0
         columns = {
             "y": y,

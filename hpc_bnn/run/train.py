@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import platform
@@ -15,8 +16,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import h5py
-import torch
 import yaml
 from tqdm import tqdm
 
@@ -24,7 +23,7 @@ from .. import __version__
 from ..comm import GridComm, Traffic
 from ..config import Config, flatten
 from ..data import BatchLoader, Manifest
-from ..data.augment import Augmentation, build_augmentation
+from ..data.augment import build_augmentation
 from ..data.manifest import MANIFEST
 from ..errors import ConfigError, DataError, Fault, Interrupted, check_all
 from ..grid import Grid, grids
@@ -41,14 +40,7 @@ logger = logging.getLogger(__name__)
 def check(config: Config, world_size: int, num_examples: int | None = None) -> None:
     """Raise one `ConfigError` with all faults of a config for a number of ranks. Local.
 
-    Parameters
-    ----------
-    config : Config
-        The run.
-    world_size : int
-        Ranks of the job.
-    num_examples : int, optional
-        Examples of the training set, where it is known.
+    ``num_examples`` are those of the training set, where they are known.
     """
     size, num_samples, batch = config.grid.sample_size, config.num_samples, config.global_batch_size
 
@@ -78,15 +70,21 @@ class Run(Experiment):
     comm : GridComm
         The process grid.
     stop : StopRequest, optional
-        On any rank it ends the run with a checkpoint after the step that it comes in; by default signals, from the
-        beginning of `train` on.
+        On any rank it ends the run with a checkpoint after the current step; by default signals do, during `train`.
     """
 
     def __init__(self, config: Config, comm: GridComm, stop: StopRequest | None = None):
         check(config, comm.grid.world_size)
         super().__init__(config, comm, read_or_prepare(config.data, comm))
-        self._check_metric()
-        self.augmentation = self._build_augmentation()
+        names, metric = [f"test/{name}" for name in metrics_to_minimise(self.likelihood)], config.checkpoint.metric
+        self._metric_name = names[0] if metric == "auto" else metric
+        if self._metric_name not in names:
+            rule = f"must be one of {', '.join(names)}"
+            raise ConfigError(Fault("checkpoint.metric", metric, rule, "Leave it at auto"))
+        with comm.agree("making the augmentation"):
+            self.augmentation = build_augmentation(
+                config.augmentation, self.manifest, num_samples=config.num_samples, seed=config.seed
+            )
         self.train_set, self.test_set = (
             self.open(split) for split in (config.data.train_split, config.data.test_split)
         )
@@ -108,15 +106,6 @@ class Run(Experiment):
         self._board = None
         self._begun = time.perf_counter()
 
-    # --- construction -------------------------------------------------------------------------------
-
-    def _build_augmentation(self) -> Augmentation | None:
-        config = self.config
-        with self.comm.agree("making the augmentation"):
-            return build_augmentation(
-                config.augmentation, self.manifest, num_samples=config.num_samples, seed=config.seed
-            )
-
     # --- the run ------------------------------------------------------------------------------------
 
     def train(self) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -136,14 +125,15 @@ class Run(Experiment):
         if tested is None:  # the run was complete already
             tested = self.evaluate(self.test_set)
             row = row | _prefixed(tested)
-            self._restore_last_row(row)
+            with self.comm.agree(f"writing {self.run_dir}"):
+                if self.is_writer and self.place.row and row["epoch"] > self.place.epoch:
+                    self._append_row(row)  # once more, because its epoch did not come to its end
         examples = tested.shown.gather()
         summary = self._summary(row)
         with self.comm.agree(f"writing {self.run_dir}"):
             if self.is_writer:
                 self.write_evaluation(tested, self.step.num_steps)
-                text = json.dumps(summary, indent=1) + "\n"
-                write_atomically(self.run_dir / "summary.json", text)
+                write_atomically(self.run_dir / "summary.json", json.dumps(summary, indent=1) + "\n")
         return summary, examples
 
     def _train_epochs(self) -> tuple[dict[str, Any], Tested | None]:
@@ -191,8 +181,7 @@ class Run(Experiment):
             traffic = replace(self.comm.traffic)
             result = self.step(x, y, batch.num_examples)
             self.schedule.step()
-            place.add(result, batch.num_examples)
-            place.add_traffic(traffic, self.comm.traffic)
+            place.add(result, batch.num_examples, traffic, self.comm.traffic)
             seconds = time.perf_counter() - start
             place.seconds, place.run_seconds = before + seconds, in_run + seconds
             progress.update()
@@ -243,17 +232,6 @@ class Run(Experiment):
         """Weight samples of the job per second of this epoch."""
         return self.config.num_samples * self.place.num_batches / self.place.seconds
 
-    @property
-    def _metric_name(self) -> str:
-        name, names = self.config.checkpoint.metric, metrics_to_minimise(self.likelihood)
-        return f"test/{names[0]}" if name == "auto" else name
-
-    def _check_metric(self) -> None:
-        names = [f"test/{name}" for name in metrics_to_minimise(self.likelihood)]
-        if self._metric_name not in names:
-            rule = f"must be one of {', '.join(names)}"
-            raise ConfigError(Fault("checkpoint.metric", self._metric_name, rule, "Leave it at auto"))
-
     # --- what it writes -----------------------------------------------------------------------------
 
     def _open_run_dir(self) -> None:
@@ -264,12 +242,15 @@ class Run(Experiment):
                 store.identity = read_identity(self.run_dir)
                 state = store.load_newest()
                 if state is not None:
-                    self._check_data()
-                    self._check_generator(state)
+                    self._check_state(state)
         state = self.comm.broadcast_tree(state)
         if state is not None:
             with self.comm.agree("restoring the checkpoint"):
-                self._restore(state)
+                restore_state(state, self.posterior, self.optimizer)
+                self.schedule.load_state_dict(state["schedule"])
+                place = dict(state["place"])
+                self.step.num_steps = place.pop("num_steps")
+                self.place = _Place(**place)
         with self.comm.agree(f"opening {self.run_dir}"):  # nothing was changed there before
             if self.is_writer:
                 if state is None:
@@ -277,19 +258,20 @@ class Run(Experiment):
                 else:
                     store.identity = store.identity or write_identity(self.run_dir, state["run"]["identity"])
                     self._say_differences(state["config"])
-                    self._write_config()
                     _keep_rows(self.run_dir / "metrics.jsonl", state["place"]["epoch"])
+                text = yaml.safe_dump(self.config.to_dict(), sort_keys=False)
+                write_atomically(self.run_dir / "config.yaml", text)
                 if self._writer_of_board is not None:
                     self._board = self._writer_of_board(str(self.run_dir / "tensorboard"))
         store.identity = self.comm.broadcast_object(store.identity)
-        if state is not None and self.is_writer:
-            logger.info(
-                "going on from the checkpoint of step %d: epoch %d, batch %d",
-                self.step.num_steps,
-                self.place.epoch + 1,
-                self.place.num_batches + 1,
-            )
         if self.is_writer:
+            if state is not None:
+                logger.info(
+                    "going on from the checkpoint of step %d: epoch %d, batch %d",
+                    self.step.num_steps,
+                    self.place.epoch + 1,
+                    self.place.num_batches + 1,
+                )
             logger.info(
                 "grid %s, %d samples, %d examples per step, %s over %d weights, KL: %s, reading %s, %s, %s",
                 self.comm.grid,
@@ -315,14 +297,12 @@ class Run(Experiment):
             done = self.step.num_steps - self._first_step
             per_step = (time.perf_counter() - self._begun) / max(done, 1)
             left = tqdm.format_interval(per_step * (self._num_planned_steps() - self.step.num_steps))
-            line = _one_line(row) + ("" if self._is_over() else f"  {left} left")
-            progress.write(line, file=sys.stderr)
-
-    def _restore_last_row(self, row: dict[str, Any]) -> None:
-        """Write the last row again, where it was that of an epoch that did not come to its end. Collective."""
-        with self.comm.agree(f"writing {self.run_dir}"):
-            if self.is_writer and self.place.row and row["epoch"] > self.place.epoch:
-                self._append_row(row)
+            shown = ["train/nelbo", "train/kl", *(name for name in row if name.startswith("test/"))]
+            values = "  ".join(f"{name} {row[name]:.4g}" for name in shown)
+            line = (
+                f"epoch {row['epoch']:4d}  step {row['step']:6d}  {values}  {row['examples_per_second']:.0f} examples/s"
+            )
+            progress.write(line + ("" if self._is_over() else f"  {left} left"), file=sys.stderr)
 
     def _append_row(self, row: dict[str, Any]) -> None:
         with open(self.run_dir / "metrics.jsonl", "a") as file:
@@ -337,36 +317,33 @@ class Run(Experiment):
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
                 rule = f"the package tensorboard is not there ({error})"
-                raise ConfigError(
-                    Fault("tensorboard", True, rule, "pip install 'hpc_bnn[tensorboard]', or leave it out")
-                ) from error
+                remedy = "pip install 'hpc_bnn[tensorboard]', or leave it out"
+                raise ConfigError(Fault("tensorboard", True, rule, remedy)) from error
         return SummaryWriter
 
     def _make_run_dir(self) -> None:
-        """Move a former run aside, make the directory and write the config."""
+        """Move a former run aside, and make the directory with its manifest and identity."""
         if self.run_dir.exists() and any(self.run_dir.iterdir()):
             if not (self.run_dir / "config.yaml").exists():
                 raise ConfigError(Fault("run_dir", self.run_dir, "it holds files, but no run", "Name a new directory"))
-            aside = _free_name(self.run_dir)
+            path = self.run_dir.absolute()  # "." has no name
+            names = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
+            aside = next(name for name in names if not name.exists())
             self.run_dir.rename(aside)
             logger.warning("%s holds a former run: moved to %s", self.run_dir, aside)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         write_atomically(self.run_dir / MANIFEST, self.manifest.to_json())
         self.checkpoints.identity = write_identity(self.run_dir)
-        self._write_config()
 
-    def _check_data(self) -> None:
-        """Raise `DataError` where the shards are not those that the run began with."""
-        former, now = Manifest.read(self.run_dir), self.manifest
+    def _check_state(self, state: dict[str, Any]) -> None:
+        """Raise `DataError` where the shards, or the random numbers, are not those that the run began with."""
+        former = Manifest.read(self.run_dir)
         for name in ("arrays", "splits", "statistics", "num_classes", "target_weights"):
-            if getattr(former, name) != getattr(now, name):
+            if getattr(former, name) != getattr(self.manifest, name):
                 raise DataError(
                     f"{self.config.data.shards} is not what the run began with: {name} of the manifest differ. "
                     "Go on with the former shards, or begin another run_dir"
                 )
-
-    def _check_generator(self, state: dict[str, Any]) -> None:
-        """Raise `DataError` where a resumed run would draw other numbers than the one that was never interrupted."""
         if state["generator"] != GENERATOR:
             raise DataError(
                 f"the checkpoint of step {state['place']['num_steps']} in {self.checkpoints.directory} is of a run with the "
@@ -375,17 +352,11 @@ class Run(Experiment):
                 "hpc-bnn evaluate and predict work with this checkpoint"
             )
 
-    def _write_config(self) -> None:
-        text = yaml.safe_dump(self.config.to_dict(), sort_keys=False)
-        write_atomically(self.run_dir / "config.yaml", text)
-
     def _say_differences(self, former: dict[str, Any]) -> None:
         """Log the differences between the config and that of the checkpoint."""
-        mine = flatten(self.config.to_dict())
+        mine, free = flatten(self.config.to_dict()), ("run_dir", "resume", "max_seconds", "grid.", "backend")
         for name, value in flatten(former).items():
-            if mine.get(name) != value and not name.startswith(
-                ("run_dir", "resume", "max_seconds", "grid.", "backend")
-            ):
+            if mine.get(name) != value and not name.startswith(free):
                 logger.warning("--%s is %s; the checkpoint was written with %s", name, mine.get(name), value)
 
     def _write_checkpoint(self, metric: float | None = None) -> None:
@@ -405,13 +376,6 @@ class Run(Experiment):
         """Wait for what is being written. Collective over the world."""
         with self.comm.agree(f"writing a checkpoint to {self.checkpoints.directory}"):
             self.checkpoints.close()
-
-    def _restore(self, state: dict[str, Any]) -> None:
-        restore_state(state, self.posterior, self.optimizer)
-        self.schedule.load_state_dict(state["schedule"])
-        place = dict(state["place"])
-        self.step.num_steps = place.pop("num_steps")
-        self.place = _Place(**place)
 
     def _summary(self, row: dict[str, Any]) -> dict[str, Any]:
         grid, traffic = self.comm.grid, self.comm.traffic
@@ -446,13 +410,7 @@ class Run(Experiment):
 
 
 class StopRequest:
-    """Stop request of this rank; all ranks stop together after the next step.
-
-    Attributes
-    ----------
-    why : str or None
-        Set it to stop.
-    """
+    """Stop request of this rank: set ``why``, and all ranks stop together after the next step."""
 
     why: str | None = None
 
@@ -504,16 +462,13 @@ class _Place:
     row: dict[str, Any] = field(default_factory=dict)
     """Of the last complete epoch."""
 
-    def add(self, result: StepResult, num_examples: int) -> None:
-        """Take in a step."""
+    def add(self, result: StepResult, num_examples: int, before: Traffic, after: Traffic) -> None:
+        """Take in a step, and the traffic before and after it."""
         self.num_batches += 1
         self.nelbo_sum += result.nelbo * num_examples
         self.data_sum += result.data_term * num_examples
         self.num_examples += num_examples
         self.kl, self.kl_weight = result.kl, result.kl_weight
-
-    def add_traffic(self, before: Traffic, after: Traffic) -> None:
-        """Take in what a step has sent."""
         self.num_collectives += after.num_collectives - before.num_collectives
         self.num_bytes += after.num_bytes - before.num_bytes
         self.communication_seconds += after.seconds - before.seconds
@@ -562,28 +517,10 @@ def _keep_rows(path: Path, num_epochs: int) -> None:
     write_atomically(path, "".join(f"{row}\n" for row in kept))
 
 
-def _free_name(path: Path) -> Path:
-    path = path.absolute()  # "." has no name
-    number = 1
-    while (aside := path.with_name(f"{path.name}.{number}")).exists():
-        number += 1
-    return aside
-
-
-def _one_line(row: dict[str, Any]) -> str:
-    shown = ["train/nelbo", "train/kl", *(name for name in row if name.startswith("test/"))]
-    values = "  ".join(f"{name} {row[name]:.4g}" for name in shown)
-    return f"epoch {row['epoch']:4d}  step {row['step']:6d}  {values}  {row['examples_per_second']:.0f} examples/s"
-
-
 def _versions() -> dict[str, str]:
-    found = {
-        "hpc_bnn": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "h5py": h5py.__version__,
-    }
-    for name in ("horovod", "mpi4py"):
-        if version := getattr(sys.modules.get(name), "__version__", None):
-            found[name] = version
+    """Return the versions of what a run uses, of the optional libraries where they are imported."""
+    modules = {name: sys.modules.get(name) for name in ("torch", "h5py", "horovod", "mpi4py")}
+    versions = {name: getattr(module, "__version__", None) for name, module in modules.items()}
+    found = {"hpc_bnn": __version__, "python": platform.python_version()}
+    found |= {name: version for name, version in versions.items() if version}
     return found
