@@ -69,15 +69,7 @@ class Fault:
 
 
 class HpcBnnError(Exception):
-    """Base of every error that hpc_bnn raises on purpose.
-
-    Parameters
-    ----------
-    *parts : Fault or str
-        All errors, so the user can fix them at once.
-    where : str
-        What stands in front of them.
-    """
+    """Base of every error that hpc_bnn raises on purpose: all ``parts``, so the user can fix them at once, after ``where``."""
 
     exit_code = 1
     label = "error"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,7 +31,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-class Disk:
+class Disk(io.FileIO):
     """A file for h5py that records the first error of a write and ignores later writes.
 
     HDF5 does not handle a full disk: it tries to write again whenever a handle is released, and ends the process with a
@@ -46,8 +47,8 @@ class Disk:
     """
 
     def __init__(self, path: Path):
+        super().__init__(path, "w+b")
         self.error: OSError | None = None
-        self._file = open(path, "w+b", buffering=0)  # noqa: SIM115
         self._end = 0
 
     @contextlib.contextmanager
@@ -59,54 +60,42 @@ class Disk:
 
     def write(self, content: Any) -> int:
         content, done = memoryview(content), 0
-        self._end = max(self._end, self._file.tell() + len(content))
+        self._end = max(self._end, self.tell() + len(content))
         while self.error is None and done < len(content):
             with self._recording():
-                done += self._file.write(content[done:])
+                done += super().write(content[done:])
         return len(content)
-
-    def read(self, size: int = -1) -> bytes:  # h5py takes what has it for a file
-        return self._file.read(size)
 
     def readinto(self, buffer: Any) -> int:
         buffer = memoryview(buffer)
-        count = self._file.readinto(buffer) or 0
-        buffer[count:] = bytes(len(buffer) - count)
+        count = super().readinto(buffer) or 0
+        buffer[count:] = bytes(len(buffer) - count)  # as if every write had succeeded
         return len(buffer)
 
     def truncate(self, size: int | None = None) -> int:
-        self._end = size = self._file.tell() if size is None else size
+        self._end = size = self.tell() if size is None else size
         if self.error is None:
             with self._recording():
-                self._file.truncate(size)
+                super().truncate(size)
         return size
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        if whence == os.SEEK_END:  # the end as if every write had succeeded
+        if whence == os.SEEK_END:
             offset, whence = self._end + offset, os.SEEK_SET
-        return self._file.seek(offset, whence)
-
-    def tell(self) -> int:
-        return self._file.tell()
-
-    def flush(self) -> None:
-        pass
+        return super().seek(offset, whence)
 
     def close(self) -> None:
         """Bring everything to the disk."""
-        if self.error is None:
+        if not self.closed and self.error is None:
             with self._recording():
-                os.fsync(self._file.fileno())
-        self._file.close()
+                os.fsync(self.fileno())
+        super().close()
 
     def check(self) -> None:
         """Raise the first error, if there was one."""
         if self.error is not None:
             raise self.error
 
-    def __enter__(self) -> Disk:
-        return self
-
-    def __exit__(self, kind, error, traceback) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
         self.check()

@@ -224,10 +224,11 @@ def _open_run(options: jsonargparse.Namespace, given: set[str]) -> Experiment:
 
 def _evaluate(options: jsonargparse.Namespace, given: set[str]) -> int:
     from ..predictive import out_of_distribution_auroc
+    from ..run import read_or_prepare
 
-    experiment = _open_run(options, given)
-    tested = experiment.evaluate(experiment.open_to_test())
-    ood = {}
+    experiment, ood = _open_run(options, given), {}
+    read_or_prepare(experiment.config.data, experiment.comm)
+    tested = experiment.evaluate(experiment.open(experiment.config.data.test_split))
     if options.ood_shards is not None:
         foreign = experiment.uncertainties(experiment.open(options.ood_split, options.ood_shards))
         ood = out_of_distribution_auroc(tested.evaluation.uncertainties, foreign)

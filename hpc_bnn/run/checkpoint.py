@@ -99,7 +99,7 @@ class CheckpointStore:
         self._damaged: set[str] = set()
 
     def save(self, state: dict[str, Any], step: int, metric: float | None = None) -> None:
-        """Write a checkpoint and remove those that are not kept.
+        """Write a checkpoint and remove those that are not kept; raise `DataError` if its name is that of another run's.
 
         Parameters
         ----------
@@ -110,11 +110,6 @@ class CheckpointStore:
             Optimizer steps made so far; names the file.
         metric : float, optional
             Less is better.
-
-        Raises
-        ------
-        DataError
-            A checkpoint of another run has this name.
         """
         if self._writer is None:
             self._write(state, step, metric)
@@ -137,10 +132,7 @@ class CheckpointStore:
     def load_newest(self) -> dict[str, Any] | None:
         """Return the newest sound state, on the CPU, and name those that are not used; None if there is no checkpoint.
 
-        Raises
-        ------
-        DataError
-            No checkpoint is sound, or the newest sound one is of a format that this hpc_bnn does not know.
+        It raises `DataError` if none is sound, or if this hpc_bnn does not know the format of the newest sound one.
         """
         notes, problems = self._scan(aloud=True)
         for note in notes:
@@ -166,10 +158,7 @@ class CheckpointStore:
     def load(self, note: Note) -> dict[str, Any]:
         """Return the state of a checkpoint, on the CPU.
 
-        Raises
-        ------
-        DataError
-            It is missing, changed, or of a format that this hpc_bnn does not know.
+        It raises `DataError` if it is missing, changed, or of a format that this hpc_bnn does not know.
         """
         return self._known(note, self._read(note))
 

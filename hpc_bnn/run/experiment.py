@@ -55,7 +55,7 @@ class Experiment:
     comm : GridComm
         The process grid.
     manifest : Manifest
-        Of the data that the network is trained on: shapes, and the statistics by which everything is normalised.
+        Shapes of the training data, and the statistics by which everything is normalised.
     """
 
     def __init__(self, config: Config, comm: GridComm, manifest: Manifest):
@@ -75,10 +75,7 @@ class Experiment:
     def of_run(cls, config: Config, comm: GridComm, which: str = "newest") -> Experiment:
         """Return the experiment of a run, with the parameters of its newest or best checkpoint.
 
-        Raises
-        ------
-        DataError
-            There is no sound checkpoint, or no manifest of the data.
+        It raises `DataError` if there is no sound checkpoint, or no manifest of the data.
         """
         with comm.agree(f"reading {config.run_dir}"):
             if not Path(config.run_dir, MANIFEST).exists():
@@ -151,23 +148,12 @@ class Experiment:
         chunk_size = config.chunk_size if config.batching == "vmap" and config.chunk_size != "auto" else 1
         return {"num_samples": config.num_test_samples, "seed": config.seed, "chunk_size": chunk_size}
 
-    def open_to_test(self) -> ShardDataset:
-        """Open the test split, after preparing the shards if they are missing and the config has a script."""
-        read_or_prepare(self.config.data, self.comm)
-        return self.open(self.config.data.test_split)
-
     def uncertainties(self, dataset: ShardDataset) -> dict[str, torch.Tensor]:
         """Return the uncertainties [N] of all examples of a data set (`hpc_bnn.predictive.evaluation.uncertainties_of`)."""
         return uncertainties_of_dataset(self.posterior, self.likelihood, self.comm, dataset, **self.test_samples)
 
     def evaluate(self, dataset: ShardDataset) -> Tested:
-        """Evaluate a data set with ``config.num_test_samples``.
-
-        Raises
-        ------
-        DataError
-            Its classes are not those of the training data.
-        """
+        """Evaluate a data set with ``config.num_test_samples``; raise `DataError` if its classes are not the trained ones."""
         mine, theirs = self.manifest.num_classes, dataset.manifest.num_classes
         if mine != theirs:
             raise DataError(
@@ -190,18 +176,8 @@ class Experiment:
     ) -> Path:
         """Write RUN_DIR/evaluation.json and return its path. Local: the writer calls it.
 
-        Parameters
-        ----------
-        tested : Tested
-            What the test has brought.
-        num_steps : int
-            Steps of the checkpoint.
-        which : str
-            Of the checkpoints.
-        foreign : dict, optional
-            Out-of-distribution metrics.
-        foreign_data : str, optional
-            Their shards and split.
+        ``which`` checkpoint was tested, of ``num_steps`` steps; ``foreign`` are out-of-distribution metrics, of the shards
+        and split ``foreign_data``.
         """
         data = self.config.data
         content = {

@@ -17,7 +17,7 @@ from .. import __version__
 from ..comm import GridComm
 from ..errors import ConfigError, DataError, Fault
 from ..grid import share
-from ..predictive import Block, ClassPredictive, predict_dataset
+from ..predictive import Block, ClassPredictive, ValuePredictive, predict_dataset
 from ..safe_files import Disk
 from .experiment import Experiment
 
@@ -53,10 +53,6 @@ def predict_run(
 
     Parameters
     ----------
-    experiment : Experiment
-        With its parameters.
-    split : str
-        Of the shards.
     output : path
         File to write; it must not be there.
     quantiles : sequence of float
@@ -90,7 +86,18 @@ def predict_run(
             file.write(int(block.examples[0]), _columns(block, quantiles, with_members))
     with comm.agree(f"writing {path}"):
         if comm.grid.is_first("world"):
-            file.complete(_attributes(experiment, split, quantiles))
+            attributes = {
+                "run_dir": str(experiment.run_dir),
+                "num_steps": experiment.num_steps,
+                "shards": experiment.config.data.shards,
+                "split": split,
+                "num_samples": experiment.config.num_test_samples,
+                "seed": experiment.config.seed,
+                "quantile_levels": np.array(quantiles, dtype=np.float64),
+                "channels": [str(name) for name in experiment.manifest.arrays["y"].channels],
+                "hpc_bnn": __version__,
+            }
+            file.complete(attributes)
     return path
 
 
@@ -136,24 +143,9 @@ def _columns(block: Block, quantiles: Sequence[float], with_members: bool) -> di
         if quantiles and isinstance(predictive, ClassPredictive):
             levels = torch.tensor(quantiles, dtype=torch.float64, device=members.device)
             columns["quantiles"] = members.quantile(levels, dim=1).movedim(0, 1)
-        elif quantiles:
+        if quantiles and isinstance(predictive, ValuePredictive) and predictive.mixture is not None:
             columns["quantiles"] = torch.stack([predictive.mixture.quantile(level) for level in quantiles], 1)
     return columns
-
-
-def _attributes(experiment: Experiment, split: str, quantiles: Sequence[float]) -> dict[str, object]:
-    config = experiment.config
-    return {
-        "run_dir": str(experiment.run_dir),
-        "num_steps": experiment.num_steps,
-        "shards": config.data.shards,
-        "split": split,
-        "num_samples": config.num_test_samples,
-        "seed": config.seed,
-        "quantile_levels": np.array(quantiles, dtype=np.float64),
-        "channels": [str(name) for name in experiment.manifest.arrays["y"].channels],
-        "hpc_bnn": __version__,
-    }
 
 
 class _Output:

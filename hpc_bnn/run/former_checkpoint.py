@@ -8,6 +8,7 @@ absolute: w = loc + scale eps + z F, today w = loc + scale (eps + z F).
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 from typing import Any
@@ -22,18 +23,13 @@ FORMAT_VERSION = 2
 
 
 def convert(former: dict[str, Any], path: str | os.PathLike) -> dict[str, Any]:
-    """Return a checkpoint of format 3. Local.
+    """Return a checkpoint of format 2, read from ``path``, as one of format 3. Local.
 
-    ``former`` is what a checkpoint of format 2 holds, ``path`` where it lies, for messages.
-
-    Raises
-    ------
-    DataError
-        The state of the optimizer is not that of the weights.
+    It raises `DataError` if the state of the optimizer is not that of the weights.
     """
     family, model = former["config"]["posterior"]["family"], former["model"]
     if family == "low_rank":
-        model, state = _with_relative_factor(model), {}
+        model, state = {name: _with_relative_factor(name, model) for name in model}, {}
         logger.warning(
             "%s has format 2: its low-rank factor is converted, so that it is relative to the scale; the state of the "
             "optimizer does not fit the converted factor and is left out, a resumed run starts it anew",
@@ -55,14 +51,11 @@ def convert(former: dict[str, Any], path: str | os.PathLike) -> dict[str, Any]:
     return {"format_version": 3, "sections": dict.fromkeys(sections, 1), **sections}
 
 
-def _with_relative_factor(model: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Divide NAME.factor.R by the scale of NAME."""
-    converted = dict(model)
-    for name, value in model.items():
-        weight, is_factor, _ = name.rpartition(".factor.")
-        if is_factor and f"{weight}.log_scale" in model:
-            converted[name] = value / model[f"{weight}.log_scale"].exp()
-    return converted
+def _with_relative_factor(name: str, model: dict[str, Tensor]) -> Tensor:
+    """Return a tensor of the model, divided by the scale of NAME if it is NAME.factor.R."""
+    weight, is_factor, _ = name.rpartition(".factor.")
+    log_scale = model.get(f"{weight}.log_scale") if is_factor else None
+    return model[name] if log_scale is None else model[name] / log_scale.exp()
 
 
 def _by_name(
@@ -71,7 +64,7 @@ def _by_name(
     """Return the state of each weight from that of the parameters; buffers may stand behind the weights."""
     state: dict[str, dict[str, Any]] = {}
     rest = iter(weights.items())
-    for number in [number for group in optimizer["param_groups"] for number in group["params"]]:
+    for number in itertools.chain.from_iterable(group["params"] for group in optimizer["param_groups"]):
         values = {k: v for k, v in optimizer["state"].get(number, {}).items() if v is not None}
         size = max((v.numel() for v in values.values() if isinstance(v, Tensor)), default=1)
         mine: dict[str, Tensor] = {}

@@ -194,18 +194,18 @@ def calibration_figure(runs: Sequence[RunRecord]) -> Figure | None:
     figure, panels = _panels([titles[kind] for kind in kinds], height=3.8)
     for axes, kind in zip(panels, kinds):
         for number, (run, curve) in enumerate(zip(runs, curves)):
-            style = {"color": f"C{number}", "label": run.label}
+            color = f"C{number}"
             if kind not in curve:
                 continue
             if kind == "reliability":
                 confidence, accuracy, counts = (curve[kind][name] for name in ("confidence", "accuracy", "count"))
-                axes.plot(confidence, accuracy, lw=1, **style)
+                axes.plot(confidence, accuracy, lw=1, color=color, label=run.label)
                 sizes = [12 + 300 * count / sum(counts) for count in counts]
-                axes.scatter(confidence, accuracy, sizes, color=f"C{number}", alpha=0.5)
+                axes.scatter(confidence, accuracy, sizes, color=color, alpha=0.5)
             else:
                 num_bins = len(curve[kind])
                 edges = [i / num_bins for i in range(num_bins + 1)]
-                axes.stairs([value * num_bins for value in curve[kind]], edges, **style)
+                axes.stairs([value * num_bins for value in curve[kind]], edges, color=color, label=run.label)
         if kind == "reliability":
             axes.axline((0, 0), slope=1, color="gray", lw=0.8, ls="--")
             axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1.02), ylim=(0, 1.02))

@@ -67,12 +67,7 @@ class RunRecord:
     def read(cls, directory: str | Path, label: str) -> RunRecord:
         """Read a run directory, also one of a run that goes on or was interrupted.
 
-        Raises
-        ------
-        ConfigError
-            It holds no run.
-        DataError
-            A file cannot be read.
+        It raises `ConfigError` if there is no run, `DataError` if a file cannot be read.
         """
         directory = Path(directory)
         config_path = config_of_run(directory)

@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -111,12 +110,7 @@ class Run(Experiment):
     def train(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Train, evaluate, write everything.
 
-        Returns
-        -------
-        summary : dict
-            What summary.json holds.
-        examples : dict
-            Test examples with their predictive, for a picture (on rank 0, elsewhere empty).
+        Return what summary.json holds, and test examples with their predictive (on rank 0, elsewhere empty).
         """
         self._open_run_dir()
         with self.stop.watching_signals():
@@ -140,13 +134,9 @@ class Run(Experiment):
         """Train to the end of the run; return the last row, and its evaluation."""
         row, tested, before = self.place.row, None, self.place.run_seconds
         self._first_step = self.step.num_steps
-        progress = tqdm(
-            total=self._num_planned_steps(),
-            initial=self.step.num_steps,
-            unit="step",
-            disable=None if self.is_writer else True,  # None: off where stderr is no terminal
-            desc="train",
-        )
+        total = self._num_planned_steps()
+        off = None if self.is_writer else True  # None: off where stderr is no terminal
+        progress = tqdm(total=total, initial=self._first_step, unit="step", disable=off, desc="train")
         with progress:
             while not self._is_over():
                 self._train_epoch(progress)
@@ -185,11 +175,8 @@ class Run(Experiment):
             seconds = time.perf_counter() - start
             place.seconds, place.run_seconds = before + seconds, in_run + seconds
             progress.update()
-            rate = place.num_examples / place.seconds
-            progress.set_postfix_str(
-                f"nelbo {result.nelbo:.4f}, {rate:.0f} examples/s, {self._samples_per_second():.0f} samples/s",
-                refresh=False,
-            )
+            rates = f"{place.num_examples / place.seconds:.0f} examples/s, {self._samples_per_second():.0f} samples/s"
+            progress.set_postfix_str(f"nelbo {result.nelbo:.4f}, {rates}", refresh=False)
             if result.wants_stop:
                 self._write_checkpoint()
                 self._close_checkpoints()
@@ -258,31 +245,26 @@ class Run(Experiment):
                 else:
                     store.identity = store.identity or write_identity(self.run_dir, state["run"]["identity"])
                     self._say_differences(state["config"])
-                    _keep_rows(self.run_dir / "metrics.jsonl", state["place"]["epoch"])
+                    path = self.run_dir / "metrics.jsonl"
+                    rows = path.read_text().splitlines() if path.exists() else []
+                    # Of complete epochs: the run writes those of the others again
+                    kept = [row for row in rows if json.loads(row)["epoch"] <= self.place.epoch]
+                    write_atomically(path, "".join(f"{row}\n" for row in kept))
                 text = yaml.safe_dump(self.config.to_dict(), sort_keys=False)
                 write_atomically(self.run_dir / "config.yaml", text)
                 if self._writer_of_board is not None:
                     self._board = self._writer_of_board(str(self.run_dir / "tensorboard"))
         store.identity = self.comm.broadcast_object(store.identity)
         if self.is_writer:
+            place, posterior, comm = self.place, self.posterior, self.comm
             if state is not None:
-                logger.info(
-                    "going on from the checkpoint of step %d: epoch %d, batch %d",
-                    self.step.num_steps,
-                    self.place.epoch + 1,
-                    self.place.num_batches + 1,
-                )
+                where = f"epoch {place.epoch + 1}, batch {place.num_batches + 1}"
+                logger.info("going on from the checkpoint of step %d: %s", self.step.num_steps, where)
+            library = comm.library if comm.grid.world_size > 1 else "one process, no communication"
             logger.info(
-                "grid %s, %d samples, %d examples per step, %s over %d weights, KL: %s, reading %s, %s, %s",
-                self.comm.grid,
-                self.config.num_samples,
-                self.config.global_batch_size,
-                self.posterior.family,
-                self.posterior.num_weights,
-                self.posterior.capabilities.kl,
-                self.train_set.reading,
-                self.comm.device,
-                self.comm.library if self.comm.grid.world_size > 1 else "one process, no communication",
+                f"grid {comm.grid}, {self.config.num_samples} samples, {self.config.global_batch_size} examples per step, "
+                f"{posterior.family} over {posterior.num_weights} weights, KL: {posterior.capabilities.kl}, "
+                f"reading {self.train_set.reading}, {comm.device}, {library}"
             )
 
     def _write_row(self, row: dict[str, Any], progress: tqdm) -> None:
@@ -378,7 +360,7 @@ class Run(Experiment):
             self.checkpoints.close()
 
     def _summary(self, row: dict[str, Any]) -> dict[str, Any]:
-        grid, traffic = self.comm.grid, self.comm.traffic
+        grid, traffic, posterior = self.comm.grid, self.comm.traffic, self.posterior
         return {
             **{name: value for name, value in row.items() if name.startswith(("train/", "test/"))},
             "run": self.checkpoints.identity,
@@ -390,9 +372,9 @@ class Run(Experiment):
             "likelihood": type(self.likelihood).__name__,
             "reading": {"mode": self.train_set.reading, "num_bytes_of_rank_0": self.train_set.num_bytes_read},
             "posterior": {
-                "family": self.posterior.family,
-                "num_random_weights": self.posterior.num_weights,
-                "kl": self.posterior.capabilities.kl,
+                "family": posterior.family,
+                "num_random_weights": posterior.num_weights,
+                "kl": posterior.capabilities.kl,
             },
             "grid": {"world_size": grid.world_size, "sample_size": grid.sample_size, "data_size": grid.data_size},
             "communication": {
@@ -508,13 +490,6 @@ def _prefixed(tested: Tested) -> dict[str, float]:
 
 
 # --- helpers -------------------------------------------------------------------------------------------
-
-
-def _keep_rows(path: Path, num_epochs: int) -> None:
-    """Keep the rows of complete epochs: a run that goes on writes those behind again."""
-    rows = path.read_text().splitlines() if path.exists() else []
-    kept = [row for row in rows if json.loads(row)["epoch"] <= num_epochs]
-    write_atomically(path, "".join(f"{row}\n" for row in kept))
 
 
 def _versions() -> dict[str, str]:
