@@ -56,13 +56,16 @@ class GridConfig:
     """The process grid; the data axis takes the ranks that the sample axis leaves."""
 
     sample_size: int | Auto = 1
-    """Ranks along the sample axis; must divide the ranks of the job. auto: measured at the start, as by hpc-bnn plan."""
+    """Ranks along the sample axis; must divide the number of ranks of the job. auto: hpc_bnn measures the grids at
+    the start, as `hpc-bnn plan` does."""
     reduction: Reduction = "axes"
     """Sum gradients over the sample group and then the data group (axes), or over all ranks at once (world)."""
     compression: Compression = "none"
-    """Send gradients rounded to 11 bits (scaled float16) or 8 bits (bfloat16): grids then agree only to that."""
+    """Send gradients in half the bytes, rounded to 11 bits (scaled float16) or 8 bits (bfloat16); results on two
+    grids then agree only to that rounding."""
     overlap: bool = False
-    """Sum the gradient over all ranks while the last backward pass still runs. Use it if ranks wait for the network."""
+    """Sum the gradient in buckets while the last backward pass of a step still runs, over all ranks at once. Use it
+    if ranks wait for the network."""
 
 
 @dataclass
@@ -92,9 +95,11 @@ class AugmentationConfig:
     """Random changes of the inputs in training."""
 
     transforms: list[dict[str, Any]] = field(default_factory=list)
-    """In order, such as [{name: crop, padding: 4}]: crop, flip, erase, mask, noise, mixup, or your own by import path."""
+    """In order, such as [{name: crop, padding: 4}, {name: flip}]: crop, flip, erase, mask, noise, mixup, or the import
+    path of your own, with arguments."""
     views: ViewKind = "per_sample"
-    """Whether each sample has its own view of a batch (per_sample), each group of samples (per_group), or none (shared)."""
+    """Each sample gets its own view of a batch (per_sample), each group of samples does (per_group), or all samples
+    get the same view (shared)."""
     num_groups: int = 2
     """Number of groups of samples for per_group; each group gets its own view."""
 
@@ -176,7 +181,8 @@ class ObjectiveConfig:
     name: str = _named("elbo", ObjectiveName)
     """elbo, log_predictive (the direct loss), moment_matched, crps, energy, or the import path of your own."""
     fairness: float = _ruled(0.95, number(lambda value: 0 <= value <= 1, "between 0 and 1", "Try 0.95"))
-    """Fairness of crps and energy to the finite number of samples: 0 ordinary score, 1 fair, 0.95 almost fair."""
+    """Fairness of crps and energy to the finite number of samples: 0 the ordinary score, 1 the fair, 0.95 almost
+    fair."""
     beta: float = _ruled(1.0, above_and_below(0, 2, "Try 1"))
     """Exponent of the energy score, above 0 and below 2; a value other than 1 gives the beta-energy score."""
     weights: str | None = "auto"
@@ -192,7 +198,8 @@ class KlAnnealingConfig:
     """constant: kl_weight from the start; linear or cosine: increase from 0; cyclical: increase from 0 in every
     cycle; or the import path of a function of your own: from epochs / num_epochs to a multiple of kl_weight."""
     num_epochs: float = _ruled(10.0, positive("Try 10"))
-    """Epochs until the factor reaches kl_weight; for cyclical: length of a cycle, whose first half it rises."""
+    """Epochs until the factor reaches kl_weight; for cyclical: length of a cycle, in which the factor rises for the
+    first half."""
 
 
 @dataclass
@@ -282,9 +289,11 @@ class Config:
     max_seconds: float | None = _ruled(None, Rule(lambda value: value > 0, "positive", "Leave it out for no limit"))
     """Stop with a checkpoint and exit code 75 after this time (seconds)."""
     resume: bool = False
-    """Continue from the newest sound checkpoint in run_dir, on any grid; without one start at the beginning."""
+    """Continue from the newest sound checkpoint in run_dir, on any grid; without a checkpoint start at the
+    beginning."""
     max_steps: int | None = _ruled(None, at_least(1, "Leave it out for no limit"))
-    """Stop after this number of optimizer steps, also within an epoch; learning rates stay those of num_epochs."""
+    """Stop after this number of optimizer steps, also within an epoch; the schedule of the learning rate does not
+    change."""
     tensorboard: bool = False
     """Also write the metrics of each epoch for TensorBoard, to run_dir/tensorboard."""
     test_every_epochs: int = _ruled(10, at_least(1, "Give a positive number"))
