@@ -349,7 +349,7 @@ def _of_outputs(step: VariationalStep, outputs: Callable[..., Tensor]) -> Callab
         def draw(layer: int, like: Tensor, width: int, signs: bool = False) -> Tensor:
             return noise.draw(layer, like.to(posterior.dtype), width, signs).double()
 
-        return None, outputs(posterior.names.of(slots), eps, draw, x)
+        return None, outputs(posterior.buffer.named(slots), eps, draw, x)
 
     return reference
 

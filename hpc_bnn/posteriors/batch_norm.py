@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import math
 import types
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from ..errors import ConfigError, Fault
-from .interception import Shapes, calling_layer
+from .interception import BatchDims, Shapes, calling_layer
 
 SumOverData = Callable[[Tensor], None]
 """Replaces a tensor, in place, by its sum over the ranks with the same samples and other examples."""
@@ -29,29 +30,22 @@ SumOverData = Callable[[Tensor], None]
 class BatchNorms:
     """The layers of a module that keep running statistics of batches.
 
-    Parameters
-    ----------
-    module : nn.Module
-        Its layers stay unchanged.
-
     Attributes
     ----------
     layers : list of nn.Module
         Those that have ``running_mean`` and ``running_var``: torch's, subclasses of them, and any others.
     sum_over_data : callable
         What sums the statistics of a layer over the data axis. One process: the identity.
-    is_evaluating : bool
-        Whether a predictive is drawn, in which nothing may depend on the other examples.
-    is_batched : bool
-        Whether several samples are evaluated at once, which would share their statistics.
-    shapes : dict or None
-        During a look: shapes of the inputs that were normalised without statistics of ours, by (layer, line) of the call.
-    batch_dims : dict
-        Dims of these inputs that belong to the batch, by the call and the number of dims.
+    is_evaluating, is_batched : bool
+        Whether a predictive is drawn, in which nothing may depend on the other examples; and whether several samples are
+        evaluated at once, which would share their statistics.
+    shapes, batch_dims : dict or None, dict
+        During a look: shapes of the inputs that were normalised without statistics of ours, by (layer, line) of the call;
+        and dims of these inputs that belong to the batch, by the call and the number of dims.
     """
 
     def __init__(self, module: nn.Module):
-        self.layers = []
+        self.layers: list[Any] = []
         self._modules = dict.fromkeys(module.modules())
         for name, layer in module.named_modules():
             if isinstance(layer, _BatchNorm):
@@ -63,7 +57,7 @@ class BatchNorms:
         self.sum_over_data: SumOverData = of_one_rank
         self.is_evaluating = self.is_batched = False
         self.shapes: Shapes | None = None
-        self.batch_dims: dict[tuple[Hashable, int], list[int]] = {}
+        self.batch_dims: BatchDims = {}
         self._numbers: dict[int, int] = {}  # of layers, by the identity of their running means
         self._counts: dict[nn.Module, Tensor] = {}  # 1 for a layer that counts its batches itself
         self.begin()
@@ -107,12 +101,7 @@ class BatchNorms:
     def write_statistics_(self, out: Tensor, share: float) -> None:
         """Write this rank's sums over samples of mean and variance, times a share, and its counts. Local.
 
-        Parameters
-        ----------
-        out : Tensor
-            [num_statistics].
-        share : float
-            1 / num_samples on one rank of each data group, 0 on the others.
+        To ``out`` [num_statistics]; the share is 1 / num_samples on one rank of each data group, 0 on the others.
         """
         if not self.layers:
             return
@@ -170,10 +159,8 @@ class BatchNorms:
         self._callers.add(number)
         if not training or (number is None and self._is_free(input)):
             return NotImplemented
-        if self.is_batched:
+        if number is None or self.is_batched:
             raise NotImplementedError("BatchNorm in training mode")
-        if number is None:
-            raise self._fault_of(calling_layer(self._modules)[0], "it has no running statistics")
         if self.is_evaluating:
             raise self._fault_of(self.layers[number], "it normalises by the batch in evaluation mode, too")
         y, mean, variance, count = _Normalise.apply(input, eps, self.sum_over_data)
@@ -196,6 +183,7 @@ class BatchNorms:
         """Whether a call without running statistics of ours has nothing to do with the other examples of the batch.
 
         Such as one that standardises a weight, or each example by itself with the batch folded into the channels (dim 1).
+        Others raise `ConfigError`, unless several samples are evaluated at once: a walk will raise it.
         """
         call = calling_layer(self._modules)
         if call is None:
@@ -203,9 +191,13 @@ class BatchNorms:
         if self.shapes is not None:
             self.shapes.setdefault(call, []).append(input.shape)
             return True
-        return not self._spans_batch(call, input.shape)
+        if not self._spans_batch(call, input.shape):
+            return True
+        if not self.is_batched:
+            raise self._fault_of(call[0], "it has no running statistics")
+        return False
 
-    def _spans_batch(self, call: Hashable, shape: torch.Size) -> bool:
+    def _spans_batch(self, call: Any, shape: torch.Size) -> bool:
         """Whether a call reduces over examples: a dim of the batch is another one than the channels' (dim 1)."""
         unknown = () if shape[0] == 1 else (0,)
         return not set(self.batch_dims.get((call, len(shape)), unknown)) <= {1}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -18,13 +19,14 @@ from .priors import GaussianPrior, LaplacePrior, Prior, ScaleMixturePrior, Stude
 
 def build_prior(config: PosteriorConfig) -> Prior:
     """Return the prior that a config describes."""
+    std: Any = config.prior_std  # a number for a mixture, which a config checks
     if config.prior == "laplace":
-        return LaplacePrior(config.prior_std, config.prior_mean)
+        return LaplacePrior(std, config.prior_mean)
     if config.prior == "student_t":
-        return StudentTPrior(config.prior_df, config.prior_std)
+        return StudentTPrior(config.prior_df, std)
     if config.prior == "scale_mixture":
-        return ScaleMixturePrior(config.prior_std, config.prior_narrow_std, config.prior_fraction)
-    return GaussianPrior(config.prior_std, config.prior_mean)
+        return ScaleMixturePrior(std, config.prior_narrow_std, config.prior_fraction)
+    return GaussianPrior(std, config.prior_mean)
 
 
 def build_posterior(
@@ -40,30 +42,28 @@ def build_posterior(
 
     Parameters
     ----------
-    config : PosteriorConfig
-        Family, prior and start.
     make_module : callable
         Makes the network on its device and in its dtype; the weights come from torch's global generator, which
         is keyed here by ``seed``.
     num_samples, local_samples : int, sequence of int
         Samples per step in the whole job (the members of an ensemble), and those of this rank.
-    output
-        See `Posterior`.
+    config, output
+        Family, prior and start; see `Posterior`.
 
     Raises
     ------
     ConfigError
         The module does not go with the family or with ``config.deterministic``.
     """
+    options: dict[str, Any] = {"prior_std": config.prior_std, "output": output}
     if config.family == "ensemble":
-        options = {"seed": seed, "prior_std": config.prior_std, "output": output}
-        return DeepEnsemble(make_module, num_samples, local_samples, **options)
+        return DeepEnsemble(make_module, num_samples, local_samples, seed=seed, **options)
     with Key(seed, Stream.INIT).global_generator():
         module = make_module()
     if config.family == "deterministic":
         return DeterministicNetwork(module, output=output)
     if config.family == "mc_dropout":
-        return MCDropout(module, prior_std=config.prior_std, output=output)
+        return MCDropout(module, **options)
     if "." in config.family:
         family = build_object("posterior.family", config.family, config.arguments, Family, "posterior.arguments")
         return Posterior(

@@ -24,17 +24,14 @@ __all__ = ["DeepEnsemble", "DeterministicNetwork", "LowRankGaussian", "MCDropout
 class MeanFieldGaussian(Posterior):
     """Independent Gaussian over each random weight of a module.
 
-    A sample of the weights is ``w = loc + exp(log_scale) * eps`` with one flat draw of ``eps``, put where
-    the module's parameters look. Gradients of all samples are accumulated in one flat buffer, so memory
-    does not grow with the number of samples (Blundell et al., Weight Uncertainty in Neural Networks, 2015,
-    for the gradient; the flat buffer is ours).
+    A sample of the weights is ``w = loc + exp(log_scale) * eps`` (Blundell et al., Weight Uncertainty in Neural Networks,
+    2015). Memory does not grow with the number of samples.
 
     Parameters
     ----------
-    module : nn.Module
-        Any module, already on its device and in its dtype. Its weights are the initial ``loc``.
-    prior : Prior
-        Prior of each weight. ``GaussianPrior(mean="initial")`` centres it on a pretrained network.
+    module, prior : nn.Module, Prior
+        Any module, already on its device and in its dtype, whose weights are the initial ``loc``; and the prior of each
+        weight: ``GaussianPrior(mean="initial")`` centres it on a pretrained network.
     init_std : float
         Standard deviation of each weight at the start, in units of the weight.
     init_std_relative : float, optional
@@ -73,11 +70,9 @@ class LowRankGaussian(Posterior):
 
     Parameters
     ----------
-    module : nn.Module
-        Any module, already on its device and in its dtype.
     rank : int
         Rank of the factor F, R.
-    prior, init_std, init_std_relative, deterministic, **options
+    module, prior, init_std, init_std_relative, deterministic, **options
         As for `MeanFieldGaussian`; there is no other estimator than reparameterisation.
 
     Attributes
@@ -109,12 +104,10 @@ class MCDropout(Posterior):
 
     Parameters
     ----------
-    module : nn.Module
-        A module with at least one dropout layer of p > 0.
+    module, output
+        See `Posterior`; with at least one dropout layer of p > 0.
     prior_std : float
         Standard deviation of the prior of each weight, in units of the weight.
-    output
-        See `Posterior`.
     """
 
     def __init__(self, module: nn.Module, *, prior_std: float = 1.0, output: Output = None):
@@ -172,7 +165,7 @@ class DeepEnsemble(Posterior):
         for member in members:
             with Key(seed, Stream.INIT, sample=member).global_generator():
                 modules.append(make_module())
-        fixed, weights = _fixed_tensors(modules[0]), []
+        fixed = _fixed_tensors(modules[0])
         order = FlatLayout.of(split_weights(modules[0], ())[0])
         for module in modules:
             theirs = _fixed_tensors(module)
@@ -180,10 +173,8 @@ class DeepEnsemble(Posterior):
                 rule = "members differ in frozen weights or buffers, which they would share"
                 remedy = "Make those the same for all members, or trainable"
                 raise ConfigError(Fault("model", type(module).__name__, rule, remedy))
-            named = dict(module.named_parameters())
-            weights.append(torch.cat([named[name].detach().reshape(-1) for name in order]))
-        family = Ensemble(num_members, prior_std)
-        super().__init__(modules[0], family, samples=members, weights=torch.stack(weights), output=output)
+        weights = torch.stack([order.flatten(split_weights(module, ())[0]) for module in modules])
+        super().__init__(modules[0], Ensemble(num_members, prior_std), samples=members, weights=weights, output=output)
 
 
 class DeterministicNetwork(Posterior):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,24 +15,8 @@ from .layout import Block
 __all__ = ["Draw", "KeptDraw", "RedrawnDraw"]
 
 
-class Draw(Protocol):
+class Draw:
     """Standard normal noise eps of c samples, [c, P], signs of antithetic pairs included. Local in every method."""
-
-    def affine_(self, loc: Tensor, scale: Tensor, out: Tensor) -> None:
-        """Write ``loc + scale * eps`` to ``out`` [c, P], which may be of a narrower dtype."""
-
-    def fold_(self, g: WeightGradient, total: Tensor | None, product: Tensor) -> None:
-        """Add the sum over samples of g to ``total`` [P], and that of g * eps to ``product`` [P]."""
-
-    def normal(self, path: Sequence[int], count: int) -> Tensor:
-        """Return further normal numbers [c, count] of these samples, named by a path of up to two words."""
-
-    def cut(self, block: Block) -> Draw:
-        """Return the draw of a block of weights."""
-
-
-class _Drawn:
-    """What both draws share: where the numbers come from."""
 
     def __init__(self, num_weights: int, like: Tensor, antithetic: bool = False):
         self._num_weights, self._like, self._antithetic = num_weights, like, antithetic
@@ -45,25 +28,32 @@ class _Drawn:
         raise NotImplementedError
 
     def begin_(self, key: Key, samples: Sequence[int]) -> None:
-        """Become the draw of other samples. Local."""
+        """Become the draw of other samples."""
         self._keys = [key.of(sample) for sample in samples]
 
     def affine_(self, loc: Tensor, scale: Tensor, out: Tensor) -> None:
+        """Write ``loc + scale * eps`` to ``out`` [c, P], which may be of a narrower dtype."""
         if out.dtype == loc.dtype:
             torch.addcmul(loc, scale, self.noise, out=out)
         else:
             out.copy_(torch.addcmul(loc, scale, self.noise))
 
     def fold_(self, g: WeightGradient, total: Tensor | None, product: Tensor) -> None:
+        """Add the sum over samples of g to ``total`` [P], and that of g * eps to ``product`` [P]."""
         if total is not None:
             g.add_to(total)
         g.add_product_to(product, self.noise)
 
     def normal(self, path: Sequence[int], count: int) -> Tensor:
+        """Return further normal numbers [c, count] of these samples, named by a path of up to two words."""
         out = self._like.new_empty(len(self._keys), count)
         for row, key in zip(out, self._keys):
             self._fill_(row, key.child(Stream.FACTOR, *path))
         return out
+
+    def cut(self, block: Block) -> Draw:
+        """Return the draw of a block of weights."""
+        raise NotImplementedError
 
     def _fill_(self, row: Tensor, key: Key) -> None:
         """Draw the numbers of one sample; the second of an antithetic pair has those of the first, negated."""
@@ -73,7 +63,7 @@ class _Drawn:
             row.neg_()
 
 
-class KeptDraw(_Drawn):
+class KeptDraw(Draw):
     """Keeps its numbers in memory: a CPU reads them faster than it draws them again."""
 
     def __init__(self, num_weights: int, like: Tensor, antithetic: bool = False):
@@ -108,7 +98,7 @@ class KeptDraw(_Drawn):
         return part
 
 
-class RedrawnDraw(_Drawn):
+class RedrawnDraw(Draw):
     """Draws its numbers whenever they are needed and keeps none."""
 
     _span = slice(None)

@@ -6,17 +6,14 @@ intercepted (`hpc_bnn.posteriors.interception`), whether a layer of torch, a sub
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-
 import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, Fault
 from ..noise import Key, Stream
-from .interception import Shapes, calling_layer
+from .interception import BatchDims, Shapes, calling_layer
 
-_ELEMENTS = (nn.Dropout,)
-_CHANNELS = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+_KEYED = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 _UNKEYED = (nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 FUNCTIONS = {"dropout": False, "dropout1d": True, "dropout2d": True, "dropout3d": True}
@@ -35,39 +32,31 @@ class DropoutMasks:
     how the batch is cut. Which dims of an input belong to the batch a look has to see (`batch_dims`); as long as that is not
     known, it is dim 0.
 
-    Parameters
-    ----------
-    module : nn.Module
-        Its layers stay as they are. Dropout hidden inside recurrent and attention layers, which
-        cannot be keyed, is switched off.
-
     Attributes
     ----------
     layers : list of nn.Module
         The dropout layers.
     switched_off : list of str
-        The layers whose dropout is switched off.
-    always : bool
-        Whether layers drop in evaluation too: MC dropout.
-    is_batched : bool
-        Whether several samples are evaluated at once, which would share a mask.
-    shapes : dict or None
-        During a look: shapes of the inputs that were dropped, by the number of the mask.
-    batch_dims : dict
-        Dims that belong to the batch, by the number of the mask and that of the dims.
+        Recurrent and attention layers, whose dropout cannot be keyed and is switched off.
+    always, is_batched : bool
+        Whether layers drop in evaluation too (MC dropout); and whether several samples are evaluated at once, which would
+        share a mask.
+    shapes, batch_dims : dict or None, dict
+        During a look: shapes of the inputs that were dropped, by the number of the mask; and dims that belong to the batch,
+        by the number of the mask and that of the dims.
     """
 
     def __init__(self, module: nn.Module):
-        self.layers = [layer for layer in module.modules() if isinstance(layer, _ELEMENTS + _CHANNELS)]
+        self.layers = [layer for layer in module.modules() if isinstance(layer, _KEYED)]
         self.switched_off: list[str] = []
         self.always = self.is_batched = False
-        self._numbers = {layer: number for number, layer in enumerate(self.layers)}
+        self._numbers: dict[nn.Module, int] = {layer: number for number, layer in enumerate(self.layers)}
         self._modules: dict[nn.Module, int] = {}
         self.find(module)
         self._key: Key | None = None
         self._masks: dict[tuple[int, torch.Size], Tensor] = {}
         self.shapes: Shapes | None = None
-        self.batch_dims: dict[tuple[Hashable, int], list[int]] = {}
+        self.batch_dims: BatchDims = {}
         for name, layer in module.named_modules():
             if isinstance(layer, _UNKEYED) and layer.p > 0:
                 what = f"{name} ({type(layer).__name__})"
@@ -94,7 +83,7 @@ class DropoutMasks:
         called = calling_layer(self._modules) if 0 < p <= 1 and (training or self.always) else None
         if called is None:
             return NotImplemented
-        if self._key is None:
+        if (key := self._key) is None:
             return input
         if self.is_batched:
             raise NotImplementedError("dropout in training mode")
@@ -104,7 +93,7 @@ class DropoutMasks:
             number = _FIRST_CALL + _LINES * self._modules[layer] + place % _LINES
         if self.shapes is not None:
             self.shapes.setdefault(number, []).append(input.shape)
-        mask = self._mask(number, p, input, drops_channels)
+        mask = self._mask(key, number, p, input, drops_channels)
         return input.mul_(mask) if inplace else input * mask
 
     def attend(
@@ -131,13 +120,13 @@ class DropoutMasks:
             scores = scores.masked_fill(~attn_mask, float("-inf")) if is_bool else scores + attn_mask
         return self.handle(False, scores.softmax(-1), dropout_p) @ value
 
-    def _mask(self, number: int, p: float, x: Tensor, drops_channels: bool) -> Tensor:
+    def _mask(self, key: Key, number: int, p: float, x: Tensor, drops_channels: bool) -> Tensor:
         batch_dims = self.batch_dims.get((number, x.ndim), [0])
         shape = torch.Size(
             1 if dim in batch_dims or (drops_channels and dim > 1) else size for dim, size in enumerate(x.shape)
         )
         if (number, shape) not in self._masks:
-            generator = self._key.child(Stream.MASK, number, shape.numel()).generator(x.device)
+            generator = key.child(Stream.MASK, number, shape.numel()).generator(x.device)
             keep = torch.rand(shape, generator=generator, device=x.device) >= p
             self._masks[number, shape] = keep.to(x.dtype) / (1 - p) if p < 1 else keep.to(x.dtype)
         return self._masks[number, shape].to(x.dtype)

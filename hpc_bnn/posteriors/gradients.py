@@ -28,21 +28,15 @@ class WeightGradient(Protocol):
     def add_product_to(self, slot: Tensor, noise: Tensor) -> None:
         """Add the sum over samples of g times noise [c, P] to a slot [P]."""
 
-    def add_rows_to(self, rows: Tensor) -> None:
-        """Add g to rows [c, P]."""
+    def add_rows_to(self, slot: Tensor) -> None:
+        """Add g to a slot [c, P]."""
 
     def outer_to(self, slot: Tensor, z: Tensor) -> None:
         """Add z^T g to a slot [R, P], with z [c, R]."""
 
 
 class SlotViews:
-    """Views of flat tensors by weight, made once for tensors that live as long as their posterior.
-
-    Parameters
-    ----------
-    layout : FlatLayout
-        Where the weights lie in [P].
-    """
+    """Views of flat tensors by weight, made once for tensors that live as long as their posterior."""
 
     def __init__(self, layout: FlatLayout):
         self.layout = layout
@@ -50,31 +44,22 @@ class SlotViews:
 
     def keep(self, tensor: Tensor) -> None:
         """Remember the views of a tensor [P] or [R, P], which stays where it is."""
-        self._kept[id(tensor)] = tensor, self._make(tensor)
+        self._kept[id(tensor)] = tensor, self.of(tensor)
 
     def of(self, tensor: Tensor) -> list[list[Tensor]]:
         """Return the views of each row of a tensor [P] or [R, P]."""
         kept = self._kept.get(id(tensor))
-        return self._make(tensor) if kept is None else kept[1]
-
-    def _make(self, tensor: Tensor) -> list[list[Tensor]]:
+        if kept is not None:
+            return kept[1]
         return [list(self.layout.views(row).values()) for row in tensor.view(-1, tensor.shape[-1])]
 
 
 class ListGradient:
-    """The gradients of one sample, a tensor or None for each weight.
-
-    Parameters
-    ----------
-    gradients : sequence of Tensor or None
-        In the order of the layout.
-    views : SlotViews
-        Of the same layout.
-    """
+    """The gradients of one sample: for each weight of a layout a tensor, or None."""
 
     def __init__(self, gradients: Sequence[Tensor | None], views: SlotViews):
         self._used = [gradient is not None for gradient in gradients]  # a forward may leave weights out
-        self._gradients = list(itertools.compress(gradients, self._used))
+        self._gradients = [gradient for gradient in gradients if gradient is not None]
         self._views = views
 
     def _of(self, tensor: Tensor) -> list[list[Tensor]]:
@@ -83,18 +68,19 @@ class ListGradient:
 
     def add_to(self, slot: Tensor) -> None:
         for row in self._of(slot):
-            torch._foreach_add_(row, self._gradients)
+            torch._foreach_add_(row, self._gradients)  # pyright: ignore[reportPrivateImportUsage]
 
     add_rows_to = add_to  # a row for the one sample
 
     def add_product_to(self, slot: Tensor, noise: Tensor) -> None:
         for row, numbers in zip(self._of(slot), self._of(noise)):
-            torch._foreach_addcmul_(row, self._gradients, numbers)
+            torch._foreach_addcmul_(row, self._gradients, numbers)  # pyright: ignore[reportPrivateImportUsage]
 
     def outer_to(self, slot: Tensor, z: Tensor) -> None:
+        # a tensor, not .item(): nothing waits for the device
         for row, number in zip(self._of(slot), z[0]):
-            # a tensor, not .item(): nothing waits for the device
-            torch._foreach_addcmul_(row, self._gradients, [number] * len(self._gradients))
+            numbers = [number] * len(self._gradients)
+            torch._foreach_addcmul_(row, self._gradients, numbers)  # pyright: ignore[reportPrivateImportUsage]
 
 
 class BatchGradient:
@@ -109,8 +95,8 @@ class BatchGradient:
     def add_product_to(self, slot: Tensor, noise: Tensor) -> None:
         slot.add_((self._gradient * noise).sum(0))
 
-    def add_rows_to(self, rows: Tensor) -> None:
-        rows.add_(self._gradient)
+    def add_rows_to(self, slot: Tensor) -> None:
+        slot.add_(self._gradient)
 
     def outer_to(self, slot: Tensor, z: Tensor) -> None:
         slot.addmm_(z.T, self._gradient)

@@ -14,12 +14,7 @@ from ..errors import ConfigError, Fault
 
 
 class Guard:
-    """Notes what a module is like when it is left to the user, and says what has changed since.
-
-    Parameters
-    ----------
-    module, parameters, drawn
-        See `Network`.
+    """Notes what the module of a `Network` is like when it is left to the user, and says what has changed since.
 
     Attributes
     ----------
@@ -60,12 +55,8 @@ class Guard:
     def check(self, norms: Collection[nn.Module]) -> bool:
         """Return whether the module is as it was left. Local; some microseconds.
 
-        False: a layer without weights was put in or taken out, or has another name. `leave` it once more then.
-
-        Parameters
-        ----------
-        norms : collection of nn.Module
-            The BatchNorm layers that are known.
+        False: a layer without weights was put in or taken out, or has another name. `leave` it once more then. ``norms``
+        are the BatchNorm layers that are known.
 
         Raises
         ------

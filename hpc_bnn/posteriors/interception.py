@@ -6,7 +6,7 @@ import contextlib
 import functools
 import sys
 import threading
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
@@ -43,10 +43,7 @@ class Interception:
     block meets them again in whichever thread its backward pass runs. A TorchFunctionMode would cost some microseconds
     for each operation, and is left in the backward pass: it only watches a look, for calls that come another way.
 
-    Parameters
-    ----------
-    handlers : dict of str to callable
-        By the names of the functions; for all of `_NAMES`.
+    There is a handler for each of `_NAMES`.
     """
 
     def __init__(self, handlers: dict[str, Handler]):
@@ -134,13 +131,13 @@ def _dispatcher(function: Callable) -> Callable:
             return function(*args, **kwargs)
 
         # What a handler counts cannot be part of a compiled graph
-        dispatch = torch.compiler.disable(dispatch) if key[1] else dispatch
-        dispatch.original = function
-        _DISPATCHERS[key] = dispatch
+        replacing: Any = torch.compiler.disable(dispatch) if key[1] else dispatch
+        replacing.original = function
+        _DISPATCHERS[key] = replacing
     return _DISPATCHERS[key]
 
 
-def _places_in(namespace: dict[str, Any], names: Iterable[str]) -> Iterator[tuple[dict[str, Any], str, Callable]]:
+def _places_in(namespace: Any, names: Iterable[str]) -> Iterator[tuple[dict[str, Any], str, Callable]]:
     """Yield where, among some names of a namespace, functions stand that can be intercepted."""
     for name in names:
         value = namespace.get(name)
@@ -177,18 +174,14 @@ class _Watch(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-Shapes = dict[Hashable, list[torch.Size]]
+Shapes = dict[Any, list[torch.Size]]
 """Shapes of the inputs of calls, by what tells the calls apart."""
+BatchDims = dict[tuple[Any, int], list[int]]
+"""Dims that belong to the batch, by call and number of dims."""
 
 
-def batch_dims(whole: Shapes, part: Shapes) -> dict[tuple[Hashable, int], list[int]]:
-    """Return which dims belong to the batch, by (call, number of dims): those that differ between two looks. Local.
-
-    Parameters
-    ----------
-    whole, part : dict
-        Shapes in looks at two numbers of examples; calls that differ otherwise are left out.
-    """
+def batch_dims(whole: Shapes, part: Shapes) -> BatchDims:
+    """Return the dims that differ between looks at two numbers of examples; without calls that differ otherwise. Local."""
     found = {}
     for call, shapes in whole.items():
         if [len(shape) for shape in shapes] == [len(shape) for shape in part.get(call, ())]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,17 +15,13 @@ class FlatLayout:
 
     Tensors whose length is a multiple of 16 come first, so that each of them starts on a 64-byte
     boundary, as matrix kernels like it, without padding.
-
-    Parameters
-    ----------
-    shapes : dict of str to torch.Size
-        Shape of each tensor, by name.
     """
 
     def __init__(self, shapes: dict[str, torch.Size]):
         order = sorted(shapes, key=lambda name: shapes[name].numel() % 16 != 0)  # stable
         self.shapes = {name: shapes[name] for name in order}
-        self.num_elements = sum(shape.numel() for shape in shapes.values())
+        self._lengths = [shape.numel() for shape in self.shapes.values()]
+        self.num_elements = sum(self._lengths)
 
     @classmethod
     def of(cls, parameters: dict[str, nn.Parameter]) -> FlatLayout:
@@ -34,12 +30,16 @@ class FlatLayout:
 
     def views(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the named views of a flat tensor [num_elements]."""
-        lengths = [shape.numel() for shape in self.shapes.values()]
-        return {name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), flat.split(lengths))}
+        return {name: part.view(self.shapes[name]) for name, part in zip(self.shapes, flat.split(self._lengths))}
+
+    def flatten(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return a copy of the tensors of this layout, among others, as one flat tensor. Local."""
+        like = next(iter(tensors.values())).detach()  # for a layout of none
+        return torch.cat([like.new_empty(0), *(tensors[name].detach().reshape(-1) for name in self)])
 
     def block(self, start: int, stop: int) -> Block:
         """Return the tensors with these numbers, from ``start`` to before ``stop``."""
-        ends = [0, *itertools.accumulate(shape.numel() for shape in self.shapes.values())]
+        ends = [0, *itertools.accumulate(self._lengths)]
         layout = FlatLayout(dict(list(self.shapes.items())[start:stop]))
         return Block(slice(start, stop), slice(ends[start], ends[stop]), layout)
 
@@ -49,14 +49,13 @@ class FlatLayout:
         Blocks come in the order of the backward pass, last tensors first, and have at least ``num_elements``. The rest are
         the first tensors, completed last, and those behind the boundary of the multiples of 16, which come from all layers.
         """
-        lengths = [shape.numel() for shape in self.shapes.values()]
-        last = stop = sum(length % 16 == 0 for length in lengths)
+        last = stop = sum(length % 16 == 0 for length in self._lengths)
         blocks = []
         for start in range(stop - 1, 0, -1):
-            if sum(lengths[start:stop]) >= num_elements:
+            if sum(self._lengths[start:stop]) >= num_elements:
                 blocks.append(self.block(start, stop))
                 stop = start
-        rest = (self.block(0, stop), self.block(last, len(lengths)))
+        rest = (self.block(0, stop), self.block(last, len(self)))
         return blocks, [block for block in rest if len(block.layout)]
 
     def __iter__(self) -> Iterator[str]:

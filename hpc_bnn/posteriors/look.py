@@ -69,30 +69,15 @@ class Look:
 
 
 class Looker:
-    """Makes a few passes of a module that leave no trace, and says what it has seen.
-
-    Parameters
-    ----------
-    network : Network
-        Around the module.
-    draw : callable
-        Puts the weights of a global sample into the module.
-    autocast_dtype : torch.dtype, optional
-        As for `Network.__call__`.
-    """
+    """Makes a few passes of a module that leave no trace; ``draw`` puts the weights of a global sample into the module."""
 
     def __init__(self, network: Network, draw: Callable[[int], None], autocast_dtype: torch.dtype | None = None):
         self._network, self._draw, self._autocast_dtype = network, draw, autocast_dtype
 
     def look(self, x: Inputs, samples: Sequence[int]) -> Look:
-        """See how the module treats inputs like x, with up to four passes that leave no trace. Local.
+        """See how the module treats inputs [B, ...] like x, B > 0. Local.
 
-        Parameters
-        ----------
-        x : Tensor
-            [B, ...] inputs, B > 0.
-        samples : sequence of int
-            One or two of them; the outputs of two must differ where their weights do.
+        Of one sample or two; the outputs of two must differ where their weights do.
 
         Raises
         ------
@@ -186,23 +171,22 @@ class Looker:
     ) -> None:
         changed = first.changed
         layers = dict(self._network.module.named_modules())
-        names = {layer: name for name, layer in layers.items()}
+        names = {layer: f"{name} ({type(layer).__name__})" for name, layer in layers.items()}
         norms, faults = self._network.batch_norms, []
         for layer in dict.fromkeys(unseen):
-            what = "it keeps dropout or batch_norm of torch.nn.functional in a way in which it cannot be replaced"
+            rule = "it keeps dropout or batch_norm of torch.nn.functional in a way in which it cannot be replaced"
             remedy = "Call it as torch.nn.functional.dropout, or use the layer nn.Dropout (nn.BatchNorm2d)"
-            faults.append(Fault("model", f"{names[layer]} ({type(layer).__name__})", what, remedy))
+            faults.append(Fault("model", names[layer], rule, remedy))
         moved = {name.removesuffix("running_mean") for name in changed["buffer"] if name.endswith("running_mean")}
         moved = [layers[prefix.rstrip(".")] for prefix in moved]
         ran = [layer for layer in ran if layer.training]
-        candidates = [layer for layer in ran if isinstance(layer, _BatchNorm)] + [
-            layer for layer in moved if layer in norms.layers
-        ]
-        for layer in dict.fromkeys(candidates):
+        normalising = [layer for layer in ran if isinstance(layer, _BatchNorm)]
+        normalising += [layer for layer in moved if layer in norms.layers]
+        for layer in dict.fromkeys(normalising):
             if not norms.has_called(layer):
-                what = "its statistics of the batch are made elsewhere than in torch.nn.functional.batch_norm"
+                rule = "its statistics of the batch are made elsewhere than in torch.nn.functional.batch_norm"
                 remedy = "Call that function, use torch's BatchNorm or GroupNorm, or freeze the layer with eval()"
-                faults.append(Fault("model", f"{names[layer]} ({type(layer).__name__})", what, remedy))
+                faults.append(Fault("model", names[layer], rule, remedy))
         if first.written and (self._own_buffers(first) or changed["attribute"]):
             rule = "its forward pass writes these weights and notes that it has: the next draw would undo it"
             remedy = "Run the network once on a batch before the posterior is made"
@@ -210,9 +194,9 @@ class Looker:
         dropping = [layer for layer in ran if isinstance(layer, _DropoutNd) and layer.p > 0]
         for layer in dict.fromkeys(dropping) if changed["generator"] else ():
             if not self._network.dropout.asked(layer, first.dropped):
-                what = f"its masks come from {' and '.join(changed['generator'])}, not from torch.nn.functional.dropout"
+                rule = f"its masks come from {' and '.join(changed['generator'])}, not from torch.nn.functional.dropout"
                 remedy = "Call that function, or use nn.Dropout: then they are keyed by the sample"
-                faults.append(Fault("model", f"{names[layer]} ({type(layer).__name__})", what, remedy))
+                faults.append(Fault("model", names[layer], rule, remedy))
         if faults:
             raise ConfigError(*faults)
 

@@ -31,17 +31,12 @@ Output = str | int | Callable[[Any], Tensor] | None
 class Network:
     """Calls a module, so that one sample's weights, masks and statistics are what it meets, and nothing else.
 
-    Parameters
-    ----------
-    module : nn.Module
-        It is used in place and stays as it is; its parameters become views of a posterior's buffers (`use`).
-    parameters : dict of str to nn.Parameter
-        Its trainable parameters, by name.
-    drawn : sequence of str
-        Names of those that each draw writes anew.
+    The module is used in place and stays as it is; its parameters become views of a posterior's buffers (`use`).
 
     Attributes
     ----------
+    parameters, drawn : dict of str to nn.Parameter, list of str
+        Its trainable parameters, by name, and the names of those that each draw writes anew.
     guard : Guard
         Knows what a user may change.
     batch_norms, dropout
@@ -50,8 +45,6 @@ class Network:
         What a user should know, for `say`.
     weights : Tensor
         [P] the memory in which a draw lies.
-    output : str, int or callable, optional
-        Which tensor the likelihood gets, of a dict, tuple or object that the module returns.
     looks : bool
         Whether somebody is to look at the module before it is used.
     """
@@ -62,9 +55,9 @@ class Network:
         self.module, self._output = module, output
         self.batch_norms = BatchNorms(module)
         self.dropout = DropoutMasks(module)
-        handlers = {name: functools.partial(self.dropout.handle, drops) for name, drops in FUNCTIONS.items()}
-        handlers["scaled_dot_product_attention"] = self.dropout.attend
-        self.interception = Interception({"batch_norm": self.batch_norms.handle, **handlers})
+        drop = {name: functools.partial(self.dropout.handle, drops) for name, drops in FUNCTIONS.items()}
+        attend = {"scaled_dot_product_attention": self.dropout.attend}
+        self.interception = Interception({"batch_norm": self.batch_norms.handle, **drop, **attend})
         off = ", ".join(self.dropout.switched_off)
         text = f"the dropout inside {off} cannot be keyed by the sample and is switched off"
         self.notes, self._said = [text] if off else [], set()
@@ -136,7 +129,7 @@ class Network:
         if not derived:
             yield
             return
-        modes = _modes(self.module)
+        modes = [(layer, layer.training) for layer in self.module.modules()]
         for layer in derived:
             layer.train(True)
         try:
@@ -188,12 +181,8 @@ class Network:
     ) -> Tensor:
         """Return the outputs [c, B, ...] of c samples at once, by ``torch.vmap``. Local.
 
-        Parameters
-        ----------
-        layouts, leaves : sequence
-            Layouts of the random weights, and their values [c, P_i].
-        x : Tensor
-            [B, ...] inputs of all samples where ``is_shared``, otherwise [c, B, ...].
+        The random weights are ``leaves`` [c, P_i] of some layouts; the inputs are [B, ...] where all samples share them,
+        otherwise [c, B, ...].
         """
 
         def forward(flats: tuple[Tensor, ...], inputs: Inputs) -> Tensor:
@@ -231,8 +220,7 @@ class Network:
 
     def traces(self) -> Traces:
         """Return what a pass may change, as it is now, with all global generators. Local."""
-        device = next(iter(self.parameters.values())).device
-        return Traces(self.module, device, self.drawn_parameters())
+        return Traces(self.module, next(iter(self.parameters.values())).device, self.drawn_parameters())
 
     def drawn_parameters(self) -> list[nn.Parameter]:
         """Return the random weights of the module. Local."""
@@ -271,16 +259,12 @@ class Network:
 @contextlib.contextmanager
 def eval_mode(module: nn.Module) -> Iterator[None]:
     """Put a module into evaluation mode, and each of its layers back into the mode that it had. Local."""
-    modes = _modes(module)
+    modes = [(layer, layer.training) for layer in module.modules()]
     module.eval()
     try:
         yield
     finally:
         _set_modes(modes)
-
-
-def _modes(module: nn.Module) -> list[tuple[nn.Module, bool]]:
-    return [(layer, layer.training) for layer in module.modules()]
 
 
 def _set_modes(modes: list[tuple[nn.Module, bool]]) -> None:

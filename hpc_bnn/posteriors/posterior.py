@@ -1,4 +1,4 @@
-"""A posterior over the weights of a module: its memory, its draws, and the way of gradients back."""
+"""A posterior over the weights of a module: its slots, its draws, and the way of gradients back."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from ..capabilities import Features
 from ..config import check_field
 from ..errors import ConfigError, Fault
 from ..noise import Key, Stream
-from .buffer import Tally
+from .buffer import StepBuffer, Tally
 from .draws import RedrawnDraw
 from .families.base import Family, Scalars, Slot, check_slots
 from .layout import FlatLayout
-from .memory import SlotMemory, flatten
 from .network import Network, Output
+from .sampler import Sampler
 from .select import Rule, divide_weights
 
 __all__ = ["Posterior"]
 
 
-class Posterior(SlotMemory):
+class Posterior:
     """A family of distributions over weights of a module, of which some may stay points.
 
     The module is used in place and called unchanged: its parameters become views of flat buffers. A posterior may be
@@ -75,8 +75,8 @@ class Posterior(SlotMemory):
     ----------
     network : Network
         Calls the module: with the masks of the sample drawn last, and statistics of the global batch.
-    buffer : StepBuffer
-        Memory of parameters and gradients.
+    buffer, sampler : StepBuffer, Sampler
+        Memory of parameters and gradients, and what draws into the module and folds gradients in.
     random, point : FlatLayout
         Where random weights lie in [P], and points in theirs.
     num_begun : int
@@ -109,16 +109,38 @@ class Posterior(SlotMemory):
         self.network = Network(module, {**random, **point}, list(self.random), output)
         self.check_features()
         self.dtype = next(iter(self.network.parameters.values())).dtype
-        if random and weights is None:
-            weights = flatten(random, self.random)
+        if weights is None:
+            weights = self.random.flatten(self.network.parameters)
             weights = weights if can.owner == "all" else weights.expand(len(self.samples), -1)
         slots = family.slots(weights, self.random, self.samples)
         check_slots(family, slots, self.num_weights, len(self.samples), {"points", *dir(self)})
         if point:
-            slots["points"] = Slot(flatten(point, self.point))
+            slots["points"] = Slot(self.point.flatten(point))
         self._lay_out_(slots)
 
+    def _lay_out_(self, slots: dict[str, Slot]) -> None:
+        """Make the flat buffers, all views of them, and the module's parameters such views. Local."""
+        network = self.network
+        self.num_begun = 0
+        self.buffer = StepBuffer(slots, network.batch_norms.num_statistics, self.random, self.point, self.samples)
+        network.weights = self.random.flatten(network.parameters)
+        network.use(self.random.views(network.weights))
+        if "points" in slots:
+            network.use(self.point.views(self.buffer.values["points"]))
+        self.sampler = Sampler(self.family_, network, self.buffer, self.estimator, self.antithetic, self.keeps_noise)
+        network.leave()
+
     # --- what a user asks --------------------------------------------------------------------------
+
+    @property
+    def family(self) -> str:
+        """Name of the family."""
+        return self.family_.name
+
+    @property
+    def num_weights(self) -> int:
+        """Number of random weights, P."""
+        return self.random.num_elements
 
     @property
     def is_replicated(self) -> bool:
@@ -143,6 +165,93 @@ class Posterior(SlotMemory):
         """
         named = {"posterior.estimator": self.estimator, "model": type(self.module).__name__, **(values or {})}
         capabilities.check_features(self.capabilities, self.features(**asked), lambda f: named.get(f, True))
+
+    # --- slots --------------------------------------------------------------------------------------
+
+    def __getattr__(self, name: str) -> Any:
+        """Slots are attributes: ``posterior.loc``."""
+        buffer = self.__dict__.get("buffer")
+        if buffer is not None and name in buffer.values:
+            return buffer.parameters.get(name, buffer.values[name])
+        raise AttributeError(f"{type(self).__name__} has no attribute {name}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in getattr(self.__dict__.get("buffer"), "values", ()):
+            super().__setattr__(name, value)
+        elif value is not getattr(self, name):  # it is after `posterior.loc += 1`
+            rule = "optimizer and module look at the memory of a slot, which an assignment would not change"
+            raise ConfigError(Fault(name, self.family, rule, f"Write into it: {name}.detach().copy_(...)"))
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield what an optimizer updates: a few flat tensors."""
+        yield from self.buffer.parameters.values()
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the same with their names, for example ``loc``, ``log_scale``, ``points``."""
+        yield from self.buffer.parameters.items()
+
+    def weight_parameters(self) -> Iterator[nn.Parameter]:
+        """Yield a parameter for each weight of the module and slot instead, for an optimizer that looks at whole tensors.
+
+        Such as LAMB, which scales the step of each tensor by its norm. They are views of what `parameters` yields.
+        """
+        yield from self.buffer.weight_parameters().values()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the slots by the names of the module's weights, and its buffers. Local.
+
+        A point weight keeps its name; a random weight ``NAME`` is there as ``NAME.loc``,
+        ``NAME.log_scale`` and so on, by family. The tensors are views.
+        """
+        return self.buffer.named(self.buffer.values) | dict(self.module.named_buffers())
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take over what `state_dict` returned. Local.
+
+        Raises
+        ------
+        ConfigError
+            Names or shapes do not fit the module.
+        """
+        mine = self.state_dict()
+        rule = "this weight is only in the checkpoint or only in the model"
+        faults = [Fault("model", name, rule, "Use its config") for name in sorted(mine.keys() ^ state.keys())]
+        for name, value in mine.items():
+            if name in state and state[name].shape != value.shape:
+                rule = f"{tuple(state[name].shape)} in the checkpoint, {tuple(value.shape)} here"
+                faults.append(Fault("model", name, rule, "Use its config"))
+        if faults:
+            raise ConfigError(*faults)
+        for name, value in mine.items():
+            value.copy_(state[name])
+
+    # --- copies -------------------------------------------------------------------------------------
+
+    def _state(self) -> dict[str, Any]:
+        """Return what a copy is made of: the slots, and all but what `_lay_out_` makes anew."""
+        self.rest_()
+        values = self.buffer.values | self.buffer.parameters
+        slots = {name: kind._replace(value=values[name]) for name, kind in self.buffer.slots.items()}
+        return self.__dict__ | {"slots": slots, "buffer": None, "sampler": None}
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self._state()
+        slots = {name: s._replace(value=s.value.detach().clone()) for name, s in state["slots"].items()}
+        return state | {"slots": slots}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lay_out_(self.__dict__.pop("slots"))
+
+    def __copy__(self) -> Posterior:
+        return copy.deepcopy(self)  # two posteriors cannot share a module
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Posterior:
+        memo[id(self)] = twin = type(self).__new__(type(self))
+        # With memo: an optimizer copied along keeps its parameters
+        twin.__setstate__(copy.deepcopy(self._state(), memo))
+        return twin
 
     # --- one step ---------------------------------------------------------------------------------
 
@@ -173,15 +282,14 @@ class Posterior(SlotMemory):
             rule = "its memory was replaced (by .data =, or a conversion) since the posterior was made"
             raise ConfigError(Fault(name, self.family, rule, f"Write into it: {name}.detach().copy_(...)"))
 
+    def rest_(self) -> None:
+        """Leave the module to the user: its own layers, also after a step that did not come to its end. Local."""
+        if self.sampler.noisy is not None:
+            self.sampler.noisy.switch_(False)
+
     @torch.no_grad()
     def begin_(self) -> None:
-        """Begin a step or a predictive: look at the slots as they are now. Local.
-
-        Raises
-        ------
-        ConfigError
-            See `check_`.
-        """
+        """Begin a step or a predictive, after `check_`: look at the slots as they are now. Local."""
         self.check_()
         self.num_begun += 1
         self.buffer.reduced.zero_()
@@ -200,13 +308,9 @@ class Posterior(SlotMemory):
     def fold_(self, prior_share: float = 0.0, kl_weight: float = 0.0) -> None:
         """Fold the weight gradients of the samples drawn last into the gradient buffer. Local.
 
-        Parameters
-        ----------
-        prior_share : float
-            Weight of each of these samples in a Monte Carlo KL: 1 / num_samples on one rank of each data group, 0 on the
-            others, so that a sample counts once. Not used where the KL has a closed form.
-        kl_weight : float
-            Factor of the KL per example: kl_weight / num_train_examples.
+        Where the KL is a Monte Carlo one, ``prior_share`` is the weight of each of these samples in it (1 / num_samples
+        on one rank of each data group, 0 on the others, so that a sample counts once), and ``kl_weight`` the factor of the
+        KL per example, kl_weight / num_train_examples.
         """
         self.sampler.fold_(prior_share, kl_weight)
 
@@ -214,11 +318,8 @@ class Posterior(SlotMemory):
     def complete_(self, batch_norm_share: float = 1.0) -> None:
         """Complete this rank's part of what is summed, after the last sample. Local.
 
-        Parameters
-        ----------
-        batch_norm_share : float
-            Weight of this rank's sum of BatchNorm statistics over its samples: 1 / num_samples on one rank
-            of each data group, 0 on the others.
+        ``batch_norm_share`` is the weight of this rank's sum of BatchNorm statistics over its samples: 1 / num_samples on
+        one rank of each data group, 0 on the others.
         """
         self.network.batch_norms.write_statistics_(self.buffer.statistics, batch_norm_share)
         self.rest_()
@@ -227,18 +328,16 @@ class Posterior(SlotMemory):
     @torch.no_grad()
     def finish_(self, scalars: Scalars) -> None:
         """Complete the gradient of the data term, after the sum over the job, and attach it to the parameters. Local."""
-        values, grads = self.buffer.values, self.buffer.grads
-        self.family_.finish_(grads, values, self.sampler.work, scalars)
-        self.names.attach_gradients_()  # before the KL: it writes into the same memory
+        self.family_.finish_(self.buffer.grads, self.buffer.values, self.sampler.work, scalars)
+        self.buffer.attach_gradients_()  # before the KL: it writes into the same memory
         if self.network.batch_norms.layers and self.module.training:
             self.network.batch_norms.update_running_(self.buffer.statistics)
 
     @torch.no_grad()
     def add_kl_(self, scalars: Scalars) -> Tensor:
         """Add the gradient of the KL and return the KL (nats), once on each rank after the sum. Local."""
-        values, grads = self.buffer.values, self.buffer.grads
         cross_entropy = self.buffer.tally[Tally.CROSS_ENTROPY].clone()
-        return self.family_.kl_(grads, values, self.sampler.work, scalars, cross_entropy)
+        return self.family_.kl_(self.buffer.grads, self.buffer.values, self.sampler.work, scalars, cross_entropy)
 
     @torch.no_grad()
     def after_update_(self, scalars: Scalars, key: Key) -> None:
@@ -253,9 +352,9 @@ class Posterior(SlotMemory):
         """Return the KL of the parameters as they are now (nats), where it has a closed form. Local."""
         if self.capabilities.kl in ("Monte Carlo", "point"):
             raise NotImplementedError(f"a {self.capabilities.kl} KL exists for the samples of a step only")
-        work: dict[str, Tensor] = {}
-        self.family_.begin_(self.buffer.values, work)
-        return self.family_.kl_(None, self.buffer.values, work, None, self.buffer.flat.new_zeros(()))
+        flat, values, work = self.buffer.flat, self.buffer.values, {}
+        self.family_.begin_(values, work)
+        return self.family_.kl_(None, values, work, Scalars.on(flat.device), flat.new_zeros(()))
 
     # --- predictives --------------------------------------------------------------------------------
 

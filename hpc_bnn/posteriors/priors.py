@@ -13,14 +13,18 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..config import PriorMean, PriorScale, check_field
+from ..config import check_field
 from .layout import FlatLayout
+
+Bindable = Any
+"""A number, or a word in whose place `Prior.bind` puts a tensor [P]."""
 
 
 @dataclass(frozen=True)
@@ -29,17 +33,15 @@ class Prior:
 
     closed_form: ClassVar[bool] = False
     """Whether `cross_entropy`, and with it the KL from a Gaussian, is known in closed form."""
+    checked: ClassVar[Sequence[tuple[str, str]]] = ()
+    """Parameters that have the rule of a field of a config, each with this field."""
+
+    def __post_init__(self):
+        for name, field in self.checked:
+            check_field(field, getattr(self, name), name)
 
     def bind(self, layout: FlatLayout, weights: Tensor) -> Prior:
-        """Return the prior with tensors [P] in the place of words.
-
-        Parameters
-        ----------
-        layout : FlatLayout
-            Places of the weights.
-        weights : Tensor
-            [P] initial weights.
-        """
+        """Return the prior with tensors [P] in the place of words, for initial weights [P] in a layout."""
         bound = copy.copy(self)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -89,11 +91,9 @@ class GaussianPrior(Prior):
     """
 
     closed_form = True
-    std: PriorScale = 1.0
-    mean: PriorMean = 0.0
-
-    def __post_init__(self):
-        check_field("posterior.prior_std", self.std, "std")
+    checked = (("std", "posterior.prior_std"),)
+    std: Bindable = 1.0
+    mean: Bindable = 0.0
 
     def cross_entropy(self, loc: Tensor, scale: Tensor) -> Tensor:
         # With the entropy: Kingma and Welling, Auto-Encoding Variational Bayes, 2014, appendix B.
@@ -108,12 +108,11 @@ class GaussianPrior(Prior):
     def add_kl_gradient_(
         self, loc_grad: Tensor, log_scale_grad: Tensor, loc: Tensor, scale: Tensor, weight: Tensor
     ) -> None:
+        precision = self.std**-2
         if torch.is_tensor(self.std):
-            precision = self.std**-2
             loc_grad.addcmul_((loc - self.mean).mul_(weight), precision)
             log_scale_grad.addcmul_((scale * precision).mul_(weight), scale).sub_(weight)
             return
-        precision = self.std**-2
         loc_grad.addcmul_(loc, weight * precision)
         if torch.is_tensor(self.mean) or self.mean:
             loc_grad.sub_(self.mean * (weight * precision))
@@ -132,25 +131,20 @@ class LaplacePrior(Prior):
 
     Parameters
     ----------
-    scale : float or "fan_in"
-        In units of the weight.
-    mean : float or "initial"
+    scale, mean : float or "fan_in", float or "initial"
         In units of the weight.
     """
 
     closed_form = True
-    scale: PriorScale = 1.0
-    mean: PriorMean = 0.0
-
-    def __post_init__(self):
-        check_field("posterior.prior_std", self.scale, "scale")
+    checked = (("scale", "posterior.prior_std"),)
+    scale: Bindable = 1.0
+    mean: Bindable = 0.0
 
     def cross_entropy(self, loc: Tensor, scale: Tensor) -> Tensor:
         # E|w - mean| is the mean of a folded normal (Leone, Nelson, Nottingham, 1961).
         z = (loc - self.mean) / scale
         folded = scale * (math.sqrt(2 / math.pi) * torch.exp(-0.5 * z * z) + z * torch.erf(z * math.sqrt(0.5)))
-        log_width = torch.as_tensor(self.scale, dtype=loc.dtype, device=loc.device).log().expand_as(loc)
-        return (folded / self.scale + log_width).sum() + loc.numel() * math.log(2)
+        return (folded / self.scale + _log_like(self.scale, loc)).sum() + loc.numel() * math.log(2)
 
     def add_kl_gradient_(
         self, loc_grad: Tensor, log_scale_grad: Tensor, loc: Tensor, scale: Tensor, weight: Tensor
@@ -161,8 +155,7 @@ class LaplacePrior(Prior):
         log_scale_grad.addcmul_(density / self.scale, weight).sub_(weight)
 
     def log_prob(self, w: Tensor) -> Tensor:
-        log_width = torch.as_tensor(self.scale, dtype=w.dtype, device=w.device).log().expand_as(w)
-        return -((w - self.mean).abs() / self.scale + log_width).sum() - w.numel() * math.log(2)
+        return -((w - self.mean).abs() / self.scale + _log_like(self.scale, w)).sum() - w.numel() * math.log(2)
 
     def score(self, w: Tensor) -> Tensor:
         return torch.sign(self.mean - w) / self.scale
@@ -174,20 +167,14 @@ class ScaleMixturePrior(Prior):
 
     Parameters
     ----------
-    std, narrow_std : float
-        Standard deviations, in units of the weight.
-    fraction : float
-        Weight of the first, in (0, 1).
+    std, narrow_std, fraction : float
+        Standard deviations, in units of the weight; weight of the first, in (0, 1).
     """
 
+    checked = tuple((name, f"posterior.prior_{name}") for name in ("std", "narrow_std", "fraction"))
     std: float = 1.0
     narrow_std: float = 0.1
     fraction: float = 0.5
-
-    def __post_init__(self):
-        check_field("posterior.prior_std", self.std, "std")
-        check_field("posterior.prior_narrow_std", self.narrow_std, "narrow_std")
-        check_field("posterior.prior_fraction", self.fraction, "fraction")
 
     def _log_parts(self, w: Tensor) -> tuple[Tensor, Tensor]:
         square = w * w
@@ -211,31 +198,29 @@ class StudentTPrior(Prior):
 
     Parameters
     ----------
-    df : float
-        Degrees of freedom.
-    scale : float or "fan_in"
-        In units of the weight.
+    df, scale : float, float or "fan_in"
+        Degrees of freedom; scale in units of the weight.
     """
 
+    checked = (("df", "posterior.prior_df"), ("scale", "posterior.prior_std"))
     df: float = 3.0
-    scale: PriorScale = 1.0
-
-    def __post_init__(self):
-        check_field("posterior.prior_df", self.df, "df")
-        check_field("posterior.prior_std", self.scale, "scale")
+    scale: Bindable = 1.0
 
     def log_prob(self, w: Tensor) -> Tensor:
         nu = self.df
         constant = math.lgamma((nu + 1) / 2) - math.lgamma(nu / 2) - 0.5 * math.log(nu * math.pi)
-        log_width = torch.as_tensor(self.scale, dtype=w.dtype, device=w.device).log().expand_as(w)
         z = w / self.scale
-        return (-(nu + 1) / 2 * torch.log1p(z * z / nu) - log_width).sum() + w.numel() * constant
+        return (-(nu + 1) / 2 * torch.log1p(z * z / nu) - _log_like(self.scale, w)).sum() + w.numel() * constant
 
     def score(self, w: Tensor) -> Tensor:
         return -(self.df + 1) * w / (self.df * self.scale * self.scale + w * w)
 
 
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
+
+
+def _log_like(scale: Bindable, like: Tensor) -> Tensor:
+    return torch.as_tensor(scale, dtype=like.dtype, device=like.device).log().expand_as(like)
 
 
 def gaussian_entropy(log_scale: Tensor) -> Tensor:

@@ -31,8 +31,6 @@ class SampleLoop:
 
     Parameters
     ----------
-    posterior : Posterior
-        Whose samples.
     chunk_size : int
         Samples in a batch; 1 walks.
     batching : {"auto", "walking", "vmap"}
@@ -62,14 +60,7 @@ class SampleLoop:
     def __call__(self, samples: Sequence[int], x: SharedView, key: Key) -> Iterator[tuple[Sequence[int], Tensor]]:
         """Yield (samples, outputs [c, B, ...]) chunk by chunk. With BatchNorm collective as `Network.running` says.
 
-        Parameters
-        ----------
-        samples : sequence of int
-            Global indices.
-        x : SharedView
-            Inputs [B, ...] of each sample.
-        key : Key
-            Of any sample of this draw.
+        ``samples`` are global indices, ``x`` the inputs [B, ...] of each, ``key`` that of any sample of this draw.
         """
         for start in range(0, len(samples), self.chunk_size):
             chunk = samples[start : start + self.chunk_size]
@@ -81,19 +72,11 @@ class SampleLoop:
                 yield [sample], self.walk(sample, x, key)
 
     def look(self, samples: Sequence[int], x: SharedView, key: Key, grid: Grid) -> None:
-        """Look at what the module does where nobody has in its mode, and say what a user should know. Local.
-
-        Parameters
-        ----------
-        samples, x, key
-            As for `__call__`. Of a replicated posterior the one behind the first is drawn as well: outputs have to differ.
-        grid : Grid
-            The process grid: rank 0 speaks.
-        """
+        """Look at what the module does where nobody has in its mode, and say on rank 0 what a user should know. Local."""
         posterior, look = self.posterior, None
         if posterior.network.needs_look() and len(x):
             first = samples[0]
-            few = (first, first + 1) if posterior.is_replicated else (first,)
+            few = (first, first + 1) if posterior.is_replicated else (first,)  # outputs of two have to differ
             inputs = self._parts(x)[0].of(first)
             look = posterior.network.look(inputs, lambda s: posterior.draw_(key.of(s)), few, self.autocast_dtype)
         posterior.network.say(logger, grid, look)
@@ -105,16 +88,9 @@ class SampleLoop:
         return torch.cat(outputs).to(self.posterior.dtype)[None]
 
     def batch(self, samples: Sequence[int], x: SharedView, key: Key) -> Tensor:
-        """Return the outputs [c, B, ...] of some samples at once.
-
-        Raises
-        ------
-        NotImplementedError
-            The posterior or its module has samples that cannot be batched.
-        """
+        """Return the outputs [c, B, ...] of some samples at once; `NotImplementedError` where they cannot be batched."""
         posterior = self.posterior
-        refused = capabilities.refusals(posterior.capabilities, posterior.features(batched=True))
-        for refusal in refused:
+        for refusal in capabilities.refusals(posterior.capabilities, posterior.features(batched=True)):
             raise NotImplementedError(refusal.reason)
         layouts, leaves = posterior.sampler.draw_batch_(samples, key)
         is_shared = len({x.number(sample) for sample in samples}) == 1

@@ -14,20 +14,13 @@ from .buffer import StepBuffer, Tally
 from .draws import KeptDraw, RedrawnDraw
 from .estimators import ESTIMATORS, Estimator
 from .families.base import Family, Slots
-from .gradients import BatchGradient, ListGradient, SlotViews
+from .gradients import BatchGradient, ListGradient, SlotViews, WeightGradient
 from .layout import Block, FlatLayout, take_gradients
 from .network import Network
 
 
 class Sampler:
-    """The way from slots to the weights of samples, and of the gradients of these back.
-
-    Parameters
-    ----------
-    family, network, buffer : Family, Network, StepBuffer
-        What q(w) is, what calls the module, and the memory of slots and gradients.
-    estimator, antithetic, keeps_noise
-        See `Posterior`.
+    """The way from slots to the weights of samples, and of the gradients of these back; its arguments are `Posterior`'s.
 
     Attributes
     ----------
@@ -50,19 +43,18 @@ class Sampler:
         self._views, self._point_views = SlotViews(random), SlotViews(point)
         self._draw = (KeptDraw if keeps_noise else RedrawnDraw)(num_weights, self._weights, antithetic)
         self._whole = {name for name, slot in buffer.slots.items() if not slot.per_weight} | {"points"}
-        lasting = [self._draw.single] if keeps_noise and num_weights else []
+        if isinstance(self._draw, KeptDraw) and num_weights:
+            self._views.keep(self._draw.single)
         for name, gradient in buffer.grads.items():
             if name == "points":
                 self._point_views.keep(gradient)
             elif buffer.slots[name].per_weight and name not in buffer.owned:
-                lasting.append(gradient)
-        for tensor in lasting:
-            self._views.keep(tensor)
+                self._views.keep(gradient)
         self._blocks = [random.block(0, len(random))] if len(random) else []
         self._num_early, self._arrived = 0, lambda number, num_gradients: None
         self._cuts: dict[int, tuple[Slots, Slots, Slots, SlotViews]] = {}
         self._rows: dict[tuple[int, ...], tuple[Slots, Slots]] = {}
-        self._drawn: list[int] = buffer.samples[:1]
+        self._drawn = buffer.samples[:1]
         kind = ESTIMATORS[estimator]
         self.noisy: Estimator | None = None if kind is None else kind(network, self._views)
         self.forget_()
@@ -135,17 +127,14 @@ class Sampler:
             return buffer.values, buffer.grads
         if (key := tuple(self._drawn)) not in self._rows:
             first = buffer.samples.index(key[0])  # a rank's samples follow each other
-            self._rows[key] = tuple(
+            values, grads = (
                 {name: t[first : first + len(key)] if name in buffer.owned else t for name, t in of.items()}
                 for of in (buffer.values, buffer.grads)
             )
-            for name in buffer.owned & buffer.grads.keys() if len(key) == 1 else ():
-                self._views.keep(self._rows[key][1][name])
+            for name in buffer.owned & grads.keys() if len(key) == 1 else ():
+                self._views.keep(grads[name])
+            self._rows[key] = values, grads
         return self._rows[key]
-
-    @property
-    def _is_divided(self) -> bool:
-        return len(self._blocks) > 1
 
     # --- gradients ----------------------------------------------------------------------------------
 
@@ -162,7 +151,9 @@ class Sampler:
             if score is not None:
                 self._pull_back_(BatchGradient(score.mul_(-prior_share * kl_weight)))
         self._leaves.clear()
-        self._fold_points_(self._point_parameters, self.buffer.grads.get("points"), self._point_views)
+        if "points" in self.buffer.grads:
+            points = ListGradient(take_gradients(self._point_parameters), self._point_views)
+            points.add_to(self.buffer.grads["points"])
 
     def _fold_block_(self, block: Block) -> None:
         leaf = self._leaves.get(block.span.start)
@@ -173,21 +164,16 @@ class Sampler:
             return
         gradients = take_gradients(self._random_parameters[block.numbers])
         if any(gradient is not None for gradient in gradients):
-            views = self._cut(block)[3] if self._is_divided else self._views
+            views = self._cut(block)[3] if len(self._blocks) > 1 else self._views
             self._pull_back_(ListGradient(gradients, views), block)
 
-    def _pull_back_(self, g: ListGradient | BatchGradient, block: Block | None = None) -> None:
-        slots, grads = self._of_samples()
-        work, draw = self.work, self._draw
-        if block is not None and self._is_divided:
+    def _pull_back_(self, g: WeightGradient, block: Block | None = None) -> None:
+        if block is None or len(self._blocks) == 1:
+            slots, grads = self._of_samples()
+            self.family.pull_back_(grads, slots, self.work, self._drawn, g, self._draw)
+        else:
             slots, grads, work, _ = self._cut(block)
-            draw = draw.cut(block)
-        self.family.pull_back_(grads, slots, work, self._drawn, g, draw)
-
-    def _fold_points_(self, parameters: Sequence[nn.Parameter], total: Tensor | None, views: SlotViews) -> None:
-        gradients = take_gradients(parameters)
-        if any(gradient is not None for gradient in gradients):
-            ListGradient(gradients, views).add_to(total)
+            self.family.pull_back_(grads, slots, work, self._drawn, g, self._draw.cut(block))
 
     # --- blocks, whose gradients are complete before the backward pass ends -----------------------------
 
@@ -228,7 +214,7 @@ class Sampler:
         """Fold in the gradients of a block after its last backward, and return what is to be summed over the job. Local."""
         if not len(self.random):
             total = self.buffer.grads["points"][block.span]
-            self._fold_points_(self.parameters_of(block), total, SlotViews(block.layout))
+            ListGradient(take_gradients(self.parameters_of(block)), SlotViews(block.layout)).add_to(total)
             return [total]
         self._fold_block_(block)
         cut = [gradient for name, gradient in self._cut(block)[1].items() if name not in self._whole]

@@ -11,12 +11,8 @@ from ..capabilities import Capabilities
 from ..errors import ConfigError, Fault
 
 KINDS: dict[str, tuple[type[nn.Module], ...]] = {
-    "norm": (
-        nn.modules.batchnorm._NormBase,  # batch and instance norm
-        nn.LayerNorm,
-        nn.GroupNorm,
-        *((nn.RMSNorm,) if hasattr(nn, "RMSNorm") else ()),
-    ),
+    # _NormBase: batch and instance norm
+    "norm": (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm),
     "embedding": (nn.Embedding, nn.EmbeddingBag),
 }
 """Words for types of layers whose weights one may keep deterministic."""
@@ -27,11 +23,10 @@ Rule = str | type[nn.Module]
 def split_weights(
     module: nn.Module, deterministic: Sequence[Rule]
 ) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
-    """Return the trainable parameters of a module by name: random ones, and deterministic ones.
+    """Return the trainable parameters of a module by name: random ones, and deterministic ones. Local.
 
-    Frozen parameters are in neither. Those that a layer names in its attribute ``point_parameters`` are always
-    deterministic. A tied parameter appears once, under its first name; it is
-    deterministic when any of its places is.
+    Those that a layer names in its attribute ``point_parameters`` are always deterministic. A tied parameter appears once,
+    under its first name; it is deterministic when any of its places is.
 
     Parameters
     ----------
@@ -46,15 +41,15 @@ def split_weights(
     ConfigError
         A pattern matches no parameter: most likely a typing error.
     """
-    names = {}  # id of a parameter -> all its names
+    names: dict[int, list[str]] = {}  # id of a parameter -> all its names
     for name, parameter in module.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     excluded = {
         id(getattr(layer, name)) for layer in module.modules() for name in getattr(layer, "point_parameters", ())
     }
     for rule in deterministic:
-        types = KINDS.get(rule) if isinstance(rule, str) else (rule,)
-        if types is not None:
+        if not isinstance(rule, str) or rule in KINDS:
+            types = KINDS[rule] if isinstance(rule, str) else rule
             owners = [layer for layer in module.modules() if isinstance(layer, types)]
             excluded |= {id(p) for layer in owners for p in layer.parameters(recurse=False)}
             continue
@@ -64,8 +59,8 @@ def split_weights(
             raise ConfigError(Fault("posterior.deterministic", rule, "no parameter has such a name", remedy))
         excluded |= matched
     trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    random = {name: p for name, p in trainable.items() if id(p) not in excluded}
-    return random, {name: p for name, p in trainable.items() if id(p) in excluded}
+    point = {name: p for name, p in trainable.items() if id(p) in excluded}
+    return {name: p for name, p in trainable.items() if name not in point}, point
 
 
 def divide_weights(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Callable, Collection
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,21 +18,11 @@ Restore = Callable[[], tuple[object, bool]]
 
 
 class Traces:
-    """The state of a module, and of all global generators of random numbers, when this is made.
+    """The state of a module when this is made.
 
-    Buffers, weights that no draw writes anew, attributes of the layers (numbers, tensors, arrays, generators; lists, tuples,
-    dictionaries and sets of them; and objects whose class comes from the package of the layer), and the mode of each layer.
-
-    Parameters
-    ----------
-    module : nn.Module
-        Whose state is kept.
-    device : torch.device, optional
-        Keep the state of all global generators as well, that of this device among them.
-    drawn : collection of nn.Parameter
-        Weights whose values need not be kept.
-    with_modes : bool
-        Whether the mode of each layer is kept.
+    Buffers, weights that are not ``drawn`` anew, attributes of the layers (numbers, tensors, arrays, generators; lists,
+    tuples, dictionaries and sets of them; and objects whose class comes from the package of the layer), the mode of each
+    layer (``with_modes``), and, with a ``device``, all global generators of random numbers, that of this device among them.
     """
 
     def __init__(
@@ -60,10 +51,7 @@ class Traces:
     def put_back(self) -> dict[str, list[str]]:
         """Put everything back. Local.
 
-        Returns
-        -------
-        dict of str to list of str
-            Names of what had changed: under "buffer", "weight" and "attribute" of the module, and under "generator".
+        Returns names of what had changed: under "buffer", "weight" and "attribute" of the module, and under "generator".
         """
         changed: dict[str, list[str]] = {"buffer": [], "weight": [], "attribute": [], "generator": []}
         for kind, prefix, registry, held in self._registries:
@@ -163,7 +151,7 @@ def _fill_list(value, _, former) -> None:
     value.extend(former)
 
 
-def _same(a: object, b: object) -> bool:
+def _same(a: Any, b: Any) -> bool:
     """Whether two states are the same, bit for bit; NaN is like NaN."""
     if isinstance(a, Tensor):
         if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:

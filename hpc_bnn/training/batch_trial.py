@@ -79,7 +79,7 @@ class BatchTrial:
                 statistic.backward(torch.ones_like(statistic))
                 posterior.fold_()
         posterior.network.guard.allow_writes()
-        return {name: gradient.clone() for name, gradient in posterior.names.of(posterior.buffer.grads).items()}
+        return {name: gradient.clone() for name, gradient in posterior.buffer.named(posterior.buffer.grads).items()}
 
     @property
     def _tolerance(self) -> float:

@@ -78,7 +78,7 @@ class Updater:
 
     def _check_parameters(self, updated: set[int]) -> None:
         of_network = {id(p) for p in self.posterior.module.parameters()} & updated
-        if of_network or not {id(p) for p in self.posterior.names.updated()} & updated:
+        if of_network or not {id(p) for p in self.posterior.buffer.updated()} & updated:
             rule = (
                 f"it updates {len(of_network)} parameters of the network itself, which each draw writes anew"
                 if of_network
@@ -164,14 +164,14 @@ class Updater:
     def _names(self, parameter: nn.Parameter) -> list[str]:
         slot = self._slot_of(parameter)
         if slot is None:
-            return self.posterior.names.weights_of(parameter)
-        return list(self.posterior.names.of({slot: self.posterior.buffer.values[slot]}))
+            return self.posterior.buffer.weights_of(parameter)
+        return list(self.posterior.buffer.named({slot: self.posterior.buffer.values[slot]}))
 
     def _split(self, parameter: nn.Parameter, value: Any) -> dict[str, Any]:
         """Return the state of a parameter by the names of weights: views, or copies of what a whole parameter has."""
         slot = self._slot_of(parameter)
         if slot is not None and isinstance(value, Tensor) and value.shape == parameter.shape:
-            return self.posterior.names.of({slot: self._whole(slot, value)})
+            return self.posterior.buffer.named({slot: self._whole(slot, value)})
         is_counter = isinstance(value, Tensor) and value.ndim == 0  # one for each: optimizers count in place
         return {name: value.clone() if is_counter else value for name in self._names(parameter)}
 
@@ -187,7 +187,7 @@ class Updater:
                 values[key] = value.clone()  # the optimizer writes into it
                 continue
             whole = torch.empty_like(self.posterior.buffer.values[slot])
-            for name, view in self.posterior.names.of({slot: whole}).items():
+            for name, view in self.posterior.buffer.named({slot: whole}).items():
                 view.copy_(state[name][key])
             values[key] = self._own(slot, whole)
         return values

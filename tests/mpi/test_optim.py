@@ -130,7 +130,7 @@ def test_optimizers_that_look_at_tensors_see_each_weight(comm, family, options):
     step = train(make_step(comm, family, **options), range(2))
     assert_equal_to(step, expected)
     norms = [p.norm() for p in step.optimizer.optimizer.param_groups[0]["params"]]
-    assert len(norms) == len(step.posterior.names.of(dict(step.posterior.named_parameters()))) > 3
+    assert len(norms) == len(step.posterior.buffer.named(dict(step.posterior.named_parameters()))) > 3
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -20,15 +21,7 @@ class Estimator:
     """Gives some layers of a module noise per example in training, for families with slots ``loc`` and ``log_scale``.
 
     While it is on, the parameters of these layers look at the means, so that the gradient of a weight is that of its
-    mean; the gradient of its scale comes by a leaf of its own. The ordinary estimator, one draw of the weights per
-    sample, is the absence of this.
-
-    Parameters
-    ----------
-    network : Network
-        Whose layers it takes over.
-    views : SlotViews
-        Of the random weights.
+    mean; the gradient of its scale comes by a leaf of its own.
     """
 
     name: ClassVar[str]
@@ -45,14 +38,9 @@ class Estimator:
         self._leaves: dict[str, Tensor] = {}  # by weight
 
     def attach_(self, loc: Tensor, scale: Tensor, x: Inputs) -> None:
-        """Find the layers in a forward pass, which leaves no trace. Local.
+        """Find the layers in a forward pass of inputs x, which leaves no trace. Local.
 
-        Parameters
-        ----------
-        loc, scale : Tensor
-            [P] means, and standard deviations as they are kept in the work of a step.
-        x : Tensor
-            [B, ...] inputs.
+        ``loc`` and ``scale`` [P] are means, and standard deviations as they are kept in the work of a step.
         """
         names = {id(self._network.parameters[name]): name for name in self._views.layout}
         before = self._network.traces()
@@ -95,14 +83,12 @@ class Estimator:
 
     def fold_(self, grads: dict[str, Tensor], draw: Draw) -> None:
         """Fold in the gradients of means and leaves, and take them away, so that nobody finds them. Local."""
-        parameters = [self._network.parameters[name] for name in self._views.layout]
-        means = [p.grad if name in self._leaves else None for name, p in zip(self._views.layout, parameters)]
-        leaves = [self._leaves.get(name) for name in self._views.layout]
+        layout, leaves = self._views.layout, self._leaves
+        means = [self._network.parameters[name].grad if name in leaves else None for name in layout]
         ListGradient(means, self._views).add_to(grads["loc"])
-        self._fold_leaves_(
-            ListGradient([None if leaf is None else leaf.grad for leaf in leaves], self._views), grads, draw
-        )
-        for name, leaf in self._leaves.items():
+        scales = [leaves[name].grad if name in leaves else None for name in layout]
+        self._fold_leaves_(ListGradient(scales, self._views), grads, draw)
+        for name, leaf in leaves.items():
             leaf.grad = self._network.parameters[name].grad = None
 
     def _fold_leaves_(self, g: ListGradient, grads: dict[str, Tensor], draw: Draw) -> None:
@@ -111,14 +97,8 @@ class Estimator:
     def _find(self, random: set[int], num_examples: int, call: Callable[[], object]) -> list[nn.Module]:
         """Return the layers for which it is exact, and say which it leaves out. Local.
 
-        Parameters
-        ----------
-        random : set of int
-            Identities of the random parameters.
-        num_examples : int
-            Size of the batch of that pass.
-        call : callable
-            Makes one forward pass of the module, which shows how its layers are used.
+        ``random`` are the identities of the random parameters; ``call`` makes a forward pass of so many examples, which
+        shows how layers are used.
         """
         module = self._network.module
         uses: dict[nn.Module, list[torch.Size]] = {}
@@ -135,10 +115,7 @@ class Estimator:
         finally:
             for handle in handles:
                 handle.remove()
-        owners: dict[int, int] = {}
-        for layer in module.modules():
-            for parameter in layer.parameters(recurse=False):
-                owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+        owners = Counter(id(p) for layer in module.modules() for p in layer.parameters(recurse=False))
         found, covered = [], set()
         for layer in module.modules():
             own = {id(p) for p in layer.parameters(recurse=False)}

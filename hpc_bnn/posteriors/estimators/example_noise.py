@@ -18,6 +18,7 @@ from __future__ import annotations
 import logging
 import types
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,16 +32,11 @@ BLOCK = 32
 
 
 class ExampleNoise:
-    """Noise per example of the sample being evaluated.
-
-    Attributes
-    ----------
-    first_example : int
-        Place in the global batch of this rank's first example.
-    """
+    """Noise per example of the sample being evaluated."""
 
     def __init__(self):
         self.first_example = 0
+        """Place in the global batch of this rank's first example."""
         self._key = Key(0, Stream.NOISE)
 
     def begin_sample(self, key: Key) -> None:
@@ -65,7 +61,7 @@ class ExampleNoise:
         return torch.cat(blocks)[offset : offset + len(like)]
 
 
-def apply_layer(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def apply_layer(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return what an nn.Linear or nn.Conv gives with other weights."""
     if isinstance(layer, nn.Linear):
         return nn.functional.linear(x, weight, bias)

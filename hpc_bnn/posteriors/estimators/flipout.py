@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -25,7 +27,7 @@ class Flipout(Estimator):
         perturbation = self._views.layout.views(self._perturbation[0])[weight].detach().requires_grad_()
         self._leaves[weight] = perturbation
 
-        def forward(layer: nn.Module, input: Tensor) -> Tensor:
+        def forward(layer: Any, input: Tensor) -> Tensor:
             mean = apply_layer(layer, input, layer.weight, layer.bias)
             channel = -1 if isinstance(layer, nn.Linear) else 1
 

@@ -20,9 +20,9 @@ class Local(Estimator):
         return not (self._is_on and len(self._leaves) == len(self._views.layout))
 
     def _take(self, number, weight, bias, scales):
-        leaves = [scales[name].detach().requires_grad_() for name in (weight, bias) if name]
-        self._leaves |= dict(zip((weight, bias), leaves))
-        scale, bias_scale = leaves if bias else (*leaves, None)
+        leaves = {name: scales[name].detach().requires_grad_() for name in (weight, bias) if name}
+        self._leaves |= leaves
+        scale, bias_scale = leaves[weight], leaves[bias] if bias else None
 
         def forward(layer: nn.Linear, input: Tensor) -> Tensor:  # its name in nn.Linear
             mean = nn.functional.linear(input, layer.weight, layer.bias)

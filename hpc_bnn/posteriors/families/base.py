@@ -99,23 +99,24 @@ class Family:
     def finish_(self, grads: Slots, slots: Slots, work: Slots, scalars: Scalars) -> None:
         """Complete the gradients, after the sum over the job: what is linear and the same for all samples."""
 
-    def kl_(
-        self, grads: Slots | None, slots: Slots, work: Slots, scalars: Scalars | None, cross_entropy: Tensor
-    ) -> Tensor:
+    def kl_(self, grads: Slots | None, slots: Slots, work: Slots, scalars: Scalars, cross_entropy: Tensor) -> Tensor:
         """Add ``scalars.kl_weight`` times the gradient of the KL, and return the KL (nats, 0-dim tensor).
 
         Parameters
         ----------
         grads : dict of str to Tensor, optional
-            None: the value only; ``scalars`` is then None as well.
+            None: the value only; ``scalars`` are then not those of a step.
         cross_entropy : Tensor
             Mean over the samples of the job of -log prior(w) (nats), where the KL is a Monte Carlo one
             (`Capabilities.kl`); its gradient came with the samples.
         """
         return cross_entropy
 
-    def log_prior(self, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Return log prior(w) of weights [c, P], summed (nats), and its gradient [c, P], for a Monte Carlo KL."""
+    def log_prior(self, weights: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return log prior(w) of weights [c, P], summed (nats), and its gradient [c, P], for a Monte Carlo KL.
+
+        None instead of the gradient where `kl_` adds it.
+        """
         raise NotImplementedError
 
     def mean(self, slots: Slots) -> Tensor:

@@ -10,14 +10,8 @@ from .base import Family, Slot
 class Ensemble(Family):
     """Sample s is member s: slot ``members``, a row [P] for each of this rank's samples.
 
-    Each member trains as if it were alone, to its maximum a posteriori under a Gaussian prior.
-
-    Parameters
-    ----------
-    num_members : int
-        Members in the whole job.
-    prior_std : float
-        Standard deviation of the prior of each weight (units of the weight).
+    Each member trains as if it were alone, to its maximum a posteriori under a Gaussian prior. The parameters are those of
+    `hpc_bnn.DeepEnsemble`.
     """
 
     name = "deep ensemble"

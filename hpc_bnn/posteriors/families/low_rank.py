@@ -14,14 +14,8 @@ from .mean_field import MeanField
 class LowRank(MeanField):
     """w = loc + scale (eps + F^T z) with eps of P and z of R normal numbers; slots ``loc``, ``log_scale`` and ``factor`` [R, P].
 
-    The covariance is S (I + F^T F) S with S = diag(scale): the factor is relative to the scale.
-
-    Parameters
-    ----------
-    rank : int
-        Rank R of the factor, at least 1.
-    prior, init_std, init_std_relative
-        See `MeanField`.
+    The covariance is S (I + F^T F) S with S = diag(scale): the factor is relative to the scale. The parameters are those
+    of `hpc_bnn.LowRankGaussian`.
     """
 
     name = "low-rank Gaussian"
@@ -46,16 +40,13 @@ class LowRank(MeanField):
 
     def sample_(self, slots, work, samples, draw, out):
         super().sample_(slots, work, samples, draw, out)
-        common = self._common(draw) @ slots["factor"]  # [c, P]
+        common = draw.normal((), self.rank) @ slots["factor"]  # [c, P]
         out.addcmul_(work["scale"], common)
-
-    def _common(self, draw):
-        return draw.normal((), self.rank)
 
     def pull_back_(self, grads, slots, work, samples, g, draw):
         # dL/dF = z (g scale)^T; dL/dlog_scale = g scale (eps + F^T z): the factor scale of both comes in `finish_`.
         super().pull_back_(grads, slots, work, samples, g, draw)
-        g.outer_to(grads["factor"], self._common(draw))
+        g.outer_to(grads["factor"], draw.normal((), self.rank))
 
     def finish_(self, grads, slots, work, scalars):
         # sum_c g z_c F is what the factor's gradient gives along F: no pass over the samples more

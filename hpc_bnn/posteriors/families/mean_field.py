@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
 
 from ...capabilities import FAMILIES
 from ...config import check_field
@@ -16,16 +15,7 @@ from .base import Family, Slot
 class MeanField(Family):
     """w = loc + exp(log_scale) eps; slots ``loc`` and ``log_scale``, [P] each.
 
-    Parameters
-    ----------
-    prior : Prior
-        Prior of each weight.
-    init_std : float
-        Standard deviation of each weight at the start (units of the weight).
-    init_std_relative : float, optional
-        Instead: standard deviation as this fraction of the weight's magnitude, the scale of MOPED (Krishnan et al.,
-        Specifying Weight Priors in Bayesian Deep Neural Networks with Empirical Bayes, 2020); at least 1e-6 of the
-        largest weight.
+    The parameters are those of `hpc_bnn.MeanFieldGaussian`.
     """
 
     name = "mean-field Gaussian"
@@ -40,13 +30,11 @@ class MeanField(Family):
 
     def slots(self, weights, layout, samples):
         self.prior = self.prior.bind(layout, weights)
-        return {"loc": Slot(weights), "log_scale": Slot(self._initial_log_scale(weights))}
-
-    def _initial_log_scale(self, weights: Tensor) -> Tensor:
-        if self.init_std_relative is None:
-            return torch.full_like(weights, math.log(self.init_std))
-        magnitude = weights.abs()
-        return (self.init_std_relative * magnitude.clamp_min(1e-6 * magnitude.max())).log()
+        log_scale = torch.full_like(weights, math.log(self.init_std))
+        if self.init_std_relative is not None:
+            magnitude = weights.abs()
+            log_scale = (self.init_std_relative * magnitude.clamp_min(1e-6 * magnitude.max())).log()
+        return {"loc": Slot(weights), "log_scale": Slot(log_scale)}
 
     def begin_(self, slots, work):
         scale = work.setdefault("scale", torch.empty_like(slots["log_scale"]))

@@ -27,10 +27,8 @@ class Dropout(Point):
 
     Parameters
     ----------
-    rate : float
-        Probability that dropout sets a number to 0.
-    prior_std : float
-        Standard deviation of the prior of each weight (units of the weight).
+    rate, prior_std : float
+        Probability that dropout sets a number to 0; standard deviation of the prior (units of the weight).
     """
 
     name = "MC dropout"
