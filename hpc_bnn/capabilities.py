@@ -133,13 +133,7 @@ def refusals(capabilities: Capabilities, features: Features) -> list[Refusal]:
 def check_features(
     capabilities: Capabilities, features: Features, value_of: Callable[[str], object] = lambda field: True
 ) -> None:
-    """Raise `ConfigError` with everything that does not go together. Local.
-
-    Parameters
-    ----------
-    value_of : callable
-        Gives what a field has been set to, for the messages.
-    """
+    """Raise `ConfigError` with everything that does not go together; ``value_of(field)`` is for the messages. Local."""
     faults = [Fault(r.field, value_of(r.field), r.reason, r.remedy) for r in refusals(capabilities, features)]
     if faults:
         raise ConfigError(*faults)

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import get_args
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -48,10 +48,8 @@ class Coupling:
     ----------
     y : Tensor
         [B, ...] targets of this rank's examples.
-    samples : range
-        Global indices of the samples of this rank.
-    num_samples : int
-        Samples in the whole job, K.
+    samples, num_samples : range, int
+        Global indices of the samples of this rank; samples in the whole job, K.
     """
 
     def __init__(self, y: Tensor, samples: range, num_samples: int):
@@ -175,6 +173,7 @@ class LogPredictive(_OfLogLikelihood):
 
 class _LogPredictiveCoupling(_Reduced):
     reduction = LogMeanExp
+    _over_samples: LogMeanExp
 
     def gradient(self, samples: Sequence[int], statistic: Tensor) -> Tensor:
         return -self._over_samples.responsibilities(statistic)
@@ -203,11 +202,8 @@ class MomentMatched(Objective):
 
     def check(self, likelihood: Likelihood, num_samples: int) -> None:
         if not likelihood.has_variance:
-            raise self._fault(
-                likelihood,
-                "it needs a finite variance of the target",
-                "Use gaussian, student_t with df above 2, poisson or bernoulli",
-            )
+            remedy = "Use gaussian, student_t with df above 2, poisson or bernoulli"
+            raise self._fault(likelihood, "it needs a finite variance of the target", remedy)
 
     def statistic(self, likelihood: Likelihood, outputs: Tensor, y: Tensor) -> Tensor:
         """Return mean and variance of each target, [n, 2, num_targets, ...]."""
@@ -221,18 +217,19 @@ class MomentMatched(Objective):
 
 class _MomentMatchedCoupling(_Reduced):
     reduction = Moments
+    _over_samples: Moments
 
     def combine(self, comm: GridComm) -> None:
         super().combine(comm)
         mean = self._over_samples.mean
         if mean is not None:
-            self._error = mean - self.y.view_as(mean).to(mean)
+            self._mean, self._error = mean, mean - self.y.view_as(mean).to(mean)
 
     def gradient(self, samples: Sequence[int], statistic: Tensor) -> Tensor:
-        mean, total = self._over_samples.mean, self._over_samples.total
+        total = self._over_samples.total
         by_mean = self._error / total
         by_variance = 0.5 / total * (1 - by_mean * self._error)
-        by_mean = by_mean + 2 * by_variance * (statistic[:, :, 0] - mean)
+        by_mean = by_mean + 2 * by_variance * (statistic[:, :, 0] - self._mean)
         return torch.stack([by_mean, by_variance.expand_as(by_mean)], dim=2) / self.num_samples
 
     def data_term(self) -> Tensor:
@@ -270,7 +267,7 @@ class Gathered(Objective):
     def __init__(
         self,
         function: Callable[[Tensor, Tensor], Tensor],
-        of: str | Callable[[Likelihood, Tensor, Tensor], Tensor] = "mean",
+        of: Literal["mean", "log_prob"] | Callable[[Likelihood, Tensor, Tensor], Tensor] = "mean",
         name: str | None = None,
     ):
         self.function = function
@@ -298,23 +295,13 @@ class Gathered(Objective):
     def evaluate(self, members: Tensor, y: Tensor, own: slice) -> tuple[Tensor, Tensor]:
         """Return this rank's contribution to the sum of the losses, and its derivative for its own samples. Local.
 
-        Parameters
-        ----------
-        members : Tensor
-            [K, B, ...] statistics of all samples.
-        y : Tensor
-            [B, ...] targets.
-        own : slice
-            The samples of this rank.
+        ``members`` [K, B, ...] are the statistics of all samples; ``own`` are the samples of this rank.
         """
         with torch.enable_grad():
             leaf = members.requires_grad_()
             loss = self.function(leaf, y)
             if loss.shape != members.shape[1:2]:
-                rule = (
-                    f"the function must give one loss per example, {list(members.shape[1:2])}, "
-                    f"and gave {list(loss.shape)}"
-                )
+                rule = f"the function must give one loss per example, {list(members.shape[1:2])}, and gave {list(loss.shape)}"
                 remedy = "Sum or average over samples and targets only"
                 raise ConfigError(Fault("objective.name", self.name, rule, remedy))
             (gradient,) = torch.autograd.grad(loss.sum(), leaf)
@@ -367,21 +354,24 @@ class _Score(Gathered):
         check_field("objective.fairness", fairness)
         super().__init__(self.score, "mean", self.name)
         self.fairness = fairness
+        self.weights: Tensor | None = None
         if weights is not None:
-            weights = weights.numpy(force=True) if isinstance(weights, Tensor) else weights
-            weights = np.array(weights, dtype=np.float64)
-        self.weights = None if weights is None else torch.from_numpy(weights)
-        if weights is not None and not (np.isfinite(weights).all() and (weights >= 0).all() and weights.any()):
-            rule = "must be finite, 0 or more, and not all 0"
-            remedy = "Use cos(latitude)"
-            raise ConfigError(Fault("objective.weights", f"of shape {list(weights.shape)}", rule, remedy))
+            numbers = np.array(weights.numpy(force=True) if isinstance(weights, Tensor) else weights, dtype=np.float64)
+            if not (np.isfinite(numbers).all() and (numbers >= 0).all() and numbers.any()):
+                rule = "must be finite, 0 or more, and not all 0"
+                fault = Fault("objective.weights", f"of shape {list(numbers.shape)}", rule, "Use cos(latitude)")
+                raise ConfigError(fault)
+            self.weights = torch.from_numpy(numbers)
 
     def check(self, likelihood: Likelihood, num_samples: int) -> None:
         if not isinstance(likelihood, Implicit):
-            raise self._fault(
-                likelihood, "it scores the members and knows no noise of a likelihood", "Use <likelihood.name> implicit"
-            )
+            rule = "it scores the members and knows no noise of a likelihood"
+            raise self._fault(likelihood, rule, "Use <likelihood.name> implicit")
         check_pairs(self.name, self.fairness, num_samples)
+
+    def score(self, members: Tensor, y: Tensor) -> Tensor:
+        """Return the score [B] of members [K, B, ...] and targets [B, ...]: the definition."""
+        raise NotImplementedError
 
     def pair_factor(self, num_samples: int) -> float:
         """Return c, the factor of half the sum over ordered pairs of samples."""
@@ -425,7 +415,6 @@ class Crps(_Score):
     name = "crps"
 
     def score(self, members: Tensor, y: Tensor) -> Tensor:
-        """Return the CRPS [B] of members [K, B, ...] and targets [B, ...]: the definition, in O(K log K)."""
         num_samples = len(members)
         rank = torch.arange(1 - num_samples, num_samples, 2, dtype=members.dtype, device=members.device)
         centred = members - members.mean(0)  # keeps the digits of a small spread
@@ -454,8 +443,7 @@ class Energy(_Score):
     ``(1/K) sum_s ||f_s - y||^beta - (c/2) sum_st ||f_s - f_t||^beta`` with the norm ``||d||^2 = sum_j w_j d_j^2``
     (Gneiting and Raftery, 2007). Each rank compares its own members with all.
 
-    Collective over ``sample_comm``: one gather of the members, B T floats per sample of this rank; the derivative is
-    local.
+    It is collective as `Crps` is.
 
     Parameters
     ----------
@@ -482,7 +470,6 @@ class Energy(_Score):
         return value, difference * weights * factor.view(*factor.shape, *(1,) * (difference.ndim - 2))
 
     def score(self, members: Tensor, y: Tensor) -> Tensor:
-        """Return the energy score [B] of members [K, B, ...] and targets [B, ...]."""
         return self._parts(members, y, slice(0, len(members)))[0]
 
     def _parts(self, members: Tensor, y: Tensor, own: slice) -> tuple[Tensor, Tensor]:
@@ -511,14 +498,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
 
 
 def build_objective(config: ObjectiveConfig, target_weights: list | None = None) -> Objective:
-    """Return the objective of a config. Local.
-
-    Parameters
-    ----------
-    config : ObjectiveConfig
-        The config of the objective.
-    target_weights : nested list, optional
-        The weights for "auto".
+    """Return the objective of a config, with ``target_weights`` (nested lists) for the weights "auto". Local.
 
     Raises
     ------
@@ -528,8 +508,7 @@ def build_objective(config: ObjectiveConfig, target_weights: list | None = None)
     name = config.name
     if name in get_args(Score):
         weights = target_weights if config.weights == "auto" else _read_weights(config.weights)
-        options = {"fairness": config.fairness, "weights": weights}
-        return Crps(**options) if name == "crps" else Energy(beta=config.beta, **options)
+        return Crps(config.fairness, weights) if name == "crps" else Energy(config.fairness, config.beta, weights)
     if name in OBJECTIVES:
         return OBJECTIVES[name]()
     found = import_object("objective.name", name)
@@ -543,6 +522,5 @@ def _read_weights(path: str | None) -> np.ndarray | None:
     try:
         return np.load(path, allow_pickle=False).astype(np.float64)
     except (OSError, EOFError, ValueError, TypeError) as error:
-        raise ConfigError(
-            Fault("objective.weights", path, f"it cannot be read ({error})", "Write it with numpy.save")
-        ) from error
+        fault = Fault("objective.weights", path, f"it cannot be read ({error})", "Write it with numpy.save")
+        raise ConfigError(fault) from error

@@ -71,7 +71,8 @@ def _on_every_grid(check_one: Callable[..., None], request: pytest.FixtureReques
             raise  # on all ranks
         except Exception:
             if not wait_for_others(5.0):  # only here: pytest would catch it, and the others wait for ever
-                with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+                capture: Any = request.config.pluginmanager.getplugin("capturemanager")
+                with capture.global_and_fixture_disabled():
                     traceback.print_exc()
                     abort(1)
             raise
@@ -96,15 +97,11 @@ def check_objective(
 
     Parameters
     ----------
-    comm : GridComm
-        The process grid.
-    objective : Objective
-        The objective to test.
+    comm, objective, likelihood : GridComm, Objective, Likelihood
+        The process grid; what is tested, in a step of which likelihood.
     reference : callable
         ``reference(outputs, y)``: outputs [K, B, ...] of all samples and targets y [B, ...] to the mean over the
         examples of the data term, a scalar.
-    likelihood : Likelihood
-        Likelihood of the step.
     num_samples, chunk_sizes, dtypes : sequences
         Values to test.
 
@@ -149,9 +146,8 @@ def make_step(
     """Return a step of a small mean-field network. Local."""
     with Key(SEED, Stream.INIT).global_generator():
         net = nn.Sequential(nn.Linear(NUM_INPUTS, 10), nn.Tanh(), nn.Linear(10, likelihood.num_outputs))
-    posterior = MeanFieldGaussian(
-        likelihood.wrap(net).to(dtype), prior=GaussianPrior(0.7), init_std=0.1, deterministic=()
-    )
+    net = likelihood.wrap(net).to(dtype)
+    posterior = MeanFieldGaussian(net, prior=GaussianPrior(0.7), init_std=0.1, deterministic=())
     optimizer = torch.optim.SGD(posterior.parameters(), lr=0.1)
     options |= {"num_train_examples": 100, "seed": SEED, "objective": objective}
     return VariationalStep(posterior, likelihood, optimizer, comm, **options)
@@ -162,7 +158,7 @@ def make_examples(likelihood: Likelihood, dtype: torch.dtype) -> tuple[Tensor, T
     generator = Key(SEED, Stream.DATA_ORDER).generator()
     x = torch.randn(NUM_EXAMPLES, NUM_INPUTS, generator=generator, dtype=torch.float64)
     if isinstance(likelihood, Categorical):
-        return x.to(dtype), torch.randint(0, likelihood.num_classes, (NUM_EXAMPLES,), generator=generator)
+        return x.to(dtype), torch.randint(0, likelihood.num_outputs, (NUM_EXAMPLES,), generator=generator)
     shape = (NUM_EXAMPLES, likelihood.num_targets)
     if isinstance(likelihood, (Bernoulli, Poisson)):
         top = 2 if isinstance(likelihood, Bernoulli) else 5
@@ -175,7 +171,7 @@ def differentiate(
 ) -> tuple[Tensor, Tensor]:
     """Return the data term of the step's next samples and its gradient, by autograd, all samples at once. Local."""
     leaves = _leaves(step.posterior)
-    of_sample = _of_weights(step, lambda slots, eps, z: slots["loc"] + slots["log_scale"].exp() * eps)
+    of_sample = _definition(step, lambda slots, eps, z: slots["loc"] + slots["log_scale"].exp() * eps)
     outputs = [of_sample(leaves, sample, x.double())[1] for sample in range(step.num_samples)]
     loss = reference(torch.stack(outputs), y.double() if y.is_floating_point() else y)
     gradients = _gradients(loss, leaves).values()
@@ -188,7 +184,7 @@ def differentiate(
 def check_family(
     comm: GridComm,
     family: Family,
-    weights: Callable[[Slots, Tensor, Callable[..., Tensor]], Tensor] | None = None,
+    weights: Callable[[Slots, Tensor, Callable[..., Tensor]], Tensor] = lambda slots, eps, z: eps,
     kl: Callable[[Slots], Tensor] = lambda slots: torch.zeros((), dtype=torch.float64),
     *,
     log_prior: Callable[[Tensor], Tensor] | None = None,
@@ -207,10 +203,8 @@ def check_family(
 
     Parameters
     ----------
-    comm : GridComm
-        The process grid.
-    family : Family
-        The family to test.
+    comm, family : GridComm, Family
+        The process grid, and what is tested.
     weights : callable
         ``weights(slots, eps, z)``: the weights [P] of one sample, of the slots by name, of P standard normal numbers,
         and of ``z(count, *path)``, which are those that the family has from ``draw.normal(path, count)``. Of slots that
@@ -225,10 +219,8 @@ def check_family(
         ``noise(layer, like, width, signs=False)`` is `ExampleNoise.draw`.
     start : callable, optional
         Changes the slots in place before the step, so that no two numbers are alike.
-    deterministic : sequence of str
-        Weights that stay points.
-    num_samples : int
-        Samples in the whole job.
+    deterministic, num_samples : sequence of str, int
+        Weights that stay points; samples in the whole job.
     chunk_sizes : sequence of int
         Samples at once: the first and the last are tried.
     **options
@@ -252,8 +244,8 @@ def check_family(
         )  # fmt: skip
         x, y = make_examples(step.likelihood, dtype)
         if dtype not in expected:
-            reference = _of_weights(step, weights) if outputs is None else _of_outputs(step, outputs)
-            expected[dtype] = _differentiate_family(step, reference, kl, log_prior, x, y)
+            definition = _definition(step, weights, outputs)
+            expected[dtype] = _differentiate_family(step, definition, kl, log_prior, x, y)
         mine = range(NUM_EXAMPLES)[comm.grid.local_examples(NUM_EXAMPLES)]
         ends = [mine.start + len(mine) * part // num_parts for part in range(num_parts + 1)]
         for start_, stop in itertools.pairwise(ends):
@@ -261,7 +253,8 @@ def check_family(
         step.reduce_()
         result = step.update_()
         numbers = torch.tensor([result.nelbo, result.kl], dtype=torch.float64)
-        got = dict(zip(("objective", "KL"), numbers)) | step.optimizer.optimizer.seen
+        witness: Any = step.optimizer.optimizer
+        got = dict(zip(("objective", "KL"), numbers)) | witness.seen
         for name, value in expected[dtype].items():
             error = float((got[name].double() - value).norm() / value.norm().clamp_min(1e-30))
             if not error < TOLERANCE[dtype]:
@@ -307,56 +300,46 @@ def _family_step(
     )  # fmt: skip
 
 
-def _noise_of(step: VariationalStep, key: Key) -> Tensor:
-    """Return the noise [P] of a sample in float64, or in the precision of the posterior rounded to it. Local."""
-    posterior, sign = step.posterior, 1
+def _normal(posterior: Posterior, key: Key, count: int) -> Tensor:
+    """Return normal numbers of a key in float64, rounded to the precision of the posterior. Local."""
+    sign = 1
     if posterior.antithetic:
         key, sign = key.of(key.sample & ~1), 1 - 2 * (key.sample % 2)
-    noise = torch.randn(posterior.num_weights, dtype=posterior.dtype, generator=key.generator())
-    return sign * noise.double()
+    return sign * torch.randn(count, dtype=posterior.dtype, generator=key.generator()).double()
 
 
-def _of_weights(step: VariationalStep, weights: Callable[..., Tensor]) -> Callable[..., Any]:
-    """Return what gives weights [P] and outputs [B, 3] of a sample. Local."""
+def _definition(
+    step: VariationalStep, weights: Callable[..., Tensor], outputs: Callable[..., Tensor] | None = None
+) -> Callable[..., tuple[Any, Tensor]]:
+    """Return what gives weights [P] (none with noise per example) and outputs [B, 3] of a sample. Local."""
     posterior = step.posterior
     module = copy.deepcopy(posterior.module).double()
 
-    def reference(slots: Slots, sample: int, x: Tensor) -> tuple[Tensor, Tensor]:
+    def definition(slots: Slots, sample: int, x: Tensor) -> tuple[Any, Tensor]:
         key = step.key.of(sample)
+        eps = _normal(posterior, key, posterior.num_weights)
+        if outputs is not None:
+            noise = ExampleNoise()
+            noise.begin_sample(key)
+
+            def draw(layer: int, like: Tensor, width: int, signs: bool = False) -> Tensor:
+                return noise.draw(layer, like.to(posterior.dtype), width, signs).double()
+
+            return None, outputs(posterior.buffer.named(slots), posterior.random.views(eps), draw, x)
 
         def z(count: int, *path: int) -> Tensor:
-            first = key.of(sample & ~1) if posterior.antithetic else key
-            generator = first.child(Stream.FACTOR, *path).generator()
-            numbers = torch.randn(count, dtype=posterior.dtype, generator=generator).double()
-            return -numbers if first.sample != sample else numbers
+            return _normal(posterior, key.child(Stream.FACTOR, *path), count)
 
-        w = weights(slots, _noise_of(step, key), z)
+        w = weights(slots, eps, z)
         points = posterior.point.views(slots["points"]) if "points" in slots else {}
         return w, torch.func.functional_call(module, posterior.random.views(w) | points, (x,))
 
-    return reference
-
-
-def _of_outputs(step: VariationalStep, outputs: Callable[..., Tensor]) -> Callable[..., Any]:
-    """Return the same, without weights, of an estimator with noise per example. Local."""
-    posterior = step.posterior
-
-    def reference(slots: Slots, sample: int, x: Tensor) -> tuple[None, Tensor]:
-        noise, key = ExampleNoise(), step.key.of(sample)
-        noise.begin_sample(key)
-        eps = posterior.random.views(_noise_of(step, key))
-
-        def draw(layer: int, like: Tensor, width: int, signs: bool = False) -> Tensor:
-            return noise.draw(layer, like.to(posterior.dtype), width, signs).double()
-
-        return None, outputs(posterior.buffer.named(slots), eps, draw, x)
-
-    return reference
+    return definition
 
 
 def _differentiate_family(
     step: VariationalStep,
-    reference: Callable[..., tuple[Tensor | None, Tensor]],
+    definition: Callable[..., tuple[Any, Tensor]],
     kl: Callable[[Slots], Tensor],
     log_prior: Callable[[Tensor], Tensor] | None,
     x: Tensor,
@@ -372,7 +355,7 @@ def _differentiate_family(
     data_term, divergence = torch.zeros(2, dtype=torch.float64).unbind()
     for sample in owned or range(step.num_samples):
         slots = {name: leaf[owned.index(sample)] for name, leaf in leaves.items()} if owned else leaves
-        w, outputs = reference(slots, sample, x.double())
+        w, outputs = definition(slots, sample, x.double())
         data_term = data_term - step.likelihood.log_prob(outputs, y).mean()
         if log_prior is not None:
             divergence = divergence - log_prior(w)

@@ -18,15 +18,9 @@ from ..views import SharedView
 class BatchTrial:
     """Tries a batch before the first step, without a trace: a faster way has to prove itself. Local.
 
-    Parameters
-    ----------
-    loop : SampleLoop
-        Its chunk size is set where it is measured; it walks where a batch fails, changes the module, or differs.
-    statistic : callable
-        From outputs [c, B, ...] and targets to a statistic [c, B, ...].
-    measures : bool
-        Whether the chunk size with the least time per sample is looked for: on GPUs only. On a CPU walking is fastest,
-        and a choice by the clock would make runs differ in rounding.
+    The loop walks where a batch fails, changes the module, or differs in the gradient of ``statistic(outputs, y)``
+    [c, B, ...]. With ``measures`` its chunk size becomes the one with the least time per sample: on GPUs only. On a CPU
+    walking is fastest, and a choice by the clock would make runs differ in rounding.
     """
 
     def __init__(self, loop: SampleLoop, statistic: Callable[[Tensor, Tensor], Tensor], measures: bool):

@@ -32,16 +32,7 @@ class DataTerm:
 
     An objective that couples the samples needs what all of them gave before the gradient of any is known. Where one
     chunk holds all samples of this rank, its graph waits for the exchange: one pass. Otherwise a pass without gradient
-    goes before.
-
-    Parameters
-    ----------
-    loop : SampleLoop
-        Evaluates samples.
-    objective, likelihood, comm
-        See `VariationalStep`.
-    reducer : callable
-        Returns the `Reducer` of the step, whose sums may begin in the last backward pass.
+    goes before. ``reducer()`` returns the `Reducer` of the step, whose sums may begin in the last backward pass.
 
     Attributes
     ----------
@@ -83,16 +74,8 @@ class DataTerm:
     ) -> None:
         """Fold in the gradient of ``share`` times the data term. Collective as the objective and BatchNorm say.
 
-        Parameters
-        ----------
-        samples, x, y : sequence of int, SharedView, Tensor
-            Samples of this rank, and inputs and targets of its examples.
-        key, coupling : Key, Coupling
-            Of any sample of the step; of these examples.
-        kl : (float, float)
-            Arguments of `Posterior.fold_`.
-        is_last : bool
-            Whether nothing more is folded in after the backward pass of the last sample.
+        ``key`` is that of any sample of the step, ``kl`` are the arguments of `Posterior.fold_`; where ``is_last``, nothing
+        more is folded in after the backward pass of the last sample.
         """
         last = samples[-1] if len(samples) and is_last else None
         differentiate = self._differentiate(coupling, share, last, kl)
@@ -112,7 +95,15 @@ class DataTerm:
             self._use(differentiate, samples, statistic, x, y, key)
             return
         self.num_passes = 2
-        self._say_two_passes(len(samples))
+        if self._comm.grid.is_first("world") and not self.has_said_passes:
+            remedy = f"chunk_size {len(samples)} makes it one, with the memory of that many"
+            logger.info(
+                "the objective %s couples the samples: two passes over the %d of this rank per step (%s)",
+                self._objective.name,
+                len(samples),
+                remedy if self._loop.can_batch else "the module cannot be batched",
+            )
+        self.has_said_passes = True
         with torch.no_grad():
             self._walk(samples, x, y, key, coupling.see)
         coupling.combine(self._comm)
@@ -133,10 +124,7 @@ class DataTerm:
             self._walk(some, x, y, key, use)
 
     def _differentiate(self, coupling: Coupling, share: float, last: int | None, kl: tuple[float, float]) -> Use:
-        """Return what folds in the gradient of ``share`` times the data term for some samples.
-
-        After the backward pass of the sample ``last`` nothing more is folded in.
-        """
+        """Return what folds in the gradient for some samples; ``last`` is the sample after which nothing more is."""
         reducer = self._reducer()
 
         def use(samples: Sequence[int], statistic: Tensor) -> None:
@@ -154,14 +142,3 @@ class DataTerm:
             self._loop.posterior.fold_(*kl)
 
         return use
-
-    def _say_two_passes(self, num_local_samples: int) -> None:
-        if self._comm.grid.is_first("world") and not self.has_said_passes:
-            remedy = f"chunk_size {num_local_samples} makes it one, with the memory of that many"
-            logger.info(
-                "the objective %s couples the samples: two passes over the %d of this rank per step (%s)",
-                self._objective.name,
-                num_local_samples,
-                remedy if self._loop.can_batch else "the module cannot be batched",
-            )
-        self.has_said_passes = True

@@ -40,10 +40,7 @@ class JobOptimizer:
 
 
 def OverlappingOptimizer(optimizer: torch.optim.Optimizer, posterior: Posterior, comm: GridComm) -> JobOptimizer:
-    """Return an optimizer that sums the gradient in blocks while the last backward pass of a step still runs. Local.
-
-    ``optimizer`` is over ``posterior.parameters()`` or ``posterior.weight_parameters()``; see
-    `hpc_bnn.training.reducer.Reducer`.
+    """Return `JobOptimizer.of`, which sums the gradient in blocks while the last backward pass of a step runs. Local.
 
     Raises
     ------
@@ -114,13 +111,7 @@ def build_optimizer(
 
 
 def optimizer_maker(config: OptimizerConfig) -> Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]:
-    """Return what makes the optimizer of a config over some parameters. Local.
-
-    Raises
-    ------
-    ConfigError
-        The optimizer is unknown; and, when it is made, that it refuses its arguments.
-    """
+    """Return what makes the optimizer of a config over some parameters; both raise as `build_optimizer` says. Local."""
     # The prior is the decay of the weights: an optimizer's own would pull the scales as well.
     kind = import_object("optimizer.name", _path(config))
     arguments = config.arguments
@@ -132,8 +123,7 @@ def optimizer_maker(config: OptimizerConfig) -> Callable[[Iterable[nn.Parameter]
             return kind(parameters, lr=config.learning_rate, **arguments)
         except (TypeError, ValueError) as error:
             rule = f"{config.name} refuses them ({error})"
-            fault = Fault("optimizer.arguments", config.arguments, rule, "Fix the arguments")
-            raise ConfigError(fault) from error
+            raise ConfigError(Fault("optimizer.arguments", config.arguments, rule, "Fix the arguments")) from error
 
     return make
 

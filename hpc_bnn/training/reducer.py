@@ -27,21 +27,14 @@ class Reducer:
 
     Parameters
     ----------
-    posterior : Posterior
-        Whose buffer is summed.
-    comm : GridComm
-        The process grid.
+    posterior, comm : Posterior, GridComm
+        Whose buffer is summed; the process grid.
     in_blocks : bool
         Sum the gradient in blocks, the first of them while the last backward pass of a step still runs. It pays where
         ranks wait for a network while they could compute: docs/collectives.md says what was measured.
     divided : bool
         Each rank of a sample group gets its share of the sum only: a range of weights with all their slots
         (`own_share`).
-
-    Raises
-    ------
-    ConfigError
-        The posterior does not go with these settings (`hpc_bnn.capabilities`).
     """
 
     def __init__(self, posterior: Posterior, comm: GridComm, *, in_blocks: bool = False, divided: bool = False):
@@ -85,7 +78,7 @@ class Reducer:
 
     def local_checksum(self) -> Tensor:
         """Return the sum of this rank's part of what is summed over the job. Local, before `reduce_`."""
-        return self._checksum + sum(span.sum() for span in self._rest())
+        return torch.as_tensor(self._checksum + sum(span.sum() for span in self._rest()))
 
     # --- blocks -------------------------------------------------------------------------------------
 
@@ -137,7 +130,8 @@ class Reducer:
         packed = torch.cat(rest)
         for wait in [*self._waits, self.comm.start_sum_(packed)]:
             wait()
-        torch._foreach_copy_(rest, list(packed.split([len(span) for span in rest])))
+        parts = list(packed.split([len(span) for span in rest]))
+        torch._foreach_copy_(rest, parts)  # pyright: ignore[reportPrivateImportUsage]
         self._waits.clear()
 
     def _rest(self) -> list[Tensor]:

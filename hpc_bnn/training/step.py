@@ -48,16 +48,16 @@ class _Order:
 
     def expect(self, phases: Sequence[str], what: str, before: str) -> None:
         """Raise `ConfigError` where the step is in none of some phases; otherwise it is idle until it is set again."""
-        phase, rule, remedy = self.phase, None, "Call them in this order, or the step itself"
+        phase = self.phase
         if phase not in phases:
             rule = f"{before} comes before it, and the step is {phase}"
-        else:
-            self.phase = "idle"  # of a step that is given up here
-            if phase != "idle" and self._begun != self._posterior.num_begun:
-                rule = "since accumulate_ the posterior was begun anew, by a prediction or another step: the gradient is lost"
-                remedy = "Finish the step first"
-        if rule is not None:
-            raise ConfigError(Fault("VariationalStep", what, rule, remedy))
+            raise ConfigError(Fault("VariationalStep", what, rule, "Call them in this order, or the step itself"))
+        self.phase = "idle"  # of a step that is given up here
+        if phase != "idle" and self._begun != self._posterior.num_begun:
+            rule = (
+                "since accumulate_ the posterior was begun anew, by a prediction or another step: the gradient is lost"
+            )
+            raise ConfigError(Fault("VariationalStep", what, rule, "Finish the step first"))
 
 
 @dataclass(frozen=True)
@@ -230,14 +230,8 @@ class VariationalStep:
     def accumulate_(self, x: Inputs | SharedView, y: Tensor, global_batch_size: int, *, is_last: bool = True) -> None:
         """Add the gradient of some examples' data term on this rank's samples. Call it for each micro-batch.
 
-        Local for the negative ELBO; otherwise collective as `__call__` says, for each micro-batch.
-
-        Parameters
-        ----------
-        x, y, global_batch_size
-            As for `__call__`; ``global_batch_size`` counts all micro-batches.
-        is_last : bool
-            Whether no other micro-batch follows.
+        Local for the negative ELBO; otherwise collective as `__call__` says, for each micro-batch. ``global_batch_size``
+        counts all micro-batches; after the one that ``is_last`` no other follows.
         """
         posterior, comm = self.posterior, self.comm
         self._check()
@@ -287,13 +281,18 @@ class VariationalStep:
         Raises
         ------
         NonFiniteError
-            See `__call__`.
+            See `__call__`. Collective over the world: it names the ranks.
         """
         self._order.expect(("reduced",), "update_", "reduce_()")
         posterior = self.posterior
         tally = posterior.buffer.tally.tolist()
         if tally[Tally.NUM_BROKEN]:
-            _raise_non_finite(self.comm, self.num_steps, bool(self._local_is_broken))
+            mine = (self.comm.grid.rank, socket.gethostname()) if self._local_is_broken else None
+            ranks = [f"rank {p[0]} on {p[1]}" for p in self.comm.gather_objects(mine) if p is not None]
+            raise NonFiniteError(
+                f"step {self.num_steps}: the loss or a gradient is not finite on {', '.join(ranks)}. "
+                "The parameters were not updated. Try a smaller learning rate or check the data"
+            )
         kl_weight = self.kl_weight(self.num_steps)
         self.scalars.kl_weight.fill_(kl_weight / self.num_train_examples)
         self.scalars.step.fill_(self.num_steps)
@@ -341,39 +340,22 @@ class VariationalStep:
         self._first_example, self._num_seen = self.comm.grid.local_examples(global_batch_size).start, 0
         self.posterior.begin_()
         self._order.begin()
-        if self.num_steps == 0:
-            _say_idle_groups(self.comm, global_batch_size)
+        grid = self.comm.grid
+        if self.num_steps == 0 and grid.is_first("world") and global_batch_size < grid.data_size:
+            logger.warning(
+                "a batch of %d examples for %d data groups: the others have nothing to do. Use a larger "
+                "global_batch_size or sample_size",
+                global_batch_size,
+                grid.data_size,
+            )
 
     def _check(self) -> None:
         """Raise `ConfigError` where what is around this step makes it wrong. Local; a few microseconds."""
-        _check_that_gradients_are_on()
+        if not torch.is_grad_enabled():
+            context = "inference_mode" if torch.is_inference_mode_enabled() else "no_grad"
+            rule = f"a step differentiates, and here torch.{context}() is in force"
+            raise ConfigError(Fault("VariationalStep", "call", rule, f"Call it outside of torch.{context}()"))
         if self.posterior.module.training is not self._was_training:
             self._check_features()
         self.posterior.network.guard.check_trainable()
         self.updater.check()
-
-
-def _check_that_gradients_are_on() -> None:
-    if not torch.is_grad_enabled():
-        context = "inference_mode" if torch.is_inference_mode_enabled() else "no_grad"
-        rule = f"a step differentiates, and here torch.{context}() is in force"
-        raise ConfigError(Fault("VariationalStep", "call", rule, f"Call it outside of torch.{context}()"))
-
-
-def _say_idle_groups(comm: GridComm, global_batch_size: int) -> None:
-    if comm.grid.is_first("world") and global_batch_size < comm.grid.data_size:
-        text = (
-            "a batch of %d examples for %d data groups: the others have nothing to do. Use a larger "
-            "global_batch_size or sample_size"
-        )
-        logger.warning(text, global_batch_size, comm.grid.data_size)
-
-
-def _raise_non_finite(comm: GridComm, num_steps: int, is_broken: bool) -> None:
-    """Raise `NonFiniteError` that names the ranks. Collective over the world."""
-    mine = (comm.grid.rank, socket.gethostname()) if is_broken else None
-    ranks = [f"rank {p[0]} on {p[1]}" for p in comm.gather_objects(mine) if p is not None]
-    raise NonFiniteError(
-        f"step {num_steps}: the loss or a gradient is not finite on {', '.join(ranks)}. "
-        "The parameters were not updated. Try a smaller learning rate or check the data"
-    )

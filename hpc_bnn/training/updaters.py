@@ -22,16 +22,8 @@ class Updater:
     """Updates the parameters of a posterior by an optimizer of torch.
 
     Its state is stored per weight, under the names of `Posterior.state_dict`, so that neither the layout of memory nor
-    the grid enters a checkpoint.
-
-    Parameters
-    ----------
-    optimizer : torch.optim.Optimizer
-        Over ``posterior.parameters()`` or ``posterior.weight_parameters()``.
-    posterior : Posterior
-        Whose parameters it updates.
-    reducer : Reducer
-        Says which ranks hold what.
+    the grid enters a checkpoint. The optimizer is over ``posterior.parameters()`` or ``posterior.weight_parameters()``;
+    the reducer says which ranks hold what.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, posterior: Posterior, reducer: Reducer):
@@ -61,7 +53,15 @@ class Updater:
             for key, value in group.items():
                 is_decay = "weight_decay" in key and not isinstance(value, bool) and value
                 if is_decay and any(map(self._has_prior, group["params"])):
-                    raise ConfigError(_decay_fault(key, value))
+                    rule = (
+                        "the prior is what decays the weights of a posterior, and a decay of the optimizer would shrink them "
+                        "once more, and pull the logarithms of the scales to 0, which is scales to 1"
+                    )
+                    remedy = (
+                        f"Set {key} to 0 and choose the prior (<posterior.prior_std>, GaussianPrior(std)); weights without a "
+                        "prior (posterior.points) may decay in a group of their own"
+                    )
+                    raise ConfigError(Fault("optimizer.arguments", f"{key} {value}", rule, remedy))
         updated = [id(p) for group in groups for p in group["params"]]
         now = updated, [id(p) for p in self.posterior.parameters()]
         if now != self._checked:
@@ -79,11 +79,8 @@ class Updater:
     def _check_parameters(self, updated: set[int]) -> None:
         of_network = {id(p) for p in self.posterior.module.parameters()} & updated
         if of_network or not {id(p) for p in self.posterior.buffer.updated()} & updated:
-            rule = (
-                f"it updates {len(of_network)} parameters of the network itself, which each draw writes anew"
-                if of_network
-                else "it updates none of the posterior's parameters"
-            )
+            rule = f"it updates {len(of_network)} parameters of the network itself, which each draw writes anew"
+            rule = rule if of_network else "it updates none of the posterior's parameters"
             remedy = "Make it with posterior.parameters()"
             raise ConfigError(Fault("optimizer", type(self.optimizer).__name__, rule, remedy))
 
@@ -193,33 +190,11 @@ class Updater:
         return values
 
 
-def _decay_fault(key: str, value: float) -> Fault:
-    rule = (
-        "the prior is what decays the weights of a posterior, and a decay of the optimizer would shrink them once more, and "
-        "pull the logarithms of the scales to 0, which is scales to 1"
-    )
-    remedy = (
-        f"Set {key} to 0 and choose the prior (<posterior.prior_std>, GaussianPrior(std)); weights without a prior "
-        "(posterior.points) may decay in a group of their own"
-    )
-    return Fault("optimizer.arguments", f"{key} {value}", rule, remedy)
-
-
 class DividedUpdater(Updater):
-    """Updates this rank's share of the weights, with all their slots, and gathers those of the others: ZeRO stage 1.
+    """Updates this rank's share of the weights, with all their slots, and gathers those of the others.
 
-    Rajbhandari et al., 2020. The numbers are those of the whole update. Mean-field doubles the parameters, so that Adam
-    keeps four numbers per weight: they are divided by the extent of the sample axis.
-
-    Parameters
-    ----------
-    make, posterior, reducer
-        See `hpc_bnn.ShardedOptimizer` and `Updater`; the reducer's result is divided.
-
-    Raises
-    ------
-    ConfigError
-        The optimizer looks at whole tensors.
+    See `hpc_bnn.ShardedOptimizer`. Mean-field doubles the parameters, so that Adam keeps four numbers per weight: they are
+    divided by the extent of the sample axis. The reducer's result is divided.
     """
 
     def __init__(
@@ -241,7 +216,8 @@ class DividedUpdater(Updater):
     def clip_(self, max_norm: float) -> None:
         """See `Updater.clip_`. Collective over ``sample_comm``: one number."""
         shares = list(self.reducer.own_share(self.posterior.buffer.grads).values())
-        square = sum(torch.linalg.vector_norm(share.double()).square() for share in shares)
+        zero = torch.zeros((), dtype=torch.float64, device=shares[0].device)
+        square = sum((torch.linalg.vector_norm(share.double()).square() for share in shares), zero)
         self.comm.sum_(square, "sample")
         factor = (max_norm / (square.sqrt() + 1e-6)).clamp(max=1)
         for share in shares:
