@@ -30,22 +30,14 @@ class Capabilities:
         return replace(self, **changes)
 
 
-class Registered(NamedTuple):
-    """A family that a config can name."""
-
-    constructor: str
-    """Class in `hpc_bnn.posteriors`."""
-    capabilities: Capabilities
-    """With a prior whose KL has a closed form."""
-
-
 FAMILIES = {
-    "mean_field": Registered("MeanFieldGaussian", Capabilities("closed form", is_separable=True, has_estimators=True)),
-    "low_rank": Registered("LowRankGaussian", Capabilities("closed form")),
-    "mc_dropout": Registered("MCDropout", Capabilities("closed form", has_random_weights=False, is_separable=True)),
-    "ensemble": Registered("DeepEnsemble", Capabilities("point", owner="sample")),
-    "deterministic": Registered("DeterministicNetwork", Capabilities(has_random_weights=False, is_separable=True)),
+    "mean_field": Capabilities("closed form", is_separable=True, has_estimators=True),
+    "low_rank": Capabilities("closed form"),
+    "mc_dropout": Capabilities("closed form", has_random_weights=False, is_separable=True),
+    "ensemble": Capabilities("point", owner="sample"),
+    "deterministic": Capabilities(has_random_weights=False, is_separable=True),
 }
+"""Families that a config can name, with a prior whose KL has a closed form."""
 
 
 @dataclass(frozen=True)

@@ -378,7 +378,7 @@ class Config:
         posterior, name = self.posterior, self.objective.name
         if posterior.family not in FAMILIES:
             return  # that is the fault, or it is checked when it is built
-        can = FAMILIES[posterior.family].capabilities
+        can = FAMILIES[posterior.family]
         if can.has_random_weights and can.kl == "closed form" and posterior.prior in ("student_t", "scale_mixture"):
             can = can.but(kl="Monte Carlo")
         asked = Features(

@@ -129,10 +129,7 @@ class _Reduced(Coupling):
 
 
 class NegativeElbo(_OfLogLikelihood):
-    """Mean over samples of the negative log-likelihood; with the KL, the negative ELBO. One pass.
-
-    Linear in the samples: nothing is exchanged.
-    """
+    """Mean over samples of the negative log-likelihood; with the KL, the negative ELBO. One pass, no exchange."""
 
     name = "elbo"
     couples = False
@@ -156,11 +153,10 @@ class _Mean(Coupling):
 
 
 class LogPredictive(_OfLogLikelihood):
-    """Negative log of the *mean likelihood* over the samples: the direct loss.
+    """Negative log of the *mean likelihood* over all samples of the job: the direct loss.
 
-    ``-log (1/K) sum_s exp l[s, b]``, the loss of the method's published code, which computes it per rank, so it
-    depends on the samples per rank; here it covers all samples of the job. Its gradient weighs each sample by its
-    responsibility ``p_s / sum_s p_s``.
+    The method's published code computes it per rank, so that it depends on the samples per rank. Its gradient weighs each
+    sample by its responsibility ``p_s / sum_s p_s``.
 
     Collective over ``sample_comm``: 2 B floats per step (a maximum and a sum), for all K and C.
     """
@@ -241,12 +237,13 @@ class _MomentMatchedCoupling(_Reduced):
 
 # --- objectives of all members -------------------------------------------------------------------------
 
+Statistic = Literal["mean", "log_prob"] | Callable[[Likelihood, Tensor, Tensor], Tensor]
+
 
 class Gathered(Objective):
     """An objective of the statistics of *all* samples, given as one pure function.
 
-    Each rank of a sample group gathers the statistics of all samples for its examples, evaluates the function there,
-    and keeps the derivative for its own samples.
+    Each rank of a sample group evaluates the function and keeps the derivative for its own samples.
 
     Collective over ``sample_comm``: one gather, B T floats per sample of this rank, for a statistic of T numbers.
     Memory: K B T floats, and what the function needs.
@@ -264,14 +261,9 @@ class Gathered(Objective):
         Name in messages.
     """
 
-    def __init__(
-        self,
-        function: Callable[[Tensor, Tensor], Tensor],
-        of: Literal["mean", "log_prob"] | Callable[[Likelihood, Tensor, Tensor], Tensor] = "mean",
-        name: str | None = None,
-    ):
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor], of: Statistic = "mean", name: str | None = None):
         self.function = function
-        self.of = of
+        self.of: Statistic = of
         self.name = name or getattr(function, "__name__", type(function).__name__)
 
     def check(self, likelihood: Likelihood, num_samples: int) -> None:
@@ -397,8 +389,7 @@ class _Score(Gathered):
 class Crps(_Score):
     """Continuous ranked probability score of the members, mean over the targets of an example (units of y).
 
-    ``(1/K) sum_s |f_s - y| - (c/2) sum_st |f_s - f_t|`` (Gneiting and Raftery, 2007; c: see ``fairness``). The sum
-    over pairs comes from the sorted members, O(K log K) for each target.
+    Gneiting and Raftery, 2007. The sum over pairs comes from the sorted members, O(K log K) for each target.
 
     Collective over ``sample_comm``: one gather of the members, B T floats per sample of this rank; the derivative is
     local.
@@ -440,8 +431,7 @@ class Crps(_Score):
 class Energy(_Score):
     """Energy score of the members over all targets of an example; with another ``beta`` than 1 the β-energy score.
 
-    ``(1/K) sum_s ||f_s - y||^beta - (c/2) sum_st ||f_s - f_t||^beta`` with the norm ``||d||^2 = sum_j w_j d_j^2``
-    (Gneiting and Raftery, 2007). Each rank compares its own members with all.
+    With the norm ``||d||^2 = sum_j w_j d_j^2`` (Gneiting and Raftery, 2007). Each rank compares its own members with all.
 
     It is collective as `Crps` is.
 

@@ -71,17 +71,11 @@ class BatchNorms:
     def _lengths(self) -> list[int]:
         return [2 * len(layer.running_mean) for layer in self.layers]
 
-    def begin(self) -> None:
-        """Begin a step or a predictive. Local."""
+    def begin(self, again: bool = False) -> None:
+        """Begin a step or a predictive; or, again, the second pass of a step, which gives the statistics. Local."""
+        if again:
+            self._put_counters_back()
         self._saved = {layer: counter.clone() for layer, counter in self._counters().items()}
-        self._begin_pass()
-
-    def begin_again(self) -> None:
-        """Begin a second pass over the samples of a step, which gives the statistics. Local."""
-        self._put_counters_back()
-        self._begin_pass()
-
-    def _begin_pass(self) -> None:
         self._num_samples = 0
         self._callers: set[int | None] = set()
         self._uses = [0] * len(self.layers)

@@ -59,11 +59,10 @@ class Posterior:
     antithetic : bool
         Samples 2 i and 2 i + 1 share their noise with opposite signs: half the noise to draw, and the odd part of the
         estimator's error cancels in a pair.
-    samples : sequence of int
-        Global indices of this rank's samples (``grid.local_samples(num_samples)``), for a family whose slots belong to
-        samples.
-    weights : Tensor, optional
-        [len(samples), P] what the rows of such a family start from; by default the weights of the module for all.
+    samples, weights : sequence of int, Tensor, optional
+        For a family whose slots belong to samples: global indices of this rank's samples
+        (``grid.local_samples(num_samples)``), and [len(samples), P] what the rows start from; by default the weights of the
+        module for all.
     output : str, int or callable, optional
         Which tensor the likelihood gets, where the module returns a dict, a tuple or an object: a key or attribute
         (``"logits"``), a place, or a function. Inputs may be trees of tensors as well: a dict is ``module(**x)``, a list
@@ -230,7 +229,7 @@ class Posterior:
 
     def _state(self) -> dict[str, Any]:
         """Return what a copy is made of: the slots, and all but what `_lay_out_` makes anew."""
-        self.rest_()
+        self.sampler.switch_(False)
         values = self.buffer.values | self.buffer.parameters
         slots = {name: kind._replace(value=values[name]) for name, kind in self.buffer.slots.items()}
         return self.__dict__ | {"slots": slots, "buffer": None, "sampler": None}
@@ -269,23 +268,12 @@ class Posterior:
             raise ConfigError(Fault("num_samples", num_samples, rule, remedy))
 
     def check_(self) -> None:
-        """Verify that the module and these parameters are as they were left. Local; some microseconds.
-
-        Raises
-        ------
-        ConfigError
-            Somebody has changed them in a way that cannot be followed.
-        """
-        self.rest_()
+        """Raise `ConfigError` where module or parameters were changed in a way that cannot be followed. Local; microseconds."""
+        self.sampler.switch_(False)
         self.network.check()
         for name in self.buffer.moved():
             rule = "its memory was replaced (by .data =, or a conversion) since the posterior was made"
             raise ConfigError(Fault(name, self.family, rule, f"Write into it: {name}.detach().copy_(...)"))
-
-    def rest_(self) -> None:
-        """Leave the module to the user: its own layers, also after a step that did not come to its end. Local."""
-        if self.sampler.noisy is not None:
-            self.sampler.noisy.switch_(False)
 
     @torch.no_grad()
     def begin_(self) -> None:
@@ -295,8 +283,7 @@ class Posterior:
         self.buffer.reduced.zero_()
         self.network.batch_norms.begin()
         self.sampler.begin_()
-        if self.sampler.noisy is not None:
-            self.sampler.noisy.switch_(True)
+        self.sampler.switch_(True)
 
     @torch.no_grad()
     def draw_(self, key: Key) -> None:
@@ -322,7 +309,7 @@ class Posterior:
         one rank of each data group, 0 on the others.
         """
         self.network.batch_norms.write_statistics_(self.buffer.statistics, batch_norm_share)
-        self.rest_()
+        self.sampler.switch_(False)
         self.network.guard.leave_weights()
 
     @torch.no_grad()
@@ -368,7 +355,7 @@ class Posterior:
         try:
             with self.network.evaluating():
                 self.begin_()
-                self.rest_()
+                self.sampler.switch_(False)
                 yield
                 self.network.guard.leave_weights()
         finally:

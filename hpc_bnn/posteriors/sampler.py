@@ -65,6 +65,15 @@ class Sampler:
             self.begin_()
             self.noisy.attach_(self.buffer.values["loc"], self.work["scale"], x)
 
+    def switch_(self, on: bool, first_example: int = 0) -> None:
+        """Give layers noise per example, for a step, or leave the module to the user with its own layers. Local.
+
+        ``first_example`` is the place in the global batch of the first example.
+        """
+        if self.noisy is not None:
+            self.noisy.switch_(on)
+            self.noisy.noise.first_example = first_example
+
     def begin_(self) -> None:
         """Look at the slots as they are now. Local."""
         self.forget_()

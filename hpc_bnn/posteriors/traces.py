@@ -90,9 +90,9 @@ def _keep(value: object, seen: dict[int, Restore], package: str) -> Restore:
     elif isinstance(value, np.random.Generator):
         restore = _keeping(value, value.bit_generator.state, lambda v: v.bit_generator.state, _set_state)
     elif isinstance(value, dict):
-        restore = _keeping_items(value, list(value), [_keep(v, seen, package) for v in value.values()], _fill_dict)
+        restore = _keeping_items(value, list(value), [_keep(v, seen, package) for v in value.values()])
     elif isinstance(value, (list, deque)):
-        restore = _keeping_items(value, None, [_keep(v, seen, package) for v in value], _fill_list)
+        restore = _keeping_items(value, None, [_keep(v, seen, package) for v in value])
     elif isinstance(value, tuple):
         items = [_keep(v, seen, package) for v in value]
         restore = lambda: (value, any([item()[1] for item in items]))  # noqa: E731
@@ -119,14 +119,15 @@ def _keeping(value, former, get, put) -> Restore:
     return restore
 
 
-def _keeping_items(value, keys, items: list[Restore], fill) -> Restore:
+def _keeping_items(value, keys: list | None, items: list[Restore]) -> Restore:
     def restore():
         former, were_other = zip(*(item() for item in items)) if items else ((), ())
-        now = list(value.values()) if keys is not None else list(value)
+        now = list(value) if keys is None else list(value.values())
         is_other = len(now) != len(former) or any(a is not b for a, b in zip(now, former))
         is_other |= keys is not None and list(value) != keys
         if is_other:
-            fill(value, keys, former)
+            value.clear()
+            value.extend(former) if keys is None else value.update(zip(keys, former))
         return value, is_other or any(were_other)
 
     return restore
@@ -139,16 +140,6 @@ def _write(value: Tensor, former: Tensor) -> None:
 
 def _set_state(value: np.random.Generator, state) -> None:
     value.bit_generator.state = state
-
-
-def _fill_dict(value: dict, keys, former) -> None:
-    value.clear()
-    value.update(zip(keys, former))
-
-
-def _fill_list(value, _, former) -> None:
-    value.clear()
-    value.extend(former)
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -107,7 +107,7 @@ class DataTerm:
         with torch.no_grad():
             self._walk(samples, x, y, key, coupling.see)
         coupling.combine(self._comm)
-        self._loop.posterior.network.batch_norms.begin_again()
+        self._loop.posterior.network.batch_norms.begin(again=True)
         self._walk(samples, x, y, key, differentiate)
 
     def _walk(self, samples: Sequence[int], x: SharedView, y: Tensor, key: Key, use: Use) -> None:

@@ -86,21 +86,17 @@ class VariationalStep:
         Over the weights of the network; of an example given its outputs; the process grid.
     optimizer : torch.optim.Optimizer or hpc_bnn.training.optim.JobOptimizer
         Over ``posterior.parameters()``; or `hpc_bnn.ShardedOptimizer`.
-    num_samples : int
-        Samples of the weights per step in the whole job, K; at least the extent of the sample axis.
-    num_train_examples : int
-        Size of the training set, N: the KL per example is KL / N, whatever the batch is.
-    seed : int
-        Key of the noise.
-    kl_weight : float or callable
-        Factor of the KL; 1 is Bayes, below 1 a cold posterior. A function of the steps made so far anneals it
-        (`hpc_bnn.KlAnnealing`).
+    num_samples, num_train_examples : int
+        Samples of the weights per step in the whole job, K, at least the extent of the sample axis; and size of the
+        training set, N: the KL per example is KL / N, whatever the batch is.
+    seed, kl_weight : int, float or callable
+        Key of the noise; factor of the KL: 1 is Bayes, below 1 a cold posterior. A function of the steps made so far
+        anneals it (`hpc_bnn.KlAnnealing`).
     objective : Objective
         How the samples make one data term (`hpc_bnn.objectives`); by default the negative ELBO.
-    autocast_dtype : torch.dtype, optional
-        Run the network in this dtype where torch's autocast allows; weights, gradients and sums stay in their own.
-    max_gradient_norm : float, optional
-        Scale the gradient of the job (of each member of an ensemble), the KL's part included, down to this norm.
+    autocast_dtype, max_gradient_norm : torch.dtype, float, optional
+        Run the network in this dtype where torch's autocast allows; weights, gradients and sums stay in their own. Scale
+        the gradient of the job (of each member of an ensemble), the KL's part included, down to this norm.
     chunk_size, batching
         Samples that a rank evaluates at once, and how: see `SampleLoop`. "auto" is 1 on a CPU, where walking is fastest,
         and measured at the first step on a GPU.
@@ -174,11 +170,6 @@ class VariationalStep:
         return self.optimizer.updater
 
     @property
-    def chunk_size(self) -> int:
-        """Samples that a rank evaluates at once."""
-        return self.loop.chunk_size
-
-    @property
     def num_passes(self) -> int:
         """Forward passes over the samples in the last step on this rank: 1 or 2 (`DataTerm`)."""
         return self.data_term.num_passes
@@ -249,10 +240,8 @@ class VariationalStep:
             mine = range(0)  # nothing to evaluate, and nobody waits for this rank
         if is_first:
             self._begin(x, y, samples, global_batch_size)
-        if posterior.sampler.noisy is not None:
-            # A copy of the posterior since the last micro-batch has taken it off
-            posterior.sampler.noisy.switch_(True)
-            posterior.sampler.noisy.noise.first_example = self._first_example + self._num_seen
+        # A copy of the posterior since the last micro-batch has taken it off
+        posterior.sampler.switch_(True, self._first_example + self._num_seen)
         self._num_seen += len(x)
         with posterior.network.running(lambda tensor: comm.sum_(tensor, "data")):
             # One coupling for each micro-batch: objectives couple samples, not examples
@@ -296,7 +285,7 @@ class VariationalStep:
         kl_weight = self.kl_weight(self.num_steps)
         self.scalars.kl_weight.fill_(kl_weight / self.num_train_examples)
         self.scalars.step.fill_(self.num_steps)
-        self.scalars.learning_rate.fill_(self.updater.learning_rate)
+        self.scalars.learning_rate.fill_(self.updater.optimizer.param_groups[0]["lr"])
         # The order is that of the mathematics: what is linear first (it scales the sum of the job), then the KL, which is a
         # function of replicated numbers and enters once, then the norm of both together.
         posterior.finish_(self.scalars)

@@ -31,11 +31,6 @@ class Updater:
         self.comm = reducer.comm
         self.check()
 
-    @property
-    def learning_rate(self) -> float:
-        """That of the first group of parameters."""
-        return self.optimizer.param_groups[0]["lr"]
-
     # --- what a user can do to an optimizer ------------------------------------------------------------
 
     def check(self) -> None:

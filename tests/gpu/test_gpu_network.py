@@ -112,7 +112,7 @@ def test_a_vit_trains_in_chunks_or_falls_back(chunk_size, autocast_dtype, caplog
     for size in (1, chunk_size):
         step = make(seeded(vit, torch.float32), chunk_size=size, autocast_dtype=autocast_dtype)
         results.append([step(x, y, 8).nelbo for _ in range(3)])
-    print("batched" if step._can_batch else "walked", step.chunk_size, caplog.text)
+    print("batched" if step.loop.can_batch else "walked", step.loop.chunk_size, caplog.text)
     assert results[0] == pytest.approx(results[1], rel=1e-4 if autocast_dtype is None else 2e-2)
 
 

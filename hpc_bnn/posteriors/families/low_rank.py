@@ -19,7 +19,7 @@ class LowRank(MeanField):
     """
 
     name = "low-rank Gaussian"
-    capabilities = FAMILIES["low_rank"].capabilities
+    capabilities = FAMILIES["low_rank"]
 
     def __init__(
         self,

@@ -13,7 +13,7 @@ class Point(Family):
     """The ordinary network: one point."""
 
     name = "deterministic"
-    capabilities = FAMILIES["deterministic"].capabilities
+    capabilities = FAMILIES["deterministic"]
 
     def slots(self, weights, layout, samples):
         return {}
@@ -32,7 +32,7 @@ class Dropout(Point):
     """
 
     name = "MC dropout"
-    capabilities = FAMILIES["mc_dropout"].capabilities
+    capabilities = FAMILIES["mc_dropout"]
 
     def __init__(self, rate: float, prior_std: float = 1.0):
         check_field("posterior.prior_std", prior_std)
