@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .families.base import Slot
-from .guard import addresses
-from .layout import FlatLayout
+from .layout import FlatLayout, addresses
 
 __all__ = ["StepBuffer", "Tally"]
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 class FlatLayout:
@@ -28,11 +29,11 @@ class FlatLayout:
         """Return the layout of parameters. Local."""
         return cls({name: parameter.shape for name, parameter in parameters.items()})
 
-    def views(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
+    def views(self, flat: Tensor) -> dict[str, Tensor]:
         """Return the named views of a flat tensor [num_elements]."""
         return {name: part.view(self.shapes[name]) for name, part in zip(self.shapes, flat.split(self._lengths))}
 
-    def flatten(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Return a copy of the tensors of this layout, among others, as one flat tensor. Local."""
         like = next(iter(tensors.values())).detach()  # for a layout of none
         return torch.cat([like.new_empty(0), *(tensors[name].detach().reshape(-1) for name in self)])
@@ -77,9 +78,17 @@ class Block:
     """Of these alone."""
 
 
-def take_gradients(parameters: Sequence[nn.Parameter]) -> list[torch.Tensor | None]:
+def take_gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
     """Return the gradients of parameters and forget them, so that the next backward makes new ones."""
     gradients = [parameter.grad for parameter in parameters]
     for parameter in parameters:
         parameter.grad = None
     return gradients
+
+
+def addresses(tensors: Iterable[Tensor]) -> list[int]:
+    """Return where tensors begin in memory; nothing for those without, with which `hpc-bnn plan` rehearses. Local."""
+    tensors = list(tensors)
+    if tensors and isinstance(tensors[0], FakeTensor):
+        return []
+    return list(map(Tensor.data_ptr, tensors))

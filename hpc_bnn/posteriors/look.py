@@ -111,7 +111,7 @@ class Looker:
         finally:
             self._put_back()
             norms.sum_over_data = sum_over_data
-            network.guard.allow_writes()
+            network.allow_writes()
         tolerance = 1e-6 if first.outputs.device.type == "cpu" else 2e-2  # elsewhere kernels may be chosen anew
         is_repeatable = _alike(first.outputs, again.outputs, tolerance)
         return Look(
@@ -136,9 +136,9 @@ class Looker:
             self._draw(sample)
             for parameter in network.drawn_parameters() if scale != 1 else ():
                 parameter.detach().mul_(scale)
-            versions = network.guard.versions()
+            versions = network.versions()
             outputs = network(inputs, self._autocast_dtype).detach().clone()
-            pairs = zip(network.drawn, versions, network.guard.versions())
+            pairs = zip(network.drawn, versions, network.versions())
             written = [name for name, before, after in pairs if before != after]
             return _Pass(outputs, self._put_back(), written, norms.shapes, dropout.shapes)
         finally:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from operator import methodcaller
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from ..errors import ConfigError, Fault
@@ -18,9 +21,8 @@ from ..noise import Key
 from ..trees import Inputs, as_arguments, device_of, map_tensors
 from .batch_norm import BatchNorms, SumOverData, of_one_rank
 from .dropout_layers import FUNCTIONS, DropoutMasks
-from .guard import Guard
 from .interception import Interception
-from .layout import FlatLayout
+from .layout import FlatLayout, addresses
 from .look import Look, Looker
 from .traces import Traces
 
@@ -37,8 +39,8 @@ class Network:
     ----------
     parameters, drawn : dict of str to nn.Parameter, list of str
         Its trainable parameters, by name, and the names of those that each draw writes anew.
-    guard : Guard
-        Knows what a user may change.
+    layers : list of nn.Module
+        The layers of the module when it was left to the user.
     batch_norms, dropout
         What its BatchNorm layers and its dropout have in place of torch's.
     notes : list of str
@@ -63,7 +65,7 @@ class Network:
         self.notes, self._said = [text] if off else [], set()
         self.parameters = parameters
         self.drawn = list(drawn)
-        self.guard = Guard(module, parameters, self.drawn)
+        self._views: dict[str, Tensor] = {}  # the memory that each parameter was given
         self.weights = torch.zeros(0)
         self._changes_input = self._changes_attributes = False
         self._attributes: Traces | None = None  # to put back before each member of a predictive
@@ -80,12 +82,15 @@ class Network:
         """
         for name, view in views.items():
             self.parameters[name].data = view
-        self.guard.views |= views
+        self._views |= views
 
     def leave(self) -> None:
         """Find what of ours the module calls, and note what it is like when it is left to the user. Local."""
-        self.guard.leave()
-        self.layers = self.guard.layers
+        self.layers = list(self.module.modules())
+        self._registries = [d for layer in self.layers for d in (layer._modules, layer._parameters)]
+        self._members = self._ids()
+        trainable = {id(p) for p in self.parameters.values()}
+        self._frozen = {name: p for name, p in self.module.named_parameters() if id(p) not in trainable}
         self._deriving = [layer for layer in self.layers if _has_own_modes(type(layer))]
         self.interception.find(self.layers)
         self.dropout.find(self.module)
@@ -93,12 +98,72 @@ class Network:
         for name, parameter in self.module.named_parameters(remove_duplicate=False):
             names.setdefault(id(parameter), name)
         self._names = {name: names.get(id(p), name) for name, p in self.parameters.items()}
+        self.leave_weights()
+
+    def leave_weights(self) -> None:
+        """Note where the weights are after a step or a predictive. Local."""
+        self._addresses = addresses(self.parameters.values())
+        self.allow_writes()
+
+    def allow_writes(self) -> None:
+        """Take what has been written into the weights so far for ours, or the module's own. Local."""
+        self._versions = self.versions()
+
+    def versions(self) -> list[int]:
+        """Return how often each drawn weight was written by others than the draws. Local."""
+        return [self.parameters[name]._version for name in self.drawn]
+
+    def _ids(self) -> list[int]:
+        """Return which layers and parameters stand where. Local; the layers are held, so that no identity comes twice."""
+        return list(map(id, itertools.chain.from_iterable(map(methodcaller("values"), self._registries))))
 
     def check(self) -> None:
-        """Verify that the module still reads the weights that it was given (`Guard.check`). Local; some microseconds."""
-        if not self.guard.check(self.batch_norms.layers):
-            self._looked_at.clear()
-            self.leave()
+        """Follow what a user did to the module since it was left, or say why not. Local; some microseconds.
+
+        It is left once more where a layer without weights was put in or taken out, or has another name.
+
+        Raises
+        ------
+        ConfigError
+            It was converted, moved, loaded or edited, or other weights were put in.
+        """
+        are_there = addresses(self.parameters.values()) == self._addresses
+        if are_there and self.versions() == self._versions and self._ids() == self._members:
+            return
+        now = dict(self.module.named_parameters(remove_duplicate=False))
+        present = {id(p) for p in now.values()}
+        trainable = {id(p) for p in self.parameters.values()}
+        faults = []
+        for name, parameter in now.items():
+            if parameter.requires_grad and id(parameter) not in trainable:
+                faults.append((name, "it came into the network after the posterior was made"))
+        versions = dict(zip(self.drawn, self._versions))
+        for name, parameter in self.parameters.items():
+            view = self._views[name]
+            if id(parameter) not in present:
+                faults.append((name, "it is no longer in the network"))
+            elif (parameter.dtype, parameter.device) != (view.dtype, view.device):
+                faults.append((name, "it was converted or moved after the posterior was made"))
+            elif parameter.data_ptr() != view.data_ptr():
+                faults.append((name, "it has other memory than the posterior gave it"))
+            elif parameter._version != versions.get(name, parameter._version):
+                faults.append((name, "its values were changed; each draw writes them anew"))
+        for name, layer in self.module.named_modules():
+            if isinstance(layer, _BatchNorm) and layer not in self.batch_norms.layers:
+                faults.append((name, "this BatchNorm layer came into the network after the posterior was made"))
+        if faults:
+            raise _changed([name for name, _ in faults], faults[0][1])
+        self._looked_at.clear()
+        self.leave()
+
+    def check_trainable(self) -> None:
+        """Raise `ConfigError` where weights were frozen or unfrozen since the posterior was made. Local; microseconds."""
+        if not all([p.requires_grad for p in self.parameters.values()]):
+            frozen = [name for name, p in self.parameters.items() if not p.requires_grad]
+            raise _changed(frozen, "it was frozen after the posterior was made: its noise would train on")
+        if any([p.requires_grad for p in self._frozen.values()]):
+            thawed = [name for name, p in self._frozen.items() if p.requires_grad]
+            raise _changed(thawed, "it was unfrozen after the posterior was made: no optimizer would update it")
 
     @contextlib.contextmanager
     def drawing(self) -> Iterator[None]:
@@ -254,6 +319,12 @@ class Network:
             if note not in self._said:
                 logger.warning("%s", note)
         self._said.update(found)
+
+
+def _changed(names: Sequence[str], rule: str) -> ConfigError:
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
+    remedy = "Load, edit, freeze and convert the network first, and make the posterior then"
+    return ConfigError(Fault("model", shown, rule, remedy))
 
 
 @contextlib.contextmanager

@@ -310,7 +310,7 @@ class Posterior:
         """
         self.network.batch_norms.write_statistics_(self.buffer.statistics, batch_norm_share)
         self.sampler.switch_(False)
-        self.network.guard.leave_weights()
+        self.network.leave_weights()
 
     @torch.no_grad()
     def finish_(self, scalars: Scalars) -> None:
@@ -357,7 +357,7 @@ class Posterior:
                 self.begin_()
                 self.sampler.switch_(False)
                 yield
-                self.network.guard.leave_weights()
+                self.network.leave_weights()
         finally:
             torch.backends.mha.set_fastpath_enabled(fast)
 
@@ -371,5 +371,5 @@ class Posterior:
         if self.num_weights:
             with self.network.drawing():
                 self.network.weights.copy_(self.family_.mean(self.buffer.values))
-            self.network.guard.leave_weights()
+            self.network.leave_weights()
         return self.module

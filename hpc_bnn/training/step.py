@@ -10,6 +10,7 @@ import logging
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -32,32 +33,6 @@ from .reducer import Reducer
 from .updaters import Updater
 
 logger = logging.getLogger(__name__)
-
-
-class _Order:
-    """How far a step has come: what is called out of order, or after the posterior was begun anew, is an error."""
-
-    def __init__(self, posterior: Posterior):
-        self._posterior, self._begun = posterior, 0
-        self.phase = "idle"
-        """idle, accumulating, accumulated, reduced."""
-
-    def begin(self) -> None:
-        """Note that the posterior was begun for this step."""
-        self._begun = self._posterior.num_begun
-
-    def expect(self, phases: Sequence[str], what: str, before: str) -> None:
-        """Raise `ConfigError` where the step is in none of some phases; otherwise it is idle until it is set again."""
-        phase = self.phase
-        if phase not in phases:
-            rule = f"{before} comes before it, and the step is {phase}"
-            raise ConfigError(Fault("VariationalStep", what, rule, "Call them in this order, or the step itself"))
-        self.phase = "idle"  # of a step that is given up here
-        if phase != "idle" and self._begun != self._posterior.num_begun:
-            rule = (
-                "since accumulate_ the posterior was begun anew, by a prediction or another step: the gradient is lost"
-            )
-            raise ConfigError(Fault("VariationalStep", what, rule, "Finish the step first"))
 
 
 @dataclass(frozen=True)
@@ -154,7 +129,9 @@ class VariationalStep:
         self._trial = BatchTrial(self.loop, self.data_term.statistic, measures=chunk_size == "auto")
         # Of a sample in what depends on the sample alone: it counts once in the job
         self._prior_share = 1.0 / num_samples if comm.grid.is_first("data") else 0.0
-        self._order, self._num_seen = _Order(posterior), 0
+        self._num_seen = 0
+        self._phase: Literal["idle", "accumulating", "accumulated", "reduced"] = "idle"
+        self._begun = 0  # what `Posterior.num_begun` was
         self._check_features()
         self.scalars = Scalars.on(posterior.buffer.flat.device)
         self.scalars.num_samples.fill_(num_samples)
@@ -213,7 +190,7 @@ class VariationalStep:
 
     def accumulate_batch_(self, x: Inputs | SharedView, y: Tensor, global_batch_size: int) -> None:
         """Begin a step and accumulate this rank's examples, in micro-batches where they are set. Collective as `accumulate_`."""
-        self._order.phase = "idle"  # of a step that was given up
+        self._phase = "idle"  # of a step that was given up
         x = x if isinstance(x, SharedView) else SharedView(x)
         for span, part in x.parts(self.micro_batch_size):
             self.accumulate_(part, y[span], global_batch_size, is_last=span.stop == len(x))
@@ -230,8 +207,8 @@ class VariationalStep:
         if x.num_samples not in (None, self.num_samples):
             rule, remedy = f"the views are made for {x.num_samples} samples", "Make them for as many"
             raise ConfigError(Fault("num_samples", self.num_samples, rule, remedy))
-        is_first = self._order.phase == "idle" or self._num_seen == 0  # no example yet: nothing is lost
-        self._order.expect(("idle", "accumulating"), "accumulate_", "update_()")
+        is_first = self._phase == "idle" or self._num_seen == 0  # no example yet: nothing is lost
+        self._expect(("idle", "accumulating"), "accumulate_", "update_()")
         if not (is_first and is_last):
             posterior.check_features({"micro_batch_size": len(x)}, micro_batches=True)
         mine = samples = comm.grid.local_samples(self.num_samples)
@@ -249,11 +226,24 @@ class VariationalStep:
             kl = self._prior_share * is_last, self.kl_weight(self.num_steps) / self.num_train_examples
             self.data_term(mine, x, y, self.key, coupling, 1.0 / global_batch_size, kl, is_last)
             posterior.buffer.tally[Tally.DATA_TERM] += coupling.data_term() / global_batch_size
-        self._order.phase = "accumulated" if is_last else "accumulating"
+        self._phase = "accumulated" if is_last else "accumulating"
+
+    def _expect(self, phases: Sequence[str], what: str, before: str) -> None:
+        """Raise `ConfigError` where the step is in none of some phases; otherwise it is idle until it is set again."""
+        phase = self._phase
+        if phase not in phases:
+            rule = f"{before} comes before it, and the step is {phase}"
+            raise ConfigError(Fault("VariationalStep", what, rule, "Call them in this order, or the step itself"))
+        self._phase = "idle"  # of a step that is given up here
+        if phase != "idle" and self._begun != self.posterior.num_begun:
+            rule = (
+                "since accumulate_ the posterior was begun anew, by a prediction or another step: the gradient is lost"
+            )
+            raise ConfigError(Fault("VariationalStep", what, rule, "Finish the step first"))
 
     def reduce_(self) -> None:
         """Sum gradient, statistics of BatchNorm and scalars over the job. Collective over the world."""
-        self._order.expect(("accumulated",), "reduce_", "accumulate_(..., is_last=True)")
+        self._expect(("accumulated",), "reduce_", "accumulate_(..., is_last=True)")
         posterior, tally = self.posterior, self.posterior.buffer.tally
         self.reducer.start_()
         posterior.complete_(self._prior_share)
@@ -262,7 +252,7 @@ class VariationalStep:
         tally[Tally.NUM_BROKEN] = self._local_is_broken
         tally[Tally.NUM_STOPS] = self.wants_stop
         self.reducer.reduce_()
-        self._order.phase = "reduced"
+        self._phase = "reduced"
 
     def update_(self) -> StepResult:
         """Add the KL, clip, and update the parameters. Local, where the optimizer's state is not divided.
@@ -272,7 +262,7 @@ class VariationalStep:
         NonFiniteError
             See `__call__`. Collective over the world: it names the ranks.
         """
-        self._order.expect(("reduced",), "update_", "reduce_()")
+        self._expect(("reduced",), "update_", "reduce_()")
         posterior = self.posterior
         tally = posterior.buffer.tally.tolist()
         if tally[Tally.NUM_BROKEN]:
@@ -328,7 +318,7 @@ class VariationalStep:
             self._trial(samples, x, y, self.key)
         self._first_example, self._num_seen = self.comm.grid.local_examples(global_batch_size).start, 0
         self.posterior.begin_()
-        self._order.begin()
+        self._begun = self.posterior.num_begun
         grid = self.comm.grid
         if self.num_steps == 0 and grid.is_first("world") and global_batch_size < grid.data_size:
             logger.warning(
@@ -346,5 +336,5 @@ class VariationalStep:
             raise ConfigError(Fault("VariationalStep", "call", rule, f"Call it outside of torch.{context}()"))
         if self.posterior.module.training is not self._was_training:
             self._check_features()
-        self.posterior.network.guard.check_trainable()
+        self.posterior.network.check_trainable()
         self.updater.check()
