@@ -219,12 +219,10 @@ def check_family(
         ``noise(layer, like, width, signs=False)`` is `ExampleNoise.draw`.
     start : callable, optional
         Changes the slots in place before the step, so that no two numbers are alike.
-    deterministic, num_samples : sequence of str, int
-        Weights that stay points; samples in the whole job.
-    chunk_sizes : sequence of int
-        Samples at once: the first and the last are tried.
-    **options
-        Of `Posterior`: ``estimator``, ``antithetic``.
+    num_samples, chunk_sizes : int, sequence of int
+        Samples in the whole job; samples at once, of which the first and the last are tried.
+    deterministic, **options
+        Of `Posterior`: weights that stay points, ``estimator``, ``antithetic``.
 
     Raises
     ------

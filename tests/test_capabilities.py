@@ -16,7 +16,6 @@ from hpc_bnn import (
     ShardedOptimizer,
     VariationalStep,
 )
-from hpc_bnn import posteriors as p
 from hpc_bnn.capabilities import FAMILIES, TABLE, Capabilities, Features, refusals
 from hpc_bnn.config import Config, PosteriorConfig
 from hpc_bnn.errors import ConfigError

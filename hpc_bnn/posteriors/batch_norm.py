@@ -246,10 +246,8 @@ def _check(name: str, layer: _BatchNorm) -> None:
         raise ConfigError(Fault("model", type(layer).__name__, rule, "Use momentum=0.1, or GroupNorm"))
     if isinstance(layer, nn.SyncBatchNorm):
         if type(layer) is not nn.SyncBatchNorm or "forward" in layer.__dict__:
-            rule = "it sums over all ranks by itself, over those of other samples as well"
-            raise ConfigError(
-                Fault("model", f"{name} ({type(layer).__name__})", rule, "Use the class without Sync: hpc_bnn sums")
-            )
+            rule, what = "it sums over all ranks by itself, over those of other samples as well", type(layer).__name__
+            raise ConfigError(Fault("model", f"{name} ({what})", rule, "Use the class without Sync: hpc_bnn sums"))
         layer.forward = types.MethodType(_BatchNorm.forward, layer)
 
 

@@ -132,18 +132,13 @@ class DeepEnsemble(Posterior):
     Parameters
     ----------
     make_module : callable
-        Makes the network; it is called once per member, with torch's global generator keyed by the member, so
+        Makes the network; it is called once per member, with torch's global generator keyed by ``seed`` and the member, so
         that members start at different weights.
-    num_members : int
-        Members in the whole job; the number of samples of the step and of the predictive.
-    members : sequence of int
-        Global indices of the members that this rank holds: ``grid.local_samples(num_members)``.
-    seed : int
-        Key of the initial weights.
-    prior_std : float
-        Standard deviation of the prior of each weight, in units of the weight.
-    output
-        See `Posterior`.
+    num_members, members : int, sequence of int
+        Members in the whole job, the number of samples of the step and of the predictive; and global indices of those that
+        this rank holds: ``grid.local_samples(num_members)``.
+    seed, prior_std, output
+        Key of the initial weights; as for `MCDropout`.
 
     Attributes
     ----------

@@ -70,12 +70,9 @@ class FlatLayout:
 class Block:
     """Some tensors of a `FlatLayout` that follow each other."""
 
-    numbers: slice
-    """Which, among all tensors."""
-    span: slice
-    """Where, in the flat buffer."""
-    layout: FlatLayout
-    """Of these alone."""
+    numbers: slice  # which, among all tensors
+    span: slice  # where, in the flat buffer
+    layout: FlatLayout  # of these alone
 
 
 def take_gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:

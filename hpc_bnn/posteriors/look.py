@@ -26,8 +26,7 @@ class _Pass(NamedTuple):
 
     outputs: Tensor
     changed: dict[str, list[str]]
-    written: list[str]
-    """Drawn weights that the forward pass has written itself."""
+    written: list[str]  # drawn weights that the forward pass has written itself
     normalised: Shapes
     dropped: Shapes
 
@@ -36,18 +35,12 @@ class _Pass(NamedTuple):
 class Look:
     """What a look at a module has found."""
 
-    name: str
-    """Class of the module."""
-    generators: Sequence[str]
-    """Global generators of random numbers that its forward pass draws from."""
-    is_repeatable: bool
-    """Whether two passes with the same sample gave the same outputs."""
-    buffers: Sequence[str]
-    """Buffers that its forward pass changes by itself."""
-    changes_input: bool
-    """Whether it changes its input in place."""
-    changes_attributes: bool
-    """Whether it leaves something in attributes or buffers."""
+    name: str  # class of the module
+    generators: Sequence[str]  # global generators of random numbers that its forward pass draws from
+    is_repeatable: bool  # whether two passes with the same sample gave the same outputs
+    buffers: Sequence[str]  # that its forward pass changes by itself
+    changes_input: bool  # in place
+    changes_attributes: bool  # whether it leaves something in attributes or buffers
 
     def warnings(self, world_size: int) -> list[str]:
         """Return what a user should know, on so many ranks."""

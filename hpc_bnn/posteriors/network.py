@@ -43,12 +43,10 @@ class Network:
         The layers of the module when it was left to the user.
     batch_norms, dropout
         What its BatchNorm layers and its dropout have in place of torch's.
-    notes : list of str
-        What a user should know, for `say`.
     weights : Tensor
         [P] the memory in which a draw lies.
-    looks : bool
-        Whether somebody is to look at the module before it is used.
+    notes, looks : list of str, bool
+        What a user should know, for `say`; whether somebody is to look at the module before it is used.
     """
 
     def __init__(

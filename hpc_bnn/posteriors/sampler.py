@@ -189,17 +189,8 @@ class Sampler:
     def divide_(self, num_bytes: int, arrived: Callable[[int, int], None]) -> list[Block]:
         """Divide the weights into blocks whose gradients are complete during the last backward pass. Local.
 
-        Parameters
-        ----------
-        num_bytes : int
-            Least size of a block's gradients.
-        arrived : callable
-            ``arrived(block, n)``: n more gradients of this block are ready.
-
-        Returns
-        -------
-        list of Block
-            In the order of the backward pass; may be empty.
+        Return them in the order of the backward pass; there may be none. The gradients of a block have at least
+        ``num_bytes``; ``arrived(block, n)`` is called when n more of them are ready.
         """
         num_elements = num_bytes // self._weights.element_size()
         self._arrived = arrived

@@ -66,13 +66,7 @@ def split_weights(
 def divide_weights(
     module: nn.Module, deterministic: Sequence[Rule], capabilities: Capabilities
 ) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
-    """Return random weights and points, as `split_weights` does, for a family with these capabilities. Local.
-
-    Raises
-    ------
-    ConfigError
-        No weight is left to be random, or weights are on several devices or of several dtypes.
-    """
+    """Return random weights and points, as `split_weights` does, for a family with these capabilities. Local."""
     random, point = split_weights(module, deterministic if capabilities.owner == "all" else ())
     name = type(module).__name__
     if not capabilities.has_random_weights:

@@ -20,12 +20,10 @@ from .updaters import ELEMENTWISE, DividedUpdater, Updater
 
 @dataclass(frozen=True)
 class JobOptimizer:
-    """The optimizer of a job: sums the gradient over the ranks, and updates the parameters on each of them."""
+    """Sums the gradient of a job over the ranks, and updates the parameters on each of them."""
 
     reducer: Reducer
-    """How the gradient is summed."""
     updater: Updater
-    """What updates the parameters."""
 
     @classmethod
     def of(cls, optimizer: torch.optim.Optimizer, posterior: Posterior, comm: GridComm) -> JobOptimizer:

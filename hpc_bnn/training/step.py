@@ -257,10 +257,7 @@ class VariationalStep:
     def update_(self) -> StepResult:
         """Add the KL, clip, and update the parameters. Local, where the optimizer's state is not divided.
 
-        Raises
-        ------
-        NonFiniteError
-            See `__call__`. Collective over the world: it names the ranks.
+        `NonFiniteError` as in `__call__`: it is collective over the world, and names the ranks.
         """
         self._expect(("reduced",), "update_", "reduce_()")
         posterior = self.posterior

@@ -34,13 +34,7 @@ class Updater:
     # --- what a user can do to an optimizer ------------------------------------------------------------
 
     def check(self) -> None:
-        """Verify what a user can do to the optimizer, before each step. Local; a microsecond or two.
-
-        Raises
-        ------
-        ConfigError
-            It decays weights that have a prior, ascends, or does not update the posterior's parameters.
-        """
+        """Raise `ConfigError` where it decays weights that have a prior, ascends, or updates others. Local; microseconds."""
         groups = self.optimizer.param_groups
         for group in groups:
             if group.get("maximize"):
@@ -99,11 +93,8 @@ class Updater:
     def gather_state(self) -> dict[str, Any]:
         """Return the state of the job by the names of weights. Collective over ``sample_comm`` where ranks differ.
 
-        Returns
-        -------
-        dict
-            "state": name of a weight in `Posterior.state_dict` -> key -> number or tensor; "groups": the options of each
-            group of parameters.
+        "state": name of a weight in `Posterior.state_dict` -> key -> number or tensor; "groups": the options of each group
+        of parameters.
         """
         state: dict[str, dict[str, Any]] = {}
         for group in self.optimizer.param_groups:
@@ -119,13 +110,7 @@ class Updater:
         return {"state": state, "groups": options}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take over what `gather_state` returned, on this or another grid. Local.
-
-        Raises
-        ------
-        ConfigError
-            It has another number of groups of parameters.
-        """
+        """Take over what `gather_state` returned, on this or another grid, with as many groups of parameters. Local."""
         num_theirs, num_mine = len(state["groups"]), len(self.optimizer.param_groups)
         if num_theirs != num_mine:
             rule = f"the checkpoint has {num_theirs} groups of parameters, and this optimizer has {num_mine}"

@@ -66,16 +66,9 @@ class Family:
     capabilities = Capabilities()
 
     def slots(self, weights: Tensor, layout: FlatLayout, samples: Sequence[int]) -> dict[str, Slot]:
-        """Return the slots as they start.
+        """Return the slots as they start, of weights [P] of the module in a layout.
 
-        Parameters
-        ----------
-        weights : Tensor
-            [P] weights of the module; [len(samples), P] where the slots belong to samples.
-        layout : FlatLayout
-            Where which weight lies.
-        samples : sequence of int
-            Global indices of this rank's samples.
+        Where the slots belong to samples, weights are [len(samples), P] for the global indices of this rank's samples.
         """
         raise NotImplementedError
 
@@ -102,13 +95,9 @@ class Family:
     def kl_(self, grads: Slots | None, slots: Slots, work: Slots, scalars: Scalars, cross_entropy: Tensor) -> Tensor:
         """Add ``scalars.kl_weight`` times the gradient of the KL, and return the KL (nats, 0-dim tensor).
 
-        Parameters
-        ----------
-        grads : dict of str to Tensor, optional
-            None: the value only; ``scalars`` are then not those of a step.
-        cross_entropy : Tensor
-            Mean over the samples of the job of -log prior(w) (nats), where the KL is a Monte Carlo one
-            (`Capabilities.kl`); its gradient came with the samples.
+        Without ``grads`` the value only; ``scalars`` are then not those of a step. Where the KL is a Monte Carlo one
+        (`Capabilities.kl`), ``cross_entropy`` is the mean over the samples of the job of -log prior(w) (nats), whose
+        gradient came with the samples.
         """
         return cross_entropy
 
