@@ -176,9 +176,7 @@ class _LogPredictiveCoupling(_Reduced):
 
     def data_term(self) -> Tensor:
         log_mean = self._over_samples.log_mean
-        if log_mean is None or not self.counts_group:
-            return torch.zeros(())
-        return -log_mean.sum()
+        return -log_mean.sum() if log_mean is not None and self.counts_group else torch.zeros(())
 
 
 # --- moment-matched Gaussian ---------------------------------------------------------------------------

@@ -31,17 +31,13 @@ class SampleLoop:
 
     Parameters
     ----------
-    chunk_size : int
-        Samples in a batch; 1 walks.
-    batching : {"auto", "walking", "vmap"}
-        walking: samples one after another; vmap: in batches; auto: in batches, but for samples that have weights of
-        their own (members of an ensemble), which walk.
-    autocast_dtype : torch.dtype, optional
-        Run the module in this dtype where torch's autocast allows.
+    chunk_size, batching : int, {"auto", "walking", "vmap"}
+        Samples in a batch; 1 walks. walking: samples one after another; vmap: in batches; auto: in batches, but for samples
+        that have weights of their own (members of an ensemble), which walk.
+    autocast_dtype, max_examples : torch.dtype, int, optional
+        Run the module in this dtype where torch's autocast allows; examples of one forward pass, without gradients.
     speaks : bool
         Whether this process says what the user should know: rank 0.
-    max_examples : int, optional
-        Examples of one forward pass, without gradients.
     """
 
     def __init__(
