@@ -62,7 +62,7 @@ class MpiTensors(TensorTransport):
         comm, width = self._comms[axis], tensor.shape[1:].numel()
         if lengths is None:
             with _watched(f"a gather over {axis}"):
-                lengths = comm.allgather(len(tensor))
+                lengths = list(comm.allgather(len(tensor)))
         gathered = tensor.new_empty(sum(lengths), *tensor.shape[1:])
         parts = gathered.split(list(lengths))
         rows = max(1, MAX_COUNT // (len(lengths) * width))

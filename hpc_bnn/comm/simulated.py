@@ -7,9 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..config import Compression, Reduction
 from ..grid import Axis, Grid
-from .grid_comm import GridComm
 from .timing import Operation
 from .transports import TensorTransport
 
@@ -25,16 +23,15 @@ class Collective:
 
 
 class SimulatedTensors(TensorTransport):
-    """Records messages and does not send them: sums are this rank's values, gathered tensors are copies of its own.
+    """Adds messages to a list and does not send them: sums are this rank's values, gathered tensors copies of its own.
 
     Where the other ranks have fewer rows than this one, ``num_gathered`` is the number of all rows.
     """
 
     name = "simulated"
 
-    def __init__(self, grid: Grid, num_gathered: int | None = None):
-        self._grid, self._num_gathered = grid, num_gathered
-        self.collectives: list[Collective] = []
+    def __init__(self, grid: Grid, collectives: list[Collective], num_gathered: int | None = None):
+        self._grid, self.collectives, self._num_gathered = grid, collectives, num_gathered
 
     def reduce_(self, flat: torch.Tensor, axis: Axis, operation: str) -> None:
         self.collectives.append(Collective("all-reduce", axis, flat.nbytes))
@@ -60,14 +57,3 @@ class SimulatedTensors(TensorTransport):
     def all_to_all(self, flat: torch.Tensor, counts: list[int], axis: Axis) -> torch.Tensor:
         self.collectives.append(Collective("reduce-scatter", axis, flat.nbytes))  # as many bytes, sent in the same way
         return flat[: counts[self._grid.indices[axis]]].repeat(len(counts))
-
-
-def simulated_comm(
-    grid: Grid,
-    reduction: Reduction = "axes",
-    compression: Compression = "none",
-    device: torch.device | str = "cpu",
-    num_gathered: int | None = None,
-) -> GridComm:
-    """Return rank 0 of a grid, with a list ``tensors.collectives`` of what it would have sent. Local."""
-    return GridComm(grid, device, reduction, compression, tensors=SimulatedTensors(grid, num_gathered))

@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..comm import GridComm
 from ..comm.installed import first_line
-from ..comm.simulated import Collective, simulated_comm
+from ..comm.simulated import Collective, SimulatedTensors
 from ..config import Config, ModelConfig, PosteriorConfig
 from ..data import Manifest, ShardDataset
 from ..data.dataset import _Scale
@@ -75,10 +75,16 @@ class Rehearsal:
 
 
 def imagined_comm(
-    grid: Grid, config: Config, device: torch.device | str = "cpu", num_gathered: int | None = None
+    grid: Grid,
+    config: Config,
+    device: torch.device | str = "cpu",
+    *,
+    collectives: list[Collective] | None = None,
+    num_gathered: int | None = None,
 ) -> GridComm:
-    """Return rank 0 of a grid as a config wants it (`hpc_bnn.comm.simulated`). Local."""
-    return simulated_comm(grid, config.grid.reduction, config.grid.compression, device, num_gathered)
+    """Return rank 0 of a grid as a config wants it; what it would send is added to ``collectives``. Local."""
+    tensors = SimulatedTensors(grid, [] if collectives is None else collectives, num_gathered)
+    return GridComm(grid, device, config.grid.reduction, config.grid.compression, tensors=tensors)
 
 
 class LiveMemory(TorchDispatchMode):
@@ -137,7 +143,8 @@ def rehearse(config: Config, manifest: Manifest, grid: Grid, *, is_on_gpu: bool 
     DataError
         The network cannot be simulated, because its control flow depends on numbers (it reads the content of a tensor).
     """
-    comm = imagined_comm(grid, config)
+    collectives: list[Collective] = []
+    comm = imagined_comm(grid, config, collectives=collectives)
     with _default_dtype(config), FakeTensorMode(), LiveMemory() as memory:
         step, arguments = share_of(config, manifest, comm)
         posterior = step.posterior
@@ -179,7 +186,7 @@ def rehearse(config: Config, manifest: Manifest, grid: Grid, *, is_on_gpu: bool 
         forward_bytes=forward,
         evaluation_bytes=evaluation,
         flops=float(flops.get_total_flops()),
-        collectives=tuple(comm.tensors.collectives),
+        collectives=tuple(collectives),
     )
 
 

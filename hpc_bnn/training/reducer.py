@@ -38,8 +38,8 @@ class Reducer:
     """
 
     def __init__(self, posterior: Posterior, comm: GridComm, *, in_blocks: bool = False, divided: bool = False):
-        asked = {"overlap": in_blocks, "sharded": divided, "compression": comm.compression != "none"}
-        posterior.check_features(**asked, can_overlap=comm.tensors.can_overlap)
+        is_compressed, can_overlap = comm.compression != "none", comm.tensors.can_overlap
+        posterior.check_features(overlap=in_blocks, sharded=divided, compression=is_compressed, can_overlap=can_overlap)
         self.posterior, self.comm, self.in_blocks, self.divided = posterior, comm, in_blocks, divided
         self._blocks = []
         if in_blocks:
