@@ -537,7 +537,7 @@ def test_a_step_that_does_not_end_is_named():
     [
         (("--grid.sample_size", "3"), "--grid.sample_size 3"),
         (("--seconds", "0"), "--seconds 0"),
-        (("--backend", "mpi"), '"backend"'),
+        (("--backend", "gloo"), '"backend"'),
     ],
 )
 def test_impossible_requests(flags, said, capfd):
