@@ -36,7 +36,10 @@ __getattr__, __dir__, __all__ = door(
     {
         "comm": "connect GridComm TensorTransport",
         "config": "Config",
-        "data": "Augmentation BatchLoader Examples global_batches ShardDataset write_shards",
+        "data": (
+            "Augmentation BatchLoader DatasetSource Examples global_batches GlobalBatchSampler ShardDataset Source "
+            "StreamSource TensorSource write_shards"
+        ),
         "grid": "Grid",
         "likelihoods": "Bernoulli Categorical Gaussian Implicit Likelihood Poisson StudentT",
         "objectives": "Crps Energy Gathered LogPredictive MomentMatched NegativeElbo",

@@ -74,6 +74,11 @@ class DataConfig:
 
     shards: str = "data/digits"
     """Shard directory with a manifest.json."""
+    dataset: str | None = None
+    """Import path of a class or function that gives the data instead of shards: called with split and arguments, it
+    returns a torch Dataset of pairs (x, y), tensors (x, y), or an hpc_bnn.Source."""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """Further keyword arguments of the dataset."""
     prepare: str | None = None
     """Script that writes these shards if they are missing, called once with --output SHARDS; not used if the command
     line names other shards."""

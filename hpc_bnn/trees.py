@@ -10,7 +10,17 @@ from torch import Tensor
 
 from .errors import ConfigError, Fault
 
-__all__ = ["Inputs", "as_arguments", "device_of", "map_leaves", "map_tensors", "num_rows", "stack", "tensors_of"]
+__all__ = [
+    "Inputs",
+    "as_arguments",
+    "device_of",
+    "map_leaves",
+    "map_tensors",
+    "num_rows",
+    "rows_of",
+    "stack",
+    "tensors_of",
+]
 
 Inputs = Any
 """A tensor [B, ...], or nested dicts, lists and tuples of them with the same B."""
@@ -52,6 +62,11 @@ def num_rows(tree: Inputs) -> int:
         rule = "all tensors of the inputs need the same extent of dim 0, the examples"
         raise ConfigError(Fault("x", sorted(lengths), rule, "Leave out what does not belong to an example"))
     return lengths.pop()
+
+
+def rows_of(tree: Inputs, span: slice) -> Inputs:
+    """Return some rows of each tensor."""
+    return map_tensors(lambda tensor: tensor[span], tree)
 
 
 def as_arguments(tree: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from .trees import Inputs, device_of, map_tensors, num_rows
+from .trees import Inputs, device_of, num_rows, rows_of
 
 __all__ = ["SharedView", "Views"]
 
@@ -51,7 +51,7 @@ class _Part(SharedView):
         self._num_rows = len(range(len(whole))[span])
 
     def of(self, sample: int) -> Inputs:
-        return map_tensors(lambda tensor: tensor[self._span], self._whole.of(sample))
+        return rows_of(self._whole.of(sample), self._span)
 
 
 class Views(SharedView):

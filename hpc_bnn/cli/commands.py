@@ -147,8 +147,9 @@ def _train(options: jsonargparse.Namespace, given: set[str]) -> int:
 def config_of(options: jsonargparse.Namespace, given: Collection[str] = ()) -> Config:
     """Return the config among the options of a command; ``given`` are the flags on the command line. Local."""
     config = Config(**{field.name: options[field.name] for field in fields(Config)})
-    if "--data.shards" in given and "--data.prepare" not in given:
-        config.data.prepare = None  # the script of the config file belongs to the shards of the config file
+    if "--data.shards" in given:  # the script and the dataset of the config file do not belong to these shards
+        config.data.prepare = config.data.prepare if "--data.prepare" in given else None
+        config.data.dataset = config.data.dataset if "--data.dataset" in given else None
     return config
 
 

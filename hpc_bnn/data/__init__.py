@@ -5,6 +5,7 @@ from .dataset import ShardDataset
 from .loader import Batch, BatchLoader
 from .manifest import ArraySpec, Manifest, Statistics
 from .order import epoch_order, global_batches, num_global_batches
+from .source import DatasetSource, GlobalBatchSampler, Source, StreamSource, TensorSource, as_source
 from .stage import Staged, stage_shards, unstage_shards, verify_shards
 from .writer import Examples, write_shards
 
@@ -13,11 +14,17 @@ __all__ = [
     "Augmentation",
     "Batch",
     "BatchLoader",
+    "DatasetSource",
     "Examples",
+    "GlobalBatchSampler",
     "Manifest",
     "ShardDataset",
+    "Source",
     "Staged",
     "Statistics",
+    "StreamSource",
+    "TensorSource",
+    "as_source",
     "epoch_order",
     "global_batches",
     "num_global_batches",

@@ -283,6 +283,10 @@ def build_augmentation(
     transforms = [_build_transform(dict(entry)) for entry in config.transforms]
     if not transforms:
         return None
+    if "x" not in manifest.arrays:
+        names = [name for name in manifest.arrays if name != "y"]
+        rule = f"transforms change one tensor of inputs, and these data have {', '.join(names)}"
+        raise ConfigError(Fault("augmentation.transforms", config.transforms, rule, "Leave them out"))
     x, y = manifest.arrays["x"].shape, manifest.arrays["y"].shape
     for transform in transforms:
         num_dims, rule = getattr(transform, "num_dims", len(x)), None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +15,13 @@ from ..errors import DataError
 from ..grid import Grid
 from .files import SplitFiles
 from .manifest import Manifest, torch_dtype
+from .source import Source
 
 MEMORY_SHARE = 0.5
 """Fraction of the free memory of a node that a split may take with the reading "auto"."""
 
 
-class ShardDataset:
+class ShardDataset(Source):
     """One split of a shard directory: read as it is stored, normalised on the device when fetched.
 
     `DataError` where the split or a file is missing, truncated, corrupt, or not what the manifest says. If only one
@@ -72,17 +72,11 @@ class ShardDataset:
         self.reading = self._choose(reading)
         """The reading that is used, never "auto"."""
         self._memory = self._read_into_memory() if self.reading == "node" else None
-        self._x_scale = _Scale(scaling, "x", self.device, dtype)
-        has_scale = normalises_targets and "y" in scaling.statistics
-        self._y_scale = _Scale(scaling, "y", self.device, dtype) if has_scale else None
+        scales = [scale_of(scaling, n, self.device, dtype) if n in scaling.statistics else None for n in ("x", "y")]
+        self._x_scale, self._y_scale = scales[0], scales[1] if normalises_targets else None
 
     def __len__(self) -> int:
         return len(self._files)
-
-    @property
-    def in_shape(self) -> tuple[int, ...]:
-        """Shape of one input."""
-        return self.manifest.arrays["x"].shape
 
     @property
     def num_bytes(self) -> int:
@@ -97,22 +91,9 @@ class ShardDataset:
     @property
     def target_scale(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Mean and standard deviation of the targets per channel, [1, channels, 1, ...], if they are normalised."""
-        return (self._y_scale.mean, self._y_scale.std) if self._y_scale else None
+        return self._y_scale
 
     # --- examples -----------------------------------------------------------------------------------
-
-    def fetch(self, indices: torch.Tensor | Sequence[int] | slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return normalised inputs [B, ...] and targets [B, ...] of some examples.
-
-        Collective over ``sample_comm`` with the reading ``group``, otherwise local.
-        """
-        if isinstance(indices, slice):
-            indices = torch.arange(*indices.indices(len(self)))
-        wanted = torch.as_tensor(indices)
-        is_whole = wanted.dtype in (torch.int64, torch.int32)
-        if len(wanted) and not (is_whole and wanted.min() >= 0 and wanted.max() < len(self)):
-            raise IndexError(f"examples are fetched by whole numbers from 0 to {len(self) - 1}, not {wanted}")
-        return self.deliver(self.read(wanted.long()))
 
     def read(self, indices: torch.Tensor) -> torch.Tensor:
         """Return the bytes of some examples, for `deliver`. Local, also in a thread of its own.
@@ -137,13 +118,15 @@ class ShardDataset:
         if self.reading == "group":
             self._comm.broadcast_(buffer, root=0, axis="sample")
         x, y = self._split(buffer)
-        y = y.to(self.dtype) if y.is_floating_point() or self._y_scale else y
-        # The buffer is this batch's own: no copy
-        return self._x_scale.normalise_(x.to(self.dtype)), self._y_scale.normalise_(y) if self._y_scale else y
+        x, y = x.to(self.dtype), y.to(self.dtype) if y.is_floating_point() or self._y_scale else y
+        for values, scale in ((x, self._x_scale), (y, self._y_scale)):
+            if scale is not None:  # the buffer is this batch's own: no copy
+                values.sub_(scale[0]).div_(scale[1])
+        return x, y
 
     def in_units(self, y: torch.Tensor) -> torch.Tensor:
         """Return targets [B, ...], as they are delivered, in units of y."""
-        return self._y_scale.undo(y) if self._y_scale else y
+        return y * self._y_scale[1] + self._y_scale[0] if self._y_scale else y
 
     # --- memory -------------------------------------------------------------------------------------
 
@@ -193,21 +176,15 @@ def _check_alike(scaling: Manifest, manifest: Manifest, directory: str | os.Path
             )
 
 
-class _Scale:
-    """Mean and standard deviation that broadcast over a batch [B, channels, ...] or [B]."""
-
-    def __init__(self, manifest: Manifest, name: str, device: torch.device, dtype: torch.dtype):
-        statistics, num_dims = manifest.statistics[name], len(manifest.arrays[name].shape)
-        form = (1, -1, *(1,) * (num_dims - 1)) if num_dims else (1,)
-        std = torch.tensor(statistics.std, dtype=dtype, device=device)
-        self.mean = torch.tensor(statistics.mean, dtype=dtype, device=device).view(form)
-        self.std = torch.where(std > 0, std, 1).view(form)
-
-    def normalise_(self, values: torch.Tensor) -> torch.Tensor:
-        return values.sub_(self.mean).div_(self.std)
-
-    def undo(self, values: torch.Tensor) -> torch.Tensor:
-        return values * self.std + self.mean
+def scale_of(
+    manifest: Manifest, name: str, device: torch.device | str, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return mean and standard deviation of an array, which broadcast over a batch [B, channels, ...] or [B]. Local."""
+    num_dims = len(manifest.arrays[name].shape)
+    form = (1, -1, *(1,) * (num_dims - 1)) if num_dims else (1,)
+    found = (manifest.statistics[name].mean, manifest.statistics[name].std)
+    mean, std = (torch.tensor(numbers, dtype=dtype, device=device).view(form) for numbers in found)
+    return mean, torch.where(std > 0, std, 1)
 
 
 def free_memory_bytes(is_shared: bool) -> float:

@@ -7,21 +7,23 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from ..config import check_field
 from ..errors import ConfigError, Fault
 from ..grid import Grid
-from .dataset import ShardDataset
+from ..trees import Inputs, rows_of
 from .order import global_batches, num_global_batches
+from .source import Source
 
 
 @dataclass(frozen=True)
 class Batch:
     """The examples of one global batch for this rank."""
 
-    x: torch.Tensor
+    x: Inputs
     """[B_local, ...] normalised inputs."""
     y: torch.Tensor
     """[B_local, ...] targets."""
@@ -29,16 +31,16 @@ class Batch:
     """[B_local] global indices of the examples in the split."""
     num_examples: int
     """Examples of the batch in the whole job."""
-    partners: tuple[torch.Tensor, torch.Tensor] | None = None
+    partners: tuple[Inputs, torch.Tensor] | None = None
     """Inputs and targets of the mirrored positions of the global batch, if they are requested."""
 
 
 class BatchLoader:
-    """Iterates over the batches of an epoch. With the reading ``group`` collective over ``sample_comm``, else local.
+    """Iterates over the batches of an epoch. Local, or as `Source.deliver` is.
 
     Parameters
     ----------
-    dataset, grid : ShardDataset, Grid
+    dataset, grid : Source, Grid
         Where the examples come from; the ranks of the data axis take disjoint ranges of each batch.
     global_batch_size, seed : int
         Examples per batch in the whole job, and key of the order.
@@ -50,7 +52,7 @@ class BatchLoader:
 
     def __init__(
         self,
-        dataset: ShardDataset,
+        dataset: Source,
         grid: Grid,
         global_batch_size: int,
         seed: int,
@@ -71,33 +73,43 @@ class BatchLoader:
         if self.num_batches == 0:
             rule = f"the split has {len(dataset)} examples, and <data.drop_last> leaves out a smaller batch"
             raise ConfigError(Fault("global_batch_size", global_batch_size, rule, "Make it smaller"))
+        if with_partners and dataset.has_own_order:
+            rule = "it needs the examples at the mirrored places of a batch, and a stream gives each example once"
+            raise ConfigError(
+                Fault("augmentation.transforms", "mixup", rule, "Leave it out, or use a map-style Dataset")
+            )
 
     def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
         """Yield the batches of an epoch, from ``first_batch`` on: an interrupted epoch continues where it stopped."""
         if not 0 <= first_batch <= self.num_batches:
             rule = f"an epoch has {self.num_batches} batches"
             raise ConfigError(Fault("first_batch", first_batch, rule, "Begin with one of them"))
-        size, num_examples = self.global_batch_size, len(self.dataset)
+        self.dataset.begin(epoch)
         batches = global_batches(
-            num_examples, size, self.seed, epoch, drop_last=self.drop_last, first_batch=first_batch
+            len(self.dataset),
+            self.global_batch_size,
+            None if self.dataset.has_own_order else self.seed,
+            epoch,
+            drop_last=self.drop_last,
+            first_batch=first_batch,
         )
         with contextlib.closing(_read_ahead(self._read, batches, self.prefetch)) as read:
             for batch, buffer in read:
                 x, y = self.dataset.deliver(buffer)
-                examples = batch[self.grid.local_examples(len(batch))].to(x.device)
-                mine = len(examples)
-                partners = (x[mine:], y[mine:]) if self.with_partners else None
-                yield Batch(x[:mine], y[:mine], examples, len(batch), partners)
+                examples = batch[self.grid.local_examples(len(batch))].to(y.device)
+                mine, others = slice(len(examples)), slice(len(examples), None)
+                partners = (rows_of(x, others), y[others]) if self.with_partners else None
+                yield Batch(rows_of(x, mine), y[mine], examples, len(batch), partners)
 
-    def _read(self, batch: torch.Tensor) -> torch.Tensor:
-        """Return the bytes of the examples that this rank needs of a global batch."""
+    def _read(self, batch: torch.Tensor) -> Any:
+        """Return what the source reads of the examples that this rank needs of a global batch."""
         span = self.grid.local_examples(len(batch))
         return self.dataset.read(torch.cat([batch[span], batch.flip(0)[span]]) if self.with_partners else batch[span])
 
 
 def _read_ahead(
-    read: Callable[[torch.Tensor], torch.Tensor], batches: Iterator[torch.Tensor], count: int
-) -> Generator[tuple[torch.Tensor, torch.Tensor], None, None]:
+    read: Callable[[torch.Tensor], Any], batches: Iterator[torch.Tensor], count: int
+) -> Generator[tuple[torch.Tensor, Any], None, None]:
     """Yield each batch and what ``read`` returns for it; the next ``count`` batches are read meanwhile.
 
     They are read by a thread, not by a forked process: a fork after MPI has started is not safe. The main thread makes
@@ -107,7 +119,7 @@ def _read_ahead(
         for batch in batches:
             yield batch, read(batch)
         return
-    waiting: deque[tuple[torch.Tensor, Future[torch.Tensor]]] = deque()
+    waiting: deque[tuple[torch.Tensor, Future[Any]]] = deque()
     reader = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
     try:
         for batch in batches:

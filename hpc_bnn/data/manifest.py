@@ -101,6 +101,21 @@ class Manifest:
         return sum(shard.num_examples for shard in self.splits[split])
 
     @property
+    def in_shape(self) -> Any:
+        """Shape of one input, or a dict of shapes by name where the inputs are not one array ``x``."""
+        shapes = {name: spec.shape for name, spec in self.arrays.items() if name != "y"}
+        return shapes["x"] if list(shapes) == ["x"] else shapes
+
+    def is_whole(self, name: str) -> bool:
+        """Whether an array of inputs is delivered as whole numbers: one of a source that normalises nothing."""
+        return name not in self.statistics and np.issubdtype(np.dtype(self.arrays[name].dtype), np.integer)
+
+    @property
+    def num_inputs(self) -> int:
+        """Numbers in the inputs of an example."""
+        return sum(math.prod(spec.shape) for name, spec in self.arrays.items() if name != "y")
+
+    @property
     def num_bytes_per_example(self) -> int:
         """Bytes of an example, as it is stored."""
         return sum(spec.num_bytes for spec in self.arrays.values())

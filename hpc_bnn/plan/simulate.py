@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import math
 from bisect import bisect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -26,8 +27,8 @@ from ..comm import GridComm
 from ..comm.installed import first_line
 from ..comm.simulated import Collective, SimulatedTensors
 from ..config import Config, ModelConfig, PosteriorConfig
-from ..data import Manifest, ShardDataset
-from ..data.dataset import _Scale
+from ..data import ArraySpec, Manifest, Source
+from ..data.dataset import scale_of
 from ..errors import DataError
 from ..grid import Grid
 from ..likelihoods import Likelihood
@@ -37,6 +38,7 @@ from ..run import Experiment, shown_examples
 from ..training.optim import optimizer_maker
 from ..training.step import VariationalStep
 from ..training.updaters import DividedUpdater
+from ..trees import Inputs
 
 
 @dataclass(frozen=True)
@@ -126,13 +128,29 @@ def share_of(config: Config, manifest: Manifest, comm: GridComm) -> tuple[Variat
     batch = min(config.global_batch_size, num_examples)
     step, _ = experiment.build_step(num_examples, num_batches=-(-num_examples // batch))
     part = comm.grid.local_examples(batch)
-    shapes = {name: (part.stop - part.start, *spec.shape) for name, spec in manifest.arrays.items()}
-    x = torch.randn(shapes["x"], dtype=experiment.dtype, device=comm.device)
-    if manifest.num_classes is None:
-        y = torch.randn(shapes["y"], dtype=experiment.dtype, device=comm.device)
-    else:
-        y = torch.randint(0, manifest.num_classes, shapes["y"], device=comm.device)
+    x, y = _batch_of(manifest, part.stop - part.start, experiment.dtype, comm.device)
     return step, (x, y, batch)
+
+
+def _batch_of(
+    manifest: Manifest,
+    num_examples: int,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    make: Callable[..., torch.Tensor] = torch.randn,
+) -> tuple[Inputs, torch.Tensor]:
+    """Return inputs and targets without meaning, as a source delivers them; whole numbers are 0."""
+    found = {}
+    for name, spec in manifest.arrays.items():
+        is_whole = manifest.num_classes is not None if name == "y" else manifest.is_whole(name)
+        shape = (num_examples, *spec.shape)
+        found[name] = (
+            torch.zeros(shape, dtype=torch.int64, device=device)
+            if is_whole
+            else make(shape, dtype=dtype, device=device)
+        )
+    y = found.pop("y")
+    return (found["x"] if list(found) == ["x"] else found), y
 
 
 def rehearse(config: Config, manifest: Manifest, grid: Grid, *, is_on_gpu: bool = False) -> Rehearsal:
@@ -201,22 +219,22 @@ def _rehearsing(config: Config) -> Iterator[None]:
 # --- an evaluation --------------------------------------------------------------------------------------
 
 
-class ImaginedDataset(ShardDataset):
+class ImaginedDataset(Source):
     """Examples of zeros in the shapes of a manifest. Local. The likelihood decides whether targets are normalised."""
 
     def __init__(self, manifest: Manifest, dtype: torch.dtype, num_examples: int, likelihood: Likelihood):
-        self.manifest, self.dtype, self.device = manifest, dtype, torch.device("cpu")
-        self._num_examples = num_examples
-        has_scale = likelihood.is_equivariant and "y" in manifest.statistics
-        self._y_scale = _Scale(manifest, "y", self.device, dtype) if has_scale else None
+        self.manifest, self.dtype, self._num_examples = manifest, dtype, num_examples
+        self._is_scaled = likelihood.is_equivariant and "y" in manifest.statistics
 
     def __len__(self) -> int:
         return self._num_examples
 
-    def fetch(self, indices: torch.Tensor | Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        shapes = {name: (len(indices), *spec.shape) for name, spec in self.manifest.arrays.items()}
-        kind = self.dtype if self.manifest.num_classes is None else torch.int64
-        return torch.zeros(shapes["x"], dtype=self.dtype), torch.zeros(shapes["y"], dtype=kind)
+    @property
+    def target_scale(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        return scale_of(self.manifest, "y", self.device, self.dtype) if self._is_scaled else None
+
+    def fetch(self, indices: Any) -> tuple[Inputs, torch.Tensor]:
+        return _batch_of(self.manifest, len(indices), self.dtype, make=torch.zeros)
 
 
 class Outputs(nn.Module):
@@ -276,7 +294,7 @@ def evaluation_bytes(
             return memory.peak_bytes, memory.live_bytes
 
     (fixed, empty), (peak, kept) = try_(0), try_(few)
-    inputs = block * math.prod(manifest.arrays["x"].shape) * experiment.dtype.itemsize
+    inputs = block * manifest.num_inputs * experiment.dtype.itemsize
     above = max(factor * (peak - fixed), factor * (max(before) - fixed) + forward)
     of_former_blocks = (kept - empty) * (mine - block) / few
     return int(resident + inputs + above + of_former_blocks)
@@ -307,7 +325,7 @@ def _block(config: Config, manifest: Manifest, grid: Grid, likelihood: Likelihoo
 def _in_small(config: Config, manifest: Manifest, places: tuple[int, ...]) -> tuple[Config, Manifest]:
     """Return a config and a manifest of the same likelihood, with few points of each target and without a network."""
     arrays = {
-        "x": replace(manifest.arrays["x"], shape=(1,)),
+        "x": ArraySpec((1,), "float32"),
         "y": replace(manifest.arrays["y"], shape=(*manifest.arrays["y"].shape[:1], *places)),
     }
     weights = manifest.target_weights

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..comm import GridComm
-from ..data import ShardDataset
+from ..data import Source
 from ..likelihoods import Likelihood
 from ..posteriors import Posterior
 from .metrics import (
@@ -39,9 +39,9 @@ INTERVALS = {50: 0.5, 90: 0.9, 95: 0.95}
 """Levels of the central intervals for coverage and width, by their names in percent."""
 
 
-def block_size(likelihood: Likelihood, dataset: ShardDataset, num_samples: int, keep_members: bool) -> int:
+def block_size(likelihood: Likelihood, dataset: Source, num_samples: int, keep_members: bool) -> int:
     """Return the number of examples of a data set that a rank processes at once. Local."""
-    num_bytes = math.prod(dataset.in_shape) * dataset.dtype.itemsize
+    num_bytes = dataset.manifest.num_inputs * dataset.dtype.itemsize
     if keep_members:
         places = math.prod(dataset.manifest.arrays["y"].shape[1:])
         num_bytes = max(num_bytes, 8 * num_samples * likelihood.num_outputs * places)
@@ -56,14 +56,14 @@ class Block:
     """[B] their global indices."""
     predictive: Predictive
     y: Tensor
-    """[B, ...] their targets; without ``with_targets`` as `ShardDataset.fetch` delivers them."""
+    """[B, ...] their targets; without ``with_targets`` as `Source.fetch` delivers them."""
 
 
 def predict_dataset(
     posterior: Posterior,
     likelihood: Likelihood,
     comm: GridComm,
-    dataset: ShardDataset,
+    dataset: Source,
     *,
     num_samples: int,
     keep_members: bool = False,
@@ -114,7 +114,7 @@ def evaluate_dataset(
     posterior: Posterior,
     likelihood: Likelihood,
     comm: GridComm,
-    dataset: ShardDataset,
+    dataset: Source,
     *,
     see: See | None = None,
     **options: Any,
@@ -127,7 +127,7 @@ def evaluate_dataset(
 
     Parameters
     ----------
-    dataset : ShardDataset
+    dataset : Source
         The data set.
     see : callable, optional
         Called with the global indices [B], the predictive, and the targets of every block of this rank; numbers in
@@ -145,7 +145,7 @@ def score_dataset(
     posterior: Posterior,
     likelihood: Likelihood,
     comm: GridComm,
-    dataset: ShardDataset,
+    dataset: Source,
     *,
     num_samples: int,
     see: See | None = None,
@@ -184,7 +184,7 @@ def uncertainties_of(predictive: Predictive, unit: Tensor | float = 1.0) -> dict
 
 
 def uncertainties_of_dataset(
-    posterior: Posterior, likelihood: Likelihood, comm: GridComm, dataset: ShardDataset, **options: Any
+    posterior: Posterior, likelihood: Likelihood, comm: GridComm, dataset: Source, **options: Any
 ) -> dict[str, Tensor]:
     """Return `uncertainties_of` all examples of a data set, [N]; its targets are not used.
 
@@ -197,7 +197,7 @@ def uncertainties_of_dataset(
     return columns.gather(comm)
 
 
-def _unit(dataset: ShardDataset) -> Tensor | float:
+def _unit(dataset: Source) -> Tensor | float:
     return dataset.target_scale[1] if dataset.target_scale else 1.0
 
 
@@ -247,7 +247,7 @@ class _Columns:
 class _Scores:
     """Accumulates the metrics of a data set."""
 
-    def __init__(self, dataset: ShardDataset, metrics: dict[str, Metric], columns: tuple[str, ...]):
+    def __init__(self, dataset: Source, metrics: dict[str, Metric], columns: tuple[str, ...]):
         for metric in metrics.values():
             metric.sums = metric.sums.to(dataset.device)
         self.metrics, self._columns = metrics, _Columns(columns)
@@ -269,7 +269,7 @@ class _Scores:
 
 
 class _ClassScores(_Scores):
-    def __init__(self, likelihood: Likelihood, dataset: ShardDataset, num_samples: int):
+    def __init__(self, likelihood: Likelihood, dataset: Source, num_samples: int):
         self._ece = ExpectedCalibrationError()
         means = {name: ExampleMean() for name in ("accuracy", "nll", "brier")}
         super().__init__(dataset, {**means, "ece": self._ece}, (*UNCERTAINTIES[True], "confidence", "correct"))
@@ -294,7 +294,7 @@ class _ClassScores(_Scores):
 
 
 class _ValueScores(_Scores):
-    def __init__(self, likelihood: Likelihood, dataset: ShardDataset, num_samples: int):
+    def __init__(self, likelihood: Likelihood, dataset: Source, num_samples: int):
         self._unit = _unit(dataset)
         self._names = dataset.manifest.arrays["y"].channels
         self._num_samples, self._has_mixture = num_samples, likelihood.has_mixture

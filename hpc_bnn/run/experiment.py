@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import logging
@@ -18,7 +19,7 @@ from torch import nn
 
 from ..comm import GridComm, connect
 from ..config import Config, DataConfig, Score
-from ..data import Manifest, ShardDataset
+from ..data import Manifest, ShardDataset, Source, as_source
 from ..data.manifest import MANIFEST
 from ..errors import ConfigError, DataError, Fault, import_object
 from ..likelihoods import Likelihood, build_likelihood
@@ -128,8 +129,10 @@ class Experiment:
         )
         return step, schedule
 
-    def open(self, split: str, shards: str | None = None) -> ShardDataset:
-        """Open a split of shards (``config.data.shards``), normalised as the data that the network is trained on."""
+    def open(self, split: str, shards: str | None = None) -> Source:
+        """Open a split of the data of the config, or of shards, normalised as the data that the network is trained on."""
+        if shards is None and self.config.data.dataset is not None:
+            return open_dataset(self.config.data, split, self.comm).on(self.comm.device, self.dtype)
         return ShardDataset(
             shards or self.config.data.shards,
             split,
@@ -148,11 +151,11 @@ class Experiment:
         chunk_size = config.chunk_size if config.batching == "vmap" and config.chunk_size != "auto" else 1
         return {"num_samples": config.num_test_samples, "seed": config.seed, "chunk_size": chunk_size}
 
-    def uncertainties(self, dataset: ShardDataset) -> dict[str, torch.Tensor]:
+    def uncertainties(self, dataset: Source) -> dict[str, torch.Tensor]:
         """Return the uncertainties [N] of all examples of a data set (`hpc_bnn.predictive.evaluation.uncertainties_of`)."""
         return uncertainties_of_dataset(self.posterior, self.likelihood, self.comm, dataset, **self.test_samples)
 
-    def evaluate(self, dataset: ShardDataset) -> Tested:
+    def evaluate(self, dataset: Source) -> Tested:
         """Evaluate a data set with ``config.num_test_samples``; raise `DataError` if its classes are not the trained ones."""
         mine, theirs = self.manifest.num_classes, dataset.manifest.num_classes
         if mine != theirs:
@@ -207,7 +210,7 @@ class Experiment:
 
         def make_module() -> nn.Module:
             network, arguments = import_object("model.name", config.model.name), config.model.arguments
-            shapes = {"in_shape": self.manifest.arrays["x"].shape, "num_outputs": self.likelihood.num_outputs}
+            shapes = {"in_shape": self.manifest.in_shape, "num_outputs": self.likelihood.num_outputs}
             places = self.manifest.arrays["y"].shape[1:]
             try:
                 if places and "places" in inspect.signature(network).parameters:
@@ -242,11 +245,32 @@ def connect_grid(config: Config, sample_size: int) -> GridComm:
     return connect(sample_size, config.device, grid.reduction, grid.compression, backend=config.backend)
 
 
+def open_dataset(config: DataConfig, split: str, comm: GridComm) -> Source:
+    """Return a split of the dataset of the user (``data.dataset``). Collective over the world."""
+    with comm.agree(f"making {config.dataset}, split {split}"):
+        return _source_of(str(config.dataset), json.dumps(config.arguments), split)
+
+
+@functools.lru_cache(maxsize=4)  # a run asks for the shapes, and then for the examples
+def _source_of(path: str, arguments: str, split: str) -> Source:
+    make, given = import_object("data.dataset", path), json.loads(arguments)
+    try:
+        return as_source(make(split=split, **given))
+    except TypeError as error:
+        rule = f"{path} refuses them, or split={split!r} ({error})"
+        raise ConfigError(Fault("data.arguments", given, rule, "Fix the arguments")) from error
+
+
 def read_or_prepare(config: DataConfig, comm: GridComm) -> Manifest:
     """Read the manifest, after preparing the shards if it cannot be read and the config has a script.
 
-    Collective over the world.
+    Of a dataset of the user it is made. Collective over the world.
     """
+    if config.dataset is not None:
+        names = dict.fromkeys((config.train_split, config.test_split))
+        manifests = {name: open_dataset(config, name, comm).manifest for name in names}
+        splits = {name: tuple(manifest.shards) for name, manifest in manifests.items()}
+        return replace(manifests[config.train_split], name=config.dataset, splits=splits)
     with comm.agree(f"preparing {config.shards}"):
         if comm.grid.is_first("world") and config.prepare:
             try:

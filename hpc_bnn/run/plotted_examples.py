@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from ..comm import GridComm
-from ..data import ShardDataset
+from ..data import Source
 from ..likelihoods import Likelihood
 from ..predictive import ClassPredictive
+from ..trees import tensors_of
 
 NUM_SHOWN_EXAMPLES = 12
 """Classes: half the surest, half the least sure."""
@@ -29,7 +30,7 @@ NUM_SHOWN_FIELDS, LEAST_FIELD = 3, 8
 class ShownClasses:
     """The surest and the least sure examples of the job."""
 
-    def __init__(self, comm: GridComm, dataset: ShardDataset):
+    def __init__(self, comm: GridComm, dataset: Source):
         self.comm, self.dataset = comm, dataset
         self._seen: list[tuple[Tensor, ClassPredictive]] = []
 
@@ -43,7 +44,7 @@ class ShownClasses:
         # One rank of a sample group chooses: fetching is collective over the group where it reads together.
         chosen = self.comm.gather_objects(self._choose(half), "sample")[0]
         x, y = self.dataset.fetch(torch.tensor([example["index"] for example in chosen], dtype=torch.int64))
-        mine = [example | {"x": x[i].cpu(), "y": int(y[i])} for i, example in enumerate(chosen)]
+        mine = [example | {"x": tensors_of(x)[0][i].cpu(), "y": int(y[i])} for i, example in enumerate(chosen)]
         mine = mine if self.comm.grid.is_first("sample") else []
         everyones = list(itertools.chain.from_iterable(self.comm.gather_objects(mine)))
         if self.comm.grid.rank != 0:
@@ -85,7 +86,7 @@ class ShownValues:
 
     num_shown = NUM_SHOWN_POINTS
 
-    def __init__(self, comm: GridComm, dataset: ShardDataset):
+    def __init__(self, comm: GridComm, dataset: Source):
         self.comm = comm
         self._every = -(-len(dataset) // self.num_shown)
         self._seen: list[dict[str, Tensor]] = []
@@ -125,7 +126,7 @@ class ShownFields(ShownValues):
         return column[:, 0]
 
 
-def shown_examples(likelihood: Likelihood, comm: GridComm, dataset: ShardDataset) -> ShownClasses | ShownValues:
+def shown_examples(likelihood: Likelihood, comm: GridComm, dataset: Source) -> ShownClasses | ShownValues:
     """Return what keeps the examples that suit a likelihood and the targets."""
     if likelihood.num_classes is not None:
         return ShownClasses(comm, dataset)
