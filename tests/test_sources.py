@@ -1,10 +1,11 @@
 """Examples from tensors, Datasets and streams in one process: what is refused, and how it resumes."""
 
+import json
 import sys
 
 import pytest
 import torch
-from conftest import REPOSITORY
+from conftest import REPOSITORY, SHARED_DATA
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
@@ -175,6 +176,18 @@ def test_a_dataset_that_cannot_be_made_is_a_clear_error(words, capsys, changes, 
     assert main(words("train", **changes)) != 0
     err = capsys.readouterr().err
     assert said in err and "Traceback" not in err
+
+
+@pytest.mark.skipif(not SHARED_DATA.exists(), reason="shared/data is not here")
+def test_the_example_reads_a_netcdf_store_through_xarray(words, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(REPOSITORY / "examples"))
+    arguments = f"{{path: {SHARED_DATA / 'weather/era5_t2m_uk_2019-03.nc'}, variable: t2m, lead: 6, every: 4}}"
+    changes = {"data__dataset": "xarray_fields.Forecast", "data__arguments": arguments, "global_batch_size": 32}
+    changes |= {"model__name": "hpc_bnn.models.MLP", "model__arguments": "{hidden: [32]}", "num_epochs": 6}
+    changes |= {"posterior__init_std": 0.05, "likelihood__scale": 0.3, "optimizer__learning_rate": 0.01}
+    assert main(words("train", **changes)) == 0
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["test/rmse"] < 0.6  # the mean of the training times has 0.64, persistence 0.77
 
 
 def test_a_source_of_the_user_is_taken_as_it_is(tmp_path):
