@@ -13,7 +13,7 @@ from hpc_bnn.errors import DataError
 from hpc_bnn.noise import Key, Stream
 from hpc_bnn.posteriors.draws import RedrawnDraw
 from hpc_bnn.run import former_checkpoint
-from hpc_bnn.run.checkpoint import SECTIONS, CheckpointStore, restore_model
+from hpc_bnn.run.checkpoint import SECTIONS, CheckpointStore
 
 FORMER = Path(__file__).parent / "former_checkpoints"
 sys.path.insert(0, str(FORMER))
@@ -53,7 +53,7 @@ def test_a_low_rank_posterior_of_format_2_is_the_same_distribution_today(caplog)
     (record,) = caplog.records
     assert str(path) in record.message and "starts it anew" in record.message
     posterior = problem.make_posterior("low_rank", GridComm(Grid()))
-    restore_model(state["model"], posterior)
+    posterior.load_state_dict(state["model"])
     assert posterior.kl().item() == pytest.approx(EXPECTED["low_rank"]["kl"], rel=1e-12)
     key = Key(1, Stream.PREDICTION, sample=2)
     with posterior.evaluating():

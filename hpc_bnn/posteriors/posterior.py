@@ -206,7 +206,7 @@ class Posterior:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over what `state_dict` returned. Local.
+        """Take over what `state_dict` returned, of this or another grid: rows of other ranks' samples are left out. Local.
 
         Raises
         ------
@@ -214,6 +214,8 @@ class Posterior:
             Names or shapes do not fit the module.
         """
         mine = self.state_dict()
+        if not self.is_replicated:
+            state = {name: tensor for name, tensor in state.items() if name in mine}
         rule = "this weight is only in the checkpoint or only in the model"
         faults = [Fault("model", name, rule, "Use its config") for name in sorted(mine.keys() ^ state.keys())]
         for name, value in mine.items():

@@ -42,11 +42,8 @@ import torch
 from torch import Tensor
 
 from .. import __version__
-from ..comm import GridComm
 from ..errors import DataError
-from ..posteriors import Posterior
 from ..safe_files import write_atomically
-from ..training.optim import JobOptimizer
 from ..trees import map_leaves
 from . import former_checkpoint
 
@@ -305,29 +302,3 @@ def write_identity(run_dir: str | os.PathLike, identity: str | None = None) -> s
 
 
 # --- the state of the job ------------------------------------------------------------------------------
-
-
-def gather_state(posterior: Posterior, optimizer: JobOptimizer, comm: GridComm) -> dict[str, Any]:
-    """Return the parameters and the optimizer's state of the whole job, with views of the existing tensors.
-
-    Collective over ``sample_comm`` where members or the optimizer's state are spread over it; otherwise Local.
-    """
-    model = posterior.state_dict()
-    if not posterior.is_replicated:
-        parts = comm.gather_objects(_copied(model), "sample")
-        model = {name: tensor for part in parts for name, tensor in part.items()}
-    return {"model": model, "optimizer": optimizer.updater.gather_state()}
-
-
-def restore_model(model: dict[str, Tensor], posterior: Posterior) -> None:
-    """Take over the parameters of `gather_state`, on any grid; raise `ConfigError` if the network is another. Local."""
-    if not posterior.is_replicated:
-        mine = posterior.state_dict().keys()
-        model = {name: tensor for name, tensor in model.items() if name in mine}
-    posterior.load_state_dict(model)
-
-
-def restore_state(state: dict[str, Any], posterior: Posterior, optimizer: JobOptimizer) -> None:
-    """Take over what `gather_state` returned, as `restore_model` does, with the optimizer's state. Local."""
-    restore_model(state["model"], posterior)
-    optimizer.updater.load_state(state["optimizer"])

@@ -29,7 +29,7 @@ from ..predictive import Evaluation, evaluate_dataset, uncertainties_of_dataset
 from ..safe_files import write_atomically
 from ..training import KlAnnealing, build_optimizer
 from ..training.step import VariationalStep
-from .checkpoint import CheckpointStore, read_identity, restore_model
+from .checkpoint import CheckpointStore, read_identity
 from .plotted_examples import ShownClasses, ShownValues, shown_examples
 
 logger = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ class Experiment:
                 state = {"model": state["model"], "num_steps": state["place"]["num_steps"]}
         state = comm.broadcast_tree(state)
         with comm.agree("restoring the checkpoint"):
-            restore_model(state["model"], experiment.posterior)
+            experiment.posterior.load_state_dict(state["model"])
         experiment.num_steps = state["num_steps"]
         return experiment
 

@@ -30,7 +30,7 @@ from ..noise import GENERATOR
 from ..predictive import metrics_to_minimise
 from ..safe_files import write_atomically
 from ..training.step import StepResult
-from .checkpoint import gather_state, read_identity, restore_state, write_identity
+from .checkpoint import read_identity, write_identity
 from .experiment import Experiment, Tested, read_or_prepare
 
 logger = logging.getLogger(__name__)
@@ -233,10 +233,9 @@ class Run(Experiment):
         state = self.comm.broadcast_tree(state)
         if state is not None:
             with self.comm.agree("restoring the checkpoint"):
-                restore_state(state, self.posterior, self.optimizer)
-                self.schedule.load_state_dict(state["schedule"])
                 place = dict(state["place"])
-                self.step.num_steps = place.pop("num_steps")
+                self.step.load_state_dict({**state, "num_steps": place.pop("num_steps")})
+                self.schedule.load_state_dict(state["schedule"])
                 self.place = _Place(**place)
         with self.comm.agree(f"opening {self.run_dir}"):  # nothing was changed there before
             if self.is_writer:
@@ -343,11 +342,10 @@ class Run(Experiment):
 
     def _write_checkpoint(self, metric: float | None = None) -> None:
         """Write the state of the job. Collective over the world."""
-        state = {
-            **gather_state(self.posterior, self.optimizer, self.comm),
+        state = self.step.gather_state()
+        state |= {
             "schedule": self.schedule.state_dict(),
-            "place": {"num_steps": self.step.num_steps, **asdict(self.place)},
-            "generator": GENERATOR,
+            "place": {"num_steps": state.pop("num_steps"), **asdict(self.place)},
             "config": self.config.to_dict(),
         }
         with self.comm.agree(f"writing a checkpoint to {self.checkpoints.directory}"):

@@ -82,16 +82,22 @@ def train(step, schedule):
 def resume(state, family, options, comm):
     """Return the step and the schedule of a training that goes on from a checkpoint of format 3."""
     step, schedule = make_step(family, options, comm)
-    checkpoint.restore_state(state, step.posterior, step.optimizer)
+    step.load_state_dict({**state, "num_steps": state["place"]["num_steps"]})
     schedule.load_state_dict(state["schedule"])
-    step.num_steps = state["place"]["num_steps"]
     return step, schedule
 
 
 def end_of(step, schedule):
     """Return the parameters after NUM_STEPS more steps. Collective over the world."""
     train(step, schedule)
-    return checkpoint.gather_state(step.posterior, step.optimizer, step.comm)["model"]
+    return gather_state(step)["model"]
+
+
+def gather_state(step):
+    """By either version. Collective over the world."""
+    if hasattr(step, "gather_state"):
+        return step.gather_state()
+    return checkpoint.gather_state(step.posterior, step.optimizer, step.comm)
 
 
 def write(case, comm):
@@ -100,7 +106,7 @@ def write(case, comm):
     step, schedule = make_step(family, options, comm)
     train(step, schedule)
     state = {
-        **checkpoint.gather_state(step.posterior, step.optimizer, comm),
+        **gather_state(step),
         "schedule": schedule.state_dict(),
         "num_steps": step.num_steps,
         "place": {"epoch": 0, "num_batches": step.num_steps, "row": {}},

@@ -9,7 +9,7 @@ import torch
 from reference import computed_once
 
 from hpc_bnn import Grid, GridComm
-from hpc_bnn.run.checkpoint import CheckpointStore, gather_state
+from hpc_bnn.run.checkpoint import CheckpointStore
 from hpc_bnn.training.optim import JobOptimizer
 
 FORMER = Path(__file__).parents[1] / "former_checkpoints"
@@ -51,7 +51,7 @@ def groups_of(step):
 def state_after_training(kind, comm, family):
     step, schedule = make_step(kind, comm, family)
     problem.train(step, schedule)
-    state = gather_state(step.posterior, step.optimizer, comm)
+    state = step.gather_state()
     return {**state, "schedule": schedule.state_dict(), "place": {"num_steps": step.num_steps}}
 
 
@@ -100,7 +100,6 @@ def test_the_state_of_this_grid_is_that_of_one_process_and_goes_on_anywhere(comm
 
 def resumed(state, kind, comm, family):
     step, schedule = make_step(kind, comm, family)
-    problem.checkpoint.restore_state(state, step.posterior, step.optimizer)
+    step.load_state_dict({**state, "num_steps": state["place"]["num_steps"]})
     schedule.load_state_dict(state["schedule"])
-    step.num_steps = state["place"]["num_steps"]
     return step, schedule

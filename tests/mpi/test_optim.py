@@ -1,5 +1,7 @@
 """Optimizers of the job: sharded, layer-wise, clipped, compressed; the same parameters on every grid."""
 
+import contextlib
+
 import pytest
 import torch
 from reference import GLOBAL_BATCH_SIZE, NUM_EXAMPLES, computed_once, make_problem, relative_difference
@@ -22,7 +24,6 @@ from hpc_bnn import (
 from hpc_bnn.config import OptimizerConfig
 from hpc_bnn.errors import ConfigError
 from hpc_bnn.noise import Key, Stream
-from hpc_bnn.run.checkpoint import gather_state, restore_state
 from hpc_bnn.training.optim import build_optimizer
 
 NUM_SAMPLES = 5
@@ -74,7 +75,7 @@ def alone(family, **options):
 
 
 def assert_equal_to(step, reference, tolerance=1e-12):
-    state = gather_state(step.posterior, step.optimizer, step.comm)["model"]
+    state = step.gather_state()["model"]
     expected = reference.posterior.state_dict()
     assert state.keys() == expected.keys()
     for name, value in expected.items():
@@ -149,19 +150,23 @@ def test_a_state_of_this_grid_goes_on_in_one_process_and_back(comm, family, opti
         pytest.skip("an ensemble is spread already")
     expected = alone(family, **options)
     step = train(make_step(comm, family, **options), range(1))
-    state = gather_state(step.posterior, step.optimizer, comm)
+    state = step.gather_state()
     copied = comm.gather_objects(state)[0]
     without = {name: value for name, value in options.items() if name != "sharded"}
     one = make_step(GridComm(Grid()), family, **without)
-    restore_state(copied, one.posterior, one.optimizer)
-    one.num_steps = step.num_steps
+    one.load_state_dict(copied)
+    assert one.num_steps == step.num_steps
     train(one, range(1, 2))
     assert_equal_to(one, expected)
     one = train(make_step(GridComm(Grid()), family, **without), range(1))
-    state = gather_state(one.posterior, one.optimizer, one.comm)
+    state = one.state_dict()
     back = make_step(comm, family, **options)
-    restore_state(state, back.posterior, back.optimizer)
-    back.num_steps = one.num_steps
+    is_spread = (family == "ensemble" or options.get("sharded")) and comm.grid.sample_size > 1
+    with pytest.raises(ConfigError, match="gather_state") if is_spread else contextlib.nullcontext():
+        back.state_dict()
+    back.load_state_dict(state)
+    with pytest.raises(ConfigError, match="generator other"):
+        back.load_state_dict({**state, "generator": "other"})
     assert_equal_to(train(back, range(1, 2)), expected)
 
 
