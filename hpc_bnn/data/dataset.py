@@ -13,8 +13,9 @@ from ..comm import GridComm
 from ..config import Reading, check_field
 from ..errors import DataError
 from ..grid import Grid
+from ..trees import Inputs
 from .files import SplitFiles
-from .manifest import Manifest, torch_dtype
+from .manifest import Arrays, Manifest, torch_dtype
 from .source import Source
 
 MEMORY_SHARE = 0.5
@@ -72,8 +73,8 @@ class ShardDataset(Source):
         self.reading = self._choose(reading)
         """The reading that is used, never "auto"."""
         self._memory = self._read_into_memory() if self.reading == "node" else None
-        scales = [scale_of(scaling, n, self.device, dtype) if n in scaling.statistics else None for n in ("x", "y")]
-        self._x_scale, self._y_scale = scales[0], scales[1] if normalises_targets else None
+        names = [n for n in self.manifest.arrays if n in scaling.statistics and (n != "y" or normalises_targets)]
+        self._scales = {name: scale_of(scaling, name, self.device, dtype) for name in names}
 
     def __len__(self) -> int:
         return len(self._files)
@@ -91,7 +92,7 @@ class ShardDataset(Source):
     @property
     def target_scale(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Mean and standard deviation of the targets per channel, [1, channels, 1, ...], if they are normalised."""
-        return self._y_scale
+        return self._scales.get("y")
 
     # --- examples -----------------------------------------------------------------------------------
 
@@ -101,15 +102,15 @@ class ShardDataset(Source):
         A rank that receives them from another rank returns memory for them.
         """
         buffer = torch.empty(len(indices) * self.manifest.num_bytes_per_example, dtype=torch.uint8)
-        x, y = (array.numpy() for array in self._split(buffer))
+        arrays = {name: tensor.numpy() for name, tensor in self._split(buffer).items()}
         if self._memory is not None:
-            for whole, array in zip(self._memory, (x, y)):
-                np.take(whole, indices.cpu().numpy(), axis=0, out=array)
+            for name, array in arrays.items():
+                np.take(self._memory[name], indices.cpu().numpy(), axis=0, out=array)
         elif self.reading == "rank" or self._comm.grid.is_first("sample"):
-            self._files.read(indices.cpu().numpy(), x, y)
+            self._files.read(indices.cpu().numpy(), arrays)
         return buffer.pin_memory() if self.device.type == "cuda" else buffer
 
-    def deliver(self, buffer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def deliver(self, buffer: torch.Tensor) -> tuple[Inputs, torch.Tensor]:
         """Return inputs and targets from the bytes of `read`: received, on the device, normalised.
 
         Collective over ``sample_comm`` with the reading ``group``, otherwise local.
@@ -117,16 +118,19 @@ class ShardDataset(Source):
         buffer = buffer.to(self.device, non_blocking=True)
         if self.reading == "group":
             self._comm.broadcast_(buffer, root=0, axis="sample")
-        x, y = self._split(buffer)
-        x, y = x.to(self.dtype), y.to(self.dtype) if y.is_floating_point() or self._y_scale else y
-        for values, scale in ((x, self._x_scale), (y, self._y_scale)):
-            if scale is not None:  # the buffer is this batch's own: no copy
-                values.sub_(scale[0]).div_(scale[1])
-        return x, y
+        found = self._split(buffer)
+        for name, values in found.items():
+            if values.is_floating_point() or name in self._scales or name == "x":
+                found[name] = values.to(self.dtype)
+            if name in self._scales:  # the buffer is this batch's own: no copy
+                mean, std = self._scales[name]
+                found[name].sub_(mean).div_(std)
+        y = found.pop("y")
+        return (found["x"] if list(found) == ["x"] else found), y
 
     def in_units(self, y: torch.Tensor) -> torch.Tensor:
         """Return targets [B, ...], as they are delivered, in units of y."""
-        return y * self._y_scale[1] + self._y_scale[0] if self._y_scale else y
+        return y if self.target_scale is None else y * self.target_scale[1] + self.target_scale[0]
 
     # --- memory -------------------------------------------------------------------------------------
 
@@ -141,30 +145,34 @@ class ShardDataset(Source):
             return "node"
         return "group" if has_groups else "rank"
 
-    def _read_into_memory(self) -> list[np.ndarray]:
-        """Read the whole x and y of the split, each file by one rank of the node. Collective over the world."""
-        comm, arrays = self._comm, self.manifest.arrays
-        shared = [comm.node_array((len(self), *arrays[name].shape), arrays[name].dtype) for name in ("x", "y")]
+    def _read_into_memory(self) -> Arrays:
+        """Read the whole split, each file by one rank of the node. Collective over the world."""
+        comm, specs = self._comm, self.manifest.arrays
+        shared = {name: comm.node_array((len(self), *spec.shape), spec.dtype) for name, spec in specs.items()}
+        arrays = {name: one.array for name, one in shared.items()}
         with comm.agree(f"reading {self._files.directory}"):
             for number in range(comm.local_rank, len(self._files.shards), comm.local_size):
-                self._files.read_shard(number, *(one.array for one in shared))
-        for one in shared:
+                self._files.read_shard(number, arrays)
+        for one in shared.values():
             one.publish()
-        return [one.array for one in shared]
+        return arrays
 
-    def _split(self, buffer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return views x and y [B, ...] of a buffer of bytes; the wider items come first, so that all are aligned."""
+    def _split(self, buffer: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return views [B, ...] of a buffer of bytes; the wider items come first, so that all are aligned."""
         num_examples = len(buffer) // self.manifest.num_bytes_per_example
         arrays, start = {}, 0
         for name, spec in sorted(self.manifest.arrays.items(), key=lambda item: -np.dtype(item[1].dtype).itemsize):
             stop = start + num_examples * spec.num_bytes
             arrays[name] = buffer[start:stop].view(torch_dtype(spec.dtype)).view(num_examples, *spec.shape)
             start = stop
-        return arrays["x"], arrays["y"]
+        return {name: arrays[name] for name in self.manifest.arrays}
 
 
 def _check_alike(scaling: Manifest, manifest: Manifest, directory: str | os.PathLike) -> None:
     """Raise `DataError` if the examples have another shape than those of the statistics."""
+    if manifest.arrays.keys() != scaling.arrays.keys():
+        theirs, ours = (", ".join(m.arrays) for m in (manifest, scaling))
+        raise DataError(f"{directory} has {theirs}, and the network was trained on {ours}. Prepare the shards in the same way")
     for name, spec in manifest.arrays.items():
         expected = scaling.arrays[name]
         if name == "y" and manifest.num_classes != scaling.num_classes:

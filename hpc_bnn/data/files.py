@@ -13,7 +13,7 @@ import h5py
 import numpy as np
 
 from ..errors import DataError
-from .manifest import ArraySpec, Manifest, ShardFile, broken, crc32_of_examples
+from .manifest import Arrays, ArraySpec, Manifest, ShardFile, broken, crc32_of_examples
 
 CRC32 = ArraySpec((), str(np.dtype("<u4")))
 """The checksums in a file."""
@@ -54,17 +54,17 @@ class SplitFiles:
             with _naming(path):
                 _check_size(path, path.stat().st_size, shard)
 
-    def read(self, indices: np.ndarray, x: np.ndarray, y: np.ndarray) -> None:
-        """Read examples [n] of the split, in any order, into x and y [n, ...]; each chunk once."""
+    def read(self, indices: np.ndarray, arrays: Arrays) -> None:
+        """Read examples [n] of the split, in any order, into arrays [n, ...]; each chunk once."""
         numbers = np.searchsorted(self.starts, indices, side="right") - 1
         for number in np.unique(numbers).tolist():
             rows = np.flatnonzero(numbers == number)
             with _naming(self.directory / self.shards[number].file):
                 shard = self._shard(number)
-                self.num_bytes_read += shard.read(indices[rows] - self.starts[number], rows, x, y)
+                self.num_bytes_read += shard.read(indices[rows] - self.starts[number], rows, arrays)
 
-    def read_shard(self, number: int, x: np.ndarray, y: np.ndarray) -> None:
-        """Read a whole file at once, checked by its SHA-256, into x and y [num_examples of the split, ...]."""
+    def read_shard(self, number: int, arrays: Arrays) -> None:
+        """Read a whole file at once, checked by its SHA-256, into arrays [num_examples of the split, ...]."""
         shard = self.shards[number]
         path = self.directory / shard.file
         with _naming(path):
@@ -75,7 +75,7 @@ class SplitFiles:
                 raise broken(f"{path} is not the file that the manifest describes (SHA-256)")
             with h5py.File(h5py.h5f.open_file_image(image)) as file:
                 span = slice(self.starts[number], self.starts[number + 1])
-                for name, array in (("x", x), ("y", y)):
+                for name, array in arrays.items():
                     _dataset(file, name, path, shard, self.manifest).read_direct(array[span])
 
     def _shard(self, number: int) -> _OpenShard:
@@ -116,15 +116,15 @@ class _OpenShard:
         read = [checks, *(self.datasets[name] for name in small)]
         self.num_bytes_at_opening = sum(dataset.id.get_storage_size() for dataset in read)
 
-    def read(self, indices: np.ndarray, rows: np.ndarray, x: np.ndarray, y: np.ndarray) -> int:
-        """Read examples of this file into rows of x and y; return the number of bytes read."""
+    def read(self, indices: np.ndarray, rows: np.ndarray, arrays: Arrays) -> int:
+        """Read examples of this file into rows of arrays; return the number of bytes read."""
         num_bytes = 0
-        for name, array in (("x", x), ("y", y)):
+        for name, array in arrays.items():
             if name in self.whole:
                 array[rows] = self.whole[name][indices]
             else:
                 num_bytes += _read_chunks(self.datasets[name], indices, rows, array)
-        is_changed = crc32_of_examples(x, y, rows) != self.crc32[indices]
+        is_changed = crc32_of_examples(arrays, rows) != self.crc32[indices]
         if is_changed.any():
             example = indices[np.argmax(is_changed)]
             raise broken(f"{self.path}: example {example} was changed after it was written (CRC-32)")

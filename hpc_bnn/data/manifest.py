@@ -3,7 +3,7 @@
 ::
 
     DIR/manifest.json        format, arrays, splits, statistics, source, licence, SHA-256 of each file
-    DIR/train-00000.h5       datasets x [n, ...], y [n, ...], crc32 [n]; chunks of whole examples, fletcher32
+    DIR/train-00000.h5       datasets x [n, ...] (or inputs by name), y [n, ...], crc32 [n]; chunks of whole examples, fletcher32
     DIR/test-00000.h5
 
 Every file has its SHA-256 in the manifest, every example its CRC-32 in its file; the manifest has the SHA-256 of
@@ -12,6 +12,7 @@ these, too, so that a reader can check each example without reading the whole fi
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -27,6 +28,8 @@ import torch
 
 from ..errors import DataError
 
+Arrays = dict[str, np.ndarray]
+"""Arrays [n, ...] of the same examples by name, in the order of `Manifest.arrays`."""
 FORMAT = "hpc_bnn shards"
 VERSION = 3
 MANIFEST = "manifest.json"
@@ -82,7 +85,7 @@ class Manifest:
     """Where the data come from."""
     licence: str
     arrays: dict[str, ArraySpec]
-    """x (inputs) and y (targets)."""
+    """x (inputs), or the inputs by name; y (targets) is the last."""
     splits: dict[str, tuple[ShardFile, ...]]
     """Files of each split, in order."""
     statistics: dict[str, Statistics]
@@ -193,7 +196,16 @@ def sha256_of_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def crc32_of_examples(x: np.ndarray, y: np.ndarray, rows: Iterable[int]) -> np.ndarray:
-    """Return the CRC-32 of the bytes of some examples, x and then y, of C-contiguous arrays [n, ...]."""
-    x, y = (array.reshape(len(array), math.prod(array.shape[1:])).view(np.uint8) for array in (x, y))
-    return np.array([zlib.crc32(y[row], zlib.crc32(x[row])) for row in rows], dtype="<u4")
+def crc32_of_examples(arrays: Arrays, rows: Iterable[int]) -> np.ndarray:
+    """Return the CRC-32 of the bytes of some examples, one array after another, of C-contiguous arrays [n, ...]."""
+    flat = [a.reshape(len(a), math.prod(a.shape[1:])).view(np.uint8) for a in arrays.values()]
+    return np.array([functools.reduce(lambda crc, a: zlib.crc32(a[row], crc), flat, 0) for row in rows], dtype="<u4")
+
+
+def named_arrays(x: Any, y: Any) -> dict[str, Any]:
+    """Return the arrays of a data set by name, y last: x, or the inputs by their names where x is a dict. Local."""
+    named = dict(x) if isinstance(x, dict) else {"x": x}
+    reserved = {"y", "crc32"} | ({"x"} if list(named) == ["x"] and isinstance(x, dict) else set())
+    if not named or reserved & named.keys() or not all(map(str.isidentifier, named)):
+        raise DataError(f"inputs are named {', '.join(named)}: use identifiers other than y and crc32, and two or more")
+    return named | {"y": y}

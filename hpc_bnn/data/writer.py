@@ -31,6 +31,7 @@ from .manifest import (
     ShardFile,
     Statistics,
     crc32_of_examples,
+    named_arrays,
     sha256_of_file,
     sha256_of_json,
     torch_dtype,
@@ -47,13 +48,14 @@ class Examples:
     """Examples that are made when they are written, for sets larger than memory."""
 
     num_examples: int
-    read: Callable[[int, int], tuple[np.ndarray, np.ndarray]]
-    """``read(start, stop)`` returns x [n, channels, ...] and y [n, ...]; any rank may ask for any range."""
+    read: Callable[[int, int], tuple[Any, np.ndarray]]
+    """``read(start, stop)`` returns x [n, channels, ...], or a dict of inputs by name, and y [n, ...]; any rank may ask
+    for any range."""
 
 
 def write_shards(
     directory: str | os.PathLike,
-    splits: dict[str, tuple[np.ndarray, np.ndarray] | Examples],
+    splits: dict[str, tuple[Any, np.ndarray] | Examples],
     *,
     name: str,
     source: str,
@@ -80,7 +82,8 @@ def write_shards(
         Created if it is missing; on a file system that all ranks can read. A former preparation in it is removed, or
         continued if it has the same ``key``.
     splits : dict of str to (x, y) or Examples
-        Inputs [n, channels, ...] and targets [n, ...] of each split, the same on each rank.
+        Inputs [n, channels, ...], or a dict of several by name, and targets [n, ...] of each split, the same on each
+        rank. One input is normalised; of several, those with a floating-point dtype are, and whole numbers stay whole.
     name, source, licence, num_classes, target_weights, channels, details
         As in `Manifest`; the weights as an array, such as cos(latitude) as [latitudes, 1], the channels for x and y.
     examples_per_shard, compression : int, str, optional
@@ -117,7 +120,7 @@ def write_shards(
     with comm.agree(f"opening {directory}"):
         if comm.grid.is_first("world"):
             _open(directory, plan)
-    wanted = ("x", "y") if normalise_targets else ("x",)  # the arrays with statistics
+    wanted = tuple(n for n, spec in arrays.items() if (normalise_targets if n == "y" else _is_normalised(n, spec)))
     tasks = [
         _Task(
             split,
@@ -171,13 +174,26 @@ class _Task(NamedTuple):
     rows: range
 
 
-def _as_examples(examples: tuple[np.ndarray, np.ndarray] | Examples) -> Examples:
+def _as_examples(examples: tuple[Any, np.ndarray] | Examples) -> Examples:
     if isinstance(examples, Examples):
         return examples
-    x, y = (np.asarray(array) for array in examples)
-    if len(x) != len(y):
-        raise DataError(f"there are {len(x)} inputs x and {len(y)} targets y: as many as examples are needed")
-    return Examples(len(x), lambda start, stop: (x[start:stop], y[start:stop]))
+    x, y = examples
+    named = {name: np.asarray(array) for name, array in named_arrays(x, y).items()}
+    if len({len(array) for array in named.values()}) > 1:
+        counts = " and ".join(f"{len(array)} {name}" for name, array in named.items())
+        raise DataError(f"there are {counts}: as many as examples are needed")
+
+    def read(start: int, stop: int) -> tuple[Any, np.ndarray]:
+        rows = {name: array[start:stop] for name, array in named.items()}
+        y = rows.pop("y")
+        return (rows if isinstance(x, dict) else rows["x"]), y
+
+    return Examples(len(named["y"]), read)
+
+
+def _is_normalised(name: str, spec: ArraySpec) -> bool:
+    """Whether an input gets mean 0 and standard deviation 1."""
+    return name == "x" or np.issubdtype(np.dtype(spec.dtype), np.floating)
 
 
 def _look(
@@ -189,14 +205,15 @@ def _look(
         if not split.replace("_", "").replace("-", "").isalnum():
             raise DataError(f"a split is named '{split}': use letters, digits, - and _")
     arrays = {}
-    for name, array in zip("xy", sources[train_split].read(0, 1)):
+    for name, array in named_arrays(*sources[train_split].read(0, 1)).items():
         names = tuple(channels.get(name, ()))
         if names and len(names) != array.shape[1]:
             raise DataError(f"{name} has {array.shape[1]} channels and {len(names)} names")
         arrays[name] = ArraySpec(array.shape[1:], str(array.dtype), names)
         torch_dtype(arrays[name].dtype)
-    if arrays["x"].shape == ():
-        raise DataError("an input x is a single number: give it a channel, x of shape [n, 1]")
+    for name, spec in arrays.items():
+        if name != "y" and _is_normalised(name, spec) and spec.shape == ():
+            raise DataError(f"an input {name} is a single number: give it a channel, {name} of shape [n, 1]")
     if num_classes is not None and np.dtype(arrays["y"].dtype).kind not in "iu":
         raise DataError(f"classes y have dtype {arrays['y'].dtype}: they must be whole numbers")
     return arrays
@@ -259,8 +276,11 @@ def _finish(
         if sha256_of_file(path) == record["file"]["sha256"]:
             return record
     rows = task.rows
-    x, y = (np.ascontiguousarray(array) for array in task.examples.read(rows.start, rows.stop))
-    found = {"x": x, "y": y}
+    read = named_arrays(*task.examples.read(rows.start, rows.stop))
+    if read.keys() != arrays.keys():
+        raise DataError(f"{task.split}: the inputs are {', '.join(read)}, and {', '.join(arrays)} are expected")
+    found = {name: np.ascontiguousarray(read[name]) for name in arrays}
+    y = found["y"]
     for name, array in found.items():
         shape, dtype = (len(rows), *arrays[name].shape), arrays[name].dtype
         if (array.shape, str(array.dtype)) != (shape, dtype):
@@ -274,7 +294,7 @@ def _finish(
     if num_classes is not None and (is_wrong := (y < 0) | (y >= num_classes)).any():
         row = rows[_first(is_wrong)]
         raise DataError(f"{task.split}, example {row}: class {y[is_wrong][0]} is not in 0..{num_classes - 1}")
-    crc32 = crc32_of_examples(x, y, range(len(x)))
+    crc32 = crc32_of_examples(found, range(len(rows)))
     with replacing(path) as temporary:
         with Disk(temporary) as disk, h5py.File(disk, "w", libver="earliest") as file:
             for name, array in {**found, "crc32": crc32}.items():
@@ -283,7 +303,7 @@ def _finish(
                 filters = {"fletcher32": True, "compression": compression, "shuffle": bool(compression)}
                 file.create_dataset(name, data=array, chunks=chunks, **filters)
         num_bytes, sha256 = temporary.stat().st_size, sha256_of_file(temporary)
-    file = ShardFile(task.file, len(x), num_bytes, sha256, hashlib.sha256(crc32.tobytes()).hexdigest())
+    file = ShardFile(task.file, len(rows), num_bytes, sha256, hashlib.sha256(crc32.tobytes()).hexdigest())
     record = {"file": asdict(file), "moments": {name: _moments(found[name]) for name in wanted}}
     write_atomically(notes, json.dumps(record))
     return record

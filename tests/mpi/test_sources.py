@@ -1,7 +1,11 @@
 """Examples from a Dataset of the user, named by its import path: the same run on every grid."""
 
 import functools
+import shutil
+from dataclasses import replace
 
+import h5py
+import numpy as np
 import pytest
 import torch
 from conftest import WORLD
@@ -9,9 +13,9 @@ from reference import computed_once, relative_difference
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from hpc_bnn import GlobalBatchSampler, Grid, GridComm, global_batches
+from hpc_bnn import GlobalBatchSampler, Grid, GridComm, ShardDataset, global_batches, write_shards
 from hpc_bnn.config import Config
-from hpc_bnn.errors import ConfigError, DataError
+from hpc_bnn.errors import ConfigError, DataError, RankError
 from hpc_bnn.run.train import Run
 
 NUM_EXAMPLES, GLOBAL_BATCH_SIZE = 31, 13
@@ -77,6 +81,16 @@ def tensors(split):
     return x[:, 1:], x[:, :1]
 
 
+def write_named(comm, directory, **changes):
+    """Write the examples of MapStyle as shards with two inputs by name."""
+    x, words, y = (tensor.numpy() for tensor in examples())
+    splits = {}
+    for split, count in (("train", NUM_EXAMPLES), ("test", 11)):
+        splits[split] = ({"words": words[:count], "x": 5 * x[:count] + 2, **changes}, y[:count])
+    facts = {"name": "toy", "source": "made by the test", "licence": "none", "num_classes": 3}
+    return write_shards(directory, splits, examples_per_shard=7, comm=comm, **facts)
+
+
 class Net(nn.Module):
     """Takes one input, or two by name."""
 
@@ -103,7 +117,8 @@ def config_of(dataset, **changes):
         dtype="float64",
         num_samples=5,
     )
-    config.data.dataset = f"test_sources.{dataset}"
+    config.data.dataset = None if dataset.startswith("/") else f"test_sources.{dataset}"
+    config.data.shards = dataset
     config.model.name = "test_sources.Net"
     config.data.arguments = {"shift": 0.5} if dataset == "MapStyle" else {}
     for name, value in changes.items():
@@ -138,6 +153,53 @@ def test_a_run_on_a_dataset_of_the_user_is_the_same_on_every_grid(comm, world, t
         assert summary[name] == pytest.approx(expected[name], rel=1e-10), name
     for name, value in state.items():
         assert relative_difference(got[name], value) < 1e-12, name
+
+
+@pytest.mark.parametrize("reading", ["node", "group", "rank"])
+def test_shards_with_inputs_by_name_are_read_and_trained_on(comm, world, tmp_path, reading):
+    directory = world.bcast(str(tmp_path))
+    manifest = write_named(comm, f"{directory}/shards")
+    assert list(manifest.arrays) == ["words", "x", "y"] and list(manifest.statistics) == ["x"]
+    dataset = ShardDataset(f"{directory}/shards", "train", "cpu", torch.float64, comm=comm, reading=reading)
+    x, words, y = examples()
+    found, targets = dataset.fetch(torch.tensor([30, 0, 13]))
+    assert torch.equal(found["words"], words[[30, 0, 13]]) and torch.equal(targets, y[[30, 0, 13]])
+    torch.testing.assert_close(found["x"], ((x - x.mean(0)) / x.std(0, correction=0))[[30, 0, 13]])
+    config = config_of(f"{directory}/shards", run_dir=f"{directory}/run")
+    config.data.prepare, config.data.reading = None, reading
+    run = Run(config, comm)
+    summary, _ = run.train()
+    alone = Run(replace(config, run_dir=f"{directory}/alone-{world.rank}"), GridComm(Grid()))
+    expected, _ = alone.train()
+    assert summary["test/nll"] == pytest.approx(expected["test/nll"], rel=1e-10)
+    for name, value in alone.posterior.state_dict().items():
+        assert relative_difference(run.posterior.state_dict()[name], value) < 1e-12, name
+    with comm.agree("flipping a bit"):
+        if comm.grid.rank == 0:  # in a copy: HDF5 keeps what this process has open
+            shutil.copytree(f"{directory}/shards", f"{directory}/flipped")
+            flip(f"{directory}/flipped/train-00000.h5", "words")
+    with pytest.raises((DataError, RankError), match=r"train-00000\.h5"):
+        reread = ShardDataset(f"{directory}/flipped", "train", comm=comm, reading="rank")
+        with comm.agree("reading"):
+            reread.fetch([0, 1, 2])
+
+
+def flip(path, name):
+    with h5py.File(path) as file:
+        offset = file[name].id.get_chunk_info(0).byte_offset
+    with open(path, "r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)
+        file.seek(offset)
+        file.write(bytes([byte[0] ^ 1]))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"y": 1}, {"crc32": 1}, {"a b": 1}, {"x": np.ones(5)}], ids=["y", "crc32", "space", "short"]
+)
+def test_inputs_with_other_names_or_lengths_are_refused(comm, world, tmp_path, changes):
+    with pytest.raises((DataError, RankError), match=r"identifiers|as many as"):
+        write_named(comm, world.bcast(str(tmp_path / "shards")), **changes)
 
 
 def test_a_stream_that_ends_early_is_an_error(comm, world, tmp_path):
