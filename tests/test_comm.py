@@ -8,7 +8,7 @@ import torch
 from conftest import JOB_SECONDS, patience
 
 from hpc_bnn import Grid, GridComm
-from hpc_bnn.comm import choose_device, packing
+from hpc_bnn.comm import choose_device, mpi_tensors, packing
 from hpc_bnn.comm.packing import packed_buckets
 from hpc_bnn.errors import ConfigError, DataError, RankError
 
@@ -87,6 +87,23 @@ def test_no_module_starts_mpi_or_horovod_at_import():
         "assert not [m for m in sys.modules if m in ('mpi4py.MPI', 'horovod')], 'started'\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=patience(JOB_SECONDS))
+
+
+@pytest.mark.parametrize(
+    ("probe", "reads"), [("pass", True), ("import os; os.kill(os.getpid(), 11)", False), ("x", False)]
+)
+def test_an_mpi_that_cannot_read_the_memory_of_gpus_takes_no_rank_with_it(monkeypatch, probe, reads):
+    """The trial is a process of its own, and no rank of this job; here it ends well, by a segmentation fault, by an error."""
+    alone = "import os, sys; assert not [n for n in os.environ if n.startswith(('OMPI_COMM_', 'PMIX_', 'SLURM_'))]; "
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    monkeypatch.setenv("PMIX_RANK", "1")
+    monkeypatch.setattr(mpi_tensors, "PROBE", alone + "assert sys.argv[1] == 'cuda:3'; " + probe)
+    assert mpi_tensors.reads_gpus(torch.device("cuda:3")) == reads
+
+
+def test_the_trial_of_an_mpi_moves_numbers():
+    """Between host memories, where every MPI can."""
+    assert mpi_tensors.reads_gpus(torch.device("cpu"))
 
 
 def test_foreign_launcher_is_recognised():

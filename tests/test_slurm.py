@@ -147,7 +147,8 @@ def jobs(cluster, digits):
         "evaluate.sbatch", f"runs/{names['whole']}", "--num_test_samples", 16, nodes=1,
         options=(f"--dependency=afterok:{names['whole']}",),
     )  # fmt: skip
-    names["torch"] = cluster.submit("train.sbatch", CONFIG, *data, *EXACT, "--backend", "torch", tasks=2)
+    for library in ("horovod", "torch", "mpi"):
+        names[library] = cluster.submit("train.sbatch", CONFIG, *data, *EXACT, "--backend", library, tasks=2)
     names["killed"] = cluster.submit("train.sbatch", CONFIG, *data, *LONG)
     names["staged"] = cluster.submit("stage_train.sbatch", digits, CONFIG, "--max_steps", 5)
     seeds = ("--array=0-1",)
@@ -243,9 +244,10 @@ def test_requeues_are_limited_and_the_exit_code_is_the_programs(cluster, jobs):
 
 
 FAULTY = """
-import os, sys, time, torch, hpc_bnn
-comm = hpc_bnn.connect(2, "cpu", backend="torch")
-assert comm.local_size == 2 and comm.library == "torch"
+import os, sys, time, torch, hpc_bnn, hpc_bnn.comm.mpi
+hpc_bnn.comm.mpi.STALL_SECONDS = 3.0
+comm = hpc_bnn.connect(2, "cpu", backend="{backend}")
+assert comm.local_size == 2 and comm.library == "{backend}"
 comm.sum_(torch.ones(3))
 if comm.grid.rank == 3:
     print("FAULT", time.time(), flush=True)
@@ -254,11 +256,22 @@ comm.sum_(torch.ones(3))
 """
 
 
+RAISES, IS_KILLED = "raise RuntimeError('deliberate')", "os.kill(os.getpid(), 9)"
+
+
 @pytest.mark.parametrize(
-    ("launcher", "fault"), [("srun", "raise RuntimeError('deliberate')"), ("torchrun", "os.kill(os.getpid(), 9)")]
+    ("launcher", "backend", "fault", "said"),
+    [
+        ("srun", "horovod", RAISES, "RuntimeError: deliberate"),
+        ("srun", "torch", RAISES, "RuntimeError: deliberate"),
+        ("srun", "mpi", RAISES, "RuntimeError: deliberate"),
+        ("srun", "mpi", "time.sleep(1000)", "has waited 3 s in a reduction over data"),
+        ("torchrun", "torch", IS_KILLED, "rank 3 on n2 ended with code 137"),
+    ],
+    ids=["horovod", "torch", "mpi", "mpi_hangs", "torchrun"],
 )
-def test_a_rank_that_fails_on_the_other_node_ends_the_job(cluster, tmp_path, launcher, fault):
-    (program := tmp_path / "program.py").write_text(FAULTY.format(fault=fault))
+def test_a_rank_that_fails_on_the_other_node_ends_the_job(cluster, tmp_path, launcher, backend, fault, said):
+    (program := tmp_path / "program.py").write_text(FAULTY.format(fault=fault, backend=backend))
     tasks, runner = 2, ("--mpi=pmix", sys.executable, "-m", "mpi4py")
     if launcher == "torchrun":
         agent = (SCRIPTS / "torchrun.py", "--nnodes", 2, "--nproc-per-node", 2, "--master-port", free_port())
@@ -267,7 +280,7 @@ def test_a_rank_that_fails_on_the_other_node_ends_the_job(cluster, tmp_path, lau
     ended = time.time()
     assert done.returncode != 0
     assert ended - float(done.stdout.split("FAULT")[1].split()[0]) < patience(10), done.stderr
-    assert ("rank 3 on n2 ended with code 137" if launcher == "torchrun" else "RuntimeError: deliberate") in done.stderr
+    assert said in done.stderr
 
 
 def node_address(cluster) -> str:
@@ -324,19 +337,20 @@ def test_ranks_that_leave_one_after_another(cluster, tmp_path, how):
         assert (task["JobState"], task["Restarts"]) == ("CANCELLED", "0"), cluster.output(job)
 
 
-def test_torch_on_two_nodes_is_one_rank(cluster, jobs, digits):
-    """Under srun; and under torchrun, stopped after the first epoch, requeued and gone on. float64, uneven samples."""
+def test_two_nodes_are_one_rank(cluster, jobs, digits):
+    """Each library under srun; torchrun, stopped after the first epoch, requeued and gone on. float64, uneven samples."""
     job = cluster.submit("torchrun.sbatch", CONFIG, "--data.shards", digits, *EXACT, tasks=2)
     cluster.wait_for(cluster.work / "runs" / job / "metrics.jsonl", job)
     cluster.run("scancel", "--batch", "--signal=USR1", job)
     command = (sys.executable, "-m", "hpc_bnn", "train", "--config", CONFIG, "--data.shards", digits, *EXACT)
     cluster.run(*command, "--run_dir", "one", PYTHONPATH=str(REPOSITORY))
     _, expected_metrics, expected = final_state(cluster.work / "one")
-    for name, requeues in ((jobs["torch"], "0"), (job, "1")):
+    of_srun = [(jobs[library], library, "0") for library in ("horovod", "torch", "mpi")]
+    for name, library, requeues in (*of_srun, (job, "torch", "1")):
         assert cluster.ended(name) == ("COMPLETED", "0:0", requeues), cluster.output(name)
         summary, metrics, model = final_state(cluster.work / "runs" / name)
         assert summary["grid"]["data_size"] == summary["grid"]["sample_size"] == 2
-        assert summary["communication"]["library"] == "torch"
+        assert summary["communication"]["library"] == library
         assert metrics["test/nll"] == pytest.approx(expected_metrics["test/nll"], rel=1e-12)
         for key, value in model.items():
             assert (value - expected[key]).norm() <= 1e-12 * expected[key].norm(), (name, key)

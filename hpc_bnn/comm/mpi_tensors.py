@@ -161,7 +161,8 @@ import sys, torch
 from mpi4py import MPI
 sent = torch.arange(100_000.0, device=sys.argv[1])
 received = torch.zeros_like(sent)
-torch.cuda.synchronize()
+if sent.is_cuda:
+    torch.cuda.synchronize()
 MPI.COMM_SELF.Sendrecv(sent, 0, recvbuf=received, source=0)
 MPI.COMM_SELF.Allreduce(MPI.IN_PLACE, received)
 sys.exit(not torch.equal(sent, received))
