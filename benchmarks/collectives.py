@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Horovod, torch.distributed and mpi4py side by side: what sums over each axis cost, and steps of training on top of them.
+"""Horovod, torch.distributed and MPI side by side: what sums over each axis cost, and steps of training on top of them.
 
     python benchmarks/collectives.py --output OUT [--ranks 2 4] [--configs configs/digits.yaml ...] [--rounds 2] [-- FLAGS OF TRAIN]
 
@@ -26,11 +26,10 @@ import torch
 
 import hpc_bnn
 from hpc_bnn.cli.commands import config_of_words
-from hpc_bnn.comm import MpiComm
 from hpc_bnn.comm import timing as network
 from hpc_bnn.comm.timing import LARGE_BYTES, SMALL_BYTES
 from hpc_bnn.data import Manifest
-from hpc_bnn.grid import Grid, sample_sizes
+from hpc_bnn.grid import sample_sizes
 from hpc_bnn.plan.simulate import share_of
 from hpc_bnn.run.experiment import connect_grid
 
@@ -48,49 +47,23 @@ class Setting:
     environment: dict[str, str] = field(default_factory=dict)
 
 
-LIBRARIES = [Setting(name, name) for name in ("horovod", "torch", "mpi4py")]
+LIBRARIES = [Setting(name, name) for name in ("horovod", "torch", "mpi")]
 SETTINGS = [
-    Setting("horovod", "horovod"),
-    Setting("torch", "torch"),
+    *LIBRARIES,
     *(
         Setting(f"{name}, {what}", name, flags)
-        for name in ("horovod", "torch")
+        for name in ("horovod", "torch", "mpi")
         for what, flags in (
             ("reduction world", ("--grid.reduction", "world")),
             ("overlap", ("--grid.overlap", "true")),
             ("compression bf16", ("--grid.compression", "bf16")),
         )
+        if (name, what) != ("mpi", "overlap")
     ),
     Setting("horovod, cycle of 1 ms", "horovod", (), {"HOROVOD_CYCLE_TIME": "1"}),
     Setting("horovod, waiting ranks spin", "horovod", (), {"OMPI_MCA_mpi_yield_when_idle": "0"}),
 ]
-"""The first two are as training sets them; each of the others changes one thing."""
-
-
-class Mpi4pyComm(MpiComm):
-    """Sums of tensors by mpi4py alone, for comparison."""
-
-    def _reduce_(self, flat, axis, operation) -> None:
-        self._object_comms[axis].Allreduce(self._mpi.IN_PLACE, flat.numpy())
-
-    def _gather(self, tensor, axis) -> torch.Tensor:
-        gathered = torch.empty(self._extents[axis] * len(tensor), dtype=tensor.dtype)
-        self._object_comms[axis].Allgather(tensor.numpy(), gathered.numpy())
-        return gathered
-
-    def _reduce_scatter(self, rows, axis) -> torch.Tensor:
-        received = torch.empty(rows.shape[1], dtype=rows.dtype)
-        self._object_comms[axis].Reduce_scatter_block(rows.numpy(), received.numpy())
-        return received
-
-
-def connect(library: str, sample_size: int, **options) -> hpc_bnn.GridComm:
-    if library != "mpi4py":
-        return hpc_bnn.connect(sample_size, "cpu", backend=library, **options)
-    hpc_bnn.comm.world_size()  # starts MPI as training does
-    from mpi4py import MPI
-
-    return Mpi4pyComm(Grid(MPI.COMM_WORLD.size, sample_size, MPI.COMM_WORLD.rank), mpi=MPI)
+"""The first three are as training sets them; each of the others changes one thing."""
 
 
 # --- in the jobs ---------------------------------------------------------------------------------------
@@ -103,7 +76,7 @@ def measure_collectives(library: str) -> list[dict]:
     """Time the collectives over each axis of each grid. Collective over the world."""
     rows = []
     for sample_size in sample_sizes(hpc_bnn.comm.world_size()):
-        comm = connect(library, sample_size)
+        comm = hpc_bnn.connect(sample_size, "cpu", backend=library)
         for axis, extent in comm.grid.extents.items():
             if extent == 1 or (axis == "world" and (sample_size, comm.grid.data_size) != (2, 2)):
                 continue  # elsewhere one of the axes is the world
@@ -114,22 +87,21 @@ def measure_collectives(library: str) -> list[dict]:
                 ("sum of 8 B", comm.sum_, small),
                 ("sum of 1 MiB", comm.sum_, middle),
                 ("sum of 16 MiB", comm.sum_, large),
-                ("reduce-scatter of 16 MiB", comm._reduce_scatter, large.view(extent, -1)),
-                ("all-gather of 16 MiB", comm._gather, share),
+                ("reduce-scatter of 16 MiB", comm.tensors.reduce_scatter, large.view(extent, -1)),
+                ("all-gather of 16 MiB", comm.tensors.gather, share),
             )
             groups = {"grid": f"{sample_size} x {comm.grid.data_size}", "axis": axis}
             rows += [
                 groups | {"what": what, "seconds": seconds_of(comm, call, buffer, axis)} for what, call, buffer in calls
             ]
-        if library != "mpi4py":
-            comm.close()
-            rows += measure_half(library, sample_size)
+        comm.close()
+        rows += measure_half(library, sample_size)
     return rows
 
 
 def measure_half(library: str, sample_size: int) -> list[dict]:
     """Time the sum of 16 MiB of float32 in half the bytes, and its error. Collective over the world."""
-    comm = connect(library, sample_size, compression="bf16")
+    comm = hpc_bnn.connect(sample_size, "cpu", compression="bf16", backend=library)
     axis = "sample" if sample_size > 1 else "data"
     numbers = torch.randn(LARGE_BYTES // 4, generator=torch.Generator().manual_seed(comm.grid.rank))
     exact = numbers.double()
@@ -148,7 +120,7 @@ def measure_half(library: str, sample_size: int) -> list[dict]:
 
     def native(x: torch.Tensor) -> torch.Tensor:
         half = x.bfloat16()
-        comm._reduce_(half, axis, "sum")
+        comm.tensors.reduce_(half, axis, "sum")
         return half.float()
 
     record("sum of 16 MiB, --grid.compression bf16", compressed)

@@ -171,7 +171,7 @@ def test_an_error_on_which_the_ranks_agree_is_said_once(torchrun, digits, tmp_pa
     done = torchrun(2, COMMAND, "train", *flags, "--num_epochs", 0)
     assert done.returncode != 0 and done.stderr.count("--num_epochs 0") == 1
     done = torchrun(2, COMMAND, "train", *flags, "--backend", "horovod")
-    assert done.returncode != 0 and done.stderr.count("torchrun starts ranks without MPI") == 1
+    assert done.returncode != 0 and done.stderr.count("these ranks were started without MPI, and Horovod needs it") == 1
 
 
 STOPPING = """
