@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import enum
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -76,11 +76,11 @@ class Key:
 
     def of(self, sample: int) -> Key:
         """Return the key of another sample."""
-        return replace(self, sample=sample)
+        return Key(self.seed, self.stream, self.path, self.step, sample)  # in every step: a fifth of `replace`
 
     def child(self, *path: int) -> Key:
         """Return a key within this one, such as that of a layer."""
-        return replace(self, path=self.path + path)
+        return Key(self.seed, self.stream, self.path + path, self.step, self.sample)
 
     def generator(self, device: torch.device | str = "cpu") -> torch.Generator:
         """Return a new generator on a device, at the first number of this key."""

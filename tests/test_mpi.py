@@ -13,7 +13,9 @@ from conftest import REPOSITORY, TEST_SECONDS, assert_learnt, patience
 from hpc_bnn.cli.commands import main
 
 SUITES = [(1, "horovod"), (2, "mpi"), (3, "torch"), (4, "horovod"), (4, "torch"), (4, "mpi")]
-"""Ranks, and what carries their tensors. On 4 ranks the three share the cases (tests/mpi/conftest.py)."""
+"""Ranks, and what carries their tensors."""
+SHARED = [[(4, "horovod"), (4, "torch"), (4, "mpi")], [(2, "mpi"), (3, "torch")]]
+"""Suites that share the cases: each runs all tests of communication, and its part of the others (tests/mpi/conftest.py)."""
 RANK_SECONDS = 300
 """Limit of a test on the ranks: the watchdog of tests/mpi/conftest.py."""
 
@@ -21,9 +23,10 @@ RANK_SECONDS = 300
 @pytest.mark.parametrize(("num_ranks", "library"), SUITES)
 def test_suite_on_ranks(mpirun, request, num_ranks, library):
     """The tests of tests/mpi; those marked `slow` with `make test-all`, on 4 ranks."""
-    libraries = [other for ranks, other in SUITES if ranks == num_ranks]
-    environment = {"TEST_LIBRARY": library, "TEST_LIBRARIES": " ".join(libraries)}
-    environment["TEST_SECONDS"] = str(patience(RANK_SECONDS))
+    environment = {"TEST_LIBRARY": library, "TEST_SECONDS": str(patience(RANK_SECONDS))}
+    for suites in SHARED:
+        if (num_ranks, library) in suites:
+            environment["TEST_SHARE"] = f"{suites.index((num_ranks, library))}/{len(suites)}"
     # Horovod's own pace: with hpc_bnn's, ten times as quick, the threads of 4 ranks take 2 cores from the tests
     environment["HOROVOD_CYCLE_TIME"] = "1"
     selected = ("-m", request.config.option.markexpr if num_ranks == 4 else "not slow")

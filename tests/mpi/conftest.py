@@ -5,9 +5,9 @@ gathered after each test, and a rank that waits too long ends the job with a tra
 
 The tests of a grid run one after another on one grid: to join it takes longer than many a test.
 
-Where several libraries carry the tensors of jobs of one size (TEST_LIBRARIES), tests of communication run with each of
-them. Each case of another test runs with one of them, chosen by its name, so that every test meets all libraries;
-``TEST_LIBRARIES=`` gives it to each.
+Jobs of several sizes and libraries can share the cases (TEST_SHARE=0/3, 1/3, 2/3): tests of communication run in each of
+them, each case of another test in one, chosen by its name, so that every test meets all sizes and libraries. Without
+TEST_SHARE a job runs everything.
 """
 
 import faulthandler
@@ -22,8 +22,7 @@ from hpc_bnn import comm as comm_module
 
 LIBRARY = os.environ.get("TEST_LIBRARY", "horovod")
 """What must carry the tensors."""
-LIBRARIES = sorted(os.environ.get("TEST_LIBRARIES", "").split())
-"""What carries them in all jobs of this size that run the tests."""
+SHARE, NUM_SHARES = map(int, os.environ.get("TEST_SHARE", "0/1").split("/"))
 WITH_EACH = {"test_carriers.py", "test_collectives.py", "test_comm.py", "test_layout_law.py", "test_overlap.py"}
 
 if LIBRARY != "horovod":
@@ -81,14 +80,12 @@ def sample_size_of(item):
 
 
 def is_ours(item):
-    """Whether this library runs a case: on all grids of the job or on none, as they are compared with one reference."""
+    """Whether this job runs a case: on all of its grids or on none, as they are compared with one reference."""
     if item.path.name in WITH_EACH:
         return (item.path.name, LIBRARY) != ("test_overlap.py", "mpi")  # refused there: test_carriers.py
-    if not LIBRARIES:
-        return True
     size = sample_size_of(item)
     name = item.name.replace(f"{size}x{WORLD.size // size}", "") if size else item.name
-    return LIBRARIES[zlib.crc32(name.encode()) % len(LIBRARIES)] == LIBRARY
+    return zlib.crc32(name.encode()) % NUM_SHARES == SHARE
 
 
 JOINED = {}
