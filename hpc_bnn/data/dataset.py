@@ -172,7 +172,9 @@ def _check_alike(scaling: Manifest, manifest: Manifest, directory: str | os.Path
     """Raise `DataError` if the examples have another shape than those of the statistics."""
     if manifest.arrays.keys() != scaling.arrays.keys():
         theirs, ours = (", ".join(m.arrays) for m in (manifest, scaling))
-        raise DataError(f"{directory} has {theirs}, and the network was trained on {ours}. Prepare the shards in the same way")
+        raise DataError(
+            f"{directory} has {theirs}, and the network was trained on {ours}. Prepare the shards in the same way"
+        )
     for name, spec in manifest.arrays.items():
         expected = scaling.arrays[name]
         if name == "y" and manifest.num_classes != scaling.num_classes:
