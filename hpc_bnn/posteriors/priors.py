@@ -116,10 +116,7 @@ class GaussianPrior(Prior):
         loc_grad.addcmul_(loc, weight * precision)
         if torch.is_tensor(self.mean) or self.mean:
             loc_grad.sub_(self.mean * (weight * precision))
-        if weight.is_cpu:  # the number costs nothing there, and saves a pass over the weights; the same bits
-            log_scale_grad.addcmul_(scale, scale, value=float(weight * precision)).sub_(weight)
-        else:
-            log_scale_grad.addcmul_(scale * (weight * precision), scale).sub_(weight)
+        log_scale_grad.addcmul_(scale * (weight * precision), scale).sub_(weight)
 
     def log_prob(self, w: Tensor) -> Tensor:
         return -self.cross_entropy(w, torch.zeros_like(w))
