@@ -9,6 +9,7 @@ from conftest import JOB_SECONDS, patience
 
 from hpc_bnn import Grid, GridComm
 from hpc_bnn.comm import choose_device, mpi_tensors, packing
+from hpc_bnn.comm.launcher import without_launcher
 from hpc_bnn.comm.packing import packed_buckets
 from hpc_bnn.errors import ConfigError, DataError, RankError
 
@@ -98,12 +99,18 @@ def test_an_mpi_that_cannot_read_the_memory_of_gpus_takes_no_rank_with_it(monkey
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
     monkeypatch.setenv("PMIX_RANK", "1")
     monkeypatch.setattr(mpi_tensors, "PROBE", alone + "assert sys.argv[1] == 'cuda:3'; " + probe)
-    assert mpi_tensors.reads_gpus(torch.device("cuda:3")) == reads
+    assert mpi_tensors.reads_gpus.__wrapped__(torch.device("cuda:3")) == reads
 
 
 def test_the_trial_of_an_mpi_moves_numbers():
     """Between host memories, where every MPI can."""
-    assert mpi_tensors.reads_gpus(torch.device("cpu"))
+    assert mpi_tensors.reads_gpus.__wrapped__(torch.device("cpu"))
+
+
+def test_a_process_that_is_no_rank_keeps_the_settings_of_the_user():
+    ranks = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "SLURM_PROCID", "TORCHELASTIC_RUN_ID", "OMPI_MCA_ess", "PALS_RANKID")
+    users = ("PATH", "OMPI_MCA_pml", "OMPI_ALLOW_RUN_AS_ROOT", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
+    assert set(without_launcher(dict.fromkeys((*ranks, *users), "1"))) == set(users)
 
 
 def test_foreign_launcher_is_recognised():

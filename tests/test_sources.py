@@ -125,6 +125,25 @@ def test_an_example_that_cannot_be_read_is_named():
         DatasetSource(TensorDataset(X), num_classes=3)
 
 
+def test_dtypes_that_numpy_lacks_and_masks_are_described():
+    mask = torch.tensor([[True, False]]).expand(12, 2)
+    source = TensorSource({"x": X.bfloat16(), "mask": mask, "words": CLASSES[:, None]}, CLASSES, 3)
+    dtypes = {name: spec.dtype for name, spec in source.manifest.arrays.items()}
+    assert dtypes == {"x": "float32", "mask": "bool", "words": "int64", "y": "int64"}
+    whole = [name for name in source.manifest.arrays if source.manifest.is_whole(name)]
+    assert whole == ["mask", "words", "y"]
+    x, _ = source.fetch([0, 1])
+    assert [x[name].dtype for name in dtypes if name != "y"] == [torch.float32, torch.bool, torch.int64]
+
+
+def test_a_number_of_classes_counts_more_than_their_names():
+    data = Pairs()
+    data.classes = None
+    assert DatasetSource(data).manifest.num_classes == 3
+    data.classes = ["a", "b"]
+    assert DatasetSource(data).manifest.num_classes == 3
+
+
 class Net(nn.Module):
     def __init__(self, in_shape, num_outputs):
         super().__init__()
@@ -155,6 +174,14 @@ def test_the_command_line_trains_evaluates_predicts_and_plans_with_a_dataset(wor
     assert main(words("plan", run_dir=tmp_path / "other")) == 0
     out = capsys.readouterr().out
     assert "accuracy" in out and (tmp_path / "out.h5").exists()
+
+
+def test_a_network_of_shards_refuses_a_dataset(words, digits, tmp_path, capsys):
+    flags = {"data__shards": digits, "max_steps": 1, "model__name": "hpc_bnn.models.MLP"}
+    given = [word for word in words("train", **flags) if not word.startswith("--data.dataset")]
+    assert main(given) == 0
+    assert main(["evaluate", str(tmp_path / "run"), "--data.dataset", "test_sources.dataset"]) != 0
+    assert "--data.dataset test_sources.dataset" in capsys.readouterr().err
 
 
 def test_a_resumed_run_notices_another_dataset(words, capsys):

@@ -44,7 +44,7 @@ horovod=${HOROVOD:-auto}
 case $horovod in auto | yes | no) ;; *) fail "HOROVOD=$horovod: must be yes or no" ;; esac
 
 # Everything that the environment depends on; not the version of hpc_bnn, because its installation is editable
-want=$({ "$python" -c 'import sys; print(sys.version, sys.base_prefix)'; echo "$mpi $banner $horovod $PWD"; command -v make "${CXX:-c++}" || true
+want=$({ "$python" -c 'import sys; print(sys.version, sys.base_prefix)'; echo "$mpi $banner $horovod $PWD"; command -v make || true; command -v "${CXX:-c++}" || true
     env | grep '^HOROVOD_' | sort || true
     cat setup.cfg pyproject.toml tools/setup.sh tools/install_horovod.sh tools/horovod-cxx17.cmake "$constraints"
 } | cksum)

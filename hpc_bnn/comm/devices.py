@@ -60,7 +60,7 @@ def agree_on_device(objects: ObjectTransport, requested: str) -> torch.device:
     """Choose the device of this rank, or raise the same error on all. Collective over the world."""
     device, faults = torch.device("cpu"), ()
     try:
-        device = choose_device(requested, objects.local_rank, num_visible_gpus())
+        device = choose_device(requested, objects.rank_on_node, num_visible_gpus())
     except ConfigError as error:
         faults = error.faults
     seen = objects.gather((faults, device.type, socket.gethostname()))

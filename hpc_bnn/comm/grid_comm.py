@@ -282,7 +282,8 @@ class GridComm:
             return
         with packed_buckets(tensors) as buckets:
             for flat in buckets:
-                self._carry_(flat, self.tensors.broadcast_, root, axis)
+                if flat.numel():
+                    self._carry_(flat, self.tensors.broadcast_, root, axis)
 
     def broadcast_optimizer_state(self, optimizer: torch.optim.Optimizer, root: int = 0) -> None:
         """Overwrite the state of an optimizer with that of world rank ``root``. Collective over the world.

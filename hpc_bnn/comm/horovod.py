@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import itertools
 import logging
 import os
 import sys
@@ -13,7 +14,7 @@ import torch
 
 from ..grid import Axis, Grid
 from .installed import horovod_facts
-from .mpi import STALL_SECONDS, running_mpi, wait_for_others
+from .mpi import STALL_SECONDS, broadcast_, running_mpi, wait_for_others
 from .transports import ObjectTransport, Operation, TensorTransport
 
 logger = logging.getLogger(__name__)
@@ -29,6 +30,7 @@ class HorovodTensors(TensorTransport):
 
         os.environ.setdefault("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", f"{STALL_SECONDS:.0f}")
         self._grid, self._comms, self._hvd = grid, objects.comms, hvd
+        self._under_way: set[int] = set()
         self._start(grid, objects)
         self._operations = {"sum": hvd.Sum, "max": hvd.Max}
         self.needs_own_gpu = bool(hvd.nccl_built())
@@ -77,16 +79,23 @@ class HorovodTensors(TensorTransport):
         self._hvd.allreduce_(flat, op=self._operations[operation], process_set=self._sets[axis], name=name)
 
     def start_sum_(self, flat: torch.Tensor, axis: Axis) -> Callable[[], object]:
-        # Sums that are under way together need names of their own, the same in each step.
-        name = f"hpc_bnn.start_sum.{axis}.{flat.dtype}.{flat.storage_offset()}.{flat.numel()}"
+        # Sums that are under way together need names of their own, the same on all ranks and in each step
+        number = next(n for n in itertools.count() if n not in self._under_way)
+        self._under_way.add(number)
+        name = f"hpc_bnn.start_sum.{number}.{axis}.{flat.dtype}.{flat.numel()}"
         handle = self._hvd.allreduce_async_(flat, op=self._hvd.Sum, process_set=self._sets[axis], name=name)
-        return lambda: self._hvd.synchronize(handle)
+
+        def wait() -> None:
+            self._hvd.synchronize(handle)
+            self._under_way.discard(number)
+
+        return wait
 
     def broadcast_(self, flat: torch.Tensor, root: int, axis: Axis) -> None:
         if not flat.is_cuda:
             # From host to host by MPI alone: 34,000 images per second reached a group of two ranks on two cores,
             # through Horovod's negotiation 8,000 to 28,000.
-            self._comms[axis].Bcast(flat.view(torch.uint8).numpy(), root)
+            broadcast_(self._comms[axis], flat, root, axis)
             return
         name = f"hpc_bnn.broadcast.{axis}.{flat.dtype}.{flat.numel()}"
         # Horovod counts the root by its world rank, in a process set too.

@@ -17,6 +17,22 @@ _SIGNS = (
 """In the order in which they count: the daemons of mpirun are themselves tasks of srun, and not the ranks."""
 
 
+_OF_JOBS = ("OMPI_", "PMI", "PRTE_", "HYD", "MPI_LOCAL", "PALS_", "JSM_", "SLURM_", "TORCHELASTIC_")
+_OF_USERS = ("OMPI_MCA_", "OMPI_ALLOW_")
+_OF_RANKS = ("OMPI_MCA_ess", "OMPI_MCA_orte", "OMPI_MCA_pmix", "OMPI_MCA_prte")
+"""Beginnings of variables that tell a process of which job it is a rank; with some settings of users among them."""
+
+
+def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return an environment for a process that is no rank of this job. Local."""
+
+    def is_kept(name: str) -> bool:
+        is_setting = name.startswith(_OF_USERS) and not name.startswith(_OF_RANKS)
+        return is_setting or not name.startswith(_OF_JOBS)
+
+    return {name: value for name, value in environment.items() if is_kept(name)}
+
+
 @dataclass(frozen=True)
 class Launcher:
     """The launcher of this process by its environment variables; the name is empty if there is none."""

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+import socket
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..errors import CommunicationError
-from ..grid import Grid
+from ..grid import Axis, Grid
 from .launcher import launcher_of
 from .transports import NodeArray, ObjectAxis, ObjectTransport, no_shared_memory
 
 STALL_SECONDS = 600.0
 """Time that a collective of tensors waits for a missing rank."""
+MAX_COUNT = 2**30
+"""Most numbers in a message: counts and displacements of MPI before its version 4 are below 2^31."""
 
 
 class MpiObjects(ObjectTransport):
@@ -33,8 +39,13 @@ class MpiObjects(ObjectTransport):
 
     def __init__(self, mpi, node_size: int | None = None):
         self.mpi = mpi
-        world, node = mpi.COMM_WORLD, split_by_node(mpi, node_size)
+        world = mpi.COMM_WORLD
+        node = world.Split_type(mpi.COMM_TYPE_SHARED)
         self.rank, self.size = world.rank, world.size
+        self.rank_on_node, self.ranks_on_node = node.rank, node.size
+        if node_size is not None:
+            whole, node = node, node.Split(color=node.rank // node_size, key=node.rank)
+            whole.Free()
         self.local_rank, self.local_size = node.rank, node.size
         self.comms = {"world": world, "node": node}
         self._windows: list[Any] = []
@@ -83,6 +94,65 @@ class MpiObjects(ObjectTransport):
         self.comms = {"world": world}
 
 
+def memory_of(tensor: torch.Tensor) -> Any:
+    """Return the memory of a tensor in one piece, as mpi4py reads it. Local."""
+    if tensor.is_cuda:
+        torch.cuda.current_stream().synchronize()  # MPI knows no streams
+        return tensor
+    return tensor.numpy()
+
+
+def broadcast_(comm: Any, flat: torch.Tensor, root: int, axis: Axis) -> None:
+    """Overwrite [n] with that of the rank ``root`` of a communicator. Collective over it."""
+    for piece in flat.view(torch.uint8).split(MAX_COUNT):
+        with watched(f"a broadcast over {axis}"):
+            comm.Bcast(memory_of(piece), root)
+
+
+# --- a rank that never comes ----------------------------------------------------------------------------
+
+
+class _Watch:
+    """Since when this rank has been in which collective; a thread looks at it."""
+
+    since: float | None = None
+    what = ""
+    thread: threading.Thread | None = None
+
+
+@contextlib.contextmanager
+def watched(what: str) -> Iterator[None]:
+    """End the job if the block takes longer than `STALL_SECONDS`: MPI itself waits for ever. Local."""
+    if _Watch.thread is None:
+        _Watch.thread = threading.Thread(target=_look, daemon=True)
+        _Watch.thread.start()
+    _Watch.what, _Watch.since = what, time.monotonic()
+    try:
+        yield
+    finally:
+        _Watch.since = None
+
+
+def _look() -> None:
+    while True:
+        time.sleep(min(1.0, STALL_SECONDS / 10))
+        since = _Watch.since
+        if since is not None and time.monotonic() - since > STALL_SECONDS:
+            print(
+                f"hpc-bnn: error: rank {running_mpi().COMM_WORLD.rank} on {socket.gethostname()} has waited "
+                f"{STALL_SECONDS:.0f} s in {_Watch.what}. A rank that does not say this has failed or hangs: look there",
+                file=sys.stderr,
+                flush=True,
+            )
+            time.sleep(min(2.0, STALL_SECONDS / 10))  # the other ranks that wait say it, too
+            if running_mpi().Query_thread() == running_mpi().THREAD_MULTIPLE:
+                abort(1)
+            os._exit(1)  # the launcher ends the job
+
+
+# --- start and end -------------------------------------------------------------------------------------
+
+
 def start_mpi():
     """Import and thereby start mpi4py.MPI; return None if it is missing and one process does not need it."""
     launched = launcher_of(os.environ).size or 1
@@ -124,16 +194,6 @@ def running_mpi() -> Any:
     """Return mpi4py.MPI if MPI runs in this process, otherwise None. Local."""
     mpi = sys.modules.get("mpi4py.MPI")
     return mpi if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized() else None
-
-
-def split_by_node(mpi, node_size: int | None = None):
-    """Return the communicator of the ranks that share memory, in groups of at most ``node_size``. Collective."""
-    node = mpi.COMM_WORLD.Split_type(mpi.COMM_TYPE_SHARED)
-    if node_size is None:
-        return node
-    part = node.Split(color=node.rank // node_size, key=node.rank)
-    node.Free()
-    return part
 
 
 def wait_for_others(seconds: float) -> bool:

@@ -75,7 +75,7 @@ def find_meeting(allgather: Callable[[Any], list[Any]], is_first: bool) -> Meeti
     raise CommunicationError(
         f"torch.distributed: no address of rank 0 is reached by all ranks: {'; '.join(failures)}{limit}. Name the interface "
         "that connects the nodes (ip -brief address) in GLOO_SOCKET_IFNAME, let ports above 1023 through a "
-        "firewall between them, or use <backend> horovod"
+        "firewall between them, or use <backend> mpi"
     )
 
 

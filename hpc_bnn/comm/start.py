@@ -35,6 +35,7 @@ def connect(
     backend: str | type[TensorTransport] = "auto",
     node_size: int | None = None,
     process_group: Any = None,
+    overlaps: bool = False,
 ) -> GridComm:
     """Join the process grid of this job. Collective over the world.
 
@@ -65,6 +66,9 @@ def connect(
     process_group : torch.distributed.ProcessGroup, optional
         The ranks of the grid, where a framework (Lightning, Accelerate) has started torch.distributed. Tensors and
         objects then travel by groups that are made of its ranks, and MPI is not started.
+    overlaps : bool
+        Whether sums will have to make progress while the ranks compute (`hpc_bnn.OverlappingOptimizer`): ``auto`` then
+        leaves the MPI out.
 
     Returns
     -------
@@ -82,10 +86,11 @@ def connect(
     if objects.size == 1:
         logger.info("one process: no communication, all samples and examples are computed here")
         return GridComm(grid, choose_device(device, 0, num_visible_gpus()))
-    set_num_threads(objects.local_size)
+    if process_group is None:
+        set_num_threads(objects.ranks_on_node)
     chosen = agree_on_device(objects, device)
     objects.enter(grid)
-    transport = _choose_transport(objects, backend, chosen)
+    transport = _choose_transport(objects, backend, chosen, overlaps)
     tensors = transport(grid, chosen, objects)
     comm = GridComm(grid, chosen, reduction, compression, tensors=tensors, objects=objects)
     check_one_rank_per_gpu(comm)
@@ -112,7 +117,7 @@ TRANSPORTS: dict[str, type[TensorTransport]] = {"horovod": HorovodTensors, "torc
 
 
 def _choose_transport(
-    objects: ObjectTransport, backend: str | type[TensorTransport], device: torch.device
+    objects: ObjectTransport, backend: str | type[TensorTransport], device: torch.device, overlaps: bool
 ) -> type[TensorTransport]:
     """Return the class that carries the tensors, the same on all ranks. Collective over the world."""
     if isinstance(backend, type):
@@ -141,10 +146,10 @@ def _choose_transport(
             f"{objects.size} ranks need Horovod, and {problem}. "
             "Build it for this PyTorch and MPI with tools/install_horovod.sh, or use <backend> mpi or torch"
         )
+    other = "torch" if needs_nccl or overlaps else "mpi"
     if objects.rank == 0:
-        other = LIBRARY_NAMES["torch" if needs_nccl else "mpi"]
-        _say_once(f"{other} carries the tensors; of Horovod: {problem}")
-    return TorchTensors if needs_nccl else MpiTensors
+        _say_once(f"{LIBRARY_NAMES[other]} carries the tensors; of Horovod: {problem}")
+    return TRANSPORTS[other]
 
 
 LIBRARY_NAMES = {"horovod": "Horovod", "torch": "torch.distributed", "mpi": "MPI"}

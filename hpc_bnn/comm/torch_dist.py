@@ -221,7 +221,7 @@ def start(backend: str, rank: int, world_size: int) -> None:
         raise CommunicationError(
             f"torch.distributed does not start on rank {rank} on {socket.gethostname()} ({error}). "
             "Name the network interface of the nodes in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, "
-            "or use <backend> horovod"
+            "or use <backend> mpi"
         ) from error
     finally:
         # torch keeps what the former hook prints until it returns, and ours ends the job before (`install_abort_hook`).

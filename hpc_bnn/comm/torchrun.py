@@ -56,6 +56,10 @@ class TorchObjects(ObjectTransport):
         nodes = self.gather(_node())
         here = [rank for rank, node in enumerate(nodes) if node == nodes[self.rank]]
         place = here.index(self.rank)
+        self.rank_on_node, self.ranks_on_node = place, len(here)
+        if Running.framework is not None:  # other ranks of the node may be in another group
+            on_device = torch.cuda.current_device() if torch.cuda.is_available() else place
+            self.rank_on_node = int(os.environ.get("LOCAL_RANK", on_device))
         first = place - place % (node_size or len(here))
         self._node = here[first:][: node_size or len(here)]
         self.local_rank, self.local_size = place - first, len(self._node)
@@ -113,10 +117,14 @@ class TorchObjects(ObjectTransport):
         return NodeArray(array, lambda: self._wait("node"))
 
 
-def _node() -> tuple[str, str]:
-    """Return what tells nodes apart: containers of one node may have names of their own, and those of several the same."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    return socket.gethostname(), boot.read_text() if boot.exists() else ""
+def _node() -> tuple[Any, ...]:
+    """Return what ranks that share memory have in common, and no others: containers may share a name, or a kernel. Local."""
+    boot, memory = Path("/proc/sys/kernel/random/boot_id"), Path(SHARED_MEMORY)
+    return (
+        socket.gethostname(),
+        boot.read_text() if boot.exists() else "",
+        memory.stat().st_dev if memory.exists() else None,
+    )
 
 
 def _shared_file(num_bytes: int) -> str:
@@ -143,6 +151,8 @@ def launcher() -> Launcher | None:
 
 def join() -> None:
     """Start torch.distributed from what torchrun has set, once. Collective over the world."""
+    if Running.framework is not None:
+        raise CommunicationError("the ranks of <process_group> form the grid already: give it here as well")
     if Running.backend is not None:
         return
     refuse_foreign_start()

@@ -97,7 +97,10 @@ class ObjectTransport:
     """This rank in the world, and the number of ranks."""
     local_rank: int
     local_size: int
-    """This rank among the ranks of its node, and their number."""
+    """This rank among those with which it shares memory, and their number."""
+    rank_on_node: int
+    ranks_on_node: int
+    """This rank among all of its node, which share its GPUs and cores, and their number."""
     comms: dict[ObjectAxis, Any]
     """The communicators of the axes and of the node, with MPI."""
 
@@ -140,6 +143,7 @@ class Alone(ObjectTransport):
 
     rank, size = 0, 1
     local_rank, local_size = 0, 1
+    rank_on_node, ranks_on_node = 0, 1
     comms: dict[ObjectAxis, Any] = {}  # noqa: RUF012
 
     def enter(self, grid: Grid) -> None:

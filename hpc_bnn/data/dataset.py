@@ -67,7 +67,7 @@ class ShardDataset(Source):
             if self._comm.local_rank == 0:
                 self._files.check_sizes()
             scaling = scaling or self._files.manifest
-            _check_alike(scaling, self._files.manifest, directory)
+            check_alike(scaling, self._files.manifest, directory)
         self.manifest = self._files.manifest
         self.device, self.dtype = torch.device(device), dtype
         self.reading = self._choose(reading)
@@ -168,8 +168,8 @@ class ShardDataset(Source):
         return {name: arrays[name] for name in self.manifest.arrays}
 
 
-def _check_alike(scaling: Manifest, manifest: Manifest, directory: str | os.PathLike) -> None:
-    """Raise `DataError` if the examples have another shape than those of the statistics."""
+def check_alike(scaling: Manifest, manifest: Manifest, directory: str | os.PathLike) -> None:
+    """Raise `DataError` if the examples have another shape than those that a network was trained on. Local."""
     if manifest.arrays.keys() != scaling.arrays.keys():
         theirs, ours = (", ".join(m.arrays) for m in (manifest, scaling))
         raise DataError(

@@ -111,7 +111,7 @@ class Manifest:
 
     def is_whole(self, name: str) -> bool:
         """Whether an array of inputs is delivered as whole numbers: one of a source that normalises nothing."""
-        return name not in self.statistics and np.issubdtype(np.dtype(self.arrays[name].dtype), np.integer)
+        return name not in self.statistics and np.dtype(self.arrays[name].dtype).kind in "iub"
 
     @property
     def num_inputs(self) -> int:
@@ -178,7 +178,7 @@ def torch_dtype(name: str) -> torch.dtype:
     """Return the dtype of torch for a NumPy dtype's name; `DataError` where there is none."""
     try:
         return torch.from_numpy(np.empty(0, name)).dtype
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise DataError(f"an array of dtype {name} cannot become a tensor: {error}") from error
 
 

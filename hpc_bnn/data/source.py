@@ -249,8 +249,11 @@ def describe(name: str, content: tuple[Inputs, Tensor], num_examples: int, num_c
     if "y" in named or not all(isinstance(tensor, Tensor) for tensor in named.values()):
         rule = f"the inputs of {name} must be a tensor, or a dict or tuple of tensors without the name y"
         raise ConfigError(Fault("x", sorted(named), rule, "Flatten nested inputs"))
-    arrays = {key: ArraySpec(tuple(t.shape[1:]), str(t.dtype).removeprefix("torch.")) for key, t in named.items()}
-    arrays["y"] = ArraySpec(tuple(y.shape[1:]), str(y.dtype).removeprefix("torch."))
+    arrays = {}
+    for key, tensor in {**named, "y": y}.items():
+        is_half = tensor.is_floating_point() and tensor.element_size() < 4  # NumPy has no bfloat16
+        dtype = torch.float32 if is_half else tensor.dtype
+        arrays[key] = ArraySpec(tuple(tensor.shape[1:]), str(dtype).removeprefix("torch."))
     split = ShardFile(name, num_examples, 0, "", "")
     key = sha256_of_json({"name": name, "num_examples": num_examples, "arrays": sorted(map(str, arrays.items()))})
     return Manifest(name, name, "unknown", arrays, {SPLIT: (split,)}, {}, num_classes, key_sha256=key)
@@ -258,9 +261,9 @@ def describe(name: str, content: tuple[Inputs, Tensor], num_examples: int, num_c
 
 def classes_of(dataset: Any, num_classes: int | None) -> int | None:
     """Return the number of classes that is given, or that a dataset says. Local."""
-    if num_classes is not None or not hasattr(dataset, "classes"):
-        return getattr(dataset, "num_classes", None) if num_classes is None else num_classes
-    return len(dataset.classes)
+    classes = getattr(dataset, "classes", None)
+    said = getattr(dataset, "num_classes", None if classes is None else len(classes))
+    return said if num_classes is None else num_classes
 
 
 def _pair(name: str, content: Any) -> tuple[Inputs, Tensor]:

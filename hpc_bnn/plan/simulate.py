@@ -29,6 +29,7 @@ from ..comm.simulated import Collective, SimulatedTensors
 from ..config import Config, ModelConfig, PosteriorConfig
 from ..data import ArraySpec, Manifest, Source
 from ..data.dataset import scale_of
+from ..data.manifest import torch_dtype
 from ..errors import DataError
 from ..grid import Grid
 from ..likelihoods import Likelihood
@@ -144,11 +145,9 @@ def _batch_of(
     for name, spec in manifest.arrays.items():
         is_whole = manifest.num_classes is not None if name == "y" else manifest.is_whole(name)
         shape = (num_examples, *spec.shape)
-        found[name] = (
-            torch.zeros(shape, dtype=torch.int64, device=device)
-            if is_whole
-            else make(shape, dtype=dtype, device=device)
-        )
+        kind = torch.int64 if name == "y" else torch_dtype(spec.dtype)
+        whole, number = {"dtype": kind, "device": device}, {"dtype": dtype, "device": device}
+        found[name] = torch.zeros(shape, **whole) if is_whole else make(shape, **number)
     y = found.pop("y")
     return (found["x"] if list(found) == ["x"] else found), y
 

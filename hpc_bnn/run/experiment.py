@@ -18,8 +18,10 @@ import torch
 from torch import nn
 
 from ..comm import GridComm, connect
+from ..comm.launcher import without_launcher
 from ..config import Config, DataConfig, Score
 from ..data import Manifest, ShardDataset, Source, as_source
+from ..data.dataset import check_alike
 from ..data.manifest import MANIFEST
 from ..errors import ConfigError, DataError, Fault, import_object
 from ..likelihoods import Likelihood, build_likelihood
@@ -132,7 +134,12 @@ class Experiment:
     def open(self, split: str, shards: str | None = None) -> Source:
         """Open a split of the data of the config, or of shards, normalised as the data that the network is trained on."""
         if shards is None and self.config.data.dataset is not None:
-            return open_dataset(self.config.data, split, self.comm).on(self.comm.device, self.dtype)
+            source, path = open_dataset(self.config.data, split, self.comm), self.config.data.dataset
+            if self.manifest.statistics:
+                rule = "the network was trained on shards, normalised by their statistics, which a dataset is not"
+                raise ConfigError(Fault("data.dataset", path, rule, "Use <data.shards>"))
+            check_alike(self.manifest, source.manifest, path)
+            return source.on(self.comm.device, self.dtype)
         return ShardDataset(
             shards or self.config.data.shards,
             split,
@@ -189,7 +196,7 @@ class Experiment:
             "checkpoint": which,
             "num_steps": num_steps,
             "num_samples": self.config.num_test_samples,
-            "data": {"shards": data.shards, "split": data.test_split, "foreign": foreign_data},
+            "data": {"shards": data.dataset or data.shards, "split": data.test_split, "foreign": foreign_data},
         }
         path = self.run_dir / "evaluation.json"
         write_atomically(path, json.dumps(content, indent=1) + "\n")
@@ -242,7 +249,8 @@ class Experiment:
 def connect_grid(config: Config, sample_size: int) -> GridComm:
     """Join the process grid as a config wants it, with a sample axis of this extent. Collective over the world."""
     grid = config.grid
-    return connect(sample_size, config.device, grid.reduction, grid.compression, backend=config.backend)
+    options = {"backend": config.backend, "overlaps": grid.overlap}
+    return connect(sample_size, config.device, grid.reduction, grid.compression, **options)
 
 
 def open_dataset(config: DataConfig, split: str, comm: GridComm) -> Source:
@@ -255,10 +263,11 @@ def open_dataset(config: DataConfig, split: str, comm: GridComm) -> Source:
 def _source_of(path: str, arguments: str, split: str) -> Source:
     make, given = import_object("data.dataset", path), json.loads(arguments)
     try:
-        return as_source(make(split=split, **given))
+        inspect.signature(make).bind(split=split, **given)
     except TypeError as error:
         rule = f"{path} refuses them, or split={split!r} ({error})"
         raise ConfigError(Fault("data.arguments", given, rule, "Fix the arguments")) from error
+    return as_source(make(split=split, **given))
 
 
 def read_or_prepare(config: DataConfig, comm: GridComm) -> Manifest:
@@ -292,9 +301,7 @@ def _load_pretrained(module: nn.Module, path: str) -> None:
 
 def _prepare_shards(script: str, directory: str) -> None:
     """Run a data_prep script as a process of its own, outside of this MPI job."""
-    launcher = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "HYDRA_", "MPI_", "SLURM_")
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(launcher)}
     command = [sys.executable, script, "--output", directory]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=without_launcher(os.environ), capture_output=True, text=True)
     if done.returncode:
         raise DataError(f"{' '.join(command)} ended with exit code {done.returncode}: {done.stderr.strip()}")

@@ -322,7 +322,7 @@ class Run(Experiment):
         for name in ("arrays", "splits", "statistics", "num_classes", "target_weights"):
             if getattr(former, name) != getattr(self.manifest, name):
                 raise DataError(
-                    f"{self.config.data.shards} is not what the run began with: {name} of the manifest differ. "
+                    f"{self.config.data.dataset or self.config.data.shards} is not what the run began with: {name} of the manifest differ. "
                     "Go on with the former shards, or begin another run_dir"
                 )
         if state["generator"] != GENERATOR:

@@ -6,7 +6,7 @@ from conftest import LIBRARY
 from reference import assert_layout_law, make_step, train, train_alone
 
 from hpc_bnn import OverlappingOptimizer, connect
-from hpc_bnn.comm import HorovodTensors, MpiTensors, TorchTensors, mpi_tensors
+from hpc_bnn.comm import HorovodTensors, MpiTensors, TorchTensors, mpi
 from hpc_bnn.errors import ConfigError
 
 
@@ -27,7 +27,7 @@ def test_messages_with_more_numbers_than_mpi_counts_go_in_pieces(comm, limit, mo
         return flat, sent, wide, few, shares.clone()
 
     expected = results()
-    monkeypatch.setattr(mpi_tensors, "MAX_COUNT", limit)
+    monkeypatch.setattr(mpi, "MAX_COUNT", limit)
     for one, other in zip(results(), expected, strict=True):
         assert one.shape == other.shape and torch.equal(one, other)
 
@@ -41,6 +41,39 @@ def test_overlap_is_refused_where_mpi_carries_the_tensors(comm):
         return
     with pytest.raises(ConfigError, match=r"overlap.*no progress"):
         OverlappingOptimizer(optimizer, step.posterior, comm)
+
+
+def test_gpus_and_cores_are_those_of_the_node_and_memory_that_of_its_part(world):
+    """Two ranks share memory; four share the GPUs."""
+    comm = connect(1, "cpu", node_size=2)
+    if world.size > 1:
+        assert (comm.objects.rank_on_node, comm.objects.ranks_on_node) == (world.rank, world.size)
+        part = world.rank - world.rank % 2
+        assert (comm.local_rank, comm.local_size) == (world.rank - part, min(2, world.size - part))
+
+
+@pytest.mark.skipif(LIBRARY == "horovod", reason="Horovod can overlap")
+def test_auto_leaves_mpi_out_where_sums_overlap(world):
+    if world.size > 1:
+        assert connect(1, "cpu", backend="auto").library == "mpi"
+        assert connect(1, "cpu", backend="auto", overlaps=True).library == "torch"
+
+
+def test_nothing_is_broadcast_of_tensors_without_numbers(comm):
+    before = comm.traffic.num_collectives
+    comm.broadcast_([torch.empty(0), torch.empty(2, 0, dtype=torch.uint8)])
+    comm.sum_([torch.empty(0)])
+    assert comm.traffic.num_collectives == before
+
+
+def test_sums_of_one_length_are_under_way_together(comm):
+    if not comm.tensors.can_overlap:
+        return
+    flats = [torch.full((5,), 10.0**n) * (comm.grid.rank + 1) for n in range(4)]
+    waits = [comm.start_sum_(flat) for flat in flats]
+    for n, (flat, wait) in enumerate(zip(flats, waits)):
+        wait()
+        assert flat.tolist() == [10.0**n * sum(range(1, comm.grid.world_size + 1))] * 5
 
 
 BASE = {"horovod": HorovodTensors, "torch": TorchTensors, "mpi": MpiTensors}[LIBRARY]
