@@ -220,6 +220,8 @@ class Posterior(SlotMemory):
     @torch.no_grad()
     def after_update_(self, scalars: Scalars, key: Key) -> None:
         """Let the family change its slots after the update; ``key`` is that of any sample of the step. Local."""
+        if type(self.family_).after_update_ is Family.after_update_:
+            return  # most change nothing
         draw = RedrawnDraw(self.num_weights, self.network.weights)
         samples = [0] if self.is_replicated else self.samples  # ranks that hold the same slots draw the same
         draw.begin_(key.child(Stream.UPDATE), samples)

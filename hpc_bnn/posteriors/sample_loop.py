@@ -81,7 +81,7 @@ class SampleLoop:
         """Return the outputs [1, B, ...] of one sample."""
         self.posterior.draw_(key.of(sample))
         outputs = [self.posterior.network(part.of(sample), self.autocast_dtype) for part in self._parts(x)]
-        return torch.cat(outputs).to(self.posterior.dtype)[None]
+        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).to(self.posterior.dtype)[None]
 
     def batch(self, samples: Sequence[int], x: SharedView, key: Key) -> Tensor:
         """Return the outputs [c, B, ...] of some samples at once; `NotImplementedError` where they cannot be batched."""
