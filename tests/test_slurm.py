@@ -147,7 +147,7 @@ def jobs(cluster, digits):
         "evaluate.sbatch", f"runs/{names['whole']}", "--num_test_samples", 16, nodes=1,
         options=(f"--dependency=afterok:{names['whole']}",),
     )  # fmt: skip
-    for library in ("horovod", "torch", "mpi"):
+    for library in ("torch", "mpi"):
         names[library] = cluster.submit("train.sbatch", CONFIG, *data, *EXACT, "--backend", library, tasks=2)
     names["killed"] = cluster.submit("train.sbatch", CONFIG, *data, *LONG)
     names["staged"] = cluster.submit("stage_train.sbatch", digits, CONFIG, "--max_steps", 5)
@@ -345,7 +345,7 @@ def test_two_nodes_are_one_rank(cluster, jobs, digits):
     command = (sys.executable, "-m", "hpc_bnn", "train", "--config", CONFIG, "--data.shards", digits, *EXACT)
     cluster.run(*command, "--run_dir", "one", PYTHONPATH=str(REPOSITORY))
     _, expected_metrics, expected = final_state(cluster.work / "one")
-    of_srun = [(jobs[library], library, "0") for library in ("horovod", "torch", "mpi")]
+    of_srun = [(jobs[library], library, "0") for library in ("torch", "mpi")]
     for name, library, requeues in (*of_srun, (job, "torch", "1")):
         assert cluster.ended(name) == ("COMPLETED", "0:0", requeues), cluster.output(name)
         summary, metrics, model = final_state(cluster.work / "runs" / name)
