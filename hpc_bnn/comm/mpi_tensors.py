@@ -24,7 +24,10 @@ PROBE_SECONDS = 120.0
 
 
 class MpiTensors(TensorTransport):
-    """Tensors by the MPI of the launcher (mpi4py); sums do not go on while this rank computes."""
+    """Tensors by the MPI of the launcher (mpi4py); sums do not go on while this rank computes.
+
+    `reduce_scatter` is that of the base: Open MPI 5's own took three times as long as Horovod's (docs/collectives.md).
+    """
 
     name = "mpi"
     can_overlap = False
@@ -71,10 +74,6 @@ class MpiTensors(TensorTransport):
                 for piece, content in zip(now, received.split(counts)):
                     piece.copy_(content.view_as(piece))
         return gathered
-
-    def reduce_scatter(self, rows: torch.Tensor, axis: Axis) -> torch.Tensor:
-        """Each rank sums its row from all others: MPI's own took Open MPI 5 three times as long (docs/collectives.md)."""
-        return self.all_to_all(rows.view(-1), [rows.shape[1]] * len(rows), axis).view_as(rows).sum(0)
 
     def all_to_all(self, flat: torch.Tensor, counts: list[int], axis: Axis) -> torch.Tensor:
         size, mine = len(counts), counts[self._grid.indices[axis]]

@@ -37,7 +37,10 @@ _OPERATIONS = {"sum": "SUM", "max": "MAX"}
 
 
 class TorchTensors(TensorTransport):
-    """Tensors by torch.distributed, which MPI, torchrun or the user's framework has started."""
+    """Tensors by torch.distributed, which MPI, torchrun or the user's framework has started.
+
+    `reduce_scatter` is that of the base: Gloo has none.
+    """
 
     name = "torch"
 
@@ -92,10 +95,6 @@ class TorchTensors(TensorTransport):
         if min(lengths) < longest:
             gathered = torch.cat([part[:count] for part, count in zip(gathered.split(longest), lengths)])
         return gathered
-
-    def reduce_scatter(self, rows: torch.Tensor, axis: Axis) -> torch.Tensor:
-        """Each rank sums its row from all others: Gloo has no sum of its own."""
-        return self.all_to_all(rows.view(-1), [rows.shape[1]] * len(rows), axis).view_as(rows).sum(0)
 
     def all_to_all(self, flat: torch.Tensor, counts: list[int], axis: Axis) -> torch.Tensor:
         size, mine = len(counts), counts[self._grid.indices[axis]]

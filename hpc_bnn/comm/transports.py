@@ -67,8 +67,11 @@ class TensorTransport:
         raise NotImplementedError
 
     def reduce_scatter(self, rows: torch.Tensor, axis: Axis) -> torch.Tensor:
-        """Return the sum [n] over an axis of the row of [ranks, n] that is this rank's. Collective over the axis."""
-        raise NotImplementedError
+        """Return the sum [n] over an axis of the row of [ranks, n] that is this rank's. Collective over the axis.
+
+        Here each rank sums its row from all others, in their order.
+        """
+        return self.all_to_all(rows.view(-1), [rows.shape[1]] * len(rows), axis).view_as(rows).sum(0)
 
     def all_to_all(self, flat: torch.Tensor, counts: list[int], axis: Axis) -> torch.Tensor:
         """Send to each rank of an axis its piece of [n], of these lengths, and return the pieces that came here.
