@@ -15,7 +15,7 @@ from ..errors import DataError
 from ..grid import Grid
 from ..trees import Inputs
 from .files import SplitFiles
-from .manifest import Arrays, Manifest, torch_dtype
+from .manifest import Arrays, Manifest, inputs_of, torch_dtype
 from .source import Source
 
 MEMORY_SHARE = 0.5
@@ -125,8 +125,7 @@ class ShardDataset(Source):
             if name in self._scales:  # the buffer is this batch's own: no copy
                 mean, std = self._scales[name]
                 found[name].sub_(mean).div_(std)
-        y = found.pop("y")
-        return (found["x"] if list(found) == ["x"] else found), y
+        return inputs_of(found), found["y"]
 
     def in_units(self, y: torch.Tensor) -> torch.Tensor:
         """Return targets [B, ...], as they are delivered, in units of y."""

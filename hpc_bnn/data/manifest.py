@@ -106,8 +106,7 @@ class Manifest:
     @property
     def in_shape(self) -> Any:
         """Shape of one input, or a dict of shapes by name where the inputs are not one array ``x``."""
-        shapes = {name: spec.shape for name, spec in self.arrays.items() if name != "y"}
-        return shapes["x"] if list(shapes) == ["x"] else shapes
+        return inputs_of({name: spec.shape for name, spec in self.arrays.items()})
 
     def is_whole(self, name: str) -> bool:
         """Whether an array of inputs is delivered as whole numbers: one of a source that normalises nothing."""
@@ -209,3 +208,9 @@ def named_arrays(x: Any, y: Any) -> dict[str, Any]:
     if not named or reserved & named.keys() or not all(map(str.isidentifier, named)):
         raise DataError(f"inputs are named {', '.join(named)}: use identifiers other than y and crc32, and two or more")
     return named | {"y": y}
+
+
+def inputs_of(named: dict[str, Any]) -> Any:
+    """Return what is there for x, or for the inputs by name, of things by the names of `named_arrays`. Local."""
+    inputs = {name: thing for name, thing in named.items() if name != "y"}
+    return inputs["x"] if list(inputs) == ["x"] else inputs

@@ -31,6 +31,7 @@ from .manifest import (
     ShardFile,
     Statistics,
     crc32_of_examples,
+    inputs_of,
     named_arrays,
     sha256_of_file,
     sha256_of_json,
@@ -185,8 +186,7 @@ def _as_examples(examples: tuple[Any, np.ndarray] | Examples) -> Examples:
 
     def read(start: int, stop: int) -> tuple[Any, np.ndarray]:
         rows = {name: array[start:stop] for name, array in named.items()}
-        y = rows.pop("y")
-        return (rows if isinstance(x, dict) else rows["x"]), y
+        return inputs_of(rows), rows["y"]
 
     return Examples(len(named["y"]), read)
 

@@ -29,7 +29,7 @@ from ..comm.simulated import Collective, SimulatedTensors
 from ..config import Config, ModelConfig, PosteriorConfig
 from ..data import ArraySpec, Manifest, Source
 from ..data.dataset import scale_of
-from ..data.manifest import torch_dtype
+from ..data.manifest import inputs_of, torch_dtype
 from ..errors import DataError
 from ..grid import Grid
 from ..likelihoods import Likelihood
@@ -148,8 +148,7 @@ def _batch_of(
         kind = torch.int64 if name == "y" else torch_dtype(spec.dtype)
         whole, number = {"dtype": kind, "device": device}, {"dtype": dtype, "device": device}
         found[name] = torch.zeros(shape, **whole) if is_whole else make(shape, **number)
-    y = found.pop("y")
-    return (found["x"] if list(found) == ["x"] else found), y
+    return inputs_of(found), found["y"]
 
 
 def rehearse(config: Config, manifest: Manifest, grid: Grid, *, is_on_gpu: bool = False) -> Rehearsal:
