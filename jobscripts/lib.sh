@@ -95,6 +95,9 @@ hpc_bnn_choose_launcher() {
             hpc_bnn_launch_line=(srun --kill-on-bad-exit=0 --wait=60 --distribution=block)
             if [ -z "$mpi" ] && srun --mpi=list 2>&1 | grep -qw pmix; then mpi=pmix; fi
             if [ "${mpi:-site}" != site ]; then hpc_bnn_launch_line+=("--mpi=$mpi"); fi
+            # The tree of Slurm's PMIx (22.05) lets a node leave a fence that the other has not entered, and a rank of Open MPI
+            # that is still in MPI_Init crashes on the first message: 1 start in 30 on a loaded machine, none by the ring.
+            export SLURM_PMIX_FENCE=${SLURM_PMIX_FENCE:-ring}
             ;;
         mpirun)
             hpc_bnn_launch_line=(mpirun -np "$HPC_BNN_RANKS")

@@ -40,6 +40,7 @@ class Cluster:
             # Where the nodes cannot have host names of their own, shared memory between them would crash
             "OMPI_MCA_btl": "tcp,self",
             "OMPI_MCA_btl_tcp_if_include": "lo",
+            "SLURM_PMIX_FENCE": "ring",  # docs/slurm.md
         }
 
     def run(self, *command, **environment) -> str:
@@ -62,15 +63,14 @@ class Cluster:
 
     def srun(self, *command, **environment) -> subprocess.CompletedProcess:
         environment = self.environment | {"PYTHONPATH": str(REPOSITORY)} | environment
-        command = ["srun", *map(str, command)]
-        for _ in range(3):
-            done = subprocess.run(
-                command, cwd=self.work, env=environment, capture_output=True, text=True, timeout=patience(JOB_SECONDS)
-            )
-            # Open MPI 5 itself: a rank that has left MPI_Init sends to one that is still in it (seen under load)
-            if not ("mca_pml_ob1_recv_frag_callback_match" in done.stderr and "ompi_mpi_init" in done.stderr):
-                break
-        return done
+        return subprocess.run(
+            ["srun", *map(str, command)],
+            cwd=self.work,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=patience(JOB_SECONDS),
+        )
 
     def submit(self, script, *arguments, nodes=2, tasks=1, options=(), **environment) -> str:
         shape = (f"--nodes={nodes}", f"--ntasks-per-node={tasks}", "--cpus-per-task=1", "--gres=none")
