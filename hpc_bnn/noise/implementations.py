@@ -1,0 +1,335 @@
+"""How keyed noise is drawn on a CPU: by the C extension where there is one, by NumPy otherwise; the bits are the same.
+
+Everything here is Local. In all methods ``table`` [4, T] int64 is that of `Segments`, and ``words`` [2] int64 holds the hash
+of the key without its last word, and the step.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import logging
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, Fault
+from . import philox
+
+__all__ = ["Implementation", "NativeImplementation", "NumpyImplementation", "available", "chosen", "passes"]
+
+logger = logging.getLogger(__name__)
+
+VARIABLE = "HPC_BNN_NOISE"
+NAMES = ("avx512", "avx2", "plain", "numpy")
+PINNED = "e3fedf1d613dc8fbd671c257ffcfc7974ba2b036af7880b7f6374d0a6e5f4e6b"
+"""Digest of what `_answer` draws."""
+
+
+class Implementation(ABC):
+    """Draws noise into tensors on the CPU. Local."""
+
+    name: str
+
+    @abstractmethod
+    def bits(self, table: Tensor, words: Tensor, first_sample: int, antithetic: bool, out: Tensor) -> None:
+        """Draw random words of consecutive samples.
+
+        Parameters
+        ----------
+        table : Tensor
+            [4, T] int64.
+        words : Tensor
+            [2] int64.
+        first_sample : int
+            Sample of the first row; row r belongs to sample ``first_sample + r``.
+        antithetic : bool
+            An odd sample has the words of the sample before it.
+        out : Tensor
+            [c, P] int32 with contiguous rows; what lies outside of the segments is not written.
+        """
+
+    @abstractmethod
+    def draw(self, table: Tensor, words: Tensor, first_sample: int, antithetic: bool, out: Tensor) -> None:
+        """Draw standard normals: as `bits`, with ``out`` float32. Odd antithetic samples have the other sign."""
+
+    @abstractmethod
+    def affine(
+        self,
+        table: Tensor,
+        words: Tensor,
+        first_sample: int,
+        antithetic: bool,
+        loc: Tensor,
+        scale: Tensor,
+        out: Tensor,
+        noise: Tensor | None,
+    ) -> None:
+        """Write ``loc + scale * noise`` of consecutive samples, rounded twice.
+
+        Parameters
+        ----------
+        table, words, first_sample, antithetic
+            As in `bits`.
+        loc, scale : Tensor
+            [P] float32.
+        out : Tensor
+            [c, P] float32 with contiguous rows.
+        noise : Tensor or None
+            As ``out``; receives the noise.
+        """
+
+    @abstractmethod
+    def fold(
+        self,
+        gradients: Sequence[Tensor | None],
+        table: Tensor,
+        words: Tensor,
+        sample: int,
+        antithetic: bool,
+        total: Tensor | None,
+        product: Tensor,
+        noise: Tensor | None,
+    ) -> None:
+        """Add the gradients of one sample to ``total``, and their products with its noise to ``product``.
+
+        Parameters
+        ----------
+        gradients : sequence of Tensor or None
+            Float32, of ``lengths[t]`` numbers for segment t; None adds nothing.
+        table, words, antithetic
+            As in `bits`.
+        sample : int
+            The sample.
+        total : Tensor or None
+            [P] float32.
+        product : Tensor
+            [P] float32.
+        noise : Tensor or None
+            [P] float32: the noise of the sample. Without it the noise is drawn again.
+        """
+
+
+class NumpyImplementation(Implementation):
+    """`philox` itself: runs everywhere, slowly."""
+
+    name = "numpy"
+
+    def bits(self, table, words, first_sample, antithetic, out):
+        for row, sample in enumerate(range(first_sample, first_sample + len(out))):
+            for word, first, place in _segments(table):
+                sample = sample & ~1 if antithetic else sample
+                drawn = philox.bits(*_unsigned(words), sample, word, first, place.stop - place.start)
+                out[row, place] = torch.from_numpy(drawn.view(np.int32))
+
+    def draw(self, table, words, first_sample, antithetic, out):
+        for row, sample in enumerate(range(first_sample, first_sample + len(out))):
+            for word, first, place in _segments(table):
+                out[row, place] = self._normals(words, sample, antithetic, word, first, place)
+
+    @torch.no_grad()
+    def affine(self, table, words, first_sample, antithetic, loc, scale, out, noise):
+        drawn = out if noise is None else noise
+        self.draw(table, words, first_sample, antithetic, drawn)
+        for _, _, place in _segments(table):
+            torch.mul(drawn[:, place], scale[place], out=out[:, place])
+            out[:, place] += loc[place]
+
+    @torch.no_grad()
+    def fold(self, gradients, table, words, sample, antithetic, total, product, noise):
+        for gradient, (word, first, place) in zip(gradients, _segments(table)):
+            if gradient is None:
+                continue
+            gradient = gradient.reshape(-1)
+            if total is not None:
+                total[place] += gradient
+            drawn = noise[place] if noise is not None else None
+            drawn = self._normals(words, sample, antithetic, word, first, place) if drawn is None else drawn
+            product[place] += gradient * drawn  # in two steps: addcmul may round once
+
+    @staticmethod
+    def _normals(words: Tensor, sample: int, antithetic: bool, word: int, first: int, place: slice) -> Tensor:
+        drawn = philox.normals(*_unsigned(words), sample, word, first, place.stop - place.start, antithetic)
+        return torch.from_numpy(drawn)
+
+
+class NativeImplementation(Implementation):
+    """A variant of the C extension, on the threads of torch."""
+
+    def __init__(self, extension: Any, name: str):
+        self._extension = extension
+        self.name = name
+
+    def bits(self, table, words, first_sample, antithetic, out):
+        self._rows(self._selected().bits, torch.int32, table, words, first_sample, antithetic, out)
+
+    def draw(self, table, words, first_sample, antithetic, out):
+        self._rows(self._selected().draw, torch.float32, table, words, first_sample, antithetic, out)
+
+    def affine(self, table, words, first_sample, antithetic, loc, scale, out, noise):
+        if noise is not None and noise.stride() != out.stride():
+            raise ValueError("noise and out must have the same strides")
+        if not len(loc) == len(scale) == out.shape[1]:
+            raise ValueError(f"loc {len(loc)}, scale {len(scale)} and out {out.shape[1]} must have the same size")
+        self._selected().affine(
+            *_addresses(table, words), first_sample, len(out), antithetic, _address(loc), _address(scale),
+            _address(out), 0 if noise is None else _address(noise), _stride(out), torch.get_num_threads(),
+        )  # fmt: skip
+
+    def fold(self, gradients, table, words, sample, antithetic, total, product, noise):
+        gradients = [g if g is None or g.is_contiguous() else g.contiguous() for g in gradients]
+        self._selected().fold(
+            [0 if g is None else _address(g) for g in gradients], *_addresses(table, words), sample, antithetic,
+            0 if total is None else _address(total), _address(product), 0 if noise is None else _address(noise),
+            torch.get_num_threads(),
+        )  # fmt: skip
+
+    def pairs(self, x0: Tensor, x1: Tensor, z0: Tensor, z1: Tensor) -> None:
+        """Write the Box-Muller of words [n] int32 to [n] float32."""
+        words = [_address(x, torch.int32) for x in (x0, x1)]
+        self._selected().pairs(*words, _address(z0), _address(z1), len(x0))
+
+    def hash_words(self, varied: int, other: int, first: int, count: int) -> int:
+        """Return a hash of the Box-Muller of ``count`` words; hashes of adjacent ranges add modulo 2^64.
+
+        Parameters
+        ----------
+        varied : int
+            0 for words of the radius, 1 for words of the angle.
+        other : int
+            The word beside them.
+        first, count : int
+            Range of the words.
+        """
+        return self._selected().hash_words(varied, other, first, count)
+
+    def _selected(self) -> Any:
+        self._extension.set_variant(self.name)
+        return self._extension
+
+    @staticmethod
+    def _rows(function, dtype, table, words, first_sample, antithetic, out):
+        function(
+            *_addresses(table, words), first_sample, len(out), antithetic, _address(out, dtype), _stride(out),
+            torch.get_num_threads(),
+        )  # fmt: skip
+
+
+def _address(tensor: Tensor, dtype: torch.dtype = torch.float32) -> int:
+    # A call of the step: what is contiguous needs no further look
+    if tensor.dtype is dtype and tensor.is_cpu and (tensor.is_contiguous() or tensor.stride(-1) == 1):
+        return tensor.data_ptr()
+    raise ValueError(f"{tensor.dtype} on {tensor.device}, strides {tensor.stride()}: not rows of {dtype} on the CPU")
+
+
+def _addresses(table: Tensor, words: Tensor) -> tuple[int, int, int]:
+    """Return the first arguments of each function of the extension."""
+    if not table.is_contiguous():
+        raise ValueError("the table must be contiguous")
+    return _address(table, torch.int64), table.shape[1], _address(words, torch.int64)
+
+
+def _stride(rows: Tensor) -> int:
+    return rows.stride(0) if len(rows) > 1 else rows.shape[1]
+
+
+def _segments(table: Tensor) -> Iterator[tuple[int, int, slice]]:
+    """Yield word, first number and place of each segment."""
+    for word, first, start, length in table.T.tolist():
+        yield word, first, slice(start, start + length)
+
+
+def _unsigned(words: Tensor) -> tuple[int, int]:
+    prefix, step = (word & (1 << 64) - 1 for word in words.tolist())
+    return prefix, step
+
+
+# --- the choice --------------------------------------------------------------------------------------------------------
+
+
+def available() -> dict[str, Implementation]:
+    """Return what this machine can run, the fastest first; nothing is tested."""
+    extension, _ = _load()
+    names = extension.variants() if extension else []
+    native: dict[str, Implementation] = {name: NativeImplementation(extension, name) for name in names}
+    return native | {NumpyImplementation.name: NumpyImplementation()}
+
+
+def _load() -> tuple[Any, str]:
+    """Return the extension, or None and why it cannot be loaded."""
+    try:
+        return importlib.import_module(f"{__package__}._native"), ""
+    except ImportError as error:
+        return None, str(error)
+
+
+@functools.cache
+def chosen() -> Implementation:
+    """Return the implementation of this process: the fastest that draws the pinned answer.
+
+    HPC_BNN_NOISE = auto, avx512, avx2, plain or numpy takes another.
+
+    Raises
+    ------
+    ConfigError
+        If what the variable names does not exist here, or does not draw the pinned answer.
+    """
+    found, wanted = available(), os.environ.get(VARIABLE, "auto")
+    names = " or ".join(["auto", *found])
+    if wanted not in ("auto", *found):
+        rule = "no such implementation on this machine" if wanted in NAMES else "no such implementation"
+        raise ConfigError(Fault(VARIABLE, wanted, rule, f"Set {names}"))
+    for name, implementation in found.items() if wanted == "auto" else [(wanted, found[wanted])]:
+        if passes(implementation):
+            break
+        if wanted != "auto":
+            raise ConfigError(Fault(VARIABLE, wanted, "it does not draw the numbers that it must", "Set auto"))
+        logger.warning("noise: the implementation %s does not draw the numbers that it must, and is not used", name)
+    else:
+        raise ConfigError(Fault("noise", ", ".join(found), "none draws the numbers that it must", "Use another NumPy"))
+    if wanted == "auto" and implementation.name == NumpyImplementation.name:
+        logger.warning(
+            "noise: NumPy draws it at about 30 ns per number, where the C extension needs 1 to 4%s. "
+            "With a C compiler `make setup`, or `pip install`, builds the extension",
+            f" ({reason})" if (reason := _load()[1]) else "",
+        )
+    return implementation
+
+
+def passes(implementation: Implementation) -> bool:
+    """Return whether an implementation draws the pinned answer."""
+    try:
+        return _answer(implementation) == PINNED
+    except Exception as error:  # an extension that was built from another version may fail in any way
+        logger.debug("%s: %s", implementation.name, error)
+        return False
+
+
+def _answer(implementation: Implementation) -> str:
+    """Return a digest of what an implementation draws: whole groups and parts of them, all methods, edges of keys."""
+    lengths = [0, 1, 17, 130, 200, 64]
+    firsts = [5, 63, philox.MAX_NUMBERS - 17, 3, 1088, 128]
+    starts = [1, 2, 3, 21, 152, 353]
+    table = torch.tensor([[0, 1, 2, (1 << 62) + 7, 3, 4], firsts, starts, lengths])
+    words = torch.tensor([-0x1234567890ABCDEF, (5 << 32) + 6])
+    size, sample = 420, (1 << 32) - 3
+    loc, scale = torch.arange(size) / 8 - 20, torch.arange(size) % 7 / 64 + 0.3
+    gradients = [None if n == 1 else loc[:n] / 3 for n in lengths]
+    bits = torch.zeros(3, size, dtype=torch.int32)
+    drawn, out, noise = torch.zeros(3, 3, size)
+    total, product, again = torch.ones(3, size)
+    implementation.bits(table, words, sample, False, bits)
+    implementation.draw(table, words, 7, True, drawn)
+    implementation.affine(table, words, sample, True, loc, scale, out, noise)
+    implementation.fold(gradients, table, words, 7, True, total, product, drawn[0])
+    implementation.fold(gradients, table, words, 8, False, None, again, None)
+    digest = hashlib.sha256()
+    for tensor in (bits, drawn, out, noise, total, product, again):
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()

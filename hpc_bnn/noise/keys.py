@@ -1,0 +1,163 @@
+"""Keys: the names of draws, and the numbers of one key.
+
+A draw is named by a `Key`. Every rank that needs the noise of sample 7 at step 300 gets the same numbers, on any grid and
+any device. No global generator is read or advanced anywhere in the package. Everything here is Local.
+
+The numbers come from Philox4x32-10 (Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, SC 2011). Its key is a hash of
+seed, stream and path; its counter holds sample and step, which never share a number.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import operators
+from .philox import mix64
+from .segments import Segments
+
+__all__ = ["GENERATOR", "Key", "Stream"]
+
+GENERATOR = "philox"
+"""Name of what makes the numbers of a `Key`. Checkpoints hold it."""
+
+
+class Stream(enum.IntEnum):
+    """Purpose of random numbers. The values belong to the checkpoint format."""
+
+    INIT = 1
+    DATA_ORDER = 2
+    AUGMENTATION = 3
+    NOISE = 4
+    """Draws of weight samples during training."""
+    PREDICTION = 5
+    """Draws of weight samples for a predictive: step 0."""
+    MASK = 6
+    """Dropout masks of a draw of weights: in its path, before layer and size."""
+    FACTOR = 8
+    """Noise that weights of a draw share: in its path, before its number."""
+    UPDATE = 9
+    """Noise of an update, as a chain needs it: in the path of the draws of a step."""
+    ACTIVATION = 7
+    """Noise per example of a draw of weights: in its path, before the layer."""
+
+
+_MASK64 = (1 << 64) - 1
+
+
+def _mix32(x: int) -> int:
+    """Finaliser of MurmurHash3 (Appleby, 2011): a bijection of 32-bit integers."""
+    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
+    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+@functools.lru_cache(4096)
+def _hash(seed: int, words: Sequence[int]) -> int:
+    return functools.reduce(lambda k, word: mix64(k ^ (word & _MASK64)), words, mix64(seed & _MASK64))
+
+
+@dataclass(frozen=True)
+class Key:
+    """The name of a draw: equal keys have equal numbers on every rank and every device."""
+
+    seed: int
+    """Seed of the run."""
+    stream: Stream
+    path: tuple[int, ...] = ()
+    """Purpose within the stream, such as a layer."""
+    step: int = 0
+    """Optimizer step or epoch."""
+    sample: int = 0
+    """Global sample index."""
+
+    def of(self, sample: int) -> Key:
+        """Return the key of another sample."""
+        return Key(self.seed, self.stream, self.path, self.step, sample)
+
+    def child(self, *path: int) -> Key:
+        """Return a key within this one, such as that of a layer."""
+        return Key(self.seed, self.stream, self.path + path, self.step, self.sample)
+
+    def is_of(self, step: Key) -> bool:
+        """Whether both name the same draw but for the sample."""
+        same_place = self.step == step.step and self.path == step.path
+        return same_place and self.stream == step.stream and self.seed == step.seed
+
+    def words_of_tensors(self, device: torch.device | str = "cpu") -> Tensor:
+        """Return what, with the word of a segment, names ``child(word)``: [2] int64, hash and step."""
+        return self._words((self.stream, len(self.path) + 1, *self.path), device)
+
+    def bits(
+        self, count: int, device: torch.device | str = "cpu", rows: Tensor | None = None, first: int = 0
+    ) -> Tensor:
+        """Return numbers ``first`` to ``first + count - 1`` as 32 random bits each: [count] int32.
+
+        With ``rows`` [B] int64 of each row: [B, count]. Those of a row depend on the key and the row alone.
+        """
+        return self._numbers(operators.bits, count, torch.int32, device, rows, first)
+
+    def normal(
+        self, count: int, device: torch.device | str = "cpu", rows: Tensor | None = None, first: int = 0
+    ) -> Tensor:
+        """Return numbers ``first`` to ``first + count - 1``, standard normal: [count] float32, or [B, count] as `bits`."""
+        return self._numbers(operators.draw, count, torch.float32, device, rows, first)
+
+    def uniform(self, rows: Tensor, count: int, first: int = 0) -> Tensor:
+        """Return numbers of each row in [0, 1), 24 random bits each: [B, count] float32, as `bits`."""
+        return ((self.bits(count, rows.device, rows, first) >> 8) & 0xFFFFFF).float() * 2.0**-24
+
+    @contextlib.contextmanager
+    def global_generator(self) -> Iterator[None]:
+        """Run code that draws from torch's global CPU generator under this key, and put back the generator's state.
+
+        It is for the constructors of modules, which take no generator.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(self._seed_of_torch())
+            yield
+
+    def generator(self) -> torch.Generator:
+        """Return a new generator of torch, on the CPU, for numbers that no grid cuts: initial weights, synthetic data."""
+        return torch.Generator().manual_seed(self._seed_of_torch())
+
+    def _numbers(self, draw, count, dtype, device, rows, first) -> Tensor:
+        words = (self.stream, len(self.path), *self.path)
+        if rows is None:
+            segments, hashed, last = Segments([words[-1]], [first], [0], [count]), words[:-1], None
+        else:
+            segments, hashed, last = Segments.of_rows(len(rows), count, first), words, rows
+        table, tiles = segments.on(torch.device(device))
+        if last is not None:
+            table = torch.cat([last[None], table[1:]])
+        out = torch.empty(1, len(table[0]) * count, dtype=dtype, device=device)
+        draw(table, tiles, self._words(hashed, device), self.sample, False, out)
+        return out[0] if rows is None else out.view(-1, count)
+
+    def _words(self, hashed: tuple[int, ...], device: torch.device | str) -> Tensor:
+        return torch.tensor([_signed(_hash(self.seed, hashed)), _signed(self.step)], device=device)
+
+    def _seed_of_torch(self) -> int:
+        seed = derive_seed(self.seed, self.stream, self.step, self.sample)
+        return derive_seed(seed, *self.path) if self.path else seed
+
+
+def derive_seed(seed: int, stream: int, step: int = 0, index: int = 0) -> int:
+    """Map words to the 32-bit seed of a generator.
+
+    torch's CPU generator keeps only the low 32 bits of its seed. For a fixed (seed, stream, step) the map is a
+    bijection of ``index`` below 2^32: the samples of one step never share their noise. Two keys of different steps
+    coincide with probability 2^-32.
+    """
+    key = mix64(mix64(mix64(seed & _MASK64) ^ stream) ^ step)
+    return _mix32(_mix32((index ^ key) & 0xFFFFFFFF) ^ (key >> 32))
+
+
+def _signed(x: int) -> int:
+    return x - (1 << 64) if x >> 63 else x

@@ -1,0 +1,140 @@
+"""The noise as operators of torch: ``torch.ops.hpc_bnn.bits``, ``draw``, ``affine`` and ``fold``.
+
+They take what `Segments.on` gives, and on the same device ``words`` [2] int64: hash and step (`Key.words_of_tensors`). Row r
+of what they draw, [c, P], belongs to sample ``first_sample + r``; of an antithetic pair the second sample has the numbers of
+the first, negated. All are Local. Under fake tensors, as `hpc-bnn plan` has them, they do nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from .implementations import chosen
+
+__all__ = ["affine", "bits", "draw", "fold"]
+
+logger = logging.getLogger(__name__)
+
+_LIBRARY = torch.library.Library("hpc_bnn", "DEF")
+
+
+def _define(name: str, arguments: str) -> Callable[..., None]:
+    given = "Tensor table, Tensor tiles, Tensor words, int first_sample, bool antithetic"
+    _LIBRARY.define(f"{name}({given}, {arguments}) -> ()")
+    on_cpu, elsewhere = globals()[f"_{name}_on_cpu"], globals()[f"_{name}_elsewhere"]
+    _LIBRARY.impl(name, lambda *given: None, "Meta")
+    _LIBRARY.impl(name, on_cpu, "CPU")
+    _LIBRARY.impl(name, elsewhere, "CompositeExplicitAutograd")
+    return getattr(torch.ops.hpc_bnn, name).default
+
+
+@functools.cache
+def _kernels() -> ModuleType | None:
+    """Return the kernels for CUDA; None where Triton is missing, or gives other numbers here."""
+    reason = "Triton gives other numbers here than hpc_bnn defines"
+    try:
+        from . import triton_kernels
+
+        if triton_kernels.matches():
+            return triton_kernels
+    except ImportError as error:
+        reason = str(error)
+    logger.warning("the CPU draws the noise of this GPU, which is slow: %s", reason)
+    return None
+
+
+def _on_gpu(like: Tensor) -> ModuleType | None:
+    return _kernels() if like.device.type == "cuda" else None
+
+
+# --- draws ---------------------------------------------------------------------------------------------
+
+
+def _bits_on_cpu(table, tiles, words, first_sample, antithetic, out) -> None:
+    chosen().bits(table, words, first_sample, antithetic, out)
+
+
+def _bits_elsewhere(table, tiles, words, first_sample, antithetic, out) -> None:
+    if (kernels := _on_gpu(out)) is not None:
+        return kernels.bits(table, tiles, words, first_sample, antithetic, out)
+    host = torch.empty(out.shape, dtype=out.dtype)
+    _bits_on_cpu(table.cpu(), None, words.cpu(), first_sample, antithetic, host)
+    out.copy_(host)
+
+
+def _draw_on_cpu(table, tiles, words, first_sample, antithetic, out) -> None:
+    numbers = out if out.dtype == torch.float32 else torch.empty(out.shape)
+    chosen().draw(table, words, first_sample, antithetic, numbers)
+    if numbers is not out:
+        out.copy_(numbers)
+
+
+def _draw_elsewhere(table, tiles, words, first_sample, antithetic, out) -> None:
+    if (kernels := _on_gpu(out)) is not None:
+        return kernels.draw(table, tiles, words, first_sample, antithetic, out)
+    host = torch.empty(out.shape)
+    _draw_on_cpu(table.cpu(), None, words.cpu(), first_sample, antithetic, host)
+    out.copy_(host)
+
+
+def _affine_on_cpu(table, tiles, words, first_sample, antithetic, loc, scale, out, noise) -> None:
+    if loc.dtype == out.dtype == torch.float32:
+        return chosen().affine(table, words, first_sample, antithetic, loc, scale, out, noise)
+    _affine_apart(table, tiles, words, first_sample, antithetic, loc, scale, out, noise)
+
+
+def _affine_elsewhere(table, tiles, words, first_sample, antithetic, loc, scale, out, noise) -> None:
+    if (kernels := _on_gpu(out)) is not None:
+        return kernels.affine(table, tiles, words, first_sample, antithetic, loc, scale, out, noise)
+    _affine_apart(table, tiles, words, first_sample, antithetic, loc, scale, out, noise)
+
+
+def _affine_apart(table, tiles, words, first_sample, antithetic, loc, scale, out, noise) -> None:
+    """Draw first, then compute."""
+    if noise is None:
+        noise = torch.empty(out.shape, dtype=loc.dtype, device=loc.device)
+    draw(table, tiles, words, first_sample, antithetic, noise)
+    out.copy_(torch.addcmul(loc, scale, noise))
+
+
+# --- gradients -----------------------------------------------------------------------------------------
+
+
+def _fold_on_cpu(table, tiles, words, first_sample, antithetic, gradients, total, product, noise) -> None:
+    if product.dtype == torch.float32 and all(g is None or g.dtype == torch.float32 for g in gradients):
+        rows = [g if g is None or g.is_contiguous() else g.contiguous() for g in gradients]
+        kept = None if noise is None else noise[0]
+        return chosen().fold(rows, table, words, first_sample, antithetic, total, product, kept)
+    _fold_apart(table, tiles, words, first_sample, antithetic, gradients, total, product, noise)
+
+
+def _fold_elsewhere(table, tiles, words, first_sample, antithetic, gradients, total, product, noise) -> None:
+    if (kernels := _on_gpu(product)) is not None and product.dtype == torch.float32 and noise is None:
+        rows = [g if g is None or g.is_contiguous() else g.contiguous() for g in gradients]
+        return kernels.fold(rows, table, tiles, words, first_sample, antithetic, total, product)
+    _fold_apart(table, tiles, words, first_sample, antithetic, gradients, total, product, noise)
+
+
+def _fold_apart(table, tiles, words, first_sample, antithetic, gradients, total, product, noise) -> None:
+    """Draw first where nothing is kept, then add tensor by tensor."""
+    if noise is None:
+        noise = torch.empty(1, len(product), dtype=product.dtype, device=product.device)
+        draw(table, tiles, words, first_sample, antithetic, noise)
+    for g, start, length in zip(gradients, *table[2:].tolist()):
+        if g is not None:
+            span, g = slice(start, start + length), g.reshape(-1)
+            product[span].addcmul_(g, noise[0, span])
+            if total is not None:
+                total[span].add_(g)
+
+
+bits = _define("bits", "Tensor(a!) out")
+draw = _define("draw", "Tensor(a!) out")
+affine = _define("affine", "Tensor loc, Tensor scale, Tensor(a!) out, Tensor(b!)? noise")
+fold = _define("fold", "Tensor?[] gradients, Tensor(a!)? total, Tensor(b!) product, Tensor? noise")
