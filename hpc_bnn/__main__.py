@@ -13,11 +13,11 @@ def entry() -> None:
 
 def run() -> None:
     """Run the command line, shut MPI down, and exit with the command's code."""
+    from . import comm
     from .cli.commands import main
-    from .comm import finalize
 
     code = main()  # an exception that the ranks did not agree on passes here, and aborts the job
-    finalize()
+    comm.finalize()
     sys.exit(code)
 
 

@@ -19,7 +19,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from .errors import ConfigError, Fault
+from .config import Config
+from .errors import ConfigError, Fault, check_all
 
 Axis = Literal["sample", "data", "world"]
 """An axis of the process grid, or all ranks of the job."""
@@ -165,3 +166,24 @@ class Grid:
 
     def __str__(self) -> str:
         return f"{self.sample_size} x {self.data_size} (samples x data)"
+
+
+def check(config: Config, world_size: int, num_examples: int | None = None) -> None:
+    """Raise one `ConfigError` with all faults of a config for a number of ranks. Local.
+
+    ``num_examples`` are those of the training set, where they are known.
+    """
+    size, num_samples, batch = config.grid.sample_size, config.num_samples, config.global_batch_size
+
+    def check_grid() -> None:
+        if size == "auto":
+            if num_samples >= 1 and batch >= 1:  # otherwise that is the fault
+                grids(world_size, num_samples, batch)
+            return
+        grid = Grid(world_size, size)
+        check_all(
+            lambda: num_samples < 1 or grid.check_num_samples(num_samples),  # below 1 it is a fault of its own
+            lambda: grid.check_batch(batch, num_examples),
+        )
+
+    check_all(config.check, check_grid)

@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jsonargparse
-from tqdm import tqdm
 
 from .. import __version__, comm
-from ..comm.timing import Network, read_network
 from ..config import Backend, Config, config_of_run
 from ..errors import ConfigError, DataError, Fault, HpcBnnError, check_all
-from ..grid import Grid, grids, sample_sizes
+from ..grid import Grid, check, grids, sample_sizes
 from ..safe_files import write_atomically
 from .all_errors import Parser, check_together
 
@@ -93,8 +91,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _say_all_faults(words: list[str]) -> None:
     """Raise one error with all faults, if the command takes a config. Local."""
-    from ..run import check
-
     command = COMMANDS.get(words[0]) if words else None
     if command is not None and command.config_help:
         known, on_ranks = set(command.make_parser()._option_string_actions), comm.world_size()
@@ -124,7 +120,7 @@ def run_and_report(name: str, work: Callable[[], int]) -> int:
 
 
 def _train(options: jsonargparse.Namespace, given: set[str]) -> int:
-    from ..run import Run, StopRequest, check, connect_grid, write_plots
+    from ..run import Run, StopRequest, connect_grid, write_plots
 
     stop = StopRequest()
     with stop.watching_signals():  # a signal during the start counts
@@ -171,6 +167,7 @@ def _choose_grid(config: Config) -> None:
 
 
 def _plan(options: jsonargparse.Namespace, given: set[str]) -> int:
+    from ..comm.timing import Network, read_network
     from ..plan import ASSUMED_BETWEEN, ASSUMED_WITHIN, describe, plan_here
 
     config, path = config_of(options, given), None if options.output is None else Path(options.output)
@@ -269,6 +266,8 @@ def _report(options: jsonargparse.Namespace, given: set[str]) -> int:
 
 
 def _verify(options: jsonargparse.Namespace, given: set[str]) -> int:
+    from tqdm import tqdm
+
     from ..data import Manifest, verify_shards
 
     if comm.launched_rank() != 0:  # one process reads for all
@@ -282,6 +281,8 @@ def _verify(options: jsonargparse.Namespace, given: set[str]) -> int:
 
 
 def _stage(options: jsonargparse.Namespace, given: set[str]) -> int:
+    from tqdm import tqdm
+
     from ..data import stage_shards, unstage_shards
 
     ranks = comm.connect_for_files()

@@ -9,52 +9,39 @@ user's) for sums, maxima and gathers of tensors, and an `ObjectTransport` (`MpiO
 (errors, file names, metadata) and the shared memory of a node. `start` chooses both.
 
 Neither mpi4py.MPI nor horovod is imported before `world_size` or `connect` is called: importing the first
-starts MPI; a worker process that imports this package stays an ordinary process.
+starts MPI; a worker process that imports this package stays an ordinary process. Names of `launcher` and `world` need no torch.
 """
 
-from .devices import choose_device, set_num_threads
-from .grid_comm import GridComm, Traffic
-from .horovod import HorovodTensors
-from .mpi import MpiObjects
-from .mpi_tensors import MpiTensors
-from .start import (
-    LIBRARY_NAMES,
-    abort,
-    connect,
-    connect_for_files,
-    finalize,
-    launched_rank,
-    wait_for_others,
-    world_size,
-)
-from .torch_dist import DistributedFacts, TorchTensors, distributed_facts
-from .torchrun import TorchObjects
-from .transports import Axis, NodeArray, ObjectAxis, ObjectTransport, Operation, TensorTransport
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "LIBRARY_NAMES",
-    "Axis",
-    "DistributedFacts",
-    "GridComm",
-    "HorovodTensors",
-    "MpiObjects",
-    "MpiTensors",
-    "NodeArray",
-    "ObjectAxis",
-    "ObjectTransport",
-    "Operation",
-    "TensorTransport",
-    "TorchObjects",
-    "TorchTensors",
-    "Traffic",
-    "abort",
-    "choose_device",
-    "connect",
-    "connect_for_files",
-    "distributed_facts",
-    "finalize",
-    "launched_rank",
-    "set_num_threads",
-    "wait_for_others",
-    "world_size",
-]
+from .. import door
+
+if TYPE_CHECKING:
+    from .devices import choose_device, set_num_threads
+    from .grid_comm import GridComm, Traffic
+    from .horovod import HorovodTensors
+    from .launcher import launched_rank
+    from .mpi import MpiObjects
+    from .mpi_tensors import MpiTensors
+    from .start import LIBRARY_NAMES, connect, connect_for_files
+    from .torch_dist import DistributedFacts, TorchTensors, distributed_facts
+    from .torchrun import TorchObjects
+    from .transports import Axis, NodeArray, ObjectAxis, ObjectTransport, Operation, TensorTransport
+    from .world import abort, finalize, wait_for_others, world_size
+else:
+    __getattr__, __dir__, __all__ = door(
+        __name__,
+        {
+            "devices": "choose_device set_num_threads",
+            "grid_comm": "GridComm Traffic",
+            "horovod": "HorovodTensors",
+            "launcher": "launched_rank",
+            "mpi": "MpiObjects",
+            "mpi_tensors": "MpiTensors",
+            "start": "LIBRARY_NAMES connect connect_for_files",
+            "torch_dist": "DistributedFacts TorchTensors distributed_facts",
+            "torchrun": "TorchObjects",
+            "transports": "Axis NodeArray ObjectAxis ObjectTransport Operation TensorTransport",
+            "world": "abort finalize wait_for_others world_size",
+        },
+    )

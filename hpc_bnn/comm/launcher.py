@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -85,3 +86,14 @@ def launcher_of(environment: Mapping[str, str]) -> Launcher:
         if rank is not None and without_size is None:
             without_size = Launcher(name, None, rank, local_size, found)
     return without_size or Launcher()
+
+
+def torchrun_of_job() -> Launcher | None:
+    """Return torchrun if it has started several ranks. Local."""
+    found = launcher_of(os.environ)
+    return found if found.needs_no_mpi else None
+
+
+def launched_rank() -> int:
+    """World rank of this process by the launcher's environment; 0 without a launcher. Local, no MPI."""
+    return launcher_of(os.environ).rank

@@ -10,15 +10,17 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from ..errors import CommunicationError
 from ..grid import Axis, Grid
 from .launcher import launcher_of
 from .transports import NodeArray, ObjectAxis, ObjectTransport, no_shared_memory
+
+if TYPE_CHECKING:
+    import torch
 
 STALL_SECONDS = 600.0
 """Time that a collective of tensors waits for a missing rank."""
@@ -97,6 +99,8 @@ class MpiObjects(ObjectTransport):
 def memory_of(tensor: torch.Tensor) -> Any:
     """Return the memory of a tensor in one piece, as mpi4py reads it. Local."""
     if tensor.is_cuda:
+        import torch  # here: help and errors of the command line need this module, and no torch
+
         torch.cuda.current_stream().synchronize()  # MPI knows no streams
         return tensor
     return tensor.numpy()
@@ -104,6 +108,8 @@ def memory_of(tensor: torch.Tensor) -> Any:
 
 def broadcast_(comm: Any, flat: torch.Tensor, root: int, axis: Axis) -> None:
     """Overwrite [n] with that of the rank ``root`` of a communicator. Collective over it."""
+    import torch
+
     for piece in flat.view(torch.uint8).split(MAX_COUNT):
         with watched(f"a broadcast over {axis}"):
             comm.Bcast(memory_of(piece), root)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 from typing import Any, get_args
 
 import torch
@@ -12,16 +11,17 @@ import torch
 from ..config import Backend, Compression, Reduction
 from ..errors import CommunicationError, ConfigError, Fault, import_object
 from ..grid import Grid
-from . import horovod, mpi, torch_dist, torchrun
+from . import horovod, torch_dist, torchrun
 from .devices import agree_on_device, check_one_rank_per_gpu, choose_device, num_visible_gpus, set_num_threads
 from .grid_comm import GridComm
 from .horovod import HorovodTensors
-from .launcher import launcher_of
-from .mpi import MpiObjects, install_abort_hook, running_mpi, start_mpi
+from .launcher import torchrun_of_job
+from .mpi import MpiObjects, install_abort_hook, start_mpi
 from .mpi_tensors import MpiTensors
 from .torch_dist import TorchTensors
 from .torchrun import TorchObjects
 from .transports import Alone, ObjectTransport, TensorTransport
+from .world import abort
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ def _join(node_size: int | None, process_group: Any = None) -> ObjectTransport:
     if process_group is not None:
         torch_dist.adopt(process_group)
         return TorchObjects(node_size)
-    if torchrun.launcher():
+    if torchrun_of_job():
         install_abort_hook(abort)
         torchrun.join()
         return TorchObjects(node_size)
@@ -174,51 +174,3 @@ def connect_for_files(node_size: int | None = None) -> GridComm:
     grid = Grid(objects.size, 1, objects.rank)
     objects.enter(grid)
     return GridComm(grid, objects=objects)
-
-
-def world_size() -> int:
-    """Return the number of ranks of this job. Local, but starts MPI, except under torchrun.
-
-    Raises
-    ------
-    CommunicationError
-        The launcher started several ranks that cannot work together: no mpi4py, or another MPI.
-    """
-    if job := torchrun.launcher():
-        return job.least_size
-    started = start_mpi()
-    return started.COMM_WORLD.size if started else 1
-
-
-def wait_for_others(seconds: float) -> bool:
-    """Wait for all ranks to call this, at most some seconds; return whether they did. Collective."""
-    return torchrun.wait_for_others(seconds) if torchrun.launcher() else mpi.wait_for_others(seconds)
-
-
-def abort(code: int) -> None:
-    """End the whole job with an exit code, from this rank alone. Local."""
-    mpi.abort(code)
-    if torchrun.launcher():
-        os._exit(code)  # torchrun ends the others
-
-
-def finalize() -> None:
-    """End the library for tensors and MPI, so that this rank can exit with any code. Collective over the world.
-
-    Without it ``python -m mpi4py`` answers an exit code other than 0 by aborting the job, which is right
-    for an error of one rank and noise for one on which all ranks agreed.
-    """
-    if torchrun.launcher():
-        wait_for_others(5.0)  # torchrun ends those that are still there when one has failed
-    running = running_mpi()
-    if running is not None:
-        running.COMM_WORLD.Barrier()
-    horovod.shutdown()
-    torch_dist.shutdown()
-    if running is not None:
-        running.Finalize()
-
-
-def launched_rank() -> int:
-    """World rank of this process by the launcher's environment; 0 without a launcher. Local, no MPI."""
-    return launcher_of(os.environ).rank

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from ..errors import CommunicationError
 from ..grid import Grid
-from .launcher import Launcher, launcher_of
+from .launcher import launcher_of
 from .rendezvous import find_meeting
 from .torch_dist import (
     STALL,
@@ -141,12 +141,6 @@ def _shared_file(num_bytes: int) -> str:
 
 
 # --- start and end -------------------------------------------------------------------------------------
-
-
-def launcher() -> Launcher | None:
-    """Return torchrun if it has started several ranks. Local."""
-    found = launcher_of(os.environ)
-    return found if found.needs_no_mpi else None
 
 
 def join() -> None:

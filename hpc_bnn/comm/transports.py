@@ -6,13 +6,15 @@ import contextlib
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
 
 from ..errors import CommunicationError, HpcBnnError, RankError
 from ..grid import Axis, Grid
+
+if TYPE_CHECKING:
+    import torch
 
 ObjectAxis = Literal[Axis, "node"]
 Operation = Literal["sum", "max"]
