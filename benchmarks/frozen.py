@@ -61,6 +61,10 @@ def child(root: str, result: str, grid: str, backend: str, only: str) -> None:
     from hpc_bnn.errors import HpcBnnError
 
     check_source(root)
+    if Path(root).resolve() == REPOSITORY:  # the numbers of both by one generator
+        from former_noise import use_former_noise
+
+        use_former_noise()
     logging.disable(logging.WARNING)
     sample_size, data_size = map(int, grid.split("x"))
     with hpc_bnn.connect(sample_size, device="cpu", backend=backend) as comm:

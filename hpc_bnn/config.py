@@ -91,6 +91,9 @@ class DataConfig:
     batch for all; rank: each rank reads its own examples; auto: node if the data fit, otherwise group."""
     prefetch: int = _ruled(2, at_least(0, "Try 2"))
     """Number of batches that a thread reads ahead, from files or on the way to a GPU."""
+    shuffle_window: int | None = _ruled(None, at_least(1, "Try 100000"))
+    """Shuffle within windows of so many examples that are stored one after another, and the windows among each other:
+    many files are then read a few at a time. By default over the whole split."""
     drop_last: bool = False
     """Leave out the last, smaller batch of an epoch; if it is kept, its gradient is exact, too."""
 

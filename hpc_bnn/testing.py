@@ -299,11 +299,11 @@ def _family_step(
 
 
 def _normal(posterior: Posterior, key: Key, count: int) -> Tensor:
-    """Return normal numbers of a key in float64, rounded to the precision of the posterior. Local."""
+    """Return normal numbers of a key in float64, with the sign of its sample. Local."""
     sign = 1
     if posterior.antithetic:
         key, sign = key.of(key.sample & ~1), 1 - 2 * (key.sample % 2)
-    return sign * torch.randn(count, dtype=posterior.dtype, generator=key.generator()).double()
+    return sign * key.normal(count).double()
 
 
 def _definition(
@@ -315,7 +315,9 @@ def _definition(
 
     def definition(slots: Slots, sample: int, x: Tensor) -> tuple[Any, Tensor]:
         key = step.key.of(sample)
-        eps = _normal(posterior, key, posterior.num_weights)
+        layout = posterior.random
+        of_tensors = [_normal(posterior, key.child(layout.numbers[n]), s.numel()) for n, s in layout.shapes.items()]
+        eps = torch.cat([torch.empty(0, dtype=torch.float64), *of_tensors])
         if outputs is not None:
             noise = ExampleNoise()
             noise.begin_sample(key)
@@ -326,7 +328,7 @@ def _definition(
             return None, outputs(posterior.buffer.named(slots), posterior.random.views(eps), draw, x)
 
         def z(count: int, *path: int) -> Tensor:
-            return _normal(posterior, key.child(Stream.FACTOR, *path), count)
+            return _normal(posterior, key.child(Stream.FACTOR, len(path), *path), count)
 
         w = weights(slots, eps, z)
         points = posterior.point.views(slots["points"]) if "points" in slots else {}

@@ -50,6 +50,15 @@ def digits(tmp_path_factory):
     return directory
 
 
+@pytest.fixture
+def former_noise(monkeypatch):
+    """The noise with which frozen numbers and former checkpoints were made."""
+    from former_noise import patches
+
+    for of, name, value in patches():
+        monkeypatch.setattr(of, name, value)
+
+
 WRITE_PLOTS = write_plots
 
 

@@ -12,6 +12,7 @@ from hpc_bnn.data import ArraySpec, Augmentation, Batch, Manifest
 from hpc_bnn.data.augment import Crop, Erase, ExampleRandom, Flip, Mask, Mixup, Noise, build_augmentation
 from hpc_bnn.errors import ConfigError
 from hpc_bnn.noise import Key, Stream
+from hpc_bnn.noise.philox import mix64, philox4x32
 
 
 def random(examples, view=0, transform=0, epoch=0, seed=3):
@@ -48,21 +49,14 @@ def test_numbers_of_an_example_do_not_depend_on_the_batch():
     assert torch.equal(torch.cat([first, second], 1), random([5]).uniform(4)) and not torch.equal(first, second)
 
 
-def test_generator_is_splitmix64():
-    """Against a plain-integer computation of one key, far into a stream and for a large index."""
-    mask, golden = (1 << 64) - 1, 0x9E3779B97F4A7C15
-
-    def mix(x):
-        x = (x + golden) & mask
-        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
-        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
-        return x ^ (x >> 31)
-
-    key = mix(mix(mix(mix(12) ^ Stream.AUGMENTATION) ^ 5) ^ 9)
-    index, place = 2**40 + 17, 1000
-    expected = (mix((mix(index ^ key) + place * golden) & mask) >> 40) / 2**24
-    got = Key(12, Stream.AUGMENTATION, path=(9,), step=5).uniform(torch.tensor([index]), 1, first=place)
-    assert got.item() == expected
+def test_a_row_has_the_numbers_of_its_key():
+    """As DESIGN has it, far into a row of a large index: the hash takes one word more, and 24 bits become a number."""
+    examples, place = torch.tensor([2**40 + 17, 3]), 1000
+    got = Key(12, Stream.AUGMENTATION, path=(9,), step=5).uniform(examples, 1, first=place)
+    for row, index in zip(got, examples.tolist()):
+        key = mix64(mix64(mix64(mix64(mix64(12) ^ Stream.AUGMENTATION) ^ 1) ^ 9) ^ index)
+        words = philox4x32(16 * (place // 64) + place % 16, 0, 5, 0, key & 0xFFFFFFFF, key >> 32)
+        assert row.item() == (int(words[place % 64 // 16]) >> 8) / 2**24
 
 
 def test_normal_numbers_are_normal():

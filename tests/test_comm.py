@@ -82,9 +82,10 @@ def test_one_flat_tensor_is_not_copied(monkeypatch):
 
 def test_no_module_starts_mpi_or_horovod_at_import():
     code = (
-        "import sys, pkgutil, importlib, hpc_bnn\n"
+        "import sys, pkgutil, importlib.util, hpc_bnn\n"
         "for m in pkgutil.walk_packages(hpc_bnn.__path__, 'hpc_bnn.'):\n"
-        "    importlib.import_module(m.name)\n"
+        "    if importlib.util.find_spec('triton') or not m.name.endswith('triton_kernels'):\n"
+        "        importlib.import_module(m.name)\n"
         "assert not [m for m in sys.modules if m in ('mpi4py.MPI', 'horovod')], 'started'\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=patience(JOB_SECONDS))

@@ -13,9 +13,10 @@ import pytest
 import torch
 from conftest import REPOSITORY, SHARED_DATA
 from preparation import start as prepare
+from scipy import stats
 
 from hpc_bnn import Grid
-from hpc_bnn.data import BatchLoader, Manifest, ShardDataset, epoch_order, global_batches, verify_shards, write_shards
+from hpc_bnn.data import BatchLoader, EpochOrder, Manifest, ShardDataset, global_batches, verify_shards, write_shards
 from hpc_bnn.errors import ConfigError, DataError, RankError
 
 FACTS = {"name": "toy", "source": "made by the test", "licence": "none"}
@@ -245,12 +246,42 @@ def test_interrupted_writing_leaves_no_manifest(shards, monkeypatch):
         Manifest.read(shards)
 
 
-def test_epoch_order_is_a_keyed_permutation():
-    order = epoch_order(100, seed=3, epoch=2)
-    assert sorted(order.tolist()) == list(range(100))
-    assert torch.equal(order, epoch_order(100, seed=3, epoch=2))
-    assert not torch.equal(order, epoch_order(100, seed=3, epoch=3))
-    assert not torch.equal(order, epoch_order(100, seed=4, epoch=2))
+@pytest.mark.parametrize("window", [None, 1, 7, 64, 100])
+@pytest.mark.parametrize("num_examples", [1, 2, 3, 64, 65, 100, 1000])
+def test_the_order_of_an_epoch_is_a_keyed_permutation(num_examples, window):
+    places = torch.arange(num_examples)
+    order = EpochOrder(num_examples, 3, 2, window)[places]
+    assert torch.equal(order.sort().values, places)
+    few = torch.randint(0, num_examples, (20,))  # nobody has to hold all of it
+    assert torch.equal(EpochOrder(num_examples, 3, 2, window)[few], order[few])
+    if num_examples >= 64:
+        others = [EpochOrder(num_examples, seed, epoch, window)[places] for seed, epoch in ((3, 3), (4, 2))]
+        assert not any(torch.equal(order, other) for other in others)
+
+
+def test_the_orders_of_epochs_are_uniform():
+    """Each example is equally likely at each place, and each pair of neighbours too: chi-square over 4,000 epochs."""
+    n, epochs = 6, 4000
+    orders = torch.stack([EpochOrder(n, 0, epoch)[torch.arange(n)] for epoch in range(epochs)])
+    counts = torch.stack([torch.bincount(column, minlength=n) for column in orders.T])
+    assert stats.chisquare(counts.flatten()).pvalue > 1e-4
+    pairs = torch.bincount((orders[:, 0] * n + orders[:, 1]), minlength=n * n).view(n, n)
+    assert stats.chisquare(pairs[~torch.eye(n, dtype=torch.bool)]).pvalue > 1e-4
+
+
+def test_a_window_reads_a_few_files_at_a_time():
+    num_examples, window = 10_000, 500
+    order = EpochOrder(num_examples, 0, 1, window)[torch.arange(num_examples)]
+    spans = [(part.max() - part.min()).item() for part in order.split(window)]
+    assert sorted(spans)[-2] < window  # the order wraps around once
+    starts = [part.min().item() for part in order.split(window)]
+    assert starts != sorted(starts) and not torch.equal(order[:window], order[:window].sort().values)
+
+
+def test_the_order_of_a_billion_examples_costs_no_memory():
+    order = EpochOrder(10**9, 0, 0)
+    first = order[torch.arange(100_000)]
+    assert first.unique().numel() == 100_000 and first.max() > 9.9e8 and first.min() < 1e7
 
 
 def test_global_batches_keep_the_last_partial_batch():

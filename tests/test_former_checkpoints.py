@@ -11,7 +11,7 @@ import torch
 from hpc_bnn import Grid, GridComm
 from hpc_bnn.errors import DataError
 from hpc_bnn.noise import Key, Stream
-from hpc_bnn.posteriors.draws import RedrawnDraw
+from hpc_bnn.posteriors import sampler
 from hpc_bnn.run import former_checkpoint
 from hpc_bnn.run.checkpoint import SECTIONS, CheckpointStore
 
@@ -19,6 +19,7 @@ FORMER = Path(__file__).parent / "former_checkpoints"
 sys.path.insert(0, str(FORMER))
 import problem  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("former_noise")
 EXPECTED = json.loads((FORMER / "expected.json").read_text())
 SAME = [case for case in problem.CASES if case != "low_rank"]
 
@@ -59,7 +60,7 @@ def test_a_low_rank_posterior_of_format_2_is_the_same_distribution_today(caplog)
     with posterior.evaluating():
         posterior.draw_(key)
         weights = {name: p.detach().clone() for name, p in posterior.module.named_parameters()}
-        draw = RedrawnDraw(posterior.num_weights, posterior.loc)
+        draw = sampler.RedrawnDraw(posterior.random, posterior.loc)
         draw.begin_(key, [2])
         noise, (z,) = posterior.random.views(draw.noise[0]), draw.normal((), 2)
     for name, eps in noise.items():

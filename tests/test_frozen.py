@@ -16,6 +16,7 @@ from frozen_cases import CORE, digests, run
 import hpc_bnn
 from hpc_bnn.cli.commands import main
 
+pytestmark = pytest.mark.usefixtures("former_noise")
 TOLERANCE = 1e-10
 STORED = json.loads((REPOSITORY / "tests/frozen.json").read_text())
 FORMER_RUN = Path(__file__).parent / "former_run"

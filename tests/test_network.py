@@ -391,14 +391,13 @@ def test_samples_differ_under_a_users_autocast(inner, ours, chunk_size):
     net = mlp(nn.Tanh()).float()
     seen = []
     net.register_forward_hook(lambda *args: seen.append(args[2].detach()) if chunk_size == 1 else None)
-    step = make(Casting(net) if inner else net, init_std=0.3, chunk_size=chunk_size)
-    step.autocast_dtype = ours
     x, terms = X.float(), []
     for outer in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=outer):
             torch.manual_seed(0)
-            again = make(Casting(net) if inner else net, init_std=0.3, chunk_size=chunk_size, num_samples=4)
-            again.autocast_dtype = torch.bfloat16
+            same = copy.deepcopy(net)  # a posterior leaves a sample of its weights in the network
+            again = make(Casting(same) if inner else same, init_std=0.3, chunk_size=chunk_size, num_samples=4)
+            again.loop.autocast_dtype = ours
             terms.append(again(x, Y, 8).data_term)
             if chunk_size == 1:
                 outputs = seen[-4:]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from stepping import complete, keyed
+from stepping import complete, keyed, noise_of
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 
@@ -41,9 +41,7 @@ def test_gradient_of_samples_equals_autograd_through_the_sampling():
         posterior.draw_(keyed(sample))
         posterior.network(x).square().sum().backward()
         posterior.fold_()
-        eps = torch.randn(
-            posterior.num_weights, dtype=torch.float64, generator=Key(0, Stream.NOISE, sample=sample).generator()
-        )
+        eps = noise_of(posterior, keyed(sample))
         loss, *leaves = reference_loss(posterior, eps, x)
         for total, gradient in zip(expected, torch.autograd.grad(loss, leaves)):
             total += gradient

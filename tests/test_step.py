@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from stepping import noise_of
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 from torch.nn import functional as F
@@ -41,7 +42,7 @@ def test_negative_elbo_and_its_gradient_equal_the_definition():
     loc, log_scale = (p.detach().clone().requires_grad_() for p in step.posterior.parameters())
     data_term = 0
     for sample in range(3):
-        eps = torch.randn(len(loc), dtype=loc.dtype, generator=Key(7, Stream.NOISE, sample=sample).generator())
+        eps = noise_of(step.posterior, Key(7, Stream.NOISE, sample=sample))
         weights = step.posterior.random.views(loc + log_scale.exp() * eps)
         data_term += F.cross_entropy(torch.func.functional_call(step.posterior.module, weights, (x,)), y) / 3
     kl = kl_divergence(Normal(loc, log_scale.exp()), Normal(0.0, 0.5)).sum()

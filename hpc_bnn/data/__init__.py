@@ -4,7 +4,7 @@ from .augment import Augmentation
 from .dataset import ShardDataset
 from .loader import Batch, BatchLoader
 from .manifest import ArraySpec, Manifest, Statistics
-from .order import epoch_order, global_batches, num_global_batches
+from .order import EpochOrder, global_batches, num_global_batches
 from .source import DatasetSource, GlobalBatchSampler, Source, StreamSource, TensorSource, as_source
 from .stage import Staged, stage_shards, unstage_shards, verify_shards
 from .writer import Examples, write_shards
@@ -15,6 +15,7 @@ __all__ = [
     "Batch",
     "BatchLoader",
     "DatasetSource",
+    "EpochOrder",
     "Examples",
     "GlobalBatchSampler",
     "Manifest",
@@ -25,7 +26,6 @@ __all__ = [
     "StreamSource",
     "TensorSource",
     "as_source",
-    "epoch_order",
     "global_batches",
     "num_global_batches",
     "stage_shards",

@@ -46,11 +46,10 @@ class ExampleRandom:
         return self._key.uniform(self._examples, num, first).view(-1, *shape)
 
     def normal(self, *shape: int) -> Tensor:
-        """Return standard normal numbers [B, *shape] (Box and Muller, 1958)."""
-        num = math.prod(shape)
-        radius, angle = self.uniform(2, -(-num // 2)).unbind(1)
-        radius, angle = (-2 * torch.log1p(-radius)).sqrt(), 2 * math.pi * angle
-        return torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)[:, :num].reshape(-1, *shape)
+        """Return standard normal numbers [B, *shape]."""
+        num, first = math.prod(shape), self._num_drawn
+        self._num_drawn += num
+        return self._key.normal(num, self._examples.device, self._examples, first).view(-1, *shape)
 
 
 Transform = Callable[[Tensor, ExampleRandom], Tensor]

@@ -15,7 +15,7 @@ from ..config import check_field
 from ..errors import ConfigError, Fault
 from ..grid import Grid
 from ..trees import Inputs, rows_of
-from .order import global_batches, num_global_batches
+from .order import EpochOrder, batches_in_part, num_global_batches
 from .source import Source
 
 
@@ -48,6 +48,8 @@ class BatchLoader:
         Leave out the last batch if it is smaller; bring the examples of the mirrored positions as well (for `Mixup`).
     prefetch : int
         Batches that are read ahead; 0 reads each when it is needed.
+    window : int, optional
+        Shuffle within windows of so many examples (`EpochOrder`).
     """
 
     def __init__(
@@ -60,12 +62,14 @@ class BatchLoader:
         drop_last: bool = False,
         prefetch: int = 2,
         with_partners: bool = False,
+        window: int | None = None,
     ):
         check_field("global_batch_size", global_batch_size)
+        check_field("data.shuffle_window", window, "window")
         check_field("data.prefetch", prefetch)
         self.dataset, self.grid = dataset, grid
         self.global_batch_size, self.seed, self.drop_last = global_batch_size, seed, drop_last
-        self.prefetch, self.with_partners = prefetch, with_partners
+        self.prefetch, self.with_partners, self.window = prefetch, with_partners, window
         self.num_batches = num_global_batches(len(dataset), global_batch_size, drop_last)
         """Batches of an epoch."""
         self.num_examples = min(len(dataset), self.num_batches * global_batch_size)
@@ -73,10 +77,13 @@ class BatchLoader:
         if self.num_batches == 0:
             rule = f"the split has {len(dataset)} examples, and <data.drop_last> leaves out a smaller batch"
             raise ConfigError(Fault("global_batch_size", global_batch_size, rule, "Make it smaller"))
+        remedy = "Leave it out, or use a map-style Dataset"
         if with_partners and dataset.has_own_order:
             rule = "it needs the examples at the mirrored places of a batch, and a stream gives each example once"
+            raise ConfigError(Fault("augmentation.transforms", "mixup", rule, remedy))
+        if window is not None and dataset.has_own_order:
             raise ConfigError(
-                Fault("augmentation.transforms", "mixup", rule, "Leave it out, or use a map-style Dataset")
+                Fault("data.shuffle_window", window, "a stream has an order of its own", remedy, "window")
             )
 
     def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
@@ -85,49 +92,47 @@ class BatchLoader:
             rule = f"an epoch has {self.num_batches} batches"
             raise ConfigError(Fault("first_batch", first_batch, rule, "Begin with one of them"))
         self.dataset.begin(epoch)
-        batches = global_batches(
-            len(self.dataset),
-            self.global_batch_size,
-            None if self.dataset.has_own_order else self.seed,
-            epoch,
-            drop_last=self.drop_last,
-            first_batch=first_batch,
+        size, own_order = len(self.dataset), self.dataset.has_own_order
+        order = None if own_order else EpochOrder(size, self.seed, epoch, self.window)
+        batches = batches_in_part(
+            size, self.global_batch_size, order, self._places, drop_last=self.drop_last, first_batch=first_batch
         )
-        with contextlib.closing(_read_ahead(self._read, batches, self.prefetch)) as read:
-            for batch, buffer in read:
+        with contextlib.closing(_read_ahead(self.dataset.read, batches, self.prefetch)) as read:
+            for num_examples, examples, buffer in read:
                 x, y = self.dataset.deliver(buffer)
-                examples = batch[self.grid.local_examples(len(batch))].to(y.device)
-                mine, others = slice(len(examples)), slice(len(examples), None)
+                count = len(examples) // 2 if self.with_partners else len(examples)
+                mine, others = slice(count), slice(count, None)
                 partners = (rows_of(x, others), y[others]) if self.with_partners else None
-                yield Batch(rows_of(x, mine), y[mine], examples, len(batch), partners)
+                yield Batch(rows_of(x, mine), y[mine], examples[mine].to(y.device), num_examples, partners)
 
-    def _read(self, batch: torch.Tensor) -> Any:
-        """Return what the source reads of the examples that this rank needs of a global batch."""
-        span = self.grid.local_examples(len(batch))
-        return self.dataset.read(torch.cat([batch[span], batch.flip(0)[span]]) if self.with_partners else batch[span])
+    def _places(self, size: int) -> torch.Tensor:
+        """Return where in a global batch the examples stand that this rank needs: its own, then their mirrored ones."""
+        span = self.grid.local_examples(size)
+        mine = torch.arange(span.start, span.stop)
+        return torch.cat([mine, size - 1 - mine]) if self.with_partners else mine
 
 
 def _read_ahead(
-    read: Callable[[torch.Tensor], Any], batches: Iterator[torch.Tensor], count: int
-) -> Generator[tuple[torch.Tensor, Any], None, None]:
-    """Yield each batch and what ``read`` returns for it; the next ``count`` batches are read meanwhile.
+    read: Callable[[torch.Tensor], Any], batches: Iterator[tuple[int, torch.Tensor]], count: int
+) -> Generator[tuple[int, torch.Tensor, Any], None, None]:
+    """Yield each batch (size, examples) and what ``read`` returns for these; the next ``count`` are read meanwhile.
 
     They are read by a thread, not by a forked process: a fork after MPI has started is not safe. The main thread makes
     all exchanges between ranks.
     """
     if not count:
-        for batch in batches:
-            yield batch, read(batch)
+        for size, examples in batches:
+            yield size, examples, read(examples)
         return
-    waiting: deque[tuple[torch.Tensor, Future[Any]]] = deque()
+    waiting: deque[tuple[int, torch.Tensor, Future[Any]]] = deque()
     reader = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
     try:
-        for batch in batches:
-            waiting.append((batch, reader.submit(read, batch)))
+        for size, examples in batches:
+            waiting.append((size, examples, reader.submit(read, examples)))
             if len(waiting) > count:
-                first, reading = waiting.popleft()
-                yield first, reading.result()
-        for first, reading in waiting:
-            yield first, reading.result()
+                size, examples, reading = waiting.popleft()
+                yield size, examples, reading.result()
+        for size, examples, reading in waiting:
+            yield size, examples, reading.result()
     finally:
         reader.shutdown(cancel_futures=True)

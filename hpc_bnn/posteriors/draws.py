@@ -4,23 +4,33 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..noise import Key, Stream
-from .gradients import WeightGradient
-from .layout import Block
+from ..noise import Key, Stream, operators
+from .gradients import ListGradient, WeightGradient
+from .layout import Block, FlatLayout
 
 __all__ = ["Draw", "KeptDraw", "RedrawnDraw"]
 
 
 class Draw:
-    """Standard normal noise eps of c samples, [c, P], signs of antithetic pairs included. Local in every method."""
+    """Standard normal noise eps of c samples, [c, P], signs of antithetic pairs included. Local in every method.
 
-    def __init__(self, num_weights: int, like: Tensor, antithetic: bool = False):
-        self._num_weights, self._like, self._antithetic = num_weights, like, antithetic
-        self._keys: list[Key] = []
+    Parameters
+    ----------
+    layout, like : FlatLayout, Tensor
+        Where weights lie in [P]; a tensor of their dtype, on their device.
+    antithetic : bool
+        Samples 2 i and 2 i + 1 have the same numbers with opposite signs.
+    """
+
+    def __init__(self, layout: FlatLayout, like: Tensor, antithetic: bool = False):
+        self._layout, self._like, self._antithetic = layout, like, antithetic
+        self._key, self._samples = Key(0, Stream.NOISE), range(0)
+        self._words: Tensor | None = None
 
     @property
     def noise(self) -> Tensor:
@@ -28,90 +38,94 @@ class Draw:
         raise NotImplementedError
 
     def begin_(self, key: Key, samples: Sequence[int]) -> None:
-        """Become the draw of other samples."""
-        self._keys = [key.of(sample) for sample in samples]
+        """Become the draw of other samples, which follow each other."""
+        if self._words is None or not self._key.is_of(key):
+            self._words = key.words_of_tensors(self._like.device)
+        self._key, self._samples = key, samples
 
     def affine_(self, loc: Tensor, scale: Tensor, out: Tensor) -> None:
-        """Write ``loc + scale * eps`` to ``out`` [c, P], which may be of a narrower dtype."""
-        if out.dtype == loc.dtype:
-            torch.addcmul(loc, scale, self.noise, out=out)
-        else:
+        """Write ``loc + scale * eps`` to ``out`` [c, P], which may be of a narrower dtype; loc may have rows, [c, P]."""
+        if loc.ndim > 1:
             out.copy_(torch.addcmul(loc, scale, self.noise))
+        else:
+            operators.affine(*self._named(), loc, scale, out, self._to_keep())
 
     def fold_(self, g: WeightGradient, total: Tensor | None, product: Tensor) -> None:
         """Add the sum over samples of g to ``total`` [P], and that of g * eps to ``product`` [P]."""
+        if isinstance(g, ListGradient) and product.dtype == torch.float32:
+            operators.fold(*self._named(), g.gradients, total, product, self._kept())
+            return
         if total is not None:
             g.add_to(total)
         g.add_product_to(product, self.noise)
 
     def normal(self, path: Sequence[int], count: int) -> Tensor:
         """Return further normal numbers [c, count] of these samples, named by a path of up to two words."""
-        out = self._like.new_empty(len(self._keys), count)
-        for row, key in zip(out, self._keys):
-            self._fill_(row, key.child(Stream.FACTOR, *path))
-        return out
+        key = self._key.child(Stream.FACTOR, len(path), *path)  # two words or more: one is the number of a weight
+        signs = [1 - 2 * (self._antithetic and sample % 2) for sample in self._samples]
+        first = [key.of(sample & ~1 if self._antithetic else sample) for sample in self._samples]
+        rows = [sign * of_sample.normal(count, self._like.device) for sign, of_sample in zip(signs, first)]
+        return torch.stack(rows).to(self._like.dtype)
 
     def cut(self, block: Block) -> Draw:
         """Return the draw of a block of weights."""
-        raise NotImplementedError
+        part = copy.copy(self)
+        part._layout = block.layout
+        return part
 
-    def _fill_(self, row: Tensor, key: Key) -> None:
-        """Draw the numbers of one sample; the second of an antithetic pair has those of the first, negated."""
-        first = key.of(key.sample & ~1) if self._antithetic else key
-        row.normal_(generator=first.generator(row.device))
-        if first.sample != key.sample:
-            row.neg_()
+    def _named(self) -> tuple[Any, ...]:
+        """Return what names the numbers, for `hpc_bnn.noise.operators`."""
+        return *self._layout.segments.on(self._like.device), self._words, self._samples[0], self._antithetic
+
+    def _kept(self) -> Tensor | None:
+        """Return the noise where it is kept."""
+        return None
+
+    def _to_keep(self) -> Tensor | None:
+        """Return where to write noise that is to be kept."""
+        return None
 
 
 class KeptDraw(Draw):
     """Keeps its numbers in memory: a CPU reads them faster than it draws them again."""
 
-    def __init__(self, num_weights: int, like: Tensor, antithetic: bool = False):
-        super().__init__(num_weights, like, antithetic)
-        self.single = self._noise = like.new_empty(1, num_weights)
+    def __init__(self, layout: FlatLayout, like: Tensor, antithetic: bool = False):
+        super().__init__(layout, like, antithetic)
+        self.single = self._noise = like.new_empty(1, layout.num_elements)
         """Where the noise of one sample lies, always."""
+        self._is_drawn = False
 
     @property
     def noise(self) -> Tensor:
+        if not self._is_drawn:
+            operators.draw(*self._named(), self._noise)
+            self._is_drawn = True
         return self._noise
 
     def begin_(self, key: Key, samples: Sequence[int]) -> None:
-        former = self._keys
         super().begin_(key, samples)
-        if self._noise is self.single and self._is_mirror_of(former):
-            self._noise.neg_()
-            return
         is_one = len(samples) == 1
-        self._noise = self.single if is_one else self._like.new_empty(len(samples), self._num_weights)
-        for row, of_sample in zip(self._noise, self._keys):
-            self._fill_(row, of_sample)
-
-    def _is_mirror_of(self, former: list[Key]) -> bool:
-        """Whether the one sample is the second of the antithetic pair whose first is there: half of the noise to draw."""
-        if not self._antithetic or len(former) != 1 or former[0].sample % 2:
-            return False
-        return self._keys == [former[0].of(former[0].sample + 1)]
+        self._noise = self.single if is_one else self._like.new_empty(len(samples), self._layout.num_elements)
+        self._is_drawn = False
 
     def cut(self, block: Block) -> Draw:
-        part = copy.copy(self)
-        part._noise = self._noise[:, block.span]
+        part: Any = super().cut(block)
+        part._noise, part._is_drawn = self.noise[:, block.span], True
         return part
+
+    def _kept(self) -> Tensor:
+        return self.noise
+
+    def _to_keep(self) -> Tensor:
+        self._is_drawn = True
+        return self._noise
 
 
 class RedrawnDraw(Draw):
     """Draws its numbers whenever they are needed and keeps none."""
 
-    _span = slice(None)
-
     @property
     def noise(self) -> Tensor:
-        noise = self._like.new_empty(len(self._keys), self._num_weights)
-        for row, key in zip(noise, self._keys):
-            self._fill_(row, key)
-        return noise[:, self._span]
-
-    def cut(self, block: Block) -> Draw:
-        # Each block draws all P numbers anew and keeps its part: a generator of torch cannot begin in the middle
-        part = copy.copy(self)
-        part._span = block.span
-        return part
+        noise = self._like.new_empty(len(self._samples), self._layout.num_elements)
+        operators.draw(*self._named(), noise)
+        return noise

@@ -6,6 +6,8 @@ intercepted (`hpc_bnn.posteriors.interception`), whether a layer of torch, a sub
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -126,8 +128,9 @@ class DropoutMasks:
             1 if dim in batch_dims or (drops_channels and dim > 1) else size for dim, size in enumerate(x.shape)
         )
         if (number, shape) not in self._masks:
-            generator = key.child(Stream.MASK, number, shape.numel()).generator(x.device)
-            keep = torch.rand(shape, generator=generator, device=x.device) >= p
+            # Unsigned words of 32 bits against p: a float would round them
+            bits = key.child(Stream.MASK, number, shape.numel()).bits(shape.numel(), x.device).view(shape)
+            keep = (bits.long() & 0xFFFFFFFF) >= math.ceil(p * 2**32)
             self._masks[number, shape] = keep.to(x.dtype) / (1 - p) if p < 1 else keep.to(x.dtype)
         return self._masks[number, shape].to(x.dtype)
 

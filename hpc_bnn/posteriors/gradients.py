@@ -58,6 +58,7 @@ class ListGradient:
     """The gradients of one sample: for each weight of a layout a tensor, or None."""
 
     def __init__(self, gradients: Sequence[Tensor | None], views: SlotViews):
+        self.gradients = gradients
         self._used = [gradient is not None for gradient in gradients]  # a forward may leave weights out
         self._gradients = [gradient for gradient in gradients if gradient is not None]
         self._views = views

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,24 +11,34 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ..noise import Segments
+
 
 class FlatLayout:
     """Where named tensors lie in a flat buffer.
 
     Tensors whose length is a multiple of 16 come first, so that each of them starts on a 64-byte
-    boundary, as matrix kernels like it, without padding.
+    boundary, as matrix kernels like it, without padding. ``numbers`` name the noise of each tensor, by default in order.
     """
 
-    def __init__(self, shapes: dict[str, torch.Size]):
+    def __init__(self, shapes: dict[str, torch.Size], numbers: Mapping[str, int] | None = None):
         order = sorted(shapes, key=lambda name: shapes[name].numel() % 16 != 0)  # stable
         self.shapes = {name: shapes[name] for name in order}
         self._lengths = [shape.numel() for shape in self.shapes.values()]
         self.num_elements = sum(self._lengths)
+        self.numbers = dict(zip(shapes, itertools.count())) if numbers is None else numbers
 
     @classmethod
-    def of(cls, parameters: dict[str, nn.Parameter]) -> FlatLayout:
-        """Return the layout of parameters. Local."""
-        return cls({name: parameter.shape for name, parameter in parameters.items()})
+    def of(cls, parameters: dict[str, nn.Parameter], module: nn.Module | None = None) -> FlatLayout:
+        """Return the layout of parameters, whose noise is named by their numbers among all of the module. Local."""
+        numbers = None if module is None else dict(zip(dict(module.named_parameters()), itertools.count()))
+        return cls({name: parameter.shape for name, parameter in parameters.items()}, numbers)
+
+    @functools.cached_property
+    def segments(self) -> Segments:
+        """What names the noise of [num_elements]: that of a tensor depends on its number only, not on where it lies."""
+        starts = [0, *itertools.accumulate(self._lengths)][:-1]
+        return Segments([self.numbers[name] for name in self], [0] * len(self), starts, self._lengths)
 
     def views(self, flat: Tensor) -> dict[str, Tensor]:
         """Return the named views of a flat tensor [num_elements]."""
@@ -41,7 +52,7 @@ class FlatLayout:
     def block(self, start: int, stop: int) -> Block:
         """Return the tensors with these numbers, from ``start`` to before ``stop``."""
         ends = [0, *itertools.accumulate(self._lengths)]
-        layout = FlatLayout(dict(list(self.shapes.items())[start:stop]))
+        layout = FlatLayout(dict(list(self.shapes.items())[start:stop]), self.numbers)
         return Block(slice(start, stop), slice(ends[start], ends[stop]), layout)
 
     def divide(self, num_elements: int) -> tuple[list[Block], list[Block]]:

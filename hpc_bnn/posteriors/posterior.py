@@ -104,7 +104,7 @@ class Posterior(SlotMemory):
         self.antithetic, self.samples, self.keeps_noise = antithetic, list(samples), keeps_noise
         can = self.capabilities = family.capabilities
         random, point = divide_weights(module, deterministic, can)
-        self.random, self.point = FlatLayout.of(random), FlatLayout.of(point)
+        self.random, self.point = FlatLayout.of(random, module), FlatLayout.of(point)
         self.network = Network(module, {**random, **point}, list(self.random), output)
         self.check_features()
         self.dtype = next(iter(self.network.parameters.values())).dtype
@@ -222,7 +222,7 @@ class Posterior(SlotMemory):
         """Let the family change its slots after the update; ``key`` is that of any sample of the step. Local."""
         if type(self.family_).after_update_ is Family.after_update_:
             return  # most change nothing
-        draw = RedrawnDraw(self.num_weights, self.network.weights)
+        draw = RedrawnDraw(self.random, self.network.weights)
         samples = [0] if self.is_replicated else self.samples  # ranks that hold the same slots draw the same
         draw.begin_(key.child(Stream.UPDATE), samples)
         self.family_.after_update_(self.buffer.grads, self.buffer.values, samples, draw, scalars)

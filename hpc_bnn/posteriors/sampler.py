@@ -37,13 +37,13 @@ class Sampler:
         self.random, self.point = random, point = buffer.random, buffer.point
         self._random_parameters = [network.parameters[name] for name in random]
         self._point_parameters = [network.parameters[name] for name in point]
-        self._weights, num_weights = network.weights, random.num_elements
+        self._weights = network.weights
         self._out = self._weights[None]
         self.work: Slots = {}
         self._views, self._point_views = SlotViews(random), SlotViews(point)
-        self._draw = (KeptDraw if keeps_noise else RedrawnDraw)(num_weights, self._weights, antithetic)
+        self._draw = (KeptDraw if keeps_noise else RedrawnDraw)(random, self._weights, antithetic)
         self._whole = {name for name, slot in buffer.slots.items() if not slot.per_weight} | {"points"}
-        if isinstance(self._draw, KeptDraw) and num_weights:
+        if isinstance(self._draw, KeptDraw) and len(random):
             self._views.keep(self._draw.single)
         for name, gradient in buffer.grads.items():
             if name == "points":

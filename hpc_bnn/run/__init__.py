@@ -11,6 +11,6 @@ __getattr__, __dir__, __all__ = door(
         "plots": "write_plots",
         "plotted_examples": "shown_examples",
         "report": "write_report",
-        "train": "Run StopRequest check",
+        "train": "Run StopRequest",
     },
 )

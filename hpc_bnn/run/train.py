@@ -24,8 +24,8 @@ from ..config import Config, flatten
 from ..data import BatchLoader, Manifest
 from ..data.augment import build_augmentation
 from ..data.manifest import MANIFEST
-from ..errors import ConfigError, DataError, Fault, Interrupted, check_all
-from ..grid import Grid, grids
+from ..errors import ConfigError, DataError, Fault, Interrupted
+from ..grid import check
 from ..noise import GENERATOR
 from ..predictive import metrics_to_minimise
 from ..safe_files import write_atomically
@@ -34,27 +34,6 @@ from .checkpoint import read_identity, write_identity
 from .experiment import Experiment, Tested, read_or_prepare
 
 logger = logging.getLogger(__name__)
-
-
-def check(config: Config, world_size: int, num_examples: int | None = None) -> None:
-    """Raise one `ConfigError` with all faults of a config for a number of ranks. Local.
-
-    ``num_examples`` are those of the training set, where they are known.
-    """
-    size, num_samples, batch = config.grid.sample_size, config.num_samples, config.global_batch_size
-
-    def check_grid() -> None:
-        if size == "auto":
-            if num_samples >= 1 and batch >= 1:  # otherwise that is the fault
-                grids(world_size, num_samples, batch)
-            return
-        grid = Grid(world_size, size)
-        check_all(
-            lambda: num_samples < 1 or grid.check_num_samples(num_samples),  # below 1 it is a fault of its own
-            lambda: grid.check_batch(batch, num_examples),
-        )
-
-    check_all(config.check, check_grid)
 
 
 class Run(Experiment):
@@ -96,6 +75,7 @@ class Run(Experiment):
             drop_last=config.data.drop_last,
             prefetch=config.data.prefetch,
             with_partners=self.augmentation is not None and self.augmentation.needs_partners,
+            window=config.data.shuffle_window,
         )
         self.step, self.schedule = self.build_step(len(self.train_set), self.loader.num_batches)
         self.optimizer = self.step.optimizer

@@ -27,13 +27,18 @@ class BatchTrial:
         self._loop, self._statistic, self._measures = loop, statistic, measures
         self.is_done = False
 
+    def is_due(self, samples: Sequence[int]) -> bool:
+        """Whether a call would try or measure anything. Local."""
+        can_batch = self._loop.can_batch and min(len(samples), self._loop.chunk_size) > 1
+        return self._measures or (can_batch and not self.is_done)
+
     def __call__(self, samples: Sequence[int], x: SharedView, y: Tensor, key: Key) -> None:
         """Try a batch of the samples of this rank, once."""
         loop = self._loop
         if self._measures and x.device.type != "cpu" and len(samples) > 1:
             loop.chunk_size = self._measure(samples, x, y, key)
         self._measures = False
-        if not self.is_done and loop.can_batch and min(len(samples), loop.chunk_size) > 1:
+        if self.is_due(samples):
             self.is_done = True
             self._try(samples[: loop.chunk_size], x, y, key)
 

@@ -297,19 +297,18 @@ class VariationalStep(StepState):
 
     def _begin(self, x: SharedView, y: Tensor, samples: range, global_batch_size: int) -> None:
         """Check and try, once each, what can be on a batch, and begin the step. Local, but for `Reducer.begin_`."""
+        posterior = self.posterior
         self.reducer.begin_()  # waits for sums that write into the buffer, before it is emptied
-        if len(x):
-            self.posterior.check_()  # it notices changed layers, which ask for another look
+        posterior.begin_()  # it notices changed layers, which ask for another look
+        if len(x) and (not self._is_prepared or posterior.network.needs_look() or self._trial.is_due(samples)):
             if not self._is_prepared:
                 self.likelihood.check_targets(y)
-                self.posterior.sampler.prepare_(x.of(samples[0]))
+                posterior.sampler.prepare_(x.of(samples[0]))
                 self._is_prepared = True
-            if self.posterior.network.needs_look():
-                self.posterior.begin_()  # a look draws
             self.loop.look(samples, x, self.key, self.comm.grid)
             self._trial(samples, x, y, self.key)
+            posterior.begin_()  # these have drawn
         self._first_example, self._num_seen = self.comm.grid.local_examples(global_batch_size).start, 0
-        self.posterior.begin_()
         self._begun = self.posterior.num_begun
         grid = self.comm.grid
         if self.num_steps == 0 and grid.is_first("world") and global_batch_size < grid.data_size:

@@ -119,7 +119,10 @@ class Updater:
         numbers, packed, groups = itertools.count(), {}, []
         for group, options in zip(self.optimizer.param_groups, state["groups"]):
             ids = [next(numbers) for _ in group["params"]]
-            groups.append({**group, **options, "params": ids})  # an option of a newer torch stays as it is
+            how = {
+                name: group[name] for name in ("fused", "foreach") if name in group
+            }  # of this optimizer, not of the state
+            groups.append({**group, **options, **how, "params": ids})  # an option of a newer torch stays as it is
             for number, parameter in zip(ids, group["params"]):
                 if values := self._join(parameter, state["state"]):
                     packed[number] = values
@@ -188,6 +191,10 @@ class DividedUpdater(Updater):
             rule = f"its state can be divided for {', '.join(ELEMENTWISE)} only, which treat every number by itself"
             remedy = "Leave it out, or use <optimizer.name> AdamW"
             raise ConfigError(Fault("optimizer.sharded", kind.__name__, rule, remedy))
+        is_strided = not all(share.is_contiguous() for share in own.values())
+        if is_strided and any(group.get("fused") for group in optimizer.param_groups):
+            rule = "shares of several rows are strided memory, which torch's fused kernels for CPUs misread"
+            raise ConfigError(Fault("optimizer.arguments", "fused True", rule, "Leave it out"))
         super().__init__(optimizer, posterior, reducer)
 
     def _check_parameters(self, updated: set[int]) -> None:

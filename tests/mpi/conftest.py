@@ -15,6 +15,7 @@ import os
 import sys
 import traceback
 import zlib
+from pathlib import Path
 
 import pytest
 
@@ -117,3 +118,13 @@ def comm(sample_size):
 @pytest.fixture(scope="session")
 def world():
     return WORLD
+
+
+@pytest.fixture
+def former_noise(monkeypatch):
+    """As in tests/conftest.py."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1])
+    from former_noise import patches
+
+    for of, name, value in patches():
+        monkeypatch.setattr(of, name, value)

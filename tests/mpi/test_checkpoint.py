@@ -20,7 +20,7 @@ EXPECTED = json.loads((FORMER / "expected.json").read_text())
 
 
 @pytest.mark.parametrize("case", [case for case in problem.CASES if case != "low_rank"])
-def test_a_checkpoint_of_format_2_goes_on_on_this_grid(comm, case):
+def test_a_checkpoint_of_format_2_goes_on_on_this_grid(comm, case, former_noise):
     state = CheckpointStore(FORMER / case).load_newest()
     model = problem.end_of(*problem.resume(state, *problem.CASES[case], comm))
     assert model.keys() == EXPECTED[case].keys()

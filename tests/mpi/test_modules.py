@@ -63,8 +63,7 @@ def test_family_trains_alike_on_every_grid(comm, family, chunk_size):
 
 
 @pytest.mark.parametrize("name, estimator", [("mlp", "local"), ("lenet_batchnorm", "flipout")])
-def test_noise_per_example_does_not_depend_on_the_grid(comm, name, estimator, monkeypatch):
-    monkeypatch.setattr(posteriors.estimators.example_noise, "BLOCK", 4)  # several blocks in a batch of 11
+def test_noise_per_example_does_not_depend_on_the_grid(comm, name, estimator):
     _, expected = train(GridComm(Grid()), name, estimator)
     posterior, results = train(comm, name, estimator)
     assert_layout_law(results, expected)

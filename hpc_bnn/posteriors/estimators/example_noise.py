@@ -9,8 +9,8 @@ its own draw of a layer's weights, not one draw for all.
 - *Flipout* (Wen, Vicol, Ba, Tran, Grosse, 2018) multiplies one perturbation of the weights by random signs per
   example, the same for all its tokens or pixels: ``nn.Linear`` and ``nn.Conv1d/2d/3d``.
 
-The noise of an example is keyed by (sample, layer, place in the global batch), in blocks, so that it does not
-depend on the grid and a rank draws only what it needs.
+The noise of an example is keyed by (sample, layer, place in the global batch): it does not depend on the grid, and a rank
+draws only what it needs.
 """
 
 from __future__ import annotations
@@ -27,9 +27,6 @@ from ...noise import Key, Stream
 
 logger = logging.getLogger(__name__)
 
-BLOCK = 32
-"""Examples whose noise comes from one generator."""
-
 
 class ExampleNoise:
     """Noise per example of the sample being evaluated."""
@@ -45,20 +42,11 @@ class ExampleNoise:
 
     def draw(self, layer: int, like: Tensor, width: int, signs: bool = False) -> Tensor:
         """Return noise [len(like), width], standard normal or +-1. Local."""
-        first, stop = self.first_example, self.first_example + len(like)
-        blocks = []
-        for block in range(first // BLOCK, -(-stop // BLOCK)):
-            generator = self._key.child(Stream.ACTIVATION, layer, block).generator(like.device)
-            noise = torch.empty(BLOCK, width, dtype=like.dtype, device=like.device)
-            if signs:
-                noise.random_(0, 2, generator=generator).mul_(2).sub_(1)
-            else:
-                noise.normal_(generator=generator)
-            blocks.append(noise)
-        if not blocks:
-            return like.new_empty(0, width)
-        offset = first % BLOCK
-        return torch.cat(blocks)[offset : offset + len(like)]
+        key = self._key.child(Stream.ACTIVATION, layer)
+        places = torch.arange(self.first_example, self.first_example + len(like), device=like.device)
+        if signs:
+            return (1 - 2 * (key.bits(width, like.device, places) & 1)).to(like.dtype)
+        return key.normal(width, like.device, places).to(like.dtype)
 
 
 def apply_layer(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
