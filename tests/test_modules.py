@@ -217,7 +217,7 @@ def test_horovods_easyconfig_has_the_checksum_of_our_cmake_file():
     _, horovod = easyconfig("Horovod")
     ((_, version, options),) = horovod["exts_list"]
     checksums = {name: digest for entry in options["checksums"] for name, digest in entry.items()}
-    hook = REPOSITORY / "tools/horovod-cxx17.cmake"
+    hook = REPOSITORY / "tools/horovod.cmake"
     assert checksums[hook.name] == hashlib.sha256(hook.read_bytes()).hexdigest()
     assert (MODULES / "easybuild" / hook.name).resolve() == hook
     assert f"version={version}" in (REPOSITORY / "tools/install_horovod.sh").read_text()

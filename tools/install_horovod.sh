@@ -7,7 +7,9 @@
 # psutil, pyyaml and cffi; mpicxx and mpirun must be on the PATH (the environment's bin counts).
 # The script keeps the wheel in ${HPC_BNN_CACHE:-${XDG_CACHE_HOME:-~/.cache}/hpc_bnn}/wheels, in a folder whose name is a
 # key of everything that the wheel depends on, and uses it the next time.
-# For GPUs set HOROVOD_GPU_OPERATIONS=NCCL (and HOROVOD_NCCL_HOME) in the environment.
+# With a CUDA build of torch it looks for the CUDA toolkit (or CUDA_HOME), NCCL (or HOROVOD_NCCL_HOME) and the architectures
+# of the GPUs at hand (or HOROVOD_BUILD_CUDA_CC_LIST=80,90), says what it found, and builds the sums on GPUs where all are there.
+# HOROVOD_GPU_OPERATIONS=NCCL demands them, on a machine without a GPU as well.
 set -eu
 
 version=0.28.1
@@ -23,12 +25,50 @@ for tool in mpicxx mpirun; do
 done
 command -v make >/dev/null || fail "make is missing: apt install make"
 cxx=${CXX:-c++}
-echo 'static_assert(__cplusplus >= 201703L, "");' | "$cxx" -std=c++17 -x c++ -fsyntax-only - 2>/dev/null ||
-    fail "$cxx does not compile C++17: apt install g++ (9 or newer), or load a compiler module"
+read -r HOROVOD_CXX_STANDARD cuda nccl <<TORCH
+$("$python" - <<'PY'
+import importlib.util, pathlib, torch
+of = importlib.util.find_spec("nvidia.nccl") if importlib.util.find_spec("nvidia") else None
+version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+print(17 if version < (2, 14) else 20, torch.version.cuda or "-", *(list(of.submodule_search_locations or []) if of else []))
+PY
+)
+TORCH
+export HOROVOD_CXX_STANDARD
+echo 'int main() {}' | "$cxx" -std=c++"$HOROVOD_CXX_STANDARD" -x c++ -fsyntax-only - 2>/dev/null ||
+    fail "$cxx does not compile C++$HOROVOD_CXX_STANDARD: apt install g++ (10 or newer), or load a compiler module"
+links=
+if [ "$cuda" != - ]; then
+    # torch and Horovod guess the toolkit from an nvcc on the PATH, which may be a wrapper, and stop
+    nvcc=$(readlink -f "$(command -v nvcc || echo /)")
+    for home in "${CUDA_HOME:-}" "${HOROVOD_CUDA_HOME:-}" "/usr/local/cuda-$cuda" /usr/local/cuda "${nvcc%/bin/nvcc}"; do
+        if [ -x "$home/bin/nvcc" ] && [ -e "$home/include/cuda_runtime.h" ]; then
+            CUDA_HOME=$home HOROVOD_CUDA_HOME=$home PATH=$home/bin:$PATH; export CUDA_HOME HOROVOD_CUDA_HOME PATH
+            break
+        fi
+    done
+    [ -x "${CUDA_HOME:-}/bin/nvcc" ] || CUDA_HOME=
+    for home in "${HOROVOD_NCCL_HOME:-}" "$nccl" /usr "${CUDA_HOME:-/usr}"; do
+        if [ -e "$home/include/nccl.h" ]; then HOROVOD_NCCL_HOME=$home; export HOROVOD_NCCL_HOME; break; fi
+    done
+    [ -e "${HOROVOD_NCCL_HOME:-}/include/nccl.h" ] || HOROVOD_NCCL_HOME=
+    found=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | tr -d . | sort -u | paste -sd , -) || found=
+    HOROVOD_BUILD_CUDA_CC_LIST=${HOROVOD_BUILD_CUDA_CC_LIST:-$found}
+    echo "torch for CUDA $cuda; toolkit: ${CUDA_HOME:-none}; NCCL: ${HOROVOD_NCCL_HOME:-none}; architectures: ${HOROVOD_BUILD_CUDA_CC_LIST:-none named, no GPU}"
+    if [ -n "$CUDA_HOME" ] && [ -n "$HOROVOD_NCCL_HOME" ] && [ -n "$HOROVOD_BUILD_CUDA_CC_LIST" ]; then
+        HOROVOD_GPU_OPERATIONS=${HOROVOD_GPU_OPERATIONS:-NCCL}; export HOROVOD_GPU_OPERATIONS HOROVOD_BUILD_CUDA_CC_LIST
+    elif [ "${HOROVOD_GPU_OPERATIONS:-}" = NCCL ]; then
+        fail "HOROVOD_GPU_OPERATIONS=NCCL needs all of them: set CUDA_HOME, HOROVOD_NCCL_HOME or HOROVOD_BUILD_CUDA_CC_LIST=80,90"
+    else
+        unset HOROVOD_NCCL_HOME HOROVOD_BUILD_CUDA_CC_LIST
+        echo "Horovod is built for tensors of CPUs: torch itself sums those of GPUs by NCCL"
+    fi
+    links=${HOROVOD_NCCL_HOME:-}
+fi
 command -v cmake >/dev/null || fail "cmake is missing: pip install 'cmake>=3.21,<5'"
 
 # Everything that a built wheel depends on
-key=$("$python" - "$cxx" "$here/horovod-cxx17.cmake" <<'PY'
+key=$("$python" - "$cxx" "$here/horovod.cmake" <<'PY'
 import hashlib, os, platform, re, subprocess, sys
 import torch
 def run(*command):
@@ -51,10 +91,16 @@ if [ -z "$wheel" ]; then
     echo "Building Horovod $version ($key): 2 to 6 minutes on two cores, once"
     work=$(mktemp -d)
     trap 'rm -rf "$work"' EXIT
+    if [ -n "$links" ] && ! ls "$links"/lib*/libnccl.so "$links"/lib/*/libnccl.so >/dev/null 2>&1; then
+        mkdir -p "$work/nccl/lib"  # the wheel of NCCL has no name that a linker looks for
+        ln -s "$links/include" "$work/nccl/include"
+        for name in libnccl.so libnccl.so.2; do ln -s "$links/lib/libnccl.so.2" "$work/nccl/lib/$name"; done
+        HOROVOD_NCCL_HOME=$work/nccl
+    fi
     # --no-cache-dir: pip's own cache does not know for which torch and MPI a wheel was built.
     # Ninja and a foreign CPPFLAGS break Horovod's build.
     if ! env -u CMAKE_GENERATOR -u CPPFLAGS \
-        CMAKE_TOOLCHAIN_FILE="$here/horovod-cxx17.cmake" CXX="$cxx" MAKEFLAGS="${MAKEFLAGS_HOROVOD:--j$(nproc)}" \
+        CMAKE_TOOLCHAIN_FILE="$here/horovod.cmake" CXX="$cxx" MAKEFLAGS="${MAKEFLAGS_HOROVOD:--j$(nproc)}" \
         HOROVOD_WITH_PYTORCH=1 HOROVOD_WITH_MPI=1 HOROVOD_WITHOUT_GLOO=1 \
         HOROVOD_WITHOUT_TENSORFLOW=1 HOROVOD_WITHOUT_MXNET=1 \
         "$python" -m pip wheel -v --no-deps --no-cache-dir --no-build-isolation --no-binary horovod \

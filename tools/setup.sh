@@ -46,7 +46,7 @@ case $horovod in auto | yes | no) ;; *) fail "HOROVOD=$horovod: must be yes or n
 # Everything that the environment depends on; not the version of hpc_bnn, because its installation is editable
 want=$({ "$python" -c 'import sys; print(sys.version, sys.base_prefix)'; echo "$mpi $banner $horovod $PWD"; command -v make || true; command -v "${CXX:-c++}" || true
     env | grep '^HOROVOD_' | sort || true
-    cat setup.cfg pyproject.toml tools/setup.sh tools/install_horovod.sh tools/horovod-cxx17.cmake "$constraints"
+    cat setup.cfg pyproject.toml tools/setup.sh tools/install_horovod.sh tools/horovod.cmake "$constraints"
 } | cksum)
 # The C extension of hpc_bnn/noise: again after a change, and where it is gone. Without a C compiler NumPy draws the noise
 build_native() {

@@ -1,1 +1,0 @@
-../../../tools/horovod-cxx17.cmake
