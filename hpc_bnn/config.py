@@ -117,8 +117,8 @@ class ModelConfig:
     """The network, an ordinary nn.Module."""
 
     name: str = "hpc_bnn.models.MLP"
-    """Import path of the class. hpc_bnn calls it with in_shape, num_outputs and arguments, and with places (spatial
-    shape of the targets) if the class accepts it."""
+    """Import path of the class. hpc_bnn calls it with in_shape, num_outputs and arguments, and with target_shape
+    (spatial shape of the targets) if the class accepts it."""
     arguments: dict[str, Any] = field(default_factory=dict)
     """Further keyword arguments of the class."""
     output: str | int | None = None

@@ -87,7 +87,7 @@ class Ranks:
 
 def test_ranks_of_one_network_stack_meet_on_its_loopback(monkeypatch):
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
-    assert Ranks().both() == [addresses.Meeting("127.0.0.1", "lo")] * 2
+    assert Ranks().both() == [addresses.Rendezvous("127.0.0.1", "lo")] * 2
 
 
 def test_where_they_cannot_meet_all_say_so(monkeypatch):

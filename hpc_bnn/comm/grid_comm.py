@@ -18,7 +18,7 @@ from ..errors import CommunicationError
 from ..grid import Axis, Grid, share
 from ..trees import map_leaves
 from .compression import decode, encode, encoded_bytes
-from .packing import Outline, as_list, packed_buckets, share_buckets
+from .packing import TensorSpec, as_list, packed_buckets, share_buckets
 from .transports import Alone, NodeArray, ObjectAxis, ObjectTransport, Operation, TensorTransport, agreed
 
 
@@ -302,9 +302,9 @@ class GridComm:
         """
         if self.grid.world_size == 1:
             return tree
-        outline = self.broadcast_object(map_leaves(tree, torch.Tensor, Outline.of), root)
+        outline = self.broadcast_object(map_leaves(tree, torch.Tensor, TensorSpec.of), root)
         if self.grid.rank != root:
-            tree = map_leaves(outline, Outline, lambda o: o.empty(self.device))
+            tree = map_leaves(outline, TensorSpec, lambda o: o.empty(self.device))
         tensors: list[torch.Tensor] = []
         map_leaves(tree, torch.Tensor, tensors.append)
         self.broadcast_(tensors, root)

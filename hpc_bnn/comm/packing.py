@@ -24,7 +24,7 @@ def as_list(tensors: torch.Tensor | Sequence[torch.Tensor]) -> list[torch.Tensor
 
 
 @dataclass(frozen=True)
-class Outline:
+class TensorSpec:
     """Shape, dtype and device of a tensor; a tensor on the CPU (a counter of an optimizer) stays there."""
 
     shape: torch.Size
@@ -32,7 +32,7 @@ class Outline:
     is_cpu: bool
 
     @classmethod
-    def of(cls, tensor: torch.Tensor) -> Outline:
+    def of(cls, tensor: torch.Tensor) -> TensorSpec:
         """Return the outline of a tensor."""
         return cls(tensor.shape, tensor.dtype, tensor.device.type == "cpu")
 

@@ -32,7 +32,7 @@ _TOKEN_BYTES = 16
 
 
 @dataclass(frozen=True)
-class Meeting:
+class Rendezvous:
     """The address at which the ranks meet."""
 
     address: str
@@ -41,7 +41,7 @@ class Meeting:
     """Interface by which this rank reaches it; None if the system does not report it."""
 
 
-def find_meeting(allgather: Callable[[Any], list[Any]], is_first: bool) -> Meeting:
+def find_meeting(allgather: Callable[[Any], list[Any]], is_first: bool) -> Rendezvous:
     """Return an address of rank 0 that all ranks reach. Collective over the world, by ``allgather``.
 
     Ranks that share a network stack, whatever their hosts are called, meet on its loopback.
@@ -68,7 +68,7 @@ def find_meeting(allgather: Callable[[Any], list[Any]], is_first: bool) -> Meeti
             answers = allgather((socket.gethostname(), reached))
             missing = [(rank, *answer) for rank, answer in enumerate(answers) if isinstance(answer[1], OSError)]
             if isinstance(reached, str) and not missing:
-                return Meeting(address, _interface_of(reached))
+                return Rendezvous(address, _interface_of(reached))
             rank, host, why = missing[0]
             failures.append(f"{address} not from rank {rank} on {host} ({why})")
     limit = f" (GLOO_SOCKET_IFNAME={only} allows no others)" if only else ""

@@ -24,7 +24,7 @@ from ..errors import CommunicationError
 from ..grid import Axis, Grid
 from .devices import ranks_on_one_gpu
 from .mpi import STALL_SECONDS, MpiObjects
-from .rendezvous import Meeting, find_meeting
+from .rendezvous import Rendezvous, find_meeting
 from .transports import ObjectTransport, Operation, TensorTransport, agreed
 
 START_SECONDS = 60.0
@@ -264,7 +264,7 @@ def _open_store(objects: MpiObjects) -> Any:
     return store
 
 
-def use_interface(meeting: Meeting) -> None:
+def use_interface(meeting: Rendezvous) -> None:
     """Let Gloo use the interface that leads to rank 0: by default it uses that of the host's name. Local."""
     if meeting.interface is not None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", meeting.interface)

@@ -22,7 +22,7 @@ class Swin(nn.Module):
     ----------
     in_shape, num_outputs : sequence of int, int
         Channels (variables and levels), latitudes and longitudes of a field; channels of the output.
-    places : sequence of int
+    target_shape : sequence of int
         Latitudes and longitudes of the output: those of the input.
     patch, dim : int
         Side of a square patch (grid points); width of the first stage, a multiple of its heads.
@@ -45,7 +45,7 @@ class Swin(nn.Module):
         self,
         in_shape: Sequence[int],
         num_outputs: int,
-        places: Sequence[int] = (),
+        target_shape: Sequence[int] = (),
         patch: int = 4,
         dim: int = 96,
         depths: Sequence[int] = (2, 2, 6),
@@ -57,8 +57,10 @@ class Swin(nn.Module):
     ):
         super().__init__()
         channels, rows, columns = in_shape
-        if tuple(places or (rows, columns)) != (rows, columns):
-            raise ValueError(f"Swin: the targets have places {tuple(places)}, the inputs {(rows, columns)}")
+        if tuple(target_shape or (rows, columns)) != (rows, columns):
+            raise ValueError(
+                f"Swin: the targets have the spatial shape {tuple(target_shape)}, the inputs {(rows, columns)}"
+            )
         if len(heads) != len(depths) or any((dim << i) % h for i, h in enumerate(heads)):
             raise ValueError(f"Swin: heads={tuple(heads)} must divide dim={dim}, doubled from stage to stage")
         down, right = (side * (patch << (len(depths) - 1)) for side in window)  # a window of the coarsest stage

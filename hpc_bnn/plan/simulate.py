@@ -238,10 +238,10 @@ class ImaginedDataset(Source):
 class Outputs(nn.Module):
     """A network of one weight that takes no memory: its outputs differ by point and sample."""
 
-    def __init__(self, in_shape, num_outputs: int, places=()):
+    def __init__(self, in_shape, num_outputs: int, target_shape=()):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(1))
-        self.form = (num_outputs, *places)
+        self.form = (num_outputs, *target_shape)
         self.look = lambda: None  # called at each forward pass
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -287,7 +287,7 @@ def evaluation_bytes(
         with LiveMemory() as memory, mock.patch.dict(CHUNK_ELEMENTS, cpu=chunk):
             network = next(m for m in experiment.posterior.module.modules() if isinstance(m, Outputs))
             network.look = lambda: before.append(memory.live_bytes)
-            options = {"num_samples": num_samples, "see": shown.see}
+            options = {"num_samples": num_samples, "see": shown.add}
             held[:] = shown, score_dataset(experiment.posterior, likelihood, comm, dataset, **options)
             return memory.peak_bytes, memory.live_bytes
 

@@ -56,7 +56,7 @@ RUN_FILE = "run.json"
 
 
 @dataclass(frozen=True)
-class Note:
+class CheckpointInfo:
     """Metadata of a checkpoint."""
 
     file: str
@@ -122,7 +122,7 @@ class CheckpointStore:
             finally:
                 self._writer.shutdown()
 
-    def notes(self) -> list[Note]:
+    def notes(self) -> list[CheckpointInfo]:
         """Return the notes of the checkpoints of this run, the newest first."""
         return self._scan()[0]
 
@@ -152,20 +152,20 @@ class CheckpointStore:
         note = _best(self._scan(aloud=True)[0])
         return None if note is None else self.load(note)
 
-    def load(self, note: Note) -> dict[str, Any]:
+    def load(self, note: CheckpointInfo) -> dict[str, Any]:
         """Return the state of a checkpoint, on the CPU.
 
         It raises `DataError` if it is missing, changed, or of a format that this hpc_bnn does not know.
         """
         return self._known(note, self._read(note))
 
-    def _scan(self, aloud: bool = False) -> tuple[list[Note], dict[Path, str]]:
+    def _scan(self, aloud: bool = False) -> tuple[list[CheckpointInfo], dict[Path, str]]:
         """Return the notes of this run, the newest first, and what is wrong with the others by their paths."""
         found, problems = [], {}
         for path in sorted(self.directory.glob("step-*.json")):
             try:
                 content = json.loads(path.read_text())
-                note = Note(**{name: content[name] for name in _NOTE if name in content})
+                note = CheckpointInfo(**{name: content[name] for name in _NOTE if name in content})
                 if note.file != path.with_suffix(".pt").name:
                     raise ValueError(f"it names {note.file}")
             except (OSError, ValueError, TypeError) as error:
@@ -182,7 +182,7 @@ class CheckpointStore:
             logger.error("%s: it is not used", problem)
         return sorted(found, key=lambda note: -note.step), problems
 
-    def _read(self, note: Note) -> dict[str, Any]:
+    def _read(self, note: CheckpointInfo) -> dict[str, Any]:
         """Return what a checkpoint holds; `DataError` where that is not what its note says."""
         path = self.directory / note.file
         try:
@@ -199,7 +199,7 @@ class CheckpointStore:
             raise DataError(f"the checkpoint {path} is not of run {note.run}, as its note says")
         return state
 
-    def _known(self, note: Note, state: dict[str, Any]) -> dict[str, Any]:
+    def _known(self, note: CheckpointInfo, state: dict[str, Any]) -> dict[str, Any]:
         """Return the sections of what a checkpoint holds; `DataError` where this hpc_bnn does not know them."""
         path = self.directory / note.file
         version = state.get("format_version")
@@ -241,7 +241,7 @@ class CheckpointStore:
             raise DataError(f"{problems[path]}: it is not overwritten. Move it elsewhere")
         metric = metric if metric is not None and math.isfinite(metric) else None
         digest = hashlib.sha256(content).hexdigest()
-        note = Note(path.name, step, metric, len(content), digest, self.identity)
+        note = CheckpointInfo(path.name, step, metric, len(content), digest, self.identity)
         write_atomically(path, content)
         write_atomically(path.with_suffix(".json"), json.dumps(asdict(note)))
         self._damaged.discard(path.name)
@@ -261,10 +261,10 @@ class CheckpointStore:
 
 
 _HEADER = ("format_version", "sections")
-_NOTE = [field.name for field in fields(Note)]  # a newer hpc_bnn may write more
+_NOTE = [field.name for field in fields(CheckpointInfo)]  # a newer hpc_bnn may write more
 
 
-def _best(notes: list[Note]) -> Note | None:
+def _best(notes: list[CheckpointInfo]) -> CheckpointInfo | None:
     metrics = {note: note.metric for note in notes if note.metric is not None}
     return min(metrics, key=lambda note: (metrics[note], note.step), default=None)
 

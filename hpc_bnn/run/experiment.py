@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Tested:
+class TestResult:
     """Evaluation of a data set, and examples to plot."""
 
     evaluation: Evaluation
@@ -162,7 +162,7 @@ class Experiment:
         """Return the uncertainties [N] of all examples of a data set (`hpc_bnn.predictive.evaluation.uncertainties_of`)."""
         return uncertainties_of_dataset(self.posterior, self.likelihood, self.comm, dataset, **self.test_samples)
 
-    def evaluate(self, dataset: Source) -> Tested:
+    def evaluate(self, dataset: Source) -> TestResult:
         """Evaluate a data set with ``config.num_test_samples``; raise `DataError` if its classes are not the trained ones."""
         mine, theirs = self.manifest.num_classes, dataset.manifest.num_classes
         if mine != theirs:
@@ -172,13 +172,13 @@ class Experiment:
             )
         shown = shown_examples(self.likelihood, self.comm, dataset)
         evaluation = evaluate_dataset(
-            self.posterior, self.likelihood, self.comm, dataset, see=shown.see, **self.test_samples
+            self.posterior, self.likelihood, self.comm, dataset, see=shown.add, **self.test_samples
         )
-        return Tested(evaluation, shown)
+        return TestResult(evaluation, shown)
 
     def write_evaluation(
         self,
-        tested: Tested,
+        tested: TestResult,
         num_steps: int,
         which: str = "newest",
         foreign: dict[str, float] | None = None,
@@ -218,10 +218,12 @@ class Experiment:
         def make_module() -> nn.Module:
             network, arguments = import_object("model.name", config.model.name), config.model.arguments
             shapes = {"in_shape": self.manifest.in_shape, "num_outputs": self.likelihood.num_outputs}
-            places = self.manifest.arrays["y"].shape[1:]
+            target_shape = self.manifest.arrays["y"].shape[1:]
             try:
-                if places and "places" in inspect.signature(network).parameters:
-                    shapes["places"] = places
+                accepted = inspect.signature(network).parameters if target_shape else ()
+                for name in ("target_shape", "places"):  # and the former name
+                    if name in accepted:
+                        shapes[name] = target_shape
                 module = network(**shapes, **arguments)
             except (TypeError, ValueError, AttributeError) as error:
                 rule = f"{config.model.name} refuses them ({error})"

@@ -34,7 +34,7 @@ class ShownClasses:
         self.comm, self.dataset = comm, dataset
         self._seen: list[tuple[Tensor, ClassPredictive]] = []
 
-    def see(self, examples: Tensor, predictive: Any, y: Tensor) -> None:
+    def add(self, examples: Tensor, predictive: Any, y: Tensor) -> None:
         """Take in the `ClassPredictive` of some examples [B] of this rank, and their classes. Local."""
         self._seen.append((examples, predictive))
 
@@ -91,7 +91,7 @@ class ShownValues:
         self._every = -(-len(dataset) // self.num_shown)
         self._seen: list[dict[str, Tensor]] = []
 
-    def see(self, examples: Tensor, predictive: Any, y: Tensor) -> None:
+    def add(self, examples: Tensor, predictive: Any, y: Tensor) -> None:
         """Take in the `ValuePredictive` of some examples [B] of this rank, and their targets. Local."""
         rows = examples % self._every == 0
         columns = {

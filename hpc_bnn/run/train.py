@@ -31,7 +31,7 @@ from ..predictive import metrics_to_minimise
 from ..safe_files import write_atomically
 from ..training.step import StepResult
 from .checkpoint import read_identity, write_identity
-from .experiment import Experiment, Tested, read_or_prepare
+from .experiment import Experiment, TestResult, read_or_prepare
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ class Run(Experiment):
         )
         self.step, self.schedule = self.build_step(len(self.train_set), self.loader.num_batches)
         self.optimizer = self.step.optimizer
-        self.place = _Place()
+        self.progress = _Progress()
         self.stop = stop or StopRequest()
         self._writer_of_board = self._find_board()
         self._board = None
@@ -100,7 +100,7 @@ class Run(Experiment):
             tested = self.evaluate(self.test_set)
             row = row | _prefixed(tested)
             with self.comm.agree(f"writing {self.run_dir}"):
-                if self.is_writer and self.place.row and row["epoch"] > self.place.epoch:
+                if self.is_writer and self.progress.row and row["epoch"] > self.progress.epoch:
                     self._append_row(row)  # once more, because its epoch did not come to its end
         examples = tested.shown.gather()
         summary = self._summary(row)
@@ -110,9 +110,9 @@ class Run(Experiment):
                 write_atomically(self.run_dir / "summary.json", json.dumps(summary, indent=1) + "\n")
         return summary, examples
 
-    def _train_epochs(self) -> tuple[dict[str, Any], Tested | None]:
+    def _train_epochs(self) -> tuple[dict[str, Any], TestResult | None]:
         """Train to the end of the run; return the last row, and its evaluation."""
-        row, tested, before = self.place.row, None, self.place.run_seconds
+        row, tested, before = self.progress.row, None, self.progress.run_seconds
         self._first_step = self.step.num_steps
         total = self._num_planned_steps()
         off = None if self.is_writer else True  # None: off where stderr is no terminal
@@ -121,14 +121,14 @@ class Run(Experiment):
             while not self._is_over():
                 self._train_epoch(progress)
                 row, tested = self._finish_epoch(progress)
-                self.place.run_seconds = before + time.perf_counter() - self._begun
+                self.progress.run_seconds = before + time.perf_counter() - self._begun
                 if self._is_over() or row["epoch"] % self.config.checkpoint.every_epochs == 0:
                     self._write_checkpoint(row.get(self._metric_name))
         return row, tested
 
     def _is_over(self) -> bool:
         """Whether the epochs, the steps or the patience are used up."""
-        place, config, patience = self.place, self.config, self.config.early_stopping.patience
+        place, config, patience = self.progress, self.config, self.config.early_stopping.patience
         return (
             place.epoch >= config.num_epochs
             or (config.max_steps is not None and self.step.num_steps >= config.max_steps)
@@ -141,7 +141,7 @@ class Run(Experiment):
 
     def _train_epoch(self, progress: tqdm) -> None:
         """Train to the end of the epoch that the run is in; raise `Interrupted` if some rank wants to stop."""
-        place, config = self.place, self.config
+        place, config = self.progress, self.config
         start, before, in_run = time.perf_counter(), place.seconds, place.run_seconds
         for batch in self.loader.epoch(place.epoch, place.num_batches):
             x, y = self.augmentation(batch, place.epoch) if self.augmentation else (batch.x, batch.y)
@@ -170,9 +170,9 @@ class Run(Experiment):
             if every and self.step.num_steps % every == 0 and place.num_batches < self.loader.num_batches:
                 self._write_checkpoint()
 
-    def _finish_epoch(self, progress: tqdm) -> tuple[dict[str, Any], Tested | None]:
+    def _finish_epoch(self, progress: tqdm) -> tuple[dict[str, Any], TestResult | None]:
         """Close the epoch: evaluate where it is time, write the row, and go to the next one."""
-        place, tested = self.place, None
+        place, tested = self.progress, None
         row = {
             "epoch": place.epoch + 1,
             "step": self.step.num_steps,
@@ -197,7 +197,7 @@ class Run(Experiment):
 
     def _samples_per_second(self) -> float:
         """Weight samples of the job per second of this epoch."""
-        return self.config.num_samples * self.place.num_batches / self.place.seconds
+        return self.config.num_samples * self.progress.num_batches / self.progress.seconds
 
     # --- what it writes -----------------------------------------------------------------------------
 
@@ -216,7 +216,7 @@ class Run(Experiment):
                 place = dict(state["place"])
                 self.step.load_state_dict({**state, "num_steps": place.pop("num_steps")})
                 self.schedule.load_state_dict(state["schedule"])
-                self.place = _Place(**place)
+                self.progress = _Progress(**place)
         with self.comm.agree(f"opening {self.run_dir}"):  # nothing was changed there before
             if self.is_writer:
                 if state is None:
@@ -227,7 +227,7 @@ class Run(Experiment):
                     path = self.run_dir / "metrics.jsonl"
                     rows = path.read_text().splitlines() if path.exists() else []
                     # Of complete epochs: the run writes those of the others again
-                    kept = [row for row in rows if json.loads(row)["epoch"] <= self.place.epoch]
+                    kept = [row for row in rows if json.loads(row)["epoch"] <= self.progress.epoch]
                     write_atomically(path, "".join(f"{row}\n" for row in kept))
                 text = yaml.safe_dump(self.config.to_dict(), sort_keys=False)
                 write_atomically(self.run_dir / "config.yaml", text)
@@ -235,7 +235,7 @@ class Run(Experiment):
                     self._board = self._writer_of_board(str(self.run_dir / "tensorboard"))
         store.identity = self.comm.broadcast_object(store.identity)
         if self.is_writer:
-            place, posterior, comm = self.place, self.posterior, self.comm
+            place, posterior, comm = self.progress, self.posterior, self.comm
             if state is not None:
                 where = f"epoch {place.epoch + 1}, batch {place.num_batches + 1}"
                 logger.info("going on from the checkpoint of step %d: %s", self.step.num_steps, where)
@@ -325,7 +325,7 @@ class Run(Experiment):
         state = self.step.gather_state()
         state |= {
             "schedule": self.schedule.state_dict(),
-            "place": {"num_steps": state.pop("num_steps"), **asdict(self.place)},
+            "place": {"num_steps": state.pop("num_steps"), **asdict(self.progress)},
             "config": self.config.to_dict(),
         }
         with self.comm.agree(f"writing a checkpoint to {self.checkpoints.directory}"):
@@ -342,9 +342,9 @@ class Run(Experiment):
         return {
             **{name: value for name, value in row.items() if name.startswith(("train/", "test/"))},
             "run": self.checkpoints.identity,
-            "num_epochs": self.place.epoch,
+            "num_epochs": self.progress.epoch,
             "num_steps": self.step.num_steps,
-            "seconds": self.place.run_seconds,
+            "seconds": self.progress.run_seconds,
             "num_samples": self.config.num_samples,
             "objective": {"name": self.step.objective.name, "num_passes": self.step.num_passes},
             "likelihood": type(self.likelihood).__name__,
@@ -396,7 +396,7 @@ class StopRequest:
 
 
 @dataclass
-class _Place:
+class _Progress:
     """Progress of a run, in plain numbers: a checkpoint holds it with parameters and optimizer."""
 
     epoch: int = 0
@@ -463,7 +463,7 @@ class _Place:
             self.num_without_improvement += 1
 
 
-def _prefixed(tested: Tested) -> dict[str, float]:
+def _prefixed(tested: TestResult) -> dict[str, float]:
     return {f"test/{name}": value for name, value in tested.evaluation.metrics.items()}
 
 
