@@ -161,25 +161,20 @@ class FailuresAtOnce:
             self.reporter.write_line(f"FAILED {report.nodeid} ({report.when}): {reason[:300]}", red=True)
 
 
-LONG = (
-    "test_mpi.py",
-    "test_readme.py",
-    "test_torchrun.py",
-    "test_slurm.py",
-    "test_checkpoint.py",
-    "test_doctor.py",
-    "test_cli.py",
-)
+LONG = ("test_mpi.py", "test_readme.py", "test_checkpoint.py", "test_doctor.py", "test_cli.py")
 """Files that take long come first, so that two workers end together. A file stays in one piece: its fixtures are dear."""
-OF_RANKS = ("test_mpi.py", "test_readme.py", "test_torchrun.py", "test_slurm.py")
+OF_RANKS = ("test_mpi.py", "test_readme.py")
 """Files that start jobs of up to four ranks: one worker takes them all. Two such jobs at once would take 1.7 times the
 CPU time of one after the other on two cores."""
+LAST = ("test_torchrun.py", "test_slurm.py")
+"""Files that wait more than they compute: for the worker that is free first."""
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     def rank(item):
-        return LONG.index(item.path.name) if item.path.name in LONG else len(LONG)
+        name = item.path.name
+        return LONG.index(name) if name in LONG else len(LONG) + (1 + LAST.index(name) if name in LAST else 0)
 
     items.sort(key=rank)  # stable: within a file as it is written
     for item in items:

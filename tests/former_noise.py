@@ -109,7 +109,7 @@ def former_example_noise(self, layer, like, width, signs=False):
 
 def former_uniform(self, rows, count, first=0):
     key = self.seed & ((1 << 64) - 1)
-    for word in (self.stream, self.step, *(self.path or (0,))):
+    for word in (self.stream, self.step, self.path[0]):
         key = mix64(key) ^ word
     state = _mixed(rows ^ _signed(mix64(key)))
     counter = torch.arange(first, first + count) * _signed(0x9E3779B97F4A7C15)

@@ -59,6 +59,16 @@ def test_a_row_has_the_numbers_of_its_key():
         assert row.item() == (int(words[place % 64 // 16]) >> 8) / 2**24
 
 
+def test_uniform_and_normal_numbers_of_one_transform_are_independent():
+    """A normal number is made of two words: no other number may have one of them."""
+    r = random(torch.arange(20_000))
+    numbers = torch.cat([r.uniform(5), r.normal(40), r.uniform(70)], 1).double()
+    numbers = torch.cat([numbers, numbers.square()], 1)
+    correlation = torch.corrcoef(numbers.T) - torch.eye(len(numbers.T))
+    within = torch.arange(len(correlation)) % 115
+    assert correlation[within[:, None] != within[None]].abs().max() < 6 / math.sqrt(len(numbers))
+
+
 def test_normal_numbers_are_normal():
     numbers = random(torch.arange(5000)).normal(3, 5)
     assert numbers.shape == (5000, 3, 5)

@@ -101,8 +101,7 @@ def test_kept_and_redrawn_noise_give_the_same_numbers(dtype):
         out = torch.empty(3, len(like), dtype=dtype)
         draw.affine_(loc, scale, out)
         assert torch.equal(draw.noise[1], -draw.noise[0]) and not torch.equal(draw.noise[2].abs(), draw.noise[0].abs())
-        assert torch.equal(out, torch.addcmul(loc, scale, draw.noise)) or dtype == torch.float32
-        torch.testing.assert_close(out, loc + scale * draw.noise, rtol=1e-6, atol=1e-6)
+        assert torch.equal(out, loc + scale * draw.noise)
         draw.begin_(Key(0, Stream.NOISE), [3])
         total, product = torch.ones_like(like), torch.ones_like(like)
         draw.fold_(ListGradient(gradients, SlotViews(layout)), total, product)
@@ -112,6 +111,54 @@ def test_kept_and_redrawn_noise_give_the_same_numbers(dtype):
         torch.testing.assert_close(product, 1 + flat * draw.noise[0])
         ends.append((out, total, product))
     assert all(map(torch.equal, *ends))
+
+
+@pytest.mark.parametrize("kind", [KeptDraw, RedrawnDraw])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_family_may_pass_what_broadcasts_and_ask_twice(kind, dtype):
+    layout = FlatLayout({"a": torch.Size([3, 7])})
+    draw = kind(layout, torch.zeros(21, dtype=dtype))
+    draw.begin_(Key(0, Stream.NOISE), range(4, 6))
+    loc, rows, out = (
+        torch.linspace(-1, 1, 21, dtype=dtype),
+        torch.ones(2, 21, dtype=dtype),
+        torch.empty(2, 21, dtype=dtype),
+    )
+    half = torch.tensor(0.5, dtype=dtype)
+    for centre, scale in (
+        (loc, half.expand(21)),
+        (loc, half),
+        (rows, half),
+        (loc, loc.exp()),
+        (rows, rows),
+        (loc, loc.exp()),
+    ):
+        draw.affine_(centre, scale, out)
+        assert torch.equal(out, torch.mul(scale, draw.noise).add_(centre))
+    chains = rows.clone()
+    draw.affine_(chains, half, chains)  # in place, as chains do
+    assert torch.equal(chains, 0.5 * draw.noise + 1)
+
+
+def test_antithetic_pairs_are_mirrors_however_they_are_met():
+    layout, like = FlatLayout({"a": torch.Size([70])}), torch.empty(0)
+    draw, key = KeptDraw(layout, like, True), Key(0, Stream.NOISE)
+    expected = {s: (1 - 2 * (s % 2)) * key.child(0).of(s & ~1).normal(70) for s in range(6)}
+    for sample in (0, 1, 3, 2, 3, 3, 5, 4):
+        draw.begin_(key, [sample])
+        out = torch.empty(1, 70)
+        draw.affine_(torch.zeros(70), torch.ones(70), out)
+        assert torch.equal(out[0], expected[sample]) and torch.equal(draw.noise[0], expected[sample]), sample
+    draw.begin_(Key(0, Stream.NOISE, step=1), [5])  # not the mirror of sample 4 of another step
+    assert not torch.equal(draw.noise[0], expected[5])
+
+
+def test_a_fold_checks_what_it_reads_and_writes():
+    table, tiles = FlatLayout({"a": torch.Size([10])}).segments.on(torch.device("cpu"))
+    words = Key(0, Stream.NOISE).words_of_tensors()
+    for size, of_product in ((5, 10), (10, 9), (11, 11)):
+        with pytest.raises((ValueError, RuntimeError)):
+            operators.fold(table, tiles, words, 0, False, [torch.ones(size)], None, torch.zeros(of_product), None)
 
 
 def test_masks_compare_integers():

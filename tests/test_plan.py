@@ -129,7 +129,7 @@ def test_rehearsed_memory_is_that_of_the_real_evaluation(arguments, sample_size,
         dataset = ImaginedDataset(manifest, torch.float32, manifest.num_examples("test"), likelihood)
         shown = shown_examples(likelihood, comm, dataset)
         score_dataset(
-            experiment.posterior, likelihood, comm, dataset, num_samples=config.num_test_samples, see=shown.see
+            experiment.posterior, likelihood, comm, dataset, num_samples=config.num_test_samples, see=shown.add
         )
     above = rehearsed.evaluation_bytes - rehearsed.resident_bytes
     assert above == pytest.approx(memory.peak_bytes - begun, rel=0.05)

@@ -25,34 +25,36 @@ for tool in mpicxx mpirun; do
 done
 command -v make >/dev/null || fail "make is missing: apt install make"
 cxx=${CXX:-c++}
-read -r HOROVOD_CXX_STANDARD cuda nccl <<TORCH
-$("$python" - <<'PY'
-import importlib.util, pathlib, torch
+facts=$("$python" - <<'PY'
+import importlib.util, torch
 of = importlib.util.find_spec("nvidia.nccl") if importlib.util.find_spec("nvidia") else None
 version = tuple(int(part) for part in torch.__version__.split(".")[:2])
-print(17 if version < (2, 14) else 20, torch.version.cuda or "-", *(list(of.submodule_search_locations or []) if of else []))
+print(17 if version < (2, 14) else 20, torch.version.cuda or "-", *list(of.submodule_search_locations or [])[:1] if of else [])
 PY
-)
-TORCH
+) || fail "$python cannot import torch (above): install it first"
+read -r HOROVOD_CXX_STANDARD cuda nccl <<FACTS
+$facts
+FACTS
 export HOROVOD_CXX_STANDARD
 echo 'int main() {}' | "$cxx" -std=c++"$HOROVOD_CXX_STANDARD" -x c++ -fsyntax-only - 2>/dev/null ||
     fail "$cxx does not compile C++$HOROVOD_CXX_STANDARD: apt install g++ (10 or newer), or load a compiler module"
-links=
+links='' CUDA_HOME=${CUDA_HOME:-} HOROVOD_NCCL_HOME=${HOROVOD_NCCL_HOME:-}
 if [ "$cuda" != - ]; then
     # torch and Horovod guess the toolkit from an nvcc on the PATH, which may be a wrapper, and stop
     nvcc=$(readlink -f "$(command -v nvcc || echo /)")
-    for home in "${CUDA_HOME:-}" "${HOROVOD_CUDA_HOME:-}" "/usr/local/cuda-$cuda" /usr/local/cuda "${nvcc%/bin/nvcc}"; do
-        if [ -x "$home/bin/nvcc" ] && [ -e "$home/include/cuda_runtime.h" ]; then
+    for home in "$CUDA_HOME" "${HOROVOD_CUDA_HOME:-}" "/usr/local/cuda-$cuda" /usr/local/cuda "${nvcc%/bin/nvcc}"; do
+        if [ -n "$home" ] && [ -x "$home/bin/nvcc" ] && [ -e "$home/include/cuda_runtime.h" ]; then
             CUDA_HOME=$home HOROVOD_CUDA_HOME=$home PATH=$home/bin:$PATH; export CUDA_HOME HOROVOD_CUDA_HOME PATH
             break
         fi
     done
-    [ -x "${CUDA_HOME:-}/bin/nvcc" ] || CUDA_HOME=
-    for home in "${HOROVOD_NCCL_HOME:-}" "$nccl" /usr "${CUDA_HOME:-/usr}"; do
-        if [ -e "$home/include/nccl.h" ]; then HOROVOD_NCCL_HOME=$home; export HOROVOD_NCCL_HOME; break; fi
+    [ -n "$CUDA_HOME" ] && [ -e "$CUDA_HOME/include/cuda_runtime.h" ] || CUDA_HOME=
+    for home in "$HOROVOD_NCCL_HOME" "$nccl" /usr "$CUDA_HOME"; do
+        if [ -n "$home" ] && [ -e "$home/include/nccl.h" ]; then HOROVOD_NCCL_HOME=$home; export HOROVOD_NCCL_HOME; break; fi
     done
-    [ -e "${HOROVOD_NCCL_HOME:-}/include/nccl.h" ] || HOROVOD_NCCL_HOME=
-    found=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | tr -d . | sort -u | paste -sd , -) || found=
+    [ -n "$HOROVOD_NCCL_HOME" ] && [ -e "$HOROVOD_NCCL_HOME/include/nccl.h" ] || HOROVOD_NCCL_HOME=
+    # Without a GPU it prints words
+    found=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -x '[0-9]*\.[0-9]*' | tr -d . | sort -u | paste -sd , -)
     HOROVOD_BUILD_CUDA_CC_LIST=${HOROVOD_BUILD_CUDA_CC_LIST:-$found}
     echo "torch for CUDA $cuda; toolkit: ${CUDA_HOME:-none}; NCCL: ${HOROVOD_NCCL_HOME:-none}; architectures: ${HOROVOD_BUILD_CUDA_CC_LIST:-none named, no GPU}"
     if [ -n "$CUDA_HOME" ] && [ -n "$HOROVOD_NCCL_HOME" ] && [ -n "$HOROVOD_BUILD_CUDA_CC_LIST" ]; then
@@ -60,11 +62,14 @@ if [ "$cuda" != - ]; then
     elif [ "${HOROVOD_GPU_OPERATIONS:-}" = NCCL ]; then
         fail "HOROVOD_GPU_OPERATIONS=NCCL needs all of them: set CUDA_HOME, HOROVOD_NCCL_HOME or HOROVOD_BUILD_CUDA_CC_LIST=80,90"
     else
-        unset HOROVOD_NCCL_HOME HOROVOD_BUILD_CUDA_CC_LIST
+        unset HOROVOD_BUILD_CUDA_CC_LIST
+        HOROVOD_NCCL_HOME=
         echo "Horovod is built for tensors of CPUs: torch itself sums those of GPUs by NCCL"
     fi
-    links=${HOROVOD_NCCL_HOME:-}
+    links=$HOROVOD_NCCL_HOME
 fi
+[ -n "$CUDA_HOME" ] || unset CUDA_HOME
+[ -n "$HOROVOD_NCCL_HOME" ] || unset HOROVOD_NCCL_HOME
 command -v cmake >/dev/null || fail "cmake is missing: pip install 'cmake>=3.21,<5'"
 
 # Everything that a built wheel depends on
@@ -91,7 +96,8 @@ if [ -z "$wheel" ]; then
     echo "Building Horovod $version ($key): 2 to 6 minutes on two cores, once"
     work=$(mktemp -d)
     trap 'rm -rf "$work"' EXIT
-    if [ -n "$links" ] && ! ls "$links"/lib*/libnccl.so "$links"/lib/*/libnccl.so >/dev/null 2>&1; then
+    for name in "$links"/lib*/libnccl.so "$links"/lib/*/libnccl.so; do [ ! -e "$name" ] || links=; done
+    if [ -n "$links" ] && [ -e "$links/lib/libnccl.so.2" ]; then
         mkdir -p "$work/nccl/lib"  # the wheel of NCCL has no name that a linker looks for
         ln -s "$links/include" "$work/nccl/include"
         for name in libnccl.so libnccl.so.2; do ln -s "$links/lib/libnccl.so.2" "$work/nccl/lib/$name"; done

@@ -43,13 +43,14 @@ class ExampleRandom:
         """Return numbers [B, *shape] in [0, 1)."""
         num, first = math.prod(shape), self._num_drawn
         self._num_drawn += num
-        return self._key.uniform(self._examples, num, first).view(-1, *shape)
+        return self._key.child(0).uniform(self._examples, num, first).view(-1, *shape)
 
     def normal(self, *shape: int) -> Tensor:
         """Return standard normal numbers [B, *shape]."""
         num, first = math.prod(shape), self._num_drawn
         self._num_drawn += num
-        return self._key.normal(num, self._examples.device, self._examples, first).view(-1, *shape)
+        key = self._key.child(1)  # a normal number is made of the words of several uniform ones
+        return key.normal(num, self._examples.device, self._examples, first).view(-1, *shape)
 
 
 Transform = Callable[[Tensor, ExampleRandom], Tensor]

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from ..noise import Key, Stream
+from ..noise.philox import mix64_of
 
 _CHUNK = 1 << 14
 """Places whose examples are computed at once: NumPy's cost of a call is spread over them."""
@@ -45,7 +46,7 @@ class EpochOrder:
         for some, size in ((is_whole, window), (~is_whole, extent % window)):
             if some.any():
                 of = _permuted(number[some], num_whole, keys) if size == window else number[some]
-                found[some] = of * np.uint64(window) + _permuted(place[some], size, keys, _mixed(of + np.uint64(1)))
+                found[some] = of * np.uint64(window) + _permuted(place[some], size, keys, mix64_of(of + np.uint64(1)))
         return (found + shift % np.uint64(extent)) % np.uint64(extent)
 
 
@@ -67,20 +68,12 @@ def _permuted(x: np.ndarray, extent: int, keys: list[np.uint64], tweak: np.ndarr
         more = np.uint64(0) if tweak is None else tweak[todo]
         for number, key in enumerate(keys):
             if number % 2:
-                high ^= _mixed(low ^ key ^ more) & masks[1]
+                high ^= mix64_of(low ^ key ^ more) & masks[1]
             else:
-                low ^= _mixed(high ^ key ^ more) & masks[0]
+                low ^= mix64_of(high ^ key ^ more) & masks[0]
         x[todo] = (high << low_bits) | low
         todo = todo[x[todo] >= extent]
     return x
-
-
-def _mixed(x: np.ndarray) -> np.ndarray:
-    """Return the finaliser of SplitMix64 of each element; arithmetic of NumPy wraps around."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
 
 
 def num_global_batches(num_examples: int, global_batch_size: int, drop_last: bool = False) -> int:

@@ -15,7 +15,7 @@ from ..errors import ConfigError, DataError, Fault
 from ..grid import Grid
 from ..trees import Inputs, map_tensors, num_rows, rows_of
 from .manifest import ArraySpec, Manifest, ShardFile, sha256_of_json
-from .order import global_batches, num_global_batches
+from .order import EpochOrder, batches_in_part, num_global_batches
 
 SPLIT = "all"
 """Name of the split of a source that has one."""
@@ -285,8 +285,8 @@ class GlobalBatchSampler(Sampler[list[int]]):
         Of this rank (``comm.grid``).
     global_batch_size, seed : int
         Examples per batch in the whole job, and key of the order.
-    drop_last : bool
-        Leave out the last batch if it is smaller.
+    drop_last, window : bool, int or None
+        Leave out the last batch if it is smaller; shuffle within windows (`EpochOrder`).
 
     Examples
     --------
@@ -300,8 +300,11 @@ class GlobalBatchSampler(Sampler[list[int]]):
                 step(x, y, global_batch_size=size)
     """
 
-    def __init__(self, num_examples: int, grid: Grid, global_batch_size: int, seed: int, *, drop_last: bool = False):
-        self._order = (num_examples, global_batch_size, seed)
+    def __init__(
+        self, num_examples: int, grid: Grid, global_batch_size: int, seed: int, *, drop_last: bool = False,
+        window: int | None = None,
+    ):  # fmt: skip
+        self._sizes, self._seed, self._window = (num_examples, global_batch_size), seed, window
         self._grid, self._drop_last, self._epoch = grid, drop_last, 0
         number = num_global_batches(num_examples, global_batch_size, drop_last)
         self.sizes = [min(global_batch_size, num_examples - n * global_batch_size) for n in range(number)]
@@ -320,5 +323,10 @@ class GlobalBatchSampler(Sampler[list[int]]):
         return len(self.sizes)
 
     def __iter__(self) -> Iterator[list[int]]:
-        for batch in global_batches(*self._order, self._epoch, drop_last=self._drop_last):
-            yield batch[self._grid.local_examples(len(batch))].tolist()
+        order = EpochOrder(self._sizes[0], self._seed, self._epoch, self._window)
+        for _, examples in batches_in_part(*self._sizes, order, self._part, self._drop_last):
+            yield examples.tolist()
+
+    def _part(self, size: int) -> Tensor:
+        span = self._grid.local_examples(size)
+        return torch.arange(span.start, span.stop)

@@ -123,19 +123,20 @@ class NumpyImplementation(Implementation):
 
     def bits(self, table, words, first_sample, antithetic, out):
         for row, sample in enumerate(range(first_sample, first_sample + len(out))):
-            for word, first, place in _segments(table):
+            for some, first, length, place in _runs(table):
                 sample = sample & ~1 if antithetic else sample
-                drawn = philox.bits(*_unsigned(words), sample, word, first, place.stop - place.start)
-                out[row, place] = torch.from_numpy(drawn.view(np.int32))
+                drawn = philox.bits(*_unsigned(words), sample, some, first, length)
+                out[row, place] = torch.from_numpy(drawn.view(np.int32)).flatten()
 
     def draw(self, table, words, first_sample, antithetic, out):
         for row, sample in enumerate(range(first_sample, first_sample + len(out))):
-            for word, first, place in _segments(table):
-                out[row, place] = self._normals(words, sample, antithetic, word, first, place)
+            for some, first, length, place in _runs(table):
+                drawn = philox.normals(*_unsigned(words), sample, some, first, length, antithetic)
+                out[row, place] = torch.from_numpy(drawn).flatten()
 
     @torch.no_grad()
     def affine(self, table, words, first_sample, antithetic, loc, scale, out, noise):
-        drawn = out if noise is None else noise
+        drawn = torch.empty_like(out) if noise is None else noise  # out may be loc
         self.draw(table, words, first_sample, antithetic, drawn)
         for _, _, place in _segments(table):
             torch.mul(drawn[:, place], scale[place], out=out[:, place])
@@ -183,11 +184,13 @@ class NativeImplementation(Implementation):
         )  # fmt: skip
 
     def fold(self, gradients, table, words, sample, antithetic, total, product, noise):
+        if any(t is not None and t.shape != product.shape for t in (total, noise)):
+            raise ValueError(f"total and noise must have the shape of product, {list(product.shape)}")
         gradients = [g if g is None or g.is_contiguous() else g.contiguous() for g in gradients]
+        sized = [n for g in gradients for n in ((0, 0) if g is None else (_address(g), g.numel()))]
         self._selected().fold(
-            [0 if g is None else _address(g) for g in gradients], *_addresses(table, words), sample, antithetic,
-            0 if total is None else _address(total), _address(product), 0 if noise is None else _address(noise),
-            torch.get_num_threads(),
+            sized, *_addresses(table, words), sample, antithetic, 0 if total is None else _address(total),
+            _address(product), 0 if noise is None else _address(noise), len(product), torch.get_num_threads(),
         )  # fmt: skip
 
     def pairs(self, x0: Tensor, x1: Tensor, z0: Tensor, z1: Tensor) -> None:
@@ -245,6 +248,21 @@ def _segments(table: Tensor) -> Iterator[tuple[int, int, slice]]:
         yield word, first, slice(start, start + length)
 
 
+def _runs(table: Tensor) -> Iterator[tuple[list[int], int, int, slice]]:
+    """Yield words, first number, length and place of segments that follow each other and differ in their word only."""
+    run: list[int] = []
+    first = length = start = 0
+    for word, its_first, its_start, its_length in table.T.tolist():
+        if run and (its_first, its_length, its_start) != (first, length, start + len(run) * length):
+            yield run, first, length, slice(start, start + len(run) * length)
+            run = []
+        if not run:
+            first, length, start = its_first, its_length, its_start
+        run.append(word)
+    if run:
+        yield run, first, length, slice(start, start + len(run) * length)
+
+
 def _unsigned(words: Tensor) -> tuple[int, int]:
     prefix, step = (word & (1 << 64) - 1 for word in words.tolist())
     return prefix, step
@@ -280,7 +298,7 @@ def chosen() -> Implementation:
     ConfigError
         If what the variable names does not exist here, or does not draw the pinned answer.
     """
-    found, wanted = available(), os.environ.get(VARIABLE, "auto")
+    found, wanted = available(), os.environ.get(VARIABLE) or "auto"
     names = " or ".join(["auto", *found])
     if wanted not in ("auto", *found):
         rule = "no such implementation on this machine" if wanted in NAMES else "no such implementation"

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import operators
 from .philox import mix64
-from .segments import Segments
+from .segments import Segments, of_rows
 
 __all__ = ["GENERATOR", "Key", "Stream"]
 
@@ -130,15 +130,12 @@ class Key:
     def _numbers(self, draw, count, dtype, device, rows, first) -> Tensor:
         words = (self.stream, len(self.path), *self.path)
         if rows is None:
-            segments, hashed, last = Segments([words[-1]], [first], [0], [count]), words[:-1], None
+            hashed, named = words[:-1], Segments([words[-1]], [first], [0], [count]).on(torch.device(device))
         else:
-            segments, hashed, last = Segments.of_rows(len(rows), count, first), words, rows
-        table, tiles = segments.on(torch.device(device))
-        if last is not None:
-            table = torch.cat([last[None], table[1:]])
-        out = torch.empty(1, len(table[0]) * count, dtype=dtype, device=device)
-        draw(table, tiles, self._words(hashed, device), self.sample, False, out)
-        return out[0] if rows is None else out.view(-1, count)
+            hashed, named = words, of_rows(rows, count, first)
+        out = torch.empty(1, named[0].shape[1] * count, dtype=dtype, device=device)
+        draw(*named, self._words(hashed, device), self.sample, False, out)
+        return out[0] if rows is None else out.view(len(rows), count)
 
     def _words(self, hashed: tuple[int, ...], device: torch.device | str) -> Tensor:
         return torch.tensor([_signed(_hash(self.seed, hashed)), _signed(self.step)], device=device)

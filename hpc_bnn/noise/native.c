@@ -535,8 +535,8 @@ static int run_checked(const Job *job, int64_t threads)
             PyErr_Format(PyExc_ValueError, "segment %lld is not within the 2^34 numbers of a tensor", (long long)t);
             return 0;
         }
-        if (job->out && (start > job->stride || length > job->stride - start)) {
-            PyErr_Format(PyExc_ValueError, "segment %lld is not within a row of the output", (long long)t);
+        if ((job->out || job->product) && (start > job->stride || length > job->stride - start)) {
+            PyErr_Format(PyExc_ValueError, "segment %lld is not within the tensor that it is for", (long long)t);
             return 0;
         }
     }
@@ -587,18 +587,18 @@ static PyObject *py_affine(PyObject *self, PyObject *const *args, Py_ssize_t giv
 static PyObject *py_fold(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
     (void)self;
-    int64_t a[9], *gradients = NULL;
+    int64_t a[10], pair[2], *gradients = NULL;
     Job job;
     int done = 0;
-    if (given != 10) {
-        PyErr_Format(PyExc_TypeError, "%zd arguments instead of 10", given);
+    if (given != 11) {
+        PyErr_Format(PyExc_TypeError, "%zd arguments instead of 11", given);
         return NULL;
     }
-    if (!read_integers(args + 1, 9, 9, a))
+    if (!read_integers(args + 1, 10, 10, a))
         return NULL;
     const int64_t ordered[] = {a[0], a[1], a[2], a[3], 1, a[4]};
-    const Py_ssize_t T = PySequence_Size(args[0]);
-    if (T < 0 || !read_job(&job, ordered))
+    const Py_ssize_t T = PySequence_Size(args[0]) / 2;
+    if (PyErr_Occurred() || !read_job(&job, ordered))
         return NULL;
     if (T != job.num_segments) {
         PyErr_SetString(PyExc_ValueError, "one gradient is needed for each segment");
@@ -608,14 +608,23 @@ static PyObject *py_fold(PyObject *self, PyObject *const *args, Py_ssize_t given
     if (!gradients)
         return PyErr_NoMemory();
     for (Py_ssize_t t = 0; t < T; t++) {
-        PyObject *item = PySequence_GetItem(args[0], t);
-        const int read = item && read_integers(&item, 1, 1, gradients + t);
-        Py_XDECREF(item);
-        if (!read)
+        for (int i = 0; i < 2; i++) {
+            PyObject *item = PySequence_GetItem(args[0], 2 * t + i);
+            const int read = item && read_integers(&item, 1, 1, pair + i);
+            Py_XDECREF(item);
+            if (!read)
+                goto end;
+        }
+        gradients[t] = pair[0];
+        if (pair[0] && pair[1] != job.length[t]) {
+            PyErr_Format(PyExc_ValueError, "gradient %zd has %lld numbers instead of %lld", t, (long long)pair[1],
+                         (long long)job.length[t]);
             goto end;
+        }
     }
     job.gradients = gradients, job.total = FLOATS(a[5]), job.product = FLOATS(a[6]), job.noise = FLOATS(a[7]);
-    done = run_checked(&job, a[8]);
+    job.stride = a[8];
+    done = run_checked(&job, a[9]);
 end:
     free(gradients);
     if (!done)
@@ -703,7 +712,7 @@ static PyMethodDef METHODS[] = {
     {"affine", FAST(affine),
      "affine(table, T, words, first_sample, count, antithetic, loc, scale, out, noise_or_0, stride, threads)"},
     {"fold", FAST(fold),
-     "fold(gradients, table, T, words, sample, antithetic, total_or_0, product, noise_or_0, threads)"},
+     "fold([address_or_0, size, ...], table, T, words, sample, antithetic, total_or_0, product, noise_or_0, size, threads)"},
     {"pairs", FAST(pairs), "pairs(x0, x1, z0, z1, n): Box-Muller of n pairs of words"},
     {"hash_words", FAST(hash),
      "hash_words(varied, other, first, count): hash of the Box-Muller of words first to first + count - 1, as radius "

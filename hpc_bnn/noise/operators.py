@@ -43,9 +43,11 @@ def _kernels() -> ModuleType | None:
 
         if triton_kernels.matches():
             return triton_kernels
-    except ImportError as error:
-        reason = str(error)
-    logger.warning("the CPU draws the noise of this GPU, which is slow: %s", reason)
+    except Exception as error:  # no Triton, no C compiler for its launcher, another Triton, another GPU
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+    logger.warning(
+        "the CPU draws the noise of this GPU, which is slow: %s. Install triton, and load a C compiler", reason
+    )
     return None
 
 
@@ -100,7 +102,7 @@ def _affine_apart(table, tiles, words, first_sample, antithetic, loc, scale, out
     if noise is None:
         noise = torch.empty(out.shape, dtype=loc.dtype, device=loc.device)
     draw(table, tiles, words, first_sample, antithetic, noise)
-    out.copy_(torch.addcmul(loc, scale, noise))
+    out.copy_(torch.mul(scale, noise).add_(loc))  # addcmul may round once
 
 
 # --- gradients -----------------------------------------------------------------------------------------
@@ -108,9 +110,8 @@ def _affine_apart(table, tiles, words, first_sample, antithetic, loc, scale, out
 
 def _fold_on_cpu(table, tiles, words, first_sample, antithetic, gradients, total, product, noise) -> None:
     if product.dtype == torch.float32 and all(g is None or g.dtype == torch.float32 for g in gradients):
-        rows = [g if g is None or g.is_contiguous() else g.contiguous() for g in gradients]
         kept = None if noise is None else noise[0]
-        return chosen().fold(rows, table, words, first_sample, antithetic, total, product, kept)
+        return chosen().fold(gradients, table, words, first_sample, antithetic, total, product, kept)
     _fold_apart(table, tiles, words, first_sample, antithetic, gradients, total, product, noise)
 
 

@@ -9,12 +9,12 @@ Everything here is Local.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["MAX_NUMBERS", "bits", "mix64", "normals", "pairs", "philox4x32"]
+__all__ = ["MAX_NUMBERS", "bits", "mix64", "mix64_of", "normals", "pairs", "philox4x32"]
 
 MAX_NUMBERS = 1 << 34
 """Numbers of a tensor."""
@@ -46,15 +46,23 @@ def mix64(x: int) -> int:
     return x ^ (x >> 31)
 
 
+def mix64_of(x: NDArray) -> NDArray:
+    """Return `mix64` of each element, uint64; arithmetic of NumPy wraps around."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
 def philox4x32(
-    c0: ArrayLike, c1: ArrayLike, c2: ArrayLike, c3: ArrayLike, k0: int, k1: int
+    c0: ArrayLike, c1: ArrayLike, c2: ArrayLike, c3: ArrayLike, k0: ArrayLike, k1: ArrayLike
 ) -> tuple[NDArray, NDArray, NDArray, NDArray]:
-    """Return the four words of Philox4x32-10 at each counter: [...] uint32 each."""
-    a, b, c, d = (np.asarray(word, np.uint64) for word in (c0, c1, c2, c3))
+    """Return the four words of Philox4x32-10 at each counter and key: [...] uint32 each."""
+    a, b, c, d, k0, k1 = (np.asarray(word, np.uint64) for word in (c0, c1, c2, c3, k0, k1))
     for _ in range(10):
         p, q = a * np.uint64(0xD2511F53), c * np.uint64(0xCD9E8D57)
-        a, b, c, d = (q >> _HALF) ^ b ^ np.uint64(k0), q & _LOW, (p >> _HALF) ^ d ^ np.uint64(k1), p & _LOW
-        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+        a, b, c, d = (q >> _HALF) ^ b ^ k0, q & _LOW, (p >> _HALF) ^ d ^ k1, p & _LOW
+        k0, k1 = (k0 + np.uint64(0x9E3779B9)) & _LOW, (k1 + np.uint64(0xBB67AE85)) & _LOW
     return a.astype(np.uint32), b.astype(np.uint32), c.astype(np.uint32), d.astype(np.uint32)
 
 
@@ -86,8 +94,10 @@ def _polynomial(coefficients: tuple[float, ...], x: NDArray) -> NDArray:
     return value
 
 
-def bits(prefix: int, step: int, sample: int, word: int, first: int, length: int) -> NDArray:
+def bits(prefix: int, step: int, sample: int, word: int | Sequence[int], first: int, length: int) -> NDArray:
     """Return numbers ``first`` to ``first + length - 1`` of a tensor as random words: [length] uint32.
+
+    Of several tensors, or rows of a batch, [len(word), length].
 
     Parameters
     ----------
@@ -95,7 +105,7 @@ def bits(prefix: int, step: int, sample: int, word: int, first: int, length: int
         Hash of the key without its last word; 64 bits.
     step, sample : int
         Of the key: below 2^64 and 2^32.
-    word : int
+    word : int or sequence of int
         The last word of the key: the number of the tensor, or the row of a batch.
     first, length : int
         Together at most 2^34.
@@ -104,9 +114,9 @@ def bits(prefix: int, step: int, sample: int, word: int, first: int, length: int
 
 
 def normals(
-    prefix: int, step: int, sample: int, word: int, first: int, length: int, antithetic: bool = False
+    prefix: int, step: int, sample: int, word: int | Sequence[int], first: int, length: int, antithetic: bool = False
 ) -> NDArray:
-    """Return numbers of a tensor as standard normals: [length] float32; the parameters are those of `bits`.
+    """Return numbers of a tensor as standard normals: [length] float32; otherwise as `bits`.
 
     ``antithetic``: an odd sample has the numbers of the sample before it with the other sign.
     """
@@ -122,19 +132,19 @@ def normals(
 
 
 def _made(
-    prefix: int, step: int, sample: int, word: int, first: int, length: int, convert: Callable[..., tuple[NDArray, ...]]
-) -> NDArray:
+    prefix: int, step: int, sample: int, word: int | Sequence[int], first: int, length: int,
+    convert: Callable[..., tuple[NDArray, ...]],
+) -> NDArray:  # fmt: skip
     if not (first >= 0 and length >= 0 and first + length <= MAX_NUMBERS):
         raise ValueError(f"numbers {first} to {first + length} are not within the 2^34 numbers of a tensor")
-    key = mix64((prefix ^ word) & (1 << 64) - 1)
-    out = np.empty(length, np.float32)
-    end, numbers = -(-(first + length) // 64), 64 * _CHUNK
-    for group in range(first // 64, end, _CHUNK):
-        counters = np.arange(16 * group, 16 * min(group + _CHUNK, end), dtype=np.uint64)
-        with np.errstate(over="ignore"):
-            words = philox4x32(counters, sample, step & 0xFFFFFFFF, step >> 32, key & 0xFFFFFFFF, key >> 32)
-            columns = [c.view(np.float32).reshape(-1, 16) for c in convert(*words)]
-        drawn = np.stack(columns, 1).reshape(-1)
-        low, high = max(first - 64 * group, 0), min(first + length - 64 * group, numbers)
-        out[64 * group + low - first : 64 * group + high - first] = drawn[low:high]
-    return out
+    keys = mix64_of(np.uint64(prefix) ^ np.atleast_1d(np.asarray(word, np.int64)).view(np.uint64))[:, None]
+    out = np.empty((len(keys), length), np.float32)
+    end, at_once = -(-(first + length) // 64), max(1, _CHUNK // len(keys))
+    for group in range(first // 64, end, at_once):
+        counters = np.arange(16 * group, 16 * min(group + at_once, end), dtype=np.uint64)
+        words = philox4x32(counters, sample, step & 0xFFFFFFFF, step >> 32, keys & _LOW, keys >> _HALF)
+        columns = [c.view(np.float32).reshape(len(keys), -1, 16) for c in convert(*words)]
+        drawn = np.stack(columns, 2).reshape(len(keys), -1)
+        low, high = max(first - 64 * group, 0), min(first + length - 64 * group, 64 * at_once)
+        out[:, 64 * group + low - first : 64 * group + high - first] = drawn[:, low:high]
+    return out[0] if np.ndim(word) == 0 else out

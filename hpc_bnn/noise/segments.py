@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Segments"]
+__all__ = ["Segments", "of_rows"]
 
 
 class Segments:
@@ -30,11 +29,6 @@ class Segments:
     def __init__(self, words: Sequence[int], first: Sequence[int], starts: Sequence[int], lengths: Sequence[int]):
         self._columns = list(words), list(first), list(starts), list(lengths)
         self._on: dict[torch.device, tuple[Tensor, Tensor]] = {}
-
-    @classmethod
-    def of_rows(cls, count: int, length: int, first: int = 0) -> Segments:
-        """Return those of ``count`` rows of a tensor [count, length]; who uses them writes their words. Local."""
-        return _of_rows(count, length, first)
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return, on a device, the table [4, T] int64 (words, first, starts, lengths) and `tiles`; the CPU needs no tiles."""
@@ -59,6 +53,11 @@ class Segments:
         return self.__dict__ | {"_on": {}}
 
 
-@functools.lru_cache(64)
-def _of_rows(count: int, length: int, first: int) -> Segments:
-    return Segments([0] * count, [first] * count, [row * length for row in range(count)], [length] * count)
+def of_rows(rows: Tensor, length: int, first: int = 0) -> tuple[Tensor, Tensor]:
+    """Return what `Segments.on` does, for numbers ``first`` on of a tensor [len(rows), length] with a key word for each row."""
+    number, count = torch.arange(len(rows), device=rows.device), -(-(first % 64 + length) // Segments.TILE)
+    table = torch.stack([rows, torch.full_like(rows, first), number * length, torch.full_like(rows, length)])
+    if rows.device.type == "cpu":
+        return table, torch.empty(0, 2, dtype=torch.int32)
+    tiles = torch.arange(count, device=rows.device)
+    return table, torch.stack([number.repeat_interleave(count), tiles.repeat(len(rows))], 1).int()

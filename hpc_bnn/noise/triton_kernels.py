@@ -53,7 +53,7 @@ _TWO_M23, _TWO_M32, _TWO_M33 = tl.constexpr(2.0**-23), tl.constexpr(2.0**-32), t
 
 @triton.jit
 def _mix64(x):
-    """`keys._mix64` of uint64."""
+    """`philox.mix64` of uint64."""
     x += 0x9E3779B97F4A7C15
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB

@@ -31,6 +31,7 @@ class Draw:
         self._layout, self._like, self._antithetic = layout, like, antithetic
         self._key, self._samples = Key(0, Stream.NOISE), range(0)
         self._words: Tensor | None = None
+        self._is_drawn = False
 
     @property
     def noise(self) -> Tensor:
@@ -44,11 +45,14 @@ class Draw:
         self._key, self._samples = key, samples
 
     def affine_(self, loc: Tensor, scale: Tensor, out: Tensor) -> None:
-        """Write ``loc + scale * eps`` to ``out`` [c, P], which may be of a narrower dtype; loc may have rows, [c, P]."""
-        if loc.ndim > 1:
-            out.copy_(torch.addcmul(loc, scale, self.noise))
-        else:
+        """Write ``loc + scale * eps`` to ``out`` [c, P], which may be of a narrower dtype.
+
+        Both are [P], or what broadcasts to [c, P].
+        """
+        if not self._is_drawn and loc.ndim == 1 == scale.ndim and loc.is_contiguous() and scale.is_contiguous():
             operators.affine(*self._named(), loc, scale, out, self._to_keep())
+        else:
+            out.copy_(torch.mul(scale, self.noise).add_(loc))  # rounded twice, as the operator does
 
     def fold_(self, g: WeightGradient, total: Tensor | None, product: Tensor) -> None:
         """Add the sum over samples of g to ``total`` [P], and that of g * eps to ``product`` [P]."""
@@ -60,7 +64,7 @@ class Draw:
         g.add_product_to(product, self.noise)
 
     def normal(self, path: Sequence[int], count: int) -> Tensor:
-        """Return further normal numbers [c, count] of these samples, named by a path of up to two words."""
+        """Return further normal numbers [c, count] of these samples, named by a path."""
         key = self._key.child(Stream.FACTOR, len(path), *path)  # two words or more: one is the number of a weight
         signs = [1 - 2 * (self._antithetic and sample % 2) for sample in self._samples]
         first = [key.of(sample & ~1 if self._antithetic else sample) for sample in self._samples]
@@ -93,7 +97,6 @@ class KeptDraw(Draw):
         super().__init__(layout, like, antithetic)
         self.single = self._noise = like.new_empty(1, layout.num_elements)
         """Where the noise of one sample lies, always."""
-        self._is_drawn = False
 
     @property
     def noise(self) -> Tensor:
@@ -103,7 +106,12 @@ class KeptDraw(Draw):
         return self._noise
 
     def begin_(self, key: Key, samples: Sequence[int]) -> None:
+        is_mirror = self._antithetic and self._is_drawn and len(samples) == len(self._samples) == 1
+        is_mirror = is_mirror and samples[0] == self._samples[0] + 1 and samples[0] % 2 == 1 and self._key.is_of(key)
         super().begin_(key, samples)
+        if is_mirror:  # half of the noise to draw
+            self._noise.neg_()
+            return
         is_one = len(samples) == 1
         self._noise = self.single if is_one else self._like.new_empty(len(samples), self._layout.num_elements)
         self._is_drawn = False

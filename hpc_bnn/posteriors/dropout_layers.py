@@ -74,7 +74,7 @@ class DropoutMasks:
                 self._modules.setdefault(layer, len(self._modules))
 
     def begin_sample(self, key: Key | None) -> None:
-        """Forget the masks; draw new ones by a seed when they are needed. None: nothing is dropped. Local."""
+        """Forget the masks; draw new ones when they are needed. None: nothing is dropped. Local."""
         self._masks.clear()
         self._key = key
 

@@ -28,7 +28,7 @@ class SlotMemory:
     samples: list[int]
     estimator: str
     antithetic: bool
-    keeps_noise: bool
+    keeps_noise: bool | None
     buffer: StepBuffer
     sampler: Sampler
     num_begun: int

@@ -67,8 +67,9 @@ class Posterior(SlotMemory):
         Which tensor the likelihood gets, where the module returns a dict, a tuple or an object: a key or attribute
         (``"logits"``), a place, or a function. Inputs may be trees of tensors as well: a dict is ``module(**x)``, a list
         or tuple ``module(*x)``.
-    keeps_noise : bool
-        Keep the noise of a draw until its gradient is folded in, [c, P] numbers; False draws it again.
+    keeps_noise : bool, optional
+        Keep the noise of a draw until its gradient is folded in, [c, P] numbers; False draws it again. By default on CPUs
+        only: a GPU draws faster than it reads.
 
     Attributes
     ----------
@@ -93,7 +94,7 @@ class Posterior(SlotMemory):
         samples: Sequence[int] = (0,),
         weights: Tensor | None = None,
         output: Output = None,
-        keeps_noise: bool = True,
+        keeps_noise: bool | None = None,
     ):
         if torch.is_inference_mode_enabled():
             rule = "what is made within torch.inference_mode() can never be trained"

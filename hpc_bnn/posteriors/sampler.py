@@ -31,8 +31,9 @@ class Sampler:
     """
 
     def __init__(
-        self, family: Family, network: Network, buffer: StepBuffer, estimator: str, antithetic: bool, keeps_noise: bool
-    ):
+        self, family: Family, network: Network, buffer: StepBuffer, estimator: str, antithetic: bool,
+        keeps_noise: bool | None,
+    ):  # fmt: skip
         self.family, self.network, self.buffer = family, network, buffer
         self.random, self.point = random, point = buffer.random, buffer.point
         self._random_parameters = [network.parameters[name] for name in random]
@@ -41,7 +42,8 @@ class Sampler:
         self._out = self._weights[None]
         self.work: Slots = {}
         self._views, self._point_views = SlotViews(random), SlotViews(point)
-        self._draw = (KeptDraw if keeps_noise else RedrawnDraw)(random, self._weights, antithetic)
+        keeps = self._weights.device.type == "cpu" if keeps_noise is None else keeps_noise
+        self._draw = (KeptDraw if keeps else RedrawnDraw)(random, self._weights, antithetic)
         self._whole = {name for name, slot in buffer.slots.items() if not slot.per_weight} | {"points"}
         if isinstance(self._draw, KeptDraw) and len(random):
             self._views.keep(self._draw.single)
