@@ -15,7 +15,7 @@ from ..config import check_field
 from ..errors import ConfigError, Fault
 from ..grid import Grid
 from ..trees import Inputs, rows_of
-from .order import EpochOrder, batches_in_part, num_global_batches
+from .order import EpochOrder, batches_in_part, local_places, num_global_batches
 from .source import Source
 
 
@@ -107,8 +107,7 @@ class BatchLoader:
 
     def _places(self, size: int) -> torch.Tensor:
         """Return where in a global batch the examples stand that this rank needs: its own, then their mirrored ones."""
-        span = self.grid.local_examples(size)
-        mine = torch.arange(span.start, span.stop)
+        mine = local_places(self.grid, size)
         return torch.cat([mine, size - 1 - mine]) if self.with_partners else mine
 
 

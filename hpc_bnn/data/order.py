@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 
+from ..grid import Grid
 from ..noise import Key, Stream
 from ..noise.philox import mix64_of
 
@@ -100,6 +101,12 @@ def global_batches(
     order = None if seed is None else EpochOrder(num_examples, seed, epoch, window)
     for _, examples in batches_in_part(num_examples, global_batch_size, order, torch.arange, drop_last, first_batch):
         yield examples
+
+
+def local_places(grid: Grid, size: int) -> torch.Tensor:
+    """Return where in a global batch of some size the examples of this rank stand. Local."""
+    span = grid.local_examples(size)
+    return torch.arange(span.start, span.stop)
 
 
 def batches_in_part(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import sys
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,7 @@ from ..errors import ConfigError, DataError, Fault
 from ..grid import Grid
 from ..trees import Inputs, map_tensors, num_rows, rows_of
 from .manifest import ArraySpec, Manifest, ShardFile, sha256_of_json
-from .order import EpochOrder, batches_in_part, num_global_batches
+from .order import EpochOrder, batches_in_part, local_places, num_global_batches
 
 SPLIT = "all"
 """Name of the split of a source that has one."""
@@ -324,9 +325,6 @@ class GlobalBatchSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         order = EpochOrder(self._sizes[0], self._seed, self._epoch, self._window)
-        for _, examples in batches_in_part(*self._sizes, order, self._part, self._drop_last):
+        part = functools.partial(local_places, self._grid)
+        for _, examples in batches_in_part(*self._sizes, order, part, self._drop_last):
             yield examples.tolist()
-
-    def _part(self, size: int) -> Tensor:
-        span = self._grid.local_examples(size)
-        return torch.arange(span.start, span.stop)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import operators
-from .philox import mix64
+from .philox import MASK64, mix64
 from .segments import Segments, of_rows
 
 __all__ = ["GENERATOR", "Key", "Stream"]
@@ -48,9 +48,6 @@ class Stream(enum.IntEnum):
     """Noise per example of a draw of weights: in its path, before the layer."""
 
 
-_MASK64 = (1 << 64) - 1
-
-
 def _mix32(x: int) -> int:
     """Finaliser of MurmurHash3 (Appleby, 2011): a bijection of 32-bit integers."""
     x = ((x ^ (x >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
@@ -60,7 +57,7 @@ def _mix32(x: int) -> int:
 
 @functools.lru_cache(4096)
 def _hash(seed: int, words: Sequence[int]) -> int:
-    return functools.reduce(lambda k, word: mix64(k ^ (word & _MASK64)), words, mix64(seed & _MASK64))
+    return functools.reduce(lambda k, word: mix64(k ^ (word & MASK64)), words, mix64(seed & MASK64))
 
 
 @dataclass(frozen=True)
@@ -152,7 +149,7 @@ def derive_seed(seed: int, stream: int, step: int = 0, index: int = 0) -> int:
     bijection of ``index`` below 2^32: the samples of one step never share their noise. Two keys of different steps
     coincide with probability 2^-32.
     """
-    key = mix64(mix64(mix64(seed & _MASK64) ^ stream) ^ step)
+    key = mix64(mix64(mix64(seed & MASK64) ^ stream) ^ step)
     return _mix32(_mix32((index ^ key) & 0xFFFFFFFF) ^ (key >> 32))
 
 

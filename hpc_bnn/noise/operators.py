@@ -65,9 +65,7 @@ def _bits_on_cpu(table, tiles, words, first_sample, antithetic, out) -> None:
 def _bits_elsewhere(table, tiles, words, first_sample, antithetic, out) -> None:
     if (kernels := _on_gpu(out)) is not None:
         return kernels.bits(table, tiles, words, first_sample, antithetic, out)
-    host = torch.empty(out.shape, dtype=out.dtype)
-    _bits_on_cpu(table.cpu(), None, words.cpu(), first_sample, antithetic, host)
-    out.copy_(host)
+    _through_host(_bits_on_cpu, torch.int32, table, words, first_sample, antithetic, out)
 
 
 def _draw_on_cpu(table, tiles, words, first_sample, antithetic, out) -> None:
@@ -80,8 +78,12 @@ def _draw_on_cpu(table, tiles, words, first_sample, antithetic, out) -> None:
 def _draw_elsewhere(table, tiles, words, first_sample, antithetic, out) -> None:
     if (kernels := _on_gpu(out)) is not None:
         return kernels.draw(table, tiles, words, first_sample, antithetic, out)
-    host = torch.empty(out.shape)
-    _draw_on_cpu(table.cpu(), None, words.cpu(), first_sample, antithetic, host)
+    _through_host(_draw_on_cpu, torch.float32, table, words, first_sample, antithetic, out)
+
+
+def _through_host(draw_on_cpu, dtype, table, words, first_sample, antithetic, out) -> None:
+    host = torch.empty(out.shape, dtype=dtype)
+    draw_on_cpu(table.cpu(), None, words.cpu(), first_sample, antithetic, host)
     out.copy_(host)
 
 
