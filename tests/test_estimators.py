@@ -1,5 +1,6 @@
 """Local reparameterisation and Flipout: unbiased, with less variance, loud where they do not apply."""
 
+import functools
 import logging
 
 import pytest
@@ -31,6 +32,7 @@ def inputs(name):
     return torch.randn(*shape, generator=Key(1, Stream.DATA_ORDER).generator(), dtype=torch.float64)
 
 
+@functools.cache
 def gradients(name, estimator, num_draws, seed=0):
     """Return the gradient [num_draws, 2 P] of a nonlinear loss, one weight sample each."""
     posterior, x = make(name, estimator), inputs(name)

@@ -219,7 +219,7 @@ def test_a_user_s_chains_are_exact(family_is_exact):  # noqa: F811
 def test_chains_of_a_linear_regression_have_their_moments(comm):
     """Covariance (A (I - lr A / 2N))^-1, A the precision of the posterior (exact for a Gaussian target)."""
     generator = torch.Generator().manual_seed(2)
-    n, p, lr, num_chains = 12, 2, 0.3, 192
+    n, p, lr, num_chains = 12, 2, 0.3, 48 * comm.grid.sample_size  # as many for each rank on all grids
     x = torch.randn(n, p, generator=generator, dtype=torch.float64)
     y = x @ number([[0.5], [-1.0]]) + 0.5 * torch.randn(n, 1, generator=generator, dtype=torch.float64)
     with Key(4, Stream.INIT).global_generator():
