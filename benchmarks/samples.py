@@ -7,8 +7,9 @@ Variants, each one ELBO step with Adam on the same network and data: hpc_bnn (wa
 antithetic pairs; in chunks), torch_blue (default and analytic KL), bayesian-torch (reparameterisation, loop),
 and the yardstick `det`, the deterministic network with S times the batch. All variants of one model and S run
 interleaved in one process, so that noise of the machine hits all alike: medians over rounds, and ratios to det.
-Peak memory is taken in a process of its own per variant: resident set above what imports need, or on a GPU what
-the allocator gave out. Peers that are not installed are left out (benchmarks/requirements.txt).
+On a CPU the time is CPU time of the one thread, so that the work of others on the machine is not measured. Peak
+memory is taken in a process of its own per variant: resident set above what imports need, or on a GPU what the
+allocator gave out. Peers that are not installed are left out (benchmarks/requirements.txt).
 """
 
 from __future__ import annotations
@@ -134,6 +135,7 @@ def synchronize(device):
 def measure_time(model, num_samples, device, num_rounds, names):
     """Return {variant: median seconds per step}, the variants interleaved."""
     steps, seconds = {}, {}
+    clock = time.process_time if device == "cpu" else time.perf_counter
     for name in names:
         try:
             steps[name] = VARIANTS[name](model, num_samples, device)
@@ -145,10 +147,10 @@ def measure_time(model, num_samples, device, num_rounds, names):
     for _ in range(num_rounds):
         for name, step in steps.items():
             synchronize(device)
-            start = time.perf_counter()
+            start = clock()
             step()
             synchronize(device)
-            seconds.setdefault(name, []).append(time.perf_counter() - start)
+            seconds.setdefault(name, []).append(clock() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
