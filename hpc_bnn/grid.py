@@ -16,6 +16,7 @@ Everything here is Local.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -35,6 +36,17 @@ def share(count: int, parts: int, part: int) -> range:
     quotient, remainder = divmod(count, parts)
     start = part * quotient + min(part, remainder)
     return range(start, start + quotient + (part < remainder))
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Return numbers as text, such as "0-3,8"."""
+    runs: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1][1:] = [number]
+        else:
+            runs.append([number])
+    return ",".join("-".join(map(str, run)) for run in runs)
 
 
 def sample_sizes(num_ranks: int) -> list[int]:

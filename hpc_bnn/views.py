@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .trees import Inputs, device_of, num_rows, rows_of
 
-__all__ = ["SharedView", "Views"]
+__all__ = ["OwnView", "SharedView", "Views"]
 
 
 class SharedView:
@@ -18,7 +18,8 @@ class SharedView:
     """Samples per step that the views are for; None: any number."""
 
     def __init__(self, x: Inputs):
-        self._x = x
+        self.before_views = x
+        """Inputs [B, ...], of which views are made."""
         self._num_rows = num_rows(x)
         self.device = device_of(x)
 
@@ -31,7 +32,7 @@ class SharedView:
 
     def of(self, sample: int) -> Inputs:
         """Return the inputs [B, ...] of a sample."""
-        return self._x
+        return self.before_views
 
     def parts(self, size: int | None) -> list[tuple[slice, SharedView]]:
         """Return parts of at most ``size`` examples, each with its span; all in one where ``size`` is None."""
@@ -42,11 +43,21 @@ class SharedView:
         return [(span, _Part(self, span)) for span in spans]
 
 
+class OwnView(SharedView):
+    """Inputs of which each rank of a sample group has made a view by itself: they are not compared."""
+
+    def __init__(self, x: Inputs | SharedView):
+        whole = x if isinstance(x, SharedView) else SharedView(x)
+        self._num_rows, self.before_views = len(whole), ()
+        self.device, self.num_samples, self.number, self.of = whole.device, whole.num_samples, whole.number, whole.of
+
+
 class _Part(SharedView):
     """The inputs of some examples of others."""
 
     def __init__(self, whole: SharedView, span: slice):
         self._whole, self._span = whole, span
+        self.before_views = rows_of(whole.before_views, span)
         self.device, self.num_samples, self.number = whole.device, whole.num_samples, whole.number
         self._num_rows = len(range(len(whole))[span])
 
@@ -70,5 +81,5 @@ class Views(SharedView):
         number = self.number(sample)
         if self._last is None or self._last[0] != number:
             self._last = None  # before the next one is made: one view in memory
-            self._last = number, self._make(self._x, number)
+            self._last = number, self._make(self.before_views, number)
         return self._last[1]

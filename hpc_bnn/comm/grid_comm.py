@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -14,12 +14,11 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from ..config import Compression, Reduction
-from ..errors import CommunicationError
 from ..grid import Axis, Grid, share
 from ..trees import map_leaves
 from .compression import decode, encode, encoded_bytes
 from .packing import TensorSpec, as_list, packed_buckets, share_buckets
-from .transports import Alone, NodeArray, ObjectAxis, ObjectTransport, Operation, TensorTransport, agreed
+from .transports import Alone, NodeArray, ObjectAxis, ObjectTransport, Operation, TensorTransport, agreed, check_equal
 
 
 @dataclass
@@ -370,24 +369,24 @@ class GridComm:
             yield
 
     def check_replicas(self, tensors: torch.Tensor | Sequence[torch.Tensor], what: str, axis: Axis = "world") -> None:
-        """Verify that tensors are bit for bit the same on all ranks of an axis. Collective.
+        """Verify that tensors are bit for bit the same on all ranks of each group of an axis (see `check_equal`)."""
+        digest = hashlib.sha256()
+        for tensor in as_list(tensors) if self.grid.world_size > 1 else ():
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        remedy = "What should be replicated has drifted apart: please report it"
+        self.check_equal({"the digest": digest.hexdigest()[:16]}, f"{what}: ", remedy, axis)
+
+    def check_equal(self, values: Mapping[str, object], where: str, remedy: str, axis: Axis = "world") -> None:
+        """Verify that named values are equal on all ranks of each group of an axis. Collective over the world.
 
         Raises
         ------
-        CommunicationError
-            Some rank has other bits: parameters that should be replicated have drifted apart.
+        RankError
+            On all ranks; it names the values, and the ranks that have them.
         """
-        if self.grid.world_size == 1:
-            return
-        digest = hashlib.sha256()
-        for tensor in as_list(tensors):
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-        digests = self.gather_objects((self.grid.rank, digest.digest()), axis)
-        odd = [rank for rank, other in digests if other != digests[0][1]]
-        # All ranks raise, also those of the groups that agree with themselves.
-        odd = sorted({rank for ranks in self.gather_objects(odd) for rank in ranks})
-        if odd:
-            raise CommunicationError(f"{what}: the parameters of ranks {odd} have drifted from their replicas")
+        self._count_objects()
+        group = {"sample": self.grid.data_index, "data": self.grid.sample_index, "world": 0}[axis]
+        check_equal(self.objects, values, where, remedy, group)
 
     def close(self) -> None:
         """Wait for all ranks and leave the groups. Collective over the world; afterwards it is of no use."""

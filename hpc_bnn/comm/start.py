@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 import torch
 
+from .. import __version__
 from ..config import Backend, Compression, Reduction
 from ..errors import CommunicationError, ConfigError, Fault, import_object
 from ..grid import Grid
@@ -20,7 +21,7 @@ from .mpi import MpiObjects, install_abort_hook, start_mpi
 from .mpi_tensors import MpiTensors
 from .torch_dist import TorchTensors
 from .torchrun import TorchObjects
-from .transports import Alone, ObjectTransport, TensorTransport
+from .transports import Alone, ObjectTransport, TensorTransport, check_equal
 from .world import abort
 
 logger = logging.getLogger(__name__)
@@ -82,6 +83,12 @@ def connect(
         The job has several ranks and the library does not start, or the launcher belongs to another MPI.
     """
     objects = _join(node_size, process_group)
+    given = {
+        "sample_size": sample_size, "reduction": reduction, "compression": compression, "backend": backend,
+        "overlaps": overlaps, "the version of hpc_bnn": __version__,
+        "the version of torch": torch.__version__.partition("+")[0],
+    }  # fmt: skip
+    check_equal(objects, given, "joining the grid: ", "Start all ranks with the same command and environment")
     grid = Grid(objects.size, sample_size, objects.rank)
     if objects.size == 1:
         logger.info("one process: no communication, all samples and examples are computed here")

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from ..errors import CommunicationError, HpcBnnError, RankError
-from ..grid import Axis, Grid
+from ..grid import Axis, Grid, ranges
 
 if TYPE_CHECKING:
     import torch
@@ -186,6 +187,30 @@ def agreed(objects: ObjectTransport, doing: str) -> Iterator[None]:
             others = f" (and {len(reports) - 1} other ranks)" if len(reports) > 1 else ""
             where = f"rank {rank} on {host}{others}, {where}"
         raise kind(*parts, where=where) from error
+
+
+def check_equal(
+    objects: ObjectTransport, values: Mapping[str, object], where: str, remedy: str, group: int = 0
+) -> None:
+    """Do the same as `GridComm.check_equal`, below a grid, for ranks that name the same group. Collective over the world.
+
+    One gather of a digest, and where digests differ one of the texts of all values.
+    """
+    texts = {name: str(value) for name, value in values.items()}
+    digest = hashlib.sha256(repr(sorted(texts.items())).encode()).digest()
+    digests = objects.gather((group, digest))
+    if len(set(digests)) == len({group for group, _ in digests}):
+        return
+    gathered, faults = objects.gather((group, texts)), []
+    for name in dict.fromkeys(name for _, others in gathered for name in others):
+        found: dict[str, list[int]] = {}
+        for rank, (_, others) in enumerate(gathered):
+            found.setdefault(others.get(name, "absent"), []).append(rank)
+        if len({(group, others.get(name)) for group, others in gathered}) > len({group for group, _ in gathered}):
+            shown = (text if len(text) < 80 else f"{text[:77]}..." for text in found)
+            places = (f"rank{'s' * (len(ranks) > 1)} {ranges(ranks)}" for ranks in found.values())
+            faults.append(f"{name} is {', '.join(map(' on '.join, zip(shown, places)))}")
+    raise RankError(f"{where}the ranks differ, and must not: {'; '.join(faults)}. {remedy}")
 
 
 def no_shared_memory(num_bytes: int, error: object) -> CommunicationError:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+from ..grid import ranges
 from .facts import RankFacts
 from .problems import Problem
 
@@ -20,17 +21,6 @@ def by_host(ranks: Iterable[RankFacts]) -> dict[str, list[RankFacts]]:
     for r in ranks:
         nodes[r.host].append(r)
     return dict(nodes)
-
-
-def ranges(numbers: Iterable[int]) -> str:
-    """Return numbers as text, such as "0-3,8"."""
-    runs: list[list[int]] = []
-    for number in sorted(set(numbers)):
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1][1:] = [number]
-        else:
-            runs.append([number])
-    return ",".join("-".join(map(str, run)) for run in runs)
 
 
 def ranks_in_words(ranks: Sequence[RankFacts]) -> str:

@@ -128,6 +128,7 @@ def share_of(config: Config, manifest: Manifest, comm: GridComm) -> tuple[Variat
     num_examples = manifest.num_examples(config.data.train_split)
     batch = min(config.global_batch_size, num_examples)
     step, _ = experiment.build_step(num_examples, num_batches=-(-num_examples // batch))
+    step.comparison.looks = False  # there are no other ranks
     part = comm.grid.local_examples(batch)
     x, y = _batch_of(manifest, part.stop - part.start, experiment.dtype, comm.device)
     return step, (x, y, batch)

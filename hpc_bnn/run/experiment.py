@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import hashlib
+import importlib.util
 import inspect
 import json
 import logging
@@ -10,7 +13,7 @@ import os
 import pickle
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import get_args
 
@@ -19,7 +22,7 @@ from torch import nn
 
 from ..comm import GridComm, connect
 from ..comm.launcher import without_launcher
-from ..config import Config, DataConfig, Score
+from ..config import Config, DataConfig, Score, flatten
 from ..data import Manifest, ShardDataset, Source, as_source
 from ..data.dataset import check_alike
 from ..data.manifest import MANIFEST
@@ -66,6 +69,9 @@ class Experiment:
         self.comm = comm
         self.manifest = manifest
         self.num_steps = 0
+        digest = hashlib.sha256(repr(asdict(manifest)).encode()).hexdigest()[:16]
+        remedy = "Give all ranks the same shards"
+        comm.check_equal({f"the content of {config.data.shards}/{MANIFEST}": digest}, "reading the data: ", remedy)
         self.is_writer = comm.grid.is_first("world")
         self.run_dir = Path(config.run_dir)
         self.dtype = torch.float64 if config.dtype == "float64" else torch.float32
@@ -80,6 +86,7 @@ class Experiment:
 
         It raises `DataError` if there is no sound checkpoint, or no manifest of the data.
         """
+        check_same_start(config, comm)
         with comm.agree(f"reading {config.run_dir}"):
             if not Path(config.run_dir, MANIFEST).exists():
                 raise DataError(f"{config.run_dir} holds no run ({MANIFEST} is missing). Train one there")
@@ -243,9 +250,34 @@ class Experiment:
                 seed=config.seed,
                 output=config.model.output,
             )
-        if posterior.is_replicated:
-            comm.broadcast_(list(posterior.parameters()))  # the buffers are keyed, and may be bool
         return posterior
+
+
+def check_same_start(config: Config, comm: GridComm) -> None:
+    """Raise `RankError` unless all ranks have the same config, files that it names, and modules. Collective over the world."""
+    values = flatten(asdict(config))
+    for name, value in list(values.items()):
+        if isinstance(value, str) and (found := _content(value)) is not None:
+            values[f"the content of {name}"] = found
+    comm.check_equal(values, "starting the run: ", "Start all ranks with the same command and the same files")
+
+
+def _content(text: str) -> str | None:
+    """Return a digest of the file of this name, or of the module of this import path; None where there is none. Local.
+
+    Of a file above 16 MiB its length and its first and last 8 MiB.
+    """
+    path, half = Path(text), 8 * 2**20
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        if not path.is_file() and "." in text:
+            found = importlib.util.find_spec(text.rpartition(".")[0])
+            path = Path(found.origin if found is not None and found.origin else "")
+        if path.is_file():
+            with path.open("rb") as file:
+                length, start = path.stat().st_size, file.read(half)
+                file.seek(max(half, length - half))
+                return hashlib.sha256(start + file.read() + str(length).encode()).hexdigest()[:16]
+    return None
 
 
 def connect_grid(config: Config, sample_size: int) -> GridComm:

@@ -31,7 +31,7 @@ from ..predictive import metrics_to_minimise
 from ..safe_files import write_atomically
 from ..training.step import StepResult
 from .checkpoint import read_identity, write_identity
-from .experiment import Experiment, TestResult, read_or_prepare
+from .experiment import Experiment, TestResult, check_same_start, read_or_prepare
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +53,7 @@ class Run(Experiment):
 
     def __init__(self, config: Config, comm: GridComm, stop: StopRequest | None = None):
         check(config, comm.grid.world_size)
+        check_same_start(config, comm)
         super().__init__(config, comm, read_or_prepare(config.data, comm))
         names, metric = [f"test/{name}" for name in metrics_to_minimise(self.likelihood)], config.checkpoint.metric
         self._metric_name = names[0] if metric == "auto" else metric

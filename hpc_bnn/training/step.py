@@ -10,7 +10,7 @@ import logging
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -24,15 +24,19 @@ from ..posteriors import Posterior, Tally
 from ..posteriors.families import Scalars
 from ..posteriors.sample_loop import SampleLoop
 from ..trees import Inputs
-from ..views import SharedView
+from ..views import OwnView, SharedView
 from .batch_trial import BatchTrial
 from .data_term import DataTerm
+from .equality import Comparison
 from .optim import JobOptimizer
 from .reducer import Reducer
 from .state import StepState
 from .updaters import Updater
 
 logger = logging.getLogger(__name__)
+
+StepViews = Literal["shared", "own"]
+"""Whether the ranks of a sample group have the same inputs of an example, or each its own view of it."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,8 @@ class VariationalStep(StepState):
 
     Attributes
     ----------
+    comparison : Comparison
+        What ranks must have in common (`hpc_bnn.training.equality`).
     num_steps : int
         Steps made so far: part of the noise key, to be stored with a checkpoint.
     wants_stop : bool
@@ -129,7 +135,7 @@ class VariationalStep(StepState):
         self._trial = BatchTrial(self.loop, self.data_term.statistic, measures=chunk_size == "auto")
         # Of a sample in what depends on the sample alone: it counts once in the job
         self._prior_share = 1.0 / num_samples if comm.grid.is_first("data") else 0.0
-        self._num_seen = 0
+        self.comparison = Comparison(comm)
         self._phase: Literal["idle", "accumulating", "accumulated", "reduced"] = "idle"
         self._begun = 0  # what `Posterior.num_begun` was
         self._check_features()
@@ -151,7 +157,9 @@ class VariationalStep(StepState):
         """Forward passes over the samples in the last step on this rank: 1 or 2 (`DataTerm`)."""
         return self.data_term.num_passes
 
-    def __call__(self, x: Inputs | SharedView, y: Tensor, global_batch_size: int) -> StepResult:
+    def __call__(
+        self, x: Inputs | SharedView, y: Tensor, global_batch_size: int, *, views: StepViews = "shared"
+    ) -> StepResult:
         """Make one step. Collective over the world: one sum over each axis of extent above 1.
 
         An objective that couples the samples adds what its docstring says over the sample axis; a module with
@@ -168,16 +176,24 @@ class VariationalStep(StepState):
             [B_local, ...] targets.
         global_batch_size : int
             Examples of this step in the whole job.
+        views : {"shared", "own"}
+            Whether the ranks of a sample group have the same x, or each its own view of the same examples, as of an
+            augmentation in the loader.
 
         Raises
         ------
         NonFiniteError
             On all ranks, before the update, when the loss or a gradient of any rank is not finite.
+        RankError
+            On all ranks, before the update, when ranks differ in what they must have in common (`Comparison`), or have not
+            ``global_batch_size`` examples together.
         ConfigError
             The module, the posterior or the optimizer is not what can be trained, or was changed in a way that cannot be
             followed; or gradients are switched off.
         """
-        self.accumulate_batch_(x, y, global_batch_size)
+        if views not in get_args(StepViews):
+            raise ConfigError(Fault("views", views, "must be shared or own", "Leave it out"))
+        self.accumulate_batch_(OwnView(x) if views == "own" else x, y, global_batch_size)
         self.reduce_()
         return self.update_()
 
@@ -202,7 +218,7 @@ class VariationalStep(StepState):
         if x.num_samples not in (None, self.num_samples):
             rule, remedy = f"the views are made for {x.num_samples} samples", "Make them for as many"
             raise ConfigError(Fault("num_samples", self.num_samples, rule, remedy))
-        is_first = self._phase == "idle" or self._num_seen == 0  # no example yet: nothing is lost
+        is_first = self._phase == "idle" or self.comparison.num_examples == 0  # no example yet: nothing is lost
         self._expect(("idle", "accumulating"), "accumulate_", "update_()")
         if not (is_first and is_last):
             posterior.check_features({"micro_batch_size": len(x)}, micro_batches=True)
@@ -213,8 +229,8 @@ class VariationalStep(StepState):
         if is_first:
             self._begin(x, y, samples, global_batch_size)
         # A copy of the posterior since the last micro-batch has taken it off
-        posterior.sampler.switch_(True, self._first_example + self._num_seen)
-        self._num_seen += len(x)
+        posterior.sampler.switch_(True, self._first_example + self.comparison.num_examples)
+        self.comparison.add_(x, y)
         with posterior.network.running(lambda tensor: comm.sum_(tensor, "data")):
             # One coupling for each micro-batch: objectives couple samples, not examples
             coupling = self.objective.begin(y, samples, self.num_samples)
@@ -246,6 +262,14 @@ class VariationalStep(StepState):
         self._local_is_broken = ~self.reducer.local_checksum().isfinite()
         tally[Tally.NUM_BROKEN] = self._local_is_broken
         tally[Tally.NUM_STOPS] = self.wants_stop
+        settings = {
+            "kl_weight": self.kl_weight(self.num_steps),
+            "the learning rate": [g["lr"] for g in self.updater.optimizer.param_groups if not torch.is_tensor(g["lr"])],
+            "num_samples": self.num_samples,
+            "num_train_examples": self.num_train_examples,
+            "seed": self.seed,
+        }
+        self.comparison.fill_(tally, settings, by_place=posterior.sampler.noisy is not None)
         self.reducer.reduce_()
         self._phase = "reduced"
 
@@ -264,6 +288,7 @@ class VariationalStep(StepState):
                 f"step {self.num_steps}: the loss or a gradient is not finite on {', '.join(ranks)}. "
                 "The parameters were not updated. Try a smaller learning rate or check the data"
             )
+        self.comparison.check(tally)
         kl_weight = self.kl_weight(self.num_steps)
         self.scalars.kl_weight.fill_(kl_weight / self.num_train_examples)
         self.scalars.step.fill_(self.num_steps)
@@ -284,7 +309,7 @@ class VariationalStep(StepState):
     def leave_out_checks(self) -> None:
         """Leave out what looks at numbers before the first step: `hpc-bnn plan` has none. Local."""
         self._is_prepared = self.data_term.has_said_passes = self._trial.is_done = True
-        self.posterior.network.looks = False
+        self.posterior.network.looks = self.comparison.looks = False
 
     def _check_features(self) -> None:
         """Raise `ConfigError` where posterior, objective and optimizer do not go together in the module's mode. Local."""
@@ -298,6 +323,7 @@ class VariationalStep(StepState):
     def _begin(self, x: SharedView, y: Tensor, samples: range, global_batch_size: int) -> None:
         """Check and try, once each, what can be on a batch, and begin the step. Local, but for `Reducer.begin_`."""
         posterior = self.posterior
+        self.comparison.make_replicas_equal_(posterior)
         self.reducer.begin_()  # waits for sums that write into the buffer, before it is emptied
         posterior.begin_()  # it notices changed layers, which ask for another look
         if len(x) and (not self._is_prepared or posterior.network.needs_look() or self._trial.is_due(samples)):
@@ -308,7 +334,8 @@ class VariationalStep(StepState):
             self.loop.look(samples, x, self.key, self.comm.grid)
             self._trial(samples, x, y, self.key)
             posterior.begin_()  # these have drawn
-        self._first_example, self._num_seen = self.comm.grid.local_examples(global_batch_size).start, 0
+        self.comparison.begin_(self.num_steps, global_batch_size)
+        self._first_example = self.comm.grid.local_examples(global_batch_size).start
         self._begun = self.posterior.num_begun
         grid = self.comm.grid
         if self.num_steps == 0 and grid.is_first("world") and global_batch_size < grid.data_size:

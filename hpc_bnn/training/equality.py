@@ -1,0 +1,194 @@
+"""What must be equal on ranks is compared: the replicas before the first step, batches and settings in each step."""
+
+from __future__ import annotations
+
+import logging
+import math
+import zlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..comm import GridComm
+from ..errors import RankError
+from ..posteriors import Posterior, Tally
+from ..trees import tensors_of
+from ..views import SharedView
+
+logger = logging.getLogger(__name__)
+
+NUM_PLACES = 2048
+"""Numbers of a tensor of a batch that are compared in a step; which ones depends on the step."""
+
+PIECE = 2**24
+"""Bytes of the replicas that are compared at once."""
+
+_WIDTHS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+# Multipliers of SplitMix64, as signed words
+_FACTORS = (-0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)
+
+Digest = Tensor | int
+"""Of tensors: on a GPU [] (int64), where the host would have to wait for its value."""
+
+
+class Comparison:
+    """Compares what ranks must have in common, by numbers that travel with the sum of a step.
+
+    A rank adds a digest h, the last rank of a group of n subtracts (n - 1) h: equal digests sum to exactly 0. The digests
+    are whole numbers below 2^23 / world_size, so that all partial sums are whole numbers below 2^24, which float32 holds
+    exactly in any order. The ranks of a sample group must have the same examples, those of the job the same settings, and
+    the data groups together as many examples as the step was told.
+
+    Parameters
+    ----------
+    comm : GridComm
+        The process grid.
+
+    Attributes
+    ----------
+    looks : bool
+        Whether anything is compared: `hpc-bnn plan` has no other ranks.
+    """
+
+    def __init__(self, comm: GridComm):
+        self._comm, self.looks, self._has_replicas = comm, True, False
+        self._places: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor]] = {}
+        self._mask = 2 ** int(math.log2(2**23 // comm.grid.world_size)) - 1
+        self.begin_(0, 0)
+
+    def make_replicas_equal_(self, posterior: Posterior) -> None:
+        """Overwrite what all ranks, or those of a data group, must share with that of the first, and say what differed.
+
+        Parameters and values of the posterior, and the buffers of its module. Once; collective over the world.
+        """
+        comm, buffer, differing = self._comm, posterior.buffer, []
+        if self._has_replicas or comm.grid.world_size == 1 or not self.looks:
+            return
+        self._has_replicas = True
+        for name, tensor in [*buffer.values.items(), *posterior.module.named_buffers()]:
+            for piece in _pieces(tensor):
+                first = piece.clone()
+                comm.broadcast_(first, 0, "data" if name in buffer.owned else "world")
+                if not torch.equal(first, piece):
+                    differing.append(name)
+                    piece.copy_(first)
+        names = {name for names in comm.gather_objects(differing) for name in names}
+        if names and comm.grid.is_first("world"):
+            logger.warning(
+                "ranks began with different numbers in %s; all have those of the first rank now. Seed the ranks alike, or load "
+                "the same checkpoint",
+                ", ".join(sorted(names)),
+            )
+
+    def begin_(self, step: int, global_batch_size: int) -> None:
+        """Begin a step. Local."""
+        self._settings: dict[str, Any] = {"the number of steps": step, "global_batch_size": global_batch_size}
+        self._step, self._global_batch_size, self.num_examples = step, global_batch_size, 0
+        self._targets: Digest = 0
+        self._inputs: Digest = 0
+
+    def add_(self, x: SharedView, y: Tensor) -> None:
+        """Add examples of this rank. Local."""
+        self.num_examples += len(x)
+        if self._comm.grid.sample_size > 1 and self.looks:
+            self._targets = self._digest([y], self._targets)
+            self._inputs = self._digest(tensors_of(x.before_views), self._inputs)
+
+    def _digest(self, tensors: Iterable[Tensor], before: Digest) -> Digest:
+        """Return a digest of shapes and of some numbers of tensors, after others. Local; a GPU's stays there."""
+        for tensor in tensors:
+            if tensor.layout is not torch.strided:
+                continue
+            count = tensor.numel()
+            num_places, stride = min(count, NUM_PLACES), max(count // NUM_PLACES, 1)
+            key = num_places, stride, tensor.device
+            if key not in self._places:
+                numbers = torch.arange(num_places, device=tensor.device)
+                # An odd weight for each place: an exchange of numbers is seen
+                self._places[key] = numbers * stride, _mixed(numbers * _FACTORS[1] + _FACTORS[0]) | 1
+            places, weights = self._places[key]
+            first = self._step * 7919 % (count - (num_places - 1) * stride) if count else 0
+            words, shape = _bits(tensor).take(places + first), zlib.crc32(repr(tuple(tensor.shape)).encode())
+            if words.is_cpu:
+                before = zlib.crc32(words.numpy().data, shape ^ int(before))
+            else:
+                before = (words.to(torch.int64) * weights).sum() + shape + before * _FACTORS[0]
+        return before
+
+    def fill_(self, tally: Tensor, settings: dict[str, Any], *, by_place: bool) -> None:
+        """Write what is compared into the scalars that are summed. Local.
+
+        ``settings`` must be equal on all ranks; ``by_place`` says that noise goes by places in the global batch.
+        """
+        grid = self._comm.grid
+        self._settings |= settings
+        is_misplaced = by_place and self.num_examples != len(grid.share(self._global_batch_size, "data"))
+        settings_digest = zlib.crc32(repr(self._settings).encode()) & self._mask
+        batch: Digest = self._targets * _FACTORS[0] + self._inputs
+        weight = _weight(grid.sample_index, grid.sample_size)
+        parts = [(batch >> shift & self._mask) * weight for shift in (40, 17)]
+        values = [
+            self.num_examples * grid.is_first("sample"), is_misplaced,
+            settings_digest * _weight(grid.rank, grid.world_size), *parts,
+        ]  # fmt: skip
+        if isinstance(batch, Tensor):
+            tally[Tally.NUM_EXAMPLES :] = torch.stack([torch.as_tensor(v, device=tally.device) for v in values])
+        else:
+            tally[Tally.NUM_EXAMPLES :] = torch.tensor(values)
+
+    def check(self, tally: list[float]) -> None:
+        """Raise `RankError` on all ranks where the sums say that ranks differ. Collective over the world if they do."""
+        if not self.looks:
+            return
+        is_equal = tally[Tally.SETTINGS] == tally[Tally.BATCH] == tally[Tally.BATCH_TOO] == 0
+        if is_equal and tally[Tally.NUM_EXAMPLES] == self._global_batch_size and not tally[Tally.NUM_MISPLACED]:
+            return
+        comm, where = self._comm, f"step {self._step}: "
+        comm.check_equal(self._settings, where, "Give all ranks the same")
+        remedy = (
+            "Give the ranks of a sample group the same examples, those of comm.grid.data_index of comm.grid.data_size; "
+            'where each rank makes its own view of them, call step(..., views="own")'
+        )
+        found: dict[str, object] = {"the number of examples": self.num_examples}
+        for name, digest in (("targets", self._targets), ("inputs", self._inputs)):
+            found[f"the digest of the {name}"] = f"{int(digest) & 0xFFFFFFFF:08x}"
+        comm.check_equal(found, where, remedy, axis="sample")
+        counts = comm.gather_objects(self.num_examples, "data")
+        if sum(counts) != self._global_batch_size:
+            there_are = f"the data groups have {' + '.join(map(str, counts))} =" if len(counts) > 1 else "the batch has"
+            raise RankError(
+                f"{where}global_batch_size {self._global_batch_size}: {there_are} {sum(counts)} examples. "
+                "Give the number of examples of this step in the whole job, also for the last, smaller batch of an epoch"
+            )
+        raise RankError(
+            f"{where}the data groups have {counts} examples: these estimators draw noise by an example's place in the global "
+            "batch. Give each rank the examples comm.grid.local_examples(global_batch_size) of it"
+        )
+
+
+def _weight(index: int, extent: int) -> int:
+    return 1 if index < extent - 1 else 1 - extent
+
+
+# --- digests ------------------------------------------------------------------------------------------------------
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """Return numbers as whole numbers of the same width. Local."""
+    tensor = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
+    return tensor.view(_WIDTHS[tensor.element_size()])
+
+
+def _mixed(word: Tensor) -> Tensor:
+    """Return whole numbers (int64) whose high bits depend on all bits. Local."""
+    for factor in _FACTORS:
+        word = (word ^ (word >> 29)) * factor
+    return word ^ (word >> 32)
+
+
+def _pieces(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield a tensor as bytes, in pieces that can be written."""
+    if tensor.layout is torch.strided and tensor.numel() and tensor.detach().is_contiguous():
+        yield from tensor.detach().view(-1).view(torch.uint8).split(PIECE)
