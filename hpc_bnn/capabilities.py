@@ -8,8 +8,6 @@ from typing import Literal, NamedTuple
 
 from .errors import ConfigError, Fault
 
-__all__ = ["FAMILIES", "Capabilities", "Features", "check_features", "refusals"]
-
 
 @dataclass(frozen=True)
 class Capabilities:

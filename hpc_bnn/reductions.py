@@ -14,8 +14,6 @@ from torch import Tensor
 
 from .comm import GridComm
 
-__all__ = ["LogMeanExp", "Moments"]
-
 
 class LogMeanExp:
     """Log-mean-exp of l[s, b] over samples: shifted by the largest, so that nothing under- or overflows."""

@@ -10,18 +10,6 @@ from torch import Tensor
 
 from .errors import ConfigError, Fault
 
-__all__ = [
-    "Inputs",
-    "as_arguments",
-    "device_of",
-    "map_leaves",
-    "map_tensors",
-    "num_rows",
-    "rows_of",
-    "stack",
-    "tensors_of",
-]
-
 Inputs = Any
 """A tensor [B, ...], or nested dicts, lists and tuples of them with the same B."""
 

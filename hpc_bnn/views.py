@@ -8,8 +8,6 @@ from torch import Tensor
 
 from .trees import Inputs, device_of, num_rows, rows_of
 
-__all__ = ["OwnView", "SharedView", "Views"]
-
 
 class SharedView:
     """Inputs that are the same for all samples: a tensor, or a tree of them."""

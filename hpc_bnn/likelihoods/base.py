@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from ..errors import ConfigError, DataError, Fault, at_least
 from .mixtures import Mixture
 
-__all__ = ["Likelihood", "sum_targets"]
-
 
 class Likelihood:
     """Base class of all likelihoods."""

@@ -8,8 +8,6 @@ from .base import Likelihood
 from .classes import Bernoulli, Categorical
 from .numbers import Gaussian, Implicit, Poisson, StudentT
 
-__all__ = ["build_likelihood"]
-
 
 def build_likelihood(config: LikelihoodConfig, num_classes: int | None, target_shape: tuple[int, ...]) -> Likelihood:
     """Return the likelihood of a config for the targets of a data set, with ``target_shape`` for one example. Local.

@@ -9,8 +9,6 @@ from torch.nn import functional as F
 from .base import Likelihood, sum_targets
 from .mixtures import BernoulliMixture, Mixture
 
-__all__ = ["Bernoulli", "Categorical"]
-
 
 class Categorical(Likelihood):
     """C = ``num_classes`` classes with softmax probabilities; one class per example or per point of a field."""

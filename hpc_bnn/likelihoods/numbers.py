@@ -12,8 +12,6 @@ from ..errors import ConfigError, Fault
 from .base import Likelihood, sum_targets
 from .mixtures import GaussianMixture, Members, Mixture, PoissonMixture, StudentTMixture, student_t_log_norm
 
-__all__ = ["Gaussian", "Implicit", "LearnedScale", "LocationScale", "Poisson", "StudentT"]
-
 
 class Poisson(Likelihood):
     """Independent counts; the outputs are logarithms of the rates."""

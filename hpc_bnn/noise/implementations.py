@@ -22,8 +22,6 @@ from torch import Tensor
 from ..errors import ConfigError, Fault
 from . import philox
 
-__all__ = ["Implementation", "NativeImplementation", "NumpyImplementation", "available", "chosen", "passes"]
-
 logger = logging.getLogger(__name__)
 
 VARIABLE = "HPC_BNN_NOISE"

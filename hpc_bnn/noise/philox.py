@@ -14,8 +14,6 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["MAX_NUMBERS", "bits", "mix64", "mix64_of", "normals", "pairs", "philox4x32"]
-
 MAX_NUMBERS = 1 << 34
 """Numbers of a tensor."""
 

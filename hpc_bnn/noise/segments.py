@@ -8,8 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Segments", "of_rows"]
-
 
 class Segments:
     """Numbers of several keyed tensors that lie in one flat tensor. Local.

@@ -33,8 +33,6 @@ from torch import Tensor
 
 from .segments import Segments
 
-__all__ = ["addresses_of", "affine", "bits", "draw", "fold", "matches"]
-
 _COUNTERS = tl.constexpr(Segments.TILE // 4)
 _TILE = tl.constexpr(Segments.TILE)
 _OPTIONS = {"enable_fp_fusion": False, "num_warps": 2}
