@@ -1,7 +1,9 @@
 """How keyed noise is drawn on a CPU: by the C extension where there is one, by NumPy otherwise; the bits are the same.
 
 Everything here is Local. In all methods ``table`` [4, T] int64 is that of `Segments`, and ``words`` [2] int64 holds the hash
-of the key without its last word, and the step.
+of the key without its last word, and the step. ``out`` and ``noise`` are [c, P] with contiguous rows, of which row r belongs to
+sample ``first_sample + r``; what lies outside of the segments is not written. ``loc``, ``scale``, ``total`` and ``product`` are
+[P]. ``gradients`` are T tensors of the segments' lengths; None adds nothing. All are float32, but for ``out`` of `bits`: int32.
 """
 
 from __future__ import annotations
@@ -11,8 +13,7 @@ import hashlib
 import importlib
 import logging
 import os
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -30,96 +31,13 @@ PINNED = "e3fedf1d613dc8fbd671c257ffcfc7974ba2b036af7880b7f6374d0a6e5f4e6b"
 """Digest of what `_answer` draws."""
 
 
-class Implementation(ABC):
-    """Draws noise into tensors on the CPU. Local."""
-
-    name: str
-
-    @abstractmethod
-    def bits(self, table: Tensor, words: Tensor, first_sample: int, antithetic: bool, out: Tensor) -> None:
-        """Draw random words of consecutive samples.
-
-        Parameters
-        ----------
-        table : Tensor
-            [4, T] int64.
-        words : Tensor
-            [2] int64.
-        first_sample : int
-            Sample of the first row; row r belongs to sample ``first_sample + r``.
-        antithetic : bool
-            An odd sample has the words of the sample before it.
-        out : Tensor
-            [c, P] int32 with contiguous rows; what lies outside of the segments is not written.
-        """
-
-    @abstractmethod
-    def draw(self, table: Tensor, words: Tensor, first_sample: int, antithetic: bool, out: Tensor) -> None:
-        """Draw standard normals: as `bits`, with ``out`` float32. Odd antithetic samples have the other sign."""
-
-    @abstractmethod
-    def affine(
-        self,
-        table: Tensor,
-        words: Tensor,
-        first_sample: int,
-        antithetic: bool,
-        loc: Tensor,
-        scale: Tensor,
-        out: Tensor,
-        noise: Tensor | None,
-    ) -> None:
-        """Write ``loc + scale * noise`` of consecutive samples, rounded twice.
-
-        Parameters
-        ----------
-        table, words, first_sample, antithetic
-            As in `bits`.
-        loc, scale : Tensor
-            [P] float32.
-        out : Tensor
-            [c, P] float32 with contiguous rows.
-        noise : Tensor or None
-            As ``out``; receives the noise.
-        """
-
-    @abstractmethod
-    def fold(
-        self,
-        gradients: Sequence[Tensor | None],
-        table: Tensor,
-        words: Tensor,
-        sample: int,
-        antithetic: bool,
-        total: Tensor | None,
-        product: Tensor,
-        noise: Tensor | None,
-    ) -> None:
-        """Add the gradients of one sample to ``total``, and their products with its noise to ``product``.
-
-        Parameters
-        ----------
-        gradients : sequence of Tensor or None
-            Float32, of ``lengths[t]`` numbers for segment t; None adds nothing.
-        table, words, antithetic
-            As in `bits`.
-        sample : int
-            The sample.
-        total : Tensor or None
-            [P] float32.
-        product : Tensor
-            [P] float32.
-        noise : Tensor or None
-            [P] float32: the noise of the sample. Without it the noise is drawn again.
-        """
-
-
-class NumpyImplementation(Implementation):
-    """`philox` itself: runs everywhere, slowly."""
+class NumpyImplementation:
+    """`philox` itself, the definition of each method: runs everywhere, slowly."""
 
     name = "numpy"
 
     def bits(self, table, words, first_sample, antithetic, out):
+        """Draw random words; an odd antithetic sample has those of the sample before it."""
         for row, sample in enumerate(range(first_sample, first_sample + len(out))):
             for some, first, length, place in _runs(table):
                 sample = sample & ~1 if antithetic else sample
@@ -127,6 +45,7 @@ class NumpyImplementation(Implementation):
                 out[row, place] = torch.from_numpy(drawn.view(np.int32)).flatten()
 
     def draw(self, table, words, first_sample, antithetic, out):
+        """Draw standard normals; an odd antithetic sample has those of the sample before it with the other sign."""
         for row, sample in enumerate(range(first_sample, first_sample + len(out))):
             for some, first, length, place in _runs(table):
                 drawn = philox.normals(*_unsigned(words), sample, some, first, length, antithetic)
@@ -134,6 +53,7 @@ class NumpyImplementation(Implementation):
 
     @torch.no_grad()
     def affine(self, table, words, first_sample, antithetic, loc, scale, out, noise):
+        """Write ``loc + scale * normals``, rounded twice, and the normals to ``noise`` if it is given."""
         drawn = torch.empty_like(out) if noise is None else noise  # out may be loc
         self.draw(table, words, first_sample, antithetic, drawn)
         for _, _, place in _segments(table):
@@ -142,23 +62,25 @@ class NumpyImplementation(Implementation):
 
     @torch.no_grad()
     def fold(self, gradients, table, words, sample, antithetic, total, product, noise):
+        """Add the gradients of one sample to ``total`` if it is given, and gradients * normals to ``product``.
+
+        ``noise`` [P] holds the normals of the sample; without it they are drawn again.
+        """
         for gradient, (word, first, place) in zip(gradients, _segments(table)):
             if gradient is None:
                 continue
             gradient = gradient.reshape(-1)
             if total is not None:
                 total[place] += gradient
-            drawn = noise[place] if noise is not None else None
-            drawn = self._normals(words, sample, antithetic, word, first, place) if drawn is None else drawn
+            if noise is None:
+                length = place.stop - place.start
+                drawn = torch.from_numpy(philox.normals(*_unsigned(words), sample, word, first, length, antithetic))
+            else:
+                drawn = noise[place]
             product[place] += gradient * drawn  # in two steps: addcmul may round once
 
-    @staticmethod
-    def _normals(words: Tensor, sample: int, antithetic: bool, word: int, first: int, place: slice) -> Tensor:
-        drawn = philox.normals(*_unsigned(words), sample, word, first, place.stop - place.start, antithetic)
-        return torch.from_numpy(drawn)
 
-
-class NativeImplementation(Implementation):
+class NativeImplementation:
     """A variant of the C extension, on the threads of torch."""
 
     def __init__(self, extension: Any, name: str):
@@ -264,6 +186,9 @@ def _runs(table: Tensor) -> Iterator[tuple[list[int], int, int, slice]]:
 def _unsigned(words: Tensor) -> tuple[int, int]:
     prefix, step = (word & (1 << 64) - 1 for word in words.tolist())
     return prefix, step
+
+
+Implementation = NumpyImplementation | NativeImplementation
 
 
 # --- the choice --------------------------------------------------------------------------------------------------------
