@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib
 import itertools
 import json
 import platform
@@ -27,7 +28,7 @@ import numpy as np
 import torch
 
 from hpc_bnn.noise import philox
-from hpc_bnn.noise.implementations import Implementation, NativeImplementation, available
+from hpc_bnn.noise.implementations import Implementation, available
 
 WORDS = torch.tensor([12345, 6])
 NUM_TENSORS = 16
@@ -117,7 +118,7 @@ def measure(size: int, threads: int, rounds: int) -> Iterator[dict]:
 
 
 def hash_in_numpy(varied: int, other: int, first: int, count: int) -> int:
-    """Return what `NativeImplementation.hash_words` returns."""
+    """Return what `hash_words` of the extension returns."""
     words = np.arange(first, first + count, dtype=np.uint64)
     x = [np.full(count, other, np.uint32), words.astype(np.uint32)]
     z0, z1 = (z.view(np.uint32).astype(np.uint64) for z in philox.pairs(*(x if varied else x[::-1])))
@@ -129,23 +130,22 @@ def hash_in_numpy(varied: int, other: int, first: int, count: int) -> int:
 def check_all_words(threads: int) -> bool:
     """Compare hashes over all words of all variants; return whether they agree."""
     part, parts, agree = 1 << 22, range(0, 1 << 32, 1 << 22), True
-    variants = [made for made in available().values() if isinstance(made, NativeImplementation)]
+    native = importlib.import_module("hpc_bnn.noise._native")
     for varied, (what, pinned) in enumerate(PINNED.items()):
         other = MIDDLE_RADIUS if varied else 0
         of_part = [hash_in_numpy(varied, other, 5 * part + first, 1 << 18) for first in range(0, part, 1 << 18)]
-        for variant in variants:
+        for variant in native.variants():
+            native.set_variant(variant)
             start = time.perf_counter()
             with ThreadPoolExecutor(threads) as pool:
-                hash_part = functools.partial(variant.hash_words, varied, other)
+                hash_part = functools.partial(native.hash_words, varied, other)
                 found = sum(pool.map(hash_part, parts, itertools.repeat(part)))
             found, seconds = found % (1 << 64), time.perf_counter() - start
-            same = variant.hash_words(varied, other, 5 * part, part) == sum(of_part) % (1 << 64)
+            same = native.hash_words(varied, other, 5 * part, part) == sum(of_part) % (1 << 64)
             agree = agree and same and found == pinned
             verdict = "as pinned" if found == pinned else f"NOT the pinned {pinned:#018x}"
             numpy = "as NumPy" if same else "NOT as NumPy"
-            print(
-                f"{what:6} {variant.name:6} {found:#018x} {verdict}, {numpy} on 2^22 words, {seconds:.1f} s", flush=True
-            )
+            print(f"{what:6} {variant:6} {found:#018x} {verdict}, {numpy} on 2^22 words, {seconds:.1f} s", flush=True)
     return agree
 
 

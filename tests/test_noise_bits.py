@@ -1,5 +1,6 @@
 """Keyed noise on CPUs: every implementation gives the bits of its definition, and these are normal and independent."""
 
+import importlib
 import itertools
 import logging
 import os
@@ -27,6 +28,13 @@ every_native = pytest.mark.parametrize("name", NATIVE or [pytest.param("", marks
 WORDS = torch.tensor([-0x0123456789ABCDEF, (7 << 32) + 5])
 MIDDLE_RADIUS = 2605029376
 """A radius word whose radius is 1."""
+
+
+def extension(name):
+    """Return the C extension with a variant selected."""
+    native = importlib.import_module("hpc_bnn.noise._native")
+    native.set_variant(name)
+    return native
 
 
 def table_of(words, first, starts, lengths):
@@ -156,14 +164,14 @@ def test_edges_of_the_normals(name):
     x0 = np.concatenate([radius, np.resize(radius, 17 * len(angle))])
     x1 = np.concatenate([np.resize(angle, len(radius)), np.repeat(angle, 17)])
     z = torch.empty(2, len(x0))
-    FOUND[name].pairs(*(torch.from_numpy(x.view(np.int32)) for x in (x0, x1)), *z)
+    extension(name).pairs(x0.ctypes.data, x1.ctypes.data, z[0].data_ptr(), z[1].data_ptr(), len(x0))
     for drawn, expected in zip(z.numpy(), philox.pairs(x0, x1)):
         assert np.array_equal(drawn.view(np.int32), expected.view(np.int32))
         assert np.isfinite(drawn).all() and np.abs(drawn).max() < 6.8
 
 
 def hash_of(varied, other, first, count):
-    """`NativeImplementation.hash_words` in NumPy."""
+    """`hash_words` of the extension in NumPy."""
     words = np.arange(first, first + count, dtype=np.uint64)
     x = [np.full(count, other, np.uint32), words.astype(np.uint32)]
     z0, z1 = (z.view(np.uint32).astype(np.uint64) for z in philox.pairs(*(x if varied else x[::-1])))
@@ -175,11 +183,12 @@ def hash_of(varied, other, first, count):
 @every_native
 def test_hashes_of_ranges_of_words(name):
     """`benchmarks/noise.py --full` goes through all words."""
+    hash_words = extension(name).hash_words
     for varied, other in ((0, 0), (1, MIDDLE_RADIUS)):
         for first, count in ((0, 1 << 15), ((1 << 32) - 5000, 5000), ((1 << 31) - 7, 12345)):
-            assert FOUND[name].hash_words(varied, other, first, count) == hash_of(varied, other, first, count)
-        parts = [FOUND[name].hash_words(varied, other, first, 1000) for first in (0, 1000)]
-        assert sum(parts) % (1 << 64) == FOUND[name].hash_words(varied, other, 0, 2000)
+            assert hash_words(varied, other, first, count) == hash_of(varied, other, first, count)
+        parts = [hash_words(varied, other, first, 1000) for first in (0, 1000)]
+        assert sum(parts) % (1 << 64) == hash_words(varied, other, 0, 2000)
 
 
 def test_the_middle_radius_is_one():

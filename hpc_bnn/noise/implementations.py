@@ -113,25 +113,6 @@ class NativeImplementation:
             _address(product), 0 if noise is None else _address(noise), len(product), torch.get_num_threads(),
         )  # fmt: skip
 
-    def pairs(self, x0: Tensor, x1: Tensor, z0: Tensor, z1: Tensor) -> None:
-        """Write the Box-Muller of words [n] int32 to [n] float32."""
-        words = [_address(x, torch.int32) for x in (x0, x1)]
-        self._selected().pairs(*words, _address(z0), _address(z1), len(x0))
-
-    def hash_words(self, varied: int, other: int, first: int, count: int) -> int:
-        """Return a hash of the Box-Muller of ``count`` words; hashes of adjacent ranges add modulo 2^64.
-
-        Parameters
-        ----------
-        varied : int
-            0 for words of the radius, 1 for words of the angle.
-        other : int
-            The word beside them.
-        first, count : int
-            Range of the words.
-        """
-        return self._selected().hash_words(varied, other, first, count)
-
     def _selected(self) -> Any:
         self._extension.set_variant(self.name)
         return self._extension
