@@ -13,14 +13,8 @@ __version__ = "0.1.0"
 def door(package: str, names_of: dict[str, str]):
     """Return ``__getattr__``, ``__dir__`` and ``__all__`` of a package whose names are imported on first use.
 
-    So `hpc_bnn.grid` and the help of a command need no torch, and a report does not import training.
-
-    Parameters
-    ----------
-    package : str
-        Its name.
-    names_of : dict of str to str
-        Module within the package -> names, with spaces between.
+    So `hpc_bnn.grid` and the help of a command need no torch, and a report does not import training. ``names_of`` has for
+    each module within the package its names, with spaces between.
     """
     homes = {name: module for module, names in names_of.items() for name in names.split()}
     public = list(homes)

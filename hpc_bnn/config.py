@@ -327,10 +327,7 @@ class Config:
     def check(self) -> None:
         """Check the values, each by itself and with the others. Local.
 
-        Raises
-        ------
-        ConfigError
-            It names all faults together; the same on each rank.
+        `ConfigError` names all faults together, the same on each rank.
         """
         augmentation, objective, samples = self.augmentation, self.objective, self.num_samples
         is_score = objective.name in get_args(Score)

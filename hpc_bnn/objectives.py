@@ -488,10 +488,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
 def build_objective(config: ObjectiveConfig, target_weights: list | None = None) -> Objective:
     """Return the objective of a config, with ``target_weights`` (nested lists) for the weights "auto". Local.
 
-    Raises
-    ------
-    ConfigError
-        The name is unknown, its class cannot be imported, or the file of weights cannot be read.
+    `ConfigError` where the name is unknown, its class cannot be imported, or the file of weights cannot be read.
     """
     name = config.name
     if name in get_args(Score):

@@ -93,7 +93,8 @@ def check_objective(
     """Compare loss and gradient of a step with the definition, differentiated by autograd in one process.
 
     On a small network, 13 examples (uneven on 2, 3 and 4 ranks), uneven sample counts, one sample per rank, and
-    chunks of the samples. Relative tolerance: 1e-12 in float64, 1e-5 in float32. Collective over the world.
+    chunks of the samples. Relative tolerance: 1e-12 in float64, 1e-5 in float32. `DiffersError` names the cases that
+    differ, and where, on all ranks. Collective over the world.
 
     Parameters
     ----------
@@ -104,11 +105,6 @@ def check_objective(
         examples of the data term, a scalar.
     num_samples, chunk_sizes, dtypes : sequences
         Values to test: all together in float64, other dtypes with the last chunk size.
-
-    Raises
-    ------
-    DiffersError
-        On all ranks, with the cases that differ, and where.
     """
     failures = []
     for dtype in dtypes:
@@ -200,7 +196,8 @@ def check_family(
 
     On a small network with points and random weights, with 13 examples (uneven on 2, 3 and 4 ranks): with a noise that
     is kept and one that is drawn again, walking and in batches, with the whole batch and in micro-batches (each pair of
-    these), in float64 (relative tolerance 1e-12), and once in float32 (1e-5). Collective over the world.
+    these), in float64 (relative tolerance 1e-12), and once in float32 (1e-5). Errors as of `check_objective`. Collective
+    over the world.
 
     Parameters
     ----------
@@ -224,11 +221,6 @@ def check_family(
         Samples in the whole job; samples at once, of which the first and the last are tried.
     deterministic, **options
         Of `Posterior`: weights that stay points, ``estimator``, ``antithetic``.
-
-    Raises
-    ------
-    DiffersError
-        On all ranks, with the cases that differ, and where.
     """
     failures: list[str] = []
     expected: dict[torch.dtype, Slots] = {}

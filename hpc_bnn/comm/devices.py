@@ -18,16 +18,8 @@ logger = logging.getLogger(__name__)
 def choose_device(requested: str, local_rank: int, num_visible: int) -> torch.device:
     """Return the device of a rank. Local.
 
-    One rank per GPU of the node; if the launcher shows each rank only its own GPU, the number is 0.
-
-    Parameters
-    ----------
-    requested : str
-        "auto", "cpu", "cuda" or "cuda:N".
-    local_rank : int
-        This rank among the ranks of its node.
-    num_visible : int
-        GPUs that this process sees.
+    One rank per GPU of the node; if the launcher shows each rank only its own GPU, the number is 0. ``local_rank`` counts
+    the ranks of the node, ``num_visible`` the GPUs that this process sees.
     """
     kind, _, number = requested.partition(":")
     if kind not in ("auto", "cpu", "cuda") or (number and (kind != "cuda" or not number.isdigit())):

@@ -96,16 +96,8 @@ def horovod_facts() -> HorovodFacts:
 
 
 def mpi_libraries(maps: str | None = None) -> tuple[str, ...]:
-    """Return the files of the MPI libraries that are mapped in this process; there should be one.
-
-    Parameters
-    ----------
-    maps : str, optional
-        In the form of ``/proc/self/maps``, which is the default.
-    """
-    if maps is None:
-        path = Path("/proc/self/maps")
-        maps = path.read_text() if path.exists() else ""
+    """Return the files of the MPI libraries that ``maps`` (``/proc/self/maps``) names; there should be one."""
+    maps = Path("/proc/self/maps").read_text() if maps is None else maps
     files = {line.split(maxsplit=5)[5].strip() for line in maps.splitlines() if line.count("/")}
     return tuple(sorted({os.path.realpath(file) for file in files if _is_mpi(Path(file).name)}))
 

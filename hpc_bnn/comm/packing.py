@@ -44,12 +44,7 @@ class TensorSpec:
 def share_buckets(shares: list[list[range]], item_bytes: int) -> Iterator[list[tuple[int, list[range]]]]:
     """Yield what fills a buffer: numbers of tensors, with a slice of each rank's share of them; nothing for one rank.
 
-    Parameters
-    ----------
-    shares : list of list of range
-        For each tensor the shares of the ranks, the longest first.
-    item_bytes : int
-        Of a number.
+    ``shares`` has for each tensor those of the ranks, the longest first.
     """
     if not shares or len(shares[0]) == 1:
         return

@@ -44,12 +44,8 @@ class Rendezvous:
 def find_meeting(allgather: Callable[[Any], list[Any]], is_first: bool) -> Rendezvous:
     """Return an address of rank 0 that all ranks reach. Collective over the world, by ``allgather``.
 
-    Ranks that share a network stack, whatever their hosts are called, meet on its loopback.
-
-    Raises
-    ------
-    CommunicationError
-        There is no such address. All ranks raise it, after a minute at the latest.
+    Ranks that share a network stack, whatever their hosts are called, meet on its loopback. `CommunicationError` on all
+    ranks, after a minute at the latest, where there is no such address.
     """
     with contextlib.ExitStack() as stack:
         offer, only = None, os.environ.get("GLOO_SOCKET_IFNAME")

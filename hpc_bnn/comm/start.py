@@ -170,12 +170,7 @@ def _say_once(text: str) -> None:
 def connect_for_files(node_size: int | None = None) -> GridComm:
     """Join the ranks of this job for work on files: objects and shared memory, no tensors, no Horovod.
 
-    Collective over the world. All ranks lie along the data axis.
-
-    Parameters
-    ----------
-    node_size : int, optional
-        See `MpiObjects`.
+    Collective over the world. All ranks lie along the data axis. ``node_size`` is that of `MpiObjects`.
     """
     objects = _join(node_size)
     grid = Grid(objects.size, 1, objects.rank)

@@ -30,20 +30,11 @@ class Network:
     """Seconds of a message without content."""
 
     def seconds(self, operation: Operation, num_bytes: float, extent: int) -> float:
-        """Return the time of a collective over some ranks.
+        """Return the time of a collective over P = ``extent`` ranks.
 
         A ring for the bytes and a tree for the latency: 2 (P-1)/P n / bandwidth + 2 log2(P) latency for an all-reduce
-        of n bytes, half of it for a reduce-scatter or an all-gather (Thakur, Rabenseifner and Gropp, 2005). It does
-        not model contention between groups or jitter.
-
-        Parameters
-        ----------
-        operation : {"all-reduce", "reduce-scatter", "all-gather"}
-            The operation.
-        num_bytes : float
-            Bytes of the whole buffer: of the result, for an all-gather.
-        extent : int
-            Ranks that take part, P.
+        of n bytes, half of it for a reduce-scatter or an all-gather (Thakur, Rabenseifner and Gropp, 2005), whose n is
+        the whole buffer. It does not model contention between groups or jitter.
         """
         if extent == 1:
             return 0.0
@@ -88,16 +79,9 @@ def seconds_of(
     limit: float = MAX_SECONDS,
     repetitions: tuple[int, int] = (3, MAX_REPETITIONS),
 ) -> float:
-    """Return the median time of a call on the slowest rank. Collective over the world.
+    """Return the median time of a call on the slowest rank, by all ranks together. Collective over the world.
 
-    Parameters
-    ----------
-    call : callable
-        Called with the arguments, by all ranks together.
-    limit : float
-        Approximate time of all repetitions (seconds).
-    repetitions : (int, int)
-        Least and largest number of repetitions.
+    All repetitions, between the least and the largest number of them, take about ``limit`` seconds.
     """
 
     def once() -> float:
@@ -116,13 +100,7 @@ def seconds_of(
 
 
 def read_network(path: str) -> Network:
-    """Return what ``hpc-bnn doctor --json`` measured over the world. Local.
-
-    Raises
-    ------
-    ConfigError
-        The file cannot be read, or holds no measurement.
-    """
+    """Return what ``hpc-bnn doctor --json`` measured over the world; `ConfigError` where a file holds none. Local."""
     try:
         return Network(**json.loads(Path(path).read_text())["network"])
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -38,12 +38,9 @@ SHARED_MEMORY = "/dev/shm"
 
 
 class TorchObjects(ObjectTransport):
-    """Objects and shared memory by torch.distributed; call `join` or `torch_dist.adopt` before.
+    """Objects and shared memory by torch.distributed, with ``node_size`` of `MpiObjects`.
 
-    Parameters
-    ----------
-    node_size : int, optional
-        As for `MpiObjects`.
+    Call `join` or `torch_dist.adopt` before.
     """
 
     comms: dict[ObjectAxis, Any] = {}  # noqa: RUF012

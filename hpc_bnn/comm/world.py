@@ -12,10 +12,7 @@ from .launcher import torchrun_of_job
 def world_size() -> int:
     """Return the number of ranks of this job. Local, but starts MPI, except under torchrun.
 
-    Raises
-    ------
-    CommunicationError
-        The launcher started several ranks that cannot work together: no mpi4py, or another MPI.
+    `CommunicationError` where the launcher started several ranks that cannot work together: no mpi4py, or another MPI.
     """
     if job := torchrun_of_job():
         return job.least_size

@@ -45,23 +45,9 @@ def examine(
 ) -> int:
     """Print a report about this job and return 1 if training would fail, otherwise 0.
 
-    Collective over the world.
-
-    Parameters
-    ----------
-    sample_size : int, optional
-        Extent of the sample axis (default: `default_sample_size`).
-    device, backend
-        As for `hpc_bnn.connect`.
-    json_path : str, optional
-        File for all facts and measurements.
-    seconds : float
-        Longest time that one step may take, before the job is ended.
-
-    Raises
-    ------
-    ConfigError
-        The sample axis does not fit the number of ranks, or the device does not exist.
+    Collective over the world. The sample axis is by default that of `default_sample_size`. Facts and measurements go into
+    the file ``json_path``. The job ends where a step takes longer than ``seconds``. `ConfigError` where the sample axis
+    does not fit the number of ranks, or the device does not exist.
     """
     positive("Try 120").check("--seconds", seconds, "seconds")
     launcher = launcher_of(os.environ)

@@ -12,10 +12,7 @@ from .numbers import Gaussian, Implicit, Poisson, StudentT
 def build_likelihood(config: LikelihoodConfig, num_classes: int | None, target_shape: tuple[int, ...]) -> Likelihood:
     """Return the likelihood of a config for the targets of a data set, with ``target_shape`` for one example. Local.
 
-    Raises
-    ------
-    ConfigError
-        Classes and numbers are mixed up, or your own class refuses its arguments.
+    `ConfigError` where classes and numbers are mixed up, or your own class refuses its arguments.
     """
     name = config.name
     if name == "auto":

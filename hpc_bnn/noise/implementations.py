@@ -195,12 +195,8 @@ def _load() -> tuple[Any, str]:
 def chosen() -> Implementation:
     """Return the implementation of this process: the fastest that draws the pinned answer.
 
-    HPC_BNN_NOISE = auto, avx512, avx2, plain or numpy takes another.
-
-    Raises
-    ------
-    ConfigError
-        If what the variable names does not exist here, or does not draw the pinned answer.
+    HPC_BNN_NOISE = auto, avx512, avx2, plain or numpy takes another; `ConfigError` where that does not exist here, or does
+    not draw the pinned answer.
     """
     found, wanted = available(), os.environ.get(VARIABLE) or "auto"
     names = " or ".join(["auto", *found])

@@ -95,18 +95,9 @@ def _polynomial(coefficients: tuple[float, ...], x: NDArray) -> NDArray:
 def bits(prefix: int, step: int, sample: int, word: int | Sequence[int], first: int, length: int) -> NDArray:
     """Return numbers ``first`` to ``first + length - 1`` of a tensor as random words: [length] uint32.
 
-    Of several tensors, or rows of a batch, [len(word), length].
-
-    Parameters
-    ----------
-    prefix : int
-        Hash of the key without its last word; 64 bits.
-    step, sample : int
-        Of the key: below 2^64 and 2^32.
-    word : int or sequence of int
-        The last word of the key: the number of the tensor, or the row of a batch.
-    first, length : int
-        Together at most 2^34.
+    Of several tensors, or rows of a batch, [len(word), length]. ``prefix`` is the hash of the key without its last word (64
+    bits), which is ``word``: the number of the tensor, or the row. ``step`` is below 2^64, ``sample`` below 2^32,
+    ``first + length`` at most 2^34.
     """
     return _made(prefix, step, sample, word, first, length, lambda *x: x).view(np.uint32)
 

@@ -115,22 +115,10 @@ def make_plan(
 ) -> Plan:
     """Return memory, time and communication of every grid. Collective over the world of ``ranks``.
 
-    Parameters
-    ----------
-    config : Config
-        Approved by its `Config.check`; ``grid.sample_size`` is ignored.
-    ranks : GridComm, optional
-        Ranks that run their steps at the same time, so the measurement includes how much they slow each other down.
-        If they are as many as the plan is for, they run each grid. Default: one rank.
-    device : str
-        Device of the ranks.
-
-    Raises
-    ------
-    ConfigError
-        No grid has a sample and an example for every rank.
-    DataError
-        The network cannot be simulated.
+    The ranks (default: one) run their steps at the same time, so the measurement includes how much they slow each other
+    down. If they are as many as the plan is for, they run each grid. `Config.check` has approved the config, whose
+    ``grid.sample_size`` is ignored. `ConfigError` where no grid has a sample and an example for every rank; `DataError`
+    where the network cannot be simulated.
     """
     ranks = ranks or GridComm(Grid(1, 1, 0))
     can_try = 1 < machine.num_ranks == ranks.grid.world_size and machine.flops is None
@@ -273,21 +261,10 @@ def plan_here(
 ) -> Plan:
     """Return the plan for a number of ranks, measured with the ranks of this job. Collective over the world.
 
-    Parameters
-    ----------
-    config : Config
-        The run.
-    num_ranks : int, optional
-        Ranks to plan for; by default those of this job.
-    ranks_per_node : int, optional
-        Default: those of this job on this node, if it has several ranks; otherwise the number of GPUs or cores of
-        this machine.
-    between, within : Network, optional
-        Between nodes and within one. Default: measured if this job has several ranks, otherwise assumed.
-    memory_bytes : float, optional
-        Memory of a rank; default: the memory of its GPU, or its fraction of the free memory of this node.
-    flops : float, optional
-        See `Machine`.
+    By default it is for the ranks of this job, and a node has as many of them as here, or as many as it has GPUs or cores
+    if this job is one rank. Without networks ``between`` nodes and ``within`` one, several ranks measure them; for one
+    they are assumed. A rank has the memory of its GPU, or its fraction of the free memory of this node, and its FLOP/s
+    are measured, where nothing else is given.
     """
     faults = [
         Fault(flag, value, "must be at least 1", "Leave it out for the ranks of this job")

@@ -155,10 +155,7 @@ def _batch_of(
 def rehearse(config: Config, manifest: Manifest, grid: Grid, *, is_on_gpu: bool = False) -> Rehearsal:
     """Return memory, FLOPs and collectives of a step on a rank of a grid. Local; it does not need that memory.
 
-    Raises
-    ------
-    DataError
-        The network cannot be simulated, because its control flow depends on numbers (it reads the content of a tensor).
+    `DataError` where the control flow of the network depends on numbers: it reads the content of a tensor.
     """
     collectives: list[Collective] = []
     comm = imagined_comm(grid, config, collectives=collectives)
