@@ -42,9 +42,8 @@ def num_visible_gpus() -> int:
 def set_num_threads(local_size: int) -> None:
     """Divide the cores among the ranks of a node, unless the user has set OMP_NUM_THREADS. Local."""
     if "OMP_NUM_THREADS" not in os.environ:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        total = os.cpu_count() or 1
-        bound = cores < total  # the launcher gave this rank cores of its own
+        cores = len(os.sched_getaffinity(0))
+        bound = cores < (os.cpu_count() or 1)  # the launcher gave this rank cores of its own
         torch.set_num_threads(max(1, cores if bound else cores // local_size))
 
 

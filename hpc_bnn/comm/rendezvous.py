@@ -8,6 +8,7 @@ ranks try its addresses in turn.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import ipaddress
 import os
 import secrets
@@ -78,9 +79,7 @@ def find_meeting(allgather: Callable[[Any], list[Any]], is_first: bool) -> Rende
 def interfaces() -> list[tuple[str | None, str]]:
     """Return name and address of the network interfaces of this process; without link-local ones. Local."""
     found: list[tuple[str | None, str]] = []
-    with contextlib.suppress(ImportError, OSError):
-        import fcntl
-
+    with contextlib.suppress(OSError):
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
             for _, name in socket.if_nameindex():
                 with contextlib.suppress(OSError):  # it has no address
@@ -91,7 +90,7 @@ def interfaces() -> list[tuple[str | None, str]]:
             for line in file:
                 number, _, _, _, _, name = line.split()
                 found.append((name, str(ipaddress.IPv6Address(bytes.fromhex(number)))))
-    if not found:  # not Linux
+    if not found:  # a sandbox that does not say
         found = [(None, address) for address in ("127.0.0.1", *_addresses_of_the_name())]
     return [(name, address) for name, address in found if not ipaddress.ip_address(address).is_link_local]
 

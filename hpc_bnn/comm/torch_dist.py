@@ -230,13 +230,12 @@ def start(backend: str, rank: int, world_size: int) -> None:
 
 @contextlib.contextmanager
 def _polite_threads() -> Iterator[None]:
-    """Let threads that start here yield to threads that wake up (SCHED_BATCH, if the system has it). Local.
+    """Let threads that start here yield to threads that wake up (SCHED_BATCH). Local.
 
     If data arrive before the rank calls their sum, Gloo's thread polls and blocks the rank's core until the next tick
     of the clock: a sum of 1 MiB over two ranks on two cores took 3 to 5 ms instead of 0.4.
     """
-    usual = getattr(os, "SCHED_OTHER", None)
-    if usual is None or os.sched_getscheduler(0) != usual:  # the user has chosen, or there is no choice
+    if os.sched_getscheduler(0) != os.SCHED_OTHER:  # the user has chosen
         yield
         return
     with contextlib.suppress(OSError):  # some containers forbid it
@@ -245,7 +244,7 @@ def _polite_threads() -> Iterator[None]:
         yield
     finally:
         with contextlib.suppress(OSError):
-            os.sched_setscheduler(0, usual, os.sched_param(0))
+            os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
 def _open_store(objects: MpiObjects) -> Any:

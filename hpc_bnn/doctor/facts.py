@@ -150,7 +150,7 @@ def collect(rank: int, device: str, local_rank: int, backend: Backend) -> RankFa
     look("distributed", distributed_facts)
     look("mpi_libraries", mpi_libraries)
     look("hdf5", hdf5_facts)
-    look("cpus", allowed_cpus)
+    look("cpus", lambda: tuple(sorted(os.sched_getaffinity(0))))
     look("torch_threads", torch.get_num_threads)
     look("gpus", visible_gpus)
     look("gpu", lambda: choose_device(device, local_rank, len(values.get("gpus", ()))).index)
@@ -180,13 +180,6 @@ def hdf5_facts() -> Hdf5Facts:
     except Exception as error:  # a foreign HDF5 in LD_LIBRARY_PATH raises many kinds of error
         return Hdf5Facts(first_line(error))
     return Hdf5Facts(None, h5py.__version__, h5py.version.hdf5_version, bool(h5py.get_config().mpi))
-
-
-def allowed_cpus() -> tuple[int, ...]:
-    """Return the hardware threads on which this process may run."""
-    if hasattr(os, "sched_getaffinity"):
-        return tuple(sorted(os.sched_getaffinity(0)))
-    return tuple(range(os.cpu_count() or 1))
 
 
 def visible_gpus() -> tuple[Gpu, ...]:
