@@ -14,12 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpc_bnn.comm import DistributedFacts
+from hpc_bnn.comm.devices import free_memory_bytes, memory_limits
 from hpc_bnn.comm.installed import HorovodFacts, MpiFacts, library_name, mpi_libraries
 from hpc_bnn.comm.launcher import Launcher, launcher_of
 from hpc_bnn.comm.timing import Network, read_network
 from hpc_bnn.doctor.backend_choice import carrier_of
 from hpc_bnn.doctor.examination import default_sample_size
-from hpc_bnn.doctor.facts import VARIABLES, Gpu, Hdf5Facts, RankFacts, memory_limit_bytes
+from hpc_bnn.doctor.facts import VARIABLES, Gpu, Hdf5Facts, RankFacts
 from hpc_bnn.doctor.problems import KINDS, Problem, has_errors
 from hpc_bnn.doctor.rules import RULES, diagnose
 from hpc_bnn.doctor.summarise import ranges
@@ -315,24 +316,52 @@ def test_names_of_mpi_libraries():
     assert library_name("MPICH Version:\t5.0.2\nMPICH Release date: x\0") == "MPICH 5.0.2"
 
 
+CACHE = "anon 7\nfile 900\ninactive_file 600\n"
+
+
 @pytest.mark.parametrize(
-    "group, files, limit",
+    "group, files, limit, free",
     [
-        ("0::/job/step", {"job/memory.max": "4096", "job/step/memory.max": "max"}, 4096),
-        ("0::/job/step", {"job/memory.max": "4096", "job/step/memory.max": "2048"}, 2048),
-        ("0::/job", {"job/memory.max": "max"}, None),
-        ("4:cpu,memory:/job", {"memory/job/memory.limit_in_bytes": "8192"}, 8192),
-        ("4:memory:/job", {"memory/job/memory.limit_in_bytes": str(2**63 - 4096)}, None),
-        ("0::/not/mounted", {}, None),
+        ("0::/job/step", {"job/memory.max": "4096", "job/step/memory.max": "max"}, 4096, 4096),
+        ("0::/job/step", {"job/memory.max": "4096", "job/step/memory.max": "2048"}, 2048, 2048),
+        (
+            "0::/job/step",
+            {"job/memory.max": "4096", "job/memory.current": "96", "job/step/memory.current": "5"},
+            4096,
+            4000,
+        ),
+        ("0::/job/step", {"job/memory.max": "4096", "job/memory.current": "4000", "job/step/memory.max": "8"}, 8, 8),
+        ("0::/job/step", {"job/memory.max": "4096", "job/memory.current": "4000", "job/step/memory.max": "97"}, 97, 96),
+        ("0::/job", {"job/memory.max": "4096", "job/memory.current": "4000", "job/memory.stat": CACHE}, 4096, 696),
+        ("0::/job", {"job/memory.max": "4096", "job/memory.current": "5000"}, 4096, 0),
+        ("0::/job", {"job/memory.max": "max", "job/memory.current": "5"}, None, 8192),
+        ("0::/of/the/host", {"memory.max": "4096", "memory.current": "96"}, 4096, 4000),
+        ("4:cpu,memory:/job", {"memory/job/memory.limit_in_bytes": "9000"}, 9000, 8192),
+        (
+            "4:memory:/job/step",
+            {
+                "memory/job/memory.limit_in_bytes": "4096",
+                "memory/job/memory.usage_in_bytes": "4000",
+                "memory/job/memory.stat": f"{CACHE}total_inactive_file 700",
+            },
+            4096,
+            796,
+        ),
+        ("4:memory:/job", {"memory/job/memory.limit_in_bytes": str(2**63 - 4096)}, None, 8192),
+        ("0::/not/mounted", {}, None, 8192),
     ],
 )
-def test_memory_limits_of_control_groups(tmp_path, group, files, limit):
-    contents = {"proc/self/cgroup": f"9:name=systemd:/\n{group}\n"}
+def test_memory_limits_of_control_groups(tmp_path, group, files, limit, free):
+    contents = {
+        "proc/self/cgroup": f"9:name=systemd:/\n{group}\n",
+        "proc/meminfo": "MemFree: 1 kB\nMemAvailable: 8 kB\n",
+    }
     contents |= {f"sys/fs/cgroup/{name}": f"{text}\n" for name, text in files.items()}
     for name, text in contents.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    assert memory_limit_bytes(tmp_path) == limit
+    assert min((limit for limit, _ in memory_limits(tmp_path)), default=None) == limit
+    assert free_memory_bytes(False, tmp_path) == free
 
 
 def test_docs_have_every_problem():

@@ -1,10 +1,12 @@
-"""Choose the GPU and the number of threads of a rank."""
+"""The GPU, the threads and the memory of a rank."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
+from pathlib import Path
 
 import torch
 
@@ -93,3 +95,50 @@ def check_one_rank_per_gpu(comm: GridComm) -> None:
         )
     if comm.grid.is_first("world"):
         logger.warning("%s: right for a trial, slow for work. Start one rank per GPU of a node", text)
+
+
+# --- memory of the node --------------------------------------------------------------------------------
+
+
+def memory_limits(root: Path = Path("/")) -> list[tuple[int, int]]:
+    """Return limit and use (bytes) of the control groups around this process that have a limit. Local.
+
+    A batch system may set the limit on any of them. The use is without the cache of files, which the system gives up where
+    memory is needed. Tests name another ``root``, where ``proc`` and ``sys`` are.
+    """
+    groups, found = root / "proc/self/cgroup", []
+    for line in groups.read_text().splitlines() if groups.exists() else []:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            base, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            base = root / "sys/fs/cgroup/memory"
+            names = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+        else:
+            continue
+        inner = Path(path.lstrip("/"))
+        for place in (inner, *inner.parents):
+            limit, used, stat = (_text(base / place / name) for name in (*names[:2], "memory.stat"))
+            if limit.isdigit() and int(limit) < 2**60:  # version 1 says "no limit" by a huge number
+                cache = next((row.split()[1] for row in stat.splitlines() if row.startswith(f"{names[2]} ")), 0)
+                found.append((int(limit), int(used or 0) - int(cache)))
+    return found
+
+
+def _text(file: Path) -> str:
+    return file.read_text().strip() if file.exists() else ""
+
+
+def free_memory_bytes(is_shared: bool, root: Path = Path("/")) -> float:
+    """Return the memory that this process may still take; the shared memory if a node has several ranks. Local."""
+    limits = [float("inf")]
+    with contextlib.suppress(OSError, StopIteration):
+        lines = (root / "proc/meminfo").read_text().splitlines()
+        limits.append(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")))
+    with contextlib.suppress(OSError, ValueError):
+        limits += [limit - used for limit, used in memory_limits(root)]
+    if is_shared:
+        with contextlib.suppress(OSError):
+            room = os.statvfs("/dev/shm")
+            limits.append(room.f_bavail * room.f_frsize)
+    return max(0, min(limits))

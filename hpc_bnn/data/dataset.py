@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from ..comm import GridComm
+from ..comm.devices import free_memory_bytes
 from ..config import Reading, check_field
 from ..errors import DataError
 from ..grid import Grid
@@ -194,20 +193,3 @@ def scale_of(
     found = (manifest.statistics[name].mean, manifest.statistics[name].std)
     mean, std = (torch.tensor(numbers, dtype=dtype, device=device).view(form) for numbers in found)
     return mean, torch.where(std > 0, std, 1)
-
-
-def free_memory_bytes(is_shared: bool) -> float:
-    """Return the memory that this process may still take; the shared memory if a node has several ranks. Local."""
-    limits = [float("inf")]
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        limits.append(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")))
-    with contextlib.suppress(OSError, ValueError):  # of a batch job; "max" where it has no limit
-        group = Path("/sys/fs/cgroup", Path("/proc/self/cgroup").read_text().partition("::/")[2].strip())
-        used = int((group / "memory.current").read_text())
-        limits.append(int((group / "memory.max").read_text()) - used)
-    if is_shared:
-        with contextlib.suppress(OSError):
-            room = os.statvfs("/dev/shm")
-            limits.append(room.f_bavail * room.f_frsize)
-    return max(0, min(limits))

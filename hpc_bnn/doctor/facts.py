@@ -20,6 +20,7 @@ import torch
 
 from .. import __version__
 from ..comm import DistributedFacts, choose_device, distributed_facts
+from ..comm.devices import memory_limits
 from ..comm.installed import HorovodFacts, MpiFacts, first_line, has_runner, horovod_facts, mpi_facts, mpi_libraries
 from ..comm.launcher import Launcher, launcher_of
 from ..config import Backend
@@ -157,7 +158,7 @@ def collect(rank: int, device: str, local_rank: int, backend: Backend) -> RankFa
     look("node_gpus", lambda: len(list(Path("/proc/driver/nvidia/gpus").glob("*"))))
     look("accelerator", accelerator)
     look("memory_bytes", lambda: os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    look("memory_limit_bytes", memory_limit_bytes)
+    look("memory_limit_bytes", lambda: min((limit for limit, _ in memory_limits()), default=None))
     return RankFacts(
         rank=rank,
         host=socket.gethostname(),
@@ -203,29 +204,3 @@ def accelerator() -> str | None:
     if torch.version.hip:
         return f"ROCm {torch.version.hip}"
     return f"CUDA {torch.version.cuda}" if torch.version.cuda else None
-
-
-def memory_limit_bytes(root: Path = Path("/")) -> int | None:
-    """Return the smallest memory limit of the control groups around this process; None without a limit.
-
-    Tests name another ``root``, where ``proc`` and ``sys`` are.
-    """
-    groups = root / "proc/self/cgroup"
-    if not groups.exists():
-        return None
-    limits = []
-    for line in groups.read_text().splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            base, name = root / "sys/fs/cgroup", "memory.max"
-        elif "memory" in controllers.split(","):
-            base, name = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes"
-        else:
-            continue
-        inner = Path(path.lstrip("/"))
-        for place in (inner, *inner.parents):
-            file = base / place / name
-            text = file.read_text().strip() if file.exists() else ""
-            if text.isdigit() and int(text) < 2**60:  # version 1 says "no limit" by a huge number
-                limits.append(int(text))
-    return min(limits, default=None)

@@ -16,10 +16,10 @@ import torch
 
 from .. import comm as communication
 from ..comm import GridComm
+from ..comm.devices import free_memory_bytes
 from ..comm.timing import Network, measure_network
 from ..config import Config
 from ..data import Manifest
-from ..data.dataset import free_memory_bytes
 from ..errors import ConfigError, Fault, check_all
 from ..grid import Axis, Grid, grids
 from ..likelihoods import Categorical
