@@ -10,26 +10,8 @@ from .stage import Staged, stage_shards, unstage_shards, verify_shards
 from .writer import Examples, write_shards
 
 __all__ = [
-    "ArraySpec",
-    "Augmentation",
-    "Batch",
-    "BatchLoader",
-    "DatasetSource",
-    "EpochOrder",
-    "Examples",
-    "GlobalBatchSampler",
-    "Manifest",
-    "ShardDataset",
-    "Source",
-    "Staged",
-    "Statistics",
-    "StreamSource",
-    "TensorSource",
-    "as_source",
-    "global_batches",
-    "num_global_batches",
-    "stage_shards",
-    "unstage_shards",
-    "verify_shards",
+    "ArraySpec", "Augmentation", "Batch", "BatchLoader", "DatasetSource", "EpochOrder", "Examples",
+    "GlobalBatchSampler", "Manifest", "ShardDataset", "Source", "Staged", "Statistics", "StreamSource", "TensorSource",
+    "as_source", "global_batches", "num_global_batches", "stage_shards", "unstage_shards", "verify_shards",
     "write_shards",
-]
+]  # fmt: skip

@@ -6,14 +6,6 @@ from .classes import Bernoulli, Categorical
 from .numbers import Gaussian, Implicit, LearnedScale, LocationScale, Poisson, StudentT
 
 __all__ = [
-    "Bernoulli",
-    "Categorical",
-    "Gaussian",
-    "Implicit",
-    "LearnedScale",
-    "Likelihood",
-    "LocationScale",
-    "Poisson",
-    "StudentT",
-    "build_likelihood",
-]
+    "Bernoulli", "Categorical", "Gaussian", "Implicit", "LearnedScale", "Likelihood", "LocationScale", "Poisson",
+    "StudentT", "build_likelihood",
+]  # fmt: skip

@@ -14,18 +14,7 @@ from .evaluation import (
 from .predictive import ClassPredictive, ValuePredictive, member_outputs, predict_classes, predict_values
 
 __all__ = [
-    "Block",
-    "ClassPredictive",
-    "Evaluation",
-    "ValuePredictive",
-    "block_size",
-    "evaluate_dataset",
-    "member_outputs",
-    "metrics_to_minimise",
-    "out_of_distribution_auroc",
-    "predict_classes",
-    "predict_dataset",
-    "predict_values",
-    "score_dataset",
-    "uncertainties_of_dataset",
-]
+    "Block", "ClassPredictive", "Evaluation", "ValuePredictive", "block_size", "evaluate_dataset", "member_outputs",
+    "metrics_to_minimise", "out_of_distribution_auroc", "predict_classes", "predict_dataset", "predict_values",
+    "score_dataset", "uncertainties_of_dataset",
+]  # fmt: skip
