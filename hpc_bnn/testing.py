@@ -106,7 +106,7 @@ def check_objective(
     num_samples, chunk_sizes, dtypes : sequences
         Values to test: all together in float64, other dtypes with the last chunk size.
     """
-    failures = []
+    failures: list[str] = []
     for dtype in dtypes:
         for count in num_samples:
             count = max(comm.grid.sample_size, 1) if count == "one per rank" else count
@@ -121,14 +121,19 @@ def check_objective(
                 step.accumulate_(x[mine], y[mine], NUM_EXAMPLES)
                 step.reduce_()
                 step.posterior.finish_(step.scalars)
-                got = step.posterior.buffer.tally[0], step.posterior.buffer.gradient
-                errors = [float((a - b).norm() / b.norm()) for a, b in zip(got, expected)]
-                if not all(error < TOLERANCE[dtype] for error in errors):  # NaN is below nothing
-                    failures.append(
-                        f"{dtype}, {count} samples, chunk_size {chunk_size}, grid {comm.grid}, "
-                        f"rank {comm.grid.rank}: relative error of the loss {errors[0]:.1e}, of the gradient {errors[1]:.1e}"
-                    )
+                got = {"loss": step.posterior.buffer.tally[0], "gradient": step.posterior.buffer.gradient}
+                failures += _differences(comm, got, expected, dtype, f"{count} samples, chunk_size {chunk_size}")
     _agree(comm, objective.name, failures)
+
+
+def _differences(comm: GridComm, got: Slots, expected: Slots, dtype: torch.dtype, case: str) -> list[str]:
+    """Return a line for each number that differs from its definition on this rank. Local."""
+    errors = {name: float((got[name].double() - e).norm() / e.norm().clamp_min(1e-30)) for name, e in expected.items()}
+    return [
+        f"{name}: relative error {error:.1e} ({dtype}, {case}, grid {comm.grid}, rank {comm.grid.rank})"
+        for name, error in errors.items()
+        if not error < TOLERANCE[dtype]  # NaN is below nothing
+    ]
 
 
 def _agree(comm: GridComm, name: str, failures: list[str]) -> None:
@@ -163,16 +168,14 @@ def make_examples(likelihood: Likelihood, dtype: torch.dtype) -> tuple[Tensor, T
     return x.to(dtype), torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
-def differentiate(
-    step: VariationalStep, reference: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor
-) -> tuple[Tensor, Tensor]:
+def differentiate(step: VariationalStep, reference: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Slots:
     """Return the data term of the step's next samples and its gradient, by autograd, all samples at once. Local."""
     leaves = _leaves(step.posterior)
     of_sample = _definition(step, lambda slots, eps, z: slots["loc"] + slots["log_scale"].exp() * eps)
     outputs = [of_sample(leaves, sample, x.double())[1] for sample in range(step.num_samples)]
     loss = reference(torch.stack(outputs), y.double() if y.is_floating_point() else y)
     gradients = _gradients(loss, leaves).values()
-    return loss.detach(), torch.cat([gradient.reshape(-1) for gradient in gradients])
+    return {"loss": loss.detach(), "gradient": torch.cat([gradient.reshape(-1) for gradient in gradients])}
 
 
 # --- families -------------------------------------------------------------------------------------------
@@ -246,14 +249,9 @@ def check_family(
         numbers = torch.tensor([result.nelbo, result.kl], dtype=torch.float64)
         witness: Any = step.optimizer.optimizer
         got = dict(zip(("objective", "KL"), numbers)) | witness.seen
-        for name, value in expected[dtype].items():
-            error = float((got[name].double() - value).norm() / value.norm().clamp_min(1e-30))
-            if not error < TOLERANCE[dtype]:
-                failures.append(
-                    f"{name}: relative error {error:.1e} ({dtype}, {step.num_samples} samples, chunk_size {chunk_size}, "
-                    f"{num_parts} micro-batches, noise {'kept' if keeps_noise else 'drawn again'}, grid {comm.grid}, "
-                    f"rank {comm.grid.rank})"
-                )
+        case = f"{step.num_samples} samples, chunk_size {chunk_size}, {num_parts} micro-batches, noise "
+        case += "kept" if keeps_noise else "drawn again"
+        failures += _differences(comm, got, expected[dtype], dtype, case)
     _agree(comm, family.name, failures)
 
 
