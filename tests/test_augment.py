@@ -219,6 +219,8 @@ def test_transforms_by_name_and_import_path():
         ({"name": "flip", "probability": 2}, ["probability: 2", "between 0 and 1"]),
         ({"name": "flip", "probability": "high"}, ["probability: high", "a number between 0 and 1"]),
         ({"name": "crop", "padding": 1.5}, ["padding: 1.5", "whole number"]),
+        ({"name": "erase", "min_area": 0}, ["min_area: 0", "above 0"]),
+        ({"name": "noise", "std": "large"}, ["std: large", "positive and finite"]),
         ({"name": "mask"}, ["mask", "series [channels, length]", "[1, 8, 8]"]),
         ({"name": "hpc_bnn.nowhere.Thing"}, ["hpc_bnn.nowhere.Thing", "cannot be imported"]),
     ],

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..config import AugmentationConfig, ViewKind, check_field, check_groups
-from ..errors import ConfigError, Fault, import_object
+from ..errors import ConfigError, Fault, Rule, at_least, import_object, number, positive
 from ..grid import share
 from ..noise import Key, Stream
 from ..views import Views
@@ -66,8 +66,7 @@ class Crop:
     num_dims, moves = 3, True
 
     def __init__(self, padding: int = 4):
-        fits = isinstance(padding, int) and padding >= 1
-        _check("padding", padding, fits, "a whole number from 1 on", "Try 4")
+        _check("padding", padding, Rule(lambda n: isinstance(n, int) and n >= 1, "a whole number from 1 on", "Try 4"))
         self.padding = padding
 
     def __call__(self, x: Tensor, random: ExampleRandom) -> Tensor:
@@ -104,8 +103,10 @@ class Erase:
         self, probability: float = 0.5, min_area: float = 0.02, max_area: float = 0.33, max_aspect: float = 3.0
     ):
         self.probability = _probability(probability)
-        _check("max_area", max_area, 0 < min_area <= max_area <= 1, "min_area or more, at most 1", "Try 0.33")
-        _check("max_aspect", max_aspect, max_aspect >= 1, "at least 1", "Try 3")
+        _check("min_area", min_area, number(lambda area: 0 < area <= 1, "above 0, at most 1", "Try 0.02"))
+        largest = number(lambda area: min_area <= area <= 1, "min_area or more, at most 1", "Try 0.33")
+        _check("max_area", max_area, largest)
+        _check("max_aspect", max_aspect, at_least(1, "Try 3"))
         self.min_area, self.max_area, self.max_aspect = min_area, max_area, max_aspect
 
     def __call__(self, x: Tensor, random: ExampleRandom) -> Tensor:
@@ -151,7 +152,7 @@ class Noise:
     """Add normal noise, with ``std`` in standard deviations of a channel over the training split."""
 
     def __init__(self, std: float = 0.05):
-        _check("std", std, 0 < std < math.inf, "positive and finite", "Try 0.05")
+        _check("std", std, positive("Try 0.05"))
         self.std = std
 
     def __call__(self, x: Tensor, random: ExampleRandom) -> Tensor:
@@ -167,7 +168,7 @@ class Mixup:
     """
 
     def __init__(self, alpha: float = 0.2):
-        _check("alpha", alpha, 0 < alpha < math.inf, "positive and finite", "Try 0.2")
+        _check("alpha", alpha, positive("Try 0.2"))
         self.alpha = alpha
         # Quantiles of Beta(alpha, alpha) below 1/2: with t = s^(1/alpha) the density is bounded.
         s = np.linspace(0, 0.5**alpha, 4097)
@@ -325,12 +326,11 @@ def _build_transform(entry: dict[str, Any]) -> Transform | Mixup:
         raise ConfigError(Fault("augmentation.transforms", value, rule, "Fix the arguments")) from error
 
 
-def _check(name: str, value: object, fits: bool, rule: str, remedy: str) -> None:
-    if not fits:
-        raise ConfigError(Fault("augmentation.transforms", f"{name}: {value}", f"must be {rule}", remedy))
+def _check(name: str, value: object, rule: Rule) -> None:
+    if not rule.fits(value):
+        raise ConfigError(Fault("augmentation.transforms", f"{name}: {value}", f"must be {rule.text}", rule.remedy))
 
 
 def _probability(value: float) -> float:
-    fits = isinstance(value, (int, float)) and 0 <= value <= 1
-    _check("probability", value, fits, "a number between 0 and 1", "Try 0.5")
+    _check("probability", value, number(lambda p: 0 <= p <= 1, "a number between 0 and 1", "Try 0.5"))
     return value
