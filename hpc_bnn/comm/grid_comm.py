@@ -18,7 +18,7 @@ from ..grid import Axis, Grid, share
 from ..trees import map_leaves
 from .compression import decode, encode, encoded_bytes
 from .packing import TensorSpec, as_list, packed_buckets, share_buckets
-from .transports import Alone, NodeArray, ObjectAxis, ObjectTransport, Operation, TensorTransport, agreed, check_equal
+from .transports import NodeArray, ObjectAxis, ObjectTransport, Operation, TensorTransport, agreed, check_equal
 
 
 @dataclass
@@ -76,7 +76,7 @@ class GridComm:
         self.grid = grid
         self.compression: Compression = compression
         self.device = torch.device(device)
-        self.objects = objects or Alone()
+        self.objects = objects or ObjectTransport()
         self.tensors = tensors or TensorTransport(grid, self.device, self.objects)
         self.traffic = Traffic()
         self._extents = grid.extents
@@ -343,7 +343,7 @@ class GridComm:
         CommunicationError
             There is not that much shared memory.
         """
-        objects = self.objects if self.local_size > 1 else Alone()
+        objects = self.objects if self.local_size > 1 else ObjectTransport()
         return objects.node_array(shape, np.dtype(dtype))
 
     @contextlib.contextmanager

@@ -21,7 +21,7 @@ from .mpi import MpiObjects, install_abort_hook, start_mpi
 from .mpi_tensors import MpiTensors
 from .torch_dist import TorchTensors
 from .torchrun import TorchObjects
-from .transports import Alone, ObjectTransport, TensorTransport, check_equal
+from .transports import ObjectTransport, TensorTransport, check_equal
 from .world import abort
 
 logger = logging.getLogger(__name__)
@@ -115,7 +115,7 @@ def _join(node_size: int | None, process_group: Any = None) -> ObjectTransport:
         return TorchObjects(node_size)
     started = start_mpi()
     if started is None or started.COMM_WORLD.size == 1:
-        return Alone()
+        return ObjectTransport()
     install_abort_hook()
     return MpiObjects(started, node_size)
 

@@ -43,8 +43,6 @@ class TorchObjects(ObjectTransport):
     Call `join` or `torch_dist.adopt` before.
     """
 
-    comms: dict[ObjectAxis, Any] = {}  # noqa: RUF012
-
     def __init__(self, node_size: int | None = None):
         self._grid = Grid()
         self._node_size = node_size

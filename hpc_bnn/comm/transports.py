@@ -1,4 +1,4 @@
-"""The two interfaces below `GridComm`: what carries tensors, and what carries Python objects; and one process alone."""
+"""The two interfaces below `GridComm`: what carries tensors, and what carries Python objects."""
 
 from __future__ import annotations
 
@@ -96,39 +96,37 @@ class TensorTransport:
 
 
 class ObjectTransport:
-    """The collectives of Python objects, and the memory that the ranks of a node share."""
+    """The collectives of Python objects, and the memory that the ranks of a node share.
 
-    rank: int
-    size: int
+    Those of one process: it gets back what it gives.
+    """
+
+    rank, size = 0, 1
     """This rank in the world, and the number of ranks."""
-    local_rank: int
-    local_size: int
+    local_rank, local_size = 0, 1
     """This rank among those with which it shares memory, and their number."""
-    rank_on_node: int
-    ranks_on_node: int
+    rank_on_node, ranks_on_node = 0, 1
     """This rank among all of its node, which share its GPUs and cores, and their number."""
-    comms: dict[ObjectAxis, Any]
+    comms: dict[ObjectAxis, Any] = {}  # noqa: RUF012
     """The communicators of the axes and of the node, with MPI."""
 
     def enter(self, grid: Grid) -> None:
         """Make the groups of a grid of these ranks. Collective over the world."""
-        raise NotImplementedError
 
     def broadcast(self, value: Any, root: int = 0) -> Any:
         """Return the object of world rank ``root``. Collective over the world."""
-        raise NotImplementedError
+        return value
 
     def gather(self, value: Any, axis: ObjectAxis = "world") -> list[Any]:
         """Return the objects of all ranks of an axis or of the node, in rank order. Collective over them."""
-        raise NotImplementedError
+        return [value]
 
     def barrier(self) -> None:
         """Wait for all ranks. Collective over the world."""
-        raise NotImplementedError
 
     def node_array(self, shape: tuple[int, ...], dtype: np.dtype) -> NodeArray:
         """Return a new array in memory that the ranks of the node share. Collective over the node."""
-        raise NotImplementedError
+        return NodeArray(np.empty(shape, dtype), lambda: None)
 
     def close(self) -> None:
         """Leave the groups. Collective over the world."""
@@ -142,30 +140,6 @@ class NodeArray:
     """The same memory on each rank of the node."""
     publish: Callable[[], None]
     """Let all ranks of the node see what any of them has written. Collective over the node."""
-
-
-class Alone(ObjectTransport):
-    """One process: it gets back what it gives."""
-
-    rank, size = 0, 1
-    local_rank, local_size = 0, 1
-    rank_on_node, ranks_on_node = 0, 1
-    comms: dict[ObjectAxis, Any] = {}  # noqa: RUF012
-
-    def enter(self, grid: Grid) -> None:
-        pass
-
-    def broadcast(self, value: Any, root: int = 0) -> Any:
-        return value
-
-    def gather(self, value: Any, axis: ObjectAxis = "world") -> list[Any]:
-        return [value]
-
-    def barrier(self) -> None:
-        pass
-
-    def node_array(self, shape: tuple[int, ...], dtype: np.dtype) -> NodeArray:
-        return NodeArray(np.empty(shape, dtype), lambda: None)
 
 
 @contextlib.contextmanager
