@@ -31,7 +31,7 @@ class Forecast(Dataset):
     def __init__(self, split: str, path: str, variable: str, lead: int = 1, every: int = 1):
         self._field, self._lead = xarray.open_dataset(path)[variable][:, ::every, ::every], lead
         border = len(self._field) * 4 // 5
-        train = self._field[:border].values
+        train = self._field[:border].values.astype(np.float64)
         self._mean, self._std = float(train.mean()), float(train.std())
         times = {"train": range(border - lead), "test": range(border, len(self._field) - lead)}
         self._times = times[split]
@@ -42,6 +42,9 @@ class Forecast(Dataset):
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         time = self._times[index]
         now, later = (
-            (self._field[step].values.astype(np.float32) - self._mean) / self._std for step in (time, time + self._lead)
+            torch.from_numpy(
+                (self._field[step].values.astype(np.float64) - self._mean) / self._std
+            ).float()  # in this order
+            for step in (time, time + self._lead)
         )
-        return torch.from_numpy(now).flatten(), torch.from_numpy(later).mean().view(1)
+        return now.flatten(), later.mean().view(1)

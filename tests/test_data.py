@@ -184,6 +184,103 @@ def test_constant_channel_is_not_divided_by_zero(tmp_path):
     assert got.isfinite().all() and (got[:, 1] == 0).all()
 
 
+OFFSETS = {
+    "temperature": 300.0,
+    "pressure": 101325.0,
+    "Julian days": 2.4e6,
+    "seconds since 1970": 1.7e9,
+    "account numbers": 1e9,
+}
+
+
+@pytest.mark.parametrize("dtype", ["float64", "int64"])
+@pytest.mark.parametrize("spread", [1.0, 1e3])
+@pytest.mark.parametrize("what", OFFSETS)
+def test_numbers_are_subtracted_before_they_are_rounded(tmp_path, what, spread, dtype):
+    """What is delivered in float32 is what float64 gives, rounded once, and the way back to units is exact."""
+    rng = np.random.default_rng(0)
+    x = (OFFSETS[what] + spread * rng.normal(size=(100, 2, 3)) * (1 if dtype == "float64" else 10)).astype(dtype)
+    y = OFFSETS[what] + spread * rng.normal(size=(100, 2))
+    write_shards(tmp_path, {"train": (x, y)}, **FACTS, examples_per_shard=30)
+    for reading in ("node", "rank"):
+        dataset = ShardDataset(tmp_path, "train", reading=reading)
+        got, target = dataset.fetch(slice(None))
+        for found, stored, dims in ((got, x, (0, 2)), (target, y, (0,))):
+            wide = stored.astype(np.longdouble)
+            mean, std = (statistic(wide, axis=dims, keepdims=True) for statistic in (np.mean, np.std))
+            np.testing.assert_allclose(found.numpy(), (wide - mean) / std, rtol=1e-6, atol=1e-6)
+            assert found.dtype == torch.float32
+        np.testing.assert_allclose(dataset.in_units(target).numpy(), y, rtol=1e-14, atol=1e-6 * spread)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("value", [0.1, 1e-8, 101325.7, -3e9, 0.0, 2**53 + 1.0])
+@pytest.mark.parametrize("num_examples", [3, 1001])
+def test_a_constant_channel_is_constant_in_any_precision(tmp_path, value, dtype, num_examples):
+    x = np.full((num_examples, 2), value, dtype)
+    x[:, 1] = np.arange(num_examples)
+    other = x.copy()
+    other[:, 0] += value * 1e-6 + 1e-9
+    splits = {split: (a, np.arange(num_examples)) for split, a in (("train", x), ("test", other))}
+    write_shards(tmp_path, splits, **FACTS, examples_per_shard=100)
+    assert Manifest.read(tmp_path).statistics["x"].std[0] == 0
+    train, test = (ShardDataset(tmp_path, split).fetch(slice(None))[0][:, 0] for split in ("train", "test"))
+    assert (train.abs() <= 1e-14 * abs(value)).all()
+    assert (test.abs() <= 2e-6 * abs(value) + 2e-9).all()
+
+
+def test_a_large_mean_of_float32_is_subtracted_exactly(tmp_path):
+    x = np.float32(1e6) + np.arange(8, dtype=np.float32)[:, None] / 8  # spread of a few roundings of the mean
+    write_shards(tmp_path, {"train": (x, np.arange(8))}, **FACTS)
+    got, _ = ShardDataset(tmp_path, "train").fetch(slice(None))
+    assert got.double().mean().abs() < 1e-6 and got.double().std(correction=0) == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [">f4", ">f8", ">i4", ">i8", ">u2"])
+def test_the_order_of_bytes_does_not_matter(tmp_path, dtype):
+    x = np.arange(30).reshape(10, 3).astype(dtype)
+    write_shards(tmp_path / "a", {"train": (x, x[:, :1])}, **FACTS)
+    native = x.astype(x.dtype.newbyteorder("="))
+    write_shards(tmp_path / "b", {"train": (native, native[:, :1])}, **FACTS)
+    a, b = (ShardDataset(tmp_path / name, "train").fetch(slice(None)) for name in "ab")
+    assert all(map(torch.equal, a, b))
+
+
+@pytest.mark.parametrize(
+    "x, y, words",
+    [
+        (np.ones((9, 2)), np.ones((9, 1)) * 1j, "y has dtype complex128"),
+        (np.ones((9, 2)) * 1j, np.ones((9, 1)), "x has dtype complex128"),
+        (np.arange(18).reshape(9, 2) * 1e200, np.ones((9, 1)), "x: its numbers are so large"),
+        (np.ones((9, 2)), np.arange(9.0)[:, None] * -1e199, "y: its numbers are so large"),
+        (np.arange(9)[:, None].astype("datetime64[s]"), np.ones(9), "x has dtype datetime64|cannot become a tensor"),
+        (np.arange(9)[:, None].astype("timedelta64[s]"), np.ones(9), "x has dtype timedelta64|cannot become a tensor"),
+    ],
+    ids=["complex y", "complex x", "large x", "large y", "dates", "durations"],
+)
+@pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")
+def test_numbers_that_no_network_takes_are_refused(tmp_path, x, y, words):
+    with pytest.raises(DataError, match=words):
+        write_shards(tmp_path, {"train": (x, y)}, **FACTS, examples_per_shard=4)
+    assert not (tmp_path / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16", "int32", "int64"])
+@pytest.mark.parametrize("reading", ["node", "rank"])
+def test_ids_stay_whole_numbers(tmp_path, dtype, reading):
+    x = np.random.default_rng(0).integers(0, 100, (20, 7)).astype(dtype)
+    write_shards(tmp_path, {"train": (x, np.arange(20) % 2)}, **FACTS, num_classes=2, ids=("x",))
+    dataset = ShardDataset(tmp_path, "train", reading=reading, dtype=torch.float64)
+    got, _ = dataset.fetch(slice(3, 9))
+    assert np.array_equal(got, x[3:9]) and dataset.manifest.is_whole("x")
+    torch.nn.Embedding(100, 4)(got)
+    named = {"words": x, "numbers": x}
+    write_shards(tmp_path / "b", {"train": (named, np.arange(20) % 2)}, **FACTS, num_classes=2, ids=("words",))
+    torch.nn.Embedding(100, 4)(ShardDataset(tmp_path / "b", "train").fetch(slice(3, 9))[0]["words"])
+    with pytest.raises(DataError, match="x has dtype float32: ids are whole"):
+        write_shards(tmp_path / "c", {"train": (x.astype(np.float32), np.arange(20))}, **FACTS, ids=("x",))
+
+
 def test_truncated_missing_flipped_and_foreign(shards):
     path = shards / "train-00001.h5"
     whole = path.read_bytes()

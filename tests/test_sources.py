@@ -217,6 +217,19 @@ def test_the_example_reads_a_netcdf_store_through_xarray(words, tmp_path, monkey
     assert summary["test/rmse"] < 0.6  # the mean of the training times has 0.64, persistence 0.77
 
 
+@pytest.mark.parametrize(
+    "offset, spread, dtype, is_said",
+    [(1.7e9, 1.0, torch.float32, True), (2.4e6, 0.01, torch.float32, True), (1.7e9, 1.0, torch.float64, False),
+     (280.0, 10.0, torch.float32, False), (0.1, 0.0, torch.float32, False)],
+)  # fmt: skip
+def test_numbers_of_the_user_that_float32_makes_equal_are_said_once(offset, spread, dtype, is_said, caplog):
+    x = offset + spread * torch.randn(40, 2, dtype=torch.float64)
+    source = TensorSource(x, torch.randn(40, 1)).on("cpu", dtype)
+    for _ in range(2):
+        source.fetch(slice(0, 20))
+    assert caplog.text.count("are equal in float32") == is_said
+
+
 def test_a_source_of_the_user_is_taken_as_it_is(tmp_path):
     class Mine(TensorSource):
         pass

@@ -17,6 +17,8 @@ from .files import SplitFiles
 from .manifest import Arrays, Manifest, inputs_of, torch_dtype
 from .source import Source
 
+LARGE_MEAN = 2.0**10
+"""Mean of a channel, in its standard deviations, from which float32 numbers are normalised in float64."""
 MEMORY_SHARE = 0.5
 """Fraction of the free memory of a node that a split may take with the reading "auto"."""
 
@@ -73,7 +75,13 @@ class ShardDataset(Source):
         """The reading that is used, never "auto"."""
         self._memory = self._read_into_memory() if self.reading == "node" else None
         names = [n for n in self.manifest.arrays if n in scaling.statistics and (n != "y" or normalises_targets)]
-        self._scales = {name: scale_of(scaling, name, self.device, dtype) for name in names}
+        self._scales = {name: scale_of(scaling, name, self.device) for name in names}
+        # Numbers that float32 would round, or whose mean it would, are subtracted from it first
+        self._precise = {name for name in names if dtype == torch.float64 or is_precise(scaling, self.manifest, name)}
+        self._working = {
+            name: tuple(number.to(torch.float64 if name in self._precise else dtype) for number in self._scales[name])
+            for name in names
+        }
 
     def __len__(self) -> int:
         return len(self._files)
@@ -90,7 +98,7 @@ class ShardDataset(Source):
 
     @property
     def target_scale(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Mean and standard deviation of the targets per channel, [1, channels, 1, ...], if they are normalised."""
+        """Mean and standard deviation of the targets per channel, [1, channels, 1, ...] float64, if they are normalised."""
         return self._scales.get("y")
 
     # --- examples -----------------------------------------------------------------------------------
@@ -110,7 +118,7 @@ class ShardDataset(Source):
         return buffer.pin_memory() if self.device.type == "cuda" else buffer
 
     def deliver(self, buffer: torch.Tensor) -> tuple[Inputs, torch.Tensor]:
-        """Return inputs and targets from the bytes of `read`: received, on the device, normalised.
+        """Return inputs and targets from the bytes of `read`: received, on the device, normalised; ids are int64 or int32.
 
         Collective over ``sample_comm`` with the reading ``group``, otherwise local.
         """
@@ -119,15 +127,17 @@ class ShardDataset(Source):
             self._comm.broadcast_(buffer, root=0, axis="sample")
         found = self._split(buffer)
         for name, values in found.items():
-            if values.is_floating_point() or name in self._scales or name == "x":
+            if name in self._working:  # the buffer is this batch's own: no copy
+                mean, std = self._working[name]
+                values = values.to(mean.dtype).sub_(mean).div_(std)
+            if name in self._working or values.is_floating_point():
                 found[name] = values.to(self.dtype)
-            if name in self._scales:  # the buffer is this batch's own: no copy
-                mean, std = self._scales[name]
-                found[name].sub_(mean).div_(std)
+            elif values.dtype not in (torch.bool, torch.int32):
+                found[name] = values.long()  # an embedding takes no narrower ids
         return inputs_of(found), found["y"]
 
     def in_units(self, y: torch.Tensor) -> torch.Tensor:
-        """Return targets [B, ...], as they are delivered, in units of y."""
+        """Return targets [B, ...], as they are delivered, in units of y, float64 where they are normalised."""
         return y if self.target_scale is None else y * self.target_scale[1] + self.target_scale[0]
 
     # --- memory -------------------------------------------------------------------------------------
@@ -184,12 +194,20 @@ def check_alike(scaling: Manifest, manifest: Manifest, directory: str | os.PathL
             )
 
 
-def scale_of(
-    manifest: Manifest, name: str, device: torch.device | str, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return mean and standard deviation of an array, which broadcast over a batch [B, channels, ...] or [B]. Local."""
+def scale_of(manifest: Manifest, name: str, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return mean and standard deviation of an array, float64, which broadcast over a batch [B, channels, ...] or [B].
+
+    Of a constant channel the latter is 1. Local.
+    """
     num_dims = len(manifest.arrays[name].shape)
     form = (1, -1, *(1,) * (num_dims - 1)) if num_dims else (1,)
     found = (manifest.statistics[name].mean, manifest.statistics[name].std)
-    mean, std = (torch.tensor(numbers, dtype=dtype, device=device).view(form) for numbers in found)
+    mean, std = (torch.tensor(numbers, dtype=torch.float64, device=device).view(form) for numbers in found)
     return mean, torch.where(std > 0, std, 1)
+
+
+def is_precise(scaling: Manifest, manifest: Manifest, name: str) -> bool:
+    """Whether float32 rounds the stored numbers of an array, or, for their spread, their mean. Local."""
+    dtype, statistics = np.dtype(manifest.arrays[name].dtype), scaling.statistics[name]
+    is_wide = not np.can_cast(dtype, np.float32)
+    return is_wide or any(abs(mean) > LARGE_MEAN * std for mean, std in zip(statistics.mean, statistics.std) if std > 0)

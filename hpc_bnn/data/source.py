@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -14,9 +15,11 @@ from torch.utils.data import IterableDataset, Sampler, default_collate
 
 from ..errors import ConfigError, DataError, Fault
 from ..grid import Grid
-from ..trees import Inputs, map_tensors, num_rows, rows_of
+from ..trees import Inputs, map_tensors, num_rows, rows_of, tensors_of
 from .manifest import ArraySpec, Manifest, ShardFile, sha256_of_json
 from .order import EpochOrder, batches_in_part, local_places, num_global_batches
+
+logger = logging.getLogger(__name__)
 
 SPLIT = "all"
 """Name of the split of a source that has one."""
@@ -38,6 +41,7 @@ class Source:
     """How the examples reach the ranks; it stands in the summary of a run."""
     num_bytes_read = 0
     """Bytes that this rank has read from the file system so far."""
+    _has_looked = False
     has_own_order = False
     """Whether the examples come in one order only, which is that of every epoch."""
 
@@ -50,6 +54,13 @@ class Source:
 
     def deliver(self, content: Any) -> tuple[Inputs, Tensor]:
         """Return inputs [B, ...] and targets [B, ...] on the device, from what `read` returned. Local."""
+        if self.dtype == torch.float32 and not self._has_looked:
+            self._has_looked = True
+            if any(map(loses_differences, tensors_of(content))):
+                logger.warning(
+                    "numbers of %s in float64 are equal in float32: subtract their mean in the data, or set dtype float64",
+                    self.manifest.name,
+                )
 
         def here(tensor: Tensor) -> Tensor:
             return tensor.to(self.device, self.dtype if tensor.is_floating_point() else tensor.dtype, non_blocking=True)
@@ -265,6 +276,16 @@ def classes_of(dataset: Any, num_classes: int | None) -> int | None:
     classes = getattr(dataset, "classes", None)
     said = getattr(dataset, "num_classes", None if classes is None else len(classes))
     return said if num_classes is None else num_classes
+
+
+def loses_differences(tensor: Tensor) -> bool:
+    """Whether numbers [B, ...] in float64 that differ are often equal in float32, such as time stamps. Local."""
+    if tensor.dtype != torch.float64 or len(tensor) < 2:
+        return False
+    ordered = tensor.sort(0).values
+    differ = ordered.diff(dim=0) > 0
+    lost = differ & (ordered.float().diff(dim=0) == 0)
+    return bool((lost.sum(0) > 0.1 * differ.sum(0)).any())
 
 
 def _pair(name: str, content: Any) -> tuple[Inputs, Tensor]:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,6 +40,8 @@ from .manifest import (
 
 CHUNK_BYTES = 4 * 2**10
 """Aim for the size of an HDF5 chunk of whole examples (bytes), a page: they are read at random, without neighbours."""
+ROUNDING = 64 * np.finfo(np.float64).eps
+"""Standard deviation, as a multiple of the mean, up to which a channel is constant: sums of equal numbers are rounded."""
 SHARD_BYTES = 256 * 2**20
 """Aim for the size of a file (bytes) where the number of examples per file is not given."""
 
@@ -65,6 +67,7 @@ def write_shards(
     examples_per_shard: int | None = None,
     train_split: str = "train",
     normalise_targets: bool | None = None,
+    ids: Iterable[str] = (),
     target_weights: np.ndarray | None = None,
     channels: dict[str, Iterable[str]] | None = None,
     details: dict[str, Any] | None = None,
@@ -85,6 +88,7 @@ def write_shards(
     splits : dict of str to (x, y) or Examples
         Inputs [n, channels, ...], or a dict of several by name, and targets [n, ...] of each split, the same on each
         rank. One input is normalised; of several, those with a floating-point dtype are, and whole numbers stay whole.
+        float64 is subtracted from the mean before it is rounded.
     name, source, licence, num_classes, target_weights, channels, details
         As in `Manifest`; the weights as an array, such as cos(latitude) as [latitudes, 1], the channels for x and y.
     examples_per_shard, compression : int, str, optional
@@ -94,6 +98,9 @@ def write_shards(
     normalise_targets : bool, optional
         Whether the network gets targets of mean 0 and standard deviation 1 per channel; metrics stay in units of y.
         Default: True if y has a floating-point dtype.
+    ids : iterable of str
+        Names of inputs whose whole numbers name things, such as the tokens of a text: they stay as they are, also where
+        they are the one input ``x``.
     key : optional
         Any ``json`` value that determines the content (checksums of the source, flags). A preparation with the same
         key continues an interrupted one; without a key it starts again.
@@ -104,7 +111,8 @@ def write_shards(
     directory = Path(directory)
     sources = {split: _as_examples(examples) for split, examples in splits.items()}
     with comm.agree("looking at the first example"):
-        arrays = _look(sources, train_split, channels or {}, num_classes)
+        ids = tuple(ids)
+        arrays = _look(sources, train_split, channels or {}, num_classes, ids)
         if examples_per_shard is None:
             examples_per_shard = max(1, SHARD_BYTES // sum(spec.num_bytes for spec in arrays.values()))
         _check_weights(target_weights, arrays["y"])
@@ -116,12 +124,12 @@ def write_shards(
         "name": name,
         "arrays": {array: asdict(spec) for array, spec in arrays.items()},
         "splits": {split: examples.num_examples for split, examples in sources.items()},
-        "options": [num_classes, examples_per_shard, train_split, normalise_targets, compression],
+        "options": [num_classes, examples_per_shard, train_split, normalise_targets, compression, *ids],
     }
     with comm.agree(f"opening {directory}"):
         if comm.grid.is_first("world"):
             _open(directory, plan)
-    wanted = tuple(n for n, spec in arrays.items() if (normalise_targets if n == "y" else _is_normalised(n, spec)))
+    wanted = tuple(n for n, spec in arrays.items() if (normalise_targets if n == "y" else _is_normalised(n, spec, ids)))
     tasks = [
         _Task(
             split,
@@ -145,7 +153,7 @@ def write_shards(
         licence=licence,
         arrays=arrays,
         splits={split: tuple(ShardFile(**r["file"]) for r in of_split) for split, of_split in files.items()},
-        statistics={a: _statistics([r["moments"][a] for r in files[train_split]]) for a in wanted},
+        statistics={a: _statistics(a, [r["moments"][a] for r in files[train_split]]) for a in wanted},
         num_classes=num_classes,
         target_weights=None if target_weights is None else np.asarray(target_weights).tolist(),
         details=details or {},
@@ -191,13 +199,22 @@ def _as_examples(examples: tuple[Any, np.ndarray] | Examples) -> Examples:
     return Examples(len(named["y"]), read)
 
 
-def _is_normalised(name: str, spec: ArraySpec) -> bool:
+def _is_normalised(name: str, spec: ArraySpec, ids: Collection[str]) -> bool:
     """Whether an input gets mean 0 and standard deviation 1."""
-    return name == "x" or np.issubdtype(np.dtype(spec.dtype), np.floating)
+    return name not in ids and (name == "x" or np.issubdtype(np.dtype(spec.dtype), np.floating))
+
+
+def _native(array: Any) -> np.ndarray:
+    """Return an array in the order of bytes of this machine, without gaps."""
+    return np.ascontiguousarray(array, np.asarray(array).dtype.newbyteorder("="))
 
 
 def _look(
-    sources: dict[str, Examples], train_split: str, channels: dict[str, Iterable[str]], num_classes: int | None
+    sources: dict[str, Examples],
+    train_split: str,
+    channels: dict[str, Iterable[str]],
+    num_classes: int | None,
+    ids: Collection[str],
 ) -> dict[str, ArraySpec]:
     if train_split not in sources or sources[train_split].num_examples == 0:
         raise DataError(f"the split '{train_split}' has no examples: statistics come from it")
@@ -206,13 +223,18 @@ def _look(
             raise DataError(f"a split is named '{split}': use letters, digits, - and _")
     arrays = {}
     for name, array in named_arrays(*sources[train_split].read(0, 1)).items():
+        array = _native(array)
         names = tuple(channels.get(name, ()))
         if names and len(names) != array.shape[1]:
             raise DataError(f"{name} has {array.shape[1]} channels and {len(names)} names")
         arrays[name] = ArraySpec(array.shape[1:], str(array.dtype), names)
         torch_dtype(arrays[name].dtype)
+        if array.dtype.kind not in ("iu" if name in ids else "biuf"):
+            raise DataError(
+                f"{name} has dtype {array.dtype}: {'ids are whole' if name in ids else 'real'} numbers are needed"
+            )
     for name, spec in arrays.items():
-        if name != "y" and _is_normalised(name, spec) and spec.shape == ():
+        if name != "y" and _is_normalised(name, spec, ids) and spec.shape == ():
             raise DataError(f"an input {name} is a single number: give it a channel, {name} of shape [n, 1]")
     if num_classes is not None and np.dtype(arrays["y"].dtype).kind not in "iu":
         raise DataError(f"classes y have dtype {arrays['y'].dtype}: they must be whole numbers")
@@ -279,7 +301,7 @@ def _finish(
     read = named_arrays(*task.examples.read(rows.start, rows.stop))
     if read.keys() != arrays.keys():
         raise DataError(f"{task.split}: the inputs are {', '.join(read)}, and {', '.join(arrays)} are expected")
-    found = {name: np.ascontiguousarray(read[name]) for name in arrays}
+    found = {name: _native(read[name]) for name in arrays}
     y = found["y"]
     for name, array in found.items():
         shape, dtype = (len(rows), *arrays[name].shape), arrays[name].dtype
@@ -320,14 +342,18 @@ def _first(is_wrong: np.ndarray) -> int:
 def _moments(array: np.ndarray) -> dict[str, Any]:
     """Return number, mean and sum of squared differences per channel of examples [n, channels, ...] or [n]."""
     flat = array.reshape(len(array), array.shape[1] if array.ndim > 1 else 1, -1)
-    mean = flat.mean(axis=(0, 2), dtype=np.float64)
-    # One example after another: without a second array as large
-    squares = sum((np.square(example - mean[:, None]).sum(axis=1) for example in flat), start=np.zeros(len(mean)))
-    return {"count": flat.shape[0] * flat.shape[2], "mean": mean.tolist(), "squares": squares.tolist()}
+    mean, count = flat.mean(axis=(0, 2), dtype=np.float64), flat.shape[0] * flat.shape[2]
+    shift, squares = np.zeros_like(mean), np.zeros_like(mean)
+    for example in flat:  # one after another: without a second array as large
+        rest = example - mean[:, None]
+        shift += rest.sum(axis=1)
+        squares += np.square(rest).sum(axis=1)
+    shift /= count  # what the rounding of a large sum has left
+    return {"count": count, "mean": (mean + shift).tolist(), "squares": (squares - count * shift**2).tolist()}
 
 
-def _statistics(moments: list[dict[str, Any]]) -> Statistics:
-    """Join the moments of all files, in order (Chan, Golub, LeVeque, 1979)."""
+def _statistics(name: str, moments: list[dict[str, Any]]) -> Statistics:
+    """Join the moments of an array in all files, in order (Chan, Golub, LeVeque, 1979); the same on all ranks."""
     count, mean, squares = 0, np.zeros(1), np.zeros(1)
     for added in moments:
         shift = np.array(added["mean"]) - mean
@@ -335,4 +361,9 @@ def _statistics(moments: list[dict[str, Any]]) -> Statistics:
         squares = squares + np.array(added["squares"]) + shift**2 * (count * added["count"] / total)
         mean = mean + shift * (added["count"] / total)
         count = total
-    return Statistics(tuple(mean.tolist()), tuple(np.sqrt(squares / count).tolist()))
+    std = np.sqrt(np.maximum(squares, 0) / count)
+    if not np.isfinite([mean, std]).all():
+        rule = "its numbers are so large that their mean or standard deviation overflows"
+        raise DataError(f"{name}: {rule}. Look for values that stand for missing ones, or use other units")
+    std[std <= ROUNDING * np.abs(mean)] = 0.0
+    return Statistics(tuple(mean.tolist()), tuple(std.tolist()))

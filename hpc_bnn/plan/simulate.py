@@ -146,7 +146,8 @@ def _batch_of(
     for name, spec in manifest.arrays.items():
         is_whole = manifest.num_classes is not None if name == "y" else manifest.is_whole(name)
         shape = (num_examples, *spec.shape)
-        kind = torch.int64 if name == "y" else torch_dtype(spec.dtype)
+        kind = torch_dtype(spec.dtype)
+        kind = kind if kind in (torch.bool, torch.int32) and name != "y" else torch.int64
         whole, number = {"dtype": kind, "device": device}, {"dtype": dtype, "device": device}
         found[name] = torch.zeros(shape, **whole) if is_whole else make(shape, **number)
     return inputs_of(found), found["y"]
@@ -227,7 +228,7 @@ class ImaginedDataset(Source):
 
     @property
     def target_scale(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        return scale_of(self.manifest, "y", self.device, self.dtype) if self._is_scaled else None
+        return scale_of(self.manifest, "y", self.device) if self._is_scaled else None
 
     def fetch(self, indices: Any) -> tuple[Inputs, torch.Tensor]:
         return _batch_of(self.manifest, len(indices), self.dtype, make=torch.zeros)
