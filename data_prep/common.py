@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import logging
 import sys
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from hpc_bnn.data import Examples, Manifest, write_shards
 from hpc_bnn.data.manifest import sha256_of_file
 from hpc_bnn.data.writer import sha256_of_key
 from hpc_bnn.errors import ConfigError, DataError, Fault
+
+logger = logging.getLogger(__name__)  # on the first rank alone
 
 
 class _Parser(argparse.ArgumentParser):
@@ -121,6 +125,30 @@ def hold_out(options: argparse.Namespace, num_train: int) -> dict[str, np.ndarra
     check("--num-validation", number, 0 <= number < num_train, f"must be in 0..{num_train - 1}", "Try 5000")
     share = number / num_train
     return draw_split(num_train, {"validation": share, "train": 1 - share}, options.seed)
+
+
+KEPT = 2.0**-16
+"""Largest error of float32, in standard deviations of a channel, with which numbers are still narrowed to it."""
+
+
+def float_type(what: str, *samples: np.ndarray) -> type[np.floating]:
+    """Return float32 where it keeps the differences of some numbers, float64 where it does not; and say the latter.
+
+    Time stamps and pressures are large, and what they tell is small: they are subtracted, and rounded afterwards, when
+    they are read. Each of ``samples`` is [n, channels, ...]; NaN is left out.
+    """
+    for values in samples:
+        values = np.asarray(values, np.float64)
+        channels = np.moveaxis(values, 1, 0).reshape(values.shape[1], -1) if values.ndim > 1 else values[None]
+        with warnings.catch_warnings(), np.errstate(over="ignore", invalid="ignore"):
+            warnings.simplefilter("ignore", RuntimeWarning)  # of channels without values
+            error = np.nanmax(np.abs(channels - channels.astype(np.float32)), axis=1, initial=0)
+            kept = np.isfinite(error) & (error <= KEPT * np.nanstd(channels, axis=1))
+            lost = (error > 0) & ~kept
+        if lost.any():
+            logger.info("%s is written as float64: float32 would round its differences away", what)
+            return np.float64
+    return np.float32
 
 
 def checksums(*paths: Path) -> list[str]:

@@ -4,9 +4,11 @@
 x [features] holds columns of numbers as they are and columns of words one-hot, with the categories of the training
 split (channels 'column=category'). y [targets] holds numbers, or, with --classes, y is the place of the target's value
 among all its values, sorted; the map stands in the manifest's details. Empty fields, 'NA', 'NaN', '?' and what else pandas
-takes for missing, and infinite numbers, are missing values.
+takes for missing, --missing-words, and infinite numbers, are missing values.
 
-A column is given by its name or its number: 0 is the first, -1 the last.
+A column is given by its name or its number: 0 is the first, -1 the last. How the table is written is guessed from its first
+lines, and said, where the flags leave it open and the lines leave no doubt. Numbers are float32, or float64 where float32
+would round their differences away.
 
 A table of your own, its last column to predict, 10 % of the rows for validation and 20 % for test:
 
@@ -19,93 +21,31 @@ A class, and a split of your own, a file with one of the words train, validation
 
 import argparse
 import logging
-import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import common
 import numpy as np
+import tables
 
 from hpc_bnn.comm import GridComm
 from hpc_bnn.errors import DataError
 
 logger = logging.getLogger(__name__)  # on the first rank alone
 
-SEPARATORS = {"tab": "\t", "semicolon": ";", "comma": ",", "whitespace": r"\s+"}
 SPLITS = ("train", "validation", "test")
 
 
 # --- the table -----------------------------------------------------------------------------------------
 
 
-def guess_separator(path: Path, encoding: str) -> str:
-    """Return the separator that the suffix or the first line tells."""
-    if path.suffix in (".tsv", ".tab"):
-        return "tab"
-    with open(path, encoding=encoding) as file:
-        line = next((line for line in file if line.strip()), "")
-    return next((word for word, sign in SEPARATORS.items() if sign in line.strip()), "whitespace")
-
-
-def is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
-def read_table(options: argparse.Namespace):
-    """Return the source as a table of pandas, with texts as names of the columns."""
-    try:
-        import pandas
-    except ImportError as error:
-        raise DataError("data_prep/tabular.py needs pandas: pip install 'hpc_bnn[data]'") from error
-    path = options.source
-    too_long = pandas.errors.ParserWarning  # rows of more fields than the header
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", too_long)
-            how = {"sep": SEPARATORS[options.separator or guess_separator(path, options.encoding)]}
-            how |= {"skipinitialspace": True, "decimal": options.decimal, "encoding": options.encoding}
-            header = options.header
-            if header is None:
-                first = pandas.read_csv(path, header=None, nrows=1, dtype=str, keep_default_na=False, **how)
-                header = not any(map(is_number, first.iloc[0]))
-            how |= {"header": 0 if header else None, "index_col": False, "low_memory": False}
-            table = pandas.read_csv(path, na_values="?", **how)
-    except (OSError, ValueError, LookupError, too_long) as error:
-        raise DataError(
-            f"--source {path}: it cannot be read as a table ({error}). Say how it is written by --separator, "
-            "--encoding, --header or --no-header"
-        ) from error
-    if len(table) == 0:
-        raise DataError(f"--source {path}: it has no rows below the header. Give --no-header if it has none")
-    table.columns = table.columns.map(str)
-    return table.replace([np.inf, -np.inf], np.nan)
-
-
-def find_column(flag: str, given: str, columns: list[str]) -> str:
-    """Return the name of a column that is given by name or number."""
-    if given in columns:
-        return given
-    number = int(given) if given.removeprefix("-").isdecimal() else len(columns)
-    common.check(
-        flag,
-        given,
-        -len(columns) <= number < len(columns),
-        f"no such column of {len(columns)}",
-        f"Choose of {', '.join(columns)}",
-    )
-    return columns[number]
-
-
 def choose_columns(options: argparse.Namespace, columns: list[str]) -> tuple[list[str], list[str]]:
     """Return the names of the targets and of the features."""
-    targets = list(dict.fromkeys(find_column("--target", name, columns) for name in options.target))
+    targets = list(dict.fromkeys(tables.find_column("--target", name, columns) for name in options.target))
     if options.features is None:
         features = [name for name in columns if name not in targets]
     else:
-        features = list(dict.fromkeys(find_column("--features", name, columns) for name in options.features))
+        features = list(dict.fromkeys(tables.find_column("--features", name, columns) for name in options.features))
     for name in targets:
         common.check("--features", name, name not in features, "it is a target", "Leave it out")
     rule = f"of the columns {', '.join(columns)} none is left as a feature"
@@ -165,16 +105,21 @@ def choose_rows(options: argparse.Namespace, kept: np.ndarray) -> dict[str, np.n
 # --- inputs and targets --------------------------------------------------------------------------------
 
 
-def encode_features(table, parts: dict[str, np.ndarray]) -> tuple[np.ndarray, list[str]]:
-    """Return inputs [rows, channels] float32, words one-hot, and the names of the channels."""
+def encode_features(
+    table, parts: dict[str, np.ndarray], is_category: Callable[[str], bool]
+) -> tuple[np.ndarray, list[str]]:
+    """Return inputs [rows, channels], words and what ``is_category`` one-hot, and the names of the channels."""
     from pandas.api.types import is_numeric_dtype
 
     arrays, names = [], []
     for feature, column in table.items():
-        if is_numeric_dtype(column):
-            arrays.append(column.to_numpy(np.float32)[:, None])
+        if is_numeric_dtype(column) and not is_category(feature):
+            tables.say_outliers(column)
+            arrays.append(column.to_numpy(np.float64)[:, None])
             names.append(feature)
             continue
+        if not is_category(feature):
+            tables.check_words(column, f", and if the numbers name categories, --categories '{feature}'")
         categories = sorted(column.iloc[parts["train"]].unique())
         unknown = column[~column.isin(categories)]
         if len(unknown):
@@ -184,10 +129,11 @@ def encode_features(table, parts: dict[str, np.ndarray]) -> tuple[np.ndarray, li
                 "--features"
             )
         words = column.to_numpy(object)
-        arrays.append((words[:, None] == np.array(categories, dtype=object)).astype(np.float32))
+        arrays.append((words[:, None] == np.array(categories, dtype=object)).astype(np.float64))
         names += [f"{feature}={category}" for category in categories]
         logger.info("column '%s' is one-hot, %d categories", feature, len(categories))
-    return np.concatenate(arrays, axis=1), names
+    x = np.concatenate(arrays, axis=1)
+    return x.astype(common.float_type("x", x)), names
 
 
 def encode_classes(column) -> tuple[np.ndarray, dict[str, int]]:
@@ -217,13 +163,18 @@ def check_classes(target: str, y: np.ndarray, classes: dict[str, int], parts: di
 
 
 def encode_numbers(table) -> np.ndarray:
-    """Return targets [rows, targets] float32."""
+    """Return targets [rows, targets]."""
     from pandas.api.types import is_numeric_dtype
 
     for target, column in table.items():
+        if is_numeric_dtype(column):
+            tables.say_outliers(column)
+        else:
+            tables.check_words(column, "")
         rule = f"it holds words such as '{column.iloc[0]}'"
         common.check("--target", target, is_numeric_dtype(column), rule, "If it is a class, give --classes")
-    return table.to_numpy(np.float32)
+    y = table.to_numpy(np.float64)
+    return y.astype(common.float_type("y", y))
 
 
 # --- the script ----------------------------------------------------------------------------------------
@@ -232,7 +183,7 @@ def encode_numbers(table) -> np.ndarray:
 def prepare(options: argparse.Namespace, comm: GridComm) -> None:
     with comm.agree(f"reading {options.source}"):
         sums = common.checksums(*(path for path in (options.source, options.split_file) if path is not None))
-        table = read_table(options)
+        table = tables.read_table(options, tables.find_format(options))
         targets, features = choose_columns(options, list(table.columns))
         table = table[targets + features]
         kept = complete_rows(table, options.missing)
@@ -243,7 +194,8 @@ def prepare(options: argparse.Namespace, comm: GridComm) -> None:
             facts = {"num_classes": len(classes), "details": {"classes": classes}}
         else:
             y, facts = encode_numbers(table[targets]), {}
-        x, names = encode_features(table[features], parts)
+        categories = {tables.find_column("--categories", name, features) for name in options.categories}
+        x, names = encode_features(table[features], parts, categories.__contains__)
     common.write(
         comm,
         options,
@@ -259,17 +211,17 @@ def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the script's flags."""
     parser = common.make_parser(__doc__)
     common.add_source(parser, "the table, as text", metavar="FILE")
+    tables.add_flags(parser)
     add = parser.add_argument
-    add("--separator", choices=SEPARATORS, help="of the fields (default: as suffix or first line tell)")
-    add(
-        "--header",
-        action=argparse.BooleanOptionalAction,
-        help="whether the first line holds the names of the columns (default: it does if none is a number)",
-    )
-    add("--decimal", default=".", metavar="SIGN", help="of numbers: '.' or ',' (default: %(default)s)")
-    add("--encoding", default="utf-8", metavar="NAME", help="of the text (default: %(default)s)")
     add("--target", nargs="+", required=True, metavar="COLUMN", help="to predict")
     add("--features", nargs="+", metavar="COLUMN", help="inputs (default: all other columns)")
+    add(
+        "--categories",
+        nargs="+",
+        default=[],
+        metavar="COLUMN",
+        help="inputs whose numbers are names: one-hot, as words are",
+    )
     add("--classes", action="store_true", help="the target is a class (default: targets are numbers)")
     add(
         "--missing",

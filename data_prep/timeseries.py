@@ -6,8 +6,10 @@ features, then of the calendar; y [targets, horizon] holds the targets of the ro
 train, validation and test by time; a window lies wholly inside one of them. Only the training split is strided. With
 --changes y holds the targets less their newest value of the history, with --changes 24 less that of the same hour.
 
-The rows have one time each, in order, at a constant step. Times with an offset become UTC; times without are taken as
-they stand. The calendar is sine and cosine of hour/24 (with minutes), of weekday/7 (Monday 0), and of day of the year
+The rows have one time each, in order, at a constant step, or one of months, quarters or years. Times with an offset, or of
+a --time-zone, become UTC; others are taken as they stand. Of an interval, "00:00 - 01:00", the beginning is taken. How the
+table is written is guessed from its first lines, and said, where the flags leave it open and the lines leave no doubt.
+Changes are taken before numbers are rounded to float32; they are float64 where float32 would round differences away. The calendar is sine and cosine of hour/24 (with minutes), of weekday/7 (Monday 0), and of day of the year
 over the days of that year.
 
 Two published data sets are known by their SHA-256, and their numbers of rows are verified:
@@ -31,14 +33,14 @@ windows:
 """
 
 import argparse
+import functools
 import logging
-import warnings
+import re
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
 import common
 import numpy as np
+import tables
 
 from hpc_bnn.comm import GridComm
 from hpc_bnn.errors import ConfigError, DataError, Fault
@@ -68,6 +70,15 @@ KNOWN = {  # SHA-256: (name, source, licence, number of rows)
     ),
 }
 CALENDAR = ("hour", "weekday", "yearday")
+EPOCH = {"epoch-seconds": "s", "epoch-milliseconds": "ms", "epoch-microseconds": "us", "epoch-nanoseconds": "ns"}
+INTERVAL = r"\s+-\s+"
+QUARTER = r"^(\d{4})[- ]?[Qq]([1-4])$"
+FORMATS = (
+    "%d.%m.%Y %H:%M", "%d.%m.%Y %H:%M:%S", "%d.%m.%Y", "%d/%m/%Y %H:%M", "%m/%d/%Y %H:%M", "%d/%m/%Y %H:%M:%S",
+    "%m/%d/%Y %H:%M:%S", "%d/%m/%Y", "%m/%d/%Y", "%m/%d/%Y %I:%M %p", "%d.%m.%y %H:%M", "%Y%m%d", "%Y%m%d%H", "%Y%m%d%H%M",
+    "%Y/%m/%d %H:%M", "%Y/%m/%d", "%d-%b-%Y %H:%M", "%d-%b-%Y", "%b %Y", "%b-%y", "%m/%Y", "%m.%Y", "%Y.%m.%d %H:%M",
+)  # fmt: skip
+"""Usual ways to write times, for messages."""
 MISSING = "Mend the file, or leave out the windows that touch it by --missing drop"
 
 
@@ -78,7 +89,7 @@ class Series:
     times: np.ndarray
     """Times [rows] datetime64."""
     values: np.ndarray
-    """Values [rows, channels] float32, the targets first; not finite where one is missing."""
+    """Values [rows, channels] float64, the targets first; not finite where one is missing."""
     names: list[str]
     """Names of the channels."""
     num_targets: int
@@ -89,24 +100,10 @@ class Series:
 # --- the table -----------------------------------------------------------------------------------------
 
 
-def read_csv(path: Path, **how: Any):
-    """Return a CSV as a table of pandas."""
-    try:
-        import pandas
-    except ImportError as error:
-        raise DataError("data_prep/timeseries.py needs pandas: pip install 'hpc_bnn[data]'") from error
-    too_long = pandas.errors.ParserWarning  # rows of more fields than the header
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", too_long)
-            return pandas.read_csv(path, index_col=False, low_memory=False, **how)
-    except (OSError, ValueError, too_long) as error:
-        raise DataError(f"--source {path}: it cannot be read as CSV ({error}). Look at its lines") from error
-
-
 def read_series(options: argparse.Namespace) -> Series:
     """Return the targets, the features and the calendar of the source."""
-    columns = list(read_csv(options.source, nrows=0).columns)
+    form = tables.find_format(options)
+    columns = list(form.names)
     time = columns[0] if options.time is None else options.time
     asked = {"--time": [time], "--targets": options.targets, "--features": options.features}
     if options.features == ["all"]:
@@ -116,12 +113,12 @@ def read_series(options: argparse.Namespace) -> Series:
             common.check(flag, name, name in columns, "no such column", f"Choose of {', '.join(columns)}")
             fits = flag == "--time" or name != time
             common.check(flag, name, fits, "it is the time column", "--calendar makes inputs of it")
-    table = read_csv(options.source, dtype={time: str})
-    times = parse_times(table[time], options.time_format)
+    table = tables.read_table(options, form, (time,))
+    times = parse_times(table[time], options)
     features, targets = options.features, list(dict.fromkeys(options.targets))
     if features == ["all"]:
-        features = list(table.select_dtypes("number"))
-        words = [name for name in columns if name not in (time, *targets, *features)]
+        features = [name for name in table if name != time and holds_numbers(table[name])]
+        words = [name for name in table if name not in (time, *targets, *features)]
         if words:
             logger.info("--features all leaves out the columns that are not numbers: %s", ", ".join(words))
     names = list(dict.fromkeys([*targets, *features]))
@@ -129,33 +126,87 @@ def read_series(options: argparse.Namespace) -> Series:
     for kind in options.calendar:
         values += calendar(times, kind)
         names += [f"{kind}_sin", f"{kind}_cos"]
-    return Series(times, np.column_stack(values).astype(np.float32), names, len(targets), time)
+    return Series(times, np.column_stack(values), names, len(targets), time)
 
 
-def parse_times(texts, time_format: str) -> np.ndarray:
-    """Return a column of times as datetime64 [rows] (UTC where they have an offset), in order."""
+def parse_times(texts, options: argparse.Namespace) -> np.ndarray:
+    """Return a column of times as datetime64 [rows], UTC where it is known, in order; of an interval its beginning."""
     import pandas
 
+    texts, given = texts.astype(str).str.strip(), options.time_format
+    flag = f"--time {texts.name}"
+    parts = texts.str.split(INTERVAL, expand=True, regex=True)
+    if parts.shape[1] == 2 and parts.notna().all(axis=None):
+        logger.info("%s: '%s' and so on are intervals: their beginnings are taken", flag, texts.iloc[0])
+        texts = parts[0]
+        given = re.split(INTERVAL, given)[0]
+    quarters = texts.str.extract(QUARTER)
+    if quarters[[0, 1]].notna().all(axis=None) and given == "ISO8601":
+        texts = quarters[0] + "-" + (quarters[1].astype(int) * 3 - 2).astype(str).str.zfill(2)
     try:
-        times = pandas.to_datetime(texts, utc=True, errors="coerce", format=time_format)
-    except ValueError as error:
+        if given in EPOCH:
+            numbers = pandas.to_numeric(texts, errors="coerce")
+            times = pandas.to_datetime(numbers, unit=EPOCH[given], utc=True, errors="coerce")
+        else:
+            is_utc = options.time_zone is None
+            times = pandas.to_datetime(texts, utc=is_utc, errors="coerce", format=given)
+    except (ValueError, re.error) as error:
+        is_mixed = options.time_zone is not None and "Mixed timezones" in str(error)
+        common.check("--time-zone", options.time_zone, not is_mixed, "the times have offsets", "Leave it out")
         rule = f"it is no format ({error})"
-        raise ConfigError(Fault("--time-format", time_format, rule, "Try '%d.%m.%Y %H:%M'")) from error
+        raise ConfigError(Fault("--time-format", given, rule, "Try '%d.%m.%Y %H:%M'")) from error
     if times.isna().any():
         row = int(times.isna().argmax())
         raise DataError(
-            f"--time {texts.name}: '{texts[row]}' in data row {row + 1} is no time of the format {time_format}. "
-            "Mend the row, or say how times are written by --time-format"
+            f"{flag}: '{texts[row]}' in data row {row + 1} is no time of the format {given}. "
+            f"Mend the row, or say how times are written by --time-format{suggest_formats(texts)}"
         )
+    if options.time_zone is not None:
+        times = localise(flag, times, options.time_zone)
     times = times.dt.tz_localize(None).to_numpy("datetime64[us]")
     backwards = np.diff(times) < np.timedelta64(0)
     if backwards.any():
         row = int(backwards.argmax()) + 1
         raise DataError(
-            f"--time {texts.name}: {iso(times[row])} comes after {iso(times[row - 1])}. Sort the rows by time, "
-            "and use a column in UTC (local time goes back an hour in autumn)"
+            f"{flag}: {iso(times[row])} comes after {iso(times[row - 1])}. Sort the rows by time; where the time is local, "
+            "it goes back an hour in autumn: give --time-zone, such as Europe/Berlin"
         )
     return times
+
+
+def localise(flag: str, times, zone: str):
+    """Return local times of a zone with that zone; `DataError` where an hour is missing or twice in a wrong place."""
+    common.check("--time-zone", zone, getattr(times.dt, "tz", None) is None, "the times have an offset", "Leave it out")
+    try:
+        return times.dt.tz_localize(zone, ambiguous="infer", nonexistent="raise").dt.tz_convert("UTC")
+    except KeyError as error:
+        raise ConfigError(
+            Fault("--time-zone", zone, f"it is not known ({error})", "Try Europe/Berlin or UTC")
+        ) from error
+    except ValueError as error:
+        raise DataError(
+            f"{flag}: the times are not those of the clocks in {zone} ({error}). Where the hours of the file do not follow "
+            "the change of summer time, leave out --time-zone, or give one without it, such as Etc/GMT-1"
+        ) from error
+
+
+def suggest_formats(texts) -> str:
+    """Return the usual formats that all times of a column have, in words."""
+    import pandas
+
+    fitting = [
+        form for form in FORMATS if pandas.to_datetime(texts, errors="coerce", format=form, utc=True).notna().all()
+    ]
+    if len(fitting) == 0 and pandas.to_numeric(texts, errors="coerce").gt(1e8).all():
+        return ", such as epoch-seconds"
+    return f", such as {' or '.join(map(repr, fitting))}, which fit all rows" if fitting else ""
+
+
+def holds_numbers(column) -> bool:
+    """Whether a column holds numbers, if only some: others among them are an error."""
+    import pandas
+
+    return bool(column.isna().all() or pandas.to_numeric(column, errors="coerce").notna().any())
 
 
 def parse_numbers(column, times: np.ndarray) -> np.ndarray:
@@ -165,11 +216,13 @@ def parse_numbers(column, times: np.ndarray) -> np.ndarray:
     numbers = pandas.to_numeric(column, errors="coerce")
     words = numbers.isna() & column.notna()
     if words.any():
+        tables.check_words(column, "")
         row = int(words.argmax())
         raise DataError(
             f"--source: column '{column.name}' holds '{column[row]}' at {iso(times[row])}, which is no number. "
-            "Write a number, or nothing where the value is missing"
+            "Choose columns of numbers"
         )
+    tables.say_outliers(numbers)
     return numbers.to_numpy(np.float64)
 
 
@@ -215,21 +268,47 @@ def split_rows(options: argparse.Namespace, num_rows: int) -> dict[str, range]:
     return {name: part for name, part in parts.items() if part}
 
 
-def common_step(times: np.ndarray) -> np.timedelta64:
-    """Return the step of time that most rows have."""
-    steps = np.diff(times)
-    steps, counts = np.unique(steps[steps > np.timedelta64(0)], return_counts=True)
-    if len(steps) == 0:
+@dataclass(frozen=True)
+class Step:
+    """The step of time that most rows have."""
+
+    is_irregular: np.ndarray
+    """Whether a row [rows] is not one step after the row before."""
+    text: str
+    months: int | None
+    """Months of it, where the rows follow the calendar: months are 28 to 31 days."""
+    seconds: float
+    """Seconds of it; of months those of most."""
+
+
+def find_step(times: np.ndarray) -> Step:
+    """Return the step of rows at these times, in order; of months where it is four weeks or more."""
+    steps, months = np.diff(times), times.astype("datetime64[M]")
+    forward = steps[steps > np.timedelta64(0)]
+    if len(forward) == 0:
         raise DataError(f"--source: {len(times)} rows have no two times. One row per time is needed")
-    return steps[counts.argmax()]
+    step = _most(forward)
+    seconds = float(step / np.timedelta64(1, "s"))
+    from_start, to_end = times - months, months + 1 - times  # of the month; the latter for its last days
+    if step >= np.timedelta64(28, "D") and any((part == part[0]).all() for part in (from_start, to_end)):
+        counts = np.diff(months.astype(int))
+        usual = int(_most(counts[counts > 0]))
+        return Step(
+            np.diff(months.astype(int), prepend=months[0].astype(int) - usual) != usual,
+            f"{usual} months",
+            usual,
+            seconds,
+        )
+    irregular = np.diff(times, prepend=times[0] - step) != step
+    return Step(irregular, f"{seconds:g} s", None, seconds)
 
 
-def is_irregular(times: np.ndarray, step: np.timedelta64) -> np.ndarray:
-    """Return whether a row [rows] is not one step after the row before."""
-    return np.diff(times, prepend=times[0] - step) != step
+def _most(values: np.ndarray):
+    values, counts = np.unique(values, return_counts=True)
+    return values[counts.argmax()]
 
 
-def check_complete(series: Series, step: np.timedelta64) -> None:
+def check_complete(series: Series, step: Step) -> None:
     """Raise `DataError` that names column and time where a value is missing or a step of time is irregular."""
     missing = np.argwhere(~np.isfinite(series.values))
     if len(missing):
@@ -238,19 +317,17 @@ def check_complete(series: Series, step: np.timedelta64) -> None:
             f"--source: column '{series.names[channel]}' has no finite value at {iso(series.times[row])} "
             f"({len(missing)} values are missing in all). {MISSING}"
         )
-    irregular = np.flatnonzero(is_irregular(series.times, step))
+    irregular = np.flatnonzero(step.is_irregular)
     if len(irregular):
         before, after = series.times[irregular[0] - 1 : irregular[0] + 1]
+        local = "; of local time an hour is missing in spring, and twice there in autumn: give --time-zone"
         raise DataError(
-            f"--time {series.time}: {iso(after)} comes after {iso(before)}, and the step is "
-            f"{step / np.timedelta64(1, 's'):g} s "
-            f"({len(irregular)} irregular steps in all). {MISSING}"
+            f"--time {series.time}: {iso(after)} comes after {iso(before)}, and the step is {step.text} "
+            f"({len(irregular)} irregular steps in all). {MISSING}{local if step.seconds < 86400 else ''}"
         )
 
 
-def find_windows(
-    series: Series, step: np.timedelta64, name: str, part: range, options: argparse.Namespace
-) -> np.ndarray:
+def find_windows(series: Series, step: Step, name: str, part: range, options: argparse.Namespace) -> np.ndarray:
     """Return the first rows [n] of the windows of a split that touch nothing missing."""
     window, horizon = options.window, options.horizon
     rule = f"the split '{name}' has {len(part)} rows, and a window with its horizon has {window + horizon}"
@@ -261,7 +338,7 @@ def find_windows(
     bad = (
         any_flag(missing.any(1), starts, starts + window)
         | any_flag(missing[:, : series.num_targets].any(1), starts + window, starts + window + horizon)
-        | any_flag(is_irregular(series.times, step), starts + 1, starts + window + horizon)
+        | any_flag(step.is_irregular, starts + 1, starts + window + horizon)
     )
     if bad.all():
         raise DataError(f"--missing drop: no window of the split '{name}' is left. Mend the file")
@@ -276,20 +353,25 @@ def any_flag(flags: np.ndarray, first: np.ndarray, stop: np.ndarray) -> np.ndarr
     return counts[stop] > counts[first]
 
 
-def cut_windows(series: Series, starts: np.ndarray, options: argparse.Namespace) -> common.Examples:
-    """Return examples x [n, channels, window] and y [n, targets, horizon], cut when they are written."""
-    window, horizon, num_targets = options.window, options.horizon, series.num_targets
+def cut_windows(
+    series: Series, options: argparse.Namespace, starts: dict[str, np.ndarray]
+) -> dict[str, common.Examples]:
+    """Return the examples x [n, channels, window] and y [n, targets, horizon] of each split, cut when they are written."""
+    window, horizon, num_targets, changes = options.window, options.horizon, series.num_targets, options.changes
+    levels = series.values[:, :num_targets]
+    x_type = common.float_type("x", series.values)
+    y_type = common.float_type("y", levels[changes:] - levels[:-changes] if changes else levels)
 
-    def read(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+    def read(starts: np.ndarray, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         rows = starts[start:stop, None] + np.arange(window + horizon)
         x = series.values[rows[:, :window]]
         y = series.values[rows[:, window:], :num_targets]
-        if options.changes:
-            known = window - options.changes + np.arange(horizon) % options.changes
+        if changes:
+            known = window - changes + np.arange(horizon) % changes
             y = y - x[:, known, :num_targets]
-        return x.swapaxes(1, 2), y.swapaxes(1, 2)
+        return x.swapaxes(1, 2).astype(x_type), y.swapaxes(1, 2).astype(y_type)
 
-    return common.Examples(len(starts), read)
+    return {name: common.Examples(len(first), functools.partial(read, first)) for name, first in starts.items()}
 
 
 # --- the script ----------------------------------------------------------------------------------------
@@ -313,14 +395,14 @@ def prepare(options: argparse.Namespace, comm: GridComm) -> None:
         if num_used < num_rows:
             logger.info("the last %d of %d rows are in no split: left out", num_rows - num_used, num_rows)
             series = replace(series, times=series.times[:num_used], values=series.values[:num_used])
-        step = common_step(series.times)
+        step = find_step(series.times)
         if options.missing == "error":
             check_complete(series, step)
         starts = {name: find_windows(series, step, name, part, options) for name, part in parts.items()}
     common.write(
         comm,
         options,
-        {name: cut_windows(series, first, options) for name, first in starts.items()},
+        cut_windows(series, options, starts),
         key=sums,
         **facts,
         channels={"x": series.names, "y": series.names[: series.num_targets]},
@@ -328,7 +410,7 @@ def prepare(options: argparse.Namespace, comm: GridComm) -> None:
             "window": options.window,
             "horizon": options.horizon,
             "changes": options.changes,
-            "step_seconds": float(step / np.timedelta64(1, "s")),
+            **({"step_seconds": step.seconds} if step.months is None else {"step_months": step.months}),
             "first_time": {name: iso(series.times[part[0]]) for name, part in parts.items()},
             "last_time": {name: iso(series.times[part[-1]]) for name, part in parts.items()},
         },
@@ -338,14 +420,21 @@ def prepare(options: argparse.Namespace, comm: GridComm) -> None:
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the script's flags."""
     parser = common.make_parser(__doc__)
-    common.add_source(parser, "CSV with a header, a column of times and columns of numbers", metavar="FILE")
+    common.add_source(parser, "table as text, with a column of times and columns of numbers", metavar="FILE")
+    tables.add_flags(parser)
     add = parser.add_argument
     add("--time", metavar="COLUMN", help="column of times (default: the first)")
     add(
         "--time-format",
         default="ISO8601",
         metavar="F",
-        help="as of strptime, such as '%%d.%%m.%%Y %%H:%%M' (default: %(default)s)",
+        help="as of strptime, such as '%%d.%%m.%%Y %%H:%%M', or epoch-seconds, epoch-milliseconds and the like "
+        "(default: %(default)s; quarters as 2024-Q1)",
+    )
+    add(
+        "--time-zone",
+        metavar="NAME",
+        help="of times without an offset, such as Europe/Berlin: they become UTC, over changes of summer time, too",
     )
     add("--targets", nargs="+", required=True, metavar="COLUMN", help="to predict; also inputs")
     add(

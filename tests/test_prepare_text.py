@@ -1,0 +1,314 @@
+"""data_prep/tables.py: text as people have it is read right, or refused with the flag that says how it is written."""
+
+import itertools
+import logging
+
+import numpy as np
+import pandas
+import pytest
+import tables
+import tabular
+import timeseries
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hpc_bnn.errors import ConfigError, DataError, HpcBnnError
+
+ROWS = 30
+SIGNS = {"tab": "\t", "semicolon": ";", "comma": ",", "whitespace": "  "}
+
+
+def read(path, *flags, script=tabular, required=("--target", "-1")):
+    """Read a table by its flags, without writing shards."""
+    words = ["--source", str(path), "--output", "none", *required, *map(str, flags)]
+    options = script.make_parser().parse_args(words)
+    return tables.read_table(options, tables.find_format(options))
+
+
+def in_digits(value, decimal, thousands):
+    """Return a number as text, in some signs."""
+    text = f"{value:,.2f}" if thousands else f"{value:.2f}"
+    return text.translate({ord(","): thousands or "", ord("."): decimal})
+
+
+class Dialect:
+    """A table of two columns of numbers and one of words, and how it is written."""
+
+    def __init__(self, data):
+        draw = data.draw
+        self.separator = draw(st.sampled_from(list(SIGNS)))
+        self.encoding = draw(st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "cp1252", "latin-1", "utf-16-le"]))
+        self.decimal = draw(st.sampled_from(".,"))
+        others = [None, "." if self.decimal == "," else ","]
+        self.thousands = draw(st.sampled_from(others))
+        self.header = draw(st.booleans())
+        self.skipped = draw(st.sampled_from([0, 0, 0, 2]))
+        self.ends_with_separator = self.separator != "whitespace" and draw(st.booleans())
+        self.quotes = draw(st.booleans())
+        newline = draw(st.sampled_from(["\n", "\r\n"]))
+        rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+        size = draw(st.sampled_from([1.0, 100.0, 1e5]))
+        self.numbers = np.round(rng.normal(size=(ROWS, 2)) * size, 2)
+        word = draw(st.sampled_from(["{}", "{} mit Rest", "Größe {}", "{}, {}", "{}; {}", "tab\t{}"]))
+        self.words = [word.format(*rng.choice(["rot", "grün", "blau"], 2)) for _ in range(ROWS)]
+        sign = SIGNS[self.separator]
+        cells = [
+            [*(in_digits(v, self.decimal, self.thousands) for v in row), w] for row, w in zip(self.numbers, self.words)
+        ]
+        cells = ([["höhe", "tiefe", "farbe"]] if self.header else []) + cells
+        lines = [
+            sign.join(self.quoted(cell, sign) for cell in row) + sign.strip() * self.ends_with_separator
+            for row in cells
+        ]
+        lines = ["Station: X", "exported by hand"][: self.skipped] + lines
+        self.content = (newline.join(lines) + newline).encode(self.encoding)
+
+    def quoted(self, cell, sign):
+        needs = (
+            self.quotes or sign.strip(" ") in cell or (self.separator == "whitespace" and " " in cell) or "\t" in cell
+        )
+        return f'"{cell}"' if needs else cell
+
+    @property
+    def flags(self):
+        """The flags that say it."""
+        flags = ["--separator", self.separator, "--decimal", self.decimal, "--thousands", self.thousands or "none"]
+        flags += ["--encoding", self.encoding, "--header" if self.header else "--no-header"]
+        return [*flags, "--skip-lines", str(self.skipped)]
+
+    def is_right(self, table):
+        """Whether a table is the one that was written."""
+        names = ["höhe", "tiefe", "farbe"] if self.header else ["0", "1", "2"]
+        words = [" ".join(word.split()) for word in self.words]
+        found = [" ".join(str(word).split()) for word in table.iloc[:, 2]]
+        return list(table) == names and np.array_equal(table.iloc[:, :2].to_numpy(), self.numbers) and found == words
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_a_table_is_read_right_or_the_flag_that_is_needed_is_named(data, tmp_path_factory):
+    dialect = Dialect(data)
+    path = tmp_path_factory.getbasetemp() / "dialect.txt"
+    path.write_bytes(dialect.content)
+    try:
+        assert dialect.is_right(read(path))
+    except HpcBnnError as error:
+        assert "--" in str(error).partition(str(path))[2], error
+    assert dialect.is_right(read(path, *dialect.flags))
+
+
+NAMES = {
+    "words": ["age", "size", "weight", "kind"],
+    "years": ["country", "2001", "2002", "2003"],
+    "numbers": ["0", "1", "2", "3"],
+    "index": ["", "0", "1", "2"],
+}
+BODIES = {
+    "numbers": lambda rng: [f"{v:.1f}" for v in rng.normal(size=4)],
+    "whole numbers": lambda rng: list(map(str, rng.integers(0, 50, 4))),
+    "numbers and words": lambda rng: [*(f"{v:.1f}" for v in rng.normal(size=3)), str(rng.choice(["x", "o"]))],
+    "words": lambda rng: [str(rng.choice(list(kinds))) for kinds in ("xob", "xo", "bo", ("yes", "no"))],
+    "a word first": lambda rng: [str(rng.choice(["DE", "FR"])), *(f"{v:.1f}" for v in rng.normal(size=3))],
+    "all words differ": lambda rng: [f"w{v}" for v in rng.integers(0, 10**9, 4)],
+    "missing values": lambda rng: [str(rng.choice(["?", "--", "1.5", "2.5"])) for _ in range(4)],
+}
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("kind", BODIES)
+@pytest.mark.parametrize("names", [None, *NAMES])
+def test_a_header_is_told_from_data_or_asked_for(tmp_path, names, kind, seed):
+    rng = np.random.default_rng(seed)
+    rows = [BODIES[kind](rng) for _ in range(40)]
+    path = tmp_path / "t.csv"
+    path.write_text("\n".join(map(",".join, ([NAMES[names]] if names else []) + rows)))
+    flag = "--header" if names else "--no-header"
+    right = read(path, flag)
+    assert len(right) == 40
+    try:
+        pandas.testing.assert_frame_equal(read(path), right)
+    except DataError as error:
+        assert "--header or --no-header" in str(error)
+
+
+def test_usual_tables_need_no_flag(tmp_path):
+    """Of the kinds above, those that every reader of tables takes."""
+    rng = np.random.default_rng(0)
+    for kind, names in [(k, n) for k in BODIES for n in (None, "words")]:
+        if (kind, names) in [("all words differ", None), ("all words differ", "words"), ("missing values", None)]:
+            continue
+        rows = [BODIES[kind](rng) for _ in range(40)]
+        path = tmp_path / "t.csv"
+        path.write_text("\n".join(map(",".join, ([NAMES[names]] if names else []) + rows)))
+        assert len(read(path)) == 40
+
+
+def test_what_is_guessed_is_said(tmp_path, caplog):
+    path = tmp_path / "t.csv"
+    path.write_text("a;b\n0,5;1\n1,5;2\n", encoding="utf-8-sig")
+    with caplog.at_level(logging.INFO):
+        read(path)
+    for word in (
+        "semicolon",
+        "','",
+        "utf-8",
+        "first line has the names",
+        "--separator, --decimal, --encoding, --header",
+    ):
+        assert word in caplog.text
+    caplog.clear()
+    flags = ("--separator", "semicolon", "--decimal", ",", "--encoding", "utf-8", "--header")
+    with caplog.at_level(logging.INFO):
+        read(path, *flags)
+    assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("a,a,b\n1,2,3\n", "two columns are named 'a'"),
+        ("# by a tool\na,b\n1,2\n3,4\n", "--skip-lines"),
+        ("# a,b\n1,2\n3,4\n", "looks like a comment"),
+        ("a;b,c\nx;y,z\nq;w,e\n", "semicolon and comma divide each line evenly"),
+        ("a b\nr1 1 2\nr2 3 4\n", "--separator"),
+        ("a,b\n1,2\n3,4\nSource: the office\n", "'Source: the office' has 1"),
+        ("PK\x03\x04sheet", "export it as CSV"),
+        ("a;b\n1.234;2\n900;3\n2.345;3\n", "--thousands '.'"),
+        ('a,b\n"1,234",2\n"5,432",3\n', "--thousands ','"),
+    ],
+)
+def test_what_cannot_be_told_is_refused(tmp_path, text, words):
+    (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(DataError, match="cannot be read as a table") as caught:
+        read(tmp_path / "t.csv")
+    assert words in str(caught.value)
+
+
+MARKS = ["-", "n/e", ".", "*", "missing", "k.A.", "-9999"]
+
+
+@pytest.mark.parametrize("mark", MARKS)
+def test_marks_of_missing_values_are_asked_for_or_said(tmp_path, mark, caplog):
+    rows = [f"{mark if row % 7 == 3 else row / 4},{row % 5 / 2}" for row in range(40)]
+    path = tmp_path / "t.csv"
+    path.write_text("\n".join(["a,b", *rows]))
+    words = (f"--missing-words={mark}",)
+    for script, flags in (
+        (tabular, ("--target", "b")),
+        (timeseries, ("--targets", "a", "--window", "2", "--horizon", "1")),
+    ):
+        assert read(path, *words, script=script, required=flags)["a"].isna().sum() == 6
+        column = read(path, script=script, required=flags)["a"]
+        if mark == "-9999":
+            tables.say_outliers(column)
+            assert "--missing-words=-9999" in caplog.text
+        else:
+            with pytest.raises(DataError, match=r"holds numbers, and '.*data row 4.*--missing-words"):
+                tables.check_words(column, "")
+
+
+@pytest.mark.parametrize("form", ["{}%", "{},5", "1'{:03d}", "{} {}", "1\u202f{:03d}"])
+def test_numbers_that_are_read_as_words_are_no_categories(form):
+    column = pandas.Series([form.format(10 + row % 3, row) for row in range(20)], name="a")
+    with pytest.raises(DataError, match="looks like a number, or several"):
+        tables.check_words(column, "")
+    tables.check_words(pandas.Series(["A1", "B2", "12a", "x-1"] * 5, name="a"), "")
+
+
+# --- times ---------------------------------------------------------------------------------------------
+
+START = {
+    "h": "2024-03-29",
+    "D": "2023-12-30",
+    "MS": "2020-01-01",
+    "ME": "2020-01-31",
+    "QS": "2019-01-01",
+    "YS": "1980-01-01",
+}
+FORMATS = ["%Y-%m-%d %H:%M", "%Y-%m-%dT%H:%M:%SZ", "%d.%m.%Y %H:%M", "%m/%d/%Y %H:%M", "%Y%m%d%H%M"]
+
+
+def series(path, times, *flags):
+    """Write times beside numbers; return the series that is read, and its step."""
+    path.write_text("\n".join(["time,load", *(f"{time},{row / 3}" for row, time in enumerate(times))]))
+    words = ["--source", str(path), "--output", "o", "--targets", "load", "--window", "2", "--horizon", "1", *flags]
+    found = timeseries.read_series(timeseries.make_parser().parse_args(words))
+    step = timeseries.find_step(found.times)
+    timeseries.check_complete(found, step)
+    return found, step
+
+
+@pytest.mark.parametrize("frequency", START)
+@pytest.mark.parametrize("form", FORMATS)
+def test_times_of_any_format_and_step(tmp_path, form, frequency):
+    truth = pandas.date_range(START[frequency], periods=100, freq=frequency)
+    texts = truth.strftime(form)
+    try:
+        found, step = series(tmp_path / "s.csv", texts)
+    except DataError as error:
+        assert f"'{form}'" in str(error), error
+        found, step = series(tmp_path / "s.csv", texts, "--time-format", form)
+    np.testing.assert_array_equal(found.times, truth.to_numpy().astype(found.times.dtype))
+    assert not step.is_irregular.any()
+    assert step.months == {"MS": 1, "ME": 1, "QS": 3, "YS": 12}.get(frequency)
+    with pytest.raises(DataError, match="irregular steps"):
+        series(tmp_path / "gap.csv", np.delete(np.asarray(texts), 50), "--time-format", form)
+
+
+@pytest.mark.parametrize("text", ["{0}-Q{1}", "{0}Q{1}", "{0} q{1}"])
+def test_quarters(tmp_path, text):
+    found, step = series(tmp_path / "s.csv", [text.format(1990 + k // 4, k % 4 + 1) for k in range(50)])
+    assert step.months == 3 and str(found.times[1]).startswith("1990-04-01")
+
+
+@pytest.mark.parametrize("unit, scale", [("seconds", 1), ("milliseconds", 1000)])
+def test_seconds_since_1970(tmp_path, unit, scale):
+    truth = pandas.date_range("2024-01-01", periods=50, freq="h")
+    texts = [int(time.timestamp()) * scale for time in truth]
+    with pytest.raises(DataError, match="--time-format, such as epoch-seconds"):
+        series(tmp_path / "s.csv", texts)
+    found, _ = series(tmp_path / "s.csv", texts, "--time-format", f"epoch-{unit}")
+    np.testing.assert_array_equal(found.times, truth.to_numpy().astype(found.times.dtype))
+
+
+@pytest.mark.parametrize("zone", ["Europe/Berlin", "America/New_York", "Australia/Sydney"])
+@pytest.mark.parametrize("minutes", [15, 60])
+def test_days_of_23_and_25_hours(tmp_path, zone, minutes):
+    hours = pandas.date_range("2024-01-01", "2024-12-31", freq="h", tz=zone)
+    changes = [hour for hour, after in itertools.pairwise(hours) if hour.utcoffset() != after.utcoffset()]
+    assert len(changes) == 2
+    for change in changes:
+        begin, end = (pandas.Timestamp(change) + pandas.Timedelta(days=days) for days in (-2, 2))
+        truth = pandas.date_range(begin, end, freq=f"{minutes}min")
+        texts = truth.strftime("%Y-%m-%d %H:%M")
+        with pytest.raises(DataError, match="--time-zone"):
+            series(tmp_path / "s.csv", texts)
+        found, _ = series(tmp_path / "s.csv", texts, "--time-zone", zone)
+        utc = truth.tz_convert("UTC").tz_localize(None).to_numpy()
+        np.testing.assert_array_equal(found.times, utc.astype(found.times.dtype))
+        days = pandas.date_range(texts[0], texts[-1], freq=f"{minutes}min")  # each of 24 hours
+        with pytest.raises(DataError, match="not those of the clocks"):
+            series(tmp_path / "s.csv", days.strftime("%Y-%m-%d %H:%M"), "--time-zone", zone)
+
+
+@pytest.mark.parametrize("form", FORMATS[:4])
+def test_of_intervals_the_beginnings_are_taken(tmp_path, form, caplog):
+    truth = pandas.date_range("2024-01-01", periods=50, freq="h")
+    texts = [f"{a} - {b}" for a, b in zip(truth.strftime(form), (truth + pandas.Timedelta("1h")).strftime(form))]
+    for flag in (form, f"{form} - {form}"):
+        with caplog.at_level(logging.INFO):
+            found, _ = series(tmp_path / "s.csv", texts, "--time-format", flag)
+        assert "intervals: their beginnings are taken" in caplog.text
+        np.testing.assert_array_equal(found.times, truth.to_numpy().astype(found.times.dtype))
+
+
+def test_offsets_and_zones_exclude_each_other(tmp_path):
+    truth = pandas.date_range("2024-10-26", periods=72, freq="h", tz="Europe/Berlin")
+    texts = [time.isoformat() for time in truth]
+    found, _ = series(tmp_path / "s.csv", texts)
+    assert found.times[0] == np.datetime64("2024-10-25T22:00")
+    for rows in (texts, texts[:12]):  # two offsets, and one
+        with pytest.raises(ConfigError, match="--time-zone Europe/Berlin"):
+            series(tmp_path / "s.csv", rows, "--time-zone", "Europe/Berlin")
+    with pytest.raises(ConfigError, match="--time-zone Mars/Base: it is not known"):
+        series(tmp_path / "s.csv", [text[:16] for text in texts[:12]], "--time-zone", "Mars/Base")
