@@ -8,9 +8,10 @@ Source: each of --train, --validation and --test is a SPEC, one of
     package.module.NAME     a torch.utils.data.Dataset, or a callable that returns one, with items (x, y)
 
 Where --validation or --test is not given, --validation-fraction and --test-fraction of the training examples, chosen
-by --seed, are held out for it. x is written as [n, channels, ...]: floating-point numbers as float32, others as they
-are. y is written as classes int64 [n] with --classes, otherwise as numbers float32 [n, targets] or [n, channels, ...].
-State the --licence of the data.
+by --seed, are held out for it. x is written as [n, channels, ...]: floating-point numbers as float32 (float64 where float32
+would round differences away), others as they are. All are normalised, but for --ids: whole numbers that stay as they are,
+such as the tokens of a text, for an embedding. y is written as classes int64 [n] with --classes, otherwise as numbers
+[n, targets] or [n, channels, ...]. State the --licence of the data.
 
     python data_prep/arrays.py --train cifar10_jpeg.npz --test cifar10_jpeg.npz --x "{split}_jpeg" --y "{split}_labels" \\
         --encoded "{split}_offsets" --classes 10 --validation-fraction 0.1 --output data/cifar10_jpeg
@@ -20,10 +21,11 @@ from __future__ import annotations
 
 import argparse
 import io
+import logging
 import os
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,11 @@ from hpc_bnn.comm import GridComm
 from hpc_bnn.data import Examples
 from hpc_bnn.errors import DataError, import_object
 
+logger = logging.getLogger(__name__)  # on the first rank alone
+
 SPLITS = ("train", "validation", "test")
+LOOK_BYTES = 2**26
+"""Bytes of the examples by which a dtype is chosen, of which there are 2 to 100."""
 
 
 @dataclass(frozen=True)
@@ -110,15 +116,26 @@ def open_npz(flag: str, path: Path, split: str, options: argparse.Namespace) -> 
 
 
 def decode(flag: str, row: int, content: np.ndarray) -> np.ndarray:
-    """Return an encoded image as [3, height, width] uint8."""
+    """Return an encoded image as [3, height, width], as a viewer shows it: uint8, or the dtype of deeper grey levels."""
     try:
-        from PIL import Image
+        from PIL import Image, ImageOps
     except ImportError as error:
         raise DataError("data_prep/arrays.py needs Pillow: pip install 'hpc_bnn[data]'") from error
     try:
-        return np.asarray(Image.open(io.BytesIO(content.tobytes())).convert("RGB")).transpose(2, 0, 1)
+        image = Image.open(io.BytesIO(content.tobytes()))
+        what = "frames" if getattr(image, "n_frames", 1) > 1 else ""
+        is_deep = image.mode[0] in "IF"
+        if not is_deep and ";16" in str(image.tile):
+            what = "16 bits per colour, which Pillow reads as 8,"
+        turned = ImageOps.exif_transpose(image)
+        pixels = np.asarray(turned if is_deep else turned.convert("RGB"))
     except (OSError, ValueError, SyntaxError) as error:
         raise DataError(f"{flag}, example {row}: the image cannot be decoded ({error})") from error
+    if what:
+        raise DataError(
+            f"{flag}, example {row}: the image has {what} of which a part would be lost. Give arrays (.npy)"
+        )
+    return np.stack([pixels] * 3) if is_deep else pixels.transpose(2, 0, 1)
 
 
 def open_dataset(flag: str, found: Any) -> Source:
@@ -143,6 +160,9 @@ def stack(flag: str, arrays: list) -> np.ndarray:
     shapes = sorted({array.shape for array in arrays})
     if len(shapes) > 1:
         raise DataError(f"{flag}: examples have different shapes, such as {shapes[0]} and {shapes[-1]}")
+    dtypes = sorted({str(array.dtype) for array in arrays if array.ndim})  # numbers of Python may be whole or not
+    if len(dtypes) > 1:
+        raise DataError(f"{flag}: examples have different dtypes, {' and '.join(dtypes)}. Convert them to one")
     return np.stack(arrays)
 
 
@@ -156,7 +176,7 @@ def check_lengths(flag: str, inputs: tuple[int, ...], targets: tuple[int, ...]) 
 
 
 def arrange_inputs(flag: str, x: np.ndarray, options: argparse.Namespace) -> np.ndarray:
-    """Return inputs as [n, channels, ...], floating-point ones as float32."""
+    """Return inputs as [n, channels, ...], as they are."""
     if options.channels_last:
         shape = x.shape
         common.check("--channels-last", shape, x.ndim >= 3, "x must be [n, ..., channels]", "Leave it out")
@@ -165,15 +185,16 @@ def arrange_inputs(flag: str, x: np.ndarray, options: argparse.Namespace) -> np.
         x = x[:, None]
     if x.dtype.kind not in "biuf":
         raise DataError(f"{flag}: x has dtype {x.dtype}: numbers are needed")
-    return x.astype(np.float32) if x.dtype.kind == "f" else x
+    common.check("--ids", x.dtype, not options.ids or x.dtype.kind in "iu", "ids are whole numbers", "Leave it out")
+    return x
 
 
 def arrange_targets(flag: str, y: np.ndarray, rows: np.ndarray, num_classes: int | None) -> np.ndarray:
-    """Return targets as classes [n] int64, checked, or as numbers [n, ...] float32."""
+    """Return targets as classes [n] int64, checked, or as numbers [n, ...], as they are."""
     if y.dtype.kind not in "biuf":
         raise DataError(f"{flag}: y has dtype {y.dtype}: numbers are needed")
     if num_classes is None:
-        return (y[:, None] if y.ndim == 1 else y).astype(np.float32)
+        return y[:, None] if y.ndim == 1 else y
     if y.shape[1:] not in ((), (1,)):
         raise DataError(f"{flag}: y of an example has shape {y.shape[1:]}. --classes needs one number")
     y = y.reshape(len(y))
@@ -186,13 +207,34 @@ def arrange_targets(flag: str, y: np.ndarray, rows: np.ndarray, num_classes: int
     return y.astype(np.int64)
 
 
-def make_examples(source: Source, rows: np.ndarray, options: argparse.Namespace) -> Examples:
+def read_rows(source: Source, rows: np.ndarray, options: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
+    """Return x and y of some rows, arranged."""
+    x, y = source.read(rows)
+    return arrange_inputs(source.flag, x, options), arrange_targets(source.flag, y, rows, options.classes)
+
+
+def choose_types(train: Source, rows: np.ndarray, options: argparse.Namespace) -> list[type | None]:
+    """Return the dtypes in which x and y are written, by a sample of the training rows; None: as they are."""
+    x, y = read_rows(train, rows[:1], options)
+    is_wide = [x.dtype.kind == "f", options.classes is None]
+    if any(
+        is_float and array.dtype.itemsize > 2 and array.dtype != np.float32 for is_float, array in zip(is_wide, (x, y))
+    ):
+        number = np.clip(LOOK_BYTES // (x.nbytes + y.nbytes), 2, 100)
+        x, y = read_rows(train, rows[np.unique(np.linspace(0, len(rows) - 1, number).astype(int))], options)
+    if x.dtype.kind in "iu" and x.dtype.itemsize > 1 and not options.ids and options.encoded is None:
+        logger.info("x is %s and is normalised as numbers are: give --ids if they name things, such as tokens", x.dtype)
+    return [common.float_type(n, a) if wide else None for n, wide, a in zip("xy", is_wide, (x, y))]
+
+
+def make_examples(
+    source: Source, rows: np.ndarray, options: argparse.Namespace, types: Sequence[type | None] = (None, None)
+) -> Examples:
     """Return the examples of some rows, read when they are written."""
 
-    def read(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        part = rows[start:stop]
-        x, y = source.read(part)
-        return arrange_inputs(source.flag, x, options), arrange_targets(source.flag, y, part, options.classes)
+    def read(start: int, stop: int) -> tuple[Any, ...]:
+        arrays = read_rows(source, rows[start:stop], options)
+        return tuple(a if dtype is None else a.astype(dtype) for a, dtype in zip(arrays, types))
 
     return Examples(len(rows), read)
 
@@ -227,12 +269,15 @@ def prepare(options: argparse.Namespace, comm: GridComm) -> None:
     train = sources["train"]
     rows = {split: np.arange(source.num_examples) for split, source in sources.items()}
     rows |= common.draw_split(train.num_examples, shares, options.seed)
+    with comm.agree("looking at the first examples"):
+        types = choose_types(train, rows["train"], options)
     first = train.files[0] if train.files else None
     common.write(
         comm,
         options,
-        {s: make_examples(sources.get(s, train), rows[s], options) for s in SPLITS if s in rows},
+        {s: make_examples(sources.get(s, train), rows[s], options, types) for s in SPLITS if s in rows},
         key=key,
+        ids=("x",) if options.ids else (),
         **common.state_facts(options, first.stem if first else options.train, first.name if first else options.train),
         num_classes=options.classes,
     )
@@ -254,6 +299,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     kind.add_argument("--channels-last", action="store_true", help="x is [n, ..., channels]")
     kind.add_argument("--add-channel", action="store_true", help="x has no channels: make them one")
+    parser.add_argument("--ids", action="store_true", help="x holds whole numbers that name things, such as tokens")
     parser.add_argument("--classes", type=int, metavar="N", help="y is a class in 0..N-1")
     common.add_facts(parser)
     return parser

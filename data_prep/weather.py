@@ -4,8 +4,9 @@
 Source: NetCDF files with time, latitude and longitude, and GRIB files where cfgrib is installed. Several files may hold
 further times or further variables. Nothing is held in memory but what a shard needs.
 
-x is [n, channels, latitudes, longitudes] float32, oldest step first, with channels such as "z@500 t-1" and "z@500"; y is
-[n, target channels, latitudes, longitudes] float32, --lead steps after the newest input. Latitudes run from north to
+x is [n, channels, latitudes, longitudes], oldest step first, with channels such as "z@500 t-1" and "z@500"; y is
+[n, target channels, latitudes, longitudes], --lead steps after the newest input. Both are float32, or float64 where float32
+would round differences away. Latitudes run from north to
 south; the targets are weighted by cos(latitude). The splits follow each other in time (--seed is not used), all steps
 of an example lie in one split, and no example reaches over a gap in time. Ensemble members are further examples.
 
@@ -19,6 +20,9 @@ monthly means (2 times) of ECMWF. Of other data state the --licence.
 from __future__ import annotations
 
 import argparse
+import functools
+import logging
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +34,8 @@ from hpc_bnn.comm import GridComm
 from hpc_bnn.data import Examples
 from hpc_bnn.errors import DataError
 
+logger = logging.getLogger(__name__)  # on the first rank alone
+
 if TYPE_CHECKING:
     import xarray
 
@@ -40,6 +46,14 @@ ROLES = {  # usual names of the dims
     "level": ("level", "isobaricInhPa", "pressure_level", "plev"),
     "member": ("member", "number", "realization"),
 }
+VERSION = "expver"
+"""Dim of ERA5 and its preliminary values (ERA5T): where one has a value, the other has none."""
+MARKS = {-999.0, -9999.0, -99999.0, 9999.0, 99999.0, -32767.0, -32768.0}
+"""Values that often stand for missing ones."""
+LARGEST = 1e18
+"""Largest value of a field; files fill up with 1e20 or 9.96921e36."""
+NUM_LOOKED_AT = 8
+"""Times by which a dtype is chosen."""
 NEEDED = ("time", "latitude", "longitude")
 COPERNICUS = "free to use with attribution: contains modified Copernicus Climate Change Service information"
 KNOWN = {  # SHA-256: (name, source, licence)
@@ -97,10 +111,10 @@ class Fields:
     def num_members(self) -> int:
         return len(self.coordinate("member")) or 1
 
-    def read(self, channels: list[Channel], times: range, members: range) -> np.ndarray:
-        """Return fields [times, members, channels, latitudes, longitudes] float32."""
+    def read(self, channels: list[Channel], times: range, members: range, dtype: Any = np.float64) -> np.ndarray:
+        """Return fields [times, members, channels, latitudes, longitudes]."""
         grid = len(self.coordinate("latitude")), len(self.coordinate("longitude"))
-        fields = np.empty((len(times), len(members), len(channels), *grid), np.float32)
+        fields = np.empty((len(times), len(members), len(channels), *grid), dtype)
         for variable in {channel.variable for channel in channels}:
             rows = [row for row, channel in enumerate(channels) if channel.variable == variable]
             levels = [channels[row].position for row in rows]
@@ -113,6 +127,15 @@ class Fields:
                     fields[a - times.start : b - times.start, :, rows] = values
         return fields
 
+    def float_type(self, what: str, channels: list[Channel]) -> type[np.floating]:
+        """Return the dtype that keeps the differences of some channels, by a few times of them."""
+        variables = {channel.variable for channel in channels}
+        if all(np.can_cast(array.dtype, np.float32) for name in variables for array in self.arrays[name]):
+            return np.float32
+        places = np.unique(np.linspace(0, len(self.coordinate("time")) - 1, NUM_LOOKED_AT).astype(int))
+        looks = [self.read(channels, range(time, time + 1), range(1))[:, 0] for time in places]
+        return common.float_type(what, np.concatenate(looks))
+
     def _load(self, array: xarray.DataArray, times: range, members: range, levels: list[int]) -> np.ndarray:
         """Return values [times, members, levels, latitudes, longitudes] of one file."""
         part = {
@@ -121,7 +144,29 @@ class Fields:
             self.dims["level"]: levels,
         }
         order = [*part, self.dims["latitude"], self.dims["longitude"]]
-        return array.variable.isel(part, missing_dims="ignore").set_dims(order).values
+        variable = array.variable.isel(part, missing_dims="ignore")
+        versions = [variable]
+        if VERSION in variable.dims and VERSION not in order:
+            versions = [variable.isel({VERSION: number}) for number in range(variable.sizes[VERSION])]
+        values, *others = (version.set_dims(order).values for version in versions)
+        for other in others:
+            values = np.where(np.isnan(values), other, values)
+        low, high = np.nanmin(values, initial=0), np.nanmax(values, initial=0)
+        if max(-low, high) > LARGEST:
+            raise DataError(
+                f"--source: {array.name} holds {high if high > -low else low:g}, which no weather has: a value that stands "
+                "for a missing one? Declare it in the file, as its attribute _FillValue"
+            )
+        for value in {float(low), float(high)} & MARKS:
+            say_mark(str(array.name), value)
+        return values
+
+
+@functools.cache
+def say_mark(name: str, value: float) -> None:
+    """Warn, once, of an extreme value that may stand for a missing one."""
+    rule = "if that stands for a missing value, declare it in the file, as its attribute _FillValue"
+    logger.warning("%s has the extreme value %g: %s", name, value, rule)
 
 
 # --- opening the source --------------------------------------------------------------------------------
@@ -136,7 +181,7 @@ def open_file(path: Path) -> xarray.Dataset:
     with open(path, "rb") as file:
         is_grib = file.read(4) == b"GRIB"
     try:
-        return xarray.open_dataset(path, cache=False)
+        raw = xarray.open_dataset(path, cache=False, decode_times=False)
     except (OSError, ValueError, RuntimeError) as error:
         remedy = (
             "For GRIB install cfgrib (pip install cfgrib), or convert the file to NetCDF with grib_to_netcdf"
@@ -144,6 +189,35 @@ def open_file(path: Path) -> xarray.Dataset:
             else "Is it a NetCDF file, and whole? NetCDF-4 needs netcdf4: pip install 'hpc_bnn[data]'"
         )
         raise DataError(f"--source: {path} cannot be opened ({str(error).splitlines()[0]}). {remedy}") from error
+    months = {name: axis for name in raw.coords if (axis := months_since(raw[name])) is not None}
+    try:
+        # Units such as seconds are those of numbers: a wave period is no time
+        dataset = xarray.decode_cf(raw.drop_vars(months), mask_and_scale=False, decode_timedelta=False)
+    except (OSError, ValueError, OverflowError) as error:
+        rule = f"its times cannot be decoded ({str(error).splitlines()[0].split('. Try')[0]})"
+        raise DataError(
+            f"--source: {path}: {rule}. Write them as 'hours since 1900-01-01', or install cftime"
+        ) from error
+    return dataset.assign_coords(months)
+
+
+def months_since(axis: xarray.DataArray) -> tuple[Any, np.ndarray] | None:
+    """Return the dims and times of a coordinate in months or years since a date; None where it is in other units.
+
+    xarray does not decode these. The part behind the point is that of the month.
+    """
+    match = re.match(r"\s*(month|year)s?\s+since\s+(\d{1,4}-\d{1,2}-\d{1,2})", str(axis.attrs.get("units", "")))
+    if match is None:
+        return None
+    begin = np.datetime64(
+        "-".join(f"{int(part):0{width}d}" for part, width in zip(match[2].split("-"), (4, 2, 2))), "D"
+    )
+    count = axis.values.astype(np.float64) * (12 if match[1] == "year" else 1)
+    whole = np.floor(count + 1e-6)
+    month = begin.astype("datetime64[M]") + whole.astype(int)
+    first, stop = (number.astype("datetime64[s]") for number in (month, month + 1))
+    part = np.round(np.maximum(count - whole, 0) * (stop - first).astype(np.float64)).astype("timedelta64[s]")
+    return axis.dims, first + (begin - begin.astype("datetime64[M]")).astype("timedelta64[s]") + part
 
 
 def find_dims(datasets: list[xarray.Dataset], options: argparse.Namespace) -> dict[str, str]:
@@ -183,6 +257,8 @@ def join(datasets: list[xarray.Dataset], dims: dict[str, str]) -> Fields:
             if needed <= set(array.dims) and array.size > 0:
                 single = [dim for dim, n in array.sizes.items() if n == 1 and dim not in dims.values()]
                 arrays.setdefault(str(name), []).append(array.squeeze(single, drop=True))
+                if VERSION in arrays[str(name)][-1].dims and VERSION not in dims.values():
+                    logger.info("%s: where %s has several entries, the first that has a value is taken", name, VERSION)
     if not arrays:
         raise DataError(f"--source: no variable has the dims {', '.join(sorted(needed))}")
     for of_variable in arrays.values():
@@ -220,7 +296,11 @@ def check_alike(fields: Fields) -> None:
     """Raise `DataError` unless all variables have one grid, one time axis, the same members and no other dims."""
     for variable, arrays in fields.arrays.items():
         for array in arrays:
-            other = [str(dim) for dim in array.dims if dim not in fields.dims.values()]
+            if array.dtype.kind not in "iuf":
+                raise DataError(
+                    f"--source: {variable} has dtype {array.dtype}, no numbers. Choose --variables without it"
+                )
+            other = [str(dim) for dim in array.dims if dim not in (*fields.dims.values(), VERSION)]
             if other:
                 raise DataError(
                     f"--source: {variable} has the dims {', '.join(map(str, array.dims))}. Select one entry of "
@@ -229,13 +309,30 @@ def check_alike(fields: Fields) -> None:
             for role in ("latitude", "longitude", "member", "level"):
                 dim, alike = fields.dims[role], variable if role == "level" else None
                 values = array[dim].values if dim in array.dims else np.empty(0)
-                if not np.array_equal(values, fields.coordinate(role, alike)):
+                if not alike_but_for_rounding(values, fields.coordinate(role, alike)):
                     raise DataError(f"--source: {variable} has {dim} unlike other fields. Choose --variables alike")
+        units = sorted({str(array.attrs.get("units", "")) for array in arrays})
+        if len(units) > 1:
+            raise DataError(f"--source: {variable} has the units {' and '.join(units)} in different files. Convert one")
         if not np.array_equal(fields.coordinate("time", variable), fields.coordinate("time")):
             raise DataError(f"--source: {variable} has times unlike other fields. Give files of the same times")
+    axis = next(iter(fields.arrays.values()))[0][fields.dims["latitude"]]
     latitudes = fields.coordinate("latitude")
-    if not (np.diff(latitudes) < 0).all() or np.abs(latitudes).max() > 90:
+    if (
+        str(axis.attrs.get("units", "")).startswith("rad")
+        or not (np.diff(latitudes) < 0).all()
+        or np.abs(latitudes).max() > 90
+    ):
         raise DataError(f"--source: {fields.dims['latitude']} is not sorted, or not in degrees. Mend it first")
+
+
+def alike_but_for_rounding(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two coordinates are the same grid: files hold them in float32 and float64, or with fewer digits."""
+    if a.shape != b.shape or not {a.dtype.kind, b.dtype.kind} <= set("iuf") or len(a) == 0:
+        return np.array_equal(a, b)
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    step = np.abs(np.diff(a)).min(initial=np.inf)
+    return bool(np.abs(a - b).max() <= (1e-2 * step if len(a) > 1 else 1e-6 * abs(a[0])))
 
 
 def open_source(options: argparse.Namespace) -> tuple[Fields, list[Channel], list[Channel]]:
@@ -301,14 +398,22 @@ def find_pairs(
 
 
 def make_examples(
-    fields: Fields, pairs: np.ndarray, inputs: list[Channel], targets: list[Channel], history: int, lead: int
+    fields: Fields,
+    pairs: np.ndarray,
+    inputs: list[Channel],
+    targets: list[Channel],
+    history: int,
+    lead: int,
+    types: tuple[type, type] = (np.float32, np.float32),
 ) -> Examples:
     """Return examples x [n, channels, latitudes, longitudes] and y likewise, read when they are written."""
 
-    def select(channels: list[Channel], ages: list[int], times: np.ndarray, members: np.ndarray) -> np.ndarray:
+    def select(
+        channels: list[Channel], dtype: type, ages: list[int], times: np.ndarray, members: np.ndarray
+    ) -> np.ndarray:
         block = range(times[0] - max(ages), times[-1] - min(ages) + 1)
         group = range(members.min(), members.max() + 1)
-        values = fields.read(channels, block, group)
+        values = fields.read(channels, block, group, dtype)
         chosen = [values[times - age - block.start, members - group.start] for age in ages]
         for age, array in zip(ages, chosen):
             missing = np.argwhere(np.isnan(array).any(axis=(2, 3)))
@@ -323,7 +428,8 @@ def make_examples(
     def read(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         times, members = pairs[start:stop].T
         ages = list(reversed(range(history)))
-        return select(inputs, ages, times, members), select(targets, [-lead], times, members)
+        x_type, y_type = types
+        return select(inputs, x_type, ages, times, members), select(targets, y_type, [-lead], times, members)
 
     return Examples(len(pairs), read)
 
@@ -389,6 +495,7 @@ def prepare(options: argparse.Namespace, comm: GridComm) -> None:
         sums = common.checksums(*options.source)
         fields, inputs, targets = open_source(options)
         segments, _ = find_segments(fields.coordinate("time"))
+        types = fields.float_type("x", inputs), fields.float_type("y", targets)
     parts = common.cut(len(segments), shares)
     if options.missing == "drop":
         complete = [find_complete(fields, channels, comm) for channels in (inputs, targets)]
@@ -400,7 +507,7 @@ def prepare(options: argparse.Namespace, comm: GridComm) -> None:
     common.write(
         comm,
         options,
-        {split: make_examples(fields, p, inputs, targets, history, lead) for split, p in pairs.items()},
+        {split: make_examples(fields, p, inputs, targets, history, lead, types) for split, p in pairs.items()},
         key=sums,
         **identify(options, sums),
         target_weights=(weights / weights.mean())[:, None],

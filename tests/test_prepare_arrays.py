@@ -10,6 +10,7 @@ import struct
 import sys
 import tarfile
 import tracemalloc
+import zlib
 
 import arrays
 import cifar10
@@ -17,13 +18,15 @@ import h5py
 import netCDF4
 import numpy as np
 import pytest
+import tabular
+import timeseries
 import weather
 import xarray
 from conftest import SHARED_DATA
 from PIL import Image
 from preparation import check_statistics, prepare, shared, stored
 
-from hpc_bnn.data import verify_shards
+from hpc_bnn.data import ShardDataset, verify_shards
 from hpc_bnn.errors import ConfigError, DataError, HpcBnnError
 
 # --- weather -------------------------------------------------------------------------------------------
@@ -258,7 +261,259 @@ def test_sources_that_cannot_be_used(tmp_path, monkeypatch):
     refuse("needs xarray: pip install", tmp_path / "0.nc")
 
 
+# What users' files are like: units that are no numbers to a decoder, calendars, grids, precision
+
+
+def one_field(values, units, time=TIMES, latitudes=LATITUDES, **encoding):
+    """A field [times, 3, 2] of float64, unless an encoding says otherwise."""
+    coordinates = {"time": time, "lat": latitudes, "lon": [1.0, 2.0]}
+    field = (tuple(coordinates), values, {"units": units})
+    dataset = xarray.Dataset({"t": field}, coordinates)
+    dataset["t"].encoding |= encoding
+    return dataset
+
+
+RNG = np.random.default_rng(0)
+NOISE = RNG.normal(size=(40, 3, 2))
+ALL = ("--validation-fraction", 0, "--test-fraction", 0)
+
+
+@pytest.mark.parametrize("units", ["seconds", "s", "days", "hours", "minutes", "K", "1", ""])
+@pytest.mark.parametrize("dtype", ["f4", "f8", "i2", "i4"])
+def test_units_of_time_are_those_of_numbers(tmp_path, units, dtype):
+    values = (5 + 10 * NOISE).astype(dtype)
+    source = write_fields(tmp_path / "a.nc", one_field(values, units))
+    _, splits = prepare(weather, tmp_path / "o", "--source", source, *ALL)
+    np.testing.assert_allclose(splits["train"][0][:, 0], values[:-1, ::-1], rtol=1e-6)
+    if dtype[0] == "f":
+        values[3, 1, 1] = np.nan
+        source = write_fields(tmp_path / "b.nc", one_field(values, units))
+        with pytest.raises(DataError, match="t lacks values at 2020-02-27T18:00:00"):
+            prepare(weather, tmp_path / "p", "--source", source, *ALL)
+
+
+@pytest.mark.parametrize("fill", [1e20, 9.96921e36, -1e30, np.inf])
+def test_a_fill_value_that_is_not_declared_is_no_weather(tmp_path, fill):
+    values = np.where(NOISE > 2, fill, NOISE).astype("f4")
+    with pytest.raises(DataError, match=r"which no weather has.*_FillValue"):
+        prepare(weather, tmp_path / "o", "--source", write_fields(tmp_path / "a.nc", one_field(values, "K")), *ALL)
+    declared = one_field(values, "K")
+    declared["t"].attrs["missing_value"] = np.float32(fill)
+    with pytest.raises(DataError, match="lacks values"):
+        prepare(weather, tmp_path / "p", "--source", write_fields(tmp_path / "b.nc", declared), *ALL)
+
+
+@pytest.mark.parametrize("mark", [-9999.0, -999.0, 9999.0])
+def test_a_mark_of_missing_values_is_said_once(tmp_path, mark, caplog):
+    weather.say_mark.cache_clear()
+    source = write_fields(tmp_path / "a.nc", one_field(np.where(NOISE > 2, mark, NOISE).astype("f4"), "K"))
+    prepare(weather, tmp_path / "o", "--source", source, *ALL, "--examples-per-shard", 4)
+    assert caplog.text.count(f"t has the extreme value {mark:g}") == 1
+
+
+@pytest.mark.parametrize("packing", [{}, {"dtype": "i2", "scale_factor": 0.01, "add_offset": 280.0}, {"dtype": "f4"}])
+@pytest.mark.parametrize("mean, spread", [(280.0, 10.0), (101325.0, 1e-3), (0.0, 1e-9), (1e5, 1.0)])
+def test_fields_keep_their_differences(tmp_path, mean, spread, packing):
+    """Of what is in the file: a packed or float32 file has lost the smallest already."""
+    encoding = packing | ({"_FillValue": -32767} if packing.get("dtype") == "i2" else {})
+    if packing.get("dtype") == "i2":
+        encoding |= {"scale_factor": spread / 100, "add_offset": mean}
+    source = write_fields(tmp_path / "a.nc", one_field(mean + spread * NOISE, "Pa", **encoding))
+    with xarray.open_dataset(source) as dataset:
+        truth = dataset["t"].values.astype(np.float64)[:-1, ::-1]
+    manifest, splits = prepare(weather, tmp_path / "o", "--source", source, *ALL)
+    x, deviation = splits["train"][0][:, 0], max(truth.std(), 1e-30)
+    assert np.abs((x.astype(np.float64) - truth) / deviation).max() < 1e-4
+    is_wide = mean >= 1e5 * spread and packing.get("dtype") != "f4"
+    assert manifest.arrays["x"].dtype == ("float64" if is_wide else "float32")
+    got = ShardDataset(tmp_path / "o", "train").fetch(slice(None))[0][:, 0].numpy()
+    if truth.std():
+        np.testing.assert_allclose(got, (truth - truth.mean()) / truth.std(), atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    "units, months", [("months since 1955-01-01", 1), ("years since 1900-07-01 00:00", 12), ("month since 850-3-1", 1)]
+)
+@pytest.mark.parametrize("part", [0.0, 0.5])
+def test_months_and_years_since_a_date(tmp_path, units, months, part):
+    time = ("time", np.arange(40) + part, {"units": units})
+    source = write_fields(tmp_path / "a.nc", one_field(NOISE, "K", time))
+    manifest, splits = prepare(weather, tmp_path / "o", "--source", source, *ALL)
+    assert len(splits["train"][0]) == 39 and manifest.details["gaps"] == 0
+    first, last = (np.datetime64(text) for text in manifest.details["times"]["train"])
+    begin = units.split()[2].split("-")
+    assert (first.astype("datetime64[M]") - np.datetime64(f"{int(begin[0]):04d}-{int(begin[1]):02d}")) == int(
+        part * months
+    )
+    assert (last.astype("datetime64[M]") - first.astype("datetime64[M]")).astype(int) == 39 * months
+
+
+def test_times_that_cannot_be_decoded_are_named(tmp_path):
+    time = ("time", np.arange(40), {"units": "fortnights since 1955-01-01"})
+    with pytest.raises(DataError, match=r"its times cannot be decoded.*'hours since"):
+        prepare(weather, tmp_path / "o", "--source", write_fields(tmp_path / "a.nc", one_field(NOISE, "K", time)), *ALL)
+
+
+ROUNDED = {
+    "float32": lambda a: a.astype("f4"),
+    "3 decimals": lambda a: np.round(a, 3),
+    "1e-6": lambda a: a + 1e-6,
+    "relative": lambda a: a * (1 + 1e-7),
+}
+
+
+@pytest.mark.parametrize("how", ROUNDED)
+def test_grids_that_differ_by_rounding_are_one(tmp_path, how):
+    latitudes = LATITUDES + 1 / 3
+    a = write_fields(tmp_path / "a.nc", one_field(NOISE[:20], "K", TIMES[:20], latitudes))
+    b = write_fields(tmp_path / "b.nc", one_field(NOISE[20:], "K", TIMES[20:], ROUNDED[how](latitudes)))
+    _, splits = prepare(weather, tmp_path / "o", "--source", a, b, *ALL)
+    assert len(splits["train"][0]) == 39
+    c = write_fields(tmp_path / "c.nc", one_field(NOISE[20:], "K", TIMES[20:], latitudes + 0.25))
+    with pytest.raises(DataError, match="t has lat unlike other fields"):
+        prepare(weather, tmp_path / "p", "--source", a, c, *ALL)
+
+
+def test_units_that_differ_between_files_are_no_units(tmp_path):
+    a = write_fields(tmp_path / "a.nc", one_field(NOISE[:20] + 280, "K", TIMES[:20]))
+    b = write_fields(tmp_path / "b.nc", one_field(NOISE[20:] + 7, "degC", TIMES[20:]))
+    with pytest.raises(DataError, match="t has the units K and degC in different files"):
+        prepare(weather, tmp_path / "o", "--source", a, b, *ALL)
+    radians = one_field(NOISE, "K", latitudes=np.deg2rad(LATITUDES))
+    radians["lat"].attrs["units"] = "radians"
+    with pytest.raises(DataError, match="lat is not sorted, or not in degrees"):
+        prepare(weather, tmp_path / "o", "--source", write_fields(tmp_path / "c.nc", radians), *ALL)
+
+
+@pytest.mark.parametrize("first", [1, 5])
+def test_preliminary_values_fill_what_is_not_final(tmp_path, first, caplog):
+    final = one_field(np.where(np.arange(40)[:, None, None] < 25, NOISE, np.nan), "K")
+    preliminary = one_field(np.where(np.arange(40)[:, None, None] >= 25, NOISE, np.nan), "K")
+    both = xarray.concat([final, preliminary], "expver").assign_coords(expver=[1, 5]).sel(expver=[first, 6 - first])
+    with caplog.at_level("INFO"):
+        _, splits = prepare(weather, tmp_path / "o", "--source", write_fields(tmp_path / "a.nc", both), *ALL)
+    assert "expver" in caplog.text
+    np.testing.assert_allclose(splits["train"][0][:, 0], NOISE[:-1, ::-1], rtol=1e-6)
+
+
 # --- arrays --------------------------------------------------------------------------------------------
+
+
+def encoded(image, kind="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def prepare_images(tmp_path, images):
+    """Write encoded images; return x as it is stored."""
+    np.savez(
+        tmp_path / "images.npz", x=np.frombuffer(b"".join(images), np.uint8), y=np.arange(len(images)) % 2,
+        offsets=np.cumsum([0, *map(len, images)]),
+    )  # fmt: skip
+    flags = ("--train", tmp_path / "images.npz", "--encoded", "offsets", "--classes", 2)
+    return prepare(arrays, tmp_path / "out", *flags)[1]["train"][0]
+
+
+LEVELS = {  # grey levels of 8 x 6 pixels, and how they are stored
+    "8 bits": ((RNG.integers(0, 256, (8, 6))).astype(np.uint8), "PNG"),
+    "16 bits": ((RNG.integers(0, 65536, (8, 6))).astype(np.uint16), "PNG"),
+    "16 bits, TIFF": ((RNG.integers(0, 65536, (8, 6))).astype(np.uint16), "TIFF"),
+    "32 bits": (RNG.integers(0, 2**31, (8, 6)).astype(np.int32), "TIFF"),
+    "floating point": (RNG.normal(size=(8, 6)).astype(np.float32), "TIFF"),
+}
+
+
+@pytest.mark.parametrize("depth", LEVELS)
+def test_no_grey_level_is_lost(tmp_path, depth):
+    pixels, kind = LEVELS[depth]
+    x = prepare_images(tmp_path, [encoded(Image.fromarray(pixels), kind)] * 3)
+    assert x.shape == (3, 3, 8, 6) and np.array_equal(x[1, 2], pixels)
+    got, _ = ShardDataset(tmp_path / "out", "train").fetch([0])
+    assert len(np.unique(got)) == len(np.unique(pixels))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "I;16"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_are_turned_as_a_viewer_turns_them(tmp_path, orientation, mode):
+    upright = RNG.integers(0, 256, (8, 6)).astype(np.uint16 if mode == "I;16" else np.uint8)
+    stored = {  # by the definition of the EXIF tag: which sides of the scene row 0 and column 0 of the file are
+        1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1], 5: upright.T,
+        6: np.rot90(upright), 7: upright[::-1, ::-1].T, 8: np.rot90(upright, -1),
+    }[orientation]  # fmt: skip
+    image = Image.fromarray(np.ascontiguousarray(stored))
+    image = image.convert("RGB") if mode == "RGB" else image
+    exif = image.getexif()
+    exif[0x0112] = orientation
+    x = prepare_images(tmp_path, [encoded(image, exif=exif)] * 2)
+    assert np.array_equal(x[0, 1], upright)
+
+
+def rgb_of_16_bits():
+    """A PNG of three colours of 16 bits, which Pillow cannot write."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    rows = b"".join(b"\0" + RNG.integers(0, 65536, 18).astype(">u2").tobytes() for _ in range(8))
+    header = struct.pack(">IIBBBBB", 6, 8, 16, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def test_what_an_image_would_lose_is_refused(tmp_path):
+    grey, deep = (Image.fromarray(LEVELS[depth][0]) for depth in ("8 bits", "16 bits"))
+    frames = encoded(grey, "GIF", save_all=True, append_images=[grey.rotate(180)])
+    for images, words in (
+        ([rgb_of_16_bits()] * 2, "16 bits per colour, which Pillow reads as 8"),
+        ([frames] * 2, "the image has frames"),
+        ([encoded(grey), encoded(deep)], "different dtypes, uint16 and uint8"),
+    ):
+        with pytest.raises(DataError, match=words):
+            prepare_images(tmp_path, images)
+
+
+@pytest.mark.parametrize("script", ["arrays", "tabular", "timeseries"])
+@pytest.mark.parametrize("offset, spread, dtype", [(1e5, 0.02, "float64"), (2458849.5, 1.0, "float64"), (1.7e9, 1e3, "float64"),
+                                                    (280.0, 10.0, "float32"), (0.0, 1e-9, "float32")])  # fmt: skip
+def test_no_difference_is_rounded_away(tmp_path, script, offset, spread, dtype):
+    """From the file to what a network gets; of a series the levels, and what they change by."""
+    values = offset + spread * (np.arange(300) + RNG.normal(size=300)) / 100
+    if script == "arrays":
+        np.savez(tmp_path / "a.npz", x=values[:, None], y=values)
+        made = prepare(arrays, tmp_path / "o", "--train", tmp_path / "a.npz")
+    else:
+        times = np.datetime64("2024-01-01T00:00") + np.arange(300) * np.timedelta64(1, "h")
+        rows = [f"{time},{value!r},{value!r}" for time, value in zip(times, values.tolist())]
+        (tmp_path / "a.csv").write_text("\n".join(["time,a,b", *rows]))
+        flags = ("--source", tmp_path / "a.csv", *ALL)
+        if script == "tabular":
+            made = prepare(tabular, tmp_path / "o", *flags, "--target", "b", "--features", "a")
+        else:
+            flags = (*flags, "--targets", "a", "--window", 1, "--horizon", 1)
+            made = prepare(timeseries, tmp_path / "o", *flags)
+            changes = prepare(timeseries, tmp_path / "p", *flags, "--changes")[1]["train"][1].ravel()
+            np.testing.assert_allclose(changes, np.diff(values), rtol=1e-6, atol=1e-10 * offset)
+    manifest, _ = made
+    assert manifest.arrays["x"].dtype == manifest.arrays["y"].dtype == dtype
+    x, y = ShardDataset(tmp_path / "o", "train").fetch(slice(None))
+    kept = values[:-1] if script == "timeseries" else values
+    for got in (x,) if script == "timeseries" else (x, y):
+        expected = (kept - kept.mean()) / kept.std()
+        np.testing.assert_allclose(np.sort(got.numpy().ravel()), np.sort(expected), atol=3e-5)
+        assert len(np.unique(got)) > 0.99 * len(kept)
+
+
+def test_ids_of_a_text_are_asked_for(tmp_path, caplog):
+    np.savez(tmp_path / "t.npz", x=RNG.integers(0, 1000, (60, 12)), y=np.arange(60) % 2)
+    flags = ("--train", tmp_path / "t.npz", "--classes", 2)
+    with caplog.at_level("INFO"):
+        prepare(arrays, tmp_path / "a", *flags)
+    assert "give --ids if they name things" in caplog.text
+    manifest, _ = prepare(arrays, tmp_path / "b", *flags, "--ids")
+    assert "x" not in manifest.statistics and manifest.is_whole("x")
+    np.savez(tmp_path / "f.npz", x=RNG.normal(size=(60, 12)), y=np.arange(60) % 2)
+    with pytest.raises(ConfigError, match="--ids float64: ids are whole numbers"):
+        prepare(arrays, tmp_path / "c", "--train", tmp_path / "f.npz", "--ids")
 
 
 def test_two_ranks_decode_the_images_of_the_file(mpirun, tmp_path):

@@ -4,10 +4,13 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from conftest import REPOSITORY, SHARED_DATA
+from preparation import prepare
 from torch import nn
 
+from hpc_bnn import Grid, GridComm
 from hpc_bnn.cli.commands import main
 
 
@@ -92,6 +95,33 @@ def test_an_epoch_on_the_shards_of_a_real_source(case, tmp_path):
         assert 0 < summary["test/rmse"] < 3 * spread
         if case == "era_interim":
             assert len(manifest["target_weights"]) == 241
+
+
+def test_the_example_of_ids_and_the_command_line(tmp_path, monkeypatch):
+    """The words of a text, from a file of whole numbers to the predictive of an embedding."""
+    monkeypatch.syspath_prepend(str(REPOSITORY / "examples"))
+    import arrays
+    import token_ids
+
+    assert token_ids.main(GridComm(Grid()), str(tmp_path / "forecasts")) > 0.95
+    x, y = token_ids.sentences(300, seed=3)
+    np.savez(tmp_path / "tokens.npz", x=x.astype(np.uint16), y=y)
+    flags = ("--train", tmp_path / "tokens.npz", "--ids", "--classes", 2, "--test-fraction", 0.2)
+    prepare(arrays, tmp_path / "shards", *flags)
+    words = [
+        "--data.shards",
+        tmp_path / "shards",
+        "--run_dir",
+        tmp_path / "run",
+        "--model.name",
+        "token_ids.BagOfWords",
+    ]
+    words += ["--num_samples", 2, "--num_test_samples", 4, "--num_epochs", 30, "--optimizer.learning_rate", 0.02]
+    words += ["--kl_weight", 0.1, "--posterior.init_std", 0.02, "--global_batch_size", 50]
+    assert main(["train", *map(str, words)]) == 0
+    assert json.loads((tmp_path / "run/summary.json").read_text())["test/accuracy"] > 0.9
+    assert main(["predict", str(tmp_path / "run"), "--output", str(tmp_path / "p.h5")]) == 0
+    assert main(["plan", *map(str, words), "--ranks", "2"]) == 0
 
 
 def test_a_full_disk_ends_a_preparation_with_a_message(tmp_path):
