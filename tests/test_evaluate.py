@@ -1,5 +1,7 @@
 """The predictive in one process, against references."""
 
+import math
+
 import numpy as np
 import pytest
 import scipy.stats
@@ -10,7 +12,21 @@ from torch import nn
 from torchmetrics import MeanSquaredError
 from torchmetrics.classification import MulticlassCalibrationError
 
-from hpc_bnn import Categorical, Gaussian, Grid, GridComm, MeanFieldGaussian, ShardDataset, predict_values, write_shards
+from hpc_bnn import (
+    Bernoulli,
+    Categorical,
+    Gaussian,
+    Grid,
+    GridComm,
+    MeanFieldGaussian,
+    Poisson,
+    ShardDataset,
+    TensorSource,
+    VariationalStep,
+    predict_values,
+    write_shards,
+)
+from hpc_bnn.errors import DataError
 from hpc_bnn.noise import Key, Stream
 from hpc_bnn.predictive import evaluation as evaluate
 from hpc_bnn.predictive.evaluation import evaluate_dataset, out_of_distribution_auroc, predict_classes
@@ -125,6 +141,77 @@ def test_metrics_are_in_units_of_y_where_the_network_sees_normalised_targets(tmp
         for net, data in ((make_net(), normalised), (InUnits(make_net()), plain))
     )
     assert got.metrics == pytest.approx(expected.metrics, rel=1e-9) and got.metrics["rmse"] > 1
+
+
+@pytest.mark.parametrize("form", [(), (4,), (1, 4), (4, 1, 1), (1, 4, 1, 1), (5, 4, 1, 1)], ids=str)
+@pytest.mark.parametrize("num_samples", [4, 3], ids=["as_many_as_targets", "fewer"])
+def test_units_are_those_of_targets_not_of_samples(form, num_samples):
+    """Standard deviations of 4 targets, whatever form they have: with 4 samples a wrong dim would be no error."""
+    torch.manual_seed(0)
+    shape = (5, 4, 2, 3) if len(form) != 2 and form != (4,) else (5, 4)
+    posterior, likelihood = (
+        MeanFieldGaussian(nn.Linear(6, math.prod(shape[1:])).double(), init_std=0.3),
+        Gaussian(4, 0.7),
+    )
+    posterior.module.register_forward_hook(lambda _, __, out: out.view(-1, *shape[1:]))
+    x, y = torch.randn(5, 6).double(), torch.randn(shape).double()
+    options = {"num_samples": num_samples, "keep_members": True}
+    predictive = predict_values(posterior, likelihood, GridComm(Grid()), x, y, **options)
+    mean, std = torch.randn(form).double(), torch.rand(form).double() + 0.5
+    got = predictive.in_units(mean, std)
+    mean, std = (number.expand(shape) for number in (mean, std))
+    torch.testing.assert_close(got.mean, predictive.mean * std + mean)
+    torch.testing.assert_close(got.variance, predictive.variance * std.square())
+    for sample in range(num_samples):
+        torch.testing.assert_close(got.members[:, sample], predictive.members[:, sample] * std + mean)
+    torch.testing.assert_close(got.log_prob, predictive.log_prob - std.log().flatten(1).sum(1))
+    median = predictive.mixture.quantile(0.5) * std + mean
+    torch.testing.assert_close(got.mixture.quantile(0.5), median, rtol=1e-6, atol=1e-6)
+
+
+MISFITS = {
+    "classes": (Categorical(3), torch.arange(40) % 3, [-100, -1, 3, 255]),
+    "probabilities": (Categorical(3), torch.full((40, 3), 1 / 3), [2.0, -0.1, math.nan, 0.9]),
+    "yes and no": (Bernoulli(3), torch.ones(40, 3), [9.0, -1.0, math.nan]),
+    "counts": (Poisson(3), torch.ones(40, 3), [0.5, -1.0, math.inf, math.nan]),
+    "numbers": (Gaussian(3, 1.0), torch.ones(40, 3), [math.inf, math.nan]),
+}
+
+
+@pytest.mark.parametrize("where", [0, 17, 39])
+@pytest.mark.parametrize("kind", [kind for kind in MISFITS if kind != "probabilities"])
+def test_a_target_that_nothing_has_is_found_wherever_it_stands(kind, where):
+    likelihood, y, values = MISFITS[kind]
+    posterior = MeanFieldGaussian(nn.Linear(2, 3))
+    for value in values:
+        wrong = y.clone()
+        wrong[where] = value
+        source = TensorSource(torch.randn(40, 2), wrong, likelihood.num_classes)
+        with pytest.raises(DataError, match=rf"a target is {value:g}, and the likelihood"):
+            evaluate_dataset(posterior, likelihood, GridComm(Grid()), source, num_samples=2)
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 3])
+@pytest.mark.parametrize("batch", [0, 1, 3])
+@pytest.mark.parametrize("kind", MISFITS)
+def test_targets_are_checked_in_every_batch(kind, batch, micro_batch_size):
+    likelihood, y, values = MISFITS[kind]
+    for value in values:
+        posterior = MeanFieldGaussian(nn.Linear(2, 3))
+        optimizer = torch.optim.Adam(posterior.parameters())
+        step = VariationalStep(
+            posterior, likelihood, optimizer, GridComm(Grid()),
+            num_samples=2, num_train_examples=40, micro_batch_size=micro_batch_size,
+        )  # fmt: skip
+        wrong, x = y.clone(), torch.randn(40, 2)
+        wrong[10 * batch + 7] = value
+        for number in range(batch):
+            step(x[:10], wrong[10 * number : 10 * number + 10], 10)
+        before = [p.detach().clone() for p in posterior.parameters()]
+        with pytest.raises(DataError, match=rf"a target is {value:g} on rank 0 in step {batch}, and the likelihood"):
+            step(x[:10], wrong[10 * batch : 10 * batch + 10], 10)
+        assert all(map(torch.equal, before, posterior.parameters())) and step.num_steps == batch
+        step(x[:10], y[:10], 10)  # a caller may go on without the example
 
 
 @pytest.mark.parametrize("weighted", [False, True])

@@ -3,13 +3,14 @@
 import contextlib
 import copy
 import logging
+import math
 
 import pytest
 import torch
 from stepping import complete, keyed
 from torch import nn
 
-from hpc_bnn import Categorical, Grid, GridComm, VariationalStep
+from hpc_bnn import Categorical, Grid, GridComm, VariationalStep, predict_classes
 from hpc_bnn.errors import ConfigError
 from hpc_bnn.noise import Key, Stream
 from hpc_bnn.posteriors import (
@@ -236,6 +237,37 @@ def test_batch_norm_equals_torch_for_one_sample(shape):
         torch.testing.assert_close(getattr(mine, name), getattr(reference, name), rtol=1e-12, atol=1e-14)
     reference.eval(), mine.eval()
     torch.testing.assert_close(mine(x), reference(x), rtol=1e-12, atol=1e-14)
+
+
+SINGLE = {
+    "layer": (nn.BatchNorm1d(4), (4,)),
+    "series of one": (nn.BatchNorm1d(4), (4, 1)),
+    "pixel": (nn.BatchNorm2d(4), (4, 1, 1)),
+    "field": (nn.BatchNorm2d(4), (4, 2, 3)),
+    "volume": (nn.BatchNorm3d(4), (4, 1, 1, 2)),
+}
+
+
+@pytest.mark.parametrize("kind", SINGLE)
+def test_a_batch_of_one_value_per_channel_has_no_variance(kind):
+    """As in torch, and with the remedy; where an example has several values it is a batch."""
+    norm, shape = SINGLE[kind]
+    numbers = math.prod(shape[1:])
+    posterior = MeanFieldGaussian(nn.Sequential(copy.deepcopy(norm), nn.Flatten(), nn.Linear(4 * numbers, 2)).double())
+    optimizer = torch.optim.SGD(posterior.parameters(), lr=0.1)
+    step = VariationalStep(posterior, Categorical(2), optimizer, GridComm(Grid()), num_samples=2, num_train_examples=9)
+    x, y = torch.randn(5, *shape).double(), torch.arange(5) % 2
+    step(x, y, 5)
+    before = {name: value.clone() for name, value in posterior.state_dict().items()}
+    if numbers > 1:
+        step(x[:1], y[:1], 1)
+        return
+    with pytest.raises(ConfigError, match=r"model BatchNorm.d: the batch has one value per channel .*drop_last"):
+        step(x[:1], y[:1], 1)
+    assert all(torch.equal(value, before[name]) for name, value in posterior.state_dict().items())
+    step(x[:2], y[:2], 2)
+    predictive = predict_classes(posterior, Categorical(2), GridComm(Grid()), x[:1], num_samples=2)
+    assert predictive.probabilities.isfinite().all()
 
 
 def test_batch_norm_gradient_against_finite_differences():

@@ -68,12 +68,14 @@ class Likelihood:
 
     def check_targets(self, y: Tensor) -> None:
         """Raise `DataError` if a target [B, ...] lies outside the support."""
-        wrong = ~self.fits(y)
-        if wrong.any():
-            raise DataError(
-                f"a target is {y[wrong][0].item():g}, and the likelihood {type(self).__name__} is for {self.support}. "
-                "Look at the data, or use another <likelihood.name>"
-            )
+        misfits = ~self.fits(y)
+        if misfits.any():
+            raise self.fault_of(y[misfits][0].item())
+
+    def fault_of(self, target: float, where: str = "") -> DataError:
+        """Return the error that a target lies outside the support."""
+        rule = f"a target is {target:g}{where}, and the likelihood {type(self).__name__} is for {self.support}"
+        return DataError(f"{rule}. Look at the data, or use another <likelihood.name>")
 
     def targets(self, y: Tensor, like: Tensor) -> Tensor:
         """Return y in the shape and dtype of predictions; `ConfigError` where a broadcast would be another model."""

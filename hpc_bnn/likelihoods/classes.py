@@ -19,10 +19,13 @@ class Categorical(Likelihood):
     def __init__(self, num_classes: int):
         super().__init__()
         self.num_classes = self.num_outputs = num_classes
-        self.support = f"classes 0 to {num_classes - 1}, or their probabilities"
+        self.support = f"classes 0 to {num_classes - 1}, or their probabilities, which add up to 1"
 
     def fits(self, y: Tensor) -> Tensor:
-        return (y >= 0) & (y <= (1 if y.is_floating_point() else self.num_outputs - 1))
+        fits = (y >= 0) & (y <= (1 if y.is_floating_point() else self.num_outputs - 1))
+        if y.is_floating_point() and y.ndim > 1:
+            fits &= (y.sum(1, keepdim=True) - 1).abs() < 1e-2  # bfloat16 has 8 bits
+        return fits
 
     def log_prob(self, outputs: Tensor, y: Tensor) -> Tensor:
         """Return log p(y | outputs), [B], from logits [B, C, ...] and classes [B, ...] of a whole-number dtype.

@@ -39,6 +39,8 @@ class BatchNorms:
     is_evaluating, is_batched : bool
         Whether a predictive is drawn, in which nothing may depend on the other examples; and whether several samples are
         evaluated at once, which would share their statistics.
+    reads_counts : bool
+        Whether a batch of one value per channel is refused: not where there are no numbers (`hpc-bnn plan`).
     shapes, batch_dims : dict or None, dict
         During a look: shapes of the inputs that were normalised without statistics of ours, by (layer, line) of the call;
         and dims of these inputs that belong to the batch, by the call and the number of dims.
@@ -56,6 +58,7 @@ class BatchNorms:
                 self.layers.append(layer)
         self.sum_over_data: SumOverData = of_one_rank
         self.is_evaluating = self.is_batched = False
+        self.reads_counts = True
         self.shapes: Shapes | None = None
         self.batch_dims: BatchDims = {}
         self._numbers: dict[int, int] = {}  # of layers, by the identity of their running means
@@ -158,6 +161,12 @@ class BatchNorms:
         if self.is_evaluating:
             raise self._fault_of(self.layers[number], "it normalises by the batch in evaluation mode, too")
         y, mean, variance, count = _Normalise.apply(input, eps, self.sum_over_data)
+        # Read only where this rank has at most one value, and not in a look, which sums over no ranks
+        if self.reads_counts and self.shapes is None and input.numel() <= input.shape[1] and count <= 1:
+            self._put_counters_back()
+            rule = "the batch has one value per channel in the whole job, whose variance is 0"
+            remedy = "Leave out a last batch of one example (<data.drop_last> true), or use another <global_batch_size>"
+            raise ConfigError(Fault("model", type(self.layers[number]).__name__, rule, remedy))
         self._uses[number] += 1
         if self._last_sample[number] != self._num_samples:
             self._last_sample[number] = self._num_samples

@@ -25,15 +25,17 @@ class Tally(enum.IntEnum):
     """Ranks that want to stop after this step."""
     CROSS_ENTROPY = 3
     """-(1/K) sum over samples of log prior(w_s) (nats), for a Monte Carlo KL."""
-    NUM_EXAMPLES = 4
+    NUM_MISFITS = 4
+    """Micro-batches of ranks with a target outside of the support of the likelihood."""
+    NUM_EXAMPLES = 5
     """Examples of the step, each counted once."""
-    NUM_MISPLACED = 5
+    NUM_MISPLACED = 6
     """Ranks whose examples are not those of their place in the global batch, where noise goes by places."""
-    SETTINGS = 6
+    SETTINGS = 7
     """0 where all ranks have the same settings (`hpc_bnn.training.equality`)."""
-    BATCH = 7
+    BATCH = 8
     """0 where the ranks of each sample group have the same examples; `BATCH_TOO` likewise, of other bits."""
-    BATCH_TOO = 8
+    BATCH_TOO = 9
 
 
 class StepBuffer:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..comm import GridComm
 from ..data import Source
+from ..errors import DataError
 from ..likelihoods import Likelihood
 from ..posteriors import Posterior
 from .metrics import (
@@ -121,7 +122,8 @@ def evaluate_dataset(
 ) -> Evaluation:
     """Evaluate a data set: each data group takes its range of the examples, each sample group takes all samples.
 
-    Collective over the world. Examples are read in blocks of bounded size; every block is one pass over the samples.
+    Collective over the world; `DataError` on all ranks where a target lies outside the support of the likelihood.
+    Examples are read in blocks of bounded size; every block is one pass over the samples.
     The ranks of a sample group divide the work on its scores. All ranks then sum sums and counts over the world,
     never means.
 
@@ -136,6 +138,9 @@ def evaluate_dataset(
         ``num_samples``, ``seed``, ``batch_size`` and ``chunk_size`` of `predict_classes`.
     """
     scores = score_dataset(posterior, likelihood, comm, dataset, see=see, **options)
+    with comm.agree("evaluating"):
+        if scores.fault is not None:
+            raise scores.fault
     scores.combine(comm)
     uncertainties = {name: scores.gathered[name] for name in UNCERTAINTIES[is_of_classes(likelihood)]}
     return Evaluation(scores.compute(), scores.curves(), uncertainties)
@@ -158,6 +163,10 @@ def score_dataset(
     scores = _SCORES[is_of_classes(likelihood)](likelihood, dataset, num_samples)
     options |= {"num_samples": num_samples, "keep_members": likelihood.has_mixture}
     for block in predict_dataset(posterior, likelihood, comm, dataset, **options):
+        misfits = ~likelihood.fits(block.y)
+        if misfits.any():  # the ranks of a sample group still have blocks to predict together
+            scores.fault = likelihood.fault_of(block.y[misfits][0].item())
+            continue
         mine = comm.grid.share(len(block.examples), "sample")
         if mine:
             span = slice(mine.start, mine.stop)
@@ -251,6 +260,7 @@ class _Scores:
         for metric in metrics.values():
             metric.sums = metric.sums.to(dataset.device)
         self.metrics, self._columns = metrics, _Columns(columns)
+        self.fault: DataError | None = None
 
     def add(self, examples: Tensor, predictive: Predictive, y: Tensor) -> None:
         """Add examples that no other rank adds. Local."""

@@ -71,11 +71,15 @@ class ValuePredictive:
         return self.aleatoric_variance + self.epistemic_variance
 
     def in_units(self, mean: Tensor, std: Tensor) -> ValuePredictive:
-        """Return the predictive of ``std * y + mean`` from that of y; they broadcast to [B, T, ...]."""
-        log_prob = self.log_prob
-        if log_prob is not None:
-            log_prob = log_prob - std.to(log_prob).expand(self.mean[:1].shape).log().sum()
-        square = std.square()
+        """Return the predictive of ``std * y + mean`` from that of y; they broadcast to [B, T, ...].
+
+        Of examples, targets and further dims, not of samples: std [T] is that of each target.
+        """
+        mean, std = (torch.as_tensor(number).to(self.mean) for number in (mean, std))
+        mean, std = (t.view((1,) * (self.mean.ndim - t.ndim) + t.shape) for t in (mean, std))
+        square, log_prob = std.square(), self.log_prob
+        if log_prob is not None:  # expanded, it takes no memory
+            log_prob = log_prob - std.log().expand(self.mean.shape).sum(tuple(range(1, self.mean.ndim)))
         return ValuePredictive(
             self.mean * std + mean,
             self.aleatoric_variance * square,

@@ -136,6 +136,7 @@ class VariationalStep(StepState):
         # Of a sample in what depends on the sample alone: it counts once in the job
         self._prior_share = 1.0 / num_samples if comm.grid.is_first("data") else 0.0
         self.comparison = Comparison(comm)
+        self._targets: list[tuple[Tensor, Tensor]] = []
         self._phase: Literal["idle", "accumulating", "accumulated", "reduced"] = "idle"
         self._begun = 0  # what `Posterior.num_begun` was
         self._check_features()
@@ -184,6 +185,8 @@ class VariationalStep(StepState):
         ------
         NonFiniteError
             On all ranks, before the update, when the loss or a gradient of any rank is not finite.
+        DataError
+            On all ranks, before the update, when a target of any rank lies outside the support of the likelihood.
         RankError
             On all ranks, before the update, when ranks differ in what they must have in common (`Comparison`), or have not
             ``global_batch_size`` examples together.
@@ -226,8 +229,13 @@ class VariationalStep(StepState):
         counts_samples = posterior.capabilities.kl in ("Monte Carlo", "point") and self._prior_share > 0
         if len(x) == 0 and not posterior.network.batch_norms.layers and not (is_last and counts_samples):
             mine = range(0)  # nothing to evaluate, and nobody waits for this rank
+        # On the device: the flag travels with the sum, so that all ranks raise. Classes are indices: a wrong one is no memory
+        misfits = ~self.likelihood.fits(y)
+        self._targets = [*([] if is_first else self._targets), (y, misfits)]
+        y = y if y.is_floating_point() else y.masked_fill(misfits, 0)
         if is_first:
             self._begin(x, y, samples, global_batch_size)
+        posterior.buffer.tally[Tally.NUM_MISFITS] += misfits.any()
         # A copy of the posterior since the last micro-batch has taken it off
         posterior.sampler.switch_(True, self._first_example + self.comparison.num_examples)
         self.comparison.add_(x, y)
@@ -276,11 +284,16 @@ class VariationalStep(StepState):
     def update_(self) -> StepResult:
         """Add the KL, clip, and update the parameters. Local, where the optimizer's state is not divided.
 
-        `NonFiniteError` as in `__call__`: it is collective over the world, and names the ranks.
+        `NonFiniteError` and `DataError` as in `__call__`: they are collective over the world, and name the ranks.
         """
         self._expect(("reduced",), "update_", "reduce_()")
         posterior = self.posterior
         tally = posterior.buffer.tally.tolist()
+        if tally[Tally.NUM_MISFITS]:
+            mine = next((y[misfits][0].item() for y, misfits in self._targets if misfits.any()), None)
+            wrong = {rank: target for rank, target in enumerate(self.comm.gather_objects(mine)) if target is not None}
+            where = f" on rank {', '.join(map(str, wrong))} in step {self.num_steps}"
+            raise self.likelihood.fault_of(next(iter(wrong.values())), where)
         if tally[Tally.NUM_BROKEN]:
             mine = (self.comm.grid.rank, socket.gethostname()) if self._local_is_broken else None
             ranks = [f"rank {p[0]} on {p[1]}" for p in self.comm.gather_objects(mine) if p is not None]
@@ -309,7 +322,7 @@ class VariationalStep(StepState):
     def leave_out_checks(self) -> None:
         """Leave out what looks at numbers before the first step: `hpc-bnn plan` has none. Local."""
         self._is_prepared = self.data_term.has_said_passes = self._trial.is_done = True
-        self.posterior.network.looks = self.comparison.looks = False
+        self.posterior.network.looks = self.posterior.network.batch_norms.reads_counts = self.comparison.looks = False
 
     def _check_features(self) -> None:
         """Raise `ConfigError` where posterior, objective and optimizer do not go together in the module's mode. Local."""
@@ -328,7 +341,6 @@ class VariationalStep(StepState):
         posterior.begin_()  # it notices changed layers, which ask for another look
         if len(x) and (not self._is_prepared or posterior.network.needs_look() or self._trial.is_due(samples)):
             if not self._is_prepared:
-                self.likelihood.check_targets(y)
                 posterior.sampler.prepare_(x.of(samples[0]))
                 self._is_prepared = True
             self.loop.look(samples, x, self.key, self.comm.grid)

@@ -19,8 +19,10 @@ from hpc_bnn import (
     Poisson,
     ShardDataset,
     StudentT,
+    TensorSource,
     write_shards,
 )
+from hpc_bnn.errors import DataError
 from hpc_bnn.noise import Key, Stream
 from hpc_bnn.predictive.evaluation import evaluate_dataset, out_of_distribution_auroc, uncertainties_of_dataset
 
@@ -44,6 +46,15 @@ def test_metrics_equal_those_of_one_process(comm, tmp_path_factory, num_examples
     assert got["accuracy"] == expected["accuracy"]
     assert got == pytest.approx(expected, rel=1e-12) and {"nll", "brier", "ece"} <= got.keys()
     assert seen == list(range(num_examples))[comm.grid.local_examples(num_examples)]
+
+
+def test_a_class_that_is_none_is_found_by_all(comm):
+    """The example is in the last block of the last data group; the others have finished theirs."""
+    x, y = make_problem(torch.float64)
+    y = torch.where(torch.arange(len(y)) == len(y) - 1, -100, y)
+    arguments = make_step(GridComm(Grid())).posterior, Categorical(3), comm
+    with pytest.raises(DataError, match="a target is -100, and the likelihood Categorical"):
+        evaluate_dataset(*arguments, TensorSource(x, y, 3), num_samples=6)
 
 
 LIKELIHOODS = {

@@ -15,19 +15,22 @@ from reference import (
     train,
     train_alone,
 )
+from torch import nn
 
 from hpc_bnn import (
     Categorical,
     Gaussian,
     Grid,
     GridComm,
+    MeanFieldGaussian,
     NegativeElbo,
+    VariationalStep,
     connect,
     predict_classes,
     predict_values,
     testing,
 )
-from hpc_bnn.errors import NonFiniteError
+from hpc_bnn.errors import ConfigError, DataError, NonFiniteError
 from hpc_bnn.noise import Key, Stream
 from hpc_bnn.training.optim import JobOptimizer
 from hpc_bnn.training.reducer import Reducer
@@ -172,6 +175,45 @@ def test_more_data_groups_than_examples(comm):
     got = step(x[:1][part], y[:1][part], 1)
     assert got.nelbo == pytest.approx(expected.nelbo, rel=1e-12)
     assert relative_difference(step.posterior.loc, alone.posterior.loc) < 1e-12
+
+
+@pytest.mark.parametrize("wrong", [3, -100])
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_class_that_is_none_stops_all_before_the_update(comm, number, wrong):
+    """Of the last example of a batch, which only the last data group sees; on a CPU torch would raise there alone."""
+    step, (x, y) = make_step(comm), make_problem(torch.float64)
+    y = torch.where(torch.arange(len(y)) == GLOBAL_BATCH_SIZE - 1, wrong, y) if number == 0 else y.clone()
+    mine = comm.grid.local_examples(GLOBAL_BATCH_SIZE)
+    if number:
+        step(x[mine], y[mine], GLOBAL_BATCH_SIZE)
+        y[GLOBAL_BATCH_SIZE - 1] = wrong
+    before = [p.detach().clone() for p in step.posterior.parameters()]
+    who = [
+        rank for rank, part in enumerate(comm.gather_objects(mine)) if GLOBAL_BATCH_SIZE - 1 in range(*part.indices(99))
+    ]
+    with pytest.raises(
+        DataError, match=rf"a target is {wrong} on rank {', '.join(map(str, who))} in step {number}, and"
+    ):
+        step(x[mine], y[mine], GLOBAL_BATCH_SIZE)
+    assert all(map(torch.equal, before, step.posterior.parameters())) and step.num_steps == number
+
+
+def test_batch_norm_of_one_example_in_the_job_stops_all(comm):
+    """With one example on each rank there are several in the job, unless there is one data group."""
+    with Key(5, Stream.INIT).global_generator():
+        net = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)).double()
+    posterior = MeanFieldGaussian(net)
+    optimizer = torch.optim.SGD(posterior.parameters(), lr=0.1)
+    step = VariationalStep(posterior, Categorical(3), optimizer, comm, num_samples=16, num_train_examples=31)
+    x, y = make_problem(torch.float64)
+    for size in (comm.grid.data_size + 1, max(2, comm.grid.data_size), 1, 2):
+        mine = comm.grid.local_examples(size)
+        if size == 1:
+            with pytest.raises(ConfigError, match="one value per channel in the whole job"):
+                step(x[mine], y[mine], 1)
+        else:
+            step(x[mine], y[mine], size)
+    comm.check_replicas(list(posterior.parameters()), "parameters")
 
 
 def test_nan_on_one_rank_stops_all_before_the_update(comm):
