@@ -86,6 +86,9 @@ class DataConfig:
     """Name of the split to train on."""
     test_split: str = "test"
     """Name of the held-out split."""
+    validation_split: str | None = "auto"
+    """Name of the split that chooses the best checkpoint and ends a run early; the test split then stays unseen until the
+    end. auto: validation, if the shards have it; null: the test split does it."""
     reading: Reading = "auto"
     """node: the ranks of a node read the data once into common memory; group: one rank of a sample group reads each
     batch for all; rank: each rank reads its own examples; auto: node if the data fit, otherwise group."""
@@ -178,6 +181,9 @@ class LikelihoodConfig:
     statistics), learned (one per target), or heteroscedastic (an output of the network)."""
     init_scale: float = _ruled(1.0, positive("Try 1.0"))
     """Initial value of a learned scale (in the same units)."""
+    min_scale: float = _ruled(0.0, at_least(0, "Try 0.01"))
+    """Floor of a learned or heteroscedastic scale (in the same units), to which the scale is added: without one, a
+    network can be sure without bound of what it has seen. 0: none."""
     df: float = _ruled(4.0, positive("Try 4.0"))
     """Degrees of freedom of student_t."""
 
@@ -208,6 +214,8 @@ class KlAnnealingConfig:
     num_epochs: float = _ruled(10.0, positive("Try 10"))
     """Epochs until the factor reaches kl_weight; for cyclical: length of a cycle, in which the factor rises for the
     first half."""
+    fraction_of_run: float | None = _ruled(None, number(lambda v: 0 < v <= 1, "above 0 and at most 1", "Try 0.5"))
+    """In place of num_epochs: this share of the epochs of the run, such as 0.5; it follows num_epochs of the run."""
 
 
 @dataclass
@@ -247,7 +255,8 @@ class CheckpointConfig:
     keep_last: int = _ruled(2, at_least(1, "Try 1"))
     """Number of newest checkpoints to keep; hpc_bnn keeps the best one in addition."""
     metric: str = "auto"
-    """Metric of the evaluation that selects the best checkpoint, lower is better; auto: test/nll or test/rmse."""
+    """Metric of the evaluation that selects the best checkpoint, lower is better; auto: nll, or rmse without a density, of
+    the validation split, or of the test split where there is none."""
     asynchronous: bool = False
     """A thread writes from a copy in memory while training continues."""
 
@@ -305,7 +314,8 @@ class Config:
     tensorboard: bool = False
     """Also write the metrics of each epoch for TensorBoard, to run_dir/tensorboard."""
     test_every_epochs: int = _ruled(10, at_least(1, "Give a positive number"))
-    """Evaluate on the held-out split after this number of epochs, and at the end."""
+    """Evaluate after this number of epochs, and at the end, on the validation split, or on the test split where there is
+    none; at the end always on the test split."""
     kl_weight: float = _ruled(1.0, at_least(0, "1 is Bayes", "0 or more and finite"))
     """Factor of the KL; 1 is Bayes, below 1 a cold posterior."""
     kl_annealing: KlAnnealingConfig = field(default_factory=KlAnnealingConfig)
@@ -321,8 +331,8 @@ class Config:
     early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return nested plain dicts."""
-        return asdict(self)
+        """Return nested plain dicts: the run, without `resume`, which is how it was started."""
+        return {name: value for name, value in asdict(self).items() if name != "resume"}
 
     def check(self) -> None:
         """Check the values, each by itself and with the others. Local.
@@ -350,6 +360,9 @@ class Config:
         """Yield (field, whether its value fits, rule, remedy) of what goes with what."""
         epochs, samples, objective, likelihood = self.num_epochs, self.num_samples, self.objective, self.likelihood
         posterior, family, prior = self.posterior, self.posterior.family, self.posterior.prior
+        split = self.data.validation_split
+        fits = split is None or split != self.data.train_split
+        yield "data.validation_split", fits, "another split than that of the training", "Try null"
         fits = 0 <= self.optimizer.warmup_epochs < max(epochs, 1)
         yield "optimizer.warmup_epochs", fits, f"0 or more and below <num_epochs>, {epochs}", "Try 0"
 

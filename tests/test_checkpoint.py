@@ -355,6 +355,84 @@ def test_early_stopping(digits, tmp_path):
     assert json.loads((tmp_path / "summary.json").read_text())["num_epochs"] == 3
 
 
+@pytest.fixture(scope="module")
+def three_splits(tmp_path_factory):
+    """Shards of noise with a validation split; the best network for the validation split is an early one."""
+    rng, directory = np.random.default_rng(0), tmp_path_factory.mktemp("splits")
+    splits = {name: (rng.normal(size=(n, 4)).astype(np.float32), rng.integers(0, 2, n)) for name, n in
+              (("train", 40), ("validation", 60), ("test", 60))}  # fmt: skip
+    facts = {"name": "noise", "source": "made by the test", "licence": "none", "num_classes": 2}
+    write_shards(directory / "noise", splits, **facts)
+    x, y = splits["test"]
+    write_shards(directory / "other", splits | {"test": (x[:20], 1 - y[:20])}, **facts)
+    return directory
+
+
+def train_on(shards, run_dir, *flags):
+    """Train a small network on shards; return the rows, and the steps of the best checkpoint."""
+    words = ["train", "--data.shards", shards, "--run_dir", run_dir, "--model.arguments", "{hidden: [16]}",
+             "--num_samples", 2, "--num_test_samples", 4, "--global_batch_size", 10, "--posterior.init_std", 0.001,
+             "--kl_weight", 0.001, "--optimizer.learning_rate", 0.03, "--test_every_epochs", 2, *flags]  # fmt: skip
+    assert main(list(map(str, words))) == 0
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return rows, CheckpointStore(run_dir / "checkpoints").load_best()["place"]["num_steps"]
+
+
+def test_the_validation_split_judges_and_the_test_split_stays_unseen(three_splits, tmp_path):
+    flags = ("--num_epochs", 30, "--early_stopping.patience", 3)
+    rows, best = train_on(three_splits / "noise", tmp_path / "a", *flags)
+    judged = {row["step"]: row["validation/nll"] for row in rows if "validation/nll" in row}
+    assert list(judged) == [row["step"] for row in rows if row["epoch"] % 2 == 0] and len(rows) < 30
+    assert [row["epoch"] for row in rows if "test/nll" in row] == [rows[-1]["epoch"]]
+    assert best == min(judged, key=judged.get) == list(judged)[-4] and rows[-1]["test/nll"] > 0
+    summary = json.loads((tmp_path / "a/summary.json").read_text())
+    assert summary["test/nll"] == rows[-1]["test/nll"] and summary["validation/nll"] == rows[-1]["validation/nll"]
+    others, other_best = train_on(three_splits / "other", tmp_path / "b", *flags)  # another test split decides nothing
+    assert other_best == best and [row["train/nelbo"] for row in others] == [row["train/nelbo"] for row in rows]
+
+
+@pytest.mark.parametrize(
+    "flags, judge",
+    [
+        (("--data.validation_split", "null"), "test/nll"),
+        (("--data.validation_split", "test"), "test/nll"),
+        (("--checkpoint.metric", "test/brier"), "test/brier"),
+        (("--checkpoint.metric", "validation/ece"), "validation/ece"),
+        (("--data.test_split", "validation"), "test/nll"),
+    ],
+)
+def test_what_judges_can_be_chosen(three_splits, tmp_path, flags, judge):
+    rows, best = train_on(three_splits / "noise", tmp_path / "a", "--num_epochs", 6, *flags)
+    judged = {row["step"]: row[judge] for row in rows if judge in row}
+    assert len(judged) == 3 and best == min(judged, key=judged.get) and "test/nll" in rows[-1]
+
+
+def test_a_split_that_cannot_judge_is_refused(three_splits, tmp_path, capsys):
+    words = ["train", "--data.shards", str(three_splits / "noise"), "--run_dir", str(tmp_path / "a")]
+    assert main([*words, "--data.validation_split", "train"]) == 2
+    assert "--data.validation_split train: must be another split than that of the training" in capsys.readouterr().err
+    assert main([*words, "--data.validation_split", "holdout"]) == 1
+    assert "holdout" in capsys.readouterr().err
+    assert main([*words, "--data.validation_split", "null", "--checkpoint.metric", "validation/nll"]) == 2
+    assert "must be one of test/nll" in capsys.readouterr().err and not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("num_epochs", [4, 8])
+@pytest.mark.parametrize("fraction", [0.25, 1.0])
+def test_annealing_can_be_a_fraction_of_the_run(three_splits, tmp_path, num_epochs, fraction):
+    flags = (
+        "--kl_annealing.schedule",
+        "linear",
+        "--kl_annealing.fraction_of_run",
+        fraction,
+        "--num_epochs",
+        num_epochs,
+    )
+    rows, _ = train_on(three_splits / "noise", tmp_path / "a", *flags)
+    expected = [0.001 * min(1, (row["step"] - 1) / (fraction * num_epochs * 4)) for row in rows]
+    assert [row["train/kl_weight"] for row in rows] == pytest.approx(expected)
+
+
 def test_max_seconds_stops_with_a_checkpoint(digits, tmp_path, capsys):
     assert train(digits, tmp_path, "--max_seconds", 1e-9) == 75
     assert "stopped: after step 1: --max_seconds is over" in capsys.readouterr().err

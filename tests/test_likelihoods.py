@@ -128,7 +128,7 @@ def test_classes_and_numbers_are_not_mixed_up(name, num_classes):
 @pytest.mark.parametrize(
     "likelihood, good, bad",
     [
-        (Poisson(), [0.0, 3.0], [-1.0, 1.5]),
+        (Poisson(), [0.0, 3.0], [-1.0, 1.5, float("inf")]),
         (Bernoulli(), [0.0, 0.3, 1.0], [-0.1, 1.1, float("nan")]),
         (Gaussian(), [-1e30, 2.0], [float("inf"), float("nan")]),
         (Categorical(3), [0, 2], [-1, 3]),
@@ -146,3 +146,31 @@ def test_targets_outside_the_support_are_refused(likelihood, good, bad):
                            num_samples=1, num_train_examples=2)  # fmt: skip
     with pytest.raises(DataError, match="a target is"):
         step(torch.ones(2, 1), torch.tensor([good[0], bad[0]]), 2)
+
+
+@pytest.mark.parametrize("kind", [Gaussian, StudentT])
+@pytest.mark.parametrize("scale", ["heteroscedastic", "learned"])
+@pytest.mark.parametrize("min_scale", [0.0, 0.01, 0.3])
+def test_a_scale_does_not_fall_below_its_floor(kind, scale, min_scale):
+    likelihood = kind(2, scale, 0.5, min_scale=min_scale)
+    log_scale = torch.linspace(-200, 3, 50).double()
+    outputs = torch.cat([torch.zeros(50, 2), log_scale[:, None].expand(50, 2)], 1).double().requires_grad_()
+    found = likelihood.mixture(outputs[None]).components[1][0, :, 0]
+    torch.testing.assert_close(found, min_scale + log_scale.exp())
+    likelihood.log_prob(outputs, torch.zeros(50, 2)).sum().backward()  # targets that are met: scales want to fall
+    assert outputs.grad.isfinite().all()
+    if min_scale:
+        assert likelihood.log_prob(outputs, torch.zeros(50, 2)).max() < -2 * math.log(min_scale)
+    if scale == "learned":
+        module = likelihood.wrap(torch.nn.Linear(3, 2).double())
+        start = likelihood.mixture(module(torch.zeros(1, 3).double())[None]).components[1]
+        torch.testing.assert_close(start, torch.full_like(start, 0.5))
+        with pytest.raises(ConfigError, match=r"min_scale 0\.5: must be below"):
+            kind(2, scale, 0.5, min_scale=0.5)
+
+
+def test_a_floor_makes_a_network_that_is_too_sure_pay_less():
+    """A network that has seen its examples is sure without bound; on the next one that costs it 24 nats or more."""
+    y = torch.tensor([[1.0]])
+    sure = torch.tensor([[0.0, -5.0]])
+    assert -Gaussian(1).log_prob(sure, y) > 1e4 and -Gaussian(1, min_scale=0.2).log_prob(sure, y) < 20

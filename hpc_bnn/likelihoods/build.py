@@ -27,7 +27,7 @@ def build_likelihood(config: LikelihoodConfig, num_classes: int | None, target_s
         kind = "numbers" if num_classes is None else f"{num_classes} classes"
         raise ConfigError(Fault("likelihood.name", name, f"the targets of these data are {kind}", "Leave it at auto"))
     if name == "gaussian":
-        return Gaussian(num_targets, config.scale, config.init_scale)
+        return Gaussian(num_targets, config.scale, config.init_scale, min_scale=config.min_scale)
     if name == "student_t":
-        return StudentT(num_targets, config.scale, config.init_scale, config.df)
+        return StudentT(num_targets, config.scale, config.init_scale, config.df, min_scale=config.min_scale)
     return {"bernoulli": Bernoulli, "poisson": Poisson, "implicit": Implicit}[name](num_targets)

@@ -19,7 +19,7 @@ class Poisson(Likelihood):
     support = "whole numbers from 0 on"
 
     def fits(self, y: Tensor) -> Tensor:
-        return (y >= 0) & (y == y.floor())
+        return (y >= 0) & (y == y.floor()) & y.isfinite()
 
     def log_prob(self, outputs: Tensor, y: Tensor) -> Tensor:
         y = self.targets(y, outputs)
@@ -45,20 +45,35 @@ class LocationScale(Likelihood):
         A number fixes it (units of the network's targets: standard deviations if the shards are normalised).
         "learned": one scale per target from ``init_scale`` on, a point parameter that `wrap` adds to the network.
         "heteroscedastic": the network gives the locations and then the logs of the scales, [B, 2 num_targets, ...].
+    min_scale : float
+        Floor of a scale that is not fixed, to which it is added: ``min_scale + exp(log scale)``.
     """
 
     is_equivariant = True
 
-    def __init__(self, num_targets: int = 1, scale: LikelihoodScale = "heteroscedastic", init_scale: float = 1.0):
+    def __init__(
+        self,
+        num_targets: int = 1,
+        scale: LikelihoodScale = "heteroscedastic",
+        init_scale: float = 1.0,
+        *,
+        min_scale: float = 0.0,
+    ):
         super().__init__(num_targets)
-        self.scale, self.init_scale = scale, init_scale
+        self.scale, self.init_scale, self.min_scale = scale, init_scale, min_scale
         if scale == "heteroscedastic":
             self.num_outputs = 2 * num_targets
         check_field("likelihood.scale", scale)
         check_field("likelihood.init_scale", init_scale)
+        check_field("likelihood.min_scale", min_scale)
+        if scale == "learned" and min_scale >= init_scale:
+            rule = f"must be below <likelihood.init_scale>, {init_scale}"
+            raise ConfigError(Fault("likelihood.min_scale", min_scale, rule, "Make it smaller"))
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        return LearnedScale(module, self.num_targets, self.init_scale) if self.scale == "learned" else module
+        if self.scale != "learned":
+            return module
+        return LearnedScale(module, self.num_targets, self.init_scale - self.min_scale)
 
     def _split(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
         """Return locations and logarithms of the scales, [B, num_targets, ...] both."""
@@ -67,7 +82,10 @@ class LocationScale(Likelihood):
                 remedy = "Wrap the network with likelihood.wrap" if self.scale == "learned" else "Widen it"
                 rule = f"needs {2 * self.num_targets} outputs on dim 1, and there are {outputs.shape[1]}"
                 raise ConfigError(Fault("likelihood.scale", self.scale, rule, remedy))
-            return outputs[:, : self.num_targets], outputs[:, self.num_targets :]
+            log_scale = outputs[:, self.num_targets :]
+            if self.min_scale:
+                log_scale = torch.logaddexp(log_scale, log_scale.new_tensor(math.log(self.min_scale)))
+            return outputs[:, : self.num_targets], log_scale
         return outputs, torch.full_like(outputs, math.log(self.scale))
 
     def mean(self, outputs: Tensor) -> Tensor:
@@ -99,16 +117,22 @@ class StudentT(LocationScale):
 
     Parameters
     ----------
-    num_targets, scale, init_scale
+    num_targets, scale, init_scale, min_scale
         As for `LocationScale`; the scale is not the standard deviation.
     df : float
         Degrees of freedom, above 0; the variance is finite above 2.
     """
 
     def __init__(
-        self, num_targets: int = 1, scale: LikelihoodScale = "heteroscedastic", init_scale: float = 1.0, df: float = 4.0
+        self,
+        num_targets: int = 1,
+        scale: LikelihoodScale = "heteroscedastic",
+        init_scale: float = 1.0,
+        df: float = 4.0,
+        *,
+        min_scale: float = 0.0,
     ):
-        super().__init__(num_targets, scale, init_scale)
+        super().__init__(num_targets, scale, init_scale, min_scale=min_scale)
         check_field("likelihood.df", df)
         self.df = df
         self.has_variance = df > 2

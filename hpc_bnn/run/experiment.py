@@ -120,6 +120,8 @@ class Experiment:
             config.optimizer, self.posterior, comm, config.num_epochs, num_batches, config.grid.overlap
         )
         annealing = config.kl_annealing
+        in_run = annealing.fraction_of_run
+        num_annealed = annealing.num_epochs if in_run is None else in_run * config.num_epochs
         step = VariationalStep(
             self.posterior,
             self.likelihood,
@@ -128,7 +130,7 @@ class Experiment:
             num_samples=config.num_samples,
             num_train_examples=num_train_examples,
             seed=config.seed,
-            kl_weight=KlAnnealing(config.kl_weight, annealing.schedule, annealing.num_epochs * num_batches),
+            kl_weight=KlAnnealing(config.kl_weight, annealing.schedule, num_annealed * num_batches),
             objective=objective,
             autocast_dtype=torch.bfloat16 if config.dtype == "bfloat16" else None,
             max_gradient_norm=config.optimizer.max_gradient_norm,
@@ -310,8 +312,9 @@ def read_or_prepare(config: DataConfig, comm: GridComm) -> Manifest:
     Of a dataset of the user it is made. Collective over the world.
     """
     if config.dataset is not None:
-        names = dict.fromkeys((config.train_split, config.test_split))
-        manifests = {name: open_dataset(config, name, comm).manifest for name in names}
+        names = [config.train_split, config.test_split]
+        names += [config.validation_split] if config.validation_split not in (None, "auto") else []
+        manifests = {name: open_dataset(config, name, comm).manifest for name in dict.fromkeys(names)}
         splits = {name: tuple(manifest.shards) for name, manifest in manifests.items()}
         return replace(manifests[config.train_split], name=config.dataset, splits=splits)
     with comm.agree(f"preparing {config.shards}"):
@@ -323,6 +326,14 @@ def read_or_prepare(config: DataConfig, comm: GridComm) -> Manifest:
                 _prepare_shards(config.prepare, config.shards)
     with comm.agree(f"reading {config.shards}"):
         return Manifest.read(config.shards)
+
+
+def validation_split(config: DataConfig, manifest: Manifest) -> str | None:
+    """Return the name of the split that chooses checkpoints and ends a run early; None where the test split does. Local."""
+    name = config.validation_split
+    if name == "auto":
+        name = "validation" if "validation" in manifest.splits else None
+    return None if name == config.test_split else name
 
 
 def _load_pretrained(module: nn.Module, path: str) -> None:

@@ -46,9 +46,12 @@ ROWS = {
         "train/data_term": "data term per example",
         "train/kl": "KL (nats)",
     },
-    "Test": {
-        f"test/{name}": LABELS[name]
-        for name in ("accuracy", "nll", "brier", "rmse", "crps", "spread_skill", "ece", "coverage_90")
+    **{
+        split.capitalize(): {
+            f"{split}/{name}": LABELS[name]
+            for name in ("accuracy", "nll", "brier", "rmse", "crps", "spread_skill", "ece", "coverage_90")
+        }
+        for split in ("validation", "test")
     },
     "Time and communication": {
         "examples_per_second": "examples per second",
@@ -125,18 +128,19 @@ def _plot_curves(rows: list[dict[str, Any]]) -> Figure:
     if rows and min(min(row["train/nelbo"], row["train/data_term"]) for row in rows) > 0:
         left.set_yscale("log")
     left.legend()
-    tested = [row for row in rows if any(name.startswith("test/") for name in row)]
+    split = "validation" if any("validation/" in name for row in rows for name in row) else "test"
+    tested = [row for row in rows if any(name.startswith(f"{split}/") for name in row)]
     if not tested:
         right.set_axis_off()
         return figure
-    right.set(xlabel="epoch", title="test, predictive over all samples")
-    shown = [name for name in ("test/nll", "test/accuracy", "test/rmse") if name in tested[-1]]
+    right.set(xlabel="epoch", title=f"{split}, predictive over all samples")
+    shown = [name for metric in ("nll", "accuracy", "rmse") if (name := f"{split}/{metric}") in tested[-1]]
     twin = right.twinx()
     if len(shown) == 1:
         twin.set_axis_off()
     lines, epochs = [], [row["epoch"] for row in tested]
     for axes, name, style, color in zip((right, twin), shown, ("o-", "s--"), ("C2", "C3")):
-        label = LABELS[name.removeprefix("test/")]
+        label = LABELS[name.removeprefix(f"{split}/")]
         lines += axes.plot(epochs, [row[name] for row in tested], style, color=color, label=label)
         axes.set_ylabel(label)
     right.legend(lines, [line.get_label() for line in lines], loc="center right")

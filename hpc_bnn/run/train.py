@@ -31,7 +31,7 @@ from ..predictive import metrics_to_minimise
 from ..safe_files import write_atomically
 from ..training.step import StepResult
 from .checkpoint import read_identity, write_identity
-from .experiment import Experiment, TestResult, check_same_start, read_or_prepare
+from .experiment import Experiment, TestResult, check_same_start, read_or_prepare, validation_split
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,9 @@ class Run(Experiment):
         check(config, comm.grid.world_size)
         check_same_start(config, comm)
         super().__init__(config, comm, read_or_prepare(config.data, comm))
-        names, metric = [f"test/{name}" for name in metrics_to_minimise(self.likelihood)], config.checkpoint.metric
+        held_out, metric = validation_split(config.data, self.manifest), config.checkpoint.metric
+        judges = ("test",) if held_out is None else ("validation", "test")
+        names = [f"{judge}/{name}" for judge in judges for name in metrics_to_minimise(self.likelihood)]
         self._metric_name = names[0] if metric == "auto" else metric
         if self._metric_name not in names:
             rule = f"must be one of {', '.join(names)}"
@@ -67,6 +69,8 @@ class Run(Experiment):
         self.train_set, self.test_set = (
             self.open(split) for split in (config.data.train_split, config.data.test_split)
         )
+        self._judge = self._metric_name.partition("/")[0]
+        self._judging_set = self.test_set if self._judge == "test" else self.open(str(held_out))
         check(config, comm.grid.world_size, len(self.train_set))
         self.loader = BatchLoader(
             self.train_set,
@@ -188,10 +192,14 @@ class Run(Experiment):
         if self._is_over() or is_planned:
             axis = "world" if self.posterior.is_replicated else "data"
             self.comm.check_replicas(list(self.posterior.parameters()), f"after epoch {row['epoch']}", axis)
-            tested = self.evaluate(self.test_set)
-            row |= _prefixed(tested)
+            judged = self.evaluate(self._judging_set)
+            row |= _prefixed(judged, self._judge)
+            tested = judged if self._judge == "test" else None
             if is_whole and is_planned:
                 place.judge(row.get(self._metric_name), self.config.early_stopping.min_change)
+        if self._is_over() and tested is None:
+            tested = self.evaluate(self.test_set)
+            row |= _prefixed(tested)
         place.row = row
         self._write_row(row, progress)
         return row, tested
@@ -255,11 +263,11 @@ class Run(Experiment):
                     for name, value in row.items():
                         self._board.add_scalar(name, value, row["step"])
                     self._board.flush()
-        if self.is_writer and any(name.startswith("test/") for name in row):
+        if self.is_writer and any(name.startswith(("validation/", "test/")) for name in row):
             done = self.step.num_steps - self._first_step
             per_step = (time.perf_counter() - self._begun) / max(done, 1)
             left = tqdm.format_interval(per_step * (self._num_planned_steps() - self.step.num_steps))
-            shown = ["train/nelbo", "train/kl", *(name for name in row if name.startswith("test/"))]
+            shown = ["train/nelbo", "train/kl", *(name for name in row if name.startswith(("validation/", "test/")))]
             values = "  ".join(f"{name} {row[name]:.4g}" for name in shown)
             line = (
                 f"epoch {row['epoch']:4d}  step {row['step']:6d}  {values}  {row['examples_per_second']:.0f} examples/s"
@@ -341,7 +349,7 @@ class Run(Experiment):
     def _summary(self, row: dict[str, Any]) -> dict[str, Any]:
         grid, traffic, posterior = self.comm.grid, self.comm.traffic, self.posterior
         return {
-            **{name: value for name, value in row.items() if name.startswith(("train/", "test/"))},
+            **{name: value for name, value in row.items() if name.startswith(("train/", "validation/", "test/"))},
             "run": self.checkpoints.identity,
             "num_epochs": self.progress.epoch,
             "num_steps": self.step.num_steps,
@@ -464,8 +472,8 @@ class _Progress:
             self.num_without_improvement += 1
 
 
-def _prefixed(tested: TestResult) -> dict[str, float]:
-    return {f"test/{name}": value for name, value in tested.evaluation.metrics.items()}
+def _prefixed(tested: TestResult, split: str = "test") -> dict[str, float]:
+    return {f"{split}/{name}": value for name, value in tested.evaluation.metrics.items()}
 
 
 # --- helpers -------------------------------------------------------------------------------------------
