@@ -1,6 +1,7 @@
 """The command line in one process."""
 
 import json
+import operator
 import os
 import shutil
 import subprocess
@@ -11,11 +12,13 @@ import pytest
 import torch
 import yaml
 from conftest import JOB_SECONDS, REPOSITORY, patience, with_plots
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sklearn.datasets import load_diabetes
 
 import hpc_bnn.models
 from hpc_bnn import write_shards
-from hpc_bnn.cli.commands import main
+from hpc_bnn.cli.commands import QUANTITIES, build_parser, config_of, config_of_words, in_order, main
 from hpc_bnn.config import Config
 from hpc_bnn.errors import ConfigError
 from hpc_bnn.run.train import check
@@ -359,3 +362,112 @@ def test_all_that_an_overlap_cannot_be_with_is_named():
     for reason in reasons:
         assert f"--grid.overlap true: {reason}" in caught.value.on_command_line()
         assert f"overlap True: {reason}" in str(caught.value)  # as a Python user reads it
+
+
+# --- flags and files -----------------------------------------------------------------------------------
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_a_flag_wins_wherever_it_stands(data, tmp_path_factory):
+    """Among files and flags in any order and either way to write them: the last flag, then the last file."""
+    directory, expected, words = tmp_path_factory.getbasetemp(), {}, []
+    values = st.integers(1, 99)
+    for kind in data.draw(st.permutations(["file", "file", "flag", "flag", "flag"])):
+        name = data.draw(st.sampled_from(["seed", "num_epochs", "optimizer.learning_rate"]))
+        value = data.draw(values)
+        if kind == "file":
+            group, _, field = name.rpartition(".")
+            path = directory / f"{name}-{value}.yaml"
+            path.write_text(yaml.safe_dump({group: {field: value}} if group else {field: value}))
+            flag, text = "--config", str(path)
+            expected.setdefault(name, value) if (name, "flag") in expected else expected.update({name: value})
+        else:
+            flag, text = f"--{name}", str(value)
+            expected |= {name: value, (name, "flag"): True}
+        words += data.draw(st.sampled_from([[flag, text], [f"{flag}={text}"]]))
+    config = config_of_words(in_order(["train", *words]))
+    for name, value in expected.items():
+        if isinstance(name, str):
+            assert operator.attrgetter(name)(config) == value
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["RUN", "--seed", "3"],
+        ["--seed", "3", "RUN"],
+        ["--which", "best", "RUN", "--seed=3"],
+        ["--seed", "3", "--config", "OTHER", "RUN"],
+        ["RUN", "--seed", "3", "--config=OTHER"],
+    ],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("command", ["evaluate", "predict"])
+def test_the_config_of_a_run_is_read_wherever_the_run_is_named(tmp_path, command, words):
+    (tmp_path / "config.yaml").write_text("{num_epochs: 77, kl_weight: 0.25}")
+    other = tmp_path / "other.yaml"
+    other.write_text("{kl_weight: 0.5}")
+    given = [word.replace("RUN", str(tmp_path)).replace("OTHER", str(other)) for word in words]
+    required = ["--output", "p.h5"] if command == "predict" else []
+    ordered = in_order([command, *given, *required])
+    parser = build_parser(ordered)
+    config = config_of(parser.instantiate(parser.parse_args(ordered))[command])
+    assert (config.num_epochs, config.seed) == (77, 3)
+    assert config.kl_weight == (0.5 if "OTHER" in " ".join(words) else 0.25)
+
+
+def test_a_resolved_config_does_not_say_whether_the_run_was_resumed(digits, tmp_path):
+    """With --resume true before --config the run began anew, and the former one was moved away."""
+    assert train(digits, tmp_path / "run", "--max_steps", "1") == 0
+    stored = tmp_path / "run/config.yaml"
+    assert "resume" not in yaml.safe_load(stored.read_text())
+    words = [
+        "train",
+        "--resume",
+        "true",
+        "--max_steps",
+        "2",
+        "--config",
+        str(stored),
+        "--run_dir",
+        str(tmp_path / "run"),
+    ]
+    assert main(words) == 0
+    assert not (tmp_path / "run.1").exists() and "resume" not in yaml.safe_load(stored.read_text())
+    assert json.loads((tmp_path / "run/summary.json").read_text())["num_steps"] == 2
+
+
+SIZES = {
+    "memory": {
+        "40GB": 4e10,
+        "40 GB": 4e10,
+        "40G": 4e10,
+        "1.5TB": 1.5e12,
+        "40GiB": 40 * 2**30,
+        "4e10": 4e10,
+        "64MiB": 2**26,
+    },
+    "bandwidth": {"12.5GB/s": 1.25e10, "12.5GB": 1.25e10, "20e9": 2e10, "900MB/s": 9e8},
+    "latency": {"2us": 2e-6, "1.5 ms": 1.5e-3, "20e-6": 2e-5, "800ns": 8e-7},
+    "flops": {"5T": 5e12, "5TFLOP/s": 5e12, "300GFLOPS": 3e11, "1e14": 1e14},
+}
+NONSENSE = {
+    "memory": ["40", "0", "-1", "40gb", "40Gb", "forty", "nan", "inf", "1e30", "4.0.0GB", "40GB/s", ""],
+    "bandwidth": ["12.5", "0", "100Gb/s", "100Gbit", "-2GB/s", "nan"],
+    "latency": ["2", "0", "-1", "5m", "2 usec", "1e-12"],
+    "flops": ["12", "0", "5Tf", "-5T"],
+}
+
+
+@pytest.mark.parametrize("name, text", [(name, text) for name, texts in SIZES.items() for text in texts])
+def test_sizes_take_units(name, text):
+    assert QUANTITIES[name].parse(f"--{name}", text) == pytest.approx(SIZES[name][text])
+    if f"node_{name}" in QUANTITIES:
+        assert QUANTITIES[f"node_{name}"].parse("", text) == pytest.approx(SIZES[name][text])
+
+
+@pytest.mark.parametrize("name, text", [(name, text) for name, texts in NONSENSE.items() for text in texts])
+def test_sizes_that_nothing_has_are_refused(name, text):
+    with pytest.raises(ConfigError, match=f"^--{name} .*must be a number from .*Write it as"):
+        QUANTITIES[name].parse(f"--{name}", text)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import re
 import socket
 import sys
 from collections.abc import Callable, Collection, Sequence
@@ -74,10 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
 
     def work() -> int:
-        words = list(sys.argv[1:] if arguments is None else arguments)
+        words = in_order(sys.argv[1:] if arguments is None else arguments)
         given = {word.split("=")[0] for word in words}
-        if words[:1] in (["evaluate"], ["predict"]) and len(words) > 1 and not words[1].startswith("-"):
-            words[2:2] = ["--config", str(config_of_run(words[1]))]  # flags behind it override it
         parser = build_parser(words)
         try:
             parsed = parser.parse_args(words)
@@ -87,6 +87,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return COMMANDS[parsed.subcommand].run(parser.instantiate(parsed)[parsed.subcommand], given)
 
     return run_and_report("hpc-bnn", work)
+
+
+def in_order(words: Sequence[str]) -> list[str]:
+    """Return a command line with its config files first, that of a RUN_DIR before others: flags override them. Local.
+
+    jsonargparse takes files and flags in their order, and a flag must win wherever it stands.
+    """
+    command = COMMANDS.get(words[0]) if words else None
+    if command is None or not command.config_help:
+        return list(words)
+    files, flags, run_dirs, rest = [], [], [], list(words[1:])
+    while rest:
+        word = rest.pop(0)
+        name, equals, _ = word.partition("=")
+        takes_value = not equals and name not in ("-h", "--help", "--print_config")
+        if not word.startswith("-"):
+            run_dirs.append(word)
+        else:
+            value = [rest.pop(0)] if takes_value and rest and not rest[0].startswith("--") else []
+            (files if name == "--config" else flags).extend([word, *value])
+    if "run" in command.arguments and run_dirs:
+        files = ["--config", str(config_of_run(run_dirs[0])), *files]
+    return [words[0], *files, *flags, *run_dirs]
 
 
 def _say_all_faults(words: list[str]) -> None:
@@ -171,11 +194,17 @@ def _plan(options: jsonargparse.Namespace, given: set[str]) -> int:
     from ..plan import ASSUMED_BETWEEN, ASSUMED_WITHIN, describe, plan_here
 
     config, path = config_of(options, given), None if options.output is None else Path(options.output)
-    faults = [
-        Fault(f"--{name}", options[name], "must be positive", "Leave it out")
-        for name in ("bandwidth", "latency", "node_bandwidth", "node_latency")
-        if options[name] is not None and not options[name] > 0
+    faults: list[Fault | str] = [
+        Fault(f"--{name}", options[name], "must be at least 1", "Leave it out for the ranks of this job")
+        for name in ("ranks", "ranks_per_node")
+        if options[name] is not None and options[name] < 1
     ]
+    sizes: dict[str, float | None] = {}
+    for name, quantity in QUANTITIES.items():
+        try:
+            sizes[name] = None if options[name] is None else quantity.parse(f"--{name}", options[name])
+        except ConfigError as error:
+            faults += error.faults
     if path and path.is_dir():
         faults.append(Fault("--output", options.output, "it is a directory", "Name a file in it, plan.json"))
     if faults:
@@ -184,7 +213,7 @@ def _plan(options: jsonargparse.Namespace, given: set[str]) -> int:
 
     def network(prefix: str, assumed: Network) -> Network | None:
         """Return what the flags describe; without flags what the doctor measured, or None."""
-        bandwidth, latency, known = options[f"{prefix}bandwidth"], options[f"{prefix}latency"], measured or assumed
+        bandwidth, latency, known = sizes[f"{prefix}bandwidth"], sizes[f"{prefix}latency"], measured or assumed
         if bandwidth is None and latency is None:
             return measured
         return Network(bandwidth or known.bandwidth, latency or known.latency)
@@ -195,8 +224,8 @@ def _plan(options: jsonargparse.Namespace, given: set[str]) -> int:
         options.ranks_per_node,
         between=network("", ASSUMED_BETWEEN),
         within=network("node_", ASSUMED_WITHIN),
-        memory_bytes=options.memory,
-        flops=options.flops,
+        memory_bytes=sizes["memory"],
+        flops=sizes["flops"],
     )
     if comm.launched_rank() == 0:
         print(describe(config, plan))
@@ -321,6 +350,45 @@ def _argument(type_: Any, text: str, **options: Any) -> dict[str, Any]:
     return {"type": type_, "help": text, **options}
 
 
+class _Quantity(NamedTuple):
+    """A number with a unit on the command line."""
+
+    units: dict[str, float]
+    least: float
+    most: float
+    example: str
+
+    def parse(self, flag: str, text: str) -> float:
+        """Return a number in the unit whose factor is 1; `ConfigError` for another unit, or a size that nothing has."""
+        match = re.fullmatch(r"\s*((?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*([A-Za-z/]*)\s*", text)
+        value = float(match[1]) * self.units.get(match[2], math.nan) if match else math.nan
+        if not self.least <= value <= self.most:
+            rule = f"must be a number from {self.least:g} to {self.most:g}, with a unit or without"
+            raise ConfigError(Fault(flag, text, rule, f"Write it as {self.example}"))
+        return value
+
+
+def _with_prefixes(ending: str) -> dict[str, float]:
+    """Return factors of a unit with prefixes, with and without its ending: G, GB."""
+    powers = {"k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
+    found = {f"{prefix}{end}": power for prefix, power in powers.items() for end in (ending, "")}
+    return {"": 1.0, ending: 1.0} | found
+
+
+_BINARY = {f"{prefix}iB": 1024.0**power for power, prefix in enumerate("KMGTP", 1)}
+_BYTES = _with_prefixes("B") | _BINARY
+_BANDWIDTH = _Quantity(_BYTES | {f"{unit}/s": factor for unit, factor in _BYTES.items() if unit}, 1e6, 1e14, "12.5GB/s")
+_LATENCY = _Quantity({"": 1.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}, 1e-9, 1.0, "2us")
+QUANTITIES = {
+    "memory": _Quantity(_BYTES, 2.0**20, 1e15, "40GB"),
+    "flops": _Quantity(_with_prefixes("FLOP/s") | _with_prefixes("FLOPS"), 1e6, 1e18, "5T"),
+    "bandwidth": _BANDWIDTH,
+    "latency": _LATENCY,
+    "node_bandwidth": _BANDWIDTH,
+    "node_latency": _LATENCY,
+}
+"""Flags of ``hpc-bnn plan`` that are sizes."""
+
 _RUN = {
     "run": _argument(str, "Directory of the run; flags override its config.", metavar="RUN_DIR"),
     "--which": _argument(Literal["newest", "best"], "Checkpoint (default: newest).", default="newest"),
@@ -349,12 +417,14 @@ _PLAN = {
     "--ranks_per_node": _argument(
         int | None, "Ranks of a node (default: as here, or the GPUs or cores of this machine)."
     ),
-    "--memory": _argument(float | None, "Bytes that a rank may take (default: those of its device)."),
-    "--flops": _argument(float | None, "FLOP/s of a rank (default: measure its share here)."),
-    "--bandwidth": _argument(float | None, f"Bytes per second of a rank {_BETWEEN}"),
-    "--latency": _argument(float | None, f"Seconds of a message {_BETWEEN}"),
-    "--node_bandwidth": _argument(float | None, f"Bytes per second of a rank {_WITHIN}"),
-    "--node_latency": _argument(float | None, f"Seconds of a message {_WITHIN}"),
+    "--memory": _argument(str | None, "What a rank may take, such as 40GB or 40GiB (default: that of its device)."),
+    "--flops": _argument(
+        str | None, "FLOP/s of a rank that it reaches, not its peak, such as 5T (default: measured here)."
+    ),
+    "--bandwidth": _argument(str | None, f"Of a rank, such as 12.5GB/s, {_BETWEEN}"),
+    "--latency": _argument(str | None, f"Of a message, such as 2us, {_BETWEEN}"),
+    "--node_bandwidth": _argument(str | None, f"Of a rank, such as 200GB/s, {_WITHIN}"),
+    "--node_latency": _argument(str | None, f"Of a message, such as 1us, {_WITHIN}"),
     "--network": _argument(str | None, "JSON of hpc-bnn doctor: its network, for both."),
     "--output": _argument(str | None, "JSON file to write as well."),
 }

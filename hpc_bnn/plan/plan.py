@@ -20,7 +20,6 @@ from ..comm.devices import free_memory_bytes
 from ..comm.timing import Network, measure_network
 from ..config import Config
 from ..data import Manifest
-from ..errors import at_least, check_all, number
 from ..grid import Axis, Grid, grids
 from ..likelihoods import Categorical
 from ..models import MLP
@@ -266,15 +265,7 @@ def plan_here(
     they are assumed. A rank has the memory of its GPU, or its fraction of the free memory of this node, and its FLOP/s
     are measured, where nothing else is given.
     """
-    least = at_least(1, "Leave it out for the ranks of this job")
-    above_0 = number(lambda value: value > 0, "positive", "Leave it out")
-    check_all(
-        lambda: num_ranks is None or least.check("--ranks", num_ranks),
-        lambda: ranks_per_node is None or least.check("--ranks_per_node", ranks_per_node),
-        lambda: memory_bytes is None or above_0.check("--memory", memory_bytes),
-        lambda: flops is None or above_0.check("--flops", flops),
-        config.check,
-    )
+    config.check()
     world_size = communication.world_size()
     flag = "--ranks" if num_ranks else "number of ranks"
     num_ranks = num_ranks or world_size
