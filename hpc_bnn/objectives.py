@@ -146,7 +146,7 @@ class _Mean(Coupling):
         return torch.full_like(statistic, -1.0 / self.num_samples)
 
     def data_term(self) -> Tensor:
-        return torch.as_tensor(self._sum)
+        return self.y.new_zeros(()) + self._sum
 
 
 # --- log predictive ------------------------------------------------------------------------------------
@@ -176,7 +176,7 @@ class _LogPredictiveCoupling(_Reduced):
 
     def data_term(self) -> Tensor:
         log_mean = self._over_samples.log_mean
-        return -log_mean.sum() if log_mean is not None and self.counts_group else torch.zeros(())
+        return -log_mean.sum() if log_mean is not None and self.counts_group else self.y.new_zeros(())
 
 
 # --- moment-matched Gaussian ---------------------------------------------------------------------------
@@ -228,7 +228,7 @@ class _MomentMatchedCoupling(_Reduced):
 
     def data_term(self) -> Tensor:
         if self._over_samples.mean is None or not self.counts_group:
-            return torch.zeros(())
+            return self.y.new_zeros(())
         total = self._over_samples.total
         return 0.5 * (torch.log(2 * math.pi * total) + self._error.square() / total).sum()
 
@@ -306,7 +306,7 @@ class _Members(Coupling):
         super().__init__(y, samples, num_samples)
         self.objective = objective
         self._own: dict[int, Tensor] = {}
-        self._part = torch.zeros(())
+        self._part = y.new_zeros(())
 
     def see(self, samples: Sequence[int], statistic: Tensor) -> None:
         self._own.update(zip(samples, statistic))

@@ -234,14 +234,15 @@ def _answer(implementation: Implementation) -> str:
     lengths = [0, 1, 17, 130, 200, 64]
     firsts = [5, 63, philox.MAX_NUMBERS - 17, 3, 1088, 128]
     starts = [1, 2, 3, 21, 152, 353]
-    table = torch.tensor([[0, 1, 2, (1 << 62) + 7, 3, 4], firsts, starts, lengths])
-    words = torch.tensor([-0x1234567890ABCDEF, (5 << 32) + 6])
+    on: Any = {"dtype": torch.float32, "device": "cpu"}  # whatever a user's defaults are
+    table = torch.tensor([[0, 1, 2, (1 << 62) + 7, 3, 4], firsts, starts, lengths], device="cpu")
+    words = torch.tensor([-0x1234567890ABCDEF, (5 << 32) + 6], device="cpu")
     size, sample = 420, (1 << 32) - 3
-    loc, scale = torch.arange(size) / 8 - 20, torch.arange(size) % 7 / 64 + 0.3
+    loc, scale = torch.arange(size, **on) / 8 - 20, torch.arange(size, **on) % 7 / 64 + 0.3
     gradients = [None if n == 1 else loc[:n] / 3 for n in lengths]
-    bits = torch.zeros(3, size, dtype=torch.int32)
-    drawn, out, noise = torch.zeros(3, 3, size)
-    total, product, again = torch.ones(3, size)
+    bits = torch.zeros(3, size, dtype=torch.int32, device="cpu")
+    drawn, out, noise = torch.zeros(3, 3, size, **on)
+    total, product, again = torch.ones(3, size, **on)
     implementation.bits(table, words, sample, False, bits)
     implementation.draw(table, words, 7, True, drawn)
     implementation.affine(table, words, sample, True, loc, scale, out, noise)

@@ -69,7 +69,7 @@ def _bits_elsewhere(table, tiles, words, first_sample, antithetic, out) -> None:
 
 
 def _draw_on_cpu(table, tiles, words, first_sample, antithetic, out) -> None:
-    numbers = out if out.dtype == torch.float32 else torch.empty(out.shape)
+    numbers = out if out.dtype == torch.float32 else torch.empty(out.shape, dtype=torch.float32, device="cpu")
     chosen().draw(table, words, first_sample, antithetic, numbers)
     if numbers is not out:
         out.copy_(numbers)
@@ -82,7 +82,7 @@ def _draw_elsewhere(table, tiles, words, first_sample, antithetic, out) -> None:
 
 
 def _through_host(draw_on_cpu, dtype, table, words, first_sample, antithetic, out) -> None:
-    host = torch.empty(out.shape, dtype=dtype)
+    host = torch.empty(out.shape, dtype=dtype, device="cpu")
     draw_on_cpu(table.cpu(), None, words.cpu(), first_sample, antithetic, host)
     out.copy_(host)
 

@@ -31,7 +31,7 @@ class Segments:
     def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return, on a device, the table [4, T] int64 (words, first, starts, lengths) and `tiles`; the CPU needs no tiles."""
         if device not in self._on:
-            tiles = self.tiles(device) if device.type != "cpu" else torch.empty(0, 2, dtype=torch.int32)
+            tiles = self.tiles(device) if device.type != "cpu" else torch.empty(0, 2, dtype=torch.int32, device="cpu")
             self._on[device] = self.table(device), tiles
         return self._on[device]
 
@@ -56,6 +56,6 @@ def of_rows(rows: Tensor, length: int, first: int = 0) -> tuple[Tensor, Tensor]:
     number, count = torch.arange(len(rows), device=rows.device), -(-(first % 64 + length) // Segments.TILE)
     table = torch.stack([rows, torch.full_like(rows, first), number * length, torch.full_like(rows, length)])
     if rows.device.type == "cpu":
-        return table, torch.empty(0, 2, dtype=torch.int32)
+        return table, torch.empty(0, 2, dtype=torch.int32, device="cpu")
     tiles = torch.arange(count, device=rows.device)
     return table, torch.stack([number.repeat_interleave(count), tiles.repeat(len(rows))], 1).int()

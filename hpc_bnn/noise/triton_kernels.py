@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -407,11 +408,12 @@ def _self_test(device: torch.device) -> dict[str, str]:
     segments = Segments([5, -(2**62) + 3, 7], [0, 2**33 + 37, 63], [0, 2048, 4160], [2000, 2085, 1])
     words = torch.tensor([0x0123456789ABCDEF, 2**32 + 7], device=device)
     on = segments.table(device), segments.tiles(device), words
-    noise, size = torch.zeros(3, 4224, device=device), 4224
+    real: Any = {"dtype": torch.float32, "device": device}  # whatever a user's default is
+    noise, size = torch.zeros(3, 4224, **real), 4224
     draw(*on, 2**31 - 2, True, noise)
-    loc = torch.arange(size, device=device) * 2.0**-9 - 3
-    scale = torch.arange(size, device=device) % 97 * 2.0**-7 + 2.0**-10
-    weights, product = torch.zeros(3, size, device=device), scale.clone()
+    loc = torch.arange(size, **real) * 2.0**-9 - 3
+    scale = torch.arange(size, **real) % 97 * 2.0**-7 + 2.0**-10
+    weights, product = torch.zeros(3, size, **real), scale.clone()
     affine(*on, 5, True, loc, scale, weights)
     at = zip(*segments.table()[2:].tolist())
     fold([weights[:, a : a + n].contiguous() for a, n in at], *on, 5, True, loc, product, samples=3)

@@ -78,7 +78,9 @@ class Reducer:
 
     def local_checksum(self) -> Tensor:
         """Return the sum of this rank's part of what is summed over the job. Local, before `reduce_`."""
-        return torch.as_tensor(self._checksum + sum(span.sum() for span in self._rest()))
+        total = self._checksum + sum(span.sum() for span in self._rest())
+        assert isinstance(total, Tensor), "what stands behind the gradient is in no block"
+        return total
 
     # --- blocks -------------------------------------------------------------------------------------
 

@@ -61,7 +61,9 @@ class LowRank(MeanField):
         with torch.set_grad_enabled(grads is not None):
             loc, log_scale, factor = leaves = [slots[name].detach().requires_grad_(grads is not None) for name in names]
             gram = factor @ factor.T
-            kl = -gaussian_entropy(log_scale) - 0.5 * torch.logdet(gram + torch.eye(len(gram)).to(gram))
+            kl = -gaussian_entropy(log_scale) - 0.5 * torch.logdet(
+                gram + torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+            )
             if self.prior.closed_form:
                 marginal = log_scale.exp() * (1 + factor.square().sum(0)).sqrt()
                 kl = kl + self.prior.cross_entropy(loc, marginal)
