@@ -81,11 +81,18 @@ class Likelihood:
         """Return y in the shape and dtype of predictions; `ConfigError` where a broadcast would be another model."""
         y = y.unsqueeze(1) if y.ndim == like.ndim - 1 and like.shape[1] == 1 else y
         if y.shape != like.shape:
-            rule = f"the network gives {list(like.shape[1:])} per example, the targets are {list(y.shape[1:])}"
+            number = y.shape[1] if y.ndim > 1 else 1
             remedy = f"Let the network have num_outputs = {self.num_outputs} on dim 1"
-            field, value = f"likelihood {type(self).__name__}", f"num_targets {self.num_targets}"
-            raise ConfigError(Fault(field, value, rule, remedy))
+            if number != self.num_targets:
+                remedy += f", or make the likelihood with num_targets = {number}"
+            raise self.misfit(like, y, f"num_targets is {self.num_targets}", remedy)
         return y.to(like.dtype)
+
+    def misfit(self, outputs: Tensor, y: Tensor | None, rule: str, remedy: str) -> ConfigError:
+        """Return the error that outputs of a network, or what becomes of them, do not fit the targets or this likelihood."""
+        found = f"the network gives {list(outputs.shape)}"
+        found += "" if y is None else f", the targets are {list(y.shape)} of {y.dtype}"
+        return ConfigError(Fault("likelihood", type(self).__name__, f"{found}; {rule}", remedy))
 
 
 def sum_targets(per_target: Tensor) -> Tensor:

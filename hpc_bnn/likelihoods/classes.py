@@ -19,7 +19,9 @@ class Categorical(Likelihood):
     def __init__(self, num_classes: int):
         super().__init__()
         self.num_classes = self.num_outputs = num_classes
-        self.support = f"classes 0 to {num_classes - 1}, or their probabilities, which add up to 1"
+        self.support = (
+            f"classes 0 to {num_classes - 1} of a whole-number dtype (y.long()), or their probabilities, which add up to 1"
+        )
 
     def fits(self, y: Tensor) -> Tensor:
         fits = (y >= 0) & (y <= (1 if y.is_floating_point() else self.num_outputs - 1))
@@ -32,12 +34,28 @@ class Categorical(Likelihood):
 
         Targets [B, C, ...] of a floating-point dtype are class probabilities: the mean over them of log p.
         """
+        self._check_outputs(outputs, y)
+        of_class = outputs.shape[:1] + outputs.shape[2:]
+        if y.shape != (outputs.shape if y.is_floating_point() else of_class):
+            rule = "targets are classes [B, ...] of a whole-number dtype, or probabilities of the shape of the outputs"
+            ways = {
+                of_class: "y.long()",
+                outputs.shape: "y.argmax(1)",
+                (*of_class[:1], 1, *of_class[1:]): "y.squeeze(1)",
+            }
+            raise self.misfit(outputs, y, rule, f"Give {ways.get(y.shape, 'targets of such a shape')}")
         y = y.to(outputs.dtype) if y.is_floating_point() else y.long()
         return -sum_targets(F.cross_entropy(outputs, y, reduction="none"))
 
     def probabilities(self, outputs: Tensor) -> Tensor:
         """Return class probabilities [B, C, ...] from logits [B, C, ...]."""
+        self._check_outputs(outputs)
         return torch.softmax(outputs, dim=1)
+
+    def _check_outputs(self, outputs: Tensor, y: Tensor | None = None) -> None:
+        if outputs.shape[1:2] != (self.num_classes,):
+            remedy = f"Let the network give logits [B, {self.num_classes}, ...], examples first"
+            raise self.misfit(outputs, y, f"there are {self.num_classes} classes", remedy)
 
 
 class Bernoulli(Likelihood):

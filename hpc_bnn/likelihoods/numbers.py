@@ -78,9 +78,15 @@ class LocationScale(Likelihood):
     def _split(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
         """Return locations and logarithms of the scales, [B, num_targets, ...] both."""
         if isinstance(self.scale, str):
-            if outputs.shape[1] != 2 * self.num_targets:
-                remedy = "Wrap the network with likelihood.wrap" if self.scale == "learned" else "Widen it"
-                rule = f"needs {2 * self.num_targets} outputs on dim 1, and there are {outputs.shape[1]}"
+            if outputs.shape[1:2] != (2 * self.num_targets,):
+                number = f"{2 * self.num_targets} outputs on dim 1"
+                rule = (
+                    f"needs {number}, locations and logarithms of scales, and the network gives {list(outputs.shape)}"
+                )
+                remedy = (
+                    f"Let the network have {number}, or give a number for <likelihood.scale>, as in Gaussian(1, 0.1)"
+                )
+                remedy = "Wrap the network with likelihood.wrap" if self.scale == "learned" else remedy
                 raise ConfigError(Fault("likelihood.scale", self.scale, rule, remedy))
             log_scale = outputs[:, self.num_targets :]
             if self.min_scale:
@@ -186,7 +192,8 @@ class LearnedScale(nn.Module):
         super().__init__()
         self.network = network
         like = next(network.parameters())
-        self.log_scale = nn.Parameter(like.new_full((num_targets,), math.log(init_scale)))
+        log_scale = like.new_full((num_targets,), math.log(init_scale), dtype=like.dtype.to_real())
+        self.log_scale = nn.Parameter(log_scale)
 
     def forward(self, x: Tensor) -> Tensor:  # -> [B, 2 num_targets, ...]
         loc = self.network(x)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..comm import GridComm
 from ..data import Source
-from ..errors import DataError
+from ..errors import ConfigError, DataError, Fault
 from ..likelihoods import Likelihood
 from ..posteriors import Posterior
 from .metrics import (
@@ -286,6 +286,9 @@ class _ClassScores(_Scores):
 
     def add(self, examples: Tensor, predictive: ClassPredictive, y: Tensor) -> None:
         p = predictive.probabilities
+        if p.ndim > 2:
+            rule = f"a class for each point of a field {list(p.shape[2:])}: metrics are of one class per example"
+            raise ConfigError(Fault("likelihood.name", "categorical", rule, "Use hpc_bnn.predict_classes in a loop"))
         confidence, said = p.max(1)
         correct, of_truth = said == y, p.gather(1, y.long()[:, None])[:, 0]
         self.metrics["accuracy"].update(correct)

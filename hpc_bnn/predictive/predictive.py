@@ -16,31 +16,31 @@ from ..noise import Key, Stream
 from ..posteriors import Posterior
 from ..posteriors.sample_loop import SampleLoop
 from ..reductions import LogMeanExp, Moments
-from ..trees import Inputs, device_of, num_rows
+from ..trees import Inputs, num_rows
 from ..views import SharedView
 
 
 @dataclass(frozen=True)
 class ClassPredictive:
-    """Predictive of some examples over all samples of the job; B examples, C classes."""
+    """Predictive of some examples over all samples of the job; B examples, C classes; "..." are the points of a field."""
 
     probabilities: Tensor
-    """[B, C] mean over samples of the class probabilities."""
+    """[B, C, ...] mean over samples of the class probabilities."""
     std: Tensor
-    """[B, C] standard deviation over samples of the class probabilities."""
+    """[B, C, ...] standard deviation over samples of the class probabilities."""
     expected_entropy: Tensor
-    """[B] mean over samples of the entropy (nats): the aleatoric part."""
+    """[B, ...] mean over samples of the entropy (nats): the aleatoric part."""
     members: Tensor | None = None
-    """[B, K, C] class probabilities of each sample, where they were asked for."""
+    """[B, K, C, ...] class probabilities of each sample, where they were asked for."""
 
     @property
     def entropy(self) -> Tensor:
-        """[B] entropy of the mean probabilities (nats): the total uncertainty."""
-        return torch.special.entr(self.probabilities).sum(-1)
+        """[B, ...] entropy of the mean probabilities (nats): the total uncertainty."""
+        return torch.special.entr(self.probabilities).sum(1)
 
     @property
     def mutual_information(self) -> Tensor:
-        """[B] entropy minus expected entropy (nats): the epistemic uncertainty (Houlsby et al., 2011)."""
+        """[B, ...] entropy minus expected entropy (nats): the epistemic uncertainty (Houlsby et al., 2011)."""
         return (self.entropy - self.expected_entropy).clamp_min(0)
 
 
@@ -125,6 +125,7 @@ def member_outputs(
             yield range(samples[0], samples[0] + count), outputs[:count].double()
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def predict_classes(
     posterior: Posterior,
@@ -140,7 +141,7 @@ def predict_classes(
 ) -> ClassPredictive:
     """Return the predictive of this rank's examples over the samples of all ranks of its sample group.
 
-    Collective over ``sample_comm``: one sum of [B, 2 C + 1]; a gather of [K, B, C] to keep the members.
+    Collective over ``sample_comm``: one sum of [B, 2 C + 1, ...]; a gather of [K, B, C, ...] to keep the members.
 
     Parameters
     ----------
@@ -159,20 +160,21 @@ def predict_classes(
         Whether the probabilities of each sample are kept as well.
     """
     num_classes = likelihood.num_classes
-    # p, p^2, entropy; in float64, because the variance is a small difference
-    sums = torch.zeros(num_rows(x), 2 * num_classes + 1, dtype=torch.float64, device=device_of(x))
+    sums: Tensor | float = 0.0  # of p, p^2, entropy; in float64, because the variance is a small difference
     kept = []
     for _, outputs in member_outputs(posterior, comm, x, num_samples, seed, batch_size, chunk_size):
         p = likelihood.probabilities(outputs.flatten(0, 1)).unflatten(0, outputs.shape[:2])
-        parts = torch.cat([p, p.square(), torch.special.entr(p).sum(-1, keepdim=True)], dim=-1)
-        sums += parts.sum(0)
+        parts = torch.cat([p, p.square(), torch.special.entr(p).sum(2, keepdim=True)], dim=2)
+        sums = parts.sum(0) + sums
         kept += [p] if keep_members else []
+    assert isinstance(sums, Tensor), "each rank of a sample group adds one chunk or more"
     comm.sum_(sums, "sample")
-    mean, square, entropy = (sums / num_samples).split([num_classes, num_classes, 1], dim=-1)
+    mean, square, entropy = (sums / num_samples).split([num_classes, num_classes, 1], dim=1)
     members = comm.gather(torch.cat(kept), "sample").movedim(0, 1) if keep_members else None
-    return ClassPredictive(mean, (square - mean.square()).clamp_min(0).sqrt(), entropy.squeeze(-1), members)
+    return ClassPredictive(mean, (square - mean.square()).clamp_min(0).sqrt(), entropy.squeeze(1), members)
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def predict_values(
     posterior: Posterior,
