@@ -176,6 +176,26 @@ def test_the_command_line_trains_evaluates_predicts_and_plans_with_a_dataset(wor
     assert "accuracy" in out and (tmp_path / "out.h5").exists()
 
 
+class Spectral(Net):
+    """With complex weights."""
+
+    def __init__(self, in_shape, num_outputs):
+        super().__init__(in_shape, num_outputs)
+        self.weight = nn.Parameter(torch.full(in_shape, 1 + 2j))
+
+    def forward(self, x):
+        return super().forward((x * self.weight).abs())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_complex_weights_keep_their_imaginary_parts(words, tmp_path, dtype):
+    flags = {"model__name": "test_sources.Spectral", "dtype": dtype, "posterior__init_std": 0.001}
+    assert main(words("train", max_steps=2, **flags)) == 0
+    (path,) = (tmp_path / "run/checkpoints").glob("*.pt")
+    weight = torch.load(path, weights_only=True)["model"]["weight.loc"]
+    assert weight.shape == (2, 2) and (weight - torch.tensor([1.0, 2.0])).abs().max() < 0.1
+
+
 def test_a_network_of_shards_refuses_a_dataset(words, digits, tmp_path, capsys):
     flags = {"data__shards": digits, "max_steps": 1, "model__name": "hpc_bnn.models.MLP"}
     given = [word for word in words("train", **flags) if not word.startswith("--data.dataset")]

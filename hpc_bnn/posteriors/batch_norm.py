@@ -51,7 +51,9 @@ class BatchNorms:
         self._modules = dict.fromkeys(module.modules())
         for name, layer in module.named_modules():
             if isinstance(layer, _BatchNorm):
-                _check(name, layer)
+                _check(layer)
+            if isinstance(layer, nn.SyncBatchNorm):
+                _do_not_sync(name, layer)
             statistics = [getattr(layer, name, None) for name in ("running_mean", "running_var")]
             are_kept = all(isinstance(value, Tensor) and value.ndim == 1 for value in statistics)
             if are_kept and not isinstance(layer, _InstanceNorm):
@@ -75,7 +77,12 @@ class BatchNorms:
         return [2 * len(layer.running_mean) for layer in self.layers]
 
     def begin(self, again: bool = False) -> None:
-        """Begin a step or a predictive; or, again, the second pass of a step, which gives the statistics. Local."""
+        """Begin a step or a predictive; or, again, the second pass of a step, which gives the statistics. Local.
+
+        `ConfigError` where a user has since taken statistics away.
+        """
+        for layer in self.layers:
+            _check(layer)
         if again:
             self._put_counters_back()
         self._saved = {layer: counter.clone() for layer, counter in self._counters().items()}
@@ -248,16 +255,22 @@ def of_one_rank(tensor: Tensor) -> None:
     """Leave a tensor: the sum over one rank."""
 
 
-def _check(name: str, layer: _BatchNorm) -> None:
-    """Raise `ConfigError` for a BatchNorm layer that cannot be exact; let SyncBatchNorm call ``F.batch_norm``."""
-    if not layer.track_running_stats or layer.momentum is None:
-        rule = "track_running_stats=False and momentum=None are not supported"
+def _check(layer: Any) -> None:
+    """Raise `ConfigError` for a layer whose running statistics cannot be exact."""
+    if not getattr(layer, "track_running_stats", True) or layer.running_var is None or layer.running_mean is None:
+        rule = "it normalises by the batch and keeps no running statistics (track_running_stats=False)"
+        raise ConfigError(Fault("model", type(layer).__name__, rule, "Keep them, or use GroupNorm"))
+    if getattr(layer, "momentum", 0.1) is None:
+        rule = "momentum=None gives each batch a weight that depends on how many samples came before"
         raise ConfigError(Fault("model", type(layer).__name__, rule, "Use momentum=0.1, or GroupNorm"))
-    if isinstance(layer, nn.SyncBatchNorm):
-        if type(layer) is not nn.SyncBatchNorm or "forward" in layer.__dict__:
-            rule, what = "it sums over all ranks by itself, over those of other samples as well", type(layer).__name__
-            raise ConfigError(Fault("model", f"{name} ({what})", rule, "Use the class without Sync: hpc_bnn sums"))
-        layer.forward = types.MethodType(_BatchNorm.forward, layer)
+
+
+def _do_not_sync(name: str, layer: nn.SyncBatchNorm) -> None:
+    """Let SyncBatchNorm call ``F.batch_norm``; `ConfigError` where it has another forward."""
+    if type(layer) is not nn.SyncBatchNorm or "forward" in layer.__dict__:
+        rule, what = "it sums over all ranks by itself, over those of other samples as well", type(layer).__name__
+        raise ConfigError(Fault("model", f"{name} ({what})", rule, "Use the class without Sync: hpc_bnn sums"))
+    layer.forward = types.MethodType(_BatchNorm.forward, layer)
 
 
 class _Normalise(torch.autograd.Function):

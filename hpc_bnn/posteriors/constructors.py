@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -111,15 +111,23 @@ class MCDropout(Posterior):
     """
 
     def __init__(self, module: nn.Module, *, prior_std: float = 1.0, output: Output = None):
-        rates = {layer.p for layer in module.modules() if isinstance(layer, _DropoutNd) and layer.p > 0}
+        rates = _rates(module.modules())
         name = type(module).__name__
         if not rates:
             raise ConfigError(Fault("model", name, "it has no dropout layer with p > 0", "Add nn.Dropout(0.1)"))
         if len(rates) > 1:
             rule = "all dropout layers must have the same rate for the weight decay"
             raise ConfigError(Fault("model", sorted(rates), rule, "Use one rate"))
+        self._rates = set(rates)
         super().__init__(module, Dropout(rates.pop(), prior_std), output=output)
         self.network.dropout.always = True
+
+    def check_(self) -> None:  # noqa: D102
+        super().check_()
+        if (rates := _rates(self.network.layers)) != self._rates:
+            rule = f"the rate of its dropout was changed from {self._rates} to {rates or 0}, and the prior goes by the first"
+            remedy = "Make the posterior anew"
+            raise ConfigError(Fault("model", type(self.module).__name__, rule, remedy))
 
 
 class DeepEnsemble(Posterior):
@@ -177,6 +185,10 @@ class DeterministicNetwork(Posterior):
 
     def __init__(self, module: nn.Module, *, output: Output = None):
         super().__init__(module, Point(), output=output)
+
+
+def _rates(layers: Iterable[nn.Module]) -> set[float]:
+    return {layer.p for layer in layers if isinstance(layer, _DropoutNd) and layer.p > 0}
 
 
 def _fixed_tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -54,24 +54,25 @@ class DropoutMasks:
         self.always = self.is_batched = False
         self._numbers: dict[nn.Module, int] = {layer: number for number, layer in enumerate(self.layers)}
         self._modules: dict[nn.Module, int] = {}
-        self.find(module)
         self._key: Key | None = None
         self._masks: dict[tuple[int, torch.Size], Tensor] = {}
         self.shapes: Shapes | None = None
         self.batch_dims: BatchDims = {}
+
+    def find(self, module: nn.Module) -> None:
+        """Give a number to each layer that has none, and switch off the dropout that cannot be keyed. Local.
+
+        `ConfigError` where that would be another network.
+        """
         for name, layer in module.named_modules():
+            if not hasattr(layer, "_orig_mod"):  # what torch.compile puts around a module
+                self._modules.setdefault(layer, len(self._modules))
             if isinstance(layer, _UNKEYED) and layer.p > 0:
                 what = f"{name} ({type(layer).__name__})"
                 raise ConfigError(Fault("model", what, "its masks cannot be keyed", "Use Dropout"))
             if isinstance(layer, (nn.RNNBase, nn.MultiheadAttention)) and layer.dropout > 0:
                 self.switched_off.append(f"{name} ({type(layer).__name__})".strip())
                 layer.dropout = 0.0
-
-    def find(self, module: nn.Module) -> None:
-        """Give a number to each layer that has none. Local."""
-        for layer in module.modules():
-            if not hasattr(layer, "_orig_mod"):  # what torch.compile puts around a module
-                self._modules.setdefault(layer, len(self._modules))
 
     def begin_sample(self, key: Key | None) -> None:
         """Forget the masks; draw new ones when they are needed. None: nothing is dropped. Local."""

@@ -30,7 +30,9 @@ def _batch_norm(input, weight, bias, running_mean, running_var, training, moment
 
 _NAMES = ("batch_norm", "dropout", "dropout1d", "dropout2d", "dropout3d", "scaled_dot_product_attention")
 _FUNCTIONS: dict[Callable, tuple[str, Callable | None]] = {getattr(functional, name): (name, None) for name in _NAMES}
+_OF_TORCH = ("dropout", "batch_norm", "_use_cudnn_rnn_flatten_weight")
 _FUNCTIONS |= {torch.dropout: ("dropout", _dropout), torch.batch_norm: ("batch_norm", _batch_norm)}
+_FUNCTIONS[getattr(torch, _OF_TORCH[2])] = _OF_TORCH[2], None
 """What can be intercepted: the name of its handler, and what brings its arguments into the handler's order."""
 
 
@@ -43,7 +45,7 @@ class Interception:
     block meets them again in whichever thread its backward pass runs. A TorchFunctionMode would cost some microseconds
     for each operation, and is left in the backward pass: it only watches a look, for calls that come another way.
 
-    There is a handler for each of `_NAMES`.
+    There is a handler for each of `_NAMES` and `_OF_TORCH`.
     """
 
     def __init__(self, handlers: dict[str, Handler]):
@@ -57,7 +59,7 @@ class Interception:
         namespaces = [vars(sys.modules[name]) for name in sorted(names) if name in sys.modules]
         self._places = [
             *_places_in(vars(functional), _NAMES),
-            *_places_in(vars(torch), ("dropout", "batch_norm")),  # of its 2,000 names
+            *_places_in(vars(torch), _OF_TORCH),  # of its 2,000 names
             *(place for namespace in namespaces for place in _places_in(namespace, namespace)),
         ]
 

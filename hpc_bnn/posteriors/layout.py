@@ -19,6 +19,7 @@ class FlatLayout:
 
     Tensors whose length is a multiple of 16 come first, so that each of them starts on a 64-byte
     boundary, as matrix kernels like it, without padding. ``numbers`` name the noise of each tensor, by default in order.
+    A complex tensor [...] lies there as its real and imaginary parts, [..., 2] (`as_real`).
     """
 
     def __init__(self, shapes: dict[str, torch.Size], numbers: Mapping[str, int] | None = None):
@@ -32,7 +33,8 @@ class FlatLayout:
     def of(cls, parameters: dict[str, nn.Parameter], module: nn.Module | None = None) -> FlatLayout:
         """Return the layout of parameters, whose noise is named by their numbers among all of the module. Local."""
         numbers = None if module is None else dict(zip(dict(module.named_parameters()), itertools.count()))
-        return cls({name: parameter.shape for name, parameter in parameters.items()}, numbers)
+        order = sorted(parameters, key=lambda name: not parameters[name].is_complex())  # they begin at even places
+        return cls({name: as_real(parameters[name]).shape for name in order}, numbers)
 
     @functools.cached_property
     def segments(self) -> Segments:
@@ -46,8 +48,8 @@ class FlatLayout:
 
     def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Return a copy of the tensors of this layout, among others, as one flat tensor. Local."""
-        like = next(iter(tensors.values())).detach()  # for a layout of none
-        return torch.cat([like.new_empty(0), *(tensors[name].detach().reshape(-1) for name in self)])
+        like = as_real(next(iter(tensors.values())))  # for a layout of none
+        return torch.cat([like.new_empty(0), *(as_real(tensors[name]).reshape(-1) for name in self)])
 
     def block(self, start: int, stop: int) -> Block:
         """Return the tensors with these numbers, from ``start`` to before ``stop``."""
@@ -91,7 +93,13 @@ def take_gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
     gradients = [parameter.grad for parameter in parameters]
     for parameter in parameters:
         parameter.grad = None
-    return gradients
+    is_odd = any([g is not None and (g.is_sparse or g.is_complex()) for g in gradients])
+    return [g if g is None else as_real(g.to_dense()) for g in gradients] if is_odd else gradients
+
+
+def as_real(tensor: Tensor) -> Tensor:
+    """Return a view of a tensor [...], without graph; of a complex one its real and imaginary parts, [..., 2]. Local."""
+    return torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
 
 
 def addresses(tensors: Iterable[Tensor]) -> list[int]:

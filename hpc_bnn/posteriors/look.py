@@ -16,6 +16,7 @@ from ..errors import ConfigError, Fault
 from ..trees import Inputs, map_tensors, num_rows, tensors_of
 from .batch_norm import of_one_rank
 from .interception import Shapes, batch_dims
+from .select import shortened
 
 if TYPE_CHECKING:
     from .network import Network
@@ -27,6 +28,8 @@ class _Pass(NamedTuple):
     outputs: Tensor
     changed: dict[str, list[str]]
     written: list[str]  # drawn weights that the forward pass has written itself
+    moved: list[str]  # weights to which it has given other memory
+    unreached: list[str]  # drawn weights that no gradient reaches, where it was asked for
     normalised: Shapes
     dropped: Shapes
 
@@ -41,6 +44,9 @@ class Look:
     buffers: Sequence[str]  # that its forward pass changes by itself
     changes_input: bool  # in place
     changes_attributes: bool  # whether it leaves something in attributes or buffers
+    carried: Sequence[str]  # attributes and buffers by which one sample changes the outputs of the next
+    unreached: Sequence[str]  # random weights that no gradient reaches
+    unused: Sequence[str]  # those of them on which the outputs do not depend either
 
     def warnings(self, world_size: int) -> list[str]:
         """Return what a user should know, on so many ranks."""
@@ -52,7 +58,23 @@ class Look:
                 "the result depends on the process grid. Use nn.Dropout or torch.nn.functional.dropout, and set the "
                 "rates of other noise (stochastic depth) to 0"
             )
-        if self.buffers and world_size > 1:
+        if self.carried:
+            found.append(
+                f"the forward pass of {self.name} keeps something of one sample for the next, in {shortened(self.carried)}: "
+                "samples are not independent, and the result depends on their order and on the process grid. Begin each "
+                "forward pass anew, or take no part of the state that depends on weights"
+            )
+        for names, what in (
+            (self.unused, "the outputs do not depend on them"),
+            (self.unreached, "detach() cuts them off"),
+        ):
+            if names:
+                found.append(
+                    f"no gradient reaches the random weights {shortened(names)} of {self.name}, as {what}: they follow the "
+                    "prior alone. Freeze them before the posterior is made (requires_grad_(False)), if they are meant to be "
+                    "unused; otherwise look for copies, and for what is computed without gradient"
+                )
+        if self.buffers and world_size > 1 and not self.carried:
             names = ", ".join(self.buffers[:5]) + (" and more" if self.buffers[5:] else "")
             found.append(
                 f"the forward pass of {self.name} changes the buffers {names}, once for each sample and rank: they, and "
@@ -88,12 +110,20 @@ class Looker:
                 norms.begin()
                 inputs, count = map_tensors(Tensor.clone, x), num_rows(x)
                 with self._subclasses_that_run() as ran:
-                    first = self._one(samples[0], inputs)
+                    first = self._one(samples[0], inputs, wants_gradient=torch.is_grad_enabled())
                 self._refuse_what_is_not_intercepted(unseen, ran, first)
                 changes_input = any(map(_is_written, tensors_of(inputs), tensors_of(x)))
                 again = self._one(samples[0], map_tensors(Tensor.clone, x))
                 if network.drawn and len(samples) > 1 and first.outputs.isfinite().all():
                     self._check_that_weights_matter(x, first.outputs, samples[1])
+                if len(first.unreached) == len(network.parameters):
+                    rule = (
+                        "no gradient reaches any of its weights: its forward pass calls no_grad(), detach() or the like"
+                    )
+                    remedy = "Leave these calls out in training mode"
+                    raise ConfigError(Fault("model", type(network.module).__name__, rule, remedy))
+                carried = self._carried(x, first, samples) if not norms.is_evaluating else []
+                unused = self._unused(x, first, samples[0])
                 if first.normalised or first.dropped:
                     with contextlib.suppress(Exception):  # some modules want all of their examples
                         half = map_tensors(lambda t: t[: count // 2] if count > 1 else torch.cat([t, t]), x)
@@ -114,29 +144,88 @@ class Looker:
             self._own_buffers(first),
             changes_input,
             bool(first.changed["attribute"] + first.changed["buffer"]),
+            carried,
+            [name for name in first.unreached if name not in unused],
+            unused,
         )
 
     def _put_back(self) -> dict[str, list[str]]:
         with self._network.nothing_derived():
             return self._before.put_back()
 
-    def _one(self, sample: int, inputs: Inputs, scale: float = 1.0) -> _Pass:
-        """Make one pass, whose random weights are multiplied by ``scale``, and put everything back."""
+    def _one(
+        self,
+        sample: int,
+        inputs: Inputs,
+        scale: float = 1.0,
+        only: Sequence[str] | None = None,
+        wants_gradient: bool = False,
+        stays: bool = False,
+    ) -> _Pass:
+        """Make one pass, and put everything back unless it ``stays``.
+
+        Random weights are multiplied by ``scale``: all of them, or ``only`` some.
+        """
         network = self._network
         norms, dropout = network.batch_norms, network.dropout
         norms.shapes, dropout.shapes = {}, {}
         try:
             self._draw(sample)
-            for parameter in network.drawn_parameters() if scale != 1 else ():
-                parameter.detach().mul_(scale)
+            for name in (network.drawn if only is None else only) if scale != 1 else ():
+                network.parameters[name].detach().mul_(scale).add_(0.01 * (scale - 1))
             versions = network.versions()
-            outputs = network(inputs, self._autocast_dtype).detach().clone()
+            outputs = network(inputs, self._autocast_dtype)
+            unreached = self._unreached(outputs) if wants_gradient else []
+            outputs = outputs.detach().clone()
             pairs = zip(network.drawn, versions, network.versions())
             written = [name for name, before, after in pairs if before != after]
-            return _Pass(outputs, self._put_back(), written, norms.shapes, dropout.shapes)
+            moved = network.put_memory_back()
+            changed = {} if stays else self._put_back()
+            return _Pass(outputs, changed, written, moved, unreached, norms.shapes, dropout.shapes)
+        finally:
+            network.put_memory_back()
+            if not stays:
+                self._put_back()
+            norms.shapes = dropout.shapes = None
+
+    def _unreached(self, outputs: Tensor) -> list[str]:
+        """Return the drawn weights that no gradient reaches, none where autograd cannot tell; all weights if all. Local."""
+        network = self._network
+        if not outputs.requires_grad:
+            return list(network.parameters)
+        with contextlib.suppress(Exception):  # reentrant checkpointing, for example
+            gradients = torch.autograd.grad(outputs.sum(), network.drawn_parameters(), allow_unused=True)
+            return [name for name, gradient in zip(network.drawn, gradients) if gradient is None]
+        return []
+
+    def _unused(self, x: Inputs, first: _Pass, sample: int) -> list[str]:
+        """Return those weights without gradient that do not change the outputs by a large change of theirs. Local."""
+        if not first.unreached or not first.outputs.isfinite().all():
+            return []
+        other = self._one(sample, map_tensors(Tensor.clone, x), scale=-1.5, only=first.unreached)
+        return list(first.unreached) if torch.equal(first.outputs, other.outputs) else []
+
+    def _carried(self, x: Inputs, first: _Pass, samples: Sequence[int]) -> list[str]:
+        """Return what a pass leaves behind, where it changes the outputs of the next sample. Local.
+
+        `ConfigError` where it stays for all others: a table that was made from the weights of the first.
+        """
+        left = self._own_buffers(first) + first.changed["attribute"]
+        if not left or first.changed["generator"]:
+            return []
+        alone = self._one(samples[-1], map_tensors(Tensor.clone, x))
+        try:
+            order = samples[0], samples[-1], samples[0]
+            _, behind, again = [self._one(s, map_tensors(Tensor.clone, x), stays=True).outputs for s in order]
         finally:
             self._put_back()
-            norms.shapes = dropout.shapes = None
+        if _alike(alone.outputs, behind, 1e-6):
+            return []
+        if _alike(first.outputs, again, 1e-6):
+            rule = "its forward pass keeps it from one sample of the weights for all others"
+            remedy = "Compute it in each forward pass in training mode, or freeze the weights that it is made of"
+            raise ConfigError(Fault("model", shortened(left), rule, remedy))
+        return left
 
     def _own_buffers(self, a_pass: _Pass) -> list[str]:
         """Return the buffers that a pass has changed, but for the counters of BatchNorm layers, which a step mends."""
@@ -180,10 +269,14 @@ class Looker:
                 rule = "its statistics of the batch are made elsewhere than in torch.nn.functional.batch_norm"
                 remedy = "Call that function, use torch's BatchNorm or GroupNorm, or freeze the layer with eval()"
                 faults.append(Fault("model", names[layer], rule, remedy))
+        if first.moved:
+            rule = "its forward pass gives these weights other memory (.data = ...), which no draw reaches"
+            remedy = "Write into them: weight.data.copy_(...), or compute another tensor"
+            faults.append(Fault("model", shortened(first.moved), rule, remedy))
         if first.written and (self._own_buffers(first) or changed["attribute"]):
             rule = "its forward pass writes these weights and notes that it has: the next draw would undo it"
             remedy = "Run the network once on a batch before the posterior is made"
-            faults.append(Fault("model", ", ".join(first.written[:3]), rule, remedy))
+            faults.append(Fault("model", shortened(first.written), rule, remedy))
         dropping = [layer for layer in ran if isinstance(layer, _DropoutNd) and layer.p > 0]
         for layer in dict.fromkeys(dropping) if changed["generator"] else ():
             if not self._network.dropout.asked(layer, first.dropped):

@@ -49,9 +49,12 @@ class SlotMemory:
         self.num_begun = 0
         self.buffer = StepBuffer(slots, network.batch_norms.num_statistics, self.random, self.point, self.samples)
         network.weights = self.random.flatten(network.parameters)
-        network.use(self.random.views(network.weights))
+        rest = self.buffer.values.get(self.family_.rest_slot)
+        at_rest = {} if rest is None else self.random.views(rest.view(-1, self.random.num_elements)[0])
+        network.use(self.random.views(network.weights), at_rest)
         if "points" in slots:
             network.use(self.point.views(self.buffer.values["points"]))
+        network.show_(draw=False)
         self.sampler = Sampler(self.family_, network, self.buffer, self.estimator, self.antithetic, self.keeps_noise)
         network.leave()
 
@@ -104,6 +107,10 @@ class SlotMemory:
             Names or shapes do not fit the module.
         """
         mine = self.state_dict()
+        if state.keys() == self.module.state_dict().keys() != mine.keys():
+            rule = "it is the state of a plain network, without the other slots of a posterior"
+            remedy = "Load it into the network, which is the mean: posterior.module.load_state_dict(state)"
+            raise ConfigError(Fault("state", self.family, rule, remedy))
         if not self.is_replicated:
             state = {name: tensor for name, tensor in state.items() if name in mine}
         rule = "this weight is only in the checkpoint or only in the model"

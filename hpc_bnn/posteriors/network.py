@@ -8,6 +8,7 @@ import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from operator import methodcaller
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from .dropout_layers import FUNCTIONS, DropoutMasks
 from .interception import Interception
 from .layout import FlatLayout, addresses
 from .look import Look, Looker
+from .select import check_layers, shortened
 from .traces import Traces
 
 Output = str | int | Callable[[Any], Tensor] | None
@@ -33,7 +35,8 @@ Output = str | int | Callable[[Any], Tensor] | None
 class Network:
     """Calls a module, so that one sample's weights, masks and statistics are what it meets, and nothing else.
 
-    The module is used in place and stays as it is; its parameters become views of a posterior's buffers (`use`).
+    The module is used in place and stays as it is; its parameters become views of a posterior's buffers (`use`): in a step
+    and a predictive of the draws, between them of the mean, so that the module is then an ordinary network of its own.
 
     Attributes
     ----------
@@ -47,6 +50,8 @@ class Network:
         [P] the memory in which a draw lies.
     notes, looks : list of str, bool
         What a user should know, for `say`; whether somebody is to look at the module before it is used.
+    batches : bool, optional
+        Whether several samples of a predictive at once give what one after another gives; None: nobody has tried.
     """
 
     def __init__(
@@ -56,42 +61,72 @@ class Network:
         self.batch_norms = BatchNorms(module)
         self.dropout = DropoutMasks(module)
         drop = {name: functools.partial(self.dropout.handle, drops) for name, drops in FUNCTIONS.items()}
-        attend = {"scaled_dot_product_attention": self.dropout.attend}
-        self.interception = Interception({"batch_norm": self.batch_norms.handle, **drop, **attend})
-        off = ", ".join(self.dropout.switched_off)
-        text = f"the dropout inside {off} cannot be keyed by the sample and is switched off"
-        self.notes, self._said = [text] if off else [], set()
+        others = {"scaled_dot_product_attention": self.dropout.attend, "batch_norm": self.batch_norms.handle}
+        # nn.LSTM would give its weights other memory on a GPU, one piece for cuDNN: no draw would reach it
+        others["_use_cudnn_rnn_flatten_weight"] = bool  # False
+        self.interception = Interception({**drop, **others})
+        self.notes: list[str] = []
+        self._said: set[str] = set()
         self.parameters = parameters
         self.drawn = list(drawn)
-        self._views: dict[str, Tensor] = {}  # the memory that each parameter was given
+        self._views: dict[str, Tensor] = {}  # the memory that each parameter was given, in a step
+        self._rest: dict[str, Tensor] = {}  # and between steps, of those that then look elsewhere
+        self._shows_draw = True
         self.weights = torch.zeros(0)
         self._changes_input = self._changes_attributes = False
         self._attributes: Traces | None = None  # to put back before each member of a predictive
-        self.looks = True
+        self.looks, self.batches = True, None
         self._looked_at: set[tuple[bool, bool]] = set()
         self.leave()
 
     # --- weights ------------------------------------------------------------------------------------
 
-    def use(self, views: dict[str, Tensor]) -> None:
-        """Make parameters of the module views of other memory. Local.
+    def use(self, views: Mapping[str, Tensor], rest: Mapping[str, Tensor] = MappingProxyType({})) -> None:
+        """Make parameters of the module views of other memory: between steps of that of ``rest``. Local.
 
         The parameter objects stay, so tied weights stay tied and references to them stay valid.
         """
-        for name, view in views.items():
-            self.parameters[name].data = view
-        self._views |= views
+        self._views |= self._as_weights(views)
+        self._rest |= self._as_weights(rest)
+        for name in views:
+            at_rest = not self._shows_draw and name in self._rest
+            self.parameters[name].data = (self._rest if at_rest else self._views)[name]
+
+    def _as_weights(self, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return views of flat memory as the weights are: real or complex. Local."""
+        pairs = views.items()
+        return {name: torch.view_as_complex(v) if self.parameters[name].is_complex() else v for name, v in pairs}
+
+    def show_(self, draw: bool) -> None:
+        """Let the parameters look at the sample drawn last, or, between steps, at what the module rests at. Local."""
+        if draw is not self._shows_draw:
+            views = self._views if draw else self._rest
+            with self.nothing_derived():
+                for name in self._rest:
+                    self.parameters[name].data = views[name]
+            self._shows_draw = draw
+
+    def put_memory_back(self) -> list[str]:
+        """Give the weights the memory of the draw again, and return those that a forward pass gave another. Local."""
+        moved = [name for name, p in self.parameters.items() if addresses([p]) != addresses([self._views[name]])]
+        for name in moved:
+            self.parameters[name].data = self._views[name]
+        return moved
 
     def leave(self) -> None:
         """Find what of ours the module calls, and note what it is like when it is left to the user. Local."""
+        check_layers(self.module)
+        self.dropout.find(self.module)
         self.layers = list(self.module.modules())
         self._registries = [d for layer in self.layers for d in (layer._modules, layer._parameters)]
-        self._members = self._ids()
+        self._members = self._ids()  # once nothing is refused any more
         trainable = {id(p) for p in self.parameters.values()}
         self._frozen = {name: p for name, p in self.module.named_parameters() if id(p) not in trainable}
         self._deriving = [layer for layer in self.layers if _has_own_modes(type(layer))]
         self.interception.find(self.layers)
-        self.dropout.find(self.module)
+        if off := self.dropout.switched_off:
+            self.notes.append(f"the dropout inside {', '.join(off)} cannot be keyed by the sample and is switched off")
+            off.clear()
         names: dict[int, str] = {}
         for name, parameter in self.module.named_parameters(remove_duplicate=False):
             names.setdefault(id(parameter), name)
@@ -105,11 +140,15 @@ class Network:
 
     def allow_writes(self) -> None:
         """Take what has been written into the weights so far for ours, or the module's own. Local."""
-        self._versions = self.versions()
+        self._guarded = self._guards()
 
     def versions(self) -> list[int]:
         """Return how often each drawn weight was written by others than the draws. Local."""
         return [self.parameters[name]._version for name in self.drawn]
+
+    def _guards(self) -> dict[str, int]:
+        """Return the versions of weights that only draws may write: the others rest at memory of the posterior's. Local."""
+        return {name: self.parameters[name]._version for name in self.drawn if name not in self._rest}
 
     def _ids(self) -> list[int]:
         """Return which layers and parameters stand where. Local; the layers are held, so that no identity comes twice."""
@@ -126,7 +165,7 @@ class Network:
             It was converted, moved, loaded or edited, or other weights were put in.
         """
         are_there = addresses(self.parameters.values()) == self._addresses
-        if are_there and self.versions() == self._versions and self._ids() == self._members:
+        if are_there and self._guards() == self._guarded and self._ids() == self._members:
             return
         now = dict(self.module.named_parameters(remove_duplicate=False))
         present = {id(p) for p in now.values()}
@@ -135,16 +174,15 @@ class Network:
         for name, parameter in now.items():
             if parameter.requires_grad and id(parameter) not in trainable:
                 faults.append((name, "it came into the network after the posterior was made"))
-        versions = dict(zip(self.drawn, self._versions))
         for name, parameter in self.parameters.items():
-            view = self._views[name]
+            view = (self._views | self._rest)[name]
             if id(parameter) not in present:
                 faults.append((name, "it is no longer in the network"))
             elif (parameter.dtype, parameter.device) != (view.dtype, view.device):
                 faults.append((name, "it was converted or moved after the posterior was made"))
             elif parameter.data_ptr() != view.data_ptr():
                 faults.append((name, "it has other memory than the posterior gave it"))
-            elif parameter._version != versions.get(name, parameter._version):
+            elif parameter._version != self._guarded.get(name, parameter._version):
                 faults.append((name, "its values were changed; each draw writes them anew"))
         for name, layer in self.module.named_modules():
             if isinstance(layer, _BatchNorm) and layer not in self.batch_norms.layers:
@@ -152,6 +190,7 @@ class Network:
         if faults:
             raise _changed([name for name, _ in faults], faults[0][1])
         self._looked_at.clear()
+        self.batches = None
         self.leave()
 
     def check_trainable(self) -> None:
@@ -176,6 +215,7 @@ class Network:
 
     def begin_sample(self, key: Key) -> None:
         """Begin a sample: its dropout masks; and what passes of other samples have left in the module is forgotten. Local."""
+        self.show_(draw=True)
         self._put_attributes_back()
         self.dropout.begin_sample(key)
         self.batch_norms.begin_sample()
@@ -206,13 +246,14 @@ class Network:
 
     @contextlib.contextmanager
     def running(self, sum_over_data: SumOverData = of_one_rank) -> Iterator[None]:
-        """Intercept what the module calls, in its forward and backward passes. Local."""
+        """Intercept what the module calls, in its forward and backward passes; leave it at rest. Local."""
         former, self.batch_norms.sum_over_data = self.batch_norms.sum_over_data, sum_over_data
         try:
             with self.interception.active():
                 yield
         finally:
             self.batch_norms.sum_over_data = former
+            self.show_(draw=False)
 
     def __call__(self, x: Inputs, autocast_dtype: torch.dtype | None = None) -> Tensor:
         """Return the outputs of the sample drawn last. In training with BatchNorm collective as `running` says."""
@@ -237,6 +278,13 @@ class Network:
         if not isinstance(outputs, Tensor):
             rule = f"{type(self.module).__name__} returns a {kind}, from which it picks no tensor"
             raise ConfigError(Fault("model.output", pick, rule, remedy))
+        if not outputs.is_floating_point():
+            rule = (
+                f"{type(self.module).__name__} returns numbers of {outputs.dtype}, and a likelihood takes real numbers"
+            )
+            raise ConfigError(
+                Fault("model.output", pick, rule, "Give a function, such as torch.view_as_real or torch.abs")
+            )
         return outputs
 
     def batched(
@@ -251,7 +299,8 @@ class Network:
         def forward(flats: tuple[Tensor, ...], inputs: Inputs) -> Tensor:
             weights = {}
             for layout, flat in zip(layouts, flats):
-                weights |= {self._names[name]: view for name, view in layout.views(flat).items()}
+                views = self._as_weights(layout.views(flat))
+                weights |= {self._names[name]: view for name, view in views.items()}
             return self._picked(torch.func.functional_call(self.module, weights, *as_arguments(inputs)))
 
         self.batch_norms.is_batched = self.dropout.is_batched = True
@@ -265,7 +314,8 @@ class Network:
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
         """Put the module into evaluation mode, without gradients, and then each layer back into its own. Local."""
-        with torch.no_grad():
+        # What a user's inference_mode made could not be trained later: work of the step, buffers of the module
+        with torch.inference_mode(False), torch.no_grad():
             self._keep_attributes()  # before anything is derived, and put back after: to the bit
             try:
                 with eval_mode(self.module), self.interception.active():
@@ -273,8 +323,10 @@ class Network:
                     yield
             finally:
                 self.batch_norms.is_evaluating = False
+                self.show_(draw=False)
                 self._put_attributes_back()
                 self._attributes = None
+                self.leave_weights()
 
     def _keep_attributes(self) -> None:
         if self._attributes is None and (self._changes_attributes or self._deriving):
@@ -288,6 +340,10 @@ class Network:
     def drawn_parameters(self) -> list[nn.Parameter]:
         """Return the random weights of the module. Local."""
         return [self.parameters[name] for name in self.drawn]
+
+    def __getstate__(self) -> dict[str, Any]:
+        none = torch.zeros(0)  # a copy of the posterior makes its memory anew
+        return self.__dict__ | {"_views": {}, "_rest": {}, "weights": none, "_attributes": None}
 
     # --- looks --------------------------------------------------------------------------------------
 
@@ -320,9 +376,8 @@ class Network:
 
 
 def _changed(names: Sequence[str], rule: str) -> ConfigError:
-    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
     remedy = "Load, edit, freeze and convert the network first, and make the posterior then"
-    return ConfigError(Fault("model", shown, rule, remedy))
+    return ConfigError(Fault("model", shortened(names), rule, remedy))
 
 
 @contextlib.contextmanager

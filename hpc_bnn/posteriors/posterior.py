@@ -29,8 +29,10 @@ __all__ = ["Posterior"]
 class Posterior(SlotMemory):
     """A family of distributions over weights of a module, of which some may stay points.
 
-    The module is used in place and called unchanged: its parameters become views of flat buffers. A posterior may be
-    copied and pickled (``copy.deepcopy``, ``torch.save``), its module with it.
+    The module is used in place and called unchanged: its parameters become views of flat buffers. Between steps and
+    predictives they are views of the mean (of the first member, for an ensemble): the module is then that network, to call,
+    to store, to load into and to edit. A posterior may be copied and pickled (``copy.deepcopy``, ``torch.save``), its
+    module with it.
 
     The order of a step, which `hpc_bnn.training.VariationalStep` keeps::
 
@@ -108,7 +110,7 @@ class Posterior(SlotMemory):
         self.random, self.point = FlatLayout.of(random, module), FlatLayout.of(point)
         self.network = Network(module, {**random, **point}, list(self.random), output)
         self.check_features()
-        self.dtype = next(iter(self.network.parameters.values())).dtype
+        self.dtype = next(iter(self.network.parameters.values())).dtype.to_real()
         if weights is None:
             weights = self.random.flatten(self.network.parameters)
             weights = weights if can.owner == "all" else weights.expand(len(self.samples), -1)
@@ -162,6 +164,7 @@ class Posterior(SlotMemory):
     def check_(self) -> None:
         """Raise `ConfigError` where module or parameters were changed in a way that cannot be followed. Local; microseconds."""
         self.sampler.switch_(False)
+        self.network.show_(draw=False)
         self.network.check()
         for name in self.buffer.moved():
             rule = "its memory was replaced (by .data =, or a conversion) since the posterior was made"
@@ -202,6 +205,7 @@ class Posterior(SlotMemory):
         """
         self.network.batch_norms.write_statistics_(self.buffer.statistics, batch_norm_share)
         self.sampler.switch_(False)
+        self.network.show_(draw=False)
         self.network.leave_weights()
 
     @torch.no_grad()
@@ -251,7 +255,6 @@ class Posterior(SlotMemory):
                 self.begin_()
                 self.sampler.switch_(False)
                 yield
-                self.network.leave_weights()
         finally:
             torch.backends.mha.set_fastpath_enabled(fast)
 
@@ -263,7 +266,10 @@ class Posterior(SlotMemory):
         self.check_()
         self.network.dropout.begin_sample(None)
         if self.num_weights:
-            with self.network.drawing():
-                self.network.weights.copy_(self.family_.mean(self.buffer.values))
-            self.network.leave_weights()
+            mean, rest = self.family_.mean(self.buffer.values), self.buffer.values.get(self.family_.rest_slot)
+            if rest is None or mean.data_ptr() != rest.data_ptr():
+                self.network.show_(draw=True)
+                with self.network.drawing():
+                    self.network.weights.copy_(mean)
+                self.network.allow_writes()
         return self.module

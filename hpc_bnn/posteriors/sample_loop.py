@@ -72,10 +72,26 @@ class SampleLoop:
         posterior, look = self.posterior, None
         if posterior.network.needs_look() and len(x):
             first = samples[0]
-            few = (first, first + 1) if posterior.is_replicated else (first,)  # outputs of two have to differ
+            few = (first, first + 1) if posterior.is_replicated else samples[:2]  # outputs of two have to differ
             inputs = self._parts(x)[0].of(first)
             look = posterior.network.look(inputs, lambda s: posterior.draw_(key.of(s)), few, self.autocast_dtype)
         posterior.network.say(logger, grid, look)
+
+    def prove(self, samples: Sequence[int], x: SharedView, key: Key) -> None:
+        """Walk from now on where a batch of two samples of a predictive is not what a walk gives; tried once. Local."""
+        network, few = self.posterior.network, samples[:2]
+        if not self.can_batch or min(len(samples), self.chunk_size) < 2 or len(x) == 0:
+            return
+        if network.batches is None:
+            part, before = self._parts(x)[0], network.traces()
+            outputs = self.try_batch(few, part, key)
+            changed = [name for names in before.put_back().values() for name in names]
+            if outputs is not None and changed:
+                self.fall_back(RuntimeError(f"its forward pass changes {', '.join(changed[:5])}, once for each sample"))
+            elif outputs is not None and not _alike(outputs, torch.cat([self.walk(s, part, key) for s in few])):
+                self.fall_back(RuntimeError("a batch gives other outputs than a walk"))
+            network.batches = self.can_batch
+        self.can_batch = network.batches
 
     def walk(self, sample: int, x: SharedView, key: Key) -> Tensor:
         """Return the outputs [1, B, ...] of one sample."""
@@ -121,3 +137,14 @@ class SampleLoop:
             logger.warning("samples are evaluated one after another: the module cannot be batched (%s)", reason)
         self.can_batch = False
         self.posterior.sampler.forget_()
+
+
+def _alike(batched: Tensor, walked: Tensor) -> bool:
+    """Whether outputs of two samples [2, B, ...] are equal, up to rounding and a part of what the samples differ by."""
+    is_wide = walked.dtype == torch.float64
+    is_coarse = not is_wide and torch.get_float32_matmul_precision() != "highest"  # 8 to 11 bits
+    is_coarse |= torch.is_autocast_enabled(walked.device.type)
+    rounding = 1e-2 if is_coarse else 1e-10 if is_wide else 1e-4
+    spread = (walked[0] - walked[1]).double().norm()
+    difference = (batched - walked).double().nan_to_num().norm()
+    return bool(difference <= rounding * walked.double().nan_to_num().norm() + 1e-3 * spread.nan_to_num())

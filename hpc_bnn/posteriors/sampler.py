@@ -65,6 +65,7 @@ class Sampler:
         """Look at how the module treats inputs like x, before the first step. Local."""
         if self.noisy is not None and not self.noisy.is_attached:
             self.begin_()
+            self.network.show_(draw=True)
             self.noisy.attach_(self.buffer.values["loc"], self.work["scale"], x)
 
     def switch_(self, on: bool, first_example: int = 0) -> None:

@@ -120,6 +120,7 @@ def member_outputs(
     loop = SampleLoop(posterior, chunk_size, "vmap", speaks=is_first, max_examples=batch_size)
     with posterior.evaluating():
         loop.look(mine or range(1), views, key, comm.grid)
+        loop.prove(mine, views, key)
         for samples, outputs in loop(mine or range(1), views, key):
             count = min(len(samples), len(mine))
             yield range(samples[0], samples[0] + count), outputs[:count].double()

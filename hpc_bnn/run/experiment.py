@@ -241,7 +241,12 @@ class Experiment:
                 _load_pretrained(module, config.model.pretrained)
             module = self.likelihood.wrap(module)
             kinds = {(p.device, p.dtype) for p in module.parameters()}
-            return module if kinds == {(comm.device, self.dtype)} else module.to(comm.device, self.dtype)
+            return module if kinds == {(comm.device, self.dtype)} else module._apply(converted)
+
+        def converted(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.is_complex():  # module.to(dtype) would discard the imaginary parts
+                return tensor.to(comm.device, self.dtype.to_complex())
+            return tensor.to(comm.device, self.dtype if tensor.is_floating_point() else None)
 
         with comm.agree(f"building {config.model.name}"):
             posterior = build_posterior(

@@ -64,6 +64,8 @@ class Family:
     name = ""
     """As a run names it."""
     capabilities = Capabilities()
+    rest_slot = ""
+    """Name of the slot whose (first) row the weights of the module are between steps; "": they stay the last draw."""
 
     def slots(self, weights: Tensor, layout: FlatLayout, samples: Sequence[int]) -> dict[str, Slot]:
         """Return the slots as they start, of weights [P] of the module in a layout.

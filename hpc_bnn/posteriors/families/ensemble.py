@@ -16,6 +16,7 @@ class Ensemble(Family):
 
     name = "deep ensemble"
     capabilities = FAMILIES["ensemble"]
+    rest_slot = "members"
 
     def __init__(self, num_members: int, prior_std: float = 1.0):
         check_field("posterior.prior_std", prior_std)

@@ -20,6 +20,7 @@ class MeanField(Family):
 
     name = "mean-field Gaussian"
     capabilities = FAMILIES["mean_field"]
+    rest_slot = "loc"
 
     def __init__(self, prior: Prior = GaussianPrior(), init_std: float = 0.01, init_std_relative: float | None = None):
         check_field("posterior.init_std", init_std)
