@@ -279,7 +279,7 @@ def test_clipping_reaches_slots_beside_rows_of_samples():
     posterior = Posterior(make_net(), Mixed(), samples=[0, 1])
     step = make_step(posterior, torch.optim.SGD(posterior.parameters(), lr=0.0), max_gradient_norm=0.5)
     step(*batch(), 6)
-    assert posterior.shared.grad.norm() <= 0.5
+    assert posterior.buffer.grads["shared"].norm() <= 0.5
 
 
 # --- checkpoints ----------------------------------------------------------------------------------------

@@ -126,6 +126,11 @@ class StepBuffer:
             self._by_weight = {name: nn.Parameter(view) for name, view in self.named(flat).items()}
         return self._by_weight
 
+    def by_weight(self, slot: str) -> dict[str, nn.Parameter]:
+        """Return the `weight_parameters` of a slot; none where nobody has asked for those. Local."""
+        names = self.named({slot: self.values[slot]}) if self._by_weight else ()
+        return {name: self._by_weight[name] for name in names}
+
     def updated(self) -> list[nn.Parameter]:
         """Return what an optimizer may update: flat, and by weight where somebody has asked for those. Local."""
         return [*self.parameters.values(), *self._by_weight.values()]
@@ -135,8 +140,14 @@ class StepBuffer:
         return [name for name, p in self._by_weight.items() if p is parameter]
 
     def attach_gradients_(self) -> None:
-        """Give each of `updated` its gradient. Local."""
-        for name, parameter in self.parameters.items():
-            parameter.grad = self.grads[name]
-        for name, gradient in self.named(self.grads).items() if self._by_weight else ():
-            self._by_weight[name].grad = gradient
+        """Give each of `updated` its gradient; a slot or weight that a user has frozen gets none. Local."""
+        for slot, parameter in self.parameters.items():
+            parameter.grad = self.grads[slot] if parameter.requires_grad else None
+            for name, gradient in self.named({slot: self.grads[slot]}).items() if self._by_weight else ():
+                of_weight = self._by_weight[name]
+                of_weight.grad = gradient if parameter.requires_grad and of_weight.requires_grad else None
+
+    def take_gradients_away_(self) -> None:
+        """Leave none to an optimizer that somebody steps once more. Local."""
+        for parameter in self.updated():
+            parameter.grad = None

@@ -206,6 +206,7 @@ class VariationalStep(StepState):
         """Begin a step and accumulate this rank's examples, in micro-batches where they are set. Collective as `accumulate_`."""
         self._phase = "idle"  # of a step that was given up
         x = x if isinstance(x, SharedView) else SharedView(x)
+        _check_rows(x, y)
         for span, part in x.parts(self.micro_batch_size):
             self.accumulate_(part, y[span], global_batch_size, is_last=span.stop == len(x))
 
@@ -218,6 +219,7 @@ class VariationalStep(StepState):
         posterior, comm = self.posterior, self.comm
         self._check()
         x = x if isinstance(x, SharedView) else SharedView(x)
+        _check_rows(x, y)
         if x.num_samples not in (None, self.num_samples):
             rule, remedy = f"the views are made for {x.num_samples} samples", "Make them for as many"
             raise ConfigError(Fault("num_samples", self.num_samples, rule, remedy))
@@ -236,15 +238,17 @@ class VariationalStep(StepState):
         if is_first:
             self._begin(x, y, samples, global_batch_size)
         posterior.buffer.tally[Tally.NUM_MISFITS] += misfits.any()
-        # A copy of the posterior since the last micro-batch has taken it off
         posterior.sampler.switch_(True, self._first_example + self.comparison.num_examples)
         self.comparison.add_(x, y)
-        with posterior.network.running(lambda tensor: comm.sum_(tensor, "data")):
-            # One coupling for each micro-batch: objectives couple samples, not examples
-            coupling = self.objective.begin(y, samples, self.num_samples)
-            kl = self._prior_share * is_last, self.kl_weight(self.num_steps) / self.num_train_examples
-            self.data_term(mine, x, y, self.key, coupling, 1.0 / global_batch_size, kl, is_last)
-            posterior.buffer.tally[Tally.DATA_TERM] += coupling.data_term() / global_batch_size
+        try:
+            with posterior.network.running(lambda tensor: comm.sum_(tensor, "data")):
+                # One coupling for each micro-batch: objectives couple samples, not examples
+                coupling = self.objective.begin(y, samples, self.num_samples)
+                kl = self._prior_share * is_last, self.kl_weight(self.num_steps) / self.num_train_examples
+                self.data_term(mine, x, y, self.key, coupling, 1.0 / global_batch_size, kl, is_last)
+                posterior.buffer.tally[Tally.DATA_TERM] += coupling.data_term() / global_batch_size
+        finally:
+            posterior.sampler.switch_(False)
         self._phase = "accumulated" if is_last else "accumulating"
 
     def _expect(self, phases: Sequence[str], what: str, before: str) -> None:
@@ -313,6 +317,7 @@ class VariationalStep(StepState):
         if self.max_gradient_norm is not None:
             self.updater.clip_(self.max_gradient_norm)
         self.updater.update_()
+        posterior.buffer.take_gradients_away_()
         posterior.after_update_(self.scalars, self.key)
         self.num_steps += 1
         data_term = tally[Tally.DATA_TERM]
@@ -368,3 +373,10 @@ class VariationalStep(StepState):
             self._check_features()
         self.posterior.network.check_trainable()
         self.updater.check()
+
+
+def _check_rows(x: SharedView, y: Tensor) -> None:
+    """Raise `ConfigError` where inputs and targets are of different numbers of examples. Local."""
+    if y.shape[:1] != (len(x),):
+        rule = f"x has {len(x)} examples, and y needs a target for each on dim 0"
+        raise ConfigError(Fault("y", list(y.shape), rule, "Give x and y of the same examples"))

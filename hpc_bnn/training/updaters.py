@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -11,11 +12,14 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, Fault
 from ..posteriors import Posterior
+from ..posteriors.select import shortened
 from ..trees import map_leaves
 from .reducer import Reducer, rows_of
 
 ELEMENTWISE = ("Adam", "AdamW", "SGD", "RMSprop", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam", "Rprop", "ASGD")
 """Optimizers of torch that treat every number by itself, so that they may see parameters flat or in shares."""
+
+_OF_POSTERIOR = "Make it with posterior.parameters()"
 
 
 class Updater:
@@ -34,7 +38,7 @@ class Updater:
     # --- what a user can do to an optimizer ------------------------------------------------------------
 
     def check(self) -> None:
-        """Raise `ConfigError` where it decays weights that have a prior, ascends, or updates others. Local; microseconds."""
+        """Raise `ConfigError` where it decays weights with a prior, ascends, or updates too much or too little. Local."""
         groups = self.optimizer.param_groups
         for group in groups:
             if group.get("maximize"):
@@ -52,12 +56,16 @@ class Updater:
                     )
                     raise ConfigError(Fault("optimizer.arguments", f"{key} {value}", rule, remedy))
         updated = [id(p) for group in groups for p in group["params"]]
-        now = updated, [id(p) for p in self.posterior.parameters()]
+        now = updated, [(id(p), p.requires_grad) for p in self.posterior.buffer.updated()]
         if now != self._checked:
+            closure = inspect.signature(self.optimizer.step).parameters.get("closure")
+            if closure is not None and closure.default is inspect.Parameter.empty:
+                rule = "it evaluates the loss several times in an update, and a step draws its samples once"
+                raise ConfigError(Fault("optimizer.name", type(self.optimizer).__name__, rule, "Use Adam or SGD"))
             self._check_parameters(set(updated))
             self._checked = now
 
-    _checked: tuple[list[int], list[int]] | None = None
+    _checked: tuple[list[int], list[tuple[int, bool]]] | None = None
 
     def _has_prior(self, parameter: nn.Parameter) -> bool:
         can, names = self.posterior.capabilities, self._names(parameter)
@@ -70,8 +78,18 @@ class Updater:
         if of_network or not {id(p) for p in self.posterior.buffer.updated()} & updated:
             rule = f"it updates {len(of_network)} parameters of the network itself, which each draw writes anew"
             rule = rule if of_network else "it updates none of the posterior's parameters"
-            remedy = "Make it with posterior.parameters()"
-            raise ConfigError(Fault("optimizer", type(self.optimizer).__name__, rule, remedy))
+            raise ConfigError(Fault("optimizer", type(self.optimizer).__name__, rule, _OF_POSTERIOR))
+        buffer = self.posterior.buffer
+        for slot, parameter in buffer.parameters.items():
+            weights = buffer.by_weight(slot)
+            left = [name for name, p in weights.items() if id(p) not in updated and p.requires_grad]
+            if id(parameter) in updated and len(left) < len(weights):
+                rule = f"it updates posterior.{slot} twice: whole, and weight by weight"
+                raise ConfigError(Fault("optimizer", type(self.optimizer).__name__, rule, _OF_POSTERIOR))
+            if id(parameter) not in updated and parameter.requires_grad and (left or not weights):
+                rule = f"it does not update posterior.{slot}" + (f" ({shortened(left)})" if weights else "")
+                remedy = f"{_OF_POSTERIOR}, or freeze what is to stay: posterior.{slot}.requires_grad_(False)"
+                raise ConfigError(Fault("optimizer", type(self.optimizer).__name__, rule, remedy))
 
     # --- a step -------------------------------------------------------------------------------------
 
@@ -213,7 +231,8 @@ class DividedUpdater(Updater):
     def update_(self) -> None:
         """Update the parameters. Collective over ``sample_comm``."""
         for name, gradient in self.reducer.own_share(self.posterior.buffer.grads).items():
-            self._shares[name].grad = gradient
+            is_trained = self.posterior.buffer.parameters[name].requires_grad
+            self._shares[name].grad = gradient if is_trained else None
         self.optimizer.step()
         self.gather_()
 
