@@ -5,7 +5,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 
 import pytest
 from conftest import REPOSITORY, assert_learnt, launch_environment, run_job
@@ -27,21 +26,36 @@ def test_the_example_of_the_first_steps_is_the_file():
     assert len(shown.splitlines()) <= 45 and shown.count("# <--") >= 4
 
 
-def test_the_readme_is_short_and_its_loop_runs(tmp_path):
-    """With a network and a loader for those of the user."""
+PREAMBLE = """
+import os, torch
+torch.set_default_dtype(torch.float64)
+torch.manual_seed(0)
+dataset = torch.utils.data.TensorDataset(torch.randn(300, 4), torch.arange(300) % 10)
+x_test = torch.randn(5, 4)
+torch.manual_seed(int(os.environ["OMPI_COMM_WORLD_RANK"]))
+net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 10))
+"""
+EPILOGUE = """
+print(f"{step.num_steps} steps, {sum(p.detach().double().norm() for p in net.parameters()):.11f}")
+comm.close()
+"""
+
+
+def test_the_readme_is_short_and_its_loop_is_right_as_it_stands_on_any_grid(tmp_path, mpirun):
+    """With a network and a data set for those of the user; each rank makes another network, as without a seed."""
     lines = README.splitlines()
     assert len(lines) <= 150 and lines.index("```sh") < 30 and lines.index("```python") < 60
     (loop,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    program = tmp_path / "program.py"
-    program.write_text(
-        "import torch\n"
-        "net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 10))\n"
-        "x_test, num_train_examples = torch.randn(5, 4), 384\n"
-        "loader = [(torch.randn(128, 4), torch.randint(10, (128,))) for _ in range(3)]\n" + loop
-    )
-    done = subprocess.run([sys.executable, program], cwd=REPOSITORY, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("tensor(") == 2
+    program, printed = tmp_path / "program.py", set()
+    for num_ranks, sample_size in ((1, 1), (2, 1), (2, 2)):
+        of_grid = loop.replace("connect(sample_size=1)", f"connect(sample_size={sample_size})")
+        program.write_text(PREAMBLE + of_grid + EPILOGUE)
+        done = mpirun(num_ranks, program)
+        assert done.returncode == 0, done.stdout + done.stderr
+        found = re.findall(r"\d+ steps, [\d.]+|tensor\(\[[\d, ]+\]\)", done.stdout)
+        assert len(found) == 2 * num_ranks and "60 steps" in done.stdout, done.stdout
+        printed |= set(found)
+    assert len(printed) == 2, printed
 
 
 @pytest.fixture(scope="module")
