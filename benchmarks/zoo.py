@@ -4,7 +4,7 @@
     python benchmarks/zoo.py --json rows.jsonl [--timm] [--only 'timm/res*' ...] [--limit 300] [--chunk-size 2]
 
 The networks: the smallest of each family of timm, of torchvision's classifiers, and some of transformers,
-segmentation_models_pytorch, MONAI and x-transformers; what is not installed is left out
+segmentation_models_pytorch, MONAI, x-transformers, neuraloperator, torch_geometric and peft; what is not installed is left out
 (benchmarks/requirements.txt). Weights are random, nothing is downloaded. Each network makes a predictive, a
 training step and a predictive again, in float64 where it can, on one process. The plain module is a fresh copy without hpc_bnn that
 is given the weights that were drawn; its dropout rates and stochastic depths are 0, its BatchNorm is in training mode.
@@ -70,8 +70,6 @@ class Bnn:
         self.posterior = hpc_bnn.MeanFieldGaussian(module, init_std=0.01)
         self.likelihood = hpc_bnn.Gaussian(num_outputs, scale=1.0)
         self.comm = hpc_bnn.GridComm(hpc_bnn.Grid())
-        # One parameter for each weight and slot, in the order of the state; their gradients are those of the step.
-        self.parameters = dict(zip(self.posterior.state_dict(), self.posterior.weight_parameters()))
         optimizer = torch.optim.Adagrad(self.posterior.parameters(), lr=1e-3)
         self.step = hpc_bnn.VariationalStep(
             self.posterior, self.likelihood, optimizer, self.comm, num_samples=NUM_SAMPLES,
@@ -84,11 +82,12 @@ class Bnn:
 
     def gradients(self) -> Named:
         """Return the gradients of the last step, named as in the state: NAME.loc, NAME.log_scale, NAME of a point."""
-        return {name: p.grad for name, p in self.parameters.items()}
+        return self.posterior.buffer.named(self.posterior.buffer.grads)
 
     def means(self) -> Named:
         """Return the means of the random weights, by the names of the module."""
-        return {n[: -len(".loc")]: p.detach() for n, p in self.parameters.items() if n.endswith(".loc")}
+        state = self.posterior.state_dict()
+        return {name: state[f"{name}.loc"] for name in self.posterior.random}
 
     def predict(self, x: Tensor) -> Tensor:
         """Return the members of the predictive, [B, M, ...]."""
@@ -121,7 +120,8 @@ def buffers_of(module: nn.Module) -> Named:
 @torch.no_grad()
 def load_(module: nn.Module, weights: Named, buffers: Named) -> nn.Module:
     for name, parameter in module.named_parameters():
-        parameter.copy_(weights[name])
+        if name in weights:
+            parameter.copy_(weights[name])
     for name, buffer in list(module.named_buffers()):
         if buffer.shape != buffers[name].shape:  # a table that grows with the input
             owner, _, leaf = name.rpartition(".")
@@ -129,6 +129,11 @@ def load_(module: nn.Module, weights: Named, buffers: Named) -> nn.Module:
         elif not torch.equal(buffer, buffers[name]):  # some are expanded and cannot be written
             buffer.copy_(buffers[name])
     return module
+
+
+def as_real(tensor: Tensor) -> Tensor:
+    """Return a tensor, or the real and imaginary parts of a complex one, [..., 2], as a posterior names them."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 class RunningStatistics:
@@ -177,8 +182,10 @@ class PlainStep:
         net = load_(copy.deepcopy(plain), drawn[0], buffers)
         statistics = RunningStatistics(net)
         self.losses, self.gradients = {"": torch.zeros(())}, {}
+        trained = [name for name, parameter in net.named_parameters() if parameter.requires_grad]
         for weights in drawn:
-            load_(net, weights, buffers_of(net))  # its own buffers go on from sample to sample
+            # Its own buffers, and frozen weights that it changes, go on from sample to sample
+            load_(net, {name: weights[name] for name in trained}, buffers_of(net))
             net.zero_grad()
             statistics.begin_sample()
             outputs = net(x.clone()).to(y.dtype)
@@ -189,15 +196,16 @@ class PlainStep:
                 if not parameter.requires_grad:
                     continue
                 gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                gradient = as_real(gradient.to_dense())
                 if name in means:
                     self._add(f"{name}.loc", gradient)
-                    self._add(f"{name}.log_scale", gradient * (weights[name] - means[name]))
+                    self._add(f"{name}.log_scale", gradient * (as_real(weights[name]) - means[name]))
                 else:
                     self._add(name, gradient)
         self.buffers = buffers_of(net) | statistics.after(buffers)
 
     def _add(self, name: str, gradient: Tensor) -> None:
-        self.gradients[name] = self.gradients.get(name, 0) + gradient.to_dense()
+        self.gradients[name] = self.gradients.get(name, 0) + gradient
 
 
 @torch.no_grad()
@@ -403,10 +411,16 @@ def first_that_runs(candidates: Candidates) -> Plain:
         size = sum(parameter.numel() for parameter in net.parameters())
         for dtype in (torch.float64, torch.float32)[size > TOO_MANY_FOR_FLOAT64 :]:
             try:
-                return look_at(net.to(dtype).train(), x.to(dtype) if x.is_floating_point() else x)
+                return look_at(converted(net, dtype).train(), x.to(dtype) if x.is_floating_point() else x)
             except Exception as caught:
                 error = caught
     raise error or ValueError("there is nothing to try")
+
+
+def converted(net: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Return a network in another dtype; ``net.to(dtype)`` would discard imaginary parts."""
+    of_kind = {True: dtype.to_complex(), False: dtype}
+    return net._apply(lambda t: t.to(of_kind[t.is_complex()]) if t.is_floating_point() or t.is_complex() else t)
 
 
 def look_at(net: nn.Module, x: Tensor) -> Plain:
@@ -662,7 +676,16 @@ def monai_networks() -> dict[str, Callable[[], nn.Module]]:
         "UNETR": lambda: nets.UNETR(1, 3, (64, 64), 4, 16, 32, 2, spatial_dims=2),
         "VNet": lambda: nets.VNet(2, 1, 3),
         "VQVAE": lambda: nets.VQVAE(
-            2, 1, 1, channels=(8, 8), num_res_channels=(8, 8), num_res_layers=1, num_embeddings=8, embedding_dim=4
+            2,
+            1,
+            1,
+            channels=(8, 8),
+            num_res_channels=(8, 8),
+            num_res_layers=1,
+            num_embeddings=8,
+            embedding_dim=4,
+            downsample_parameters=((2, 4, 1, 1),) * 2,
+            upsample_parameters=((2, 4, 1, 1, 0),) * 2,
         ),
     }
     return {name: lambda make=make: iter([(make(), images(64, 1))]) for name, make in makers.items()}
@@ -680,6 +703,77 @@ def x_transformers_networks() -> dict[str, Callable[[], nn.Module]]:
         "encoder": lambda: iter([(xt.TransformerWrapper(
             num_tokens=60, max_seq_len=16, attn_layers=encoder(rotary_pos_emb=True, use_rmsnorm=True)), words())]),
     }  # fmt: skip
+
+
+def neural_operators() -> dict[str, Callable[[], nn.Module]]:
+    from neuralop import models
+
+    form = {"n_modes": (4, 4), "in_channels": 1, "out_channels": 1, "hidden_channels": 8, "n_layers": 2}
+    layers = {"hidden_channels": 8, "uno_out_channels": [8] * 3, "uno_n_modes": [[4, 4]] * 3, "n_layers": 3}
+    scalings = [[1.0, 1.0], [0.5, 0.5], [2.0, 2.0]]
+    makers = {
+        "FNO": lambda: models.FNO(**form),
+        "TFNO": lambda: models.TFNO(**form, factorization="tucker", rank=0.5),
+        "UNO": lambda: models.UNO(1, 1, **layers, uno_scalings=scalings, channel_mlp_skip="linear"),
+    }
+    return {name: lambda make=make: iter([(make(), images(16, 1))]) for name, make in makers.items()}
+
+
+class OnGraph(nn.Module):
+    """Signals [B, 6, F] on one graph, each a component of the graph of a batch."""
+
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.net = net
+        self.register_buffer("edges", torch.tensor([[0, 1, 2, 3, 4, 5, 0, 2], [1, 2, 3, 4, 5, 0, 3, 5]]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, nodes, width = x.shape
+        edges = (self.edges[:, None] + nodes * torch.arange(batch)[:, None]).flatten(1)
+        return self.net(x.reshape(batch * nodes, width), edges).view(batch, nodes, -1).mean(1)
+
+
+def graph_networks() -> dict[str, Callable[[], nn.Module]]:
+    from torch_geometric import nn as graphs
+
+    more = {
+        "GCN": {}, "GraphSAGE": {}, "GAT": {"heads": 2}, "GIN": {"norm": "batch_norm"}, "EdgeCNN": {},
+        "PNA": {"aggregators": ["mean", "max"], "scalers": ["identity"], "deg": torch.tensor([0, 2, 4])},
+    }  # fmt: skip
+    signals = torch.randn(NUM_EXAMPLES, 6, 5, generator=torch.Generator().manual_seed(5))
+
+    def candidates(name: str) -> Candidates:
+        yield OnGraph(getattr(graphs, name)(5, 8, 2, 3, **more[name])), signals
+
+    return {name: lambda name=name: candidates(name) for name in more}
+
+
+def adapted_networks() -> dict[str, Callable[[], nn.Module]]:
+    import peft
+    import transformers
+
+    form = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "vocab_size": 60,
+    }
+
+    def bert() -> nn.Module:
+        return transformers.BertForSequenceClassification(transformers.BertConfig(**form))
+
+    configs = {
+        "LoRA": lambda: peft.LoraConfig(task_type="SEQ_CLS", r=2),
+        "DoRA": lambda: peft.LoraConfig(task_type="SEQ_CLS", r=2, use_dora=True),
+        "IA3": lambda: peft.IA3Config(
+            task_type="SEQ_CLS", target_modules=["key", "value", "output.dense"], feedforward_modules=["output.dense"]
+        ),
+    }
+    return {
+        name: lambda config=config: iter([(peft.get_peft_model(bert(), config()), words())])
+        for name, config in configs.items()
+    }
 
 
 def timm_networks() -> dict[str, Callable[[], Candidates]]:
@@ -701,6 +795,9 @@ PACKAGES = {
     "segmentation_models_pytorch": segmentation_networks,
     "monai": monai_networks,
     "x_transformers": x_transformers_networks,
+    "neuralop": neural_operators,
+    "torch_geometric": graph_networks,
+    "peft": adapted_networks,
 }
 
 
