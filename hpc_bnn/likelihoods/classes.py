@@ -19,9 +19,7 @@ class Categorical(Likelihood):
     def __init__(self, num_classes: int):
         super().__init__()
         self.num_classes = self.num_outputs = num_classes
-        self.support = (
-            f"classes 0 to {num_classes - 1} of a whole-number dtype (y.long()), or their probabilities, which add up to 1"
-        )
+        self.support = f"classes 0 to {num_classes - 1} of a whole-number dtype (y.long()), or their probabilities, which add up to 1"
 
     def fits(self, y: Tensor) -> Tensor:
         fits = (y >= 0) & (y <= (1 if y.is_floating_point() else self.num_outputs - 1))
