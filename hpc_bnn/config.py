@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 import operator
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args, get_type_hints
 
 from .capabilities import FAMILIES, Features, check_features
 from .errors import ConfigError, Fault, Rule, above_and_below, at_least, check_all, number, positive
@@ -330,6 +330,11 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
 
+    @classmethod
+    def from_dict(cls, tree: Mapping[str, Any]) -> Config:
+        """Return the config of what `to_dict` returned; `ConfigError` names a field that this version does not know."""
+        return _from_dict(cls, tree, "")
+
     def to_dict(self) -> dict[str, Any]:
         """Return nested plain dicts: the run, without `resume`, which is how it was started."""
         return {name: value for name, value in asdict(self).items() if name != "resume"}
@@ -419,6 +424,17 @@ def config_of_run(run_dir: str | Path) -> Path:
         remedy = "Name the <run_dir> of hpc-bnn train"
         raise ConfigError(Fault("RUN_DIR", run_dir, f"it holds no run (no {path.name})", remedy))
     return path
+
+
+def _from_dict(kind: Any, tree: Mapping[str, Any], prefix: str) -> Any:
+    types = get_type_hints(kind)
+    for name in tree.keys() - types.keys():
+        remedy = "Use the version of hpc_bnn that wrote it, or a newer one"
+        raise ConfigError(Fault(prefix + name, tree[name], "this version of hpc_bnn has no such field", remedy))
+    return kind(**{
+        name: _from_dict(types[name], value, f"{prefix}{name}.") if is_dataclass(types[name]) else value
+        for name, value in tree.items()
+    })  # fmt: skip
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

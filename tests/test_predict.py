@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+import hpc_bnn
 from hpc_bnn import ShardDataset, write_shards
 from hpc_bnn.cli.commands import main
+from hpc_bnn.errors import ConfigError, DataError
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -138,3 +141,84 @@ def test_a_full_disk_is_said_and_leaves_nothing(digits_run, tmp_path):
 def test_a_checkpoint_is_read_without_code(digits_run):
     path = max((digits_run / "checkpoints").glob("*.pt"))
     assert {"model", "optimizer", "place"} <= torch.load(path, weights_only=True).keys()
+
+
+# --- predictions for arrays in memory ---------------------------------------------------------------------
+
+
+def stored(directory, split="test"):
+    """Return inputs as they lie in the shards."""
+    manifest = json.loads((directory / "manifest.json").read_text())
+    files = [directory / shard["file"] for shard in manifest["splits"][split]]
+    return np.concatenate([h5py.File(file)["x"][()] for file in files])
+
+
+@pytest.mark.parametrize("kind", ["classes", "numbers"])
+def test_a_loaded_run_predicts_what_the_command_writes(kind, digits, digits_run, numbers, numbers_run, tmp_path):
+    """For inputs as they lie in the shards, as an array, a tensor, in another dtype, or a part of them."""
+    run_dir, shards = (digits_run, digits) if kind == "classes" else (numbers_run, numbers / "here")
+    path, x = tmp_path / "predictions.h5", stored(shards)
+    assert main(["predict", str(run_dir), "--output", str(path), "--members", "true", "--which", "best"]) == 0
+    predictor = hpc_bnn.load(run_dir)
+    found = predictor.predict(x, quantiles=(0.05, 0.25, 0.5, 0.75, 0.95), members=True)
+    with h5py.File(path) as file:
+        assert found.keys() == file.keys()
+        for name, values in found.items():
+            np.testing.assert_allclose(values, file[name][()], rtol=1e-6, atol=1e-6)
+            assert values.shape == file[name].shape
+    again = predictor.predict(torch.from_numpy(x).double(), batch_size=7, progress=True)
+    one = predictor.predict(x[3:4], num_samples=3)
+    for name, values in again.items():
+        np.testing.assert_allclose(values, found[name], rtol=1e-5, atol=1e-6)
+        assert one[name].shape == (1, *values.shape[1:])
+    assert not np.allclose(one["std"], found["std"][3:4], rtol=1e-3)
+    assert predictor.num_steps == json.loads((run_dir / "evaluation.json").read_text())["num_steps"]
+
+
+def test_a_run_is_loaded_where_its_data_are_not(numbers_run, numbers, tmp_path):
+    """In a process of its own, as a notebook; MPI and Horovod are not there, the run was moved."""
+    shutil.copytree(numbers_run, tmp_path / "moved")
+    np.save(tmp_path / "x.npy", stored(numbers / "here"))
+    program = (
+        "import sys; sys.modules['mpi4py'] = sys.modules['horovod'] = None\n"
+        "import numpy as np, hpc_bnn\n"
+        "print(hpc_bnn.load('moved').predict(np.load('x.npy'))['mean'].mean(0))"
+    )
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    mean = hpc_bnn.load(numbers_run).predict(stored(numbers / "here"))["mean"].mean(0)
+    np.testing.assert_allclose([float(n) for n in done.stdout.strip().strip("[]").split()], mean, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda x: x[0], "an example of the training is"),
+        (lambda x: x[..., :1], "an example of the training is"),
+        (lambda x: x[:0], "one or more"),
+        (lambda x: {"image": x}, "the network has the inputs x"),
+        (lambda x: x + 0.25, "the training data are uint8"),
+        (lambda x: x.astype(int) - 1, "the training data are uint8"),
+    ],
+)
+def test_inputs_of_another_form_are_refused(digits_run, digits, change, named):
+    with pytest.raises(ConfigError, match=named):
+        hpc_bnn.load(digits_run).predict(change(stored(digits)))
+
+
+def test_what_is_no_run_or_no_checkpoint_is_said(digits_run, digits, tmp_path):
+    with pytest.raises(ConfigError, match="it holds no run"):
+        hpc_bnn.load(tmp_path)
+    shutil.copytree(digits_run, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    with pytest.raises(DataError, match="no sound checkpoint"):
+        hpc_bnn.load(tmp_path / "run")
+    text = (digits_run / "config.yaml").read_text()
+    (tmp_path / "run/config.yaml").write_text(text + "from_the_future: 1\n")
+    with pytest.raises(ConfigError, match="from_the_future"):
+        hpc_bnn.load(tmp_path / "run")
+    with pytest.raises(ConfigError, match="quantiles"):
+        hpc_bnn.load(digits_run).predict(stored(digits), quantiles=[1.5])

@@ -74,14 +74,9 @@ class ShardDataset(Source):
         self.reading = self._choose(reading)
         """The reading that is used, never "auto"."""
         self._memory = self._read_into_memory() if self.reading == "node" else None
-        names = [n for n in self.manifest.arrays if n in scaling.statistics and (n != "y" or normalises_targets)]
-        self._scales = {name: scale_of(scaling, name, self.device) for name in names}
-        # Numbers that float32 would round, or whose mean it would, are subtracted from it first
-        self._precise = {name for name in names if dtype == torch.float64 or is_precise(scaling, self.manifest, name)}
-        self._working = {
-            name: tuple(number.to(torch.float64 if name in self._precise else dtype) for number in self._scales[name])
-            for name in names
-        }
+        self._normalise = Normalisation(
+            scaling, self.manifest, self.device, dtype, normalises_targets=normalises_targets
+        )
 
     def __len__(self) -> int:
         return len(self._files)
@@ -99,7 +94,7 @@ class ShardDataset(Source):
     @property
     def target_scale(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Mean and standard deviation of the targets per channel, [1, channels, 1, ...] float64, if they are normalised."""
-        return self._scales.get("y")
+        return self._normalise.scales.get("y")
 
     # --- examples -----------------------------------------------------------------------------------
 
@@ -125,15 +120,7 @@ class ShardDataset(Source):
         buffer = buffer.to(self.device, non_blocking=True)
         if self.reading == "group":
             self._comm.broadcast_(buffer, root=0, axis="sample")
-        found = self._split(buffer)
-        for name, values in found.items():
-            if name in self._working:  # the buffer is this batch's own: no copy
-                mean, std = self._working[name]
-                values = values.to(mean.dtype).sub_(mean).div_(std)
-            if name in self._working or values.is_floating_point():
-                found[name] = values.to(self.dtype)
-            elif values.dtype not in (torch.bool, torch.int32):
-                found[name] = values.long()  # an embedding takes no narrower ids
+        found = self._normalise(self._split(buffer))
         return inputs_of(found), found["y"]
 
     def in_units(self, y: torch.Tensor) -> torch.Tensor:
@@ -192,6 +179,52 @@ def check_alike(scaling: Manifest, manifest: Manifest, directory: str | os.PathL
                 f"{directory}: {name} is {list(spec.shape)} {list(spec.channels)} per example, and the network was "
                 f"trained on {list(expected.shape)} {list(expected.channels)}. Prepare the shards in the same way"
             )
+
+
+class Normalisation:
+    """Makes of arrays, as they are stored, what a network sees. Local.
+
+    Parameters
+    ----------
+    scaling, manifest : Manifest
+        Whose statistics are used, those of the training data; and of the arrays.
+    device, dtype : torch.device, torch.dtype
+        Of the result; ids stay int64 or int32.
+    normalises_targets : bool
+        Whether y is normalised, too.
+
+    Attributes
+    ----------
+    scales : dict of str to tuple
+        Mean and standard deviation (`scale_of`) of the arrays that are normalised.
+    """
+
+    def __init__(
+        self, scaling: Manifest, manifest: Manifest, device: torch.device, dtype: torch.dtype, *,
+        normalises_targets: bool,
+    ):  # fmt: skip
+        names = [n for n in manifest.arrays if n in scaling.statistics and (n != "y" or normalises_targets)]
+        self.scales = {name: scale_of(scaling, name, device) for name in names}
+        self._dtype = dtype
+        # Numbers that float32 would round, or whose mean it would, are subtracted from it first
+        precise = {name for name in names if dtype == torch.float64 or is_precise(scaling, manifest, name)}
+        self._working = {
+            name: tuple(number.to(torch.float64 if name in precise else dtype) for number in scale)
+            for name, scale in self.scales.items()
+        }
+
+    def __call__(self, arrays: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return the arrays [B, ...] normalised; they may be overwritten."""
+        found = dict(arrays)
+        for name, values in arrays.items():
+            if name in self._working:
+                mean, std = self._working[name]
+                values = values.to(mean.dtype).sub_(mean).div_(std)
+            if name in self._working or values.is_floating_point():
+                found[name] = values.to(self._dtype)
+            elif values.dtype not in (torch.bool, torch.int32):
+                found[name] = values.long()  # an embedding takes no narrower ids
+        return found
 
 
 def scale_of(manifest: Manifest, name: str, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:

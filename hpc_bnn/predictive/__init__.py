@@ -11,10 +11,10 @@ from .evaluation import (
     score_dataset,
     uncertainties_of_dataset,
 )
-from .predictive import ClassPredictive, ValuePredictive, member_outputs, predict_classes, predict_values
+from .predictive import ClassPredictive, Predictive, ValuePredictive, member_outputs, predict_classes, predict_values
 
 __all__ = [
-    "Block", "ClassPredictive", "Evaluation", "ValuePredictive", "block_size", "evaluate_dataset", "member_outputs",
+    "Block", "ClassPredictive", "Evaluation", "Predictive", "ValuePredictive", "block_size", "evaluate_dataset", "member_outputs",
     "metrics_to_minimise", "out_of_distribution_auroc", "predict_classes", "predict_dataset", "predict_values",
     "score_dataset", "uncertainties_of_dataset",
 ]  # fmt: skip

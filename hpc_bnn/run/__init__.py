@@ -10,6 +10,7 @@ __getattr__, __dir__, __all__ = door(
         "export": "predict_run",
         "plots": "write_plots",
         "plotted_examples": "shown_examples",
+        "predictor": "Predictor load",
         "report": "write_report",
         "train": "Run StopRequest",
     },

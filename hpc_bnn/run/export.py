@@ -15,9 +15,10 @@ from torch import Tensor
 
 from .. import __version__
 from ..comm import GridComm
-from ..errors import ConfigError, DataError, Fault
+from ..errors import ConfigError, DataError, Fault, above_and_below
 from ..grid import share
-from ..predictive import Block, ClassPredictive, ValuePredictive, predict_dataset
+from ..likelihoods import Likelihood
+from ..predictive import ClassPredictive, Predictive, ValuePredictive, predict_dataset
 from ..safe_files import Disk
 from .experiment import Experiment
 
@@ -61,10 +62,7 @@ def predict_run(
         Whether every sample is written.
     """
     comm, path = experiment.comm, Path(output)
-    bad = [level for level in quantiles if not 0 < level < 1]
-    if bad:
-        raise ConfigError(Fault("--quantiles", bad[0], "must be between 0 and 1", "Try 0.05"))
-    quantiles = quantiles if experiment.likelihood.num_classes or experiment.likelihood.has_mixture else ()
+    quantiles = check_levels(quantiles, experiment.likelihood, "--quantiles")
     with comm.agree(f"opening {path}"), _as_data_error(path):
         if comm.grid.is_first("world"):
             if path.exists():
@@ -83,7 +81,7 @@ def predict_run(
     dtype = np.float64 if experiment.dtype == torch.float64 else np.float32
     with _Output(path, comm, len(dataset), _shapes(experiment, quantiles, with_members), dtype) as file:
         for block in blocks:
-            file.write(int(block.examples[0]), _columns(block, quantiles, with_members))
+            file.write(int(block.examples[0]), columns_of(block.predictive, quantiles, with_members))
     with comm.agree(f"writing {path}"):
         if comm.grid.is_first("world"):
             attributes = {
@@ -117,9 +115,15 @@ def _shapes(experiment: Experiment, quantiles: Sequence[float], with_members: bo
     return shapes
 
 
-def _columns(block: Block, quantiles: Sequence[float], with_members: bool) -> dict[str, Tensor]:
-    """Return the rows [B, ...] of each dataset."""
-    predictive = block.predictive
+def check_levels(quantiles: Sequence[float], likelihood: Likelihood, flag: str) -> Sequence[float]:
+    """Return the levels of the quantiles that a predictive has; `ConfigError` where one is none. Local."""
+    for level in quantiles:
+        above_and_below(0, 1, "Try 0.05").check(flag, level)
+    return quantiles if likelihood.num_classes or likelihood.has_mixture else ()
+
+
+def columns_of(predictive: Predictive, quantiles: Sequence[float], with_members: bool) -> dict[str, Tensor]:
+    """Return the rows [B, ...] of each dataset. Local."""
     if isinstance(predictive, ClassPredictive):
         columns = {
             "probabilities": predictive.probabilities,
