@@ -16,6 +16,7 @@ from ..errors import ConfigError, Fault
 from ..trees import Inputs, map_tensors, num_rows, tensors_of
 from .batch_norm import of_one_rank
 from .interception import Shapes, batch_dims
+from .layout import take_gradients
 from .select import shortened
 
 if TYPE_CHECKING:
@@ -194,7 +195,11 @@ class Looker:
         if not outputs.requires_grad:
             return list(network.parameters)
         with contextlib.suppress(Exception):  # reentrant checkpointing, for example
-            gradients = torch.autograd.grad(outputs.sum(), network.drawn_parameters(), allow_unused=True)
+            parameters = network.drawn_parameters()
+            gradients = torch.autograd.grad(outputs.sum(), parameters, allow_unused=True, retain_graph=True)
+            if all(gradient is None for gradient in gradients):  # reentrant checkpoints show at the backward pass only
+                outputs.sum().backward()
+                gradients = take_gradients(parameters)
             return [name for name, gradient in zip(network.drawn, gradients) if gradient is None]
         return []
 

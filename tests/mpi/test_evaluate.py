@@ -52,9 +52,9 @@ def test_a_class_that_is_none_is_found_by_all(comm):
     """The example is in the last block of the last data group; the others have finished theirs."""
     x, y = make_problem(torch.float64)
     y = torch.where(torch.arange(len(y)) == len(y) - 1, -100, y)
-    arguments = make_step(GridComm(Grid())).posterior, Categorical(3), comm
+    arguments, source = (make_step(GridComm(Grid())).posterior, Categorical(3), comm), TensorSource(x, y, 3)
     with pytest.raises(DataError, match="a target is -100, and the likelihood Categorical"):
-        evaluate_dataset(*arguments, TensorSource(x, y, 3), num_samples=6)
+        evaluate_dataset(*arguments, source.on("cpu", x.dtype), num_samples=6)
 
 
 LIKELIHOODS = {
