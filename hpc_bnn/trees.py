@@ -46,6 +46,9 @@ def device_of(tree: Inputs) -> torch.device:
 def num_rows(tree: Inputs) -> int:
     """Return the common length of dim 0; `ConfigError` where there is no tensor, or the lengths differ."""
     lengths = {len(tensor) if tensor.ndim else -1 for tensor in tensors_of(tree)}
+    if not lengths:
+        rule = "must be a tensor, or a dict, list or tuple of tensors"
+        raise ConfigError(Fault("x", f"of type {type(tree).__name__}", rule, "Give torch.as_tensor(x)"))
     if len(lengths) != 1 or -1 in lengths:
         rule = "all tensors of the inputs need the same extent of dim 0, the examples"
         raise ConfigError(Fault("x", sorted(lengths), rule, "Leave out what does not belong to an example"))

@@ -242,6 +242,7 @@ def test_a_step_that_was_given_up_leaves_no_sums_of_blocks_behind(monkeypatch):
 def test_flipout_with_batch_norm_on_a_rank_without_examples():
     net = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)).double()
     step = make_step(MeanFieldGaussian(net, estimator="flipout"))
+    step.posterior.network.batch_norms.reads_counts = False  # the ranks that have the examples do not exist
     x, y = batch()
     step.accumulate_(x[:0], y[:0], 6)
 
@@ -307,3 +308,31 @@ def test_a_checkpoint_of_another_run_is_not_overwritten(tmp_path):
     with pytest.raises(DataError, match="run theirs"):
         store.save(state, 10)
     assert (tmp_path / "step-00000010.pt").read_bytes() == before
+
+
+class Unkeyed(Chain):
+    """Draws numbers that have no key."""
+
+    def sample_(self, slots, work, samples, draw, out):
+        out.copy_(slots["place"] + 0.1 * torch.randn_like(slots["place"]))
+
+
+def test_a_family_that_draws_without_a_key_is_named_and_not_the_network(caplog):
+    posterior = Posterior(make_net(), Unkeyed())
+    step = make_step(posterior, torch.optim.SGD(posterior.parameters(), 0.1))
+    with caplog.at_level("WARNING", "hpc_bnn"):
+        step(*batch(), 6)
+    assert "sample_ of the posterior's family draws from torch's global generator" in caplog.text
+    assert "the forward pass" not in caplog.text
+
+
+def test_a_function_that_is_no_objective_and_inputs_that_are_no_tensors_are_errors_with_the_remedy():
+    posterior = MeanFieldGaussian(make_net())
+    optimizer, comm = torch.optim.SGD(posterior.parameters(), 0.1), GridComm(Grid())
+    with pytest.raises(ConfigError, match=r"objective .*Gathered"):
+        VariationalStep(
+            posterior, Categorical(3), optimizer, comm,
+            num_samples=2, num_train_examples=10, objective=lambda f, y: f.mean(),
+        )  # fmt: skip
+    with pytest.raises(ConfigError, match=r"of type ndarray: .*torch.as_tensor"):
+        make_step(posterior, optimizer)(batch()[0].numpy(), batch()[1], 6)

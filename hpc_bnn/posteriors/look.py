@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 class _Pass(NamedTuple):
     """What a pass of a look has given, and what it had changed."""
 
+    is_drawn: bool  # whether the draw of the weights has used torch's global generators
     outputs: Tensor
     changed: dict[str, list[str]]
     written: list[str]  # drawn weights that the forward pass has written itself
@@ -40,6 +41,7 @@ class Look:
     """What a look at a module has found."""
 
     name: str  # class of the module
+    is_drawn: bool  # whether the family itself draws from torch's global generator
     generators: Sequence[str]  # global generators of random numbers that its forward pass draws from
     is_repeatable: bool  # whether two passes with the same sample gave the same outputs
     buffers: Sequence[str]  # that its forward pass changes by itself
@@ -52,7 +54,12 @@ class Look:
     def warnings(self, world_size: int) -> list[str]:
         """Return what a user should know, on so many ranks."""
         found = []
-        if self.generators or not self.is_repeatable:
+        if self.is_drawn:
+            found.append(
+                "sample_ of the posterior's family draws from torch's global generator; these numbers are not keyed by the "
+                "sample, and the result depends on the process grid. Use draw.affine_, draw.noise or draw.normal"
+            )
+        elif self.generators or not self.is_repeatable:
             source = " and ".join(self.generators) or "generators of its own: two passes of one sample differ"
             found.append(
                 f"the forward pass of {self.name} draws from {source}; these numbers are not keyed by the sample, and "
@@ -140,6 +147,7 @@ class Looker:
         is_repeatable = _alike(first.outputs, again.outputs, tolerance)
         return Look(
             type(network.module).__name__,
+            first.is_drawn,
             first.changed["generator"],
             is_repeatable,
             self._own_buffers(first),
@@ -171,7 +179,9 @@ class Looker:
         norms, dropout = network.batch_norms, network.dropout
         norms.shapes, dropout.shapes = {}, {}
         try:
+            generators = _generators()
             self._draw(sample)
+            is_drawn = not all(map(torch.equal, generators, _generators()))
             for name in (network.drawn if only is None else only) if scale != 1 else ():
                 network.parameters[name].detach().mul_(scale).add_(0.01 * (scale - 1))
             versions = network.versions()
@@ -182,7 +192,7 @@ class Looker:
             written = [name for name, before, after in pairs if before != after]
             moved = network.put_memory_back()
             changed = {} if stays else self._put_back()
-            return _Pass(outputs, changed, written, moved, unreached, norms.shapes, dropout.shapes)
+            return _Pass(is_drawn, outputs, changed, written, moved, unreached, norms.shapes, dropout.shapes)
         finally:
             network.put_memory_back()
             if not stays:
@@ -329,3 +339,8 @@ def _alike(a: Tensor, b: Tensor, tolerance: float) -> bool:
         return True
     a, b = (t.double().nan_to_num() for t in (a, b))
     return bool((a - b).norm() <= tolerance * b.norm())
+
+
+def _generators() -> list[Tensor]:
+    """Return the states of torch's global generators. Local."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else ())]

@@ -148,7 +148,7 @@ class Comparison:
         comm, where = self._comm, f"step {self._step}: "
         comm.check_equal(self._settings, where, "Give all ranks the same")
         remedy = (
-            "Give the ranks of a sample group the same examples, those of comm.grid.data_index of comm.grid.data_size; "
+            "Give the ranks of a sample group the same examples, those of comm.grid.data_index of comm.grid.data_size, as hpc_bnn.GlobalBatchSampler has them; "
             'where each rank makes its own view of them, call step(..., views="own")'
         )
         found: dict[str, object] = {"the number of examples": self.num_examples}

@@ -120,6 +120,9 @@ class VariationalStep(StepState):
         if not callable(kl_weight):
             check_field("kl_weight", kl_weight)
         objective = objective or NegativeElbo()
+        if not isinstance(objective, Objective):
+            remedy = "Wrap a function of all members: hpc_bnn.Gathered(function)"
+            raise ConfigError(Fault("objective", objective, "must be an hpc_bnn.objectives.Objective", remedy))
         objective.check(likelihood, num_samples)
         self.posterior, self.likelihood, self.comm = posterior, likelihood, comm
         is_of_job = isinstance(optimizer, JobOptimizer)
