@@ -1,34 +1,197 @@
-"""Write files completely or not at all, and HDF5 files on a disk that may be full."""
+"""Files that nobody else can make ours, and that are written completely or not at all. Local; without torch.
+
+A name that a file brings is a plain name or an error (`is_plain`). What is written stands under a temporary name that
+nobody can know before, is synced, and gets its own name in one step, which is synced, too. Directories that any user of
+the machine may write are refused, for data and for runs; staging has a directory of the user's own.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
+import re
+import secrets
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Disk", "replacing", "write_atomically"]
+from .errors import DataError
+
+__all__ = [
+    "Disk", "append_line", "is_leftover", "is_plain", "link_new", "make_own_directory", "names_in", "publish", "read_bytes", "refuse_world_writable", "remove_leftovers",
+    "replacing", "sync_directory", "write_atomically",
+]  # fmt: skip
+
+_PLAIN = re.compile(r"[\w-][\w.-]*")
+_MODE = 0o664
+"""Of new files, less the umask: no umask lets every user of the machine write them."""
+_UNSYNCED = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES)
+"""Errors of file systems that cannot sync a directory, and of a directory that may be written and not read."""
+_UNLINKED = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
+"""Errors of file systems without hard links."""
+
+
+# --- names and directories ----------------------------------------------------------------------------
+
+
+def is_plain(name: object) -> bool:
+    """Whether a name that comes from a file names something in its own directory: letters, digits, ``. _ -``, not hidden."""
+    return isinstance(name, str) and len(name) < 256 and _PLAIN.fullmatch(name) is not None
+
+
+def names_in(directory: str | os.PathLike) -> list[str]:
+    """Return the sorted names in a directory; none where it is not there. One that cannot be read raises `OSError`."""
+    try:
+        return sorted(os.listdir(directory))
+    except FileNotFoundError:
+        return []
+
+
+def refuse_world_writable(directory: str | os.PathLike, what: str) -> None:
+    """Raise `DataError` if every user of the machine may change what is in a directory.
+
+    Directories of colleagues and of groups are accepted; so is one that is not there.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        if os.stat(directory).st_mode & stat.S_IWOTH:
+            raise DataError(
+                f"{what} {directory} may be written by every user, who could change what is read there. "
+                f"Take the right away (chmod o-w {directory}), or use another directory"
+            )
+
+
+def make_own_directory(directory: Path) -> None:
+    """Make a directory, with those above it, that only this user can enter (mode 0700).
+
+    One that is there must belong to this user, and no other user may be able to replace it: `DataError`.
+    """
+    directory = Path(os.path.realpath(directory))
+    for path in (*reversed(directory.parents), directory):
+        with contextlib.suppress(FileExistsError):
+            path.mkdir(mode=0o700)
+    trusted, me = {0, _nobody()}, os.getuid()
+    for path in (directory, *directory.parents):
+        found, is_last = os.stat(path), path == directory
+        is_open = found.st_mode & stat.S_IWOTH and (is_last or not found.st_mode & stat.S_ISVTX)
+        if is_open or found.st_uid not in ({me} if is_last else {me, *trusted}):
+            who = "may be written by every user" if is_open else f"belongs to user {found.st_uid}"
+            raise DataError(
+                f"{path} {who}, who could replace what is staged in {directory}. "
+                "Stage to a directory of your own: one under $TMPDIR, or a new name"
+            )
+    if stat.S_IMODE(os.stat(directory).st_mode) != 0o700:
+        directory.chmod(0o700)
+
+
+def _nobody() -> int:
+    """Return the user that a container shows for all users that it does not know, root of the host among them."""
+    try:
+        return int(Path("/proc/sys/kernel/overflowuid").read_text())
+    except (OSError, ValueError):
+        return 65534
+
+
+# --- reading and writing ------------------------------------------------------------------------------
+
+
+def read_bytes(path: str | os.PathLike, what: str) -> bytes | None:
+    """Return the content of a file; None where it is not there, `DataError` where it is and cannot be read."""
+    try:
+        return Path(path).read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise DataError(
+            f"{what} {path} cannot be read ({error.strerror}), which does not mean that it is damaged: nothing was changed. "
+            "Look at the file system and the rights, and try again"
+        ) from error
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Write a file under the temporary name that this gives; sync and rename it when the block succeeds. Local."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    """Write a file under the temporary name that this gives; sync and rename it when the block succeeds.
+
+    The temporary file is new and empty, is no link, and has a name that nobody knows before.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_WRONLY, _MODE))
     try:
         yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        publish(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def publish(temporary: Path, path: Path, *, overwrites: bool = True) -> None:
+    """Sync a complete file and give it its name; `FileExistsError` if that is taken and ``overwrites`` is False."""
+    with open(temporary, "rb+") as file:
+        os.fsync(file.fileno())
+    if overwrites or not link_new(temporary, path):
+        if not overwrites and os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+        os.replace(temporary, path)
+    else:
+        temporary.unlink()
+    sync_directory(path.parent)
+
+
+def link_new(temporary: Path, path: Path) -> bool:
+    """Give a file a second name, `FileExistsError` if that is taken; return False where the file system has no links."""
+    try:
+        os.link(temporary, path)
+    except OSError as error:
+        if error.errno in _UNLINKED:
+            return False
+        if not (error.errno == errno.EEXIST and os.stat(temporary).st_nlink == 2):  # NFS repeats what has succeeded
+            raise
+    return True
+
+
+def sync_directory(directory: Path) -> None:
+    """Bring the names in a directory to the disk, where the file system can."""
+    try:
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _UNSYNCED:
+            raise
+
+
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file that fits into memory. Local."""
+    """Write a file that fits into memory."""
     with replacing(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a file and sync it; what a killed process left of a line is ended before."""
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, _MODE)
+    with open(descriptor, "rb+") as file:
+        length = file.seek(0, os.SEEK_END)
+        if length and os.pread(descriptor, 1, length - 1) != b"\n":
+            line = f"\n{line}"
+        file.write(f"{line}\n".encode())
+        file.flush()
+        os.fsync(descriptor)
+
+
+def is_leftover(name: str, of: re.Pattern[str]) -> bool:
+    """Whether a name is that of a temporary file, of one whose name matches."""
+    found = re.fullmatch(r"\.(.+)\.(?:[0-9a-f]{16}|\d{1,10})", name)  # hpc_bnn 0.1: the number of the process
+    return found is not None and of.fullmatch(found[1]) is not None
+
+
+def remove_leftovers(directory: Path, of: re.Pattern[str]) -> None:
+    """Remove temporary files that killed processes left of the files whose names match; nobody may write there now."""
+    for name in names_in(directory):
+        if is_leftover(name, of):
+            (directory / name).unlink(missing_ok=True)
 
 
 class Disk(io.FileIO):
