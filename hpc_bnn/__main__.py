@@ -4,20 +4,35 @@ import importlib.util
 import os
 import sys
 
+from . import signals
+
+if __name__ == "__main__" and sys.argv[1:2] == ["train"]:
+    signals.watch()  # before what takes long to import
+
 
 def entry() -> None:
     """Run ``hpc-bnn`` as ``python -m mpi4py -m hpc_bnn``: an exception of one rank then ends the job."""
+    if sys.argv[1:2] == ["train"]:
+        signals.block()  # until the new program watches them
     runner = ["-m", "mpi4py"] if importlib.util.find_spec("mpi4py") else []
     os.execv(sys.executable, [sys.executable, *runner, "-m", "hpc_bnn", *sys.argv[1:]])
 
 
 def run() -> None:
     """Run the command line, shut MPI down, and exit with the command's code."""
-    from . import comm
-    from .cli.commands import main
+    try:
+        from . import comm
+        from .cli.commands import main
 
-    code = main()  # an exception that the ranks did not agree on passes here, and aborts the job
-    comm.finalize()
+        code = main()  # an exception that the ranks did not agree on passes here, and aborts the job
+        comm.finalize()
+    except KeyboardInterrupt:  # of a command that writes nothing which would be lost
+        module = sys.modules.get(f"{__package__}.comm")
+        if module is None or module.launched_rank() == 0:
+            print("hpc-bnn: interrupted", file=sys.stderr, flush=True)
+        if module is not None:
+            module.abort(signals.INTERRUPTED)
+        os._exit(signals.INTERRUPTED)
     sys.exit(code)
 
 

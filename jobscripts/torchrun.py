@@ -12,9 +12,11 @@ import signal
 import sys
 from pathlib import Path
 
-from torch.distributed.elastic.multiprocessing.api import SignalException  # noqa: TID251
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # noqa: TID251
-from torch.distributed.run import main  # noqa: TID251
+signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))  # no rank has begun: nothing is lost
+
+from torch.distributed.elastic.multiprocessing.api import SignalException  # noqa: E402, TID251
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # noqa: E402, TID251
+from torch.distributed.run import main  # noqa: E402, TID251
 
 
 def children() -> list[int]:
