@@ -26,7 +26,26 @@
 # A script calls hpc_bnn_job CONFIG [FLAGS]; or, in this order, hpc_bnn_environment, hpc_bnn_stage, hpc_bnn_train or
 # hpc_bnn_evaluate, and hpc_bnn_end STATUS.
 
+hpc_bnn_stop_received=
+trap 'hpc_bnn_stop_received=1' USR1
+
 hpc_bnn_say() { echo "hpc_bnn: $*" >&2; }
+
+# hpc_bnn_check_numbers NAME...: end the job unless each variable is empty or a whole number. Bash evaluates what stands in
+# $((...)), also a command in it, so nothing else gets there.
+hpc_bnn_check_numbers() {
+    local name
+    for name in "$@"; do
+        case ${!name:-0} in
+            *[!0-9]*)
+                hpc_bnn_say "$name ${!name}: must be a whole number. Set it to one, or unset it"
+                exit 2
+                ;;
+        esac
+    done
+}
+hpc_bnn_check_numbers HPC_BNN_RANKS HPC_BNN_RANKS_PER_NODE HPC_BNN_SAMPLE_SIZE HPC_BNN_MASTER_PORT HPC_BNN_MAX_REQUEUES \
+    HPC_BNN_TIME_LIMIT HPC_BNN_STOP_SECONDS SLURM_JOB_ID SLURM_NTASKS SLURM_JOB_NUM_NODES SLURM_RESTART_COUNT
 
 # --- where this job is -----------------------------------------------------------------------------------------
 
@@ -48,7 +67,6 @@ fi
 HPC_BNN_RANKS=${HPC_BNN_RANKS:-1}
 HPC_BNN_RANKS_PER_NODE=${HPC_BNN_RANKS_PER_NODE:-$HPC_BNN_RANKS}
 HPC_BNN_RUN_DIR=${HPC_BNN_RUN_DIR:-${hpc_bnn_default_run_dir:-runs/$hpc_bnn_job}}
-hpc_bnn_stop_received=
 
 # Load modules, activate the environment, and see that hpc_bnn is in it.
 hpc_bnn_environment() {
@@ -115,6 +133,9 @@ hpc_bnn_choose_launcher() {
                 hpc_bnn_say "HPC_BNN_LAUNCHER torchrun: only under Slurm. Elsewhere name a whole command"
                 return 2
             fi
+            # Only ranks that know it are heard: the ports of torch are open to the network of the nodes
+            HPC_BNN_SECRET=${HPC_BNN_SECRET:-$(od -An -N16 -tx1 /dev/urandom | tr -d ' ')}
+            export HPC_BNN_SECRET
             local first address
             first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
             address=$(scontrol show node -o "$first" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
@@ -190,7 +211,15 @@ hpc_bnn_evaluate() {
 # hpc_bnn_stage SHARDS: copy them to every node; hpc_bnn_train reads them there, hpc_bnn_end removes them.
 hpc_bnn_stage() {
     local shards=${1:?a shard directory is needed, such as data/digits}
-    hpc_bnn_staged=${HPC_BNN_LOCAL_DIR:-${TMPDIR:-/tmp}}/hpc_bnn-$hpc_bnn_job/$(basename "$shards")
+    local name
+    name=$(basename -- "$shards")
+    case $name in
+        . | .. | /)
+            hpc_bnn_say "HPC_BNN_STAGE $shards: must end with the name of a directory. Name data/digits, for example"
+            return 2
+            ;;
+    esac
+    hpc_bnn_staged=${HPC_BNN_LOCAL_DIR:-${TMPDIR:-/tmp}}/hpc_bnn-$hpc_bnn_job/$name
     hpc_bnn_launch stage "$shards" "$hpc_bnn_staged"
 }
 
@@ -218,7 +247,7 @@ hpc_bnn_check_sample_group() {
 hpc_bnn_count_requeues() {
     case $hpc_bnn_scheduler in
         slurm) echo "${SLURM_RESTART_COUNT:-0}" ;;
-        *) cat "$HPC_BNN_RUN_DIR.requeues" 2>/dev/null || echo 0 ;;
+        *) grep -xE '[0-9]{1,6}' "$HPC_BNN_RUN_DIR.requeues" 2>/dev/null || echo 0 ;;
     esac
 }
 
@@ -253,5 +282,3 @@ hpc_bnn_requeue() {
         *) return 1 ;;
     esac
 }
-
-trap 'hpc_bnn_stop_received=1' USR1

@@ -378,3 +378,40 @@ def test_scripts_are_clean(script):
         pytest.skip("shellcheck is not installed")
     done = subprocess.run(["shellcheck", "-x", script], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+NUMBERS = (
+    "HPC_BNN_RANKS", "HPC_BNN_RANKS_PER_NODE", "HPC_BNN_SAMPLE_SIZE", "HPC_BNN_MASTER_PORT", "HPC_BNN_MAX_REQUEUES",
+    "HPC_BNN_TIME_LIMIT", "HPC_BNN_STOP_SECONDS", "SLURM_NTASKS", "SLURM_JOB_NUM_NODES", "SLURM_JOB_ID", "SLURM_RESTART_COUNT",
+)  # fmt: skip
+
+
+def library(command, **variables):
+    """Source lib.sh as a batch script does, and run a command."""
+    environment = {"PATH": os.environ["PATH"], "SLURM_JOB_ID": "7", **variables}
+    script = f"source {SCRIPTS}/lib.sh && {command}"
+    return subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("value", ["a[$(touch PWNED)]", "1+1", "-1", "08x", "PATH", "1;id"])
+def test_no_variable_is_evaluated(tmp_path, value, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in NUMBERS:
+        done = library("echo ran", **{name: value})
+        assert (
+            done.returncode == 2
+            and f"{name} {value}: must be a whole number" in done.stderr
+            and "ran" not in done.stdout
+        )
+    assert not os.listdir(tmp_path)
+    assert library("echo ran", HPC_BNN_RANKS="4", HPC_BNN_TIME_LIMIT="").stdout == "ran\n"
+
+
+@pytest.mark.parametrize("shards", ["..", ".", "/", "data/..", "data/."])
+def test_shards_are_staged_into_a_directory_of_their_own(shards):
+    done = library(f"hpc_bnn_launch() {{ echo launched; }}; hpc_bnn_stage '{shards}'")
+    assert done.returncode == 2 and "HPC_BNN_STAGE" in done.stderr and not done.stdout
+
+
+def test_a_signal_while_the_script_begins_is_remembered():
+    assert library("kill -USR1 $$; hpc_bnn_launch train").returncode == 75
