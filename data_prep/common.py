@@ -17,9 +17,10 @@ from tqdm import tqdm
 from hpc_bnn.cli.commands import run_and_report
 from hpc_bnn.comm import GridComm, connect_for_files, finalize
 from hpc_bnn.data import Examples, Manifest, write_shards
-from hpc_bnn.data.manifest import sha256_of_file
+from hpc_bnn.data.manifest import MANIFEST, sha256_of_file
 from hpc_bnn.data.writer import sha256_of_key
 from hpc_bnn.errors import ConfigError, DataError, Fault
+from hpc_bnn.safe_files import read_bytes
 
 logger = logging.getLogger(__name__)  # on the first rank alone
 
@@ -211,11 +212,13 @@ def write(
 
 
 def _is_there(directory: Path, key: Any) -> bool:
-    """Whether the shards of a key stand in a directory; `ConfigError` where others do."""
+    """Whether the shards of a key stand in a directory; `ConfigError` where others do, `DataError` where damaged ones do."""
+    if read_bytes(directory / MANIFEST, "the manifest") is None:
+        return False
     try:
         former = Manifest.read(directory)
-    except DataError:
-        return False
+    except DataError as error:
+        raise DataError(f"{error}, with --force") from error
     same = key is not None and former.key_sha256 == sha256_of_key(key)
     rule = f"it holds shards of {former.name} that were prepared from another source or with other flags"
     check("--output", directory, same, rule, "Name another directory, or write it anew with --force")

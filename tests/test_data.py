@@ -1,5 +1,6 @@
 """Shard directories and the order of examples."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -16,8 +17,21 @@ from preparation import start as prepare
 from scipy import stats
 
 from hpc_bnn import Grid
-from hpc_bnn.data import BatchLoader, EpochOrder, Manifest, ShardDataset, global_batches, verify_shards, write_shards
+from hpc_bnn.comm import connect_for_files
+from hpc_bnn.data import (
+    BatchLoader,
+    EpochOrder,
+    Manifest,
+    ShardDataset,
+    global_batches,
+    stage_shards,
+    unstage_shards,
+    verify_shards,
+    write_shards,
+)
+from hpc_bnn.data.manifest import sha256_of_json
 from hpc_bnn.errors import ConfigError, DataError, RankError
+from hpc_bnn.locks import Lock
 
 FACTS = {"name": "toy", "source": "made by the test", "licence": "none"}
 
@@ -324,6 +338,205 @@ def test_bad_manifest(shards, text, message):
     (shards / "manifest.json").write_text(text)
     with pytest.raises(DataError, match=message):
         Manifest.read(shards)
+
+
+def resign(directory, change):
+    """Change the manifest of a directory and sign it anew, as somebody who knows the format."""
+    path = directory / "manifest.json"
+    content = json.loads(path.read_text())
+    del content["sha256"]
+    change(content)
+    path.write_text(json.dumps(content | {"sha256": sha256_of_json(content)}))
+
+
+FILES = (
+    "../../victim.h5", "/etc/passwd", "..", ".hidden-00000.h5", "a/b-00000.h5", "a\\b-00000.h5", "x-00000.h5\0", "train-0.h5",
+    "train-00000.txt", "train-00000.h5/", "", None, 3, [], "a" * 300,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("file", FILES, ids=repr)
+def test_a_file_of_a_manifest_is_a_plain_name_in_its_directory(tmp_path, shards, file):
+    victim = tmp_path / "victim.h5"
+    victim.write_text("precious")
+    resign(shards, lambda m: m["splits"]["train"][0].update(file=file))
+    reads = (
+        lambda: Manifest.read(shards),
+        lambda: ShardDataset(shards, "train"),
+        lambda: stage_shards(shards, tmp_path / "deep/er", connect_for_files()),
+    )
+    for read in reads:
+        with pytest.raises(DataError, match="lacks or misstates a field"):
+            read()
+    assert "misstates" in verify_shards(shards)[0]
+    write_shards(shards, {"train": toy()}, **FACTS)  # a new preparation removes nothing that the former manifest names
+    assert victim.read_text() == "precious" and os.path.exists("/etc/passwd")
+
+
+WRONG = {
+    "a shape": lambda m: m["arrays"]["x"].update(shape=[-1, 5]),
+    "a huge shape": lambda m: m["arrays"]["x"].update(shape=[2**70]),
+    "a dtype": lambda m: m["arrays"]["x"].update(dtype="O"),
+    "no such dtype": lambda m: m["arrays"]["x"].update(dtype="float37"),
+    "complex numbers": lambda m: m["arrays"]["x"].update(dtype="complex64"),
+    "an array that leads into a group": lambda m: m["arrays"].update({"a/b": m["arrays"].pop("x")}),
+    "no targets": lambda m: m["arrays"].pop("y"),
+    "no arrays": lambda m: m.update(arrays={}),
+    "a list for arrays": lambda m: m.update(arrays=[]),
+    "a negative count": lambda m: m["splits"]["train"][0].update(num_examples=-10),
+    "a count that is no number": lambda m: m["splits"]["train"][0].update(num_examples="10"),
+    "a fraction": lambda m: m["splits"]["train"][0].update(num_bytes=1.5),
+    "a digest": lambda m: m["splits"]["train"][0].update(sha256="0"),
+    "no digest": lambda m: m["splits"]["train"][0].pop("crc_sha256"),
+    "a file twice": lambda m: m["splits"]["train"].append(m["splits"]["train"][0]),
+    "training files as test split": lambda m: m["splits"].update(test=m["splits"]["train"]),
+    "an unknown field of a file": lambda m: m["splits"]["train"][0].update(new=1),
+    "statistics of nothing": lambda m: m["statistics"].update(z=m["statistics"]["x"]),
+    "too few statistics": lambda m: m["statistics"]["x"].update(mean=[1.0]),
+    "statistics that are not finite": lambda m: m["statistics"]["x"].update(std=[float("nan"), 1.0]),
+    "a negative deviation": lambda m: m["statistics"]["x"].update(std=[-1.0, 1.0]),
+    "classes": lambda m: m.update(num_classes=0),
+    "classes in words": lambda m: m.update(num_classes="3"),
+    "weights": lambda m: m.update(target_weights=[[1.0, 2.0], [3.0]]),
+    "negative weights": lambda m: m.update(target_weights=-1.0),
+    "channels": lambda m: m["arrays"]["x"].update(channels=["a", "b", "c"]),
+    "a name": lambda m: m.update(name=["toy"]),
+    "an unknown field": lambda m: m.update(new=1),
+    "no splits": lambda m: m.pop("splits"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_manifest_that_misstates_a_field_is_refused(shards, what):
+    resign(shards, WRONG[what])
+    with pytest.raises(DataError, match=r"manifest\.json lacks or misstates a field"):
+        Manifest.read(shards)
+
+
+def test_a_manifest_of_nested_lists_ends_in_a_message(shards):
+    (shards / "manifest.json").write_text("[" * 100_000)
+    with pytest.raises(DataError, match="cannot be read"):
+        Manifest.read(shards)
+
+
+def elsewhere(file, directory, name, kind):
+    """Let a dataset of a file of shards lead to numbers that are not in it."""
+    values = file[name][()]
+    del file[name]
+    if kind == "external storage":
+        path = directory.parent / "secret.bin"
+        path.write_bytes(values.tobytes())
+        file.create_dataset(name, values.shape, values.dtype, external=[(str(path), 0, values.nbytes)])
+        return
+    with h5py.File(directory.parent / "secret.h5", "w") as other:
+        other[name] = values
+    if kind == "virtual":
+        layout = h5py.VirtualLayout(values.shape, values.dtype)
+        layout[...] = h5py.VirtualSource(str(directory.parent / "secret.h5"), name, values.shape)
+        file.create_virtual_dataset(name, layout)
+    elif kind == "external link":
+        file[name] = h5py.ExternalLink(str(directory.parent / "secret.h5"), name)
+    elif kind == "soft link":
+        file["there"] = values
+        file[name] = h5py.SoftLink("/there")
+    elif kind == "nothing stored":
+        file.create_dataset(name, values.shape, values.dtype, chunks=(1, *values.shape[1:]), fletcher32=True)
+    else:
+        file.create_group(name)
+
+
+@pytest.mark.parametrize("reading", ["node", "rank"])
+@pytest.mark.parametrize("name", ["x", "y", "crc32"])
+@pytest.mark.parametrize(
+    "kind", ["external storage", "virtual", "external link", "soft link", "nothing stored", "group"]
+)
+def test_numbers_that_lie_elsewhere_are_refused(shards, kind, name, reading):
+    """With size, SHA-256 and checksums as they should be: they are those of the file, not of what it leads to."""
+    path = shards / "train-00000.h5"
+    with h5py.File(path, "a") as file:
+        elsewhere(file, shards, name, kind)
+    size, digest = path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest()
+    resign(shards, lambda m: m["splits"]["train"][0].update(num_bytes=size, sha256=digest))
+    with pytest.raises(DataError, match=r"train-00000\.h5"):
+        ShardDataset(shards, "train", reading=reading).fetch(slice(None))
+
+
+@pytest.mark.parametrize("reading", ["node", "rank"])
+def test_every_reading_checks_every_example(shards, reading):
+    path = shards / "train-00000.h5"
+    with h5py.File(path, "a") as file:
+        file["x"][3] = 0  # a sound file, and not the examples that were prepared
+    size, digest = path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest()
+    resign(shards, lambda m: m["splits"]["train"][0].update(num_bytes=size, sha256=digest))
+    with pytest.raises(DataError, match=r"example 3 was changed after it was written \(CRC-32\)"):
+        ShardDataset(shards, "train", reading=reading).fetch(slice(None))
+
+
+# --- preparing and staging ------------------------------------------------------------------------------
+
+
+def test_a_preparation_where_shards_were_staged_belongs_to_the_user(shards, tmp_path):
+    comm, node = connect_for_files(), tmp_path / "node"
+    stage_shards(shards, node, comm)
+    write_shards(node, {"train": toy(5)}, **FACTS)
+    for work in (lambda: stage_shards(shards, node, comm), lambda: unstage_shards(node, comm)):
+        with pytest.raises(ConfigError, match="hpc-bnn stage has not put there"):
+            work()
+    assert Manifest.read(node).num_examples("train") == 5 and verify_shards(node) == []
+
+
+@pytest.mark.parametrize("how", [shutil.copytree, os.rename])
+def test_a_copy_of_a_staged_directory_belongs_to_the_user(shards, tmp_path, how):
+    comm = connect_for_files()
+    stage_shards(shards, tmp_path / "node", comm)
+    how(tmp_path / "node", tmp_path / "mine")
+    with pytest.raises(ConfigError, match="hpc-bnn stage has not put there"):
+        unstage_shards(tmp_path / "mine", comm)
+    assert verify_shards(tmp_path / "mine") == []
+
+
+@pytest.mark.parametrize(
+    "mark", ['["../precious.txt", "/abs/precious"]', '{"directory": 1, "files": ["../precious.txt"]}', "[", "", "[[1]]"]
+)
+def test_a_mark_removes_nothing_that_it_names(shards, tmp_path, mark):
+    node, precious = tmp_path / "node", tmp_path / "precious.txt"
+    node.mkdir()
+    precious.write_text("mine")
+    (node / ".staged").write_text(mark)
+    stage_shards(shards, node, connect_for_files())
+    content = json.loads((node / ".staged").read_text())
+    (node / ".staged").write_text(json.dumps(content | {"files": ["../precious.txt"]}))
+    (node / "manifest.json").unlink()
+    with pytest.raises(ConfigError, match="hpc-bnn stage has not put there"):
+        unstage_shards(node, connect_for_files())
+    assert precious.read_text() == "mine"
+
+
+def test_two_preparations_in_one_directory_do_not_mix(tmp_path):
+    with Lock(tmp_path, "--output"), pytest.raises(ConfigError, match="in use by process"):
+        write_shards(tmp_path, {"train": toy()}, **FACTS)
+    assert not os.listdir(tmp_path)
+
+
+def test_the_record_of_a_finished_file_is_checked(tmp_path, monkeypatch):
+    """A flipped bit in the moments would be a wrong normalisation."""
+    splits, options = {"train": toy()}, FACTS | {"examples_per_shard": 10, "key": 1}
+    write_shards(tmp_path / "sound", splits, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(Manifest, "check", lambda _: 1 / 0)
+        with pytest.raises(RankError, match="ZeroDivisionError"):
+            write_shards(tmp_path / "toy", splits, **options)
+    record = tmp_path / "toy/.preparation/train-00001.h5.json"
+    record.write_text(record.read_text().replace('"count": 50', '"count": 51'))
+    assert write_shards(tmp_path / "toy", splits, **options) == Manifest.read(tmp_path / "sound")
+
+
+@pytest.mark.parametrize("what", ["shards", "node"])
+def test_directories_that_every_user_may_write_are_refused(shards, tmp_path, what):
+    (tmp_path / "node").mkdir()
+    {"shards": shards, "node": tmp_path / "node"}[what].chmod(0o777)
+    with pytest.raises(DataError, match="may be written by every user"):
+        stage_shards(shards, tmp_path / "node", connect_for_files())
 
 
 def test_missing_directory_names_the_remedy(tmp_path):

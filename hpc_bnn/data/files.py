@@ -18,6 +18,8 @@ from .manifest import Arrays, ArraySpec, Manifest, ShardFile, broken, crc32_of_e
 CRC32 = ArraySpec((), str(np.dtype("<u4")))
 """The checksums in a file."""
 MAX_OPEN_FILES = 64
+MAX_RATIO = 1100
+"""No filter makes less of a dataset: deflate reaches 1032."""
 SMALL_BYTES = 256
 """An array whose examples are not larger is read whole when a file is opened: with targets that are classes, one
 example would otherwise cost a second chunk."""
@@ -77,6 +79,10 @@ class SplitFiles:
                 span = slice(self.starts[number], self.starts[number + 1])
                 for name, array in arrays.items():
                     _dataset(file, name, path, shard, self.manifest).read_direct(array[span])
+                read = {name: array[span] for name, array in arrays.items()}
+                checksums, rows = _dataset(file, "crc32", path, shard, self.manifest)[()], np.arange(shard.num_examples)
+                _check_checksums(path, checksums, shard)
+                _check_examples(path, checksums, read, rows, rows)
 
     def _shard(self, number: int) -> _OpenShard:
         opened = self._open.pop(number, None)
@@ -109,8 +115,7 @@ class _OpenShard:
         self.datasets = {name: _dataset(self.file, name, path, shard, manifest) for name in manifest.arrays}
         checks = _dataset(self.file, "crc32", path, shard, manifest)
         self.crc32 = checks[()]
-        if hashlib.sha256(self.crc32.tobytes()).hexdigest() != shard.crc_sha256:
-            raise broken(f"{path} is not the file that the manifest describes (checksums)")
+        _check_checksums(path, self.crc32, shard)
         small = [name for name, spec in manifest.arrays.items() if spec.num_bytes <= SMALL_BYTES]
         self.whole = {name: self.datasets[name][()] for name in small}
         read = [checks, *(self.datasets[name] for name in small)]
@@ -124,10 +129,7 @@ class _OpenShard:
                 array[rows] = self.whole[name][indices]
             else:
                 num_bytes += _read_chunks(self.datasets[name], indices, rows, array)
-        is_changed = crc32_of_examples(arrays, rows) != self.crc32[indices]
-        if is_changed.any():
-            example = indices[np.argmax(is_changed)]
-            raise broken(f"{self.path}: example {example} was changed after it was written (CRC-32)")
+        _check_examples(self.path, self.crc32[indices], arrays, rows, indices)
         return num_bytes
 
 
@@ -155,10 +157,41 @@ def _check_size(path: Path, num_bytes: int, shard: ShardFile) -> None:
         raise broken(f"{path} has {num_bytes} bytes, the manifest says {shard.num_bytes}")
 
 
+def _check_checksums(path: Path, crc32: np.ndarray, shard: ShardFile) -> None:
+    if hashlib.sha256(crc32.tobytes()).hexdigest() != shard.crc_sha256:
+        raise broken(f"{path} is not the file that the manifest describes (checksums)")
+
+
+def _check_examples(path: Path, crc32: np.ndarray, arrays: Arrays, rows: np.ndarray, examples: np.ndarray) -> None:
+    """Raise `DataError` unless rows of arrays are the examples of a file whose checksums [n] are given."""
+    is_changed = crc32_of_examples(arrays, rows) != crc32
+    if is_changed.any():
+        example = examples[np.argmax(is_changed)]
+        raise broken(f"{path}: example {example} was changed after it was written (CRC-32)")
+
+
 def _dataset(file: h5py.File, name: str, path: Path, shard: ShardFile, manifest: Manifest) -> h5py.Dataset:
-    """Return a dataset of a file that has the shape of the manifest: a damaged header may speak of exabytes."""
+    """Return a dataset of a file that has the shape of the manifest: a damaged header may speak of exabytes.
+
+    Its numbers lie in this file, all of them: another file that it leads to has no checksum, and HDF5 reads what is not
+    there as zeros.
+    """
+    if not isinstance(file.get(name, getlink=True), h5py.HardLink):
+        raise broken(f"{path}: {name} is a link to another dataset, which shards may not have")
     spec, dataset = manifest.arrays.get(name, CRC32), file[name]
     expected = (shard.num_examples, *spec.shape), spec.dtype
-    if isinstance(dataset, h5py.Dataset) and (dataset.shape, str(dataset.dtype)) == expected:
-        return dataset
-    raise broken(f"{path}: {dataset} is not what the manifest says")
+    if not isinstance(dataset, h5py.Dataset) or (dataset.shape, str(dataset.dtype)) != expected:
+        raise broken(f"{path}: {dataset} is not what the manifest says")
+    if dataset.external or dataset.is_virtual:
+        raise broken(f"{path}: {name} lies in other files (external or virtual storage), which shards may not have")
+    properties = dataset.id.get_create_plist()
+    for number in range(properties.get_nfilters()):
+        code, _, _, title = properties.get_filter(number)
+        if not h5py.h5z.filter_avail(code):
+            raise DataError(
+                f"{path}: {name} needs the HDF5 filter {code} ({title.decode(errors='replace')}), which is not here. Install it, or "
+                "prepare the shards with another compression"
+            )
+    if dataset.id.get_storage_size() * (MAX_RATIO if properties.get_nfilters() else 1) < dataset.nbytes:
+        raise broken(f"{path}: {name} is not there as a whole")
+    return dataset

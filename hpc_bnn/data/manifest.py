@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
+import re
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ import numpy as np
 import torch
 
 from ..errors import DataError
+from ..safe_files import read_bytes, refuse_world_writable
 
 Arrays = dict[str, np.ndarray]
 """Arrays [n, ...] of the same examples by name, in the order of `Manifest.arrays`."""
@@ -36,7 +39,13 @@ MANIFEST = "manifest.json"
 PREPARATION = ".preparation"
 """Directory of the records of finished files during a preparation."""
 STAGED = ".staged"
-"""Mark of a directory that was staged: the names of its files."""
+"""Mark of a directory that was staged: which directory it is, and the names of its files."""
+SHARD = re.compile(r"[\w-]+-\d{5,}\.h5")
+"""Names of shards."""
+OURS = re.compile(rf"{SHARD.pattern}|manifest\.json|\.staged|lock")
+"""Names of which a killed process may leave temporary files."""
+_MISSTATED = (KeyError, TypeError, AttributeError, ValueError, OverflowError, DataError)
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -133,19 +142,24 @@ class Manifest:
         return json.dumps(content | {"sha256": sha256_of_json(content)}, indent=1)
 
     @classmethod
-    def read(cls, directory: str | os.PathLike) -> Manifest:
-        """Read DIR/manifest.json; `DataError` if it is missing, unreadable, changed, or of another format."""
+    def read(cls, directory: str | os.PathLike, has_files: bool = True) -> Manifest:
+        """Read DIR/manifest.json; `DataError` if it is missing, unreadable, changed, or of another format.
+
+        ``has_files``: the directory holds shards; otherwise it is that of a run.
+        """
         path = Path(directory, MANIFEST)
-        try:
-            raw = json.loads(path.read_text())
-        except FileNotFoundError:
+        refuse_world_writable(directory, "the directory")
+        text = read_bytes(path, "the manifest")
+        if text is None:
             why = "no shard directory. Write it with a script, for example python data_prep/digits.py --output DIR"
             if path.with_name(PREPARATION).exists():
                 why = "the preparation was interrupted. Run it again: it goes on where it stopped"
             if path.with_name(STAGED).exists():
                 why = "the staging was interrupted. Stage again"
-            raise DataError(f"{path} is not there: {why}") from None
-        except (OSError, ValueError) as error:
+            raise DataError(f"{path} is not there: {why}")
+        try:
+            raw = json.loads(text.decode())
+        except (ValueError, RecursionError) as error:
             raise broken(f"{path} cannot be read ({error})") from error
         if not isinstance(raw, dict) or (raw.get("format"), raw.get("version")) != (FORMAT, VERSION):
             raise broken(f"{path} is not of format '{FORMAT}', version {VERSION}")
@@ -163,9 +177,68 @@ class Manifest:
             raw["statistics"] = {
                 name: Statistics(tuple(s["mean"]), tuple(s["std"])) for name, s in raw["statistics"].items()
             }
-            return cls(**raw)
-        except (KeyError, TypeError, AttributeError) as error:
+            manifest = cls(**raw)
+            manifest.check(has_files)
+        except _MISSTATED as error:
             raise broken(f"{path} lacks or misstates a field ({error})") from error
+        return manifest
+
+    def check(self, has_files: bool = True) -> None:
+        """Raise `DataError` or what Python raises where a field is not what `write_shards` writes. Local.
+
+        The manifest of a run describes data, and names no files (``has_files``).
+        """
+        for fits, rule in itertools.chain(self._rules(), self._rules_of_names() if has_files else ()):
+            if not fits:
+                raise DataError(f"{rule}, which they are not")
+
+    def _rules(self) -> Iterator[tuple[object, str]]:
+        """Yield whether a rule is kept, and the rule."""
+        texts = (self.name, self.source, self.licence)
+        yield all(isinstance(text, str) for text in texts), "name, source and licence must be texts"
+        yield list(self.arrays)[-1:] == ["y"] and len(self.arrays) > 1, "arrays must be inputs and then y"
+        for name, spec in self.arrays.items():
+            is_number = all(map(_is_count, spec.shape)) and np.dtype(spec.dtype).kind in "fiub"
+            yield is_number and torch_dtype(spec.dtype), f"shape and dtype of {name} must be those of numbers"
+            yield str(np.dtype(spec.dtype)) == spec.dtype, f"the dtype of {name} must have NumPy's name"
+            is_one_each = not spec.channels or spec.shape[:1] == (len(spec.channels),)
+            yield (
+                is_one_each and all(isinstance(c, str) for c in spec.channels),
+                f"channels of {name} must have a name each",
+            )
+        for name, found in self.statistics.items():
+            num_channels, numbers = (*self.arrays[name].shape, 1)[0], (*found.mean, *found.std)
+            yield len(found.mean) == len(found.std) == num_channels, f"statistics of {name} must be one per channel"
+            are_finite = all(isinstance(v, (int, float)) and math.isfinite(v) for v in numbers)
+            yield are_finite and min(found.std) >= 0, f"statistics of {name} must be finite, and std 0 or more"
+        num_classes, weights = self.num_classes, np.asarray(self.target_weights or 1, np.float64)
+        yield num_classes is None or (_is_count(num_classes) and num_classes), "num_classes must be above 0"
+        yield np.isfinite(weights).all() and (weights >= 0).all(), "target_weights must be finite, and 0 or more"
+        np.broadcast_to(weights, self.arrays["y"].shape)
+
+    def _rules_of_names(self) -> Iterator[tuple[object, str]]:
+        """Yield the rules of names, which may lead nowhere: a file is in the directory, an array at the root of a file."""
+        inputs = dict.fromkeys(name for name in self.arrays if name != "y")
+        yield named_arrays(None if list(inputs) == ["x"] else inputs, None), "inputs must have names"
+        files = [shard.file for shard in self.shards]
+        are_plain = all(isinstance(file, str) and SHARD.fullmatch(file) for file in files)
+        yield are_plain, f"files must have plain names such as train-00000.h5 ({', '.join(map(str, files[:3]))}, ...)"
+        yield len(set(files)) == len(files), "files must be named once"
+        for shard in self.shards:
+            counts = (shard.num_bytes, shard.num_examples)
+            yield (
+                all(map(_is_count, counts)) and shard.num_examples,
+                f"bytes and examples of {shard.file} must be above 0",
+            )
+            digests = (shard.sha256, shard.crc_sha256)
+            yield (
+                all(isinstance(d, str) and _SHA256.fullmatch(d) for d in digests),
+                f"{shard.file} must have two SHA-256",
+            )
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
 def broken(what: str) -> DataError:

@@ -14,8 +14,9 @@ from pathlib import Path
 
 from ..comm import GridComm
 from ..errors import ConfigError, DataError, Fault
-from ..safe_files import replacing, write_atomically
-from .manifest import MANIFEST, STAGED, Manifest, ShardFile, sha256_of_file
+from ..locks import LOCK, Lock
+from ..safe_files import make_own_directory, names_in, read_bytes, remove_leftovers, replacing, write_atomically
+from .manifest import MANIFEST, OURS, PREPARATION, SHARD, STAGED, Manifest, ShardFile, sha256_of_file
 
 BLOCK_BYTES = 8 * 2**20
 """Bytes that are copied at once."""
@@ -44,7 +45,7 @@ def stage_shards(
 
     The ranks of a node divide the files among themselves. An interrupted copy continues where it stopped; the
     manifest is copied last, so a directory with a manifest is complete. Staged files are marked, and nothing else is
-    replaced. `DataError` where the source is not sound or there is too little space; on all ranks, with the node that
+    replaced. The directory is this user's alone (`make_own_directory`), and locked. `DataError` where the source is not sound or there is too little space; on all ranks, with the node that
     saw it.
 
     Parameters
@@ -67,26 +68,30 @@ def stage_shards(
     manifest, text = comm.broadcast_object(found)
     # Large files first, dealt round: the ranks of the node have about the same to do
     files = sorted(manifest.shards, key=lambda shard: -shard.num_bytes)[comm.local_rank :: comm.local_size]
-    with comm.agree(f"opening {destination}"):
-        destination.mkdir(parents=True, exist_ok=True)
-        former = destination / MANIFEST
-        if comm.local_rank == 0 and not (former.exists() and former.read_text() == text):
-            names = [shard.file for shard in manifest.shards]
-            _remove_staged(destination, but=names)
-            write_atomically(destination / STAGED, json.dumps(names))
-    missing = sum(shard.num_bytes for shard in files if not _has_size(destination / shard.file, shard))
-    missing = sum(comm.gather_objects(missing, "node"))
-    with comm.agree(f"staging to {destination}"):
-        free = shutil.disk_usage(destination).free
-        if missing > free:
-            raise DataError(
-                f"{missing / 1e9:.2f} GB are to be copied and {free / 1e9:.2f} GB are free on "
-                f"{socket.gethostname()}. Stage to a larger file system, or train with <data.shards> {source}"
-            )
-        copied = [shard for shard in progress(files) if _bring(shard, source, destination, verify)]
-    with comm.agree(f"writing {destination / MANIFEST}"):
-        if comm.local_rank == 0:
-            write_atomically(destination / MANIFEST, text)
+    with contextlib.ExitStack() as held:
+        with comm.agree(f"opening {destination}"):
+            if comm.local_rank == 0:
+                make_own_directory(destination)
+                held.enter_context(Lock(destination, "DST"))
+                remove_leftovers(destination, OURS)
+                if read_bytes(destination / MANIFEST, "the manifest") != text.encode():
+                    names = [shard.file for shard in manifest.shards]
+                    _remove_staged(destination, but=names)
+                    mark = {"directory": _identity(destination), "files": names}
+                    write_atomically(destination / STAGED, json.dumps(mark))
+        missing = sum(shard.num_bytes for shard in files if not _has_size(destination / shard.file, shard))
+        missing = sum(comm.gather_objects(missing, "node"))
+        with comm.agree(f"staging to {destination}"):
+            free = shutil.disk_usage(destination).free
+            if missing > free:
+                raise DataError(
+                    f"{missing / 1e9:.2f} GB are to be copied and {free / 1e9:.2f} GB are free on "
+                    f"{socket.gethostname()}. Stage to a larger file system, or train with <data.shards> {source}"
+                )
+            copied = [shard for shard in progress(files) if _bring(shard, source, destination, verify)]
+        with comm.agree(f"writing {destination / MANIFEST}"):
+            if comm.local_rank == 0:
+                write_atomically(destination / MANIFEST, text)
     mine = (len(copied), len(files) - len(copied), sum(shard.num_bytes for shard in copied))
     return Staged(*map(sum, zip(*comm.gather_objects(mine, "node"))))
 
@@ -99,7 +104,11 @@ def unstage_shards(destination: str | os.PathLike, comm: GridComm) -> list[str]:
     destination = Path(destination)
     with comm.agree(f"removing {destination}"):
         if comm.local_rank == 0 and destination.exists():
-            _remove_staged(destination)
+            make_own_directory(destination)
+            with Lock(destination, "DST"):
+                remove_leftovers(destination, OURS)
+                _remove_staged(destination)
+                (destination / STAGED).unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # not empty
                 destination.rmdir()
     with comm.agree(f"looking at {destination}"):  # after the first rank of the node
@@ -107,16 +116,29 @@ def unstage_shards(destination: str | os.PathLike, comm: GridComm) -> list[str]:
 
 
 def _remove_staged(destination: Path, but: Iterable[str] = ()) -> None:
-    """Remove the files of a staged directory, and leftovers of killed processes; refuse any other directory."""
-    mark = destination / STAGED
-    if not mark.exists():
-        if any(destination.glob("*.h5")) or (destination / MANIFEST).exists():
+    """Remove the shards of a staged directory, whose mark stays; refuse any other directory that holds shards.
+
+    A directory is staged if its mark says that it is this one: a copy of a staged directory is the user's own.
+    """
+    text = read_bytes(destination / STAGED, "the mark")
+    mark = None
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        content = json.loads(text or b"")
+        if content["directory"] == _identity(destination) and all(map(SHARD.fullmatch, content["files"])):
+            mark = content["files"]
+    if mark is None:
+        names = names_in(destination)
+        if any(name == MANIFEST or name.endswith(".h5") for name in names):
             rule = "it holds shards that hpc-bnn stage has not put there"
             raise ConfigError(Fault("DST", destination, rule, "Name another directory, or remove them yourself"))
         return
-    doomed = {MANIFEST, *json.loads(mark.read_text()), *(path.name for path in destination.glob(".*.h5.*"))}
-    for file in (*(doomed - set(but)), STAGED):  # the mark last
+    for file in (MANIFEST, *(file for file in mark if file not in but)):
         (destination / file).unlink(missing_ok=True)
+
+
+def _identity(directory: Path) -> list:
+    """Return what tells a directory from its copies, and from one that was moved."""
+    return [os.path.realpath(directory), os.stat(directory).st_ino]
 
 
 def _has_size(path: Path, shard: ShardFile) -> bool:
@@ -172,6 +194,6 @@ def verify_shards(directory: str | os.PathLike, progress: Callable[[Iterable], I
             problems.append(f"{path} is {what}: {num_bytes} bytes, the manifest says {shard.num_bytes}")
         else:
             problems.append(f"{path} was changed: its SHA-256 is not that of the manifest")
-    known = {MANIFEST, STAGED, *(shard.file for shard in manifest.shards)}
+    known = {MANIFEST, STAGED, LOCK, PREPARATION, *(shard.file for shard in manifest.shards)}
     foreign = sorted(path.name for path in directory.iterdir() if path.name not in known)
     return problems + [f"{directory / name} is foreign: the manifest does not name it. Remove it" for name in foreign]

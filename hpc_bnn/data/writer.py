@@ -22,10 +22,13 @@ import numpy as np
 from ..comm import GridComm
 from ..errors import DataError, at_least
 from ..grid import Grid
-from ..safe_files import Disk, replacing, write_atomically
+from ..locks import Lock
+from ..safe_files import Disk, read_bytes, refuse_world_writable, remove_leftovers, replacing, write_atomically
 from .manifest import (
     MANIFEST,
+    OURS,
     PREPARATION,
+    STAGED,
     ArraySpec,
     Manifest,
     ShardFile,
@@ -126,44 +129,49 @@ def write_shards(
         "splits": {split: examples.num_examples for split, examples in sources.items()},
         "options": [num_classes, examples_per_shard, train_split, normalise_targets, compression, *ids],
     }
-    with comm.agree(f"opening {directory}"):
-        if comm.grid.is_first("world"):
-            _open(directory, plan)
-    wanted = tuple(n for n, spec in arrays.items() if (normalise_targets if n == "y" else _is_normalised(n, spec, ids)))
-    tasks = [
-        _Task(
-            split,
-            f"{split}-{number:05d}.h5",
-            examples,
-            range(examples.num_examples)[start : start + examples_per_shard],
-        )
-        for split, examples in sources.items()
-        for number, start in enumerate(range(0, examples.num_examples, examples_per_shard))
-    ]
-    with comm.agree(f"writing {directory}"):
-        mine = [
-            _finish(task, directory, arrays, wanted * (task.split == train_split), num_classes, compression)
-            for task in progress(tasks[comm.grid.rank :: comm.grid.world_size])
+    with contextlib.ExitStack() as held:
+        with comm.agree(f"opening {directory}"):
+            if comm.grid.is_first("world"):
+                directory.mkdir(parents=True, exist_ok=True)
+                refuse_world_writable(directory, "the directory")
+                held.enter_context(Lock(directory, "--output"))
+                _open(directory, plan)
+        wanted = tuple(n for n, spec in arrays.items() if (normalise_targets if n == "y" else _is_normalised(n, spec, ids)))
+        tasks = [
+            _Task(
+                split,
+                f"{split}-{number:05d}.h5",
+                examples,
+                range(examples.num_examples)[start : start + examples_per_shard],
+            )
+            for split, examples in sources.items()
+            for number, start in enumerate(range(0, examples.num_examples, examples_per_shard))
         ]
-    records = {r["file"]["file"]: r for of_rank in comm.gather_objects(mine) for r in of_rank}
-    files = {split: [records[task.file] for task in tasks if task.split == split] for split in sources}
-    manifest = Manifest(
-        name=name,
-        source=source,
-        licence=licence,
-        arrays=arrays,
-        splits={split: tuple(ShardFile(**r["file"]) for r in of_split) for split, of_split in files.items()},
-        statistics={a: _statistics(a, [r["moments"][a] for r in files[train_split]]) for a in wanted},
-        num_classes=num_classes,
-        target_weights=None if target_weights is None else np.asarray(target_weights).tolist(),
-        details=details or {},
-        key_sha256=sha256_of_key(key),
-    )
-    with comm.agree(f"writing {directory / MANIFEST}"):
-        if comm.grid.is_first("world"):
-            write_atomically(directory / MANIFEST, manifest.to_json())
-            shutil.rmtree(directory / PREPARATION)
-    return manifest
+        with comm.agree(f"writing {directory}"):
+            mine = [
+                _finish(task, directory, arrays, wanted * (task.split == train_split), num_classes, compression)
+                for task in progress(tasks[comm.grid.rank :: comm.grid.world_size])
+            ]
+        records = {r["file"]["file"]: r for of_rank in comm.gather_objects(mine) for r in of_rank}
+        files = {split: [records[task.file] for task in tasks if task.split == split] for split in sources}
+        manifest = Manifest(
+            name=name,
+            source=source,
+            licence=licence,
+            arrays=arrays,
+            splits={split: tuple(ShardFile(**r["file"]) for r in of_split) for split, of_split in files.items()},
+            statistics={a: _statistics(a, [r["moments"][a] for r in files[train_split]]) for a in wanted},
+            num_classes=num_classes,
+            target_weights=None if target_weights is None else np.asarray(target_weights).tolist(),
+            details=details or {},
+            key_sha256=sha256_of_key(key),
+        )
+        with comm.agree(f"writing {directory / MANIFEST}"):
+            if comm.grid.is_first("world"):
+                manifest.check()
+                write_atomically(directory / MANIFEST, manifest.to_json())
+                shutil.rmtree(directory / PREPARATION)
+        return manifest
 
 
 def sha256_of_key(key: Any) -> str | None:
@@ -258,21 +266,20 @@ def _check_weights(weights: np.ndarray | None, y: ArraySpec) -> None:
 
 def _open(directory: Path, plan: dict) -> None:
     """Make the directory ready: keep an interrupted preparation of the same plan, remove any other."""
-    directory.mkdir(parents=True, exist_ok=True)
-    for unfinished in directory.glob(".*.h5.*"):  # of a process that was killed
-        unfinished.unlink()
+    remove_leftovers(directory, OURS)
     # The plan alone says what the files hold, in this format
     plan = json.loads(json.dumps(plan | {"digest": sha256_of_json(plan)}))
     notes = directory / PREPARATION / "plan.json"
     former = None
-    with contextlib.suppress(OSError, ValueError):
-        former = json.loads(notes.read_text())
-    if plan["key"] is not None and former == plan and not (directory / MANIFEST).exists():
+    with contextlib.suppress(ValueError):
+        former = json.loads(read_bytes(notes, "the plan") or b"")
+    is_there = read_bytes(directory / MANIFEST, "the manifest") is not None
+    if plan["key"] is not None and former == plan and not is_there:
         return
-    doomed = {MANIFEST}
+    doomed = [STAGED, MANIFEST]  # without its mark nothing takes the files for staged ones
     with contextlib.suppress(DataError):
-        doomed |= {shard.file for shard in Manifest.read(directory).shards}
-    doomed |= {path.name.removesuffix(".json") for path in notes.parent.glob("*.h5.json")}
+        doomed += [shard.file for shard in Manifest.read(directory).shards]
+    doomed += [path.name.removesuffix(".json") for path in notes.parent.glob("*.h5.json")]
     for file in doomed:
         (directory / file).unlink(missing_ok=True)
     shutil.rmtree(notes.parent, ignore_errors=True)
@@ -293,9 +300,10 @@ def _finish(
 ) -> dict[str, Any]:
     """Write a file unless a former preparation has finished it; return its record."""
     path, notes = directory / task.file, directory / PREPARATION / f"{task.file}.json"
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        record = json.loads(notes.read_text())
-        if sha256_of_file(path) == record["file"]["sha256"]:
+    with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
+        record, digest = json.loads(read_bytes(notes, "the record") or b"")
+        is_sound = digest == sha256_of_json(record) and record["file"]["file"] == task.file
+        if is_sound and sha256_of_file(path) == record["file"]["sha256"]:
             return record
     rows = task.rows
     read = named_arrays(*task.examples.read(rows.start, rows.stop))
@@ -327,7 +335,7 @@ def _finish(
         num_bytes, sha256 = temporary.stat().st_size, sha256_of_file(temporary)
     file = ShardFile(task.file, len(rows), num_bytes, sha256, hashlib.sha256(crc32.tobytes()).hexdigest())
     record = {"file": asdict(file), "moments": {name: _moments(found[name]) for name in wanted}}
-    write_atomically(notes, json.dumps(record))
+    write_atomically(notes, json.dumps([record, sha256_of_json(record)]))
     return record
 
 
