@@ -1,12 +1,18 @@
 """Where ranks meet (hpc_bnn.comm.rendezvous): the order of addresses, and who answers there."""
 
+import datetime
+import hmac
+import os
+import pickle
 import socket
 import threading
 
 import pytest
-from conftest import patience
+import torch.distributed as dist
+from conftest import REPOSITORY, patience
 
 from hpc_bnn.comm import rendezvous as addresses
+from hpc_bnn.comm import torchrun
 from hpc_bnn.errors import CommunicationError
 
 NODE = [
@@ -96,3 +102,56 @@ def test_where_they_cannot_meet_all_say_so(monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")
     for error in Ranks().both():
         assert "127.0.0.9 not from rank 0" in str(error) and "GLOO_SOCKET_IFNAME=eth0 allows no" in str(error)
+
+
+# --- the store of torchrun ------------------------------------------------------------------------------
+
+
+class Attack:
+    """What runs code where it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("secret", ["", "shared by the ranks"], ids=["without a secret", "with a secret"])
+@pytest.mark.parametrize("forged", ["pickle", "signed pickle", "JSON", "nothing"])
+def test_who_reaches_the_store_runs_no_code(tmp_path, monkeypatch, secret, forged):
+    """In the keys of both ranks and in rank 0's answer, with and without knowing the names of the keys."""
+    ranks = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in {**ranks, torchrun.SECRET: secret}.items():
+        monkeypatch.setenv(name, value)
+    store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    store.set_timeout(datetime.timedelta(seconds=0.2))
+    monkeypatch.setattr(torchrun.Running, "store", store)
+    payload = pickle.dumps(Attack(tmp_path / "PWNED"))
+    content = {
+        "pickle": payload,
+        "signed pickle": hmac.digest(b"", payload, "sha256") + payload,
+        "JSON": hmac.digest(b"guessed", b"[1, 2]", "sha256") + b"[1, 2]",
+        "nothing": b"",
+    }[forged]
+    for token in ("", torchrun._token()):
+        key = f"hpc_bnn.{token}.gather.{torchrun.Running.num_waits + 1}"
+        for name in (key, f"{key}.0", f"{key}.1"):
+            store.set(name, content)
+    with pytest.raises((CommunicationError, ValueError)):
+        torchrun._allgather_before_start(["mine"])
+    assert not os.listdir(tmp_path)
+
+
+def test_what_the_ranks_say_arrives_by_the_store(monkeypatch):
+    ranks = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "1", "RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    for name, value in {**ranks, torchrun.SECRET: "s"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torchrun.Running, "store", dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False))
+    said = ["node7", [29500, "0f" * 16, ["127.0.0.1"], None], None]
+    assert torchrun._allgather_before_start(said) == [said]
+
+
+def test_no_module_unpickles_what_a_store_holds():
+    for path in (REPOSITORY / "hpc_bnn/comm").glob("*.py"):
+        assert "import pickle" not in path.read_text(), path

@@ -122,14 +122,21 @@ def test_a_stuck_test_cannot_hang_the_suite(mpirun, tmp_path):
 
 
 COMMANDS = (REPOSITORY / "tests/commands.py").read_text()
-WITHOUT_HOROVOD = "import sys; sys.modules['horovod'] = None\nfrom hpc_bnn.__main__ import run\nrun()\n"
+COMMAND = "from hpc_bnn.__main__ import run\nrun()\n"
+WITHOUT_HOROVOD = f"import sys; sys.modules['horovod'] = None\n{COMMAND}"
 
 
-def test_horovod_that_is_asked_for_and_not_there_is_a_clear_error(mpirun, tmp_path):
+@pytest.mark.parametrize(
+    ("start", "environment", "why"),
+    [(WITHOUT_HOROVOD, {}, ""), (COMMAND, {"MPI4PY_RC_THREAD_LEVEL": "single"}, "MPI has the thread level single")],
+    ids=["not there", "not with this MPI"],
+)
+def test_horovod_that_is_asked_for_and_cannot_be_used_is_a_clear_error(mpirun, tmp_path, start, environment, why):
     program = tmp_path / "program.py"
-    program.write_text(WITHOUT_HOROVOD)
-    done = mpirun(2, program, "train", "--config", "configs/digits.yaml", "--backend", "horovod")
-    assert done.returncode == 1
+    program.write_text(start)
+    arguments = ("train", "--config", "configs/digits.yaml", "--backend", "horovod")
+    done = mpirun(2, program, *arguments, environment=environment)
+    assert done.returncode == 1 and why in done.stderr
     assert done.stderr.count("2 ranks need Horovod") == 1 and "install_horovod" in done.stderr
     assert "Traceback" not in done.stderr
 
@@ -356,6 +363,26 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(mpirun, digits, tmp_pa
     assert done.returncode == 75, done.stderr
     assert done.stderr.count("hpc-bnn: stopped: after step") == 1 and "SIGUSR1" in done.stderr
     assert len(list((tmp_path / "run/checkpoints").glob("*.pt"))) >= 1
+
+
+def test_a_rank_that_hangs_is_named_with_its_traceback(mpirun, digits, tmp_path):
+    """Not the one that waits for it."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import sys, time, hpc_bnn.comm\n"
+        "from hpc_bnn.__main__ import run\n"
+        "class Hang:\n"
+        "    def __call__(self, x, *_):\n"
+        "        if hpc_bnn.comm.launched_rank() == 1: time.sleep(600)\n"
+        "        return x\n"
+        "sys.modules['program'] = sys.modules['__main__']\n"
+        "run()\n"
+    )
+    done = mpirun(2, program, "train", "--config", "configs/digits.yaml", "--data.shards", digits, "--grid.sample_size", 2,
+                  "--augmentation.transforms", "[{name: program.Hang}]", "--stall_seconds", 3, "--run_dir", tmp_path / "run")  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.count("made no progress") == 1 and "error: rank 1 on" in done.stderr
+    assert 'program.py", line 5 in __call__' in done.stderr
 
 
 def test_a_checkpoint_that_cannot_be_written_ends_all_ranks_and_keeps_the_last(mpirun, digits, tmp_path):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..grid import Axis, Grid
-from .installed import horovod_facts
+from .installed import horovod_facts, mpi_facts
 from .mpi import STALL_SECONDS, broadcast_, running_mpi, wait_for_others
 from .transports import ObjectTransport, Operation, TensorTransport
 
@@ -122,7 +122,9 @@ def why_not(objects: ObjectTransport, needs_nccl: bool = False) -> str | None:
     """Return why Horovod cannot be used, or None if it can. Collective over the world, with one answer."""
     if not objects.comms:
         return "it needs MPI, and these ranks were started without it"
-    problem = horovod_facts().why_not(needs_nccl)
+    problem, level = horovod_facts().why_not(needs_nccl), mpi_facts().thread_level
+    if problem is None and level != "multiple":
+        problem = f"MPI has the thread level {level}, and Horovod calls it from a thread of its own (unset MPI4PY_RC_THREAD_LEVEL)"
     problems = [(rank, p) for rank, p in enumerate(objects.gather(problem)) if p]
     return f"it cannot be used on rank {problems[0][0]} ({problems[0][1]})" if problems else None
 

@@ -43,7 +43,7 @@ class Rendezvous:
 
 
 def find_meeting(allgather: Callable[[Any], list[Any]], is_first: bool) -> Rendezvous:
-    """Return an address of rank 0 that all ranks reach. Collective over the world, by ``allgather``.
+    """Return an address of rank 0 that all ranks reach. Collective over the world, by ``allgather`` of what JSON knows.
 
     Ranks that share a network stack, whatever their hosts are called, meet on its loopback. `CommunicationError` on all
     ranks, after a minute at the latest, where there is no such address.
@@ -52,7 +52,8 @@ def find_meeting(allgather: Callable[[Any], list[Any]], is_first: bool) -> Rende
         offer, only = None, os.environ.get("GLOO_SOCKET_IFNAME")
         if is_first:
             try:
-                offer = (*stack.enter_context(_listening()), candidates(interfaces(), os.environ), only)
+                port, token = stack.enter_context(_listening())
+                offer = [port, token.hex(), candidates(interfaces(), os.environ), only]
             except (OSError, CommunicationError) as error:
                 offer = str(error)
         offer = allgather(offer)[0]
@@ -61,9 +62,10 @@ def find_meeting(allgather: Callable[[Any], list[Any]], is_first: bool) -> Rende
         port, token, addresses, only = offer
         failures = []
         for address in addresses:
-            reached = _reach(address, port, token)
-            answers = allgather((socket.gethostname(), reached))
-            missing = [(rank, *answer) for rank, answer in enumerate(answers) if isinstance(answer[1], OSError)]
+            reached = _reach(address, port, bytes.fromhex(token))
+            problem = str(reached) if isinstance(reached, OSError) else None
+            answers = allgather([socket.gethostname(), problem])
+            missing = [(rank, host, why) for rank, (host, why) in enumerate(answers) if why is not None]
             if isinstance(reached, str) and not missing:
                 return Rendezvous(address, _interface_of(reached))
             rank, host, why = missing[0]

@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import datetime
 import os
+import secrets
 import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -144,6 +145,8 @@ class Running:
 
     store: Any = None
     """Of class torch.distributed.Store."""
+    token = ""
+    """Part of all keys there: a secret of the job, as whoever reaches the port could read and write what it can name."""
     backend: str | None = None
     is_over_mpi = False
     framework: dist.ProcessGroup | None = None
@@ -211,7 +214,7 @@ def start(backend: str, rank: int, world_size: int) -> None:
             dist.init_process_group(
                 backend,
                 # The keys of a former group would be taken for those of the new one.
-                store=dist.PrefixStore(f"hpc_bnn.{Running.num_starts}", Running.store),
+                store=dist.PrefixStore(f"hpc_bnn.{Running.token}.{Running.num_starts}", Running.store),
                 rank=rank,
                 world_size=world_size,
                 timeout=STALL,
@@ -253,9 +256,15 @@ def _open_store(objects: MpiObjects) -> Any:
     use_interface(meeting)
     timeout, store = datetime.timedelta(seconds=START_SECONDS), None
     with agreed(objects, "opening a port for torch.distributed"):
-        if objects.rank == 0:
-            store = dist.TCPStore(meeting.address, 0, None, True, timeout, wait_for_workers=False)
-    port = objects.broadcast(store and store.port)
+        if objects.rank == 0:  # by a socket of ours: torch's own would listen on all interfaces
+            family = socket.AF_INET6 if ":" in meeting.address else socket.AF_INET
+            listening = socket.create_server((meeting.address, 0), family=family, backlog=4096)
+            port = listening.getsockname()[1]
+            descriptor = listening.detach()
+            store = dist.TCPStore(
+                meeting.address, port, None, True, timeout, wait_for_workers=False, master_listen_fd=descriptor
+            )
+    port, Running.token = objects.broadcast(store and (store.port, secrets.token_hex(16)))
     with agreed(objects, f"reaching port {port} of {meeting.address} for torch.distributed"):
         if store is None:
             store = dist.TCPStore(meeting.address, port, None, False, timeout, wait_for_workers=False)

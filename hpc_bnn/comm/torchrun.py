@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import hashlib
+import hmac
+import json
 import math
 import os
-import pickle
 import socket
 import tempfile
 import time
@@ -35,6 +37,8 @@ from .torch_dist import (
 from .transports import NodeArray, ObjectAxis, ObjectTransport, no_shared_memory
 
 SHARED_MEMORY = "/dev/shm"
+SECRET = "HPC_BNN_SECRET"
+"""Variable with a secret that the ranks of a job share; the batch scripts set it."""
 
 
 class TorchObjects(ObjectTransport):
@@ -152,20 +156,45 @@ def join() -> None:
 
 
 def _allgather_before_start(value: Any) -> list[Any]:
-    """Gather by the store alone, through rank 0, so that no rank has to ask every other. Collective over the world."""
+    """Gather by the store alone, through rank 0, so that no rank has to ask every other. Collective over the world.
+
+    Whoever reaches the port of the store can write to it: what is read there is JSON, which runs no code, and is signed
+    with the secret of the job, where there is one (`SECRET`).
+    """
     Running.num_waits += 1
-    key, job = f"hpc_bnn.gather.{Running.num_waits}", launcher_of(os.environ)
+    key, job = f"hpc_bnn.{_token()}.gather.{Running.num_waits}", launcher_of(os.environ)
     try:
-        Running.store.set(f"{key}.{job.rank}", pickle.dumps(value))
+        Running.store.set(f"{key}.{job.rank}", _signed(value))
         if job.rank == 0:
             values = Running.store.multi_get([f"{key}.{rank}" for rank in range(job.least_size)])
-            Running.store.set(key, pickle.dumps([pickle.loads(value) for value in values]))
-        return pickle.loads(Running.store.get(key))
+            Running.store.set(key, _signed([_verified(value) for value in values]))
+        return _verified(Running.store.get(key))
     except dist.DistError as error:
         raise CommunicationError(
             f"rank {job.rank} on {socket.gethostname()} timed out waiting for the other ranks of torchrun ({error}). "
             "Look for the first rank that failed"
         ) from error
+
+
+def _token() -> str:
+    """Return a name of the job that only its own ranks know; empty without a secret."""
+    secret = os.environ.get(SECRET, "")
+    return hashlib.sha256(b"token" + secret.encode()).hexdigest()[:32] if secret else ""
+
+
+def _signed(value: Any) -> bytes:
+    content = json.dumps(value).encode()
+    return hmac.digest(os.environ.get(SECRET, "").encode(), content, "sha256") + content
+
+
+def _verified(signed: bytes) -> Any:
+    digest, content = signed[:32], signed[32:]
+    if not hmac.compare_digest(digest, hmac.digest(os.environ.get(SECRET, "").encode(), content, "sha256")):
+        raise CommunicationError(
+            "the store of torchrun holds what no rank of this job has written: somebody else writes to its port, or "
+            f"{SECRET} differs between the nodes. Set it to one secret on all of them"
+        )
+    return json.loads(content)
 
 
 def wait_for_others(seconds: float) -> bool:
@@ -175,7 +204,7 @@ def wait_for_others(seconds: float) -> bool:
     except CommunicationError:  # whoever needed it before has said it
         return False
     Running.num_waits += 1
-    key, size = f"hpc_bnn.wait.{Running.num_waits}", launcher_of(os.environ).least_size
+    key, size = f"hpc_bnn.{_token()}.wait.{Running.num_waits}", launcher_of(os.environ).least_size
     end, pause = time.monotonic() + seconds, 0.01
     with contextlib.suppress(dist.DistError):
         Running.store.add(key, 1)
@@ -193,6 +222,7 @@ def _open_store(seconds: float | None = None) -> None:
     timeout = datetime.timedelta(seconds=seconds or START_SECONDS)
     try:
         Running.store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+        Running.token = _token()
         Running.store.set_timeout(STALL)  # ranks may come from a slow file system
     except Exception as error:
         where = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))

@@ -6,7 +6,7 @@ from conftest import LIBRARY
 from reference import assert_layout_law, make_step, train, train_alone
 
 from hpc_bnn import OverlappingOptimizer, connect
-from hpc_bnn.comm import HorovodTensors, MpiTensors, TorchTensors, mpi
+from hpc_bnn.comm import HorovodTensors, MpiTensors, TorchTensors, mpi, torch_dist
 from hpc_bnn.errors import ConfigError
 
 
@@ -117,3 +117,18 @@ def test_what_is_no_carrier_is_refused(world, backend):
     if world.size > 1:
         with pytest.raises(ConfigError, match=r"^backend test_carriers"):
             connect(1, "cpu", backend=backend)
+
+
+@pytest.mark.skipif(LIBRARY != "torch", reason="only torch opens a port")
+def test_the_store_listens_where_the_ranks_meet_and_nowhere_else(comm):
+    """The ranks of a node meet on its loopback; keys have a secret in their names."""
+    if comm.grid.rank or comm.grid.world_size == 1:
+        return
+    listening = []
+    for name in ("tcp", "tcp6"):
+        with open(f"/proc/net/{name}") as file:
+            lines = [line.split() for line in file]
+        listening += [line[1].rpartition(":") for line in lines[1:] if line[3] == "0A"]
+    port = f"{torch_dist.Running.store.port:04X}"
+    assert [address for address, _, number in listening if number == port] == ["0100007F"]
+    assert len(torch_dist.Running.token) == 32
