@@ -305,6 +305,9 @@ class Config:
     """Passes over the training split."""
     max_seconds: float | None = _ruled(None, Rule(lambda value: value > 0, "positive", "Leave it out for no limit"))
     """Stop with a checkpoint and exit code 75 after this time (seconds)."""
+    stall_seconds: float | None = _ruled(None, positive("Leave it out for no limit"))
+    """End the job, with a traceback, if a rank makes no progress for this time (seconds). Make it longer than the longest
+    batch and the writing of a checkpoint."""
     resume: bool = False
     """Continue from the newest sound checkpoint in run_dir, on any grid; without a checkpoint start at the
     beginning."""

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .launcher import launched_rank
     from .mpi import MpiObjects
     from .mpi_tensors import MpiTensors
+    from .stall import StallWatch
     from .start import LIBRARY_NAMES, connect, connect_for_files
     from .torch_dist import DistributedFacts, TorchTensors, distributed_facts
     from .torchrun import TorchObjects
@@ -38,6 +39,7 @@ else:
             "launcher": "launched_rank",
             "mpi": "MpiObjects",
             "mpi_tensors": "MpiTensors",
+            "stall": "StallWatch",
             "start": "LIBRARY_NAMES connect connect_for_files",
             "torch_dist": "DistributedFacts TorchTensors distributed_facts",
             "torchrun": "TorchObjects",
