@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -62,6 +63,24 @@ def test_an_error_of_an_asynchronous_write_arrives(tmp_path):
         store.close()
 
 
+def flip(path, bit=16000):
+    """Flip a bit of a file."""
+    content = bytearray(path.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+
+
+def signed(content):
+    """Return the text of a note with its own checksum."""
+    content = {name: value for name, value in content.items() if name != "note_sha256"}
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return json.dumps(content | {"note_sha256": digest})
+
+
+def contents(directory):
+    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
 @pytest.mark.parametrize("damage", ["truncate", "flip", "delete", "note"])
 def test_the_one_before_a_damaged_checkpoint_is_used_and_said(tmp_path, damage, caplog):
     store = CheckpointStore(tmp_path)
@@ -72,7 +91,7 @@ def test_the_one_before_a_damaged_checkpoint_is_used_and_said(tmp_path, damage, 
     if damage == "truncate":
         path.write_bytes(whole[:-100])
     elif damage == "flip":
-        path.write_bytes(whole[:2000] + bytes([whole[2000] ^ 1]) + whole[2001:])
+        flip(path)
     elif damage == "delete":
         path.unlink()
     else:
@@ -80,11 +99,76 @@ def test_the_one_before_a_damaged_checkpoint_is_used_and_said(tmp_path, damage, 
     assert store.load_newest()["place"]["epoch"] == 10
     said = "step-00000020.json cannot be read" if damage == "note" else "the one before it is used"
     assert "step-00000020" in caplog.text and said in caplog.text
+    before = contents(tmp_path)
+    with pytest.raises(
+        DataError, match=r"step-00000020.* Put back a copy"
+    ):  # where nobody computes the lost steps again
+        CheckpointStore(tmp_path).load_newest(falls_back=False)
+    assert contents(tmp_path) == before  # whoever reads moves nothing
     store.keep_last = 1
-    store.save(state(15), 15)  # the damaged one counts for nothing, and nobody removes it
-    assert store.load_newest()["place"]["epoch"] == 15
-    kept = {path.name for path in tmp_path.iterdir()}
-    assert kept == {f"step-000000{n}" for n in ("15.pt", "15.json", "20.json", "20.pt")[: 3 + (damage != "delete")]}
+    for step in (15, 16, 17):  # the damaged one is moved aside; it counts for nothing, and nobody removes it
+        store.save(state(step), step)
+        assert store.load_newest()["place"]["epoch"] == step
+    aside = {f"step-00000020.{kind}.damaged1" for kind in ("json", "pt")[: 1 + (damage != "delete")]}
+    assert set(os.listdir(tmp_path)) == {"step-00000017.pt", "step-00000017.json", *aside}
+    assert "moved to step-00000020.json.damaged1" in caplog.text
+
+
+def test_an_older_one_that_is_damaged_is_none_of_those_that_are_kept(tmp_path):
+    store = CheckpointStore(tmp_path, keep_last=3)
+    for step in (1, 2, 3):
+        store.save(state(step), step)
+    flip(tmp_path / "step-00000003.pt")
+    store = CheckpointStore(tmp_path, keep_last=2)  # which has never looked at them
+    store.save(state(4), 4)
+    assert {note.step for note in store.notes()} == {4, 3, 2}
+    store.save(state(5), 5)
+    assert {note.step for note in store.notes()} == {5, 4} and (tmp_path / "step-00000003.pt.damaged1").exists()
+
+
+def test_nothing_is_removed_as_long_as_too_few_are_sound(tmp_path):
+    store = CheckpointStore(tmp_path, keep_last=4)
+    for step in (1, 2, 3, 4):
+        store.save(state(step), step)
+    for step in (3, 4):
+        flip(tmp_path / f"step-{step:08d}.pt")
+    store = CheckpointStore(tmp_path, keep_last=2)
+    store.save(state(5), 5)
+    assert {5, 2} <= {note.step for note in store.notes()}
+
+
+def test_a_checkpoint_of_the_same_step_takes_its_place_in_one_moment(tmp_path):
+    store = CheckpointStore(tmp_path, keep_last=1)
+    for number in range(4):
+        store.save(state(1) | {"config": {"number": number}}, 1)
+        assert store.load_newest()["config"] == {"number": number}
+        assert len(os.listdir(tmp_path)) == 2
+
+
+def test_every_bit_of_a_note_is_checked(tmp_path, caplog):
+    """No flip of a bit makes another checkpoint the newest or the best without a word."""
+    store = CheckpointStore(tmp_path, keep_last=9, metric_name="test/nll")
+    for step, metric in ((1, 3.0), (2, 1.0), (3, 2.0)):
+        store.save(state(step), step, metric)
+    loads = {"newest": lambda s: s.load_newest(falls_back=False), "best": CheckpointStore.load_best}
+    expected = {"newest": 3, "best": 2}
+    for path in sorted(tmp_path.glob("*.json")):
+        whole = path.read_bytes()
+        for bit in range(0, 8 * len(whole), 23):
+            flip(path, bit)
+            for which, load in loads.items():
+                caplog.clear()
+                try:
+                    assert load(CheckpointStore(tmp_path))["place"]["epoch"] == expected[which]
+                except DataError as error:
+                    assert path.name in str(error)
+            path.write_bytes(whole)
+
+
+def test_checkpoints_of_another_metric_are_never_the_best(tmp_path):
+    for name, step, metric in (("test/rmse", 1, 0.1), ("test/nll", 2, 5.0), ("test/nll", 3, 6.0)):
+        CheckpointStore(tmp_path, keep_last=9, metric_name=name).save(state(step), step, metric)
+    assert CheckpointStore(tmp_path).load_best()["place"]["epoch"] == 2
 
 
 def test_a_run_does_not_begin_anew_where_all_checkpoints_are_damaged(tmp_path):
@@ -104,7 +188,7 @@ def test_a_note_can_name_no_other_file(tmp_path, caplog):
         store.save(state(step), step)
     other.write_text("mine")
     path = tmp_path / "checkpoints/step-00000002.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"file": "../step-00000001.pt", "step": 0}))
+    path.write_text(signed(json.loads(path.read_text()) | {"file": "../step-00000001.pt", "step": 0}))
     with pytest.raises(DataError):
         store.load_newest()
     store.save(state(3), 3)
@@ -122,7 +206,7 @@ def rewrite(directory, change, step=1):
     torch.save(content, path)
     note = json.loads(path.with_suffix(".json").read_text())
     note |= {"num_bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-    path.with_suffix(".json").write_text(json.dumps(note | {"run": content["run"]["identity"]}))
+    path.with_suffix(".json").write_text(signed(note | {"run": content["run"]["identity"]}))
 
 
 def test_a_checkpoint_names_its_format_sections_generator_and_run(tmp_path):
@@ -159,7 +243,7 @@ def test_what_this_version_does_not_know_is_refused(tmp_path, change):
         store.save(state(step), step)
     rewrite(tmp_path, lambda c: [c["run"].update(hpc_bnn="9.9"), changed(c)], 2)
     note = tmp_path / "step-00000002.json"
-    note.write_text(json.dumps(json.loads(note.read_text()) | {"new": 1}))  # a newer note says that it is there
+    note.write_text(signed(json.loads(note.read_text()) | {"new": 1}))  # a newer note says that it is there
     before = sorted(tmp_path.iterdir())
     for load in (store.load_newest, lambda: store.load(store.notes()[0])):
         with pytest.raises(DataError, match=f"step-00000002.pt has .*{message}"):  # no older one takes its place
@@ -179,7 +263,7 @@ def test_a_checkpoint_of_another_run_is_named_and_neither_used_nor_removed(tmp_p
     assert [note.step for note in store.notes()] == [2]
     assert (tmp_path / "mine/step-00000009.pt").exists() and (tmp_path / "mine/step-00000009.json").exists()
     note = json.loads((tmp_path / "mine/step-00000009.json").read_text())  # and no note makes it ours
-    (tmp_path / "mine/step-00000009.json").write_text(json.dumps(note | {"run": "b" * 32}))
+    (tmp_path / "mine/step-00000009.json").write_text(signed(note | {"run": "b" * 32}))
     assert store.load_newest()["place"]["epoch"] == 2
     assert "is not of run " + "b" * 32 in caplog.text
 
@@ -221,7 +305,7 @@ def result(run_dir):
     """Return the newest checkpoint's tensors, and the rows without times."""
     state = CheckpointStore(run_dir / "checkpoints").load_newest()
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    times = ("seconds", "examples_per_second", "samples_per_second", "communication_share")
+    times = ("seconds", "examples_per_second", "samples_per_second", "communication_share", "run")
     timeless = [{k: v for k, v in row.items() if k not in times} for row in rows]
     return state["model"], state["optimizer"], timeless
 
@@ -287,15 +371,23 @@ def test_a_longer_run_goes_on_and_says_what_differs(digits, tmp_path, caplog):
     assert json.loads((tmp_path / "summary.json").read_text())["num_epochs"] == 3
 
 
-def contents(directory):
-    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
-
-
-def test_another_network_is_refused_and_changes_nothing(digits, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--model.arguments", "{hidden: [7]}"),
+        ("--model.arguments", "{activation: Tanh}"),
+        ("--optimizer.name", "SGD"),
+        ("--posterior.prior_std", "0.5"),
+        ("--objective.name", "log_predictive"),
+    ],
+    ids=" ".join,
+)
+def test_another_network_or_optimizer_is_refused_and_changes_nothing(digits, tmp_path, capsys, flags):
     assert train(digits, tmp_path, "--max_steps", 2) == 0
     before = contents(tmp_path)
-    assert train(digits, tmp_path, "--resume", "true", "--model.arguments", "{hidden: [7]}") == 2
-    assert "in the checkpoint" in capsys.readouterr().err
+    assert train(digits, tmp_path, "--resume", "true", *flags) == 2
+    said = capsys.readouterr().err
+    assert f"{flags[0]} {'{' if '{' in flags[1] else flags[1]}" in said and "are of a run with" in said
     assert contents(tmp_path) == before
 
 
@@ -440,38 +532,72 @@ def test_max_seconds_stops_with_a_checkpoint(digits, tmp_path, capsys):
     assert train(digits, tmp_path, "--resume", "true") == 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM], ids=["SIGUSR1", "SIGTERM"])
-def test_a_signal_stops_with_a_checkpoint_and_code_75(digits, tmp_path, number):
+def begin(run_dir, *flags):
+    """Start a run that does not end by itself."""
     command = [sys.executable, "-m", "mpi4py", "-m", "hpc_bnn", "train", "--config", "configs/digits.yaml"]
-    command += ["--data.shards", str(digits), "--run_dir", str(tmp_path), "--num_epochs", "100000"]
-    job = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
-    while not (tmp_path / "metrics.jsonl").exists():
-        time.sleep(0.1)
+    command += ["--run_dir", str(run_dir), "--num_epochs", "100000", *map(str, flags)]
+    return subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(is_there, job):
+    while not is_there():
+        time.sleep(0.02)
         assert job.poll() is None
+
+
+def watches_signals(job):
+    """Whether a process handles SIGUSR1, which it does from the first instruction of hpc_bnn on."""
+    with open(f"/proc/{job.pid}/status") as file:
+        caught = next(int(line.split()[1], 16) for line in file if line.startswith("SigCgt"))
+    return bool(caught & 1 << signal.SIGUSR1 - 1)
+
+
+CODES = {signal.SIGUSR1: 75, signal.SIGTERM: 75, signal.SIGINT: 130}
+
+
+@pytest.mark.parametrize("number", CODES, ids=lambda number: number.name)
+def test_a_signal_stops_with_a_checkpoint_and_its_code(digits, tmp_path, number):
+    job = begin(tmp_path, "--data.shards", digits)
+    wait_for((tmp_path / "metrics.jsonl").exists, job)
     os.kill(job.pid, number)
     error = job.communicate(timeout=patience(JOB_SECONDS))[1]
-    assert job.returncode == 75 and f"{number.name}" in error and "--resume true" in error
+    assert job.returncode == CODES[number] and "Traceback" not in error
+    assert error.count("hpc-bnn: stopped") == 1 and number.name in error and "--resume true" in error
     assert CheckpointStore(tmp_path / "checkpoints").load_newest()["place"]["num_steps"] > 0
 
 
-def test_a_signal_during_the_start_stops_after_the_first_step(digits, tmp_path):
-    script = tmp_path / "prepare.py"
-    script.write_text(
-        "import shutil, sys, time, pathlib\n"
-        f"pathlib.Path({str(tmp_path / 'started')!r}).touch(); time.sleep(2)\n"
-        f"shutil.copytree({str(digits)!r}, sys.argv[sys.argv.index('--output') + 1])\n"
-    )
-    command = [sys.executable, "-m", "mpi4py", "-m", "hpc_bnn", "train", "--config", "configs/digits.yaml"]
-    command += ["--data.shards", str(tmp_path / "shards"), "--data.prepare", str(script)]
-    command += ["--run_dir", str(tmp_path / "run")]
-    job = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
-    while not (tmp_path / "started").exists():
-        time.sleep(0.05)
-        assert job.poll() is None
-    os.kill(job.pid, signal.SIGTERM)
+@pytest.mark.parametrize("number", CODES, ids=lambda number: number.name)
+def test_a_signal_while_libraries_are_imported_stops_after_the_first_step(digits, tmp_path, number):
+    job = begin(tmp_path / "run", "--data.shards", digits)
+    wait_for(lambda: watches_signals(job), job)
+    assert "torch" not in Path(f"/proc/{job.pid}/maps").read_text()
+    os.kill(job.pid, number)
     error = job.communicate(timeout=patience(JOB_SECONDS))[1]
-    assert job.returncode == 75 and "after step 1: SIGTERM" in error
+    assert job.returncode == CODES[number] and f"after step 1: {number.name}" in error
     assert CheckpointStore(tmp_path / "run/checkpoints").load_newest()["place"]["num_steps"] == 1
+
+
+def test_a_second_interrupt_ends_at_once_whatever_the_run_does(tmp_path):
+    (tmp_path / "prepare.py").write_text(
+        f"import pathlib, time; pathlib.Path('{tmp_path}/begun').touch(); time.sleep(9)"
+    )
+    job = begin(tmp_path / "run", "--data.shards", tmp_path / "shards", "--data.prepare", tmp_path / "prepare.py")
+    wait_for((tmp_path / "begun").exists, job)
+    os.kill(job.pid, signal.SIGINT)
+    time.sleep(0.5)
+    assert job.poll() is None
+    os.kill(job.pid, signal.SIGINT)
+    assert job.wait(patience(5)) == 130
+    assert "ended at the second Ctrl-C" in job.communicate()[1]
+
+
+def test_an_interrupt_of_another_command_is_one_line(tmp_path):
+    os.mkfifo(tmp_path / "config.yaml")
+    command = [sys.executable, "-m", "hpc_bnn", "report", str(tmp_path)]
+    job = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+    with open(tmp_path / "config.yaml", "w"):  # it reads, and waits
+        os.kill(job.pid, signal.SIGINT)
+        assert job.communicate(timeout=patience(JOB_SECONDS))[1] == "hpc-bnn: interrupted\n" and job.returncode == 130
 
 
 def test_a_run_does_not_go_on_with_other_data(digits, tmp_path, capsys):

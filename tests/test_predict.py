@@ -11,11 +11,13 @@ import h5py
 import numpy as np
 import pytest
 import torch
+import yaml
 
 import hpc_bnn
 from hpc_bnn import ShardDataset, write_shards
 from hpc_bnn.cli.commands import main
 from hpc_bnn.errors import ConfigError, DataError
+from hpc_bnn.run import export
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -136,6 +138,49 @@ def test_a_full_disk_is_said_and_leaves_nothing(digits_run, tmp_path):
     done = subprocess.run(["sh", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 1 and "p.h5 cannot be written" in done.stderr, done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("change", ["activation: Tanh", "hidden: [16]"])
+def test_a_config_of_another_network_is_refused(digits_run, tmp_path, capsys, change):
+    """It would give other numbers without a word where the shapes fit."""
+    run = tmp_path / "run"
+    shutil.copytree(digits_run, run)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["model"]["arguments"] |= yaml.safe_load(change)
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    for command in (["evaluate", str(run)], ["predict", str(run), "--output", str(tmp_path / "p.h5")]):
+        assert main(command) == 2
+        said = capsys.readouterr().err
+        assert "--model.arguments" in said and "the checkpoints in" in said and "Leave it at that" in said
+    assert main(["evaluate", str(digits_run), "--model.arguments", f"{{{change}}}"]) == 2
+
+
+def test_a_file_that_appears_while_it_is_predicted_is_not_replaced(digits_run, tmp_path, capsys, monkeypatch):
+    path = tmp_path / "p.h5"
+    usual = export.publish
+
+    def late(temporary, target, **options):
+        path.write_text("mine")
+        usual(temporary, target, **options)
+
+    monkeypatch.setattr(export, "publish", late)
+    assert main(["predict", str(digits_run), "--output", str(path)]) == 2
+    assert "it is there already" in capsys.readouterr().err
+    assert path.read_text() == "mine" and os.listdir(tmp_path) == ["p.h5"]
+
+
+def test_verify_speaks_of_predictions(digits_run, tmp_path, capsys):
+    path = tmp_path / "p.h5"
+    assert main(["predict", str(digits_run), "--output", str(path)]) == 0
+    assert main(["verify", str(path)]) == 0 and "predictions, complete" in capsys.readouterr().out
+    with h5py.File(path) as file:
+        place = file["std"].id.get_chunk_info(0).byte_offset
+    content = bytearray(path.read_bytes())
+    content[place + 9] ^= 1
+    path.write_bytes(content)
+    assert main(["verify", str(path)]) == 1 and str(path) in capsys.readouterr().err
+    path.write_text("no predictions")
+    assert main(["verify", str(path)]) == 1 and str(path) in capsys.readouterr().err
 
 
 def test_a_checkpoint_is_read_without_code(digits_run):

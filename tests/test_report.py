@@ -131,6 +131,57 @@ def test_what_is_no_run_is_named(tmp_path, capsys):
     assert "it holds no run" in capsys.readouterr().err
 
 
+JUNK = [
+    b"",
+    b"\0\0",
+    b"\xff\xfe",
+    b"{",
+    b"[]",
+    b"3",
+    b'"text"',
+    b"null",
+    b"{}",
+    b'{"a": 1}',
+    b"[" * 9999,
+    b"{[",
+    b"\n" * 9,
+]
+VALUES = [None, "text", [], {}, -1, 1e999, float("nan"), [[]], {"x": None}]
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "summary.json", "evaluation.json"])
+def test_junk_in_the_files_of_a_run_ends_in_a_message_or_a_page(runs, tmp_path, name, capsys, monkeypatch):
+    if name != "metrics.jsonl":  # the figures of the page take long
+        monkeypatch.setattr(plots, "has_matplotlib", lambda: False)
+    directory = tmp_path / "run"
+    shutil.copytree(runs / "digits0", directory)
+    path = directory / name
+    content = path.read_text()
+    tree = (
+        json.loads(content.splitlines()[-1])
+        if name == "metrics.jsonl"
+        else json.loads(content)
+        if name != "config.yaml"
+        else None
+    )
+    junk = [
+        *JUNK,
+        *(
+            json.dumps(tree | {key: VALUES[n % len(VALUES)]}).encode()
+            for n, key in enumerate(tree or ())
+            if n % 3 == 0 or name != "metrics.jsonl"
+        ),
+    ]
+    for spoilt in junk:
+        path.write_bytes(spoilt)
+        code = main(["report", str(directory)])
+        said = capsys.readouterr().err
+        assert code == 0 or (code == 1 and str(directory) in said and "Traceback" not in said), (spoilt, code, said)
+    path.unlink()
+    path.mkdir()
+    assert main(["report", str(directory)]) == 1 and name in capsys.readouterr().err
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
 def test_a_browser_shows_it(runs, tmp_path):
     """The browser lays the page out offline, with all of its pictures."""

@@ -301,6 +301,13 @@ def _verify(options: jsonargparse.Namespace, given: set[str]) -> int:
 
     if comm.launched_rank() != 0:  # one process reads for all
         return 0
+    if Path(options.shards).is_file():
+        from ..run import verify_predictions
+
+        if problems := verify_predictions(options.shards):
+            raise DataError("\n".join(problems))
+        print(f"{options.shards}: predictions, complete")
+        return 0
     problems = verify_shards(options.shards, lambda files: tqdm(files, unit="file", disable=None))
     if problems:
         raise DataError("\n".join(problems))
@@ -428,7 +435,7 @@ _PLAN = {
     "--network": _argument(str | None, "JSON of hpc-bnn doctor: its network, for both."),
     "--output": _argument(str | None, "JSON file to write as well."),
 }
-_VERIFY = {"shards": _argument(str, "Directory with a manifest.json.", metavar="SHARD_DIR")}
+_VERIFY = {"shards": _argument(str, "Directory with a manifest.json, or file of hpc-bnn predict.", metavar="SHARD_DIR")}
 _STAGE = {
     "source": _argument(str, "Shard directory that all nodes see.", metavar="SRC"),
     "destination": _argument(str, "Directory on storage of the node.", metavar="DST"),
@@ -452,7 +459,9 @@ COMMANDS = {
         "Write the predictive of a trained network to an HDF5 file.", _predict, _RUN | _PREDICT, _OF_RUN
     ),
     "report": Command("Write one self-contained HTML page about a run, or several side by side.", _report, _REPORT),
-    "verify": Command("Compare the files of a shard directory with its manifest.", _verify, _VERIFY),
+    "verify": Command(
+        "Compare the files of a shard directory with its manifest, or predictions with their parts.", _verify, _VERIFY
+    ),
     "plan": Command("Predict memory, time and communication of every grid, and recommend one.", _plan, _PLAN, _OF_FILE),
     "stage": Command("Copy a shard directory to local storage, once per node of the job.", _stage, _STAGE),
     "doctor": Command(

@@ -7,7 +7,7 @@ __getattr__, __dir__, __all__ = door(
     {
         "checkpoint": "CheckpointStore",
         "experiment": "Experiment connect_grid read_or_prepare",
-        "export": "predict_run",
+        "export": "predict_run verify_predictions",
         "plots": "write_plots",
         "plotted_examples": "shown_examples",
         "predictor": "Predictor load",

@@ -15,12 +15,12 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import nn
 
-from ..comm import GridComm, connect
+from ..comm import GridComm, StallWatch, connect
 from ..comm.launcher import without_launcher
 from ..config import Config, DataConfig, Score, flatten
 from ..data import Manifest, ShardDataset, Source, as_source
@@ -31,7 +31,7 @@ from ..likelihoods import Likelihood, build_likelihood
 from ..objectives import build_objective
 from ..posteriors import Posterior, build_posterior
 from ..predictive import Evaluation, evaluate_dataset, uncertainties_of_dataset
-from ..safe_files import write_atomically
+from ..safe_files import read_bytes, refuse_world_writable, write_atomically
 from ..training import KlAnnealing, build_optimizer
 from ..training.step import VariationalStep
 from .checkpoint import CheckpointStore, read_identity
@@ -79,6 +79,7 @@ class Experiment:
         self.posterior = self._build_posterior()
         keep_last, asynchronous = config.checkpoint.keep_last, config.checkpoint.asynchronous
         self.checkpoints = CheckpointStore(self.run_dir / "checkpoints", keep_last, asynchronous)
+        self._watch = StallWatch(config.stall_seconds, comm.grid.rank)
 
     @classmethod
     def of_run(cls, config: Config, comm: GridComm, which: str = "newest") -> Experiment:
@@ -88,17 +89,19 @@ class Experiment:
         """
         check_same_start(config, comm)
         with comm.agree(f"reading {config.run_dir}"):
+            refuse_world_writable(config.run_dir, "the run directory")
             if not Path(config.run_dir, MANIFEST).exists():
                 raise DataError(f"{config.run_dir} holds no run ({MANIFEST} is missing). Train one there")
-            manifest = Manifest.read(config.run_dir)
+            manifest = Manifest.read(config.run_dir, has_files=False)
         experiment = cls(config, comm, manifest)
         state, store = None, experiment.checkpoints
         with comm.agree(f"reading {store.directory}"):
             if experiment.is_writer:
                 store.identity = read_identity(experiment.run_dir)
-                state = store.load_best() if which == "best" else store.load_newest()
+                state = store.load_best() if which == "best" else store.load_newest(falls_back=False)
                 if state is None:
                     raise DataError(f"{store.directory} holds no sound checkpoint ({which})")
+                check_network(config, state["config"], store.directory)
                 state = {"model": state["model"], "num_steps": state["place"]["num_steps"]}
         state = comm.broadcast_tree(state)
         with comm.agree("restoring the checkpoint"):
@@ -180,9 +183,12 @@ class Experiment:
                 "predicted (hpc-bnn predict), not evaluated"
             )
         shown = shown_examples(self.likelihood, self.comm, dataset)
-        evaluation = evaluate_dataset(
-            self.posterior, self.likelihood, self.comm, dataset, see=shown.add, **self.test_samples
-        )
+
+        def see(*block: Any) -> None:
+            self._watch.mark()
+            shown.add(*block)
+
+        evaluation = evaluate_dataset(self.posterior, self.likelihood, self.comm, dataset, see=see, **self.test_samples)
         return TestResult(evaluation, shown)
 
     def write_evaluation(
@@ -207,7 +213,11 @@ class Experiment:
             "num_samples": self.config.num_test_samples,
             "data": {"shards": data.dataset or data.shards, "split": data.test_split, "foreign": foreign_data},
         }
-        path = self.run_dir / "evaluation.json"
+        path, found = self.run_dir / "evaluation.json", read_identity(self.run_dir)
+        if found != self.checkpoints.identity:
+            raise DataError(
+                f"{self.run_dir} is now that of run {found}, and run {self.checkpoints.identity} was evaluated"
+            )
         write_atomically(path, json.dumps(content, indent=1) + "\n")
         return path
 
@@ -312,7 +322,7 @@ def _source_of(path: str, arguments: str, split: str) -> Source:
 
 
 def read_or_prepare(config: DataConfig, comm: GridComm) -> Manifest:
-    """Read the manifest, after preparing the shards if it cannot be read and the config has a script.
+    """Read the manifest, after preparing the shards if there are none and the config has a script.
 
     Of a dataset of the user it is made. Collective over the world.
     """
@@ -323,12 +333,10 @@ def read_or_prepare(config: DataConfig, comm: GridComm) -> Manifest:
         splits = {name: tuple(manifest.shards) for name, manifest in manifests.items()}
         return replace(manifests[config.train_split], name=config.dataset, splits=splits)
     with comm.agree(f"preparing {config.shards}"):
-        if comm.grid.is_first("world") and config.prepare:
-            try:
-                Manifest.read(config.shards)
-            except DataError as error:
-                logger.info("%s; running %s", error, config.prepare)
-                _prepare_shards(config.prepare, config.shards)
+        script = config.prepare if comm.grid.is_first("world") else None
+        if script and read_bytes(Path(config.shards, MANIFEST), "the manifest") is None:  # a damaged one is an error
+            logger.info("%s holds no shards; running %s", config.shards, script)
+            _prepare_shards(script, config.shards)
     with comm.agree(f"reading {config.shards}"):
         return Manifest.read(config.shards)
 
@@ -339,6 +347,22 @@ def validation_split(config: DataConfig, manifest: Manifest) -> str | None:
     if name == "auto":
         name = "validation" if "validation" in manifest.splits else None
     return None if name == config.test_split else name
+
+
+NETWORK = ("model.", "posterior.", "likelihood.", "objective.name")
+"""Beginnings of fields that say what the numbers of a checkpoint mean."""
+
+
+def check_network(config: Config, former: dict[str, Any], directory: Path, fields: tuple[str, ...] = NETWORK) -> None:
+    """Raise `ConfigError` where a config speaks of another network or distribution than a checkpoint was trained as."""
+    mine = flatten(config.to_dict())
+    faults = [
+        Fault(name, mine[name], f"the checkpoints in {directory} are of a run with {value}", "Leave it at that")
+        for name, value in flatten(former).items()
+        if name in mine and name != "model.pretrained" and mine[name] != value and name.startswith(fields)
+    ]
+    if faults:
+        raise ConfigError(*faults)
 
 
 def _load_pretrained(module: nn.Module, path: str) -> None:

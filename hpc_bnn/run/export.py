@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
+import secrets
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -15,11 +17,12 @@ from torch import Tensor
 
 from .. import __version__
 from ..comm import GridComm
+from ..data.manifest import sha256_of_file
 from ..errors import ConfigError, DataError, Fault, above_and_below
 from ..grid import share
 from ..likelihoods import Likelihood
 from ..predictive import ClassPredictive, Predictive, ValuePredictive, predict_dataset
-from ..safe_files import Disk
+from ..safe_files import Disk, is_plain, publish
 from .experiment import Experiment
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -36,7 +39,9 @@ def predict_run(
     """Write the predictive of a split of ``config.data.shards`` to an HDF5 file, block by block.
 
     Collective over the world. The first rank of each sample group writes. Where h5py has parallel HDF5 all write into
-    one file; otherwise each data group has a file of its own, and OUTPUT shows them as one (virtual datasets).
+    one file; otherwise each data group has a file of its own, and OUTPUT shows them as one (virtual datasets). The name of
+    a part holds a number of this prediction alone, OUTPUT its size and SHA-256 (`verify_predictions`); a part that is
+    missing reads as NaN, and -1 for a class.
 
     Rows are in the order of the split; numbers are in units of y.
 
@@ -65,8 +70,8 @@ def predict_run(
     quantiles = check_levels(quantiles, experiment.likelihood, "--quantiles")
     with comm.agree(f"opening {path}"), _as_data_error(path):
         if comm.grid.is_first("world"):
-            if path.exists():
-                raise ConfigError(Fault("--output", path, "it is there already", "Remove it, or name another"))
+            if os.path.lexists(path):
+                raise _is_there(path)
             path.parent.mkdir(parents=True, exist_ok=True)
     dataset = experiment.open(split)
     blocks = predict_dataset(
@@ -79,24 +84,52 @@ def predict_run(
         with_targets=False,
     )
     dtype = np.float64 if experiment.dtype == torch.float64 else np.float32
-    with _Output(path, comm, len(dataset), _shapes(experiment, quantiles, with_members), dtype) as file:
+    attributes = {
+        "run_dir": str(experiment.run_dir),
+        "run": experiment.checkpoints.identity or "",
+        "num_steps": experiment.num_steps,
+        "shards": experiment.config.data.shards,
+        "split": split,
+        "num_samples": experiment.config.num_test_samples,
+        "seed": experiment.config.seed,
+        "quantile_levels": np.array(quantiles, dtype=np.float64),
+        "channels": [str(name) for name in experiment.manifest.arrays["y"].channels],
+        "hpc_bnn": __version__,
+    }
+    shapes = _shapes(experiment, quantiles, with_members)
+    with _Output(path, comm, len(dataset), shapes, dtype, attributes) as file:
         for block in blocks:
             file.write(int(block.examples[0]), columns_of(block.predictive, quantiles, with_members))
-    with comm.agree(f"writing {path}"):
-        if comm.grid.is_first("world"):
-            attributes = {
-                "run_dir": str(experiment.run_dir),
-                "num_steps": experiment.num_steps,
-                "shards": experiment.config.data.shards,
-                "split": split,
-                "num_samples": experiment.config.num_test_samples,
-                "seed": experiment.config.seed,
-                "quantile_levels": np.array(quantiles, dtype=np.float64),
-                "channels": [str(name) for name in experiment.manifest.arrays["y"].channels],
-                "hpc_bnn": __version__,
-            }
-            file.complete(attributes)
     return path
+
+
+def verify_predictions(path: str | os.PathLike) -> list[str]:
+    """Compare the parts of a file of predictions with what it says of them; return a sentence for each problem. Local.
+
+    It raises `DataError` if it is no such file, or cannot be read.
+    """
+    path = Path(path)
+    try:
+        with h5py.File(path) as file:
+            parts = json.loads(str(file.attrs["parts"]))
+            problems = []
+            for name, num_bytes, sha256 in parts:
+                part = path.with_name(name) if is_plain(name) else None
+                if part is None or not part.exists():
+                    problems.append(
+                        f"{path} needs {name} beside it, which is missing: its rows read as NaN. Copy it, too"
+                    )
+                elif part.stat().st_size != num_bytes or sha256_of_file(part) != sha256:
+                    problems.append(f"{part} is not the part that {path} was written with (SHA-256). Predict again")
+            for dataset in () if parts else file.values():
+                dataset[()]  # each chunk has a checksum
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise DataError(f"{path} holds no predictions, or cannot be read ({error})") from error
+    return problems
+
+
+def _is_there(path: Path) -> ConfigError:
+    return ConfigError(Fault("--output", path, "it is there already", "Remove it, or name another"))
 
 
 def _shapes(experiment: Experiment, quantiles: Sequence[float], with_members: bool) -> dict[str, tuple[int, ...]]:
@@ -158,22 +191,35 @@ class _Output:
     Collective over the world in construction and at the end of the context; `write` is Local.
     """
 
-    def __init__(self, path: Path, comm: GridComm, num_rows: int, shapes: dict[str, tuple[int, ...]], dtype: type):
-        self.path, self.comm, self.num_rows = path, comm, num_rows
+    def __init__(
+        self,
+        path: Path,
+        comm: GridComm,
+        num_rows: int,
+        shapes: dict[str, tuple[int, ...]],
+        dtype: type,
+        attributes: dict[str, object],
+    ):
+        self.path, self.comm, self.num_rows, self.attributes = path, comm, num_rows, attributes
         self._rows = {name: (shape, np.dtype(np.int64 if name == "class" else dtype)) for name, shape in shapes.items()}
         grid = comm.grid
         self._is_shared = comm.world_comm is not None and grid.world_size > 1 and h5py.get_config().mpi
         num_files = 1 if self._is_shared else grid.data_size
         self._spans = [share(num_rows, num_files, number) for number in range(num_files)]
+        self._token = comm.broadcast_object(secrets.token_hex(8))
         self._files = [path]
-        if num_files > 1:
-            self._files = [path.with_name(f"{path.stem}-{number:05d}{path.suffix}") for number in range(num_files)]
+        if num_files > 1:  # of this prediction alone: another one of the same name has other parts
+            stem = f"{path.stem}-{self._token}"
+            self._files = [path.with_name(f"{stem}-{number:05d}{path.suffix}") for number in range(num_files)]
         mine = 0 if self._is_shared else grid.data_index
-        self._span, self._mine = self._spans[mine], _temporary(self._files[mine])
-        self._writes = grid.is_first("sample")
+        self._span, self._mine = self._spans[mine], self._temporary(self._files[mine])
+        self._writes, self._has_name = grid.is_first("sample"), False
         self._opened = contextlib.ExitStack()
         self._disk: Disk | None = None
         self._datasets: dict[str, h5py.Dataset] = {}
+
+    def _temporary(self, path: Path) -> Path:
+        return path.with_name(f".{path.name}.{self._token}")
 
     def __enter__(self) -> _Output:
         with self.comm.agree(f"opening {self.path}"), _as_data_error(self.path):
@@ -186,12 +232,16 @@ class _Output:
 
     def _create(self, file: h5py.File) -> None:
         self._opened.enter_context(file)
+        if self._mine == self._temporary(self.path) and not self._is_shared:
+            file.attrs.update(self.attributes | {"parts": "[]"})
         num_rows = len(self._span)
         for name, (shape, dtype) in self._rows.items():
             # Chunks of about 1 MiB of whole rows; no checksums where several write: filters need them all at once
             rows = min(max(1, 2**20 // (math.prod(shape) * dtype.itemsize)), num_rows)
             options = {} if self._is_shared or not num_rows else {"chunks": (rows, *shape), "fletcher32": True}
-            self._datasets[name] = file.create_dataset(name, (num_rows, *shape), dtype, **options)
+            self._datasets[name] = file.create_dataset(
+                name, (num_rows, *shape), dtype, fillvalue=_missing(dtype), **options
+            )
 
     def write(self, first_row: int, columns: dict[str, Tensor]) -> None:
         """Write some rows of this rank's data group."""
@@ -210,32 +260,54 @@ class _Output:
             if error is None:
                 with self.comm.agree(f"writing {self.path}"), _as_data_error(self.path):
                     self._opened.close()
+                    digest = sha256_of_file(self._mine) if self._writes and len(self._files) > 1 else ""
+                digests = self.comm.gather_objects(digest)
+                with self.comm.agree(f"writing {self.path}"), _as_data_error(self.path):
+                    if self.comm.grid.is_first("world"):
+                        self._complete(list(filter(None, digests)))
                 failed.pop_all()
 
     def _discard(self) -> None:
+        """Remove what this prediction has written; its names are its own."""
         with contextlib.suppress(Exception):
             self._opened.close()
-        if self._disk is not None:
+        if self._writes:
             self._mine.unlink(missing_ok=True)
+        if self.comm.grid.is_first("world"):
+            self._temporary(self.path).unlink(missing_ok=True)
+            for part in self._files if len(self._files) > 1 and not self._has_name else ():
+                part.unlink(missing_ok=True)
 
-    def complete(self, attributes: dict[str, object]) -> None:
+    def _complete(self, digests: list[str]) -> None:
         """Give all their names, the file with everything last. Local: rank 0 calls it when all have closed theirs."""
-        several = len(self._files) > 1
-        with _as_data_error(self.path):
-            with h5py.File(_temporary(self.path), "w" if several else "a") as file:
-                file.attrs.update(attributes)
-                for name, (shape, dtype) in self._rows.items() if several else ():
+        several, whole, parts = len(self._files) > 1, self._temporary(self.path), []
+        if several:
+            for part, digest in zip(self._files, digests, strict=True):
+                parts.append((part.name, self._temporary(part).stat().st_size, digest))
+                publish(self._temporary(part), part, overwrites=False)
+        if self._is_shared:
+            with h5py.File(whole, "a") as file:
+                file.attrs.update(self.attributes | {"parts": "[]"})
+        if several:
+            with Disk(whole) as disk, h5py.File(disk, "w") as file:
+                file.attrs.update(self.attributes | {"parts": json.dumps(parts)})
+                for name, (shape, dtype) in self._rows.items():
                     layout = h5py.VirtualLayout((self.num_rows, *shape), dtype)
                     for source, span in zip(self._files, self._spans):
                         if len(span):
                             layout[span.start : span.stop] = h5py.VirtualSource(source.name, name, (len(span), *shape))
-                    file.create_virtual_dataset(name, layout)
-            for target in dict.fromkeys([*self._files, self.path]):
-                os.replace(_temporary(target), target)
+                    file.create_virtual_dataset(name, layout, fillvalue=_missing(dtype))
+        self._has_name = True
+        try:
+            publish(whole, self.path, overwrites=False)
+        except FileExistsError as error:
+            self._has_name = False
+            raise _is_there(self.path) from error
 
 
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.part")
+def _missing(dtype: np.dtype) -> float | int:
+    """Return what stands for a row that nobody has written."""
+    return -1 if dtype.kind == "i" else math.nan
 
 
 @contextlib.contextmanager

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..safe_files import read_bytes
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
     from .report import RunRecord
 
 logger = logging.getLogger(__name__)
+
+ROWS_FILE = "metrics.jsonl"
 
 LABELS = {
     "accuracy": "accuracy",
@@ -71,15 +75,22 @@ def has_matplotlib() -> bool:
     return True
 
 
-def read_rows(run_dir: str | Path) -> list[dict[str, Any]]:
-    """Return the rows of RUN_DIR/metrics.jsonl; none where there are none, and not one that is half written."""
-    path, rows = Path(run_dir, "metrics.jsonl"), []
-    for line in path.read_text().splitlines() if path.exists() else ():
+def read_rows(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """Return the rows of a file of metrics, and how many lines are none, such as one that is half written. Local.
+
+    No file is no row; one that cannot be read raises `DataError`.
+    """
+    rows, num_lost = [], 0
+    for line in (read_bytes(path, "the rows") or b"").splitlines():
         try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
+            row = json.loads(line.decode())
+        except (ValueError, RecursionError):
+            row = None
+        if isinstance(row, dict):
+            rows.append(row)
+        else:
+            num_lost += bool(line.strip(b"\0 "))
+    return rows, num_lost
 
 
 def write_plots(run_dir: str | Path, examples: dict[str, Any]) -> list[Path]:
@@ -106,7 +117,7 @@ def write_plots(run_dir: str | Path, examples: dict[str, Any]) -> list[Path]:
     else:
         draw = _plot_values
     curves, uncertainty = directory / "curves.png", directory / "uncertainty.png"
-    _plot_curves(read_rows(run_dir)).savefig(curves, dpi="figure")
+    _plot_curves(read_rows(Path(run_dir, ROWS_FILE))[0]).savefig(curves, dpi="figure")
     draw(examples).savefig(uncertainty, dpi="figure")
     return [curves, uncertainty]
 

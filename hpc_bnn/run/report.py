@@ -9,7 +9,7 @@ import json
 import logging
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -21,7 +21,7 @@ import yaml
 from .. import __version__
 from ..config import config_of_run, flatten
 from ..errors import DataError
-from ..safe_files import write_atomically
+from ..safe_files import read_bytes, write_atomically
 from . import plots
 
 logger = logging.getLogger(__name__)
@@ -71,16 +71,11 @@ class RunRecord:
         """
         directory = Path(directory)
         config_path = config_of_run(directory)
-        try:
-            config = yaml.safe_load(config_path.read_text())
-            summary, evaluation = (
-                json.loads(path.read_text()) if (path := directory / name).exists() else {}
-                for name in ("summary.json", "evaluation.json")
-            )
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            raise DataError(f"{directory} cannot be read ({error})") from error
-        pictures = {path.stem: path.read_bytes() for path in sorted(directory.glob("plots/*.png"))}
-        return cls(label, config, plots.read_rows(directory), summary, evaluation, pictures)
+        config = _mapping(config_path, yaml.safe_load)
+        summary, evaluation = (_mapping(directory / name, json.loads) for name in ("summary.json", "evaluation.json"))
+        pictures = {path.stem: read_bytes(path, "the picture") or b"" for path in sorted(directory.glob("plots/*.png"))}
+        rows = [row for row in plots.read_rows(directory / plots.ROWS_FILE)[0] if {"epoch", "step"} <= row.keys()]
+        return cls(label, config, rows, summary, evaluation, pictures)
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -90,6 +85,20 @@ class RunRecord:
         tested = [row for row in self.rows if any(name.startswith("test/") for name in row)]
         last = tested[-1] if tested else {}
         return {name[5:]: value for name, value in last.items() if name.startswith("test/")}
+
+
+def _mapping(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
+    """Return the content of a file of a run, which is a mapping; empty where it is missing."""
+    content = read_bytes(path, "the file")
+    if content is None:
+        return {}
+    try:
+        found = parse(content.decode())
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise DataError(f"{path} cannot be read ({error}). Put back a copy, or move it elsewhere") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{path} holds no mapping, but a {type(found).__name__}. Put back a copy, or move it elsewhere")
+    return found
 
 
 def write_report(run_dirs: Sequence[str | Path], output: str | Path | None = None) -> Path:
@@ -110,11 +119,24 @@ def write_report(run_dirs: Sequence[str | Path], output: str | Path | None = Non
         parents = {path.resolve().parent for path in paths}
         directory = paths[0] if len(paths) == 1 else parents.pop() if len(parents) == 1 else Path()
         output = directory / "report.html"
+    try:
+        page = _page(records)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        listed = ", ".join(map(str, paths))
+        raise DataError(
+            f"the files of {listed} are not as hpc_bnn writes them ({type(error).__name__}: {error}): config.yaml, "
+            "metrics.jsonl, summary.json, evaluation.json. Put back copies, or move the changed file elsewhere"
+        ) from error
+    write_atomically(Path(output), page)
+    return Path(output)
+
+
+def _page(records: list[RunRecord]) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("hpc_bnn.run", "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    page = environment.get_template("report.html.j2").render(
-        title=", ".join(labels),
+    return environment.get_template("report.html.j2").render(
+        title=", ".join(record.label for record in records),
         records=records,
         version=__version__,
         now=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
@@ -128,8 +150,6 @@ def write_report(run_dirs: Sequence[str | Path], output: str | Path | None = Non
         ],
         configs=[(record.label, yaml.safe_dump(record.config, sort_keys=False)) for record in records],
     )
-    write_atomically(Path(output), page)
-    return Path(output)
 
 
 # --- tables --------------------------------------------------------------------------------------------

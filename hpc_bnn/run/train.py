@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import logging
+import math
 import platform
 import signal
 import sys
@@ -18,20 +18,26 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
-from .. import __version__
+from .. import __version__, signals
 from ..comm import GridComm, Traffic
 from ..config import Config, flatten
 from ..data import BatchLoader, Manifest
 from ..data.augment import build_augmentation
-from ..data.manifest import MANIFEST
 from ..errors import ConfigError, DataError, Fault, Interrupted
 from ..grid import check
 from ..noise import GENERATOR
 from ..predictive import metrics_to_minimise
-from ..safe_files import write_atomically
 from ..training.step import StepResult
-from .checkpoint import read_identity, write_identity
-from .experiment import Experiment, TestResult, check_same_start, read_or_prepare, validation_split
+from .experiment import (
+    NETWORK,
+    Experiment,
+    TestResult,
+    check_network,
+    check_same_start,
+    read_or_prepare,
+    validation_split,
+)
+from .run_dir import RunDir
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +92,8 @@ class Run(Experiment):
         self.optimizer = self.step.optimizer
         self.progress = _Progress()
         self.stop = stop or StopRequest()
+        self.checkpoints.metric_name = self._metric_name
+        self._directory = RunDir(self.run_dir)
         self._writer_of_board = self._find_board()
         self._board = None
         self._begun = time.perf_counter()
@@ -97,7 +105,15 @@ class Run(Experiment):
 
         Return what summary.json holds, and test examples with their predictive (on rank 0, elsewhere empty).
         """
-        self._open_run_dir()
+        try:
+            with self._watch:
+                self._open_run_dir()
+                return self._train_and_write()
+        finally:
+            if self.is_writer:
+                self._directory.close()
+
+    def _train_and_write(self) -> tuple[dict[str, Any], dict[str, Any]]:
         with self.stop.watching_signals():
             row, tested = self._train_epochs()
         self._close_checkpoints()
@@ -106,13 +122,13 @@ class Run(Experiment):
             row = row | _prefixed(tested)
             with self.comm.agree(f"writing {self.run_dir}"):
                 if self.is_writer and self.progress.row and row["epoch"] > self.progress.epoch:
-                    self._append_row(row)  # once more, because its epoch did not come to its end
+                    self._directory.append_row(row)  # once more, because its epoch did not come to its end
         examples = tested.shown.gather()
         summary = self._summary(row)
         with self.comm.agree(f"writing {self.run_dir}"):
             if self.is_writer:
                 self.write_evaluation(tested, self.step.num_steps)
-                write_atomically(self.run_dir / "summary.json", json.dumps(summary, indent=1) + "\n")
+                self._directory.write("summary.json", json.dumps(summary, indent=1) + "\n")
         return summary, examples
 
     def _train_epochs(self) -> tuple[dict[str, Any], TestResult | None]:
@@ -152,6 +168,8 @@ class Run(Experiment):
             x, y = self.augmentation(batch, place.epoch) if self.augmentation else (batch.x, batch.y)
             if config.max_seconds is not None and time.perf_counter() - self._begun > config.max_seconds:
                 self.stop.why = "<max_seconds> is over"
+            self._watch.mark()
+            self.stop.why = self.stop.why or signals.received()
             self.step.wants_stop = self.stop.why is not None
             traffic = replace(self.comm.traffic)
             result = self.step(x, y, batch.num_examples)
@@ -166,9 +184,11 @@ class Run(Experiment):
                 self._write_checkpoint()
                 self._close_checkpoints()
                 why = next(filter(None, self.comm.gather_objects(self.stop.why)), "a signal")
-                raise Interrupted(
+                error = Interrupted(
                     f"after step {self.step.num_steps}: {why}. The same command with <resume> true goes on from there"
                 )
+                error.exit_code = signals.INTERRUPTED if why == "SIGINT" else Interrupted.exit_code
+                raise error
             if self._is_over():
                 break
             every = config.checkpoint.every_steps
@@ -212,11 +232,12 @@ class Run(Experiment):
 
     def _open_run_dir(self) -> None:
         """Make the run directory and start, or continue from the newest checkpoint in it."""
-        state, store = None, self.checkpoints
+        state, store, directory = None, self.checkpoints, self._directory
         with self.comm.agree(f"opening {self.run_dir}"):
-            if self.is_writer and self.config.resume:
-                store.identity = read_identity(self.run_dir)
-                state = store.load_newest()
+            if self.is_writer:
+                directory.open(self.config.resume)
+                store.identity, store.before_write = directory.identity, directory.check
+                state = store.load_newest() if self.config.resume else None
                 if state is not None:
                     self._check_state(state)
         state = self.comm.broadcast_tree(state)
@@ -228,18 +249,13 @@ class Run(Experiment):
                 self.progress = _Progress(**place)
         with self.comm.agree(f"opening {self.run_dir}"):  # nothing was changed there before
             if self.is_writer:
+                config = yaml.safe_dump(self.config.to_dict(), sort_keys=False)
                 if state is None:
-                    self._make_run_dir()
+                    directory.begin(self.manifest.to_json(), config)
                 else:
-                    store.identity = store.identity or write_identity(self.run_dir, state["run"]["identity"])
                     self._say_differences(state["config"])
-                    path = self.run_dir / "metrics.jsonl"
-                    rows = path.read_text().splitlines() if path.exists() else []
-                    # Of complete epochs: the run writes those of the others again
-                    kept = [row for row in rows if json.loads(row)["epoch"] <= self.progress.epoch]
-                    write_atomically(path, "".join(f"{row}\n" for row in kept))
-                text = yaml.safe_dump(self.config.to_dict(), sort_keys=False)
-                write_atomically(self.run_dir / "config.yaml", text)
+                    directory.resume(state["run"]["identity"], config, self.progress.epoch, self.progress.row)
+                store.identity = directory.identity
                 if self._writer_of_board is not None:
                     self._board = self._writer_of_board(str(self.run_dir / "tensorboard"))
         store.identity = self.comm.broadcast_object(store.identity)
@@ -258,7 +274,7 @@ class Run(Experiment):
     def _write_row(self, row: dict[str, Any], progress: tqdm) -> None:
         with self.comm.agree(f"writing {self.run_dir}"):
             if self.is_writer:
-                self._append_row(row)
+                self._directory.append_row(row)
                 if self._board is not None:
                     for name, value in row.items():
                         self._board.add_scalar(name, value, row["step"])
@@ -274,10 +290,6 @@ class Run(Experiment):
             )
             progress.write(line + ("" if self._is_over() else f"  {left} left"), file=sys.stderr)
 
-    def _append_row(self, row: dict[str, Any]) -> None:
-        with open(self.run_dir / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
-
     def _find_board(self) -> type | None:
         """Return the class that writes for TensorBoard, where the config wants it. Collective over the world."""
         if not self.config.tensorboard:
@@ -291,23 +303,10 @@ class Run(Experiment):
                 raise ConfigError(Fault("tensorboard", True, rule, remedy)) from error
         return SummaryWriter
 
-    def _make_run_dir(self) -> None:
-        """Move a former run aside, and make the directory with its manifest and identity."""
-        if self.run_dir.exists() and any(self.run_dir.iterdir()):
-            if not (self.run_dir / "config.yaml").exists():
-                raise ConfigError(Fault("run_dir", self.run_dir, "it holds files, but no run", "Name a new directory"))
-            path = self.run_dir.absolute()  # "." has no name
-            names = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
-            aside = next(name for name in names if not name.exists())
-            self.run_dir.rename(aside)
-            logger.warning("%s holds a former run: moved to %s", self.run_dir, aside)
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.run_dir / MANIFEST, self.manifest.to_json())
-        self.checkpoints.identity = write_identity(self.run_dir)
-
     def _check_state(self, state: dict[str, Any]) -> None:
-        """Raise `DataError` where the shards, or the random numbers, are not those that the run began with."""
-        former = Manifest.read(self.run_dir)
+        """Raise `DataError` or `ConfigError` where data, network, optimizer or random numbers are not those of the run."""
+        check_network(self.config, state["config"], self.checkpoints.directory, (*NETWORK, "optimizer.name"))
+        former = Manifest.read(self.run_dir, has_files=False)
         for name in ("arrays", "splits", "statistics", "num_classes", "target_weights"):
             if getattr(former, name) != getattr(self.manifest, name):
                 raise DataError(
@@ -324,7 +323,10 @@ class Run(Experiment):
 
     def _say_differences(self, former: dict[str, Any]) -> None:
         """Log the differences between the config and that of the checkpoint."""
-        mine, free = flatten(self.config.to_dict()), ("run_dir", "resume", "max_seconds", "grid.", "backend")
+        mine, free = (
+            flatten(self.config.to_dict()),
+            ("run_dir", "resume", "max_seconds", "stall_seconds", "grid.", "backend"),
+        )
         for name, value in flatten(former).items():
             if mine.get(name) != value and not name.startswith(free):
                 logger.warning("--%s is %s; the checkpoint was written with %s", name, mine.get(name), value)
@@ -385,15 +387,20 @@ class StopRequest:
 
     @contextlib.contextmanager
     def watching_signals(self) -> Iterator[None]:
-        """Treat SIGUSR1 and SIGTERM as a request to stop. Local; does nothing outside of the main thread."""
-        if threading.current_thread() is not threading.main_thread():
+        """Treat SIGUSR1, SIGTERM and Ctrl-C as a request to stop, a second Ctrl-C as usual.
+
+        Local; does nothing outside of the main thread, or where the command line watches them already.
+        """
+        if signals.is_watching() or threading.current_thread() is not threading.main_thread():
             yield
             return
 
         def handle(received: int, _) -> None:
+            if received == signal.SIGINT and self.why == "SIGINT":
+                raise KeyboardInterrupt
             self.why = signal.Signals(received).name
 
-        former = {number: signal.signal(number, handle) for number in (signal.SIGUSR1, signal.SIGTERM)}
+        former = {number: signal.signal(number, handle) for number in signals.STOPPING}
         try:
             yield
         finally:
@@ -464,7 +471,7 @@ class _Progress:
 
     def judge(self, metric: float | None, min_change: float) -> None:
         """Take in the metric of an evaluation, less is better."""
-        if metric is None:
+        if metric is None or not math.isfinite(metric):
             return
         if self.best_metric is None or metric < self.best_metric - min_change:
             self.best_metric, self.num_without_improvement = metric, 0

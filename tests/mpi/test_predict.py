@@ -1,6 +1,7 @@
 """Files of predictions do not depend on the grid."""
 
 import os
+import shutil
 from pathlib import Path
 
 import h5py
@@ -13,7 +14,7 @@ from hpc_bnn.config import Config
 from hpc_bnn.data import Manifest
 from hpc_bnn.errors import ConfigError, DataError
 from hpc_bnn.run.experiment import Experiment
-from hpc_bnn.run.export import predict_run
+from hpc_bnn.run.export import predict_run, verify_predictions
 from hpc_bnn.run.train import Run
 
 
@@ -84,6 +85,39 @@ def test_the_file_of_any_grid_is_that_of_one_process(comm, directory, monkeypatc
     comm.barrier()
     with pytest.raises(ConfigError, match=r"--output here\.h5|--output .*here\.h5: it is there already"):
         predict_run(here, "train", directory / "here.h5")
+
+
+def test_parts_belong_to_one_prediction(comm, directory):
+    """A prediction that was renamed keeps its numbers, and one without its parts has none, and says so."""
+    with comm.agree("writing"):
+        if comm.grid.rank == 0:
+            write_field_shards(directory / "shards", LIKELIHOODS["categorical"])
+    names, found = ("a.h5", "b.h5"), []
+    for seed, name in enumerate(names):
+        experiment = make_experiment(comm, directory)
+        experiment.config.seed = seed
+        predict_run(experiment, "train", directory / "p.h5")
+        if comm.grid.rank == 0:
+            (directory / "p.h5").rename(directory / name)
+            assert verify_predictions(directory / name) == []
+            found.append(h5py.File(directory / name)["probabilities"][()])
+    if comm.grid.rank == 0:
+        assert not np.allclose(*found)
+        with h5py.File(directory / "a.h5") as file:
+            np.testing.assert_array_equal(file["probabilities"][()], found[0])
+    if comm.grid.rank == 0 and comm.grid.data_size > 1:
+        (directory / "copy").mkdir()
+        copy = Path(shutil.copy(directory / "a.h5", directory / "copy"))
+        with h5py.File(copy) as file:
+            assert np.isnan(file["probabilities"][()]).all() and (file["class"][()] == -1).all()
+        problems = verify_predictions(copy)
+        assert len(problems) == comm.grid.data_size and all("is missing" in problem for problem in problems)
+        part = next(directory.glob("p-*-00001.h5"))
+        content = bytearray(part.read_bytes())
+        content[len(content) // 2] ^= 1
+        part.write_bytes(content)
+        problems = [verify_predictions(directory / name) for name in names]
+        assert sum(map(len, problems)) == 1 and part.name in str(problems)
 
 
 def test_a_file_that_cannot_be_written_ends_all_ranks(comm, directory):
