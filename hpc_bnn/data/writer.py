@@ -136,7 +136,9 @@ def write_shards(
                 refuse_world_writable(directory, "the directory")
                 held.enter_context(Lock(directory, "--output"))
                 _open(directory, plan)
-        wanted = tuple(n for n, spec in arrays.items() if (normalise_targets if n == "y" else _is_normalised(n, spec, ids)))
+        wanted = tuple(
+            n for n, spec in arrays.items() if (normalise_targets if n == "y" else _is_normalised(n, spec, ids))
+        )
         tasks = [
             _Task(
                 split,
