@@ -169,7 +169,7 @@ class Spectral(nn.Module):
 
     def __init__(self, is_complex, head=True):
         super().__init__()
-        weight = torch.randn(4, 4, dtype=torch.cfloat)
+        weight = torch.randn(4, 3, dtype=torch.cfloat)
         self.scale = nn.Parameter(torch.randn(5))  # an odd number before
         self.weight = nn.Parameter(weight if is_complex else torch.view_as_real(weight).clone())
         self.head = nn.Linear(6, 3) if head else nn.Identity()

@@ -33,8 +33,10 @@ class FlatLayout:
     def of(cls, parameters: dict[str, nn.Parameter], module: nn.Module | None = None) -> FlatLayout:
         """Return the layout of parameters, whose noise is named by their numbers among all of the module. Local."""
         numbers = None if module is None else dict(zip(dict(module.named_parameters()), itertools.count()))
-        order = sorted(parameters, key=lambda name: not parameters[name].is_complex())  # they begin at even places
-        return cls({name: as_real(parameters[name]).shape for name in order}, numbers)
+        shapes = {name: as_real(parameter).shape for name, parameter in parameters.items()}
+        # Complex numbers, also those that a module keeps as pairs of real ones, have to begin at even places
+        order = sorted(shapes, key=lambda name: not (len(shapes[name]) > 1 and shapes[name][-1] == 2))
+        return cls({name: shapes[name] for name in order}, numbers)
 
     @functools.cached_property
     def segments(self) -> Segments:

@@ -126,7 +126,6 @@ def member_outputs(
             yield range(samples[0], samples[0] + count), outputs[:count].double()
 
 
-@torch.inference_mode(False)
 @torch.no_grad()
 def predict_classes(
     posterior: Posterior,
@@ -175,7 +174,6 @@ def predict_classes(
     return ClassPredictive(mean, (square - mean.square()).clamp_min(0).sqrt(), entropy.squeeze(1), members)
 
 
-@torch.inference_mode(False)
 @torch.no_grad()
 def predict_values(
     posterior: Posterior,
