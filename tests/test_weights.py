@@ -109,11 +109,16 @@ def subclassed():
     return net
 
 
-LAZY = [nn.LazyLinear(3), nn.LazyConv1d(2, 1), nn.LazyBatchNorm1d(affine=False), nn.LazyInstanceNorm2d(affine=True)]
+LAZY = [
+    lambda: nn.LazyLinear(3),
+    lambda: nn.LazyConv1d(2, 1),
+    lambda: nn.LazyBatchNorm1d(affine=False),
+    lambda: nn.LazyInstanceNorm2d(affine=True),
+]
 REFUSED = {
     **{
-        f"lazy {n}": (lambda layer=layer: nn.Sequential(nn.Linear(6, 3), layer), "no shape")
-        for n, layer in enumerate(LAZY)
+        f"lazy {n}": (lambda make=make: nn.Sequential(nn.Linear(6, 3), make()), "no shape")
+        for n, make in enumerate(LAZY)
     },
     **{
         str(dtype): (lambda dtype=dtype: mlp().to(dtype), r"updates of a weight are lost.* net\.float\(\)")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +73,8 @@ class Estimator:
         if on is self._is_on or not self.is_attached:
             return
         self._is_on = on
+        if "torch._dynamo" in sys.modules:  # what a key hashes cannot be part of a compiled graph
+            self._forwards = {layer: _uncompiled(forward) for layer, forward in self._forwards.items()}
         for layer, forward in self._forwards.items():
             override_forward(layer, forward if on else None)
         views = self._views.layout.views(self._loc if on else self._network.weights)
@@ -139,3 +142,11 @@ class Estimator:
                 "weights are drawn once per sample"
             )
         return found
+
+
+def _uncompiled(forward: Any) -> Any:
+    """Return a function that torch.compile leaves as it is: always the same one, as graphs are made anew for others."""
+    if not hasattr(forward, "is_uncompiled"):
+        forward = torch.compiler.disable(forward)
+        forward.is_uncompiled = True
+    return forward
