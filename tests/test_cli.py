@@ -367,7 +367,7 @@ def test_all_that_an_overlap_cannot_be_with_is_named():
 # --- flags and files -----------------------------------------------------------------------------------
 
 
-@settings(max_examples=60)
+@settings(max_examples=8)
 @given(data=st.data())
 def test_a_flag_wins_wherever_it_stands(data, tmp_path_factory):
     """Among files and flags in any order and either way to write them: the last flag, then the last file."""

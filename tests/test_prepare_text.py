@@ -84,7 +84,7 @@ class Dialect:
         return list(table) == names and np.array_equal(table.iloc[:, :2].to_numpy(), self.numbers) and found == words
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_a_table_is_read_right_or_the_flag_that_is_needed_is_named(data, tmp_path_factory):
     dialect = Dialect(data)
