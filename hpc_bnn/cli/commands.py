@@ -357,38 +357,33 @@ def _argument(type_: Any, text: str, **options: Any) -> dict[str, Any]:
     return {"type": type_, "help": text, **options}
 
 
-class _Quantity(NamedTuple):
-    """A number with a unit on the command line."""
+class Quantity(NamedTuple):
+    """A number with a unit on the command line, such as 40GB or 40GiB."""
 
-    units: dict[str, float]
+    unit: str
+    """What may stand behind a prefix: a pattern."""
     least: float
     most: float
     example: str
 
     def parse(self, flag: str, text: str) -> float:
-        """Return a number in the unit whose factor is 1; `ConfigError` for another unit, or a size that nothing has."""
-        match = re.fullmatch(r"\s*((?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*([A-Za-z/]*)\s*", text)
-        value = float(match[1]) * self.units.get(match[2], math.nan) if match else math.nan
+        """Return a number without prefix; `ConfigError` for another unit, or a size that nothing has."""
+        number, powers = r"((?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)", {p: 3 * k for k, p in enumerate("num kMGTP", -3)}
+        match = re.fullmatch(rf"\s*{number}\s*(?:(?:([numkKMGTP])(i)?)?{self.unit})?\s*", text)
+        value = math.nan
+        if match:
+            power = powers[(match[2] or " ").replace("K", "k")]
+            value = float(match[1]) * (1024.0 ** (power / 3) if match[3] else 10.0**power)
         if not self.least <= value <= self.most:
             rule = f"must be a number from {self.least:g} to {self.most:g}, with a unit or without"
             raise ConfigError(Fault(flag, text, rule, f"Write it as {self.example}"))
         return value
 
 
-def _with_prefixes(ending: str) -> dict[str, float]:
-    """Return factors of a unit with prefixes, with and without its ending: G, GB."""
-    powers = {"k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
-    found = {f"{prefix}{end}": power for prefix, power in powers.items() for end in (ending, "")}
-    return {"": 1.0, ending: 1.0} | found
-
-
-_BINARY = {f"{prefix}iB": 1024.0**power for power, prefix in enumerate("KMGTP", 1)}
-_BYTES = _with_prefixes("B") | _BINARY
-_BANDWIDTH = _Quantity(_BYTES | {f"{unit}/s": factor for unit, factor in _BYTES.items() if unit}, 1e6, 1e14, "12.5GB/s")
-_LATENCY = _Quantity({"": 1.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}, 1e-9, 1.0, "2us")
+_BANDWIDTH, _LATENCY = Quantity("B?(?:/s)?", 1e6, 1e14, "12.5GB/s"), Quantity("s", 1e-9, 1.0, "2us")
 QUANTITIES = {
-    "memory": _Quantity(_BYTES, 2.0**20, 1e15, "40GB"),
-    "flops": _Quantity(_with_prefixes("FLOP/s") | _with_prefixes("FLOPS"), 1e6, 1e18, "5T"),
+    "memory": Quantity("B?", 2.0**20, 1e15, "40GB"),
+    "flops": Quantity("(?:FLOPS|FLOP/s)?", 1e6, 1e18, "5T"),
     "bandwidth": _BANDWIDTH,
     "latency": _LATENCY,
     "node_bandwidth": _BANDWIDTH,
