@@ -94,6 +94,25 @@ def test_foreign_shards_are_normalised_as_the_training_data(numbers, numbers_run
         assert (np.diff(file["quantiles"][()], axis=1) > 0).all()
 
 
+def test_predictions_of_large_numbers_keep_their_differences(tmp_path):
+    """Time stamps: in float32 they would be a multiple of 128 seconds."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(60, 1))
+    y = 1.7e9 + 100 * x + rng.normal(size=(60, 1))
+    write_shards(tmp_path / "s", {"train": (x, y), "test": (x, y)}, name="s", source="test", licence="none")
+    words = ["--data.shards", tmp_path / "s", "--run_dir", tmp_path / "r", "--model.arguments", "{hidden: [16]}"]
+    words += ["--num_samples", 2, "--num_test_samples", 4, "--num_epochs", 40, "--global_batch_size", 20]
+    words += ["--optimizer.learning_rate", 0.03, "--posterior.init_std", 0.02, "--kl_weight", 0.1]
+    assert main(["train", *map(str, words)]) == 0
+    assert main(["predict", str(tmp_path / "r"), "--output", str(tmp_path / "p.h5")]) == 0
+    with h5py.File(tmp_path / "p.h5") as file:
+        mean = file["mean"][()]
+    assert np.abs(mean - y).mean() < 40 and len(np.unique(mean)) == 60
+    assert json.loads((tmp_path / "r/summary.json").read_text())["test/rmse"] == pytest.approx(
+        np.sqrt(np.square(mean - y).mean()), rel=1e-3
+    )
+
+
 def test_evaluation_by_channel_and_of_foreign_data(numbers, numbers_run, capsys):
     assert main(["evaluate", str(numbers_run), "--ood_shards", str(numbers / "elsewhere")]) == 0
     assert "ood_auroc/epistemic_std" in capsys.readouterr().out

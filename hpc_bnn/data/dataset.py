@@ -241,6 +241,12 @@ def scale_of(manifest: Manifest, name: str, device: torch.device | str) -> tuple
 
 def is_precise(scaling: Manifest, manifest: Manifest, name: str) -> bool:
     """Whether float32 rounds the stored numbers of an array, or, for their spread, their mean. Local."""
-    dtype, statistics = np.dtype(manifest.arrays[name].dtype), scaling.statistics[name]
-    is_wide = not np.can_cast(dtype, np.float32)
-    return is_wide or any(abs(mean) > LARGE_MEAN * std for mean, std in zip(statistics.mean, statistics.std) if std > 0)
+    return not np.can_cast(np.dtype(manifest.arrays[name].dtype), np.float32) or has_large_mean(scaling, name)
+
+
+def has_large_mean(manifest: Manifest, name: str) -> bool:
+    """Whether float32 rounds what a channel of an array tells beside its mean. Local."""
+    statistics = manifest.statistics.get(name)
+    return statistics is not None and any(
+        abs(mean) > LARGE_MEAN * std for mean, std in zip(statistics.mean, statistics.std) if std > 0
+    )

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .. import __version__
 from ..comm import GridComm
+from ..data.dataset import has_large_mean
 from ..data.manifest import sha256_of_file
 from ..errors import ConfigError, DataError, Fault, above_and_below
 from ..grid import share
@@ -83,7 +84,8 @@ def predict_run(
         keep_members=with_members or len(quantiles) > 0,
         with_targets=False,
     )
-    dtype = np.float64 if experiment.dtype == torch.float64 else np.float32
+    is_wide = experiment.dtype == torch.float64 or has_large_mean(experiment.manifest, "y")
+    dtype = np.float64 if is_wide else np.float32
     attributes = {
         "run_dir": str(experiment.run_dir),
         "run": experiment.checkpoints.identity or "",
