@@ -461,12 +461,12 @@ class Field(NamedTuple):
     """What a value must be that is none of its words; of a field that takes words only, one of them."""
 
 
-def _words(type_: Any) -> tuple[str | None, ...]:
+def words_of(type_: Any) -> tuple[str | None, ...]:
     """Return the words that a type takes, and None where it is one of its values."""
     if type_ is type(None):
         return (None,)
     arguments = get_args(type_)
-    return arguments if typing.get_origin(type_) is Literal else sum(map(_words, arguments), ())
+    return arguments if typing.get_origin(type_) is Literal else sum(map(words_of, arguments), ())
 
 
 def _fields(kind: type[DataclassInstance], prefix: str = "") -> dict[str, Field]:
@@ -497,7 +497,7 @@ def check_field(name: str, value: object, argument: str = "") -> None:
     ``argument`` is the name of the argument in Python, where it is another one.
     """
     one = FIELDS[name]
-    is_word = isinstance(value, (str, type(None))) and value in _words(one.type)
+    is_word = isinstance(value, (str, type(None))) and value in words_of(one.type)
     if one.rule is not None and not is_word:
         one.rule.check(name, value, argument)
 

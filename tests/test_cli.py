@@ -19,7 +19,7 @@ from sklearn.datasets import load_diabetes
 import hpc_bnn.models
 from hpc_bnn import write_shards
 from hpc_bnn.cli.commands import QUANTITIES, build_parser, config_of, config_of_words, in_order, main
-from hpc_bnn.config import Config
+from hpc_bnn.config import FIELDS, NAMES, Config, words_of
 from hpc_bnn.errors import ConfigError
 from hpc_bnn.run.train import check
 
@@ -216,6 +216,19 @@ def test_unknown_keys_wrong_types_and_broken_rules_are_named_all_at_once(tmp_pat
     assert len(lines) == len(expected)
     for line, text in zip(lines, expected):
         assert text in line
+
+
+@pytest.mark.parametrize(
+    "name", sorted(n for n in NAMES if n not in FIELDS or None not in words_of(FIELDS[n].type))[::5]
+)
+def test_what_may_not_be_null_is_named(tmp_path, name, capsys):
+    tree = None
+    for word in reversed(name.split(".")):
+        tree = {word: tree}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    assert main(["train", "--config", str(tmp_path / "config.yaml")]) == 2
+    said = capsys.readouterr().err
+    assert f"--{name} null: must be" in said or f"--{name} None: must be" in said, said
 
 
 def test_faults_of_values_and_of_the_grid_come_together():

@@ -15,7 +15,7 @@ from typing import Any
 import jsonargparse
 import yaml
 
-from ..config import FIELDS, NAMES, Config
+from ..config import FIELDS, NAMES, Config, words_of
 from ..errors import ConfigError, Fault
 
 
@@ -27,6 +27,17 @@ class Parser(jsonargparse.ArgumentParser):
 
     def error(self, message: str, *args: Any, **kwargs: Any):
         raise ConfigError(f"{message}\nSee {self.prog} --help")
+
+
+def refuse_nulls(options: jsonargparse.Namespace) -> None:
+    """Raise `ConfigError` for each field, or group of fields, that is null and may not be: jsonargparse lets it pass. Local."""
+    faults = []
+    for name in sorted(NAMES):
+        if options.get(name, name) is None and (name not in FIELDS or None not in words_of(FIELDS[name].type)):
+            rule = f"must be {_in_words(FIELDS[name].type if name in FIELDS else dict)}"
+            faults.append(Fault(name, "null", rule, "Leave it out for the default"))
+    if faults:
+        raise ConfigError(*faults)
 
 
 def faults_of(words: Sequence[str], known: set[str]) -> tuple[list[Fault], dict[str, Any]]:
@@ -134,4 +145,4 @@ def _in_words(type_: Any) -> str:
         return " or ".join(_in_words(argument) for argument in arguments)
     if origin is list:
         return "a list such as [a, b]"
-    return "key-value pairs such as {a: 1}" if origin is dict else str(type_)
+    return "key-value pairs such as {a: 1}" if dict in (origin, type_) else str(type_)

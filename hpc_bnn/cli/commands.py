@@ -19,7 +19,7 @@ from ..config import Backend, Config, config_of_run
 from ..errors import ConfigError, DataError, Fault, HpcBnnError, check_all
 from ..grid import Grid, check, grids, sample_sizes
 from ..safe_files import write_atomically
-from .all_errors import Parser, check_together
+from .all_errors import Parser, check_together, refuse_nulls
 
 if TYPE_CHECKING:
     from ..run import Experiment
@@ -84,6 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except ConfigError:
             _say_all_faults(words)
             raise
+        refuse_nulls(parsed[parsed.subcommand])
         return COMMANDS[parsed.subcommand].run(parser.instantiate(parsed)[parsed.subcommand], given)
 
     return run_and_report("hpc-bnn", work)
