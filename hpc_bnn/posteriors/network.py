@@ -75,7 +75,8 @@ class Network:
         self.weights = torch.zeros(0)
         self._changes_input = self._changes_attributes = False
         self._attributes: Traces | None = None  # to put back before each member of a predictive
-        self.looks, self.batches = True, None
+        self.looks = True
+        self.batches: bool | None = None
         self._looked_at: set[tuple[bool, bool]] = set()
         self.leave()
 

@@ -30,7 +30,7 @@ class BatchTrial:
     def is_due(self, samples: Sequence[int]) -> bool:
         """Whether a call would try or measure anything. Local."""
         can_batch = self._loop.can_batch and min(len(samples), self._loop.chunk_size) > 1
-        return self._measures or (can_batch and not self.is_done)
+        return self._measures or bool(can_batch and not self.is_done)
 
     def __call__(self, samples: Sequence[int], x: SharedView, y: Tensor, key: Key) -> None:
         """Try a batch of the samples of this rank, once."""
