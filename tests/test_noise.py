@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hpc_bnn import MeanFieldGaussian
-from hpc_bnn.noise import Key, Stream, operators
+from hpc_bnn.noise import Clock, Key, Stream, operators
 from hpc_bnn.noise.keys import derive_seed
 from hpc_bnn.noise.philox import mix64, philox4x32
 from hpc_bnn.posteriors.draws import KeptDraw, RedrawnDraw
@@ -229,3 +229,34 @@ def test_foreign_code_is_keyed_and_the_global_generator_put_back():
         assert torch.equal(torch.nn.Linear(2, 2).weight, inside)
     with Key(1, Stream.INIT).global_generator():
         assert not torch.equal(torch.nn.Linear(2, 2).weight, inside)
+
+
+@pytest.mark.parametrize("antithetic", [False, True])
+def test_a_clock_gives_step_and_sample(antithetic):
+    """What was captured draws any step and sample: weights, masks, numbers of rows and of a path, folded gradients."""
+
+    def drawn(key, samples, clock=None):
+        layout = FlatLayout({"a": torch.Size([5, 16]), "b": torch.Size([7])})
+        places, found = torch.arange(3, 6), []
+        for kind in (KeptDraw, RedrawnDraw):
+            draw = kind(layout, torch.zeros(87), antithetic)
+            for some in samples:
+                draw.begin_(key, some)
+                out, total, product = torch.zeros(len(some), 87), torch.zeros(87), torch.zeros(87)
+                draw.affine_(torch.ones(87), torch.full((87,), 0.5), out)
+                if len(some) == 1:
+                    gradient = ListGradient([torch.ones(5, 16), torch.ones(7)], SlotViews(layout))
+                    draw.fold_(gradient, total, product)
+                found += [out, total, product, draw.normal((2,), 70)]
+        for some in samples:
+            of_sample = key.of(some[0]).child(Stream.MASK, 4)
+            found += [of_sample.bits(70), of_sample.normal(5, rows=places, first=3), of_sample.normal(9)]
+        return found
+
+    clock = Clock("cpu")
+    named = Key(11, Stream.NOISE, clock=clock)
+    for step, first in ((0, 0), (2**33 + 5, 3), (7, 2**31 + 1)):
+        clock.now.copy_(torch.tensor([step, first]))
+        got = drawn(named, [[0], [1], [0, 1, 2]])
+        want = drawn(Key(11, Stream.NOISE, step=step), [[first], [first + 1], [first, first + 1, first + 2]])
+        assert all(map(torch.equal, got, want))

@@ -62,7 +62,8 @@ def pair(x0, x1):
 
 def rows(table, words, first_sample, antithetic, samples, is_bits=False):
     """Yield number of the segment, row, its places, its numbers."""
-    prefix, step = (x % 2**64 for x in words.tolist())
+    prefix, step = (x % 2**64 for x in words.tolist()[:2])
+    first_sample += sum(words.tolist()[2:])
     for (t, (word, first, start, length)), r in itertools.product(enumerate(table.T.tolist()), range(samples)):
         key = mix64(prefix ^ (word % 2**64))
         n = first + np.arange(length)
@@ -162,7 +163,9 @@ def compare(name, outs, *before, on, after=(), **options):
 def interpret():
     generator = torch.Generator().manual_seed(0)
     for i, (on, size) in enumerate(segment_cases()):
-        on += [torch.tensor([PREFIXES[i], STEPS[i]]), *SAMPLES[i]]
+        sample, antithetic = SAMPLES[i]
+        third = [[], [sample - 1]][i % 2]  # the sample on the device
+        on += [torch.tensor([PREFIXES[i], STEPS[i], *third]), sample - sum(third), antithetic]
         dtype, out = ((torch.float32,) * 2, (torch.float32, torch.bfloat16), (torch.float64,) * 2)[i % 3]
         compare("bits", [torch.full((2, size), 7, dtype=torch.int32)], on=on)
         compare("draw", [torch.full((3, size), 7, dtype=out)], on=on)
@@ -241,7 +244,7 @@ def compile_for(capability, name, has_fusion):
     kernel, types, constants = KERNELS[name]
     kernel = getattr(triton_kernels, kernel)
     types = {**(DRAW if kernel is triton_kernels.draw_kernel else {**FOLD, **TABLES}), **types}
-    constants = {**constants, "ANTITHETIC": True}
+    constants = {**constants, "ANTITHETIC": True, "SAMPLE": "64" not in name}
     signature = {n: types.get(n, "constexpr") for n in kernel.arg_names}
     aligned = [
         n for n in ("out_ptr", "noise_ptr", "loc_ptr", "scale_ptr", "total_ptr", "product_ptr", "size") if n in types

@@ -12,17 +12,18 @@ from __future__ import annotations
 import contextlib
 import enum
 import functools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import operators
 from .philox import MASK64, mix64
-from .segments import Segments, of_rows
+from .segments import Segments, from_host, of_rows
 
-__all__ = ["GENERATOR", "Key", "Stream"]
+__all__ = ["GENERATOR", "Clock", "Key", "Stream"]
 
 GENERATOR = "philox"
 """Name of what makes the numbers of a `Key`. Checkpoints hold it."""
@@ -60,6 +61,30 @@ def _hash(seed: int, words: Sequence[int]) -> int:
     return functools.reduce(lambda k, word: mix64(k ^ (word & MASK64)), words, mix64(seed & MASK64))
 
 
+class Clock:
+    """Step and sample of what is captured once and runs for many: its keys read them on the device. Local.
+
+    Attributes
+    ----------
+    now : Tensor
+        [2] int64: the step, and the sample from which the keys count.
+    """
+
+    def __init__(self, device: torch.device | str):
+        self.now = torch.zeros(2, dtype=torch.int64, device=device)
+        self._kept: dict[Hashable, Any] = {}
+
+    def keep(self, name: Hashable, make: Callable[[], Any]) -> Any:
+        """Return what was made under this name at first: a capture copies nothing from the host."""
+        if name not in self._kept:
+            self._kept[name] = make()
+        return self._kept[name]
+
+    def words(self, hashed: int) -> Tensor:
+        """Return [3] int64, a hash and what is now."""
+        return torch.cat([self.keep(hashed, lambda: from_host([hashed], self.now.device)), self.now])
+
+
 @dataclass(frozen=True)
 class Key:
     """The name of a draw: equal keys have equal numbers on every rank and every device."""
@@ -73,22 +98,25 @@ class Key:
     """Optimizer step or epoch."""
     sample: int = 0
     """Global sample index."""
+    clock: Clock | None = field(default=None, compare=False, repr=False)
+    """Gives the step, and the sample from which ``sample`` counts, where the host does not know them."""
 
     def of(self, sample: int) -> Key:
         """Return the key of another sample."""
-        return Key(self.seed, self.stream, self.path, self.step, sample)
+        return Key(self.seed, self.stream, self.path, self.step, sample, self.clock)
 
     def child(self, *path: int) -> Key:
         """Return a key within this one, such as that of a layer."""
-        return Key(self.seed, self.stream, self.path + path, self.step, self.sample)
+        return Key(self.seed, self.stream, self.path + path, self.step, self.sample, self.clock)
 
     def is_of(self, step: Key) -> bool:
-        """Whether both name the same draw but for the sample."""
+        """Whether both name the same draw but for the sample, as far as the host knows."""
         same_place = self.step == step.step and self.path == step.path
-        return same_place and self.stream == step.stream and self.seed == step.seed
+        is_known = self.clock is None and step.clock is None
+        return is_known and same_place and self.stream == step.stream and self.seed == step.seed
 
     def words_of_tensors(self, device: torch.device | str = "cpu") -> Tensor:
-        """Return what, with the word of a segment, names ``child(word)``: [2] int64, hash and step."""
+        """Return what, with the word of a segment, names ``child(word)``: [2] int64, hash and step; a clock adds its sample."""
         return self._words((self.stream, len(self.path) + 1, *self.path), device)
 
     def bits(
@@ -101,10 +129,18 @@ class Key:
         return self._numbers(operators.bits, count, torch.int32, device, rows, first)
 
     def normal(
-        self, count: int, device: torch.device | str = "cpu", rows: Tensor | None = None, first: int = 0
+        self,
+        count: int,
+        device: torch.device | str = "cpu",
+        rows: Tensor | None = None,
+        first: int = 0,
+        antithetic: bool = False,
     ) -> Tensor:
-        """Return numbers ``first`` to ``first + count - 1``, standard normal: [count] float32, or [B, count] as `bits`."""
-        return self._numbers(operators.draw, count, torch.float32, device, rows, first)
+        """Return numbers ``first`` to ``first + count - 1``, standard normal: [count] float32, or [B, count] as `bits`.
+
+        Of antithetic samples an odd one has the numbers of the one before it, negated.
+        """
+        return self._numbers(operators.draw, count, torch.float32, device, rows, first, antithetic)
 
     def uniform(self, rows: Tensor, count: int, first: int = 0) -> Tensor:
         """Return numbers of each row in [0, 1), 24 random bits each: [B, count] float32, as `bits`."""
@@ -124,18 +160,28 @@ class Key:
         """Return a new generator of torch, on the CPU, for numbers that no grid cuts: initial weights, synthetic data."""
         return torch.Generator().manual_seed(self._seed_of_torch())
 
-    def _numbers(self, draw, count, dtype, device, rows, first) -> Tensor:
+    def _numbers(self, draw, count, dtype, device, rows, first, antithetic=False) -> Tensor:
         words = (self.stream, len(self.path), *self.path)
         if rows is None:
-            hashed, named = words[:-1], Segments([words[-1]], [first], [0], [count]).on(torch.device(device))
+            hashed, named = words[:-1], self._segment(words[-1], first, count, torch.device(device))
         else:
             hashed, named = words, of_rows(rows, count, first)
         out = torch.empty(1, named[0].shape[1] * count, dtype=dtype, device=device)
-        draw(*named, self._words(hashed, device), self.sample, False, out)
+        draw(*named, self._words(hashed, device), self.sample, antithetic, out)
         return out[0] if rows is None else out.view(len(rows), count)
 
+    def _segment(self, *named: Any) -> tuple[Tensor, Tensor]:
+        def make() -> tuple[Tensor, Tensor]:
+            word, first, count, device = named
+            return Segments([word], [first], [0], [count]).on(device)
+
+        return make() if self.clock is None else self.clock.keep(named, make)
+
     def _words(self, hashed: tuple[int, ...], device: torch.device | str) -> Tensor:
-        return torch.tensor([_signed(_hash(self.seed, hashed)), _signed(self.step)], device=device)
+        first = _signed(_hash(self.seed, hashed))
+        if self.clock is not None:
+            return self.clock.words(first)
+        return from_host([first, _signed(self.step)], device)
 
     def _seed_of_torch(self) -> int:
         seed = derive_seed(self.seed, self.stream, self.step, self.sample)

@@ -2,7 +2,8 @@
 
 They take what `Segments.on` gives, and on the same device ``words`` [2] int64: hash and step (`Key.words_of_tensors`). Row r
 of what they draw, [c, P], belongs to sample ``first_sample + r``; of an antithetic pair the second sample has the numbers of
-the first, negated. All are Local. Under fake tensors, as `hpc-bnn plan` has them, they do nothing.
+the first, negated. A third word is a sample that is added to ``first_sample``: what was captured once then draws any sample
+(`Clock`). All are Local. Under fake tensors, as `hpc-bnn plan` has them, they do nothing.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import torch
 from torch import Tensor
 
 from .implementations import chosen
+from .segments import from_host
 
-__all__ = ["affine", "bits", "draw", "fold"]
+__all__ = ["affine", "bits", "draw", "fill_tables", "fold"]
 
 logger = logging.getLogger(__name__)
 
@@ -55,11 +57,15 @@ def _on_gpu(like: Tensor) -> ModuleType | None:
     return _kernels() if like.device.type == "cuda" else None
 
 
+def _sample(words: Tensor, first_sample: int) -> int:
+    return first_sample if len(words) == 2 else first_sample + int(words[2])
+
+
 # --- draws ---------------------------------------------------------------------------------------------
 
 
 def _bits_on_cpu(table, tiles, words, first_sample, antithetic, out) -> None:
-    chosen().bits(table, words, first_sample, antithetic, out)
+    chosen().bits(table, words, _sample(words, first_sample), antithetic, out)
 
 
 def _bits_elsewhere(table, tiles, words, first_sample, antithetic, out) -> None:
@@ -70,7 +76,7 @@ def _bits_elsewhere(table, tiles, words, first_sample, antithetic, out) -> None:
 
 def _draw_on_cpu(table, tiles, words, first_sample, antithetic, out) -> None:
     numbers = out if out.dtype == torch.float32 else torch.empty(out.shape, dtype=torch.float32, device="cpu")
-    chosen().draw(table, words, first_sample, antithetic, numbers)
+    chosen().draw(table, words, _sample(words, first_sample), antithetic, numbers)
     if numbers is not out:
         out.copy_(numbers)
 
@@ -89,7 +95,7 @@ def _through_host(draw_on_cpu, dtype, table, words, first_sample, antithetic, ou
 
 def _affine_on_cpu(table, tiles, words, first_sample, antithetic, loc, scale, out, noise) -> None:
     if loc.dtype == out.dtype == torch.float32:
-        return chosen().affine(table, words, first_sample, antithetic, loc, scale, out, noise)
+        return chosen().affine(table, words, _sample(words, first_sample), antithetic, loc, scale, out, noise)
     _affine_apart(table, tiles, words, first_sample, antithetic, loc, scale, out, noise)
 
 
@@ -113,15 +119,34 @@ def _affine_apart(table, tiles, words, first_sample, antithetic, loc, scale, out
 def _fold_on_cpu(table, tiles, words, first_sample, antithetic, gradients, total, product, noise) -> None:
     if product.dtype == torch.float32 and all(g is None or g.dtype == torch.float32 for g in gradients):
         kept = None if noise is None else noise[0]
-        return chosen().fold(gradients, table, words, first_sample, antithetic, total, product, kept)
+        return chosen().fold(gradients, table, words, _sample(words, first_sample), antithetic, total, product, kept)
     _fold_apart(table, tiles, words, first_sample, antithetic, gradients, total, product, noise)
 
 
 def _fold_elsewhere(table, tiles, words, first_sample, antithetic, gradients, total, product, noise) -> None:
     if (kernels := _on_gpu(product)) is not None and product.dtype == torch.float32 and noise is None:
         rows = [g if g is None or g.is_contiguous() else g.contiguous() for g in gradients]
-        return kernels.fold(rows, table, tiles, words, first_sample, antithetic, total, product)
+        addresses = None
+        if torch.cuda.is_current_stream_capturing():
+            # A copy from the host would be a node of the graph: the table is filled once, when the capture is over
+            addresses = torch.empty(len(rows), dtype=torch.int64, device=product.device)
+            _TABLES.append((addresses, rows))
+        return kernels.fold(rows, table, tiles, words, first_sample, antithetic, total, product, addresses=addresses)
     _fold_apart(table, tiles, words, first_sample, antithetic, gradients, total, product, noise)
+
+
+_TABLES: list[tuple[Tensor, list[Tensor | None]]] = []
+"""Of the folds of a capture: where their kernels look for the addresses of the gradients, and these."""
+
+
+def fill_tables() -> list[Tensor]:
+    """Fill the tables of what was captured since the last call; return what has to live as long as the graph. Local."""
+    held: list[Tensor] = []
+    for addresses, gradients in _TABLES:
+        addresses.copy_(from_host([0 if g is None else g.data_ptr() for g in gradients], addresses.device))
+        held += [addresses, *(g for g in gradients if g is not None)]
+    _TABLES.clear()
+    return held
 
 
 def _fold_apart(table, tiles, words, first_sample, antithetic, gradients, total, product, noise) -> None:

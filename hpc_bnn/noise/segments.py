@@ -9,6 +9,14 @@ import torch
 from torch import Tensor
 
 
+def from_host(numbers: Sequence[int], device: torch.device | str) -> Tensor:
+    """Return whole numbers in int64 on a device; the host does not wait for a GPU. Local."""
+    device = torch.device(device)
+    if device.type != "cuda":
+        return torch.tensor(numbers, dtype=torch.int64, device=device)
+    return torch.tensor(numbers, dtype=torch.int64, pin_memory=True).to(device, non_blocking=True)
+
+
 class Segments:
     """Numbers of several keyed tensors that lie in one flat tensor. Local.
 

@@ -10,10 +10,10 @@ table : Tensor
 tiles : Tensor
     [num_tiles, 2] int32, of `Segments.on`.
 words : Tensor
-    [2] int64: the state of the key before its last word, and the step. Kernels read it on the device, so that a graph
-    that was captured once draws the numbers of any step.
+    [2] int64: the state of the key before its last word, and the step; or [3] with a sample. Kernels read it on the device,
+    so that a graph that was captured once draws the numbers of any step and sample.
 first_sample : int
-    Sample of row 0. Row r of ``out`` belongs to sample ``first_sample + r``.
+    Sample of row 0, to which the third word is added. Row r of ``out`` belongs to sample ``first_sample + r``.
 antithetic : bool
     Whether an odd sample has the numbers of the even one before it, with the opposite sign.
 
@@ -32,7 +32,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .segments import Segments
+from .segments import Segments, from_host
 
 _COUNTERS = tl.constexpr(Segments.TILE // 4)
 _TILE = tl.constexpr(Segments.TILE)
@@ -170,11 +170,13 @@ def _put(out_ptr, noise_ptr, loc_ptr, scale_ptr, row, place, o, x, low, high, AF
 
 @triton.jit(do_not_specialize=["first_sample", "num_segments"])
 def draw_kernel(out_ptr, noise_ptr, loc_ptr, scale_ptr, table_ptr, tiles_ptr, words_ptr, first_sample, num_segments,
-                size, BITS: tl.constexpr, AFFINE: tl.constexpr, NOISE: tl.constexpr,
-                ANTITHETIC: tl.constexpr):  # fmt: skip
+                size, BITS: tl.constexpr, AFFINE: tl.constexpr, NOISE: tl.constexpr, ANTITHETIC: tl.constexpr,
+                SAMPLE: tl.constexpr):  # fmt: skip
     """Words, normals or loc + scale * normals of tile ``program_id(0)`` and row ``program_id(1)``; size: of a row."""
     _, _, k0, k1, counter, _, place, low, high = _tile(table_ptr, tiles_ptr, words_ptr, num_segments)
     sample = first_sample + tl.program_id(1)
+    if SAMPLE:
+        sample += tl.load(words_ptr + 2).to(tl.int32)  # modulo 2^32, as the counter takes it
     x0, x1, x2, x3, flip = _words4(counter, sample, words_ptr, k0, k1, ANTITHETIC)
     if BITS:
         z0, z1 = x0.to(tl.int32, bitcast=True), x1.to(tl.int32, bitcast=True)
@@ -242,9 +244,11 @@ def _fold_rows(g_ptr, total_ptr, product_ptr, words_ptr, first_sample, rows, len
 
 @triton.jit(do_not_specialize=["like_ptr", "first_sample", "num_segments", "rows"])
 def fold_kernel(addresses_ptr, like_ptr, total_ptr, product_ptr, table_ptr, tiles_ptr, words_ptr, first_sample,
-                num_segments, rows, TOTAL: tl.constexpr, ANTITHETIC: tl.constexpr):  # fmt: skip
+                num_segments, rows, TOTAL: tl.constexpr, ANTITHETIC: tl.constexpr, SAMPLE: tl.constexpr):  # fmt: skip
     """Add gradients, and gradients * normals, of tile ``program_id(0)`` and all rows; like_ptr: to their dtype."""
     segment, length, k0, k1, counter, number, place, low, high = _tile(table_ptr, tiles_ptr, words_ptr, num_segments)
+    if SAMPLE:
+        first_sample += tl.load(words_ptr + 2).to(tl.int32)
     address = tl.load(addresses_ptr + segment)
     g_ptr = address.to(like_ptr.dtype)
     is_full = (low == 0) & (high == _TILE) & (place % 16 == 0)
@@ -310,6 +314,7 @@ def _draw(table, tiles, words, first_sample, antithetic, out, loc=None, scale=No
             AFFINE=loc is not None,
             NOISE=noise is not None,
             ANTITHETIC=bool(antithetic),
+            SAMPLE=len(words) == 3,
             **_OPTIONS,
         )
 
@@ -319,9 +324,7 @@ _DTYPES = {torch.float32, torch.bfloat16, torch.float64}
 
 def addresses_of(gradients: Sequence[Tensor | None], device: torch.device) -> Tensor:
     """Return a new tensor [T] int64 on a device: where the gradients lie, and 0 for None. The host does not wait."""
-    addresses = [0 if g is None else g.data_ptr() for g in gradients]
-    host = torch.tensor(addresses, dtype=torch.int64, pin_memory=device.type == "cuda")
-    return host.to(device, non_blocking=True)
+    return from_host([0 if g is None else g.data_ptr() for g in gradients], device)
 
 
 def fold(
@@ -388,6 +391,7 @@ def fold(
             samples,
             TOTAL=total is not None,
             ANTITHETIC=bool(antithetic),
+            SAMPLE=len(words) == 3,
             **_OPTIONS,
         )
 

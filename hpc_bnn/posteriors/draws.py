@@ -66,9 +66,8 @@ class Draw:
     def normal(self, path: Sequence[int], count: int) -> Tensor:
         """Return further normal numbers [c, count] of these samples, named by a path."""
         key = self._key.child(Stream.FACTOR, len(path), *path)  # two words or more: one is the number of a weight
-        signs = [1 - 2 * (self._antithetic and sample % 2) for sample in self._samples]
-        first = [key.of(sample & ~1 if self._antithetic else sample) for sample in self._samples]
-        rows = [sign * of_sample.normal(count, self._like.device) for sign, of_sample in zip(signs, first)]
+        device, antithetic = self._like.device, self._antithetic
+        rows = [key.of(sample).normal(count, device, antithetic=antithetic) for sample in self._samples]
         return torch.stack(rows).to(self._like.dtype)
 
     def cut(self, block: Block) -> Draw:
