@@ -179,7 +179,7 @@ class Mixup:
     def weights(self, random: ExampleRandom) -> Tensor:
         """Return w [B], float64."""
         u, side = random.uniform(2).double().unbind(1)
-        table = self._table.to(u.device)
+        table = self._table = self._table.to(u.device)
         position = u * (len(table) - 1)
         below = position.long().clamp(max=len(table) - 2)
         w = torch.lerp(table[below], table[below + 1], position - below)

@@ -16,7 +16,7 @@ from ..errors import ConfigError, Fault
 from ..grid import Grid
 from ..trees import Inputs, rows_of
 from .order import EpochOrder, batches_in_part, local_places, num_global_batches
-from .source import Source
+from .source import Source, on_device
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class BatchLoader:
                 count = len(examples) // 2 if self.with_partners else len(examples)
                 mine, others = slice(count), slice(count, None)
                 partners = (rows_of(x, others), y[others]) if self.with_partners else None
-                yield Batch(rows_of(x, mine), y[mine], examples[mine].to(y.device), num_examples, partners)
+                yield Batch(rows_of(x, mine), y[mine], on_device(examples[mine], y.device), num_examples, partners)
 
     def _places(self, size: int) -> torch.Tensor:
         """Return where in a global batch the examples stand that this rank needs: its own, then their mirrored ones."""

@@ -63,7 +63,7 @@ class Source:
                 )
 
         def here(tensor: Tensor) -> Tensor:
-            return tensor.to(self.device, self.dtype if tensor.is_floating_point() else tensor.dtype, non_blocking=True)
+            return on_device(tensor, self.device, self.dtype if tensor.is_floating_point() else tensor.dtype)
 
         x, y = map_tensors(here, content)
         return x, y
@@ -99,6 +99,13 @@ class Source:
     def in_units(self, y: Tensor) -> Tensor:
         """Return targets [B, ...], as they are delivered, in units of y."""
         return y
+
+
+def on_device(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """Return a tensor on a device; the host does not wait for a GPU. Local."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, dtype, non_blocking=True)
 
 
 class TensorSource(Source):
