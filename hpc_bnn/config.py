@@ -20,6 +20,7 @@ Auto = Literal["auto"]
 Library = Literal["horovod", "torch", "mpi"]
 Backend = Literal[Auto, Library]
 Batching = Literal["auto", "walking", "vmap"]
+Capture = Literal["auto", "on", "off"]
 Compression = Literal["none", "fp16", "bf16"]
 Dtype = Literal["float64", "float32", "bfloat16"]
 Estimator = Literal["reparameterisation", "local", "flipout"]
@@ -292,10 +293,13 @@ class Config:
     num_test_samples: int = _ruled(64, at_least(1, "Give a positive number"))
     """Weight samples of the predictive in the whole job."""
     chunk_size: int | Auto = _ruled("auto", at_least(1, "Try auto", "auto or at least 1"))
-    """Samples that a rank evaluates at once; memory grows with this number. auto: 1 on a CPU, measured on a GPU."""
+    """Samples that a rank evaluates at once; memory grows with this number. On a GPU more than 1 is faster for small
+    networks. auto: 1."""
     batching: Batching = "auto"
     """How a rank evaluates chunk_size samples: one after another (walking) or in one batch (vmap, in training and
     prediction). auto: a batch in training, but walking for ensembles and predictions."""
+    capture: Capture = "auto"
+    """Launch the operations of a step as CUDA graphs, and wait for no step; the numbers are the same. auto: on a GPU."""
     micro_batch_size: int | None = _ruled(None, at_least(1, "Leave it out for the whole batch"))
     """Examples of a rank that one forward pass evaluates; gradients add up to those of the whole batch, and memory is
     bounded. null: all examples of the rank at once."""

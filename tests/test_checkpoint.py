@@ -652,3 +652,15 @@ def test_evaluation_of_the_newest_and_the_best_checkpoint(digits, tmp_path, caps
         path.unlink()
     assert main(["evaluate", str(tmp_path)]) == 1
     assert "holds no sound checkpoint" in capsys.readouterr().err
+
+
+def test_a_run_that_waits_for_no_step_gives_the_same_and_goes_on_to_the_same(digits, tmp_path, capsys):
+    plain, late, stopped = (tmp_path / name for name in ("plain", "late", "stopped"))
+    assert train(digits, plain, "--capture", "off") == 0
+    assert train(digits, late, "--capture", "on") == 0
+    flags = ("--capture", "on", "--checkpoint.every_steps", 4)
+    assert train(digits, stopped, *flags, "--max_seconds", 1e-9) == 75
+    assert "stopped: after step 3: --max_seconds is over" in capsys.readouterr().err  # seen two steps later
+    assert train(digits, stopped, *flags, "--resume", "true") == 0
+    for run_dir in (late, stopped):
+        assert_same(list(result(run_dir)), list(result(plain)))

@@ -19,7 +19,7 @@ from torch import Tensor
 from .implementations import chosen
 from .segments import from_host
 
-__all__ = ["affine", "bits", "draw", "fill_tables", "fold"]
+__all__ = ["affine", "bits", "draw", "draws_on", "fill_tables", "fold"]
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +51,11 @@ def _kernels() -> ModuleType | None:
         "the CPU draws the noise of this GPU, which is slow: %s. Install triton, and load a C compiler", reason
     )
     return None
+
+
+def draws_on(device: torch.device) -> bool:
+    """Whether the noise of a device is drawn there, and not by the CPU. Local; it may compile kernels."""
+    return device.type == "cpu" or (device.type == "cuda" and _kernels() is not None)
 
 
 def _on_gpu(like: Tensor) -> ModuleType | None:

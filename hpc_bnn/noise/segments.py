@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 
-def from_host(numbers: Sequence[int], device: torch.device | str) -> Tensor:
-    """Return whole numbers in int64 on a device; the host does not wait for a GPU. Local."""
+def from_host(numbers: Sequence[float], device: torch.device | str, dtype: torch.dtype = torch.int64) -> Tensor:
+    """Return numbers of the host on a device; the host does not wait for a GPU. Local."""
     device = torch.device(device)
-    if device.type != "cuda":
-        return torch.tensor(numbers, dtype=torch.int64, device=device)
-    return torch.tensor(numbers, dtype=torch.int64, pin_memory=True).to(device, non_blocking=True)
+    is_gpu = device.type == "cuda"
+    found = torch.tensor(numbers, dtype=dtype, device="cpu" if is_gpu else device, pin_memory=is_gpu)
+    return found.to(device, non_blocking=True) if is_gpu else found
 
 
 class Segments:

@@ -118,12 +118,7 @@ class LiveMemory(TorchDispatchMode):
 
 
 def share_of(config: Config, manifest: Manifest, comm: GridComm) -> tuple[VariationalStep, tuple]:
-    """Return the step of a rank of a grid, and the arguments of a call: a batch without meaning. Local.
-
-    A ``chunk_size`` that is measured on GPUs at the first step counts as 1.
-    """
-    if config.chunk_size == "auto":
-        config = replace(config, chunk_size=1)
+    """Return the step of a rank of a grid, and the arguments of a call: a batch without meaning. Local."""
     experiment = Experiment(config, comm, manifest)
     num_examples = manifest.num_examples(config.data.train_split)
     batch = min(config.global_batch_size, num_examples)

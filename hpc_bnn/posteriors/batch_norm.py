@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from ..errors import ConfigError, Fault
+from ..noise import from_host
 from .interception import BatchDims, Shapes, calling_layer
 
 SumOverData = Callable[[Tensor], None]
@@ -64,6 +65,7 @@ class BatchNorms:
         self.shapes: Shapes | None = None
         self.batch_dims: BatchDims = {}
         self._numbers: dict[int, int] = {}  # of layers, by the identity of their running means
+        self._sums: dict[int, Tensor] = {}
         self._counts: dict[nn.Module, Tensor] = {}  # 1 for a layer that counts its batches itself
         self.begin()
 
@@ -92,10 +94,12 @@ class BatchNorms:
         self._samples = [0] * len(self.layers)
         self._last_sample = [0] * len(self.layers)
         self._momenta = [0.0] * len(self.layers)
-        self._sums = [
-            torch.zeros(2, len(layer.running_mean), dtype=layer.running_mean.dtype, device=layer.running_mean.device)
-            for layer in self.layers
-        ]
+        for number, layer in enumerate(self.layers):
+            like, kept = layer.running_mean, self._sums.get(number)
+            if kept is not None and (kept.shape[1], kept.dtype, kept.device) == (len(like), like.dtype, like.device):
+                kept.zero_()  # it stays where it is: what is captured adds to it
+            else:
+                self._sums[number] = torch.zeros(2, len(like), dtype=like.dtype, device=like.device)
 
     def begin_sample(self) -> None:
         """Begin a sample. Local."""
@@ -112,12 +116,12 @@ class BatchNorms:
         self._put_counters_back()
         # A layer that a forward uses several times counts with the mean over its uses.
         shares = [share * samples / max(uses, 1) for samples, uses in zip(self._samples, self._uses)]
-        parts = [own * sums.reshape(-1).to(out.dtype) for sums, own in zip(self._sums, shares)]
+        parts = [own * sums.reshape(-1).to(out.dtype) for sums, own in zip(self._sums.values(), shares)]
         samples = self._samples if share else [0] * len(self.layers)
         momenta = [count * momentum for count, momentum in zip(samples, self._momenta)]
         counters = [count * self._counts.get(layer, out.new_zeros(())) for layer, count in zip(self.layers, samples)]
-        numbers = out.new_tensor([*samples, *momenta, self._num_samples if share else 0])
-        torch.cat([*parts, torch.stack(counters).to(out.dtype), numbers], out=out)
+        numbers = [*samples, *momenta, self._num_samples if share else 0]
+        torch.cat([*parts, torch.stack(counters).to(out.dtype), from_host(numbers, out.device, out.dtype)], out=out)
 
     @torch.no_grad()
     def update_running_(self, statistics: Tensor) -> None:
@@ -136,6 +140,32 @@ class BatchNorms:
                 running.copy_(torch.where(ran, running.lerp(mean.to(running.dtype), momentum), running))
             if layer in self._counts:
                 layer.num_batches_tracked += counters[n] > 0
+
+    # --- what is captured: Python counts when it runs, and a replay counts as much -----------------------------
+
+    def counted(self) -> tuple[list[int], list[float]]:
+        """Return numbers of samples, uses and samples of each layer; and their momenta. Local."""
+        return [self._num_samples, *self._uses, *self._samples], self._momenta.copy()
+
+    def count_(self, counts: Sequence[int], momenta: Sequence[float]) -> None:
+        """Set what `counted` returns. Local."""
+        number = len(self.layers)
+        self._num_samples, uses, samples = counts[0], counts[1 : number + 1], counts[number + 1 :]
+        self._uses, self._samples, self._momenta = list(uses), list(samples), list(momenta)
+        self._last_sample = [0] * number
+
+    def state(self) -> list[Tensor]:
+        """Return what a forward pass in training changes. Local."""
+        return [*self._sums.values(), *self._counters().values()]
+
+    def running(self) -> list[Tensor]:
+        """Return what `update_running_` changes. Local."""
+        statistics = [statistic for layer in self.layers for statistic in (layer.running_mean, layer.running_var)]
+        return [*statistics, *self._counters().values()]
+
+    def fixed(self) -> list[object]:
+        """Return what a capture of `update_running_` fixes. Local."""
+        return [self._momenta, [count > 0 for count in self._samples], list(self._counts)]
 
     def _counters(self) -> dict[nn.Module, Tensor]:
         counters = {layer: getattr(layer, "num_batches_tracked", None) for layer in self.layers}

@@ -50,6 +50,7 @@ class Look:
     carried: Sequence[str]  # attributes and buffers by which one sample changes the outputs of the next
     unreached: Sequence[str]  # random weights that no gradient reaches
     unused: Sequence[str]  # those of them on which the outputs do not depend either
+    is_replayable: bool  # whether its operations alone do what it does: it leaves nothing, and draws nothing
 
     def warnings(self, world_size: int) -> list[str]:
         """Return what a user should know, on so many ranks."""
@@ -145,6 +146,7 @@ class Looker:
             network.allow_writes()
         tolerance = 1e-6 if first.outputs.device.type == "cpu" else 2e-2  # elsewhere kernels may be chosen anew
         is_repeatable = _alike(first.outputs, again.outputs, tolerance)
+        leaves = first.changed["attribute"] or first.changed["generator"] or self._own_buffers(first)
         return Look(
             type(network.module).__name__,
             first.is_drawn,
@@ -156,6 +158,7 @@ class Looker:
             carried,
             [name for name in first.unreached if name not in unused],
             unused,
+            is_repeatable and not leaves,
         )
 
     def _put_back(self) -> dict[str, list[str]]:

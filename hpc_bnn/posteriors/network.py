@@ -52,6 +52,8 @@ class Network:
         What a user should know, for `say`; whether somebody is to look at the module before it is used.
     batches : bool, optional
         Whether several samples of a predictive at once give what one after another gives; None: nobody has tried.
+    is_replayable : bool
+        Whether a forward pass in training leaves nothing behind, and draws nothing, as far as a look has shown.
     """
 
     def __init__(
@@ -75,7 +77,7 @@ class Network:
         self.weights = torch.zeros(0)
         self._changes_input = self._changes_attributes = False
         self._attributes: Traces | None = None  # to put back before each member of a predictive
-        self.looks = True
+        self.looks, self.is_replayable = True, False
         self.batches: bool | None = None
         self._looked_at: set[tuple[bool, bool]] = set()
         self.leave()
@@ -362,7 +364,9 @@ class Network:
         look = Looker(self, draw, autocast_dtype).look(x, samples)
         self._changes_input |= look.changes_input
         self._looked_at.add(self._occasion())
-        if self.batch_norms.is_evaluating:
+        if not self.batch_norms.is_evaluating:
+            self.is_replayable = look.is_replayable
+        else:
             self._changes_attributes |= look.changes_attributes
             self._keep_attributes()
         return look

@@ -187,7 +187,7 @@ class Posterior(SlotMemory):
         self.sampler.draw_(key)
 
     @torch.no_grad()
-    def fold_(self, prior_share: float = 0.0, kl_weight: float = 0.0) -> None:
+    def fold_(self, prior_share: float = 0.0, kl_weight: float | Tensor = 0.0) -> None:
         """Fold the weight gradients of the samples drawn last into the gradient buffer. Local.
 
         Where the KL is a Monte Carlo one, ``prior_share`` is the weight of each of these samples in it (1 / num_samples

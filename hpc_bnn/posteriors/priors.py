@@ -220,7 +220,8 @@ _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
 
 def _log_like(scale: Bindable, like: Tensor) -> Tensor:
-    return torch.as_tensor(scale, dtype=like.dtype, device=like.device).log().expand_as(like)
+    scale = scale.to(like) if torch.is_tensor(scale) else like.new_full((), scale)  # made where it is used
+    return scale.log().expand_as(like)
 
 
 def gaussian_entropy(log_scale: Tensor) -> Tensor:

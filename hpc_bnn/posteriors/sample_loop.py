@@ -52,6 +52,7 @@ class SampleLoop:
         self.posterior, self.chunk_size, self.autocast_dtype = posterior, chunk_size, autocast_dtype
         self._speaks, self._max_examples = speaks, max_examples
         self.can_batch = batching == "vmap" or (batching == "auto" and posterior.is_replicated)
+        self.why_not: str | None = None
 
     def __call__(self, samples: Sequence[int], x: SharedView, key: Key) -> Iterator[tuple[Sequence[int], Tensor]]:
         """Yield (samples, outputs [c, B, ...]) chunk by chunk. With BatchNorm collective as `Network.running` says.
@@ -130,12 +131,12 @@ class SampleLoop:
 
     def fall_back(self, error: BaseException | None) -> None:
         """Walk from now on, and say why. Local."""
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if isinstance(error, torch.OutOfMemoryError):
+            reason = f"its memory is not enough for chunks of {self.chunk_size}; set chunk_size to fewer"
         if self._speaks:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            if isinstance(error, torch.OutOfMemoryError):
-                reason = f"its memory is not enough for chunks of {self.chunk_size}; set chunk_size to fewer"
             logger.warning("samples are evaluated one after another: the module cannot be batched (%s)", reason)
-        self.can_batch = False
+        self.can_batch, self.why_not = False, reason
         self.posterior.sampler.forget_()
 
 

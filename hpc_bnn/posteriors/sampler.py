@@ -68,7 +68,7 @@ class Sampler:
             self.network.show_(draw=True)
             self.noisy.attach_(self.buffer.values["loc"], self.work["scale"], x)
 
-    def switch_(self, on: bool, first_example: int = 0) -> None:
+    def switch_(self, on: bool, first_example: int | Tensor = 0) -> None:
         """Give layers noise per example, for a step, or leave the module to the user with its own layers. Local.
 
         ``first_example`` is the place in the global batch of the first example.
@@ -150,7 +150,7 @@ class Sampler:
 
     # --- gradients ----------------------------------------------------------------------------------
 
-    def fold_(self, prior_share: float = 0.0, kl_weight: float = 0.0) -> None:
+    def fold_(self, prior_share: float = 0.0, kl_weight: float | Tensor = 0.0) -> None:
         """Fold the weight gradients of the samples drawn last into the gradient buffer (`Posterior.fold_`). Local."""
         if self.noisy is not None:
             self.noisy.fold_(self.buffer.grads, self._draw)

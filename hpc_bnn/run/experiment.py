@@ -140,6 +140,7 @@ class Experiment:
             chunk_size=config.chunk_size,
             batching=config.batching,
             micro_batch_size=config.micro_batch_size,
+            capture=config.capture,
         )
         return step, schedule
 

@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -97,6 +98,8 @@ class Run(Experiment):
         self._writer_of_board = self._find_board()
         self._board = None
         self._begun = time.perf_counter()
+        self._results: deque[tuple[StepResult, int]] = deque()  # of steps that may still run, with their examples
+        self._nelbo = float("nan")  # the last one that was read
 
     # --- the run ------------------------------------------------------------------------------------
 
@@ -172,15 +175,21 @@ class Run(Experiment):
             self.stop.why = self.stop.why or signals.received()
             self.step.wants_stop = self.stop.why is not None
             traffic = replace(self.comm.traffic)
-            result = self.step(x, y, batch.num_examples)
+            self._results.append((self.step(x, y, batch.num_examples), batch.num_examples))
             self.schedule.step()
-            place.add(result, batch.num_examples, traffic, self.comm.traffic)
+            place.count(batch.num_examples, traffic, self.comm.traffic)
+            wants_stop = self._read_results(self.step.lag)
             seconds = time.perf_counter() - start
             place.seconds, place.run_seconds = before + seconds, in_run + seconds
             progress.update()
             rates = f"{place.num_examples / place.seconds:.0f} examples/s, {self._samples_per_second():.0f} samples/s"
-            progress.set_postfix_str(f"nelbo {result.nelbo:.4f}, {rates}", refresh=False)
-            if result.wants_stop:
+            progress.set_postfix_str(f"nelbo {self._nelbo:.4f}, {rates}", refresh=False)
+            every = config.checkpoint.every_steps
+            is_last = self._is_over() or place.num_batches == self.loader.num_batches
+            writes = not is_last and every and self.step.num_steps % every == 0
+            if is_last or writes or wants_stop:
+                wants_stop |= self._read_results(0)
+            if wants_stop:
                 self._write_checkpoint()
                 self._close_checkpoints()
                 why = next(filter(None, self.comm.gather_objects(self.stop.why)), "a signal")
@@ -189,11 +198,22 @@ class Run(Experiment):
                 )
                 error.exit_code = signals.INTERRUPTED if why == "SIGINT" else Interrupted.exit_code
                 raise error
+            if writes:
+                self._write_checkpoint()
             if self._is_over():
                 break
-            every = config.checkpoint.every_steps
-            if every and self.step.num_steps % every == 0 and place.num_batches < self.loader.num_batches:
-                self._write_checkpoint()
+
+    def _read_results(self, lag: int) -> bool:
+        """Read the results of all steps but the last few, and return whether some rank wants to stop."""
+        wants_stop = False
+        if lag == 0:
+            self.step.settle()
+        while len(self._results) > lag:
+            result, num_examples = self._results.popleft()
+            self.progress.add(result, num_examples)
+            self._nelbo = result.nelbo
+            wants_stop |= result.wants_stop
+        return wants_stop
 
     def _finish_epoch(self, progress: tqdm) -> tuple[dict[str, Any], TestResult | None]:
         """Close the epoch: evaluate where it is time, write the row, and go to the next one."""
@@ -438,13 +458,16 @@ class _Progress:
     row: dict[str, Any] = field(default_factory=dict)
     """Of the last complete epoch."""
 
-    def add(self, result: StepResult, num_examples: int, before: Traffic, after: Traffic) -> None:
-        """Take in a step, and the traffic before and after it."""
-        self.num_batches += 1
+    def add(self, result: StepResult, num_examples: int) -> None:
+        """Take in what a step has measured."""
         self.nelbo_sum += result.nelbo * num_examples
         self.data_sum += result.data_term * num_examples
-        self.num_examples += num_examples
         self.kl, self.kl_weight = result.kl, result.kl_weight
+
+    def count(self, num_examples: int, before: Traffic, after: Traffic) -> None:
+        """Count a step, and the traffic between before and after it."""
+        self.num_batches += 1
+        self.num_examples += num_examples
         self.num_collectives += after.num_collectives - before.num_collectives
         self.num_bytes += after.num_bytes - before.num_bytes
         self.communication_seconds += after.seconds - before.seconds

@@ -1,9 +1,8 @@
-"""Whether a batch of samples gives what a walk over them gives, and how many pay."""
+"""Whether a batch of samples gives what a walk over them gives."""
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -14,33 +13,30 @@ from ..noise import Key
 from ..posteriors.sample_loop import SampleLoop
 from ..views import SharedView
 
+FLOOR = {torch.float64: 1e-9, torch.float32: 1e-3}
+"""Differences of gradients, as a part of their norm, that are never more than rounding."""
+
 
 class BatchTrial:
     """Tries a batch before the first step, without a trace: a faster way has to prove itself. Local.
 
     The loop walks where a batch fails, changes the module, or differs in the gradient of ``statistic(outputs, y)``
-    [c, B, ...]. With ``measures`` its chunk size becomes the one with the least time per sample: on GPUs only. On a CPU
-    walking is fastest, and a choice by the clock would make runs differ in rounding.
+    [c, B, ...].
     """
 
-    def __init__(self, loop: SampleLoop, statistic: Callable[[Tensor, Tensor], Tensor], measures: bool):
-        self._loop, self._statistic, self._measures = loop, statistic, measures
+    def __init__(self, loop: SampleLoop, statistic: Callable[[Tensor, Tensor], Tensor]):
+        self._loop, self._statistic = loop, statistic
         self.is_done = False
 
     def is_due(self, samples: Sequence[int]) -> bool:
-        """Whether a call would try or measure anything. Local."""
-        can_batch = self._loop.can_batch and min(len(samples), self._loop.chunk_size) > 1
-        return self._measures or bool(can_batch and not self.is_done)
+        """Whether a call would try anything. Local."""
+        return bool(self._loop.can_batch and min(len(samples), self._loop.chunk_size) > 1 and not self.is_done)
 
     def __call__(self, samples: Sequence[int], x: SharedView, y: Tensor, key: Key) -> None:
         """Try a batch of the samples of this rank, once."""
-        loop = self._loop
-        if self._measures and x.device.type != "cpu" and len(samples) > 1:
-            loop.chunk_size = self._measure(samples, x, y, key)
-        self._measures = False
         if self.is_due(samples):
             self.is_done = True
-            self._try(samples[: loop.chunk_size], x, y, key)
+            self._try(samples[: self._loop.chunk_size], x, y, key)
 
     def _try(self, samples: Sequence[int], x: SharedView, y: Tensor, key: Key) -> None:
         posterior, problem = self._loop.posterior, None
@@ -59,15 +55,32 @@ class BatchTrial:
             problem = RuntimeError(f"its forward pass changes {', '.join(names[:5])}, once for each sample")
         if problem is None:
             walked = self._gradients(samples, x, y, key, is_batch=False)
+            rounding, kind = [], x.device.type
+            is_tf32 = kind == "cuda" and torch.backends.cuda.matmul.allow_tf32
+            if self._loop.autocast_dtype or torch.is_autocast_enabled(kind) or is_tf32:
+                rounding.append(self._exact_gradients(samples, x, y, key))
+            if kind != "cpu":  # where kernels may use atomics, a walk differs from a walk
+                rounding.append(self._gradients(samples, x, y, key, is_batch=False))
             before.put_back()
-            is_autocast = torch.is_autocast_enabled(posterior.buffer.flat.device.type)
-            # What rounding may make: TF32 and bfloat16 have 11 and 8 bits
-            tolerance = 1e-8 if posterior.dtype == torch.float64 else 1e-2
-            tolerance = 0.1 if self._loop.autocast_dtype is not None or is_autocast else tolerance
-            if (name := _first_difference(batched, walked, tolerance)) is not None:
+            if (name := _first_difference(batched, walked, rounding, FLOOR.get(posterior.dtype, 0.1))) is not None:
                 problem = RuntimeError(f"a batch gives another gradient of {name} than a walk")
         if problem is not None:
             self._loop.fall_back(problem)
+
+    def _exact_gradients(self, samples: Sequence[int], x: SharedView, y: Tensor, key: Key) -> dict[str, Tensor]:
+        """Return the gradients of a walk without autocast and TF32: what a walk differs by, a batch may differ by."""
+        loop, kind = self._loop, x.device.type
+        former, is_tf32 = loop.autocast_dtype, kind == "cuda" and torch.backends.cuda.matmul.allow_tf32
+        loop.autocast_dtype = None
+        if is_tf32:
+            torch.backends.cuda.matmul.allow_tf32 = False
+        try:
+            with torch.autocast(kind, enabled=False):
+                return self._gradients(samples, x, y, key, is_batch=False)
+        finally:
+            loop.autocast_dtype = former
+            if is_tf32:
+                torch.backends.cuda.matmul.allow_tf32 = True
 
     def _gradients(
         self, samples: Sequence[int], x: SharedView, y: Tensor, key: Key, is_batch: bool
@@ -84,44 +97,16 @@ class BatchTrial:
         posterior.network.allow_writes()
         return {name: gradient.clone() for name, gradient in posterior.buffer.named(posterior.buffer.grads).items()}
 
-    def _measure(self, samples: Sequence[int], x: SharedView, y: Tensor, key: Key) -> int:
-        """Return the chunk size with the least time per sample, of powers of two."""
-        posterior = self._loop.posterior
-        before = posterior.network.traces()
-        best, best_seconds, size = 1, float("inf"), 1
-        while size <= len(samples) and self._loop.can_batch:
-            try:
-                seconds = min(self._seconds_per_sample(samples[:size], x, y, key) for _ in range(3))
-            except torch.OutOfMemoryError:
-                break
-            except HpcBnnError:
-                raise
-            except Exception as error:
-                if size == 1:
-                    raise
-                self._loop.fall_back(error)
-                return 1
-            finally:
-                posterior.sampler.forget_()
-                before.put_back()
-            if seconds < best_seconds:
-                best, best_seconds = size, seconds
-            size *= 2
-        return best
 
-    def _seconds_per_sample(self, samples: Sequence[int], x: SharedView, y: Tensor, key: Key) -> float:
-        torch.cuda.synchronize(x.device)
-        start = time.perf_counter()
-        self._gradients(samples, x, y, key, is_batch=len(samples) > 1)
-        torch.cuda.synchronize(x.device)
-        return (time.perf_counter() - start) / len(samples)
-
-
-def _first_difference(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float) -> str | None:
-    """Return the first name under which two gradients differ by more than a part of their norm."""
-    floor = 1e-3 * math.sqrt(sum(float(gradient.norm()) ** 2 for gradient in b.values()))
-    for name, gradient in b.items():
-        difference = float((a[name] - gradient).norm())
-        if difference > tolerance * max(float(gradient.norm()), floor):  # NaN is no difference: the step will say it
+def _first_difference(
+    batched: dict[str, Tensor], walked: dict[str, Tensor], rounding: Sequence[dict[str, Tensor]], floor: float
+) -> str | None:
+    """Return the first name under which a batch differs from a walk by more than ten times what rounding makes."""
+    whole = math.sqrt(sum(float(gradient.norm()) ** 2 for gradient in walked.values()))
+    for name, gradient in walked.items():
+        norm = max(float(gradient.norm()), 1e-3 * whole)
+        of_rounding = max((float((other[name] - gradient).norm()) for other in rounding), default=0.0)
+        allowed = min(max(floor * norm, 10 * of_rounding), 0.5 * norm)
+        if float((batched[name] - gradient).norm()) > allowed:  # NaN is no difference: the step will say it
             return name
     return None

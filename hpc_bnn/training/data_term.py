@@ -71,8 +71,10 @@ class DataTerm:
         share: float,
         kl: tuple[float, float],
         is_last: bool,
-    ) -> None:
-        """Fold in the gradient of ``share`` times the data term. Collective as the objective and BatchNorm say.
+    ) -> Tensor:
+        """Fold in the gradient of ``share`` times the data term, and return that of this rank, summed over its examples.
+
+        Collective as the objective and BatchNorm say.
 
         ``key`` is that of any sample of the step, ``kl`` are the arguments of `Posterior.fold_`; where ``is_last``, nothing
         more is folded in after the backward pass of the last sample.
@@ -82,7 +84,7 @@ class DataTerm:
         self.num_passes = 1
         if not self._objective.couples:
             self._walk(samples, x, y, key, differentiate)
-            return
+            return coupling.data_term()
         outputs = None
         if len(samples) == 1:
             outputs = self._loop.walk(samples[0], x, key)
@@ -93,22 +95,26 @@ class DataTerm:
             coupling.see(samples, statistic.detach())
             coupling.combine(self._comm)
             self._use(differentiate, samples, statistic, x, y, key)
-            return
-        self.num_passes = 2
-        if self._comm.grid.is_first("world") and not self.has_said_passes:
-            remedy = f"chunk_size {len(samples)} makes it one, with the memory of that many"
-            logger.info(
-                "the objective %s couples the samples: two passes over the %d of this rank per step (%s)",
-                self._objective.name,
-                len(samples),
-                remedy if self._loop.can_batch else "the module cannot be batched",
-            )
-        self.has_said_passes = True
+            return coupling.data_term()
+        self._say_two_passes(len(samples))
         with torch.no_grad():
             self._walk(samples, x, y, key, coupling.see)
         coupling.combine(self._comm)
         self._loop.posterior.network.batch_norms.begin(again=True)
         self._walk(samples, x, y, key, differentiate)
+        return coupling.data_term()
+
+    def _say_two_passes(self, num_samples: int) -> None:
+        self.num_passes = 2
+        if self._comm.grid.is_first("world") and not self.has_said_passes:
+            remedy = f"chunk_size {num_samples} makes it one, with the memory of that many"
+            logger.info(
+                "the objective %s couples the samples: two passes over the %d of this rank per step (%s)",
+                self._objective.name,
+                num_samples,
+                remedy if self._loop.can_batch else "the module cannot be batched",
+            )
+        self.has_said_passes = True
 
     def _walk(self, samples: Sequence[int], x: SharedView, y: Tensor, key: Key, use: Use) -> None:
         """Evaluate samples, batched where that works, and hand on their statistics [c, B, ...]."""
@@ -123,7 +129,9 @@ class DataTerm:
             self._loop.fall_back(error.__cause__)
             self._walk(some, x, y, key, use)
 
-    def _differentiate(self, coupling: Coupling, share: float, last: int | None, kl: tuple[float, float]) -> Use:
+    def _differentiate(
+        self, coupling: Coupling, share: float | Tensor, last: int | None, kl: tuple[float, float | Tensor]
+    ) -> Use:
         """Return what folds in the gradient for some samples; ``last`` is the sample after which nothing more is."""
         reducer = self._reducer()
 

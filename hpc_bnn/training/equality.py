@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..comm import GridComm
 from ..errors import RankError
+from ..noise import from_host
 from ..posteriors import Posterior, Tally
 from ..trees import tensors_of
 from ..views import SharedView
@@ -133,10 +134,11 @@ class Comparison:
             self.num_examples * grid.is_first("sample"), is_misplaced,
             settings_digest * _weight(grid.rank, grid.world_size), *parts,
         ]  # fmt: skip
-        if isinstance(batch, Tensor):
-            tally[Tally.NUM_EXAMPLES :] = torch.stack([torch.as_tensor(v, device=tally.device) for v in values])
-        else:
-            tally[Tally.NUM_EXAMPLES :] = torch.tensor(values)
+        from_device = [place for place, value in enumerate(values) if isinstance(value, Tensor)]
+        numbers = [0 if isinstance(value, Tensor) else value for value in values]
+        tally[Tally.NUM_EXAMPLES :] = from_host(numbers, tally.device, tally.dtype)
+        for place in from_device:
+            tally[Tally.NUM_EXAMPLES + place] = values[place]
 
     def check(self, tally: list[float]) -> None:
         """Raise `RankError` on all ranks where the sums say that ranks differ. Collective over the world if they do."""

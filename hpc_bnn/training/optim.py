@@ -16,10 +16,7 @@ from ..errors import ConfigError, Fault, import_object
 from ..posteriors import Posterior
 from .reducer import Reducer
 from .schedules import learning_rate_factor
-from .updaters import ELEMENTWISE, DividedUpdater, Updater
-
-_FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
-"""Those that torch updates in one pass over memory, on CPUs and on GPUs."""
+from .updaters import ELEMENTWISE, FUSED, DividedUpdater, Updater
 
 
 @dataclass(frozen=True)
@@ -119,7 +116,7 @@ def optimizer_maker(config: OptimizerConfig) -> Callable[[Iterable[nn.Parameter]
     arguments = config.arguments
     if "weight_decay" in inspect.signature(kind).parameters:
         arguments = {"weight_decay": 0.0, **arguments}
-    can_fuse = kind in _FUSED and not arguments.keys() & {"fused", "foreach", "differentiable", "capturable"}
+    can_fuse = kind in FUSED and not arguments.keys() & {"fused", "foreach", "differentiable", "capturable"}
 
     def make(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         parameters = list(parameters)

@@ -6,54 +6,47 @@ enters once, after the sum.
 
 from __future__ import annotations
 
+import copy
 import logging
 import socket
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from ..comm import GridComm
-from ..config import Auto, Batching, check_field
+from ..config import Auto, Batching, Capture, check_field
 from ..errors import ConfigError, Fault, NonFiniteError
 from ..likelihoods import Likelihood
+from ..noise import Key, Stream
 from ..objectives import NegativeElbo, Objective
 from ..posteriors import Posterior, Tally
-from ..posteriors.families import Scalars
+from ..posteriors.families import Family, Scalars
 from ..posteriors.sample_loop import SampleLoop
 from ..trees import Inputs
 from ..views import OwnView, SharedView
 from .batch_trial import BatchTrial
+from .capture import Recorder, fixed_by
+from .captured_data_term import CapturedDataTerm
 from .data_term import DataTerm
 from .equality import Comparison
+from .latch import Latch, Pending, StepResult, wait_for
 from .optim import JobOptimizer
 from .reducer import Reducer
 from .state import StepState
 from .updaters import Updater
 
+__all__ = ["StepResult", "VariationalStep"]
+
 logger = logging.getLogger(__name__)
+
+LAG = 2
+"""Steps that are launched before the numbers of the first of them are read."""
 
 StepViews = Literal["shared", "own"]
 """Whether the ranks of a sample group have the same inputs of an example, or each its own view of it."""
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one step measured, before its update; the same on all ranks."""
-
-    nelbo: float
-    """Objective per example: ``data_term + kl_weight * kl / num_train_examples``; with the objective "elbo" and
-    ``kl_weight`` 1 the negative ELBO (nats)."""
-    data_term: float
-    """Data term of the objective per example (nats; units of the target for a score)."""
-    kl: float
-    """KL(q || prior) of all weights (nats)."""
-    kl_weight: float = 1.0
-    """Factor of the KL at this step."""
-    wants_stop: bool = False
-    """Whether some rank of the job wants to stop after this step (`VariationalStep.wants_stop`)."""
 
 
 class VariationalStep(StepState):
@@ -77,10 +70,12 @@ class VariationalStep(StepState):
         Run the network in this dtype where torch's autocast allows; weights, gradients and sums stay in their own. Scale
         the gradient of the job (of each member of an ensemble), the KL's part included, down to this norm.
     chunk_size, batching
-        Samples that a rank evaluates at once, and how: see `SampleLoop`. "auto" is 1 on a CPU, where walking is fastest,
-        and measured at the first step on a GPU.
+        Samples that a rank evaluates at once, and how: see `SampleLoop`. "auto" is 1.
     micro_batch_size : int, optional
         Examples of this rank in one forward pass: memory is bounded, the result is the same. Not with BatchNorm.
+    capture : {"auto", "on", "off"}
+        Launch the operations of a step as CUDA graphs, and wait for no step: the numbers are the same. auto: on a GPU. On
+        a CPU, on goes the same way without graphs.
 
     Attributes
     ----------
@@ -91,6 +86,8 @@ class VariationalStep(StepState):
     wants_stop : bool
         Set it on any rank, for example in a signal handler: the result of the next step tells all ranks, so that they
         stop together. It travels with the gradient.
+    recorder : Recorder, optional
+        What captures; None where nothing is captured.
     """
 
     def __init__(
@@ -110,12 +107,14 @@ class VariationalStep(StepState):
         chunk_size: int | Auto = 1,
         batching: Batching = "auto",
         micro_batch_size: int | None = None,
+        capture: Capture = "auto",
     ):
         comm.grid.check_num_samples(num_samples)
         posterior.check_num_samples(num_samples, comm.grid.local_samples(num_samples))
         check_field("chunk_size", chunk_size)
         check_field("batching", batching)
         check_field("micro_batch_size", micro_batch_size)
+        check_field("capture", capture)
         check_field("optimizer.max_gradient_norm", max_gradient_norm)
         if not callable(kl_weight):
             check_field("kl_weight", kl_weight)
@@ -131,11 +130,12 @@ class VariationalStep(StepState):
         self.kl_weight = kl_weight if callable(kl_weight) else lambda num_steps: kl_weight
         self.objective, self.max_gradient_norm = objective, max_gradient_norm
         self.num_steps, self.micro_batch_size = 0, micro_batch_size
-        self.wants_stop = self._is_prepared = False
+        self.wants_stop = self._is_prepared = self._has_agreed = False
         size, speaks = 1 if chunk_size == "auto" else chunk_size, comm.grid.is_first("world")
         self.loop = SampleLoop(posterior, size, batching, autocast_dtype, speaks)
-        self.data_term = DataTerm(self.loop, objective, likelihood, comm, lambda: self.reducer)
-        self._trial = BatchTrial(self.loop, self.data_term.statistic, measures=chunk_size == "auto")
+        given = self.loop, objective, likelihood, comm, lambda: self.reducer
+        self.data_term = self._plain_data_term = DataTerm(*given)
+        self._trial = BatchTrial(self.loop, self.data_term.statistic)
         # Of a sample in what depends on the sample alone: it counts once in the job
         self._prior_share = 1.0 / num_samples if comm.grid.is_first("data") else 0.0
         self.comparison = Comparison(comm)
@@ -143,7 +143,15 @@ class VariationalStep(StepState):
         self._phase: Literal["idle", "accumulating", "accumulated", "reduced"] = "idle"
         self._begun = 0  # what `Posterior.num_begun` was
         self._check_features()
-        self.scalars = Scalars.on(posterior.buffer.flat.device)
+        device = posterior.buffer.flat.device
+        self.scalars = Scalars.on(device)
+        self.recorder: Recorder | None = None
+        self._is_captured, self._num_updates = False, 0  # of this object
+        if capture == "on" or (capture == "auto" and device.type == "cuda"):
+            self.recorder = Recorder(device, speaks)
+            self._latch = Latch(posterior, num_samples, len(self.updater.optimizer.param_groups))
+            self.scalars, options = self._latch.scalars, {"seed": seed, "num_samples": num_samples}
+            self._captured = CapturedDataTerm(*given, recorder=self.recorder, latch=self._latch, **options)
         self.scalars.num_samples.fill_(num_samples)
 
     @property
@@ -241,15 +249,18 @@ class VariationalStep(StepState):
         if is_first:
             self._begin(x, y, samples, global_batch_size)
         posterior.buffer.tally[Tally.NUM_MISFITS] += misfits.any()
-        posterior.sampler.switch_(True, self._first_example + self.comparison.num_examples)
+        first_example: int | Tensor = self._first_example + self.comparison.num_examples
+        if self._is_captured and posterior.sampler.noisy is not None:
+            first_example = self._latch.first_example.fill_(first_example)
+        posterior.sampler.switch_(True, first_example)
         self.comparison.add_(x, y)
         try:
             with posterior.network.running(lambda tensor: comm.sum_(tensor, "data")):
                 # One coupling for each micro-batch: objectives couple samples, not examples
                 coupling = self.objective.begin(y, samples, self.num_samples)
                 kl = self._prior_share * is_last, self.kl_weight(self.num_steps) / self.num_train_examples
-                self.data_term(mine, x, y, self.key, coupling, 1.0 / global_batch_size, kl, is_last)
-                posterior.buffer.tally[Tally.DATA_TERM] += coupling.data_term() / global_batch_size
+                data_term = self.data_term(mine, x, y, self.key, coupling, 1.0 / global_batch_size, kl, is_last)
+                posterior.buffer.tally[Tally.DATA_TERM] += data_term / global_batch_size
         finally:
             posterior.sampler.switch_(False)
         self._phase = "accumulated" if is_last else "accumulating"
@@ -274,8 +285,13 @@ class VariationalStep(StepState):
         self.reducer.start_()
         posterior.complete_(self._prior_share)
         # NaN and infinity survive a sum. The flag travels with the gradient: no collective of its own.
-        self._local_is_broken = ~self.reducer.local_checksum().isfinite()
-        tally[Tally.NUM_BROKEN] = self._local_is_broken
+        if self._is_captured and self.recorder is not None:
+            latch, checksum = self._latch, self.reducer.local_checksum
+            state = [tally, latch.is_broken_here]
+            self.recorder.run("checksum", (), self.num_steps, lambda: latch.note_(checksum()), state=state)
+        else:
+            self._is_broken_here = ~self.reducer.local_checksum().isfinite()
+            tally[Tally.NUM_BROKEN] = self._is_broken_here
         tally[Tally.NUM_STOPS] = self.wants_stop
         settings = {
             "kl_weight": self.kl_weight(self.num_steps),
@@ -294,21 +310,18 @@ class VariationalStep(StepState):
         `NonFiniteError` and `DataError` as in `__call__`: they are collective over the world, and name the ranks.
         """
         self._expect(("reduced",), "update_", "reduce_()")
+        self._num_updates += 1
+        if self._is_captured and self._num_updates > 1 and self.updater.why_not_latched() is None:
+            return self._update_latched_()
+        self._settle(0)  # no update on top of a step that was not sound
         posterior = self.posterior
+        if posterior.buffer.tally.is_cuda:
+            event = torch.cuda.Event()
+            event.record()
+            wait_for(event)
         tally = posterior.buffer.tally.tolist()
-        if tally[Tally.NUM_MISFITS]:
-            mine = next((y[misfits][0].item() for y, misfits in self._targets if misfits.any()), None)
-            wrong = {rank: target for rank, target in enumerate(self.comm.gather_objects(mine)) if target is not None}
-            where = f" on rank {', '.join(map(str, wrong))} in step {self.num_steps}"
-            raise self.likelihood.fault_of(next(iter(wrong.values())), where)
-        if tally[Tally.NUM_BROKEN]:
-            mine = (self.comm.grid.rank, socket.gethostname()) if self._local_is_broken else None
-            ranks = [f"rank {p[0]} on {p[1]}" for p in self.comm.gather_objects(mine) if p is not None]
-            raise NonFiniteError(
-                f"step {self.num_steps}: the loss or a gradient is not finite on {', '.join(ranks)}. "
-                "The parameters were not updated. Try a smaller learning rate or check the data"
-            )
-        self.comparison.check(tally)
+        is_broken_here = self._latch.is_broken_here if self._is_captured else self._is_broken_here
+        self._check_sound(tally, is_broken_here, self._targets, self.comparison)
         kl_weight = self.kl_weight(self.num_steps)
         self.scalars.kl_weight.fill_(kl_weight / self.num_train_examples)
         self.scalars.step.fill_(self.num_steps)
@@ -327,9 +340,126 @@ class VariationalStep(StepState):
         nelbo = data_term + kl_weight * kl / self.num_train_examples
         return StepResult(nelbo, data_term, kl, kl_weight, tally[Tally.NUM_STOPS] > 0)
 
+    def _check_sound(
+        self,
+        tally: list[float],
+        is_broken_here: Tensor | float,
+        targets: Sequence[tuple[Tensor, Tensor]],
+        comparison: Comparison,
+    ) -> None:
+        """Raise what the sums of a step say, on all ranks. Collective over the world if they do."""
+        if tally[Tally.NUM_MISFITS]:
+            mine = next((y[misfits][0].item() for y, misfits in targets if misfits.any()), None)
+            wrong = {rank: target for rank, target in enumerate(self.comm.gather_objects(mine)) if target is not None}
+            where = f" on rank {', '.join(map(str, wrong))} in step {self.num_steps}"
+            raise self.likelihood.fault_of(next(iter(wrong.values())), where)
+        if tally[Tally.NUM_BROKEN]:
+            mine = (self.comm.grid.rank, socket.gethostname()) if is_broken_here else None
+            ranks = [f"rank {p[0]} on {p[1]}" for p in self.comm.gather_objects(mine) if p is not None]
+            raise NonFiniteError(
+                f"step {self.num_steps}: the loss or a gradient is not finite on {', '.join(ranks)}. "
+                "The parameters were not updated. Try a smaller learning rate or check the data"
+            )
+        comparison.check(tally)
+
+    # --- without a wait for the device ------------------------------------------------------------------
+
+    @property
+    def lag(self) -> int:
+        """Steps that may still run when the next one begins: their errors, and what they know of a stop, come that late."""
+        return 0 if self.recorder is None else LAG
+
+    def settle(self) -> None:
+        """Wait for all steps. Collective over the world where one of them was not sound: it raises what `__call__` does."""
+        self._settle(0)
+
+    def _settle(self, lag: int) -> None:
+        """Read what all steps but the last few have found: the same steps on all ranks."""
+        pending: deque[Pending] = self._latch.pending if self.recorder is not None else deque()
+        while len(pending) > lag:
+            num_steps, result, wait, evidence = pending.popleft()
+            found, _ = wait(), result.nelbo  # before its memory is used again
+            if not found.is_sound:
+                self._forget_pending()
+                self.num_steps = num_steps  # the parameters are those of that step
+                self._check_sound(found.tally, found.is_broken_here, *evidence)
+
+    def _forget_pending(self) -> None:
+        if self.recorder is not None:
+            while self._latch.pending:
+                _ = self._latch.pending.popleft().result.nelbo  # somebody may hold it
+            self._latch.is_sound.fill_(True)
+
+    def gather_state(self) -> dict[str, Any]:  # noqa: D102
+        self.settle()
+        return super().gather_state()
+
+    def state_dict(self) -> dict[str, Any]:  # noqa: D102
+        for pending in self._latch.pending if self.recorder is not None and self.comm.grid.world_size > 1 else ():
+            if not pending.wait().is_sound:  # to say why is collective
+                raise NonFiniteError(f"step {pending.num_steps} was not sound. Call settle() on all ranks to hear why")
+        return super().state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: D102
+        super().load_state_dict(state)
+        self._forget_pending()
+        self._num_updates = 0  # the next update makes what the state may lack
+
+    def _choose_path(self) -> None:
+        """Decide whether the samples of a step are captured, and say why not. Local."""
+        if self.recorder is None:
+            return
+        why = None
+        has_norms = self.posterior.network.batch_norms.layers and self.posterior.module.training
+        if has_norms and self.comm.grid.data_size > 1:
+            why = "BatchNorm sums its statistics over the data axis in each pass"
+        elif self.reducer.in_blocks:
+            why = "sums overlap with the backward pass"
+        elif len(self._latch.rates) != len(self.updater.optimizer.param_groups):
+            why = "the optimizer has got another group of parameters"
+        elif (reason := self.updater.why_not_latched()) is not None:
+            self.recorder.say(f"the host waits before each update: {reason}")
+        if why is not None:
+            self.recorder.say(why)
+        self._is_captured = why is None
+        self.data_term = self._captured if self._is_captured else self._plain_data_term
+
+    def _update_latched_(self) -> StepResult:
+        """Do what `update_` does where the device finds the step sound, and wait for nothing. Local."""
+        posterior, latch, recorder = self.posterior, self._latch, self.recorder
+        family, norms = posterior.family_, posterior.network.batch_norms
+        assert recorder is not None
+
+        def body() -> None:
+            latch.look_()
+            with latch.keeping(norms.running()):
+                posterior.finish_(self.scalars)
+            kl = posterior.add_kl_(self.scalars)
+            if self.max_gradient_norm is not None:
+                self.updater.clip_(self.max_gradient_norm)
+            self.updater.update_latched_(latch.found_inf, latch.rates)
+            posterior.buffer.take_gradients_away_()
+            if type(family).after_update_ is not Family.after_update_:
+                latch.clock.now[1:].zero_()
+                with latch.keeping(posterior.buffer.values.values()):
+                    posterior.after_update_(self.scalars, Key(self.seed, Stream.NOISE, clock=latch.clock))
+            latch.find_(kl)
+
+        fixed = fixed_by(
+            family, [*self.updater.fixed(), *norms.fixed(), posterior.module.training, self.max_gradient_norm]
+        )
+        slots = [*posterior.buffer.values.values(), posterior.buffer.reduced, *norms.running()]
+        state = [*slots, *self.updater.state(), *latch.state(), *posterior.sampler.work.values()]
+        recorder.run("update", fixed, self.num_steps, body, state=state)
+        evidence = self._targets, copy.copy(self.comparison)  # the next step begins others
+        result = latch.send_(self.num_steps, self.kl_weight(self.num_steps), self.num_train_examples, evidence)
+        self.num_steps += 1
+        return result
+
     def leave_out_checks(self) -> None:
-        """Leave out what looks at numbers before the first step: `hpc-bnn plan` has none. Local."""
-        self._is_prepared = self.data_term.has_said_passes = self._trial.is_done = True
+        """Leave out what looks at numbers in the first step: `hpc-bnn plan` has none. Local."""
+        self._num_updates = 1
+        self._is_prepared = self._has_agreed = self.data_term.has_said_passes = self._trial.is_done = True
         self.posterior.network.looks = self.posterior.network.batch_norms.reads_counts = self.comparison.looks = False
 
     def _check_features(self) -> None:
@@ -342,8 +472,9 @@ class VariationalStep(StepState):
         self._was_training = self.posterior.module.training
 
     def _begin(self, x: SharedView, y: Tensor, samples: range, global_batch_size: int) -> None:
-        """Check and try, once each, what can be on a batch, and begin the step. Local, but for `Reducer.begin_`."""
+        """Check and try, once each, what can be on a batch, and begin the step. Local, but for the first step of chunks."""
         posterior = self.posterior
+        self._settle(LAG - 1)
         self.comparison.make_replicas_equal_(posterior)
         self.reducer.begin_()  # waits for sums that write into the buffer, before it is emptied
         posterior.begin_()  # it notices changed layers, which ask for another look
@@ -354,9 +485,16 @@ class VariationalStep(StepState):
             self.loop.look(samples, x, self.key, self.comm.grid)
             self._trial(samples, x, y, self.key)
             posterior.begin_()  # these have drawn
+        if not self._has_agreed:
+            self._agree_on_batches()
         self.comparison.begin_(self.num_steps, global_batch_size)
         self._first_example = self.comm.grid.local_examples(global_batch_size).start
         self._begun = self.posterior.num_begun
+        self._choose_path()
+        if self._is_captured:
+            kl_weight = self.kl_weight(self.num_steps) / self.num_train_examples
+            self._captured.num_steps = self.num_steps
+            self._latch.give_(self.num_steps, samples.start, kl_weight, global_batch_size, self.updater.rates())
         grid = self.comm.grid
         if self.num_steps == 0 and grid.is_first("world") and global_batch_size < grid.data_size:
             logger.warning(
@@ -365,6 +503,15 @@ class VariationalStep(StepState):
                 global_batch_size,
                 grid.data_size,
             )
+
+    def _agree_on_batches(self) -> None:
+        """Walk on all ranks where one cannot batch. Collective over the world, in the first step, where chunks are asked for."""
+        self._has_agreed = True
+        if self.loop.chunk_size == 1 or self.comm.grid.world_size == 1:
+            return
+        reasons = [(rank, why) for rank, why in enumerate(self.comm.gather_objects(self.loop.why_not)) if why]
+        if reasons and self.loop.can_batch:
+            self.loop.fall_back(RuntimeError("on rank {}: {}".format(*reasons[0])))
 
     def _check(self) -> None:
         """Raise `ConfigError` where what is around this step makes it wrong. Local; a few microseconds."""

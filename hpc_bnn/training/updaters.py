@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,9 @@ from .reducer import Reducer, rows_of
 
 ELEMENTWISE = ("Adam", "AdamW", "SGD", "RMSprop", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam", "Rprop", "ASGD")
 """Optimizers of torch that treat every number by itself, so that they may see parameters flat or in shares."""
+
+FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
+"""Those that torch updates in one pass over memory, on CPUs and on GPUs."""
 
 _OF_POSTERIOR = "Make it with posterior.parameters()"
 
@@ -100,11 +103,64 @@ class Updater:
             norms = torch.linalg.vector_norm(buffer.grads[name], dim=-1, keepdim=True)
             buffer.grads[name].mul_((max_norm / (norms + 1e-6)).clamp(max=1))
         whole = [p for name, p in self.posterior.named_parameters() if name not in buffer.owned]
-        torch.nn.utils.clip_grad_norm_(whole, max_norm)
+        if whole:
+            torch.nn.utils.clip_grad_norm_(whole, max_norm)
 
     def update_(self) -> None:
         """Update the parameters. Local."""
         self.optimizer.step()
+
+    # --- an update that the device decides on -----------------------------------------------------------
+
+    def why_not_latched(self) -> str | None:
+        """Return why only the host can decide whether to update, or None where torch's fused kernels can. Local."""
+        optimizer, groups = self.optimizer, self.optimizer.param_groups
+        kind, like = type(optimizer), self.posterior.buffer.flat
+        if kind not in FUSED:
+            return f"{kind.__name__} cannot leave an update out by itself, as Adam, AdamW and SGD can"
+        if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+            return "the optimizer has hooks"
+        if any(isinstance(group["lr"], Tensor) or group.get("differentiable") for group in groups):
+            return "the learning rate is a tensor, or the optimizer is differentiable"
+        if like.device.type == "cuda" and like.dtype != torch.float32:
+            return f"torch rounds the learning rate of {like.dtype} weights to float32 there"
+        return None
+
+    def rates(self) -> list[float]:
+        """Return the learning rate of each group. Local."""
+        return [group["lr"] for group in self.optimizer.param_groups]
+
+    def fixed(self) -> list[Any]:
+        """Return what a capture of `update_latched_` fixes besides tensors. Local."""
+        groups = self.optimizer.param_groups
+        options = [
+            [(key, v) for key, v in group.items() if key not in ("lr", "initial_lr", "params")] for group in groups
+        ]
+        return [self.optimizer, options, [[id(p) for p in group["params"]] for group in groups]]
+
+    def state(self) -> list[Tensor]:
+        """Return the tensors of the optimizer's state. Local."""
+        return [v for state in self.optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
+
+    def update_latched_(self, found_inf: Tensor, rates: Sequence[Tensor]) -> None:
+        """Update the parameters where ``found_inf`` is 0, with these learning rates of the groups, all 0-dim tensors. Local."""
+        optimizer: Any = self.optimizer
+        groups = optimizer.param_groups
+        former = [dict(group) for group in groups]
+        try:
+            for group, rate in zip(groups, rates):
+                group |= {"lr": rate, "fused": True, "foreach": False}
+                if "capturable" in group:
+                    group["capturable"] = rate.device.type == "cuda"
+            for parameter, state in optimizer.state.items():
+                if "step" in state and state["step"].device != parameter.device:  # of an update that was not latched
+                    state["step"] = state["step"].to(parameter.device, torch.float32)
+            optimizer.found_inf = found_inf
+            optimizer.step()
+        finally:
+            vars(optimizer).pop("found_inf", None)
+            for group, options in zip(groups, former):
+                group |= options
 
     # --- state --------------------------------------------------------------------------------------
 
@@ -227,6 +283,10 @@ class DividedUpdater(Updater):
         factor = (max_norm / (square.sqrt() + 1e-6)).clamp(max=1)
         for share in shares:
             share.mul_(factor)
+
+    def why_not_latched(self) -> str | None:
+        """See `Updater.why_not_latched`."""
+        return "the optimizer's state is divided"
 
     def update_(self) -> None:
         """Update the parameters. Collective over ``sample_comm``."""

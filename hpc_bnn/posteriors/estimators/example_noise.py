@@ -32,8 +32,8 @@ class ExampleNoise:
     """Noise per example of the sample being evaluated."""
 
     def __init__(self):
-        self.first_example = 0
-        """Place in the global batch of this rank's first example."""
+        self.first_example: int | Tensor = 0
+        """Place in the global batch of this rank's first example, in a 0-dim tensor where what draws is captured."""
         self._key = Key(0, Stream.NOISE)
 
     def begin_sample(self, key: Key) -> None:
@@ -43,7 +43,11 @@ class ExampleNoise:
     def draw(self, layer: int, like: Tensor, width: int, signs: bool = False) -> Tensor:
         """Return noise [len(like), width], standard normal or +-1. Local."""
         key = self._key.child(Stream.ACTIVATION, layer)
-        places = torch.arange(self.first_example, self.first_example + len(like), device=like.device)
+        first, count = self.first_example, len(like)
+        if isinstance(first, Tensor):
+            places = torch.arange(count, device=like.device) + first
+        else:
+            places = torch.arange(first, first + count, device=like.device)
         if signs:
             return (1 - 2 * (key.bits(width, like.device, places) & 1)).to(like.dtype)
         return key.normal(width, like.device, places).to(like.dtype)
