@@ -21,6 +21,7 @@ from ..grid import Grid
 from ..noise import Key
 from ..trees import Inputs, as_arguments, device_of, map_tensors
 from .batch_norm import BatchNorms, SumOverData, of_one_rank
+from .batch_rules import BatchedLinear, attend
 from .dropout_layers import FUNCTIONS, DropoutMasks
 from .interception import Interception
 from .layout import FlatLayout, addresses
@@ -63,7 +64,7 @@ class Network:
         self.batch_norms = BatchNorms(module)
         self.dropout = DropoutMasks(module)
         drop = {name: functools.partial(self.dropout.handle, drops) for name, drops in FUNCTIONS.items()}
-        others = {"scaled_dot_product_attention": self.dropout.attend, "batch_norm": self.batch_norms.handle}
+        others = {"scaled_dot_product_attention": self._attend, "batch_norm": self.batch_norms.handle}
         # nn.LSTM would give its weights other memory on a GPU, one piece for cuDNN: no draw would reach it
         others["_use_cudnn_rnn_flatten_weight"] = bool  # False
         self.interception = Interception({**drop, **others})
@@ -81,6 +82,11 @@ class Network:
         self.batches: bool | None = None
         self._looked_at: set[tuple[bool, bool]] = set()
         self.leave()
+
+    def _attend(self, *arguments, **options) -> object:
+        """Take the place of ``F.scaled_dot_product_attention``. Local."""
+        result = attend(*arguments, **options) if self.dropout.is_batched else NotImplemented
+        return self.dropout.attend(*arguments, **options) if result is NotImplemented else result
 
     # --- weights ------------------------------------------------------------------------------------
 
@@ -308,7 +314,7 @@ class Network:
 
         self.batch_norms.is_batched = self.dropout.is_batched = True
         try:
-            with self.interception.active(), _casting(device_of(x).type, autocast_dtype):
+            with self.interception.active(), _casting(device_of(x).type, autocast_dtype), BatchedLinear():
                 x = map_tensors(Tensor.clone, x) if self._changes_input else x
                 return torch.vmap(forward, (0, None if is_shared else 0))(tuple(leaves), x)
         finally:
