@@ -24,6 +24,7 @@ Capture = Literal["auto", "on", "off"]
 Compression = Literal["none", "fp16", "bf16"]
 Dtype = Literal["float64", "float32", "bfloat16"]
 Estimator = Literal["reparameterisation", "local", "flipout"]
+Float32Precision = Literal["ieee", "tf32"]
 Family = Literal["mean_field", "low_rank", "mc_dropout", "ensemble", "deterministic"]
 KlSchedule = Literal["constant", "linear", "cosine", "cyclical"]
 LearningRateSchedule = Literal["constant", "cosine", "step"]
@@ -128,6 +129,9 @@ class ModelConfig:
     output: str | int | None = None
     """Which tensor the likelihood gets if the network returns a dict, a tuple or an object: a key or attribute such as
     logits, or a place such as 0."""
+    checkpoint_layers: list[str] = field(default_factory=list)
+    """Layers that keep their inputs only and run once more in the backward pass, as patterns of their names such as
+    blocks.*: less memory, more time, the same numbers."""
     pretrained: str | None = None
     """File with a state_dict of the network (torch.save) to start from."""
 
@@ -282,6 +286,12 @@ class Config:
     """Key of all random numbers of the run; with the config it fixes the result, on every grid."""
     dtype: Dtype = "float32"
     """Precision; bfloat16 runs the network under autocast and keeps weights and sums in float32."""
+    float32_precision: Float32Precision = "ieee"
+    """Products of float32 matrices, and convolutions, on a GPU: ieee, or tf32, which is faster and rounds what it multiplies
+    to 11 bits; two grids, or devices, then agree only to that rounding."""
+    deterministic: bool = False
+    """Only operations that give the same bits in every run (torch.use_deterministic_algorithms): on a GPU some are slower,
+    and one that has no such form is an error."""
     device: str = "auto"
     """auto, cpu, cuda (one GPU per rank of a node) or cuda:N."""
     backend: str = _named("auto", Backend)
@@ -318,6 +328,9 @@ class Config:
     max_steps: int | None = _ruled(None, at_least(1, "Leave it out for no limit"))
     """Stop after this number of optimizer steps, also within an epoch; the schedule of the learning rate does not
     change."""
+    profile: int | None = _ruled(None, at_least(1, "Try 3"))
+    """Record this number of steps with torch.profiler, after the first eight, and one with names for its parts, to
+    run_dir/profile.json (for ui.perfetto.dev)."""
     tensorboard: bool = False
     """Also write the metrics of each epoch for TensorBoard, to run_dir/tensorboard."""
     test_every_epochs: int = _ruled(10, at_least(1, "Give a positive number"))

@@ -1,5 +1,6 @@
 """Captured steps without a GPU: the same segments, recorded as graphs of operations that run again (`graphs.InterpretedGraph`)."""
 
+import json
 import logging
 
 import pytest
@@ -13,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import hpc_bnn
 from hpc_bnn.errors import DataError, NonFiniteError, RankError
 from hpc_bnn.posteriors.families import MeanField
+from hpc_bnn.run.profiling import Profiler
 from hpc_bnn.training.capture import HostReads, fixed_by, is_same
 
 
@@ -162,6 +164,21 @@ def test_rates_kl_weights_and_steps_recapture_nothing():
     step = make()  # `train` changes the first two in each step
     train(step, 12, counts=(13,))
     assert step.recorder.num_captures == 3
+
+
+def test_a_step_that_is_launched_anew_for_a_trace_has_the_same_bits(tmp_path):
+    step, plain = make(), make("off")
+    profiler = Profiler(step, 2, tmp_path / "trace.json")
+    for number in range(12):
+        with profiler.recording():
+            step(*batch(step, seed=number), 13)
+        plain(*batch(plain, seed=number), 13)
+    step.settle()
+    assert torch.equal(step.posterior.buffer.flat, plain.posterior.buffer.flat)
+    names = [event.get("name") for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]]
+    assert names.count("hpc_bnn: draw") == names.count("hpc_bnn: fold") == 5
+    assert names.count("hpc_bnn: reduce") == names.count("hpc_bnn: update") == 1
+    assert "draw_" not in vars(step.posterior)
 
 
 class Counting(nn.Module):

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import math
+import os
 import shlex
 
 import common
@@ -17,6 +18,7 @@ from hpc_bnn.data.manifest import ArraySpec, ShardFile, Statistics
 from hpc_bnn.errors import import_object
 from hpc_bnn.grid import Grid
 from hpc_bnn.plan.simulate import evaluation_bytes
+from hpc_bnn.run.experiment import set_precision
 from hpc_bnn.run.train import check
 
 CONFIGS = sorted(path.name for path in (REPOSITORY / "configs").glob("*.yaml"))
@@ -64,3 +66,18 @@ def test_the_evaluation_of_the_swin_of_full_size_fits_into_80_gb(is_on_gpu):
 
     assert needed(config.num_test_samples) <= 80e9 < needed(config.num_test_samples + config.grid.sample_size)
     assert needed(64) > 140e9
+
+
+@pytest.mark.parametrize(("precision", "deterministic"), [("ieee", False), ("tf32", True)])
+def test_precision_and_algorithms_are_those_of_the_config(precision, deterministic, monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    flags = ["--float32_precision", precision, "--deterministic", str(deterministic).lower()]
+    try:
+        set_precision(config_of_words(["train", *flags]))
+        allowed = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+        assert allowed == (precision == "tf32",) * 2
+        assert torch.are_deterministic_algorithms_enabled() is deterministic
+        assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) is deterministic
+    finally:
+        set_precision(config_of_words(["train"]))
+    assert not torch.backends.cudnn.allow_tf32 and not torch.are_deterministic_algorithms_enabled()

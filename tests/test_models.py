@@ -1,11 +1,17 @@
 """The networks that come with the package."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 import yaml
 from conftest import REPOSITORY
 
-from hpc_bnn.models import MLP, ResNet, Swin, ViT
+import hpc_bnn
+from hpc_bnn.errors import ConfigError
+from hpc_bnn.models import MLP, ResNet, Swin, ViT, checkpoint_layers
+from hpc_bnn.plan.simulate import LiveMemory
 
 
 def test_mlp_shapes_and_options():
@@ -114,3 +120,31 @@ def test_mlp_dropout_layers():
     net = MLP((4,), 2, hidden=(8, 8), dropout=0.3)
     assert [layer.p for layer in net if isinstance(layer, torch.nn.Dropout)] == [0.3, 0.3]
     assert not any(isinstance(layer, torch.nn.Dropout) for layer in MLP((4,), 2))
+
+
+@pytest.mark.parametrize("family", [hpc_bnn.MeanFieldGaussian, hpc_bnn.MCDropout])
+def test_checkpointed_layers_give_the_same_bits_with_less_memory(family):
+    x, y, results, peaks = torch.randn(64, 3, 8, 8), torch.arange(64) % 3, [], []
+    for patterns in ([], ["blocks.*"]):
+        torch.manual_seed(0)
+        net = ViT((3, 8, 8), 3, dim=16, depth=4, heads=2, mlp_dim=32, dropout=0.2)
+        posterior = copy.deepcopy(family(checkpoint_layers(net, patterns)))
+        optimizer, comm = torch.optim.SGD(posterior.parameters(), lr=0.1), hpc_bnn.GridComm(hpc_bnn.Grid())
+        step = hpc_bnn.VariationalStep(
+            posterior, hpc_bnn.Categorical(3), optimizer, comm, num_samples=2, num_train_examples=50
+        )
+        step(x, y, 64)
+        with LiveMemory() as memory:
+            results.append([step(x, y, 64).nelbo, posterior.buffer.flat.clone()])
+        peaks.append(memory.peak_bytes)
+        pickle.loads(pickle.dumps(posterior))
+    assert results[0][0] == results[1][0]
+    assert torch.equal(results[0][1], results[1][1])
+    assert peaks[1] < 0.7 * peaks[0]
+
+
+def test_a_pattern_that_fits_no_layer_is_an_error():
+    with pytest.raises(
+        ConfigError, match=r"checkpoint_layers block\.\*: no layer of ViT has such a name \(there are embed"
+    ):
+        checkpoint_layers(ViT((3, 8, 8), 3, dim=16, depth=1, heads=2, mlp_dim=32), ["block.*"])

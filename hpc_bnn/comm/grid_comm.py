@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
@@ -30,7 +31,8 @@ class Traffic:
     num_bytes: int = 0
     """Bytes of the tensors that it gave to them."""
     seconds: float = 0.0
-    """Time in them, waiting for the other ranks included (seconds)."""
+    """Time in them, waiting for the other ranks included (seconds). Where the host does not wait for a GPU, the GPU's, of
+    those that had ended when the last one began."""
     num_object_collectives: int = 0
     """Collectives of Python objects (start, checks, errors; never in a training step)."""
 
@@ -79,6 +81,7 @@ class GridComm:
         self.objects = objects or ObjectTransport()
         self.tensors = tensors or TensorTransport(grid, self.device, self.objects)
         self.traffic = Traffic()
+        self._running: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()  # begin and end of a collective
         self._extents = grid.extents
         routes: dict[Axis, tuple[Axis, ...]] = {axis: (axis,) for axis in grid.axes}
         routes["world"] = ("world",) if reduction == "world" else grid.axes
@@ -455,8 +458,18 @@ class GridComm:
     @contextlib.contextmanager
     def _counted(self, tensor: torch.Tensor) -> Iterator[None]:
         """Count a collective of this tensor."""
-        start = time.perf_counter()
-        yield
         self.traffic.num_collectives += 1
         self.traffic.num_bytes += tensor.numel() * tensor.element_size()
+        if tensor.is_cuda and not self.tensors.is_through_host:
+            while self._running and self._running[0][1].query():
+                begin, end = self._running.popleft()
+                self.traffic.seconds += begin.elapsed_time(end) / 1e3
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            yield
+            end.record()
+            self._running.append((begin, end))
+            return
+        start = time.perf_counter()
+        yield
         self.traffic.seconds += time.perf_counter() - start

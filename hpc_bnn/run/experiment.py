@@ -28,6 +28,7 @@ from ..data.dataset import check_alike
 from ..data.manifest import MANIFEST
 from ..errors import ConfigError, DataError, Fault, import_object
 from ..likelihoods import Likelihood, build_likelihood
+from ..models import checkpoint_layers
 from ..objectives import build_objective
 from ..posteriors import Posterior, build_posterior
 from ..predictive import Evaluation, evaluate_dataset, uncertainties_of_dataset
@@ -250,6 +251,7 @@ class Experiment:
                 raise ConfigError(Fault("model.arguments", arguments, rule, "Fix the arguments")) from error
             if config.model.pretrained is not None:
                 _load_pretrained(module, config.model.pretrained)
+            module = checkpoint_layers(module, config.model.checkpoint_layers)
             module = self.likelihood.wrap(module)
             kinds = {(p.device, p.dtype) for p in module.parameters()}
             return module if kinds == {(comm.device, self.dtype)} else module._apply(converted)
@@ -298,8 +300,21 @@ def _content(text: str) -> str | None:
     return None
 
 
+def set_precision(config: Config) -> None:
+    """Let torch multiply float32 numbers, and choose algorithms, as a config wants it, in the whole process. Local."""
+    is_tf32 = config.float32_precision == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = is_tf32
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when a process first uses cuBLAS
+    torch.use_deterministic_algorithms(config.deterministic)
+
+
 def connect_grid(config: Config, sample_size: int) -> GridComm:
-    """Join the process grid as a config wants it, with a sample axis of this extent. Collective over the world."""
+    """Join the process grid as a config wants it, with a sample axis of this extent. Collective over the world.
+
+    It sets the precision of the process (`set_precision`).
+    """
+    set_precision(config)
     grid = config.grid
     options = {"backend": config.backend, "overlaps": grid.overlap}
     return connect(sample_size, config.device, grid.reduction, grid.compression, **options)

@@ -38,6 +38,7 @@ from .experiment import (
     read_or_prepare,
     validation_split,
 )
+from .profiling import Profiler
 from .run_dir import RunDir
 
 logger = logging.getLogger(__name__)
@@ -138,6 +139,8 @@ class Run(Experiment):
         """Train to the end of the run; return the last row, and its evaluation."""
         row, tested, before = self.progress.row, None, self.progress.run_seconds
         self._first_step = self.step.num_steps
+        trace = self.run_dir / "profile.json" if self.is_writer else None
+        self._profiler = Profiler(self.step, self.config.profile, trace)
         total = self._num_planned_steps()
         off = None if self.is_writer else True  # None: off where stderr is no terminal
         progress = tqdm(total=total, initial=self._first_step, unit="step", disable=off, desc="train")
@@ -175,7 +178,8 @@ class Run(Experiment):
             self.stop.why = self.stop.why or signals.received()
             self.step.wants_stop = self.stop.why is not None
             traffic = replace(self.comm.traffic)
-            self._results.append((self.step(x, y, batch.num_examples), batch.num_examples))
+            with self._profiler.recording():
+                self._results.append((self.step(x, y, batch.num_examples), batch.num_examples))
             self.schedule.step()
             place.count(batch.num_examples, traffic, self.comm.traffic)
             wants_stop = self._read_results(self.step.lag)
