@@ -9,7 +9,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # Prints a line when a test ends, and the longest tests at the end; -u: also into a pipe
 PYTEST = python -u -m pytest tests -v -n 2 --durations 40
 
-.PHONY: help setup quickstart test test-all lint clean
+.PHONY: help setup quickstart test test-all gpu-check lint clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -28,6 +28,9 @@ test: setup ## Run the quick tests, serial and on 1, 2, 3 and 4 MPI ranks (on a 
 
 test-all: setup ## Run all tests: the quick tests of `make test` and the slow ones
 	$(ACTIVATE); $(PYTEST) $(PYTEST_ARGS)
+
+gpu-check: ## Test and measure on a machine with an NVIDIA GPU, offline and without set-up (PYTHON=..., WHEELS=DIR; 6 minutes)
+	@tools/gpu_check.sh
 
 lint: setup ## Check style, docstrings, types and the order of imports
 	$(ACTIVATE); command -v basedpyright >/dev/null || python -m pip install -q 'basedpyright>=1.20'
