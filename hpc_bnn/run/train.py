@@ -349,7 +349,7 @@ class Run(Experiment):
         """Log the differences between the config and that of the checkpoint."""
         mine, free = (
             flatten(self.config.to_dict()),
-            ("run_dir", "resume", "max_seconds", "stall_seconds", "grid.", "backend"),
+            ("run_dir", "resume", "max_seconds", "stall_seconds", "grid.", "backend", "capture", "profile"),
         )
         for name, value in flatten(former).items():
             if mine.get(name) != value and not name.startswith(free):
