@@ -6,8 +6,12 @@ import sys
 
 from . import signals
 
-if __name__ == "__main__" and sys.argv[1:2] == ["train"]:
-    signals.watch()  # before what takes long to import
+if __name__ == "__main__":
+    while os.open(os.devnull, os.O_RDWR) <= 2:
+        pass  # where stdout was closed at the start, a file of the run would get its number, and what a library prints
+    sys.stdout, sys.stderr = sys.stdout or os.fdopen(1, "w"), sys.stderr or os.fdopen(2, "w")
+    if sys.argv[1:2] == ["train"]:
+        signals.watch()  # before what takes long to import
 
 
 def entry() -> None:
