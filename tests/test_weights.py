@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import hpc_bnn
 from hpc_bnn import Categorical, Grid, GridComm, VariationalStep, posteriors, predict_classes, predict_values
@@ -399,6 +400,64 @@ def test_weights_without_a_gradient_are_named(how, estimator, caplog):
     if said:
         assert "other.weight, other.bias of Cut" in said[0]
         assert ("do not depend on them" in said[0]) is (how in ("copied", "unused"))
+
+
+class Checkpointed(nn.Module):
+    """A part of it, or all, runs once more in the backward pass."""
+
+    def __init__(self, part, use_reentrant):
+        super().__init__()
+        self.first, self.head, self.part, self.use_reentrant = nn.Linear(6, 6), nn.Linear(6, 3), part, use_reentrant
+
+    def run(self, function, x):
+        if self.use_reentrant is None:
+            return function(x)
+        return checkpoint(function, x.clone().requires_grad_(), use_reentrant=self.use_reentrant)
+
+    def forward(self, x):
+        if self.part == "all":
+            return self.run(lambda x: self.head(self.first(x).tanh()), x)
+        return self.head(self.run(lambda x: self.first(x).tanh(), x))
+
+
+@pytest.mark.parametrize("estimator", ["reparameterisation", "local", "flipout"])
+@pytest.mark.parametrize("part", ["some", "all"])
+def test_weights_of_checkpointed_blocks_have_a_gradient(part, estimator, caplog):
+    results = []
+    for use_reentrant in (None, False, True):
+        net = seeded(lambda: Checkpointed(part, use_reentrant))  # noqa: B023
+        step = make_step(net, estimator=estimator, init_std=0.3, lr=0.5)
+        results.append([step(X, Y, 8).nelbo for _ in range(3)])
+    assert results[0] == results[1] == results[2]
+    assert "no gradient reaches" not in caplog.text
+
+
+class FailsInBackward(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.head, self.fails = nn.Linear(6, 6), nn.Linear(6, 3), False
+
+    def forward(self, x):
+        y = self.first(x)
+        if self.fails and y.requires_grad:
+            y.register_hook(self.fail)
+        return self.head(y)
+
+    def fail(self, gradient):
+        raise ValueError("in the backward pass")
+
+
+@pytest.mark.parametrize("estimator", ["reparameterisation", "local", "flipout"])
+def test_a_backward_pass_that_failed_leaves_no_gradient_behind(estimator):
+    step, plain = (make_step(seeded(FailsInBackward), estimator=estimator, init_std=0.3, lr=0.5) for _ in range(2))
+    for each in (step, plain):
+        each(X, Y, 8)
+    step.posterior.module.fails = True
+    with pytest.raises(ValueError, match="in the backward pass"):
+        step(X, Y, 8)
+    step.posterior.module.fails = False
+    assert [step(X, Y, 8) for _ in range(2)] == [plain(X, Y, 8) for _ in range(2)]
+    assert torch.equal(step.posterior.buffer.flat, plain.posterior.buffer.flat)
 
 
 def test_outputs_without_any_gradient_are_an_error():

@@ -90,7 +90,7 @@ class Block:
     layout: FlatLayout  # of these alone
 
 
-def take_gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
+def take_gradients(parameters: Sequence[Tensor]) -> list[Tensor | None]:
     """Return the gradients of parameters and forget them, so that the next backward makes new ones."""
     gradients = [parameter.grad for parameter in parameters]
     for parameter in parameters:

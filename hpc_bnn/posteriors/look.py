@@ -210,7 +210,8 @@ class Looker:
         with contextlib.suppress(Exception):  # reentrant checkpointing, for example
             parameters = network.drawn_parameters()
             gradients = torch.autograd.grad(outputs.sum(), parameters, allow_unused=True, retain_graph=True)
-            if all(gradient is None for gradient in gradients):  # reentrant checkpoints show at the backward pass only
+            if any(gradient is None for gradient in gradients):  # reentrant checkpoints show at the backward pass only
+                take_gradients(parameters)
                 outputs.sum().backward()
                 gradients = take_gradients(parameters)
             return [name for name, gradient in zip(network.drawn, gradients) if gradient is None]

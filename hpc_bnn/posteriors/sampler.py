@@ -91,6 +91,8 @@ class Sampler:
     def forget_(self) -> None:
         """Forget gradients and what a batch that failed half-way has left behind. Local."""
         take_gradients(self._random_parameters + self._point_parameters)
+        if self.noisy is not None:
+            self.noisy.forget_()
         self._leaves: dict[int, Tensor] = {}
         self._batch = self._weights[None][:0]
 

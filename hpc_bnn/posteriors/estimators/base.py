@@ -14,6 +14,7 @@ from ...noise import Key
 from ...trees import Inputs, map_tensors, num_rows
 from ..draws import Draw
 from ..gradients import ListGradient, SlotViews
+from ..layout import take_gradients
 from ..network import Network, eval_mode
 from .example_noise import ExampleNoise, override_forward
 
@@ -91,8 +92,12 @@ class Estimator:
         ListGradient(means, self._views).add_to(grads["loc"])
         scales = [leaves[name].grad if name in leaves else None for name in layout]
         self._fold_leaves_(ListGradient(scales, self._views), grads, draw)
-        for name, leaf in leaves.items():
-            leaf.grad = self._network.parameters[name].grad = None
+        self.forget_()
+        take_gradients([self._network.parameters[name] for name in leaves])
+
+    def forget_(self) -> None:
+        """Forget gradients of a backward pass that nobody folds in. Local."""
+        take_gradients(list(self._leaves.values()))
 
     def _fold_leaves_(self, g: ListGradient, grads: dict[str, Tensor], draw: Draw) -> None:
         raise NotImplementedError
