@@ -104,6 +104,7 @@ def read_table(options: argparse.Namespace, form: Format, texts: tuple[str, ...]
     path = options.source
     names = [*form.names, *(f"\0{number}" for number in range(len(form.names), form.width))]
     too_long = pandas.errors.ParserWarning  # rows of more fields than the first
+    exact = {} if int(pandas.__version__.partition(".")[0]) >= 3 else {"float_precision": "round_trip"}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", too_long)
@@ -111,7 +112,7 @@ def read_table(options: argparse.Namespace, form: Format, texts: tuple[str, ...]
                 path, sep=SEPARATORS[form.separator], encoding=form.encoding, decimal=form.decimal,
                 thousands=form.thousands, skiprows=options.skip_lines, header=0 if form.header else None, names=names,
                 index_col=False, skipinitialspace=True, na_values=["?", "--", *options.missing_words],
-                dtype=dict.fromkeys(texts, str), low_memory=False, float_precision="round_trip",
+                dtype=dict.fromkeys(texts, str), low_memory=False, **exact,
             )  # fmt: skip
     except (OSError, ValueError, LookupError, too_long) as error:
         raise _unreadable(

@@ -85,7 +85,7 @@ class Dialect:
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.data())
+@given(data=st.data())
 def test_a_table_is_read_right_or_the_flag_that_is_needed_is_named(data, tmp_path_factory):
     dialect = Dialect(data)
     path = tmp_path_factory.getbasetemp() / "dialect.txt"
