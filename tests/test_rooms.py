@@ -26,8 +26,8 @@ def test_a_room_has_one_door(room):
     for name in package.__all__:
         assert not isinstance(getattr(package, name), type(sys)), name
     for path in (REPOSITORY / "hpc_bnn").rglob("*.py"):
-        if room in path.relative_to(REPOSITORY / "hpc_bnn").parts:
-            continue
+        if room in path.relative_to(REPOSITORY / "hpc_bnn").parts or path == REPOSITORY / "hpc_bnn/__init__.py":
+            continue  # inside; and what type checkers alone see of the names behind a door
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom):
                 parts = (node.module or "").split(".")
