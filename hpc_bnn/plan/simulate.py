@@ -136,7 +136,7 @@ def _batch_of(
     device: torch.device | str = "cpu",
     make: Callable[..., torch.Tensor] = torch.randn,
 ) -> tuple[Inputs, torch.Tensor]:
-    """Return inputs and targets without meaning, as a source delivers them; whole numbers are 0."""
+    """Return inputs and targets without meaning, as a source delivers them; classes are 0, ids 1: 0 is often a padding."""
     found = {}
     for name, spec in manifest.arrays.items():
         is_whole = manifest.num_classes is not None if name == "y" else manifest.is_whole(name)
@@ -144,7 +144,7 @@ def _batch_of(
         kind = torch_dtype(spec.dtype)
         kind = kind if kind in (torch.bool, torch.int32) and name != "y" else torch.int64
         whole, number = {"dtype": kind, "device": device}, {"dtype": dtype, "device": device}
-        found[name] = torch.zeros(shape, **whole) if is_whole else make(shape, **number)
+        found[name] = torch.full(shape, int(name != "y"), **whole) if is_whole else make(shape, **number)
     return inputs_of(found), found["y"]
 
 

@@ -26,7 +26,9 @@ CASES = {
 
 
 def make_manifest():
-    return Manifest("made", "here", "none", ARRAYS, {"train": (ShardFile("train-00000.h5", 13, 1, "0" * 64, "0" * 64),)}, {})
+    return Manifest(
+        "made", "here", "none", ARRAYS, {"train": (ShardFile("train-00000.h5", 13, 1, "0" * 64, "0" * 64),)}, {}
+    )
 
 
 def make_config(**parts):
