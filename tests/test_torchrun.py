@@ -175,10 +175,10 @@ def test_an_error_on_which_the_ranks_agree_is_said_once(torchrun, digits, tmp_pa
 
 
 STOPPING = """
-import signal, sys, time
+import os, signal, sys, time
 stopped = []
 signal.signal(signal.SIGUSR1, lambda *_: stopped.append(1))
-print("READY", flush=True)
+os.write(1, b"READY\\n")  # in one piece: two ranks write
 end = time.time() + {seconds}
 while not stopped and time.time() < end: time.sleep(0.05)
 sys.exit(75 if stopped else 3)
