@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class _Pass(NamedTuple):
     """What a pass of a look has given, and what it had changed."""
 
-    is_drawn: bool  # whether the draw of the weights has used torch's global generators
+    of_draw: list[str]  # global generators that the draw of the weights has used
     outputs: Tensor
     changed: dict[str, list[str]]
     written: list[str]  # drawn weights that the forward pass has written itself
@@ -41,7 +41,7 @@ class Look:
     """What a look at a module has found."""
 
     name: str  # class of the module
-    is_drawn: bool  # whether the family itself draws from torch's global generator
+    of_draw: Sequence[str]  # global generators of random numbers that the family itself draws from
     generators: Sequence[str]  # global generators of random numbers that its forward pass draws from
     is_repeatable: bool  # whether two passes with the same sample gave the same outputs
     buffers: Sequence[str]  # that its forward pass changes by itself
@@ -55,9 +55,9 @@ class Look:
     def warnings(self, world_size: int) -> list[str]:
         """Return what a user should know, on so many ranks."""
         found = []
-        if self.is_drawn:
+        if self.of_draw:
             found.append(
-                "sample_ of the posterior's family draws from torch's global generator; these numbers are not keyed by the "
+                f"sample_ of the posterior's family draws from {' and '.join(self.of_draw)}; these numbers are not keyed by the "
                 "sample, and the result depends on the process grid. Use draw.affine_, draw.noise or draw.normal"
             )
         elif self.generators or not self.is_repeatable:
@@ -149,7 +149,7 @@ class Looker:
         leaves = first.changed["attribute"] or first.changed["generator"] or self._own_buffers(first)
         return Look(
             type(network.module).__name__,
-            first.is_drawn,
+            first.of_draw,
             first.changed["generator"],
             is_repeatable,
             self._own_buffers(first),
@@ -182,9 +182,8 @@ class Looker:
         norms, dropout = network.batch_norms, network.dropout
         norms.shapes, dropout.shapes = {}, {}
         try:
-            generators = _generators()
             self._draw(sample)
-            is_drawn = not all(map(torch.equal, generators, _generators()))
+            of_draw = self._before.generators_used()
             for name in (network.drawn if only is None else only) if scale != 1 else ():
                 network.parameters[name].detach().mul_(scale).add_(0.01 * (scale - 1))
             versions = network.versions()
@@ -195,7 +194,7 @@ class Looker:
             written = [name for name, before, after in pairs if before != after]
             moved = network.put_memory_back()
             changed = {} if stays else self._put_back()
-            return _Pass(is_drawn, outputs, changed, written, moved, unreached, norms.shapes, dropout.shapes)
+            return _Pass(of_draw, outputs, changed, written, moved, unreached, norms.shapes, dropout.shapes)
         finally:
             network.put_memory_back()
             if not stays:
@@ -343,8 +342,3 @@ def _alike(a: Tensor, b: Tensor, tolerance: float) -> bool:
         return True
     a, b = (t.double().nan_to_num() for t in (a, b))
     return bool((a - b).norm() <= tolerance * b.norm())
-
-
-def _generators() -> list[Tensor]:
-    """Return the states of torch's global generators. Local."""
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else ())]

@@ -48,6 +48,10 @@ class Traces:
         generators = _global_generators(device) if device is not None else []
         self._generators = [(name, get, put, get()) for name, get, put in generators]
 
+    def generators_used(self) -> list[str]:
+        """Return the names of the global generators that somebody has drawn from since. Local."""
+        return [name for name, get, _, state in self._generators if not _same(get(), state)]
+
     def put_back(self) -> dict[str, list[str]]:
         """Put everything back. Local.
 
