@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -136,8 +137,9 @@ def describe(device: str) -> str:
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, hpc_bnn {hpc_bnn.__version__}"
     if device != "cuda":
         return f"{platform.machine()}, {versions}"
-    driver = torch._C._cuda_getDriverVersion()
-    return f"{torch.cuda.get_device_name()}, CUDA of the driver {driver}, CUDA {torch.version.cuda}, {versions}"
+    ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    driver = subprocess.run(ask, capture_output=True, text=True, check=False).stdout.split("\n")[0] or "unknown"
+    return f"{torch.cuda.get_device_name()}, driver {driver}, CUDA {torch.version.cuda}, {versions}"
 
 
 def main(words: list[str] | None = None) -> int:

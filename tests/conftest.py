@@ -78,6 +78,19 @@ def with_plots():
         yield
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item):
+    """A kernel that fails takes the GPU away from its process: no test after it could pass there."""
+    torch = sys.modules.get("torch")
+    if item.path.parent.name == "gpu" and torch is not None and torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except Exception as error:
+            if "PYTEST_XDIST_WORKER" in os.environ:
+                os._exit(1)  # another worker takes its place; this test counts as one that crashed
+            pytest.exit(f"before {item.name}: the GPU serves this process no more: {error}", returncode=1)
+
+
 @pytest.fixture(scope="session")
 def mpirun():
     """Start a job: ``mpirun(4, "-m", "hpc_bnn", ...)``; returns the finished process with its output."""

@@ -15,7 +15,7 @@ class InterpretedGraph(TorchDispatchMode):
         super().__init__()
         self.operations, self._own, self._former = [], set(), {}
 
-    def capture(self, body):
+    def capture(self, body, num_gradients):
         with self:
             body()
         for tensor, former in self._former.values():

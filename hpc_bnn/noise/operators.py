@@ -19,7 +19,7 @@ from torch import Tensor
 from .implementations import chosen
 from .segments import from_host
 
-__all__ = ["affine", "bits", "draw", "draws_on", "fill_tables", "fold"]
+__all__ = ["Addresses", "affine", "bits", "draw", "draws_on", "fold"]
 
 logger = logging.getLogger(__name__)
 
@@ -131,27 +131,52 @@ def _fold_on_cpu(table, tiles, words, first_sample, antithetic, gradients, total
 def _fold_elsewhere(table, tiles, words, first_sample, antithetic, gradients, total, product, noise) -> None:
     if (kernels := _on_gpu(product)) is not None and product.dtype == torch.float32 and noise is None:
         rows = [g if g is None or g.is_contiguous() else g.contiguous() for g in gradients]
-        addresses = None
-        if torch.cuda.is_current_stream_capturing():
-            # A copy from the host would be a node of the graph: the table is filled once, when the capture is over
-            addresses = torch.empty(len(rows), dtype=torch.int64, device=product.device)
-            _TABLES.append((addresses, rows))
+        Addresses.num_folded += len(rows)
+        addresses = Addresses.of_capture.take(rows) if torch.cuda.is_current_stream_capturing() else None
         return kernels.fold(rows, table, tiles, words, first_sample, antithetic, total, product, addresses=addresses)
     _fold_apart(table, tiles, words, first_sample, antithetic, gradients, total, product, noise)
 
 
-_TABLES: list[tuple[Tensor, list[Tensor | None]]] = []
-"""Of the folds of a capture: where their kernels look for the addresses of the gradients, and these."""
+class Addresses:
+    """Where the folds of the next capture look for the addresses of gradients.
 
+    A copy from the host would be a node of the graph, so the table is filled once, when the capture is over. Its memory is
+    made before the capture: that of a capture is written anew in each replay, by what had the same place earlier in it.
 
-def fill_tables() -> list[Tensor]:
-    """Fill the tables of what was captured since the last call; return what has to live as long as the graph. Local."""
-    held: list[Tensor] = []
-    for addresses, gradients in _TABLES:
-        addresses.copy_(from_host([0 if g is None else g.data_ptr() for g in gradients], addresses.device))
-        held += [addresses, *(g for g in gradients if g is not None)]
-    _TABLES.clear()
-    return held
+    Parameters
+    ----------
+    count : int
+        Gradients of all folds of the capture.
+    device : torch.device
+        Of the capture.
+
+    Attributes
+    ----------
+    num_folded : int
+        Gradients of all folds of this process so far.
+    """
+
+    num_folded = 0
+    of_capture: Addresses
+
+    def __init__(self, count: int, device: torch.device):
+        self._table = torch.zeros(count, dtype=torch.int64, device=device)
+        self._gradients: list[Tensor | None] = []
+        Addresses.of_capture = self
+
+    def take(self, gradients: list[Tensor | None]) -> Tensor:
+        """Return the part of the table for the gradients of a fold. Local."""
+        start = len(self._gradients)
+        self._gradients += gradients
+        if len(self._gradients) > len(self._table):
+            raise RuntimeError(f"{len(self._gradients)} gradients were folded where {len(self._table)} were seen before")
+        return self._table[start : start + len(gradients)]
+
+    def fill_(self) -> list[Tensor]:
+        """Fill the table, and return what has to live as long as the graph. Local."""
+        found = [0 if g is None else g.data_ptr() for g in self._gradients]
+        self._table[: len(found)] = from_host(found, self._table.device)
+        return [self._table, *(g for g in self._gradients if g is not None)]
 
 
 def _fold_apart(table, tiles, words, first_sample, antithetic, gradients, total, product, noise) -> None:

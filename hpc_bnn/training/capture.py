@@ -178,8 +178,8 @@ class _Operations(TorchDispatchMode):
 class Graph(Protocol):
     """What was captured once and can run again."""
 
-    def capture(self, body: Body) -> None:
-        """Record what a body launches; nothing runs."""
+    def capture(self, body: Body, num_gradients: int) -> None:
+        """Record what a body launches; nothing runs. It folds in at most so many gradients."""
 
     def replay(self) -> None:
         """Run it on what its tensors hold now."""
@@ -192,7 +192,8 @@ class CudaGraph:
         self._graph, self._pool, self._stream = torch.cuda.CUDAGraph(), pool, stream
         self._held: list[Tensor] = []
 
-    def capture(self, body: Body) -> None:
+    def capture(self, body: Body, num_gradients: int) -> None:
+        addresses = operators.Addresses(num_gradients, self._stream.device)
         gc.collect()  # what dies in a capture would free its memory there
         torch.cuda.synchronize(self._stream.device)
         is_collecting = gc.isenabled()
@@ -204,7 +205,7 @@ class CudaGraph:
         finally:
             if is_collecting:
                 gc.enable()
-        self._held = operators.fill_tables()
+        self._held = addresses.fill_()
 
     def replay(self) -> None:
         self._graph.replay()
@@ -388,10 +389,12 @@ class Recorder:
             for run in runs:
                 run()
 
+        num_folded = operators.Addresses.num_folded
         self._run_as_it_is(bodies, between)
         wanted = _digest(state)
         if not segment.graphs:
-            segment.graphs = [self._captured(body) for body in bodies]
+            num_gradients = operators.Addresses.num_folded - num_folded
+            segment.graphs = [self._captured(body, num_gradients) for body in bodies]
             self.num_captures += 1
         again(*(graph.replay for graph in segment.graphs))
         segment.proofs.add(num_steps)
@@ -417,11 +420,11 @@ class Recorder:
 
         _run([functools.partial(launched, body) for body in bodies], between)
 
-    def _captured(self, body: Body) -> Graph:
+    def _captured(self, body: Body, num_gradients: int) -> Graph:
         assert self.new_graph is not None
         graph = self.new_graph()
         try:
-            graph.capture(body)
+            graph.capture(body, num_gradients)
         except Exception as error:  # allocator and generator may be broken now: nothing is tried again
             rule = f"a part of the step cannot be captured ({(str(error).splitlines() or [type(error).__name__])[0]})"
             raise ConfigError(Fault("capture", "auto", rule, "Set it to off")) from error
