@@ -22,17 +22,31 @@ from pathlib import Path
 
 import samples
 import torch
+import yaml
 from torch.nn import functional as F
 
 import hpc_bnn
+from hpc_bnn.config import Config
+from hpc_bnn.data import ArraySpec, Manifest
+from hpc_bnn.data.manifest import ShardFile, Statistics
 from hpc_bnn.models import MLP, ViT
+from hpc_bnn.plan.simulate import share_of
 from hpc_bnn.training.capture import Recorder
 
 samples.MODELS |= {
     "vit": (lambda: ViT((3, 32, 32), 10, dim=192, depth=6, heads=3, mlp_dim=768), (32, 3, 32, 32), 10),
     "digits": (lambda: MLP((64,), 10, hidden=(128, 128)), (64, 64), 10),
     "small": (lambda: MLP((20,), 5, hidden=(16,)), (8, 20), 5),
+    "cifar10_vit": (
+        lambda: ViT((3, 32, 32), 10, patch=4, dim=384, depth=7, heads=6, mlp_dim=1536), (512, 3, 32, 32), 10
+    ),
+}  # fmt: skip
+CONFIGS = {
+    "cifar10_vit": ((3, 32, 32), 10, {}),
+    # Four ranks have four of its samples each; here one has two
+    "era5_swin": ((69, 721, 1440), None, {"num_samples": 2, "global_batch_size": 1, "grid": {}}),
 }
+"""Configs at their full size: shape of an input, classes, and what is not as it stands in the file."""
 CALLS = {
     "launches": ("cudaLaunchKernel", "cuLaunchKernel", "cudaLaunchCooperative"),
     "graphs": ("cudaGraphLaunch",),
@@ -64,8 +78,30 @@ def make_det(model: str, num_samples: int, device: str, autocast_dtype: torch.dt
     return lambda: recorder.run("step", (), next(numbers), body)
 
 
+def make_config(model: str, num_samples: int, device: str) -> Callable:
+    """Return a step of a config, on numbers without meaning."""
+    shape, num_classes, changes = CONFIGS[model]
+    text = Path(__file__).parents[1].joinpath("configs", f"{model}.yaml").read_text()
+    tree = yaml.safe_load(text) | changes
+    tree["optimizer"].pop("sharded", None)
+    channels = tuple(map(str, range(shape[0]))) if num_classes is None else ()
+    arrays = {
+        "x": ArraySpec(shape, "float32", channels),
+        "y": ArraySpec(() if num_classes else shape, "int64" if num_classes else "float32", channels),
+    }
+    splits = {split: (ShardFile("", 50_000, 0, "", ""),) for split in ("train", "validation", "test")}
+    scales = {name: Statistics((0.0,) * shape[0], (1.0,) * shape[0]) for name in ("x", "y")}
+    manifest = Manifest("made", "here", "none", arrays, splits, {} if num_classes else scales, num_classes)
+    comm = hpc_bnn.GridComm(hpc_bnn.Grid(), torch.device(device, 0) if device == "cuda" else device)
+    step, batch = share_of(Config.from_dict(tree), manifest, comm)
+    return lambda: step(*batch)
+
+
 def variants(model: str, num_samples: int, dtype: torch.dtype | None) -> dict[str, Callable]:
     """Return what is measured, by name."""
+    if model in CONFIGS:
+        dets = {"det": partial(make_det, autocast_dtype=torch.bfloat16)} if model in samples.MODELS else {}
+        return {**dets, "hpc_bnn": make_config}
     ours = partial(samples.make_ours, autocast_dtype=dtype)
     found: dict[str, Callable] = {
         "det": partial(make_det, autocast_dtype=dtype),
@@ -157,18 +193,24 @@ def main(words: list[str] | None = None) -> int:
     torch.manual_seed(0)
     cases: list[tuple[str, int, torch.dtype | None]] = [("small", 4, None), ("small", 1, torch.bfloat16)]
     if not options.small:
-        cases = [("mlp", 16, None), ("digits", 8, None), ("vit", 16, None), ("vit", 16, torch.bfloat16),
-                 ("mlp", 64, None), ("mlp", 1, None), ("vit", 4, torch.bfloat16)]  # fmt: skip
-    lines = [describe(options.device), ""]
+        cases = [("digits", 8, None), ("mlp", 16, None), ("vit", 16, torch.bfloat16), ("vit", 16, None),
+                 ("mlp", 64, None), ("mlp", 1, None)]  # fmt: skip
+        cases += [("cifar10_vit", 8, torch.bfloat16), ("era5_swin", 2, torch.bfloat16)]
+    written: list[str] = []
+
+    def write(*lines: str) -> None:
+        """Print, and write what there is so far: whoever runs this may have to stop it."""
+        written.extend(lines)
+        print(*lines, sep="\n", flush=True)
+        if options.output:
+            options.output.write_text("\n".join(written) + "\n")
+
+    write(describe(options.device), "")
     for model, num_samples, dtype in cases:
-        lines += [f"{model}, S = {num_samples}, {'float32' if dtype is None else 'bfloat16'}", ""]
-        lines += ["| variant | ms | / det | MiB | host |", "|---|---|---|---|---|"]
+        write(f"{model}, S = {num_samples}, {'float32' if dtype is None else 'bfloat16'}", "")
+        write("| variant | ms | / det | MiB | host |", "|---|---|---|---|---|")
         rows = measure(model, num_samples, dtype, options.device, options.seconds / len(cases))
-        lines += [f"| {' | '.join(row)} |" for row in rows] + [""]
-    text = "\n".join(lines)
-    print(text)
-    if options.output:
-        options.output.write_text(text)
+        write(*(f"| {' | '.join(row)} |" for row in rows), "")
     return 0
 
 

@@ -15,7 +15,7 @@ import hpc_bnn
 from hpc_bnn.errors import DataError, NonFiniteError, RankError
 from hpc_bnn.posteriors.families import MeanField
 from hpc_bnn.run.profiling import Profiler
-from hpc_bnn.training.capture import HostReads, fixed_by, is_same
+from hpc_bnn.training.capture import Fixed, HostReads
 
 
 def make(capture="on", graphs=True, **options):
@@ -360,9 +360,24 @@ def test_a_resumed_run_goes_on_as_one_that_was_not_interrupted():
 def test_what_is_compared():
     layer = nn.BatchNorm1d(3)
     layer.numbers = [1.5, {"a": 2}]
-    before = fixed_by(layer, [0.5, ("a", 2)])
-    assert is_same(before, fixed_by(layer, [0.5, ("a", 2)]))
-    assert not is_same(before, fixed_by(layer, [0.25, ("a", 2)]))
-    assert not is_same(before, fixed_by(layer, [0.5, ("a", 2.0)]))
+    fixed, seen = Fixed(), []
+
+    def is_as_before(*also):
+        seen.append(fixed.now(layer, also=also))
+        return seen[-1] is seen[-2]
+
+    seen.append(fixed.now(layer, also=(0.5, 2)))
+    assert is_as_before(0.5, 2)
+    assert not is_as_before(0.25, 2)
+    assert not is_as_before(0.25, 2.0)
+    layer.numbers = [1.5, {"a": 2}]  # another list of the same
+    assert is_as_before(0.25, 2.0)
     layer.numbers[1]["a"] = 3
-    assert not is_same(before, fixed_by(layer, [0.5, ("a", 2)]))
+    assert not is_as_before(0.25, 2.0)
+    layer.eval()
+    assert not is_as_before(0.25, 2.0)
+    layer.running_mean.data = torch.zeros(3)  # the same tensor, with other memory
+    assert not is_as_before(0.25, 2.0)
+    layer.name = "more"
+    assert not is_as_before(0.25, 2.0)
+    assert is_as_before(0.25, 2.0)

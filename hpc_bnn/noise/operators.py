@@ -121,20 +121,22 @@ def _affine_apart(table, tiles, words, first_sample, antithetic, loc, scale, out
 # --- gradients -----------------------------------------------------------------------------------------
 
 
-def _fold_on_cpu(table, tiles, words, first_sample, antithetic, gradients, total, product, noise) -> None:
-    if product.dtype == torch.float32 and all(g is None or g.dtype == torch.float32 for g in gradients):
+def _fold_on_cpu(table, tiles, words, first_sample, antithetic, gradients, total, product, noise, samples) -> None:
+    is_one = samples == 1 and product.dtype == torch.float32
+    if is_one and all(g is None or g.dtype == torch.float32 for g in gradients):
         kept = None if noise is None else noise[0]
         return chosen().fold(gradients, table, words, _sample(words, first_sample), antithetic, total, product, kept)
-    _fold_apart(table, tiles, words, first_sample, antithetic, gradients, total, product, noise)
+    _fold_apart(table, tiles, words, first_sample, antithetic, gradients, total, product, noise, samples)
 
 
-def _fold_elsewhere(table, tiles, words, first_sample, antithetic, gradients, total, product, noise) -> None:
+def _fold_elsewhere(table, tiles, words, first_sample, antithetic, gradients, total, product, noise, samples) -> None:
     if (kernels := _on_gpu(product)) is not None and product.dtype == torch.float32 and noise is None:
         rows = [g if g is None or g.is_contiguous() else g.contiguous() for g in gradients]
         Addresses.num_folded += len(rows)
         addresses = Addresses.of_capture.take(rows) if torch.cuda.is_current_stream_capturing() else None
-        return kernels.fold(rows, table, tiles, words, first_sample, antithetic, total, product, addresses=addresses)
-    _fold_apart(table, tiles, words, first_sample, antithetic, gradients, total, product, noise)
+        given = table, tiles, words, first_sample, antithetic, total, product, samples
+        return kernels.fold(rows, *given, addresses=addresses)
+    _fold_apart(table, tiles, words, first_sample, antithetic, gradients, total, product, noise, samples)
 
 
 class Addresses:
@@ -179,20 +181,20 @@ class Addresses:
         return [self._table, *(g for g in self._gradients if g is not None)]
 
 
-def _fold_apart(table, tiles, words, first_sample, antithetic, gradients, total, product, noise) -> None:
+def _fold_apart(table, tiles, words, first_sample, antithetic, gradients, total, product, noise, samples) -> None:
     """Draw first where nothing is kept, then add tensor by tensor."""
     if noise is None:
-        noise = torch.empty(1, len(product), dtype=product.dtype, device=product.device)
+        noise = torch.empty(samples, len(product), dtype=product.dtype, device=product.device)
         draw(table, tiles, words, first_sample, antithetic, noise)
     for g, start, length in zip(gradients, *table[2:].tolist()):
-        if g is not None:
-            span, g = slice(start, start + length), g.reshape(-1)
-            product[span].addcmul_(g, noise[0, span])
+        for row, numbers in zip(() if g is None else g.reshape(samples, -1), noise):
+            span = slice(start, start + length)
+            product[span].addcmul_(row, numbers[span])
             if total is not None:
-                total[span].add_(g)
+                total[span].add_(row)
 
 
 bits = _define("bits", "Tensor(a!) out")
 draw = _define("draw", "Tensor(a!) out")
 affine = _define("affine", "Tensor loc, Tensor scale, Tensor(a!) out, Tensor(b!)? noise")
-fold = _define("fold", "Tensor?[] gradients, Tensor(a!)? total, Tensor(b!) product, Tensor? noise")
+fold = _define("fold", "Tensor?[] gradients, Tensor(a!)? total, Tensor(b!) product, Tensor? noise, int samples")

@@ -165,7 +165,7 @@ class BatchNorms:
 
     def fixed(self) -> list[object]:
         """Return what a capture of `update_running_` fixes. Local."""
-        return [self._momenta, [count > 0 for count in self._samples], list(self._counts)]
+        return [*self._momenta, *(count > 0 for count in self._samples), *self._counts]
 
     def _counters(self) -> dict[nn.Module, Tensor]:
         counters = {layer: getattr(layer, "num_batches_tracked", None) for layer in self.layers}

@@ -86,11 +86,32 @@ class _Linear(_Rule):
         weight, rows = weight.movedim(dims[1], 0), _rows(x, dims[0], count)
         width = rows.shape[-1]
         flat = rows.reshape(count, -1, width) if dims[0] is not None else x.reshape(-1, width).expand(count, -1, -1)
-        if bias is None:
-            out = torch.bmm(flat, weight.mT)
-        else:
-            out = torch.baddbmm(_rows(bias, dims[2], count)[:, None], flat, weight.mT)
+        bias = None if bias is None else _rows(bias, dims[2], count)
+        if torch.is_autocast_enabled(flat.device.type):
+            dtype = torch.get_autocast_dtype(flat.device.type)
+            flat, weight, bias = (t if t is None else t.to(dtype) for t in (flat, weight, bias))
+        out = _Product.apply(flat, weight, bias)
         return out.view(*rows.shape[:-1], weight.shape[1]), 0
+
+
+class _Product(torch.autograd.Function):
+    """x [c, n, in] W^T + b, of which autograd would give the gradient of W [c, out, in] transposed, to be copied."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None):
+        ctx.save_for_backward(x, weight)
+        return torch.bmm(x, weight.mT) if bias is None else torch.baddbmm(bias[:, None], x, weight.mT)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient: Tensor):
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        return (
+            torch.bmm(gradient, weight) if needs_x else None,
+            torch.bmm(gradient.mT, x) if needs_weight else None,
+            gradient.sum(1) if needs_bias else None,
+        )
 
 
 class _Attention(_Rule):

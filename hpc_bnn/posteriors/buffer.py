@@ -19,14 +19,14 @@ class Tally(enum.IntEnum):
 
     DATA_TERM = 0
     """Data term of the objective (nats per example)."""
-    NUM_BROKEN = 1
-    """Ranks whose gradient is not finite."""
-    NUM_STOPS = 2
-    """Ranks that want to stop after this step."""
-    CROSS_ENTROPY = 3
+    CROSS_ENTROPY = 1
     """-(1/K) sum over samples of log prior(w_s) (nats), for a Monte Carlo KL."""
-    NUM_MISFITS = 4
+    NUM_BROKEN = 2
+    """Ranks whose gradient is not finite."""
+    NUM_MISFITS = 3
     """Micro-batches of ranks with a target outside of the support of the likelihood."""
+    NUM_STOPS = 4
+    """Ranks that want to stop after this step; this and what follows the host knows."""
     NUM_EXAMPLES = 5
     """Examples of the step, each counted once."""
     NUM_MISPLACED = 6

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..noise import Key, Stream, operators
-from .gradients import ListGradient, WeightGradient
+from .gradients import WeightGradient
 from .layout import Block, FlatLayout
 
 __all__ = ["Draw", "KeptDraw", "RedrawnDraw"]
@@ -26,6 +26,9 @@ class Draw:
     antithetic : bool
         Samples 2 i and 2 i + 1 have the same numbers with opposite signs.
     """
+
+    keeps = False
+    """Whether the noise of a draw stays in memory."""
 
     def __init__(self, layout: FlatLayout, like: Tensor, antithetic: bool = False):
         self._layout, self._like, self._antithetic = layout, like, antithetic
@@ -56,8 +59,9 @@ class Draw:
 
     def fold_(self, g: WeightGradient, total: Tensor | None, product: Tensor) -> None:
         """Add the sum over samples of g to ``total`` [P], and that of g * eps to ``product`` [P]."""
-        if isinstance(g, ListGradient) and product.dtype == torch.float32:
-            operators.fold(*self._named(), g.gradients, total, product, self._kept())
+        is_by_weight = len(g.gradients) == len(self._layout) and product.dtype == torch.float32
+        if is_by_weight and (g.num_samples == 1 or not self.keeps):
+            operators.fold(*self._named(), g.gradients, total, product, self._kept(), g.num_samples)
             return
         if total is not None:
             g.add_to(total)
@@ -91,6 +95,8 @@ class Draw:
 
 class KeptDraw(Draw):
     """Keeps its numbers in memory: a CPU reads them faster than it draws them again."""
+
+    keeps = True
 
     def __init__(self, layout: FlatLayout, like: Tensor, antithetic: bool = False):
         super().__init__(layout, like, antithetic)

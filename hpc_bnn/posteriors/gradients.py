@@ -1,12 +1,13 @@
 """The gradient of a sample's weights, in either form, and what a family does with it.
 
-Walking over the samples, autograd leaves a list of tensors, one for each weight; a batch of c samples leaves
-[c, P] numbers. A family sees one algebra (`WeightGradient`). Lists are added by torch's foreach kernels to views
+Walking over the samples, autograd leaves a list of tensors, one for each weight; a batch leaves such a list with c
+rows in each. A family sees one algebra (`WeightGradient`). Lists are added by torch's foreach kernels to views
 of the flat slots: a copy into a flat tensor first would cost 2 to 4 P of memory traffic per sample.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Protocol
@@ -21,6 +22,10 @@ __all__ = ["BatchGradient", "ListGradient", "SlotViews", "WeightGradient"]
 
 class WeightGradient(Protocol):
     """Gradients g of P weights for c samples; a weight without gradient counts as 0. Local in every method."""
+
+    gradients: Sequence[Tensor | None]
+    """By weight, where there is one for each of a layout."""
+    num_samples: int
 
     def add_to(self, slot: Tensor) -> None:
         """Add the sum over samples of g to a slot [P]."""
@@ -58,7 +63,7 @@ class ListGradient:
     """The gradients of one sample: for each weight of a layout a tensor, or None."""
 
     def __init__(self, gradients: Sequence[Tensor | None], views: SlotViews):
-        self.gradients = gradients
+        self.gradients, self.num_samples = gradients, 1
         self._used = [gradient is not None for gradient in gradients]  # a forward may leave weights out
         self._gradients = [gradient for gradient in gradients if gradient is not None]
         self._views = views
@@ -85,19 +90,28 @@ class ListGradient:
 
 
 class BatchGradient:
-    """The gradients of c samples, [c, P]."""
+    """The gradients of c samples: for each weight of a layout [c, *shape], or None; or those of all weights in one, [c, P]."""
 
-    def __init__(self, gradient: Tensor):
-        self._gradient = gradient
+    def __init__(self, gradients: Sequence[Tensor | None], weights: Sequence[Tensor] = ()):
+        self.gradients, self._weights = gradients, weights
+        self.num_samples = len(next(gradient for gradient in gradients if gradient is not None))
+
+    @functools.cached_property
+    def numbers(self) -> Tensor:
+        """[c, P]."""
+        if len(self.gradients) == 1 and self.gradients[0] is not None:
+            return self.gradients[0].flatten(1)
+        whole = [torch.zeros_like(w) if g is None else g for g, w in zip(self.gradients, self._weights)]
+        return torch.cat([gradient.flatten(1) for gradient in whole], 1)
 
     def add_to(self, slot: Tensor) -> None:
-        slot.add_(self._gradient.sum(0))
+        slot.add_(self.numbers.sum(0))
 
     def add_product_to(self, slot: Tensor, noise: Tensor) -> None:
-        slot.add_((self._gradient * noise).sum(0))
+        slot.add_((self.numbers * noise).sum(0))
 
     def add_rows_to(self, slot: Tensor) -> None:
-        slot.add_(self._gradient)
+        slot.add_(self.numbers)
 
     def outer_to(self, slot: Tensor, z: Tensor) -> None:
-        slot.addmm_(z.T, self._gradient)
+        slot.addmm_(z.T, self.numbers)

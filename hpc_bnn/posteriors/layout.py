@@ -45,8 +45,9 @@ class FlatLayout:
         return Segments([self.numbers[name] for name in self], [0] * len(self), starts, self._lengths)
 
     def views(self, flat: Tensor) -> dict[str, Tensor]:
-        """Return the named views of a flat tensor [num_elements]."""
-        return {name: part.view(self.shapes[name]) for name, part in zip(self.shapes, flat.split(self._lengths))}
+        """Return the named views of a flat tensor [..., num_elements]."""
+        parts, rows = flat.split(self._lengths, -1), flat.shape[:-1]
+        return {name: part.view(rows + shape) for (name, shape), part in zip(self.shapes.items(), parts)}
 
     def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Return a copy of the tensors of this layout, among others, as one flat tensor. Local."""

@@ -24,7 +24,7 @@ from .batch_norm import BatchNorms, SumOverData, of_one_rank
 from .batch_rules import BatchedLinear, attend
 from .dropout_layers import FUNCTIONS, DropoutMasks
 from .interception import Interception
-from .layout import FlatLayout, addresses
+from .layout import addresses
 from .look import Look, Looker
 from .select import check_layers, shortened
 from .traces import Traces
@@ -296,27 +296,22 @@ class Network:
             )
         return outputs
 
-    def batched(
-        self, layouts: Sequence[FlatLayout], leaves: Sequence[Tensor], x: Inputs, is_shared: bool, autocast_dtype=None
-    ) -> Tensor:
+    def batched(self, weights: dict[str, Tensor], x: Inputs, is_shared: bool, autocast_dtype=None) -> Tensor:
         """Return the outputs [c, B, ...] of c samples at once, by ``torch.vmap``. Local.
 
-        The random weights are ``leaves`` [c, P_i] of some layouts; the inputs are [B, ...] where all samples share them,
-        otherwise [c, B, ...].
+        The random weights are [c, *shape] by name; the inputs are [B, ...] where all samples share them, otherwise
+        [c, B, ...].
         """
 
-        def forward(flats: tuple[Tensor, ...], inputs: Inputs) -> Tensor:
-            weights = {}
-            for layout, flat in zip(layouts, flats):
-                views = self._as_weights(layout.views(flat))
-                weights |= {self._names[name]: view for name, view in views.items()}
-            return self._picked(torch.func.functional_call(self.module, weights, *as_arguments(inputs)))
+        def forward(weights: dict[str, Tensor], inputs: Inputs) -> Tensor:
+            named = {self._names[name]: weight for name, weight in self._as_weights(weights).items()}
+            return self._picked(torch.func.functional_call(self.module, named, *as_arguments(inputs)))
 
         self.batch_norms.is_batched = self.dropout.is_batched = True
         try:
             with self.interception.active(), _casting(device_of(x).type, autocast_dtype), BatchedLinear():
                 x = map_tensors(Tensor.clone, x) if self._changes_input else x
-                return torch.vmap(forward, (0, None if is_shared else 0))(tuple(leaves), x)
+                return torch.vmap(forward, (0, None if is_shared else 0))(weights, x)
         finally:
             self.batch_norms.is_batched = self.dropout.is_batched = False
 

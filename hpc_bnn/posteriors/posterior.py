@@ -173,12 +173,23 @@ class Posterior(SlotMemory):
     @torch.no_grad()
     def begin_(self) -> None:
         """Begin a step or a predictive, after `check_`: look at the slots as they are now. Local."""
+        self.prepare_()
+        self.read_slots_()
+
+    @torch.no_grad()
+    def prepare_(self) -> None:
+        """Do what the host does of `begin_`. Local."""
         self.check_()
         self.num_begun += 1
-        self.buffer.reduced.zero_()
         self.network.batch_norms.begin()
-        self.sampler.begin_()
+        self.sampler.forget_()
         self.sampler.switch_(True)
+
+    @torch.no_grad()
+    def read_slots_(self) -> None:
+        """Do what the device does of `begin_`: it can be captured. Local."""
+        self.buffer.reduced.zero_()
+        self.sampler.begin_()
 
     @torch.no_grad()
     def draw_(self, key: Key) -> None:

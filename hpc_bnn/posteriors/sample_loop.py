@@ -105,13 +105,13 @@ class SampleLoop:
         posterior = self.posterior
         for refusal in capabilities.refusals(posterior.capabilities, posterior.features(batched=True)):
             raise NotImplementedError(refusal.reason)
-        layouts, leaves = posterior.sampler.draw_batch_(samples, key)
+        weights = posterior.sampler.draw_batch_(samples, key)
         is_shared = len({x.number(sample) for sample in samples}) == 1
         outputs = []
         for part in self._parts(x):
             inputs = part.of(samples[0]) if is_shared else stack([part.of(sample) for sample in samples])
-            outputs.append(posterior.network.batched(layouts, leaves, inputs, is_shared, self.autocast_dtype))
-        return torch.cat(outputs, 1).to(posterior.dtype)
+            outputs.append(posterior.network.batched(weights, inputs, is_shared, self.autocast_dtype))
+        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)).to(posterior.dtype)
 
     def _parts(self, x: SharedView) -> list[SharedView]:
         """Return the inputs in parts of one forward pass each."""

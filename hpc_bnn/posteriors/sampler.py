@@ -15,7 +15,7 @@ from .draws import KeptDraw, RedrawnDraw
 from .estimators import ESTIMATORS, Estimator
 from .families.base import Family, Slots
 from .gradients import BatchGradient, ListGradient, SlotViews, WeightGradient
-from .layout import Block, FlatLayout, take_gradients
+from .layout import Block, take_gradients
 from .network import Network
 
 
@@ -64,6 +64,7 @@ class Sampler:
     def prepare_(self, x: Inputs) -> None:
         """Look at how the module treats inputs like x, before the first step. Local."""
         if self.noisy is not None and not self.noisy.is_attached:
+            self.forget_()
             self.begin_()
             self.network.show_(draw=True)
             self.noisy.attach_(self.buffer.values["loc"], self.work["scale"], x)
@@ -79,7 +80,6 @@ class Sampler:
 
     def begin_(self) -> None:
         """Look at the slots as they are now. Local."""
-        self.forget_()
         former = dict(self.work)
         self.family.begin_(self.buffer.values, self.work)
         # Blocks and estimators keep views of the work: they would go on reading a tensor that has been replaced
@@ -93,7 +93,7 @@ class Sampler:
         take_gradients(self._random_parameters + self._point_parameters)
         if self.noisy is not None:
             self.noisy.forget_()
-        self._leaves: dict[int, Tensor] = {}
+        self._leaves: dict[str, Tensor] = {}
         self._batch = self._weights[None][:0]
 
     # --- draws --------------------------------------------------------------------------------------
@@ -110,24 +110,21 @@ class Sampler:
         if self.noisy is not None and self.noisy.is_attached:  # not on a rank that has had no examples yet
             self.noisy.begin_sample_(key, self._draw, self.work["scale"])
 
-    def draw_batch_(self, samples: Sequence[int], key: Key) -> tuple[list[FlatLayout], list[Tensor]]:
-        """Return the random weights of some samples: layouts, and leaves [len(samples), P_i] that want a gradient. Local.
-
-        One for all weights, or one for each block where they are divided (`divide_`).
-        """
+    def draw_batch_(self, samples: Sequence[int], key: Key) -> dict[str, Tensor]:
+        """Return the random weights of some samples by name, [len(samples), *shape]: leaves that want a gradient. Local."""
         self.forget_()
         self._drawn = list(samples)
         self._draw.begin_(key, samples)
         self._batch = self._weights.new_empty(len(samples), self.random.num_elements)
         self._sample_(self._batch)
-        for number, block in enumerate(self._blocks):
-            leaf = self._batch[:, block.span].detach().requires_grad_()
-            self._leaves[block.span.start] = leaf
-            if number < self._num_early:
-                leaf.register_post_accumulate_grad_hook(
-                    lambda _, number=number, block=block: self._arrived(number, len(block.layout))
+        views = self.random.views(self._batch)
+        self._leaves = {name: view.detach().requires_grad_() for name, view in views.items()}
+        for number, block in enumerate(self._blocks[: self._num_early]):
+            for name in block.layout:
+                self._leaves[name].register_post_accumulate_grad_hook(
+                    lambda _, number=number: self._arrived(number, 1)
                 )
-        return [block.layout for block in self._blocks], list(self._leaves.values())
+        return self._leaves
 
     def _sample_(self, out: Tensor) -> None:
         is_predictive = self.network.batch_norms.is_evaluating
@@ -163,18 +160,18 @@ class Sampler:
             log_prior, score = self.family.log_prior(self._batch if self._leaves else self._out)
             self.buffer.tally[Tally.CROSS_ENTROPY] -= prior_share * log_prior
             if score is not None:
-                self._pull_back_(BatchGradient(score.mul_(-prior_share * kl_weight)))
+                self._pull_back_(BatchGradient([score.mul_(-prior_share * kl_weight)]))
         self._leaves.clear()
         if "points" in self.buffer.grads:
             points = ListGradient(take_gradients(self._point_parameters), self._point_views)
             points.add_to(self.buffer.grads["points"])
 
     def _fold_block_(self, block: Block) -> None:
-        leaf = self._leaves.get(block.span.start)
-        if leaf is not None:
-            gradient, leaf.grad = leaf.grad, None
-            if gradient is not None:
-                self._pull_back_(BatchGradient(gradient), block)
+        if self._leaves:
+            leaves = [self._leaves[name] for name in block.layout]
+            gradients = take_gradients(leaves)
+            if any(gradient is not None for gradient in gradients):
+                self._pull_back_(BatchGradient(gradients, leaves), block)
             return
         gradients = take_gradients(self._random_parameters[block.numbers])
         if any(gradient is not None for gradient in gradients):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import itertools
 import logging
 import operator
 import types
@@ -22,8 +23,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import ConfigError, Fault
 from ..noise import operators
+from ..posteriors.layout import addresses
 
-__all__ = ["Graph", "HostReads", "Recorder", "fixed_by"]
+__all__ = ["Fixed", "Graph", "HostReads", "Recorder"]
 
 logger = logging.getLogger(__name__)
 
@@ -41,42 +43,74 @@ TOLERANCE = 1e-4
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _COMPARED = (int, float, complex, str, bytes, types.MethodType)
 """Kinds that are alike where they are equal; all others where they are one object."""
-
-
-def fixed_by(*objects: object) -> list[object]:
-    """Return what a capture of code that uses some objects fixes: modes, buffers and attributes; of a list what is in it. Local."""
-    found: list[object] = []
-    for one in objects:
-        if isinstance(one, nn.Module):
-            content = vars(one)
-            found += [len(content), one.training]
-            _add(found, one._buffers.values())
-            _add(found, [value for key, value in content.items() if key not in _OF_EVERY_MODULE])
-        else:
-            _add(found, [one] if isinstance(one, _CONTAINERS) else vars(one).values())
-    return found
-
-
 _CONTAINERS = (dict, list, tuple, set)
 
 
-def _add(found: list[object], values: Iterable[object]) -> None:
-    for value in values:
-        found.append(value)
-        if isinstance(value, Tensor):
-            found.append(value.untyped_storage()._cdata)  # its memory may be replaced
-        elif isinstance(value, _CONTAINERS):
-            found[-1] = len(value)
-            _add(found, value.values() if isinstance(value, dict) else value)
-
-
 def is_same(a: Sequence[object], b: Sequence[object]) -> bool:
-    """Whether two lists of `fixed_by` agree. Local."""
+    """Whether two lists of `Fixed.now` agree. Local."""
     if len(a) != len(b):
         return False
-    return all(map(operator.is_, a, b)) or all(
+    return _are_one(a, b) or all(
         x is y or (type(x) is type(y) and isinstance(x, _COMPARED) and x == y) for x, y in zip(a, b)
     )
+
+
+class Fixed:
+    """What a capture of code that uses some objects fixes: modes, buffers and attributes of these, and of containers in them.
+
+    It is found out anew only where something has become another object.
+    """
+
+    def __init__(self):
+        self._objects: tuple[object, ...] = ()
+        self._dicts: list[dict] = []
+        self._lists: list[Iterable[object]] = []
+        self._tensors: list[Tensor] = []
+        self._seen: list[object] = []
+        self._places: list[int] = []
+        self._found: list[object] = []
+
+    def now(self, *objects: object, also: Sequence[object] = ()) -> list[object]:
+        """Return what objects fix, and ``also`` some more: one list as long as nothing changes. Local."""
+        same = _are_one(objects, self._objects) and _are_one(self._contents(), self._seen)
+        if not (same and addresses(self._tensors) == self._places):
+            self._look(objects)
+            # A tensor's memory may be replaced; a container may be another one with the same in it
+            found = [len(value) if isinstance(value, _CONTAINERS) else value for value in self._seen]
+            found += [*self._places, *also]
+            self._found = self._found if is_same(found, self._found) else found
+        elif not is_same(self._found[len(self._found) - len(also) :], also):
+            self._found = [*self._found[: len(self._found) - len(also)], *also]
+        return self._found
+
+    def _look(self, objects: tuple[object, ...]) -> None:
+        """Find the containers in which something could become another, and what is in them."""
+        self._objects, self._dicts, self._lists = objects, [], []
+        for one in objects:
+            self._dicts.append(vars(one))
+            self._dicts += [one._buffers] if isinstance(one, nn.Module) else []
+        for content in list(self._dicts):
+            self._nested(value for key, value in content.items() if key not in _OF_EVERY_MODULE)
+        self._seen = self._contents()
+        self._tensors = [value for value in self._seen if isinstance(value, Tensor)]
+        self._places = addresses(self._tensors)
+
+    def _nested(self, values: Iterable[object]) -> None:
+        for value in values:
+            if isinstance(value, dict):
+                self._dicts.append(value)
+                self._nested(value.values())
+            elif isinstance(value, _CONTAINERS):
+                self._lists.append(value)
+                self._nested(value)
+
+    def _contents(self) -> list[object]:
+        of_dicts = itertools.chain.from_iterable(map(dict.values, self._dicts))
+        return [*of_dicts, *itertools.chain.from_iterable(self._lists)]
+
+
+def _are_one(a: Sequence[object], b: Sequence[object]) -> bool:
+    return len(a) == len(b) and all(map(operator.is_, a, b))
 
 
 def has_hooks(layers: Iterable[nn.Module]) -> bool:
@@ -310,7 +344,7 @@ class Recorder:
         name : hashable
             Which segment it is, with the shapes of what it works on.
         fixed : sequence
-            What `fixed_by` returned now: where it is another list than at the capture, the capture is given up.
+            What `Fixed.now` returned: where it is another list than at the capture, the capture is given up.
         num_steps : int
             The number of the step.
         may_capture : bool

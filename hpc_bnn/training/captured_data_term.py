@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ..noise import Key, Stream
 from ..objectives import Coupling
-from ..posteriors import Posterior
+from ..posteriors import Posterior, Tally
 from ..trees import Inputs, map_leaves, map_tensors, stack, tensors_of
 from ..views import SharedView
-from .capture import Recorder, fixed_by, has_hooks
+from .capture import Fixed, Recorder, has_hooks
 from .data_term import DataTerm
 from .latch import Latch
 
@@ -36,9 +36,10 @@ class CapturedDataTerm(DataTerm):
 
     def __init__(self, *arguments, recorder: Recorder, latch: Latch, seed: int, num_samples: int):
         super().__init__(*arguments)
-        self._recorder, self._latch, self._num_samples = recorder, latch, num_samples
+        self._recorder, self._latch, self._num_samples, self._fixes = recorder, latch, num_samples, Fixed()
         self._key = Key(seed, Stream.NOISE, clock=latch.clock)
         self._memories: dict[Hashable, _Memory] = {}
+        self._targets: dict[Hashable, tuple[Tensor, Tensor]] = {}  # as they came, and checked
         self._sum = torch.zeros((), dtype=self._posterior.dtype, device=latch.share.device)
 
     @property
@@ -59,15 +60,12 @@ class CapturedDataTerm(DataTerm):
         """See `DataTerm`."""
         if not (len(samples) and len(x)):
             return super().__call__(samples, x, y, key, coupling, share, kl, is_last)
-        self._fix(kl[0], x.device.type)
         size = self._loop.chunk_size if self._loop.can_batch else 1
         chunks = [samples[start : start + size] for start in range(0, len(samples), size)]
         for memory in self._memories.values():
             memory.number = None  # it holds another batch
-        self._rewind()
         if not self._objective.couples:
             self.num_passes = 1
-            self._sum.zero_()
             for alike in self._alike(chunks, x):
                 self._run("differentiate", self._load(alike[0], x, y), self._differentiating, times=len(alike))
             return self._sum
@@ -77,6 +75,39 @@ class CapturedDataTerm(DataTerm):
         self._say_two_passes(len(samples))
         return self._twice(chunks, x, y, coupling, share)
 
+    def begin_(self, x: SharedView, y: Tensor, kl: tuple[float, float], is_first: bool) -> Tensor:
+        """See `DataTerm`; the targets are a copy that stays where it is."""
+        self._fix(kl[0], x.device.type)
+        name = tuple(y.shape), y.dtype
+        if name not in self._targets:
+            self._targets[name] = torch.empty_like(y), torch.empty_like(y)
+        given, checked = self._targets[name]
+        given.copy_(y)
+
+        def body() -> None:
+            if is_first:
+                self._posterior.read_slots_()
+                self._latch.begin_()
+            self._rewind()
+            self._sum.zero_()
+            checked.copy_(self._checked(given))
+
+        state = [self._posterior.buffer.reduced, *self._posterior.sampler.work.values(), self._latch.clock.now]
+        self._recorder.run(("begin", is_first, name), self._fixed, self.num_steps, body, state=[*state, self._sum, checked])
+        return checked
+
+    def add_(self, data_term: Tensor, global_batch_size: int, is_last: bool) -> None:
+        """See `DataTerm`; what is last waits for `completing_`."""
+        if not is_last:
+            super().add_(data_term, global_batch_size, is_last)
+        elif data_term is not self._sum:
+            self._sum.copy_(data_term)
+
+    def completing_(self, checksum: Callable[[], Tensor]) -> None:
+        """Do what `DataTerm.complete_` does, within a capture. Local."""
+        self._tally[Tally.DATA_TERM] += (self._sum / self._latch.num_examples).to(self._sum.dtype)
+        self._latch.complete_(checksum())
+
     def _fix(self, prior_share: float, device_type: str) -> None:
         """Note what a capture would fix, and whether there can be one. Local."""
         posterior, ours = self._posterior, "hpc_bnn."
@@ -85,12 +116,14 @@ class CapturedDataTerm(DataTerm):
         of = map(type, (family, self._objective))
         self._counts = posterior.is_replicated and all(kind.__module__.startswith(ours) for kind in of)
         self._kl = prior_share, self._latch.scalars.kl_weight
-        self._fixed = fixed_by(*layers, family, self._objective, self._likelihood)
-        self._fixed += [
-            prior_share, self._loop.can_batch, torch.is_autocast_enabled(device_type),
-            torch.get_autocast_dtype(device_type), _float32_precision(),
-            torch.are_deterministic_algorithms_enabled(),
-        ]  # fmt: skip
+        self._fixed = self._fixes.now(
+            *layers, family, self._objective, self._likelihood,
+            also=[
+                prior_share, self._loop.can_batch, torch.is_autocast_enabled(device_type),
+                torch.get_autocast_dtype(device_type), _float32_precision(),
+                torch.are_deterministic_algorithms_enabled(),
+            ],
+        )  # fmt: skip
         self._may_capture = posterior.network.is_replayable and not has_hooks(layers)
         if not self._may_capture:
             reason = (
@@ -119,13 +152,12 @@ class CapturedDataTerm(DataTerm):
         numbers = [x.number(sample) for sample in chunk]
         is_shared = len(set(numbers)) == 1
         inputs = x.of(chunk[0]) if is_shared else stack([x.of(sample) for sample in chunk])
-        name = _form(inputs), y.shape, y.dtype, len(chunk), is_shared, None if self._counts else tuple(chunk)
+        name = _form(inputs), tuple(y.shape), y.dtype, len(chunk), is_shared, None if self._counts else tuple(chunk)
         if name not in self._memories:
             view = None if is_shared else 0 if self._counts else chunk[0]
-            self._memories[name] = _Memory(name, inputs, y, view)
+            self._memories[name] = _Memory(name, inputs, view)
         memory = self._memories[name]
-        if memory.number is None:
-            memory.y.copy_(y)
+        memory.y = y
         if memory.number is None or not is_shared or memory.number != numbers[0]:
             for mine, given in zip(tensors_of(memory.x), tensors_of(inputs)):
                 mine.copy_(given)
@@ -225,18 +257,22 @@ class CapturedDataTerm(DataTerm):
 
 
 class _Memory:
-    """What a segment reads and writes, where it stays: the inputs of a chunk of samples, and what it exchanges."""
+    """What a segment reads and writes, where it stays: the inputs of a chunk of samples, and what it exchanges.
+
+    The targets stay as well, in memory that all segments share.
+    """
 
     number: int | None = None
     """Of the view that is in it; None: of another batch."""
+    y: Tensor
     chunk: Sequence[int]
     offsets: Sequence[int]
     """Numbers of its samples, and their distances from the sample of the clock."""
     statistic: Tensor
 
-    def __init__(self, name: Hashable, x: Inputs, y: Tensor, first: int | None):
+    def __init__(self, name: Hashable, x: Inputs, first: int | None):
         self.name = name
-        self.x, self.y = map_tensors(torch.empty_like, x), torch.empty_like(y)
+        self.x = map_tensors(torch.empty_like, x)
         self.view = SharedView(self.x) if first is None else _Rows(self.x, first)
         self.tensors: dict[str, Tensor] = {}
         self.counted: dict[Callable, tuple[list[int], list[float]]] = {}  # by BatchNorm, in each body

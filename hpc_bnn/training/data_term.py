@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ..comm import GridComm
 from ..likelihoods import Likelihood
-from ..noise import Key
+from ..noise import Key, from_host
 from ..objectives import Coupling, Objective
+from ..posteriors import Tally
 from ..posteriors.sample_loop import SampleLoop
 from ..views import SharedView
 from .reducer import Reducer
@@ -60,6 +61,38 @@ class DataTerm:
         targets = y.expand(count, *y.shape).flatten(0, 1)
         statistic = self._objective.statistic(self._likelihood, outputs.flatten(0, 1), targets)
         return statistic.unflatten(0, (count, len(y)))
+
+    def begin_(self, x: SharedView, y: Tensor, kl: tuple[float, float], is_first: bool) -> Tensor:
+        """Begin a step, or (not ``is_first``) another micro-batch of it, and return the targets to work with. Local.
+
+        Classes are indices: one outside of the support becomes another one, and is counted, so that all ranks raise.
+        """
+        if is_first:
+            self._loop.posterior.read_slots_()
+        return self._checked(y)
+
+    def _checked(self, y: Tensor) -> Tensor:
+        misfits = ~self._likelihood.fits(y)
+        self._tally[Tally.NUM_MISFITS] += misfits.any()
+        return y if y.is_floating_point() else y.masked_fill(misfits, 0)
+
+    @property
+    def _tally(self) -> Tensor:
+        return self._loop.posterior.buffer.tally
+
+    def add_(self, data_term: Tensor, global_batch_size: int, is_last: bool) -> None:
+        """Add what a call returned to what is summed over the job. Local."""
+        self._tally[Tally.DATA_TERM] += data_term / global_batch_size
+
+    def complete_(self, checksum: Callable[[], Tensor], numbers: Sequence[int]) -> Tensor:
+        """Write the rest of what is summed over the job, and return whether this rank's part is not finite. Local.
+
+        ``numbers`` are those that the host knows, `Tally` from NUM_STOPS on.
+        """
+        is_broken = ~checksum().isfinite()
+        self._tally[Tally.NUM_BROKEN] = is_broken
+        self._tally[Tally.NUM_STOPS :] = from_host(numbers, self._tally.device, self._tally.dtype)
+        return is_broken
 
     def __call__(
         self,

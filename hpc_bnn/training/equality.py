@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ..comm import GridComm
 from ..errors import RankError
-from ..noise import from_host
 from ..posteriors import Posterior, Tally
 from ..trees import tensors_of
 from ..views import SharedView
@@ -57,7 +56,7 @@ class Comparison:
         self._comm, self.looks, self._has_replicas = comm, True, False
         self._places: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor]] = {}
         self._mask = 2 ** int(math.log2(2**23 // comm.grid.world_size)) - 1
-        self.begin_(0, 0)
+        self.begin_(0, 0, {})
 
     def make_replicas_equal_(self, posterior: Posterior) -> None:
         """Overwrite what all ranks, or those of a data group, must share with that of the first, and say what differed.
@@ -83,9 +82,10 @@ class Comparison:
                 ", ".join(sorted(names)),
             )
 
-    def begin_(self, step: int, global_batch_size: int) -> None:
-        """Begin a step. Local."""
-        self._settings: dict[str, Any] = {"the number of steps": step, "global_batch_size": global_batch_size}
+    def begin_(self, step: int, global_batch_size: int, settings: dict[str, Any]) -> None:
+        """Begin a step, of which settings must be equal on all ranks. Local."""
+        self._settings = {"the number of steps": step, "global_batch_size": global_batch_size, **settings}
+        self._settings_digest = zlib.crc32(repr(self._settings).encode()) & self._mask
         self._step, self._global_batch_size, self.num_examples = step, global_batch_size, 0
         self._targets: Digest = 0
         self._inputs: Digest = 0
@@ -118,27 +118,27 @@ class Comparison:
                 before = (words.to(torch.int64) * weights).sum() + shape + before * _FACTORS[0]
         return before
 
-    def fill_(self, tally: Tensor, settings: dict[str, Any], *, by_place: bool) -> None:
-        """Write what is compared into the scalars that are summed. Local.
+    def numbers(self, num_examples: int, by_place: bool) -> list[int]:
+        """Return what the host knows of a step of this rank, in the order of `Tally` from NUM_EXAMPLES on. Local.
 
-        ``settings`` must be equal on all ranks; ``by_place`` says that noise goes by places in the global batch.
+        ``by_place`` says that noise goes by places in the global batch.
         """
         grid = self._comm.grid
-        self._settings |= settings
-        is_misplaced = by_place and self.num_examples != len(grid.share(self._global_batch_size, "data"))
-        settings_digest = zlib.crc32(repr(self._settings).encode()) & self._mask
+        is_misplaced = by_place and num_examples != len(grid.share(self._global_batch_size, "data"))
+        parts = [0 if isinstance(part, Tensor) else part for part in self._batch()]
+        settings = self._settings_digest * _weight(grid.rank, grid.world_size)
+        return [num_examples * grid.is_first("sample"), int(is_misplaced), settings, *map(int, parts)]
+
+    def fill_(self, tally: Tensor) -> None:
+        """Write into the scalars that are summed what only the device knows of the batch. Local."""
+        for place, part in zip((Tally.BATCH, Tally.BATCH_TOO), self._batch()):
+            if isinstance(part, Tensor):
+                tally[place] = part
+
+    def _batch(self) -> list[Digest]:
         batch: Digest = self._targets * _FACTORS[0] + self._inputs
-        weight = _weight(grid.sample_index, grid.sample_size)
-        parts = [(batch >> shift & self._mask) * weight for shift in (40, 17)]
-        values = [
-            self.num_examples * grid.is_first("sample"), is_misplaced,
-            settings_digest * _weight(grid.rank, grid.world_size), *parts,
-        ]  # fmt: skip
-        from_device = [place for place, value in enumerate(values) if isinstance(value, Tensor)]
-        numbers = [0 if isinstance(value, Tensor) else value for value in values]
-        tally[Tally.NUM_EXAMPLES :] = from_host(numbers, tally.device, tally.dtype)
-        for place in from_device:
-            tally[Tally.NUM_EXAMPLES + place] = values[place]
+        weight = _weight(self._comm.grid.sample_index, self._comm.grid.sample_size)
+        return [(batch >> shift & self._mask) * weight for shift in (40, 17)]
 
     def check(self, tally: list[float]) -> None:
         """Raise `RankError` on all ranks where the sums say that ranks differ. Collective over the world if they do."""

@@ -119,15 +119,18 @@ class Latch:
     def __init__(self, posterior: Posterior, num_samples: int, num_groups: int):
         device = posterior.buffer.flat.device
         self._tally, is_cuda = posterior.buffer.tally, device.type == "cuda"
-        self._given = torch.zeros(6 + num_groups, dtype=torch.float64, device=device)
-        kl_weight, count, step, _, self.share, self._num_examples, rate, *_ = self._given.unbind()
+        num_known = len(Tally) - Tally.NUM_STOPS
+        self._given = torch.zeros(6 + num_groups + num_known, dtype=torch.float64, device=device)
+        kl_weight, count, step, _, self.share, self.num_examples, rate, *_ = self._given.unbind()
         self.scalars, self.clock = Scalars(kl_weight, count, step, rate), Clock(device)
+        self._given_rates, self._known = self._given[6:].split([num_groups, num_known])
         # torch's fused kernels on GPUs read a rate as float32, those on CPUs as it is
-        self._rates = self._given[6:].float() if is_cuda else self._given[6:]
+        self._rates = self._given_rates.float() if is_cuda else self._given_rates
         self.rates = list(self._rates.unbind())
+        self._numbers: Sequence[int] = ()
         self._found = torch.zeros(len(Tally) + 3, dtype=torch.float64, device=device)
-        self._to_device, self._to_host = (
-            [_Slot(len(of), is_cuda) for _ in range(NUM_SLOTS)] for of in (self._given, self._found)
+        self._to_device, self._to_device_later, self._to_host = (
+            [_Slot(len(of), is_cuda) for _ in range(NUM_SLOTS)] for of in (self._given, self._known, self._found)
         )
         self._events = [torch.cuda.Event() for _ in range(NUM_SLOTS)] if is_cuda else []
         self.is_sound = torch.ones((), dtype=torch.bool, device=device)
@@ -138,30 +141,54 @@ class Latch:
         self._num_samples = float(num_samples)
 
     def give_(
-        self, num_steps: int, first_sample: int, kl_weight: float, global_batch_size: int, rates: Sequence[float]
+        self,
+        num_steps: int,
+        first_sample: int,
+        kl_weight: float,
+        global_batch_size: int,
+        rates: Sequence[float],
+        numbers: Sequence[int],
     ) -> None:
-        """Send what the host knows of a step, without a wait; ``kl_weight`` is that per example. Local."""
+        """Send what the host knows of a step, without a wait. Local.
+
+        ``kl_weight`` is that per example; ``numbers`` go into `Tally` from NUM_STOPS on, as far as they are known
+        (`amend_`).
+        """
         slot = self._to_device[num_steps % NUM_SLOTS]
         batch = 1.0 / global_batch_size, global_batch_size
-        slot.array[:] = [kl_weight, self._num_samples, num_steps, first_sample, *batch, *rates]
+        slot.array[:] = [kl_weight, self._num_samples, num_steps, first_sample, *batch, *rates, *numbers]
         self._given.copy_(slot.tensor, non_blocking=True)
-        if self._rates.dtype != self._given.dtype:
-            self._rates.copy_(self._given[6:])
+        self._numbers = numbers
+
+    def amend_(self, num_steps: int, numbers: Sequence[int]) -> None:
+        """Send the numbers of `give_` once more, where they have become others. Local."""
+        if numbers != self._numbers:
+            slot = self._to_device_later[num_steps % NUM_SLOTS]
+            slot.array[:] = numbers
+            self._known.copy_(slot.tensor, non_blocking=True)
+
+    def begin_(self) -> None:
+        """Begin a step with what was given. Local."""
+        if self._rates is not self._given_rates:
+            self._rates.copy_(self._given_rates)
+        self.begin_samples_()
 
     def begin_samples_(self) -> None:
         """Set the clock to the step, and to the first of this rank's samples. Local."""
         self.clock.now.copy_(self._given[2:4])
 
-    def note_(self, checksum: Tensor) -> None:
-        """Note whether this rank's part of the sum is finite, in what is summed as well. Local."""
+    def complete_(self, checksum: Tensor) -> None:
+        """Write what is summed: whether this rank's part of the sum is finite, and what the host knows. Local."""
         self.is_broken_here.copy_(~checksum.isfinite())
         self._tally[Tally.NUM_BROKEN] = self.is_broken_here
+        self._tally[Tally.NUM_STOPS :] = self._known
 
     def look_(self) -> None:
         """Take in whether the step is sound, after the sum over the job; it stays unsound. Local."""
-        zeros = self._tally.clone()
-        zeros[Tally.NUM_EXAMPLES] -= self._num_examples
-        self.is_sound.logical_and_((zeros[Tally.NUM_MISFITS :] == 0).all() & (zeros[Tally.NUM_BROKEN] == 0))
+        zeros = self._tally[Tally.NUM_BROKEN :].clone()
+        zeros[Tally.NUM_STOPS - Tally.NUM_BROKEN] = 0
+        zeros[Tally.NUM_EXAMPLES - Tally.NUM_BROKEN] -= self.num_examples
+        self.is_sound.logical_and_((zeros == 0).all())
         self.found_inf.copy_(self.is_sound.logical_not())
 
     def find_(self, kl: Tensor) -> None:

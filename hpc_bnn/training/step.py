@@ -28,7 +28,7 @@ from ..posteriors.sample_loop import SampleLoop
 from ..trees import Inputs
 from ..views import OwnView, SharedView
 from .batch_trial import BatchTrial
-from .capture import Recorder, fixed_by
+from .capture import Fixed, Recorder
 from .captured_data_term import CapturedDataTerm
 from .data_term import DataTerm
 from .equality import Comparison
@@ -139,16 +139,17 @@ class VariationalStep(StepState):
         # Of a sample in what depends on the sample alone: it counts once in the job
         self._prior_share = 1.0 / num_samples if comm.grid.is_first("data") else 0.0
         self.comparison = Comparison(comm)
-        self._targets: list[tuple[Tensor, Tensor]] = []
+        self._targets: list[Tensor] = []
         self._phase: Literal["idle", "accumulating", "accumulated", "reduced"] = "idle"
         self._begun = 0  # what `Posterior.num_begun` was
         self._check_features()
         device = posterior.buffer.flat.device
         self.scalars = Scalars.on(device)
         self.recorder: Recorder | None = None
-        self._is_captured, self._num_updates = False, 0  # of this object
+        self._is_captured = self._is_latched = self._completes_with_update = False
+        self._num_updates = 0  # of this object
         if capture == "on" or (capture == "auto" and device.type == "cuda"):
-            self.recorder = Recorder(device, speaks)
+            self.recorder, self._fixes = Recorder(device, speaks), Fixed()
             self._latch = Latch(posterior, num_samples, len(self.updater.optimizer.param_groups))
             self.scalars, options = self._latch.scalars, {"seed": seed, "num_samples": num_samples}
             self._captured = CapturedDataTerm(*given, recorder=self.recorder, latch=self._latch, **options)
@@ -242,25 +243,22 @@ class VariationalStep(StepState):
         counts_samples = posterior.capabilities.kl in ("Monte Carlo", "point") and self._prior_share > 0
         if len(x) == 0 and not posterior.network.batch_norms.layers and not (is_last and counts_samples):
             mine = range(0)  # nothing to evaluate, and nobody waits for this rank
-        # On the device: the flag travels with the sum, so that all ranks raise. Classes are indices: a wrong one is no memory
-        misfits = ~self.likelihood.fits(y)
-        self._targets = [*([] if is_first else self._targets), (y, misfits)]
-        y = y if y.is_floating_point() else y.masked_fill(misfits, 0)
+        self._targets = [*([] if is_first else self._targets), y]
         if is_first:
             self._begin(x, y, samples, global_batch_size)
-        posterior.buffer.tally[Tally.NUM_MISFITS] += misfits.any()
+        kl = self._prior_share * is_last, self.kl_weight(self.num_steps) / self.num_train_examples
+        given, y = y, self.data_term.begin_(x, y, kl, is_first)
         first_example: int | Tensor = self._first_example + self.comparison.num_examples
         if self._is_captured and posterior.sampler.noisy is not None:
             first_example = self._latch.first_example.fill_(first_example)
         posterior.sampler.switch_(True, first_example)
-        self.comparison.add_(x, y)
+        self.comparison.add_(x, given)
         try:
             with posterior.network.running(lambda tensor: comm.sum_(tensor, "data")):
                 # One coupling for each micro-batch: objectives couple samples, not examples
                 coupling = self.objective.begin(y, samples, self.num_samples)
-                kl = self._prior_share * is_last, self.kl_weight(self.num_steps) / self.num_train_examples
                 data_term = self.data_term(mine, x, y, self.key, coupling, 1.0 / global_batch_size, kl, is_last)
-                posterior.buffer.tally[Tally.DATA_TERM] += data_term / global_batch_size
+            self.data_term.add_(data_term, global_batch_size, is_last)
         finally:
             posterior.sampler.switch_(False)
         self._phase = "accumulated" if is_last else "accumulating"
@@ -285,22 +283,16 @@ class VariationalStep(StepState):
         self.reducer.start_()
         posterior.complete_(self._prior_share)
         # NaN and infinity survive a sum. The flag travels with the gradient: no collective of its own.
+        checksum, numbers = self.reducer.local_checksum, self._numbers(self.comparison.num_examples)
         if self._is_captured and self.recorder is not None:
-            latch, checksum = self._latch, self.reducer.local_checksum
-            state = [tally, latch.is_broken_here]
-            self.recorder.run("checksum", (), self.num_steps, lambda: latch.note_(checksum()), state=state)
+            self._latch.amend_(self.num_steps, numbers)
+            self._is_broken_here = self._latch.is_broken_here
+            if not self._completes_with_update:
+                state = [tally, self._is_broken_here]
+                self.recorder.run("complete", (), self.num_steps, lambda: self._captured.completing_(checksum), state=state)
         else:
-            self._is_broken_here = ~self.reducer.local_checksum().isfinite()
-            tally[Tally.NUM_BROKEN] = self._is_broken_here
-        tally[Tally.NUM_STOPS] = self.wants_stop
-        settings = {
-            "kl_weight": self.kl_weight(self.num_steps),
-            "the learning rate": [g["lr"] for g in self.updater.optimizer.param_groups if not torch.is_tensor(g["lr"])],
-            "num_samples": self.num_samples,
-            "num_train_examples": self.num_train_examples,
-            "seed": self.seed,
-        }
-        self.comparison.fill_(tally, settings, by_place=posterior.sampler.noisy is not None)
+            self._is_broken_here = self.data_term.complete_(checksum, numbers)
+        self.comparison.fill_(tally)
         self.reducer.reduce_()
         self._phase = "reduced"
 
@@ -311,7 +303,7 @@ class VariationalStep(StepState):
         """
         self._expect(("reduced",), "update_", "reduce_()")
         self._num_updates += 1
-        if self._is_captured and self._num_updates > 1 and self.updater.why_not_latched() is None:
+        if self._is_latched:
             return self._update_latched_()
         self._settle(0)  # no update on top of a step that was not sound
         posterior = self.posterior
@@ -320,8 +312,7 @@ class VariationalStep(StepState):
             event.record()
             wait_for(event)
         tally = posterior.buffer.tally.tolist()
-        is_broken_here = self._latch.is_broken_here if self._is_captured else self._is_broken_here
-        self._check_sound(tally, is_broken_here, self._targets, self.comparison)
+        self._check_sound(tally, self._is_broken_here, self._targets, self.comparison)
         kl_weight = self.kl_weight(self.num_steps)
         self.scalars.kl_weight.fill_(kl_weight / self.num_train_examples)
         self.scalars.step.fill_(self.num_steps)
@@ -344,12 +335,13 @@ class VariationalStep(StepState):
         self,
         tally: list[float],
         is_broken_here: Tensor | float,
-        targets: Sequence[tuple[Tensor, Tensor]],
+        targets: Sequence[Tensor],
         comparison: Comparison,
     ) -> None:
         """Raise what the sums of a step say, on all ranks. Collective over the world if they do."""
         if tally[Tally.NUM_MISFITS]:
-            mine = next((y[misfits][0].item() for y, misfits in targets if misfits.any()), None)
+            misfits = [y[~self.likelihood.fits(y)] for y in targets]
+            mine = next((found[0].item() for found in misfits if len(found)), None)
             wrong = {rank: target for rank, target in enumerate(self.comm.gather_objects(mine)) if target is not None}
             where = f" on rank {', '.join(map(str, wrong))} in step {self.num_steps}"
             raise self.likelihood.fault_of(next(iter(wrong.values())), where)
@@ -409,7 +401,7 @@ class VariationalStep(StepState):
         """Decide whether the samples of a step are captured, and say why not. Local."""
         if self.recorder is None:
             return
-        why = None
+        why, self._is_latched = None, False
         has_norms = self.posterior.network.batch_norms.layers and self.posterior.module.training
         if has_norms and self.comm.grid.data_size > 1:
             why = "BatchNorm sums its statistics over the data axis in each pass"
@@ -419,18 +411,25 @@ class VariationalStep(StepState):
             why = "the optimizer has got another group of parameters"
         elif (reason := self.updater.why_not_latched()) is not None:
             self.recorder.say(f"the host waits before each update: {reason}")
+        else:
+            self._is_latched = self._num_updates > 0  # the first makes the state of the optimizer
         if why is not None:
             self.recorder.say(why)
         self._is_captured = why is None
+        # With nothing to sum over ranks, one graph less
+        self._completes_with_update = self._is_latched and self.comm.grid.world_size == 1
         self.data_term = self._captured if self._is_captured else self._plain_data_term
 
     def _update_latched_(self) -> StepResult:
         """Do what `update_` does where the device finds the step sound, and wait for nothing. Local."""
         posterior, latch, recorder = self.posterior, self._latch, self.recorder
         family, norms = posterior.family_, posterior.network.batch_norms
+        completes = self._completes_with_update
         assert recorder is not None
 
         def body() -> None:
+            if completes:
+                self._captured.completing_(self.reducer.local_checksum)
             latch.look_()
             with latch.keeping(norms.running()):
                 posterior.finish_(self.scalars)
@@ -445,12 +444,11 @@ class VariationalStep(StepState):
                     posterior.after_update_(self.scalars, Key(self.seed, Stream.NOISE, clock=latch.clock))
             latch.find_(kl)
 
-        fixed = fixed_by(
-            family, [*self.updater.fixed(), *norms.fixed(), posterior.module.training, self.max_gradient_norm]
-        )
+        also = [*self.updater.fixed(), *norms.fixed(), posterior.module.training, self.max_gradient_norm]
+        fixed = self._fixes.now(family, also=also)
         slots = [*posterior.buffer.values.values(), posterior.buffer.reduced, *norms.running()]
         state = [*slots, *self.updater.state(), *latch.state(), *posterior.sampler.work.values()]
-        recorder.run("update", fixed, self.num_steps, body, state=state)
+        recorder.run(("update", completes), fixed, self.num_steps, body, state=state)
         evidence = self._targets, copy.copy(self.comparison)  # the next step begins others
         result = latch.send_(self.num_steps, self.kl_weight(self.num_steps), self.num_train_examples, evidence)
         self.num_steps += 1
@@ -477,24 +475,26 @@ class VariationalStep(StepState):
         self._settle(LAG - 1)
         self.comparison.make_replicas_equal_(posterior)
         self.reducer.begin_()  # waits for sums that write into the buffer, before it is emptied
-        posterior.begin_()  # it notices changed layers, which ask for another look
+        posterior.prepare_()  # it notices changed layers, which ask for another look
         if len(x) and (not self._is_prepared or posterior.network.needs_look() or self._trial.is_due(samples)):
+            posterior.read_slots_()
             if not self._is_prepared:
                 posterior.sampler.prepare_(x.of(samples[0]))
                 self._is_prepared = True
             self.loop.look(samples, x, self.key, self.comm.grid)
-            self._trial(samples, x, y, self.key)
-            posterior.begin_()  # these have drawn
+            self._trial(samples, x, y if y.is_floating_point() else y * self.likelihood.fits(y), self.key)
+            posterior.prepare_()  # these have drawn
         if not self._has_agreed:
             self._agree_on_batches()
-        self.comparison.begin_(self.num_steps, global_batch_size)
+        self.comparison.begin_(self.num_steps, global_batch_size, self._settings())
         self._first_example = self.comm.grid.local_examples(global_batch_size).start
         self._begun = self.posterior.num_begun
         self._choose_path()
         if self._is_captured:
             kl_weight = self.kl_weight(self.num_steps) / self.num_train_examples
             self._captured.num_steps = self.num_steps
-            self._latch.give_(self.num_steps, samples.start, kl_weight, global_batch_size, self.updater.rates())
+            rates, numbers = self.updater.rates(), self._numbers(len(x))
+            self._latch.give_(self.num_steps, samples.start, kl_weight, global_batch_size, rates, numbers)
         grid = self.comm.grid
         if self.num_steps == 0 and grid.is_first("world") and global_batch_size < grid.data_size:
             logger.warning(
@@ -503,6 +503,21 @@ class VariationalStep(StepState):
                 global_batch_size,
                 grid.data_size,
             )
+
+    def _settings(self) -> dict[str, Any]:
+        """Return what all ranks must have in common besides the batch."""
+        return {
+            "kl_weight": self.kl_weight(self.num_steps),
+            "the learning rate": [g["lr"] for g in self.updater.optimizer.param_groups if not torch.is_tensor(g["lr"])],
+            "num_samples": self.num_samples,
+            "num_train_examples": self.num_train_examples,
+            "seed": self.seed,
+        }
+
+    def _numbers(self, num_examples: int) -> list[int]:
+        """Return what the host knows of what is summed, `Tally` from NUM_STOPS on."""
+        known = self.comparison.numbers(num_examples, by_place=self.posterior.sampler.noisy is not None)
+        return [int(self.wants_stop), *known]
 
     def _agree_on_batches(self) -> None:
         """Walk on all ranks where one cannot batch. Collective over the world, in the first step, where chunks are asked for."""

@@ -22,6 +22,9 @@ ELEMENTWISE = ("Adam", "AdamW", "SGD", "RMSprop", "Adagrad", "Adadelta", "Adamax
 FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 """Those that torch updates in one pass over memory, on CPUs and on GPUs."""
 
+_NOT_FIXED = ("lr", "initial_lr", "params")
+"""Options of a group that a captured update reads anew, or whose parts count one by one."""
+
 _OF_POSTERIOR = "Make it with posterior.parameters()"
 
 
@@ -132,11 +135,10 @@ class Updater:
 
     def fixed(self) -> list[Any]:
         """Return what a capture of `update_latched_` fixes besides tensors. Local."""
-        groups = self.optimizer.param_groups
-        options = [
-            [(key, v) for key, v in group.items() if key not in ("lr", "initial_lr", "params")] for group in groups
-        ]
-        return [self.optimizer, options, [[id(p) for p in group["params"]] for group in groups]]
+        found: list[Any] = [self.optimizer]
+        for group in self.optimizer.param_groups:
+            found += [len(group), *(v for key, v in group.items() if key not in _NOT_FIXED), *group["params"]]
+        return found
 
     def state(self) -> list[Tensor]:
         """Return the tensors of the optimizer's state. Local."""
