@@ -5,7 +5,7 @@
 It writes tables in Markdown, with card, driver and versions: milliseconds per step (median of interleaved rounds), the ratio
 to *det* (the deterministic network with S times the batch, in a graph, of the same dtype), peak memory, and what the host does
 in a step: launches of kernels and of graphs, copies, and waits. Without a GPU it says so and measures nothing; ``--device cpu
---small`` runs the same code on a CPU at a small size. Not yet run on a GPU.
+--small`` runs the same code on a CPU at a small size.
 """
 
 from __future__ import annotations

@@ -171,7 +171,9 @@ class Addresses:
         start = len(self._gradients)
         self._gradients += gradients
         if len(self._gradients) > len(self._table):
-            raise RuntimeError(f"{len(self._gradients)} gradients were folded where {len(self._table)} were seen before")
+            raise RuntimeError(
+                f"{len(self._gradients)} gradients were folded where {len(self._table)} were seen before"
+            )
         return self._table[start : start + len(gradients)]
 
     def fill_(self) -> list[Tensor]:

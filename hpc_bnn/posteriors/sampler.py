@@ -121,9 +121,7 @@ class Sampler:
         self._leaves = {name: view.detach().requires_grad_() for name, view in views.items()}
         for number, block in enumerate(self._blocks[: self._num_early]):
             for name in block.layout:
-                self._leaves[name].register_post_accumulate_grad_hook(
-                    lambda _, number=number: self._arrived(number, 1)
-                )
+                self._leaves[name].register_post_accumulate_grad_hook(lambda _, number=number: self._arrived(number, 1))
         return self._leaves
 
     def _sample_(self, out: Tensor) -> None:

@@ -93,7 +93,9 @@ class CapturedDataTerm(DataTerm):
             checked.copy_(self._checked(given))
 
         state = [self._posterior.buffer.reduced, *self._posterior.sampler.work.values(), self._latch.clock.now]
-        self._recorder.run(("begin", is_first, name), self._fixed, self.num_steps, body, state=[*state, self._sum, checked])
+        self._recorder.run(
+            ("begin", is_first, name), self._fixed, self.num_steps, body, state=[*state, self._sum, checked]
+        )
         return checked
 
     def add_(self, data_term: Tensor, global_batch_size: int, is_last: bool) -> None:

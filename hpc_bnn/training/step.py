@@ -289,7 +289,9 @@ class VariationalStep(StepState):
             self._is_broken_here = self._latch.is_broken_here
             if not self._completes_with_update:
                 state = [tally, self._is_broken_here]
-                self.recorder.run("complete", (), self.num_steps, lambda: self._captured.completing_(checksum), state=state)
+                self.recorder.run(
+                    "complete", (), self.num_steps, lambda: self._captured.completing_(checksum), state=state
+                )
         else:
             self._is_broken_here = self.data_term.complete_(checksum, numbers)
         self.comparison.fill_(tally)
@@ -332,11 +334,7 @@ class VariationalStep(StepState):
         return StepResult(nelbo, data_term, kl, kl_weight, tally[Tally.NUM_STOPS] > 0)
 
     def _check_sound(
-        self,
-        tally: list[float],
-        is_broken_here: Tensor | float,
-        targets: Sequence[Tensor],
-        comparison: Comparison,
+        self, tally: list[float], is_broken_here: Tensor | float, targets: Sequence[Tensor], comparison: Comparison
     ) -> None:
         """Raise what the sums of a step say, on all ranks. Collective over the world if they do."""
         if tally[Tally.NUM_MISFITS]:

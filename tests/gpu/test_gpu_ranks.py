@@ -1,4 +1,4 @@
-"""Two ranks that share one GPU under NCCL: captured steps keep the layout law. Not yet run on a GPU.
+"""Two ranks that share one GPU under NCCL: captured steps keep the layout law.
 
 ``HPC_BNN_GPU_CHECK=cpu`` runs the same code under Gloo.
 """

@@ -1,9 +1,10 @@
 """A step on a GPU against one on a CPU, captured against launched anew; noise, faults, host reads. Local to one GPU.
 
-Not yet run on a GPU. ``HPC_BNN_GPU_CHECK=cpu`` runs the same code on a CPU, where nothing is captured.
+``HPC_BNN_GPU_CHECK=cpu`` runs the same code on a CPU, where nothing is captured.
 """
 
 import contextlib
+import gc
 import os
 
 import pytest
@@ -18,6 +19,7 @@ from hpc_bnn.training.capture import HostReads
 DEVICE = os.environ.get("HPC_BNN_GPU_CHECK", "cuda")
 IS_GPU = DEVICE == "cuda"
 pytestmark = pytest.mark.skipif(IS_GPU and not torch.cuda.is_available(), reason="no GPU is visible")
+gc.freeze()  # each capture collects garbage: not among all that is imported
 
 
 @pytest.fixture(autouse=True)
