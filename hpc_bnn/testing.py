@@ -110,20 +110,26 @@ def check_objective(
     for dtype in dtypes:
         for count in num_samples:
             count = max(comm.grid.sample_size, 1) if count == "one per rank" else count
-            expected = None
+            step = make_step(comm, objective, likelihood, dtype, num_samples=count)
+            x, y = make_examples(likelihood, dtype)
+            expected = _on_first(comm, lambda: differentiate(step, reference, x, y))  # noqa: B023
+            mine = comm.grid.local_examples(NUM_EXAMPLES)
             # float64 with all chunk sizes, other dtypes with one: rounding has nothing to do with chunks
             for chunk_size in chunk_sizes if dtype is torch.float64 else chunk_sizes[-1:]:
-                step = make_step(comm, objective, likelihood, dtype, num_samples=count, chunk_size=chunk_size)
-                x, y = make_examples(likelihood, dtype)
-                if expected is None:
-                    expected = differentiate(step, reference, x, y)
-                mine = comm.grid.local_examples(NUM_EXAMPLES)
-                step.accumulate_(x[mine], y[mine], NUM_EXAMPLES)
+                step.loop.chunk_size = chunk_size
+                step.accumulate_batch_(x[mine], y[mine], NUM_EXAMPLES)
                 step.reduce_()
                 step.posterior.finish_(step.scalars)
                 got = {"loss": step.posterior.buffer.tally[0], "gradient": step.posterior.buffer.gradient}
                 failures += _differences(comm, got, expected, dtype, f"{count} samples, chunk_size {chunk_size}")
     _agree(comm, objective.name, failures)
+
+
+def _on_first(comm: GridComm, compute: Callable[[], Slots]) -> Slots:
+    """Return what one rank computes for all. Collective over the world."""
+    with comm.agree("computing the definition"):
+        found = compute() if comm.grid.is_first("world") else None
+    return comm.broadcast_object(found)
 
 
 def _differences(comm: GridComm, got: Slots, expected: Slots, dtype: torch.dtype, case: str) -> list[str]:
@@ -238,8 +244,13 @@ def check_family(
         )  # fmt: skip
         x, y = make_examples(step.likelihood, dtype)
         if dtype not in expected:
-            definition = _definition(step, weights, outputs)
-            expected[dtype] = _differentiate_family(step, definition, kl, log_prior, x, y)
+
+            def compute(step=step, x=x, y=y) -> Slots:
+                definition = _definition(step, weights, outputs)
+                return _differentiate_family(step, definition, kl, log_prior, x, y)
+
+            # Rows that belong to samples differ from rank to rank
+            expected[dtype] = _on_first(comm, compute) if step.posterior.is_replicated else compute()
         mine = range(NUM_EXAMPLES)[comm.grid.local_examples(NUM_EXAMPLES)]
         ends = [mine.start + len(mine) * part // num_parts for part in range(num_parts + 1)]
         for start_, stop in itertools.pairwise(ends):
