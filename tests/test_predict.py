@@ -71,6 +71,71 @@ def test_predictions_of_classes_are_those_of_the_evaluation(digits_run, digits, 
     assert "it is there already" in capsys.readouterr().err
 
 
+def test_predictions_are_data_with_names_and_truth(digits_run, numbers, numbers_run, digits, tmp_path):
+    xarray = pytest.importorskip("xarray")
+    for run_dir, shards in ((digits_run, digits), (numbers_run, numbers / "here")):
+        path = tmp_path / f"{run_dir.name}.nc"
+        command = ["predict", str(run_dir), "--output", str(path), "--members", "true"]
+        assert main(command) == 0
+        with h5py.File(
+            shards / json.loads((shards / "manifest.json").read_text())["splits"]["test"][0]["file"]
+        ) as file:
+            truth = file["y"][()]
+        with xarray.open_dataset(path, engine="netcdf4") as found:
+            assert not any("phony" in name for name in found.sizes)
+            np.testing.assert_allclose(found["y"], truth, rtol=1e-6)
+            assert found["quantiles"].sel(quantile=0.25).shape == found["std"].shape
+            assert found["members"].mean("member").shape == found["std"].shape and len(found.example) == len(truth)
+            if run_dir is digits_run:
+                assert found["probabilities"].sel(category=3).dims == ("example",)
+                summary = json.loads((run_dir / "summary.json").read_text())
+                assert float((found["class"] == found["y"]).mean()) == pytest.approx(summary["test/accuracy"], rel=1e-6)
+            else:
+                error = found["mean"].sel(channel="b") - found["y"].sel(channel="b")
+                assert 0 < float((error**2).mean()) < 500  # its variance is 2,500
+                frame = found[["mean", "std"]].to_dataframe()
+                assert list(frame.index.names) == ["example", "channel"] and len(frame) == 2 * len(truth)
+    without = tmp_path / "without.h5"
+    assert main([*command[:3], str(without), "--truth", "false", "--quantiles", "[]"]) == 0
+    with h5py.File(without) as file:
+        assert set(file) == {"example", "channel", "mean", "std", "aleatoric_std", "epistemic_std"}
+
+
+@pytest.mark.parametrize(
+    ("shape", "details", "dims"),
+    [
+        ((2, 3, 4), {"latitudes": [50, 51, 52], "longitudes": [0, 1, 2, 3]}, ("channel", "latitude", "longitude")),
+        ((2, 4), {"horizon": 4, "step_seconds": 3600.0}, ("channel", "horizon")),
+        ((2, 3, 4), {}, ("channel", "dim_1", "dim_2")),
+    ],
+)
+def test_fields_and_series_have_coordinates(shape, details, dims, tmp_path):
+    xarray, rng = pytest.importorskip("xarray"), np.random.default_rng(0)
+    x, y = rng.normal(size=(40, 2)).astype("float32"), rng.normal(size=(40, *shape)).astype("float32")
+    facts = {"name": "made", "source": "test", "licence": "none", "channels": {"y": ["a", "b"]}, "details": details}
+    write_shards(tmp_path / "data", {"train": (x[:30], y[:30]), "test": (x[30:], y[30:])}, **facts)
+    command = [
+        "train",
+        "--data.shards",
+        str(tmp_path / "data"),
+        "--run_dir",
+        str(tmp_path / "run"),
+        "--num_epochs",
+        "1",
+    ]
+    assert main([*command, "--num_samples", "1", "--num_test_samples", "2", "--global_batch_size", "10"]) == 0
+    path = tmp_path / "predictions.h5"
+    assert main(["predict", str(tmp_path / "run"), "--output", str(path)]) == 0
+    with xarray.open_dataset(path, engine="netcdf4") as found:
+        assert found["mean"].dims == found["y"].dims == ("example", *dims)
+        np.testing.assert_allclose(found["y"], y[30:], rtol=1e-5, atol=1e-6)
+        if "latitudes" in details:
+            assert found["mean"].sel(latitude=51, channel="b").shape == (10, 4)
+            assert found.latitude.units == "degrees_north"
+        if "horizon" in details:
+            assert found.horizon.values.tolist() == [3600, 7200, 10800, 14400]
+
+
 def test_more_samples_than_in_training_and_another_split(digits_run, tmp_path):
     path = tmp_path / "train.h5"
     command = ["predict", str(digits_run), "--output", str(path), "--split", "train", "--num_test_samples", "3"]
@@ -226,7 +291,7 @@ def test_a_loaded_run_predicts_what_the_command_writes(kind, digits, digits_run,
     predictor = hpc_bnn.load(run_dir)
     found = predictor.predict(x, quantiles=(0.05, 0.25, 0.5, 0.75, 0.95), members=True)
     with h5py.File(path) as file:
-        assert found.keys() == file.keys()
+        assert found.keys() == {name for name in file if not file[name].is_scale} - {"y"}
         for name, values in found.items():
             np.testing.assert_allclose(values, file[name][()], rtol=1e-6, atol=1e-6)
             assert values.shape == file[name].shape

@@ -281,6 +281,7 @@ def _predict(options: jsonargparse.Namespace, given: set[str]) -> int:
         options.output,
         quantiles=options.quantiles,
         with_members=options.members,
+        with_truth=options.truth,
     )
     if experiment.is_writer:
         print(path)
@@ -406,6 +407,7 @@ _PREDICT = {
     "--output": _argument(str, "HDF5 file to write.", required=True),
     "--quantiles": _argument(list[float], "Levels; [] for none.", default=[0.05, 0.25, 0.5, 0.75, 0.95]),
     "--members": _argument(bool, "Write every sample as well.", default=False),
+    "--truth": _argument(bool, "Write the targets as well.", default=True),
 }
 _REPORT = {
     "runs": _argument(str, "Directories of runs.", nargs="+", metavar="RUN_DIR"),

@@ -9,6 +9,7 @@ import os
 import secrets
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
@@ -36,6 +37,7 @@ def predict_run(
     *,
     quantiles: Sequence[float] = QUANTILES,
     with_members: bool = False,
+    with_truth: bool = True,
 ) -> Path:
     """Write the predictive of a split of ``config.data.shards`` to an HDF5 file, block by block.
 
@@ -44,7 +46,9 @@ def predict_run(
     a part holds a number of this prediction alone, OUTPUT its size and SHA-256 (`verify_predictions`); a part that is
     missing reads as NaN, and -1 for a class.
 
-    Rows are in the order of the split; numbers are in units of y.
+    Rows are in the order of the split; numbers are in units of y. Dimensions have names and coordinates, as netCDF-4 has
+    them: ``example``, ``category``, ``channel`` or ``target``, ``latitude``, ``longitude``, ``horizon``, ``quantile``,
+    ``member``.
 
     ===========================================  =====================================================================
     classes (C), numbers ([targets, ...])        over the samples
@@ -56,6 +60,7 @@ def predict_run(
     ``aleatoric_std``, ``epistemic_std``         the parts of ``std`` of numbers
     ``quantiles`` [N, Q, ...]                    of the class probabilities, or of the predictive of each target
     ``members`` [N, K, ...]                      class probabilities, or means, of each sample, on request
+    ``y`` [N, ...]                               the targets
     ===========================================  =====================================================================
 
     Parameters
@@ -64,8 +69,8 @@ def predict_run(
         File to write; it must not be there.
     quantiles : sequence of float
         Levels between 0 and 1; without any none are written.
-    with_members : bool
-        Whether every sample is written.
+    with_members, with_truth : bool
+        Whether every sample is written, and the targets.
     """
     comm, path = experiment.comm, Path(output)
     quantiles = check_levels(quantiles, experiment.likelihood, "--quantiles")
@@ -98,10 +103,15 @@ def predict_run(
         "channels": [str(name) for name in experiment.manifest.arrays["y"].channels],
         "hpc_bnn": __version__,
     }
-    shapes = _shapes(experiment, quantiles, with_members)
-    with _Output(path, comm, len(dataset), shapes, dtype, attributes) as file:
+    rows = _rows(experiment, quantiles, with_members, with_truth)
+    with _Output(path, comm, len(dataset), rows, dtype, attributes) as file:
         for block in blocks:
-            file.write(int(block.examples[0]), columns_of(block.predictive, quantiles, with_members))
+            columns = columns_of(block.predictive, quantiles, with_members)
+            if "y" in rows and isinstance(block.predictive, ClassPredictive):
+                columns["y"] = block.y
+            elif "y" in rows:
+                columns["y"] = experiment.likelihood.targets(dataset.in_units(block.y), block.predictive.mean)
+            file.write(int(block.examples[0]), columns)
     return path
 
 
@@ -134,20 +144,49 @@ def _is_there(path: Path) -> ConfigError:
     return ConfigError(Fault("--output", path, "it is there already", "Remove it, or name another"))
 
 
-def _shapes(experiment: Experiment, quantiles: Sequence[float], with_members: bool) -> dict[str, tuple[int, ...]]:
-    """Return the shape of a row of each dataset."""
-    likelihood, shapes = experiment.likelihood, {}
+class _Dim(NamedTuple):
+    """A dimension of the datasets: its name, and what stands for its places, in some units."""
+
+    name: str
+    values: Sequence[Any]
+    units: str = ""
+
+
+def _rows(
+    experiment: Experiment, quantiles: Sequence[float], with_members: bool, with_truth: bool
+) -> dict[str, tuple[_Dim, ...]]:
+    """Return the dimensions of a row of each dataset."""
+    likelihood, rows = experiment.likelihood, {}
     if likelihood.num_classes is not None:
-        one = (likelihood.num_classes,)
-        shapes |= {"probabilities": one, "std": one, "class": (), "entropy": (), "mutual_information": ()}
+        classes = experiment.manifest.details.get("classes", [])
+        named = classes if len(classes) == likelihood.num_classes else range(likelihood.num_classes)
+        one = truth = (_Dim("category", named),)
+        rows |= {"probabilities": one, "std": one, "class": (), "entropy": (), "mutual_information": ()}
+        truth, with_truth = (), with_truth and experiment.manifest.arrays["y"].shape == ()
     else:
-        one = (likelihood.num_targets, *experiment.manifest.arrays["y"].shape[1:])
-        shapes |= dict.fromkeys(("mean", "std", "aleatoric_std", "epistemic_std"), one)
+        one = truth = _dims_of_targets(experiment)
+        rows |= dict.fromkeys(("mean", "std", "aleatoric_std", "epistemic_std"), one)
     if quantiles:
-        shapes["quantiles"] = (len(quantiles), *one)
+        rows["quantiles"] = (_Dim("quantile", quantiles), *one)
     if with_members:
-        shapes["members"] = (experiment.config.num_test_samples, *one)
-    return shapes
+        rows["members"] = (_Dim("member", range(experiment.config.num_test_samples)), *one)
+    return rows | ({"y": truth} if with_truth else {})
+
+
+def _dims_of_targets(experiment: Experiment) -> tuple[_Dim, ...]:
+    """Return the dimensions of a target, with the coordinates that the preparation has noted."""
+    spec, details = experiment.manifest.arrays["y"], experiment.manifest.details
+    first, *others = experiment.likelihood.num_targets, *spec.shape[1:]
+    is_named = len(spec.channels) == first
+    dims = [_Dim("channel", spec.channels) if is_named else _Dim("target", range(first))]
+    latitudes, longitudes = details.get("latitudes", ()), details.get("longitudes", ())
+    if others and others == [len(latitudes), len(longitudes)]:
+        return *dims, _Dim("latitude", latitudes, "degrees_north"), _Dim("longitude", longitudes, "degrees_east")
+    if others and others == [details.get("horizon")]:
+        seconds = details.get("step_seconds")
+        steps = [step * (seconds or 1) for step in range(1, others[0] + 1)]
+        return *dims, _Dim("horizon", steps, "seconds" if seconds else "steps")
+    return *dims, *(_Dim(f"dim_{place}", range(extent)) for place, extent in enumerate(others, 1))
 
 
 def check_levels(quantiles: Sequence[float], likelihood: Likelihood, flag: str) -> Sequence[float]:
@@ -198,12 +237,16 @@ class _Output:
         path: Path,
         comm: GridComm,
         num_rows: int,
-        shapes: dict[str, tuple[int, ...]],
+        rows: dict[str, tuple[_Dim, ...]],
         dtype: type,
         attributes: dict[str, object],
     ):
         self.path, self.comm, self.num_rows, self.attributes = path, comm, num_rows, attributes
-        self._rows = {name: (shape, np.dtype(np.int64 if name == "class" else dtype)) for name, shape in shapes.items()}
+        of_classes, self._dims = {"class", "y"} if "class" in rows else set(), rows
+        self._rows = {
+            name: (tuple(len(dim.values) for dim in dims), np.dtype(np.int64 if name in of_classes else dtype))
+            for name, dims in rows.items()
+        }
         grid = comm.grid
         self._is_shared = comm.world_comm is not None and grid.world_size > 1 and h5py.get_config().mpi
         num_files = 1 if self._is_shared else grid.data_size
@@ -244,6 +287,23 @@ class _Output:
             self._datasets[name] = file.create_dataset(
                 name, (num_rows, *shape), dtype, fillvalue=_missing(dtype), **options
             )
+        if self._mine == self._temporary(self.path) and not self._is_shared:
+            self._name_dims(file)
+
+    def _name_dims(self, file: h5py.File) -> None:
+        """Give the dimensions of the whole file names and coordinates, as netCDF-4 has them. Local."""
+        scales: dict[str, h5py.Dataset] = {}
+        for name, row in self._dims.items():
+            for place, dim in enumerate((_Dim("example", range(self.num_rows)), *row)):
+                if dim.name not in scales:
+                    is_text = any(isinstance(value, str) for value in dim.values)
+                    values = [str(value) if is_text else value for value in dim.values]
+                    dtype = h5py.string_dtype() if is_text else None
+                    scales[dim.name] = file.create_dataset(dim.name, data=np.array(values, dtype or None), dtype=dtype)
+                    scales[dim.name].make_scale(dim.name)
+                    if dim.units:
+                        scales[dim.name].attrs["units"] = dim.units
+                file[name].dims[place].attach_scale(scales[dim.name])
 
     def write(self, first_row: int, columns: dict[str, Tensor]) -> None:
         """Write some rows of this rank's data group."""
@@ -290,6 +350,7 @@ class _Output:
         if self._is_shared:
             with h5py.File(whole, "a") as file:
                 file.attrs.update(self.attributes | {"parts": "[]"})
+                self._name_dims(file)
         if several:
             with Disk(whole) as disk, h5py.File(disk, "w") as file:
                 file.attrs.update(self.attributes | {"parts": json.dumps(parts)})
@@ -299,6 +360,7 @@ class _Output:
                         if len(span):
                             layout[span.start : span.stop] = h5py.VirtualSource(source.name, name, (len(span), *shape))
                     file.create_virtual_dataset(name, layout, fillvalue=_missing(dtype))
+                self._name_dims(file)
         self._has_name = True
         try:
             publish(whole, self.path, overwrites=False)
