@@ -35,7 +35,7 @@ PriorName = Literal["gaussian", "laplace", "student_t", "scale_mixture"]
 PriorScale = float | Literal["fan_in"]
 """A number, or fan_in: 1 / sqrt(fan-in) per weight matrix, 1 for vectors (Neal, 1996: a proper limit of infinite width)."""
 Reading = Literal["auto", "node", "group", "rank"]
-Reduction = Literal["axes", "world"]
+Reduction = Literal["axes", "world", "shares", "auto"]
 Score = Literal["crps", "energy"]
 """Objectives that score members: they need the implicit likelihood, and pairs of samples."""
 ObjectiveName = Literal["elbo", "log_predictive", "moment_matched", Score]
@@ -61,7 +61,9 @@ class GridConfig:
     """Ranks along the sample axis; must divide the number of ranks of the job. auto: hpc_bnn measures the grids at
     the start, as `hpc-bnn plan` does."""
     reduction: Reduction = "axes"
-    """Sum gradients over the sample group and then the data group (axes), or over all ranks at once (world)."""
+    """Sum gradients over the sample group and then the data group (axes), or over all ranks at once (world), or so that
+    each rank of a sample group sums its share of them over the data group (shares), which sends fewer bytes between nodes.
+    auto: shares on several nodes."""
     compression: Compression = "none"
     """Send gradients in half the bytes, rounded to 11 bits (scaled float16) or 8 bits (bfloat16); results on two
     grids then agree only to that rounding."""

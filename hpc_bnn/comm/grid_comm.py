@@ -37,6 +37,10 @@ class Traffic:
     """Collectives of Python objects (start, checks, errors; never in a training step)."""
 
 
+LEAST_SHARED_BYTES = 2**20
+"""Of a sum that goes by shares where the reduction is "auto": below, three collectives cost more than two (bytes)."""
+
+
 @final
 class GridComm:
     """Collectives over the axes of the process grid; without transports: one process, nothing to do.
@@ -50,8 +54,11 @@ class GridComm:
         Place of this rank.
     device : torch.device
         Device of this rank.
-    reduction : {"axes", "world"}
-        How `sum_` over the world goes: over the sample group and then over the data group, or at once.
+    reduction : {"axes", "world", "shares", "auto"}
+        How `sum_` over the world goes: over the sample group and then over the data group; or at once; or each rank of a
+        sample group sums its share of the numbers over the data group, and the group then exchanges the shares, so that
+        each number crosses between nodes once per data group, not once per rank. auto: shares where the ranks of the job
+        are on several nodes and a sum has `LEAST_SHARED_BYTES`, otherwise axes.
     compression : {"none", "fp16", "bf16"}
         What `sum_` and `reduce_scatter_` send where they are asked to compress.
     tensors : TensorTransport, optional
@@ -83,6 +90,7 @@ class GridComm:
         self.traffic = Traffic()
         self._running: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()  # begin and end of a collective
         self._extents = grid.extents
+        self._reduction = reduction if len([n for n in (grid.sample_size, grid.data_size) if n > 1]) == 2 else "axes"
         routes: dict[Axis, tuple[Axis, ...]] = {axis: (axis,) for axis in grid.axes}
         routes["world"] = ("world",) if reduction == "world" else grid.axes
         self._routes: dict[Axis, list[Axis]] = {
@@ -157,7 +165,19 @@ class GridComm:
             Send the numbers as ``compression`` says, half the bytes for rounding to 11 or 8 bits: each rank
             sums its part of the numbers of all others, not in halves, and sends the sums around. All ranks get the same.
         """
-        if compressed and self.compression != "none":
+        is_compressed = compressed and self.compression != "none"
+        if axis == "world" and self._reduction in ("shares", "auto"):
+            with packed_buckets(tensors) as buckets:
+                for flat in buckets:
+                    if self._goes_by_shares(flat):
+                        shares = self.reduce_scatter_([flat], "sample", compressed=compressed)
+                        self.sum_(shares, "data", compressed=compressed)
+                        self.gather_shares_([flat], "sample", compressed=compressed)
+                    elif is_compressed:
+                        self._sum_compressed_(flat, axis)
+                    else:
+                        self._reduce_all_(flat, axis, "sum")
+        elif is_compressed:
             self._sum_compressed_(tensors, axis)
         else:
             self._reduce_all_(tensors, axis, "sum")
@@ -440,6 +460,13 @@ class GridComm:
                     continue  # on all ranks of the group alike
                 for step in route:
                     self._carry_(flat, self.tensors.reduce_, step, operation)
+
+    def _goes_by_shares(self, flat: torch.Tensor) -> bool:
+        """Whether a sum over the world goes by shares: the same on all ranks. Local."""
+        if flat.dtype not in (torch.float32, torch.float64) or flat.numel() == 0:
+            return False
+        is_large = self.local_size < self.grid.world_size and flat.nbytes >= LEAST_SHARED_BYTES
+        return self._reduction == "shares" or is_large
 
     def _sum_compressed_(self, tensors, axis: Axis) -> None:
         for step in self._routes[axis]:

@@ -54,7 +54,7 @@ def connect(
     device : {"auto", "cpu", "cuda", "cuda:N"}
         ``auto`` and ``cuda`` give each rank of a node its own GPU, by its rank on the node; ``auto`` uses the CPU if
         there is no GPU.
-    reduction : {"axes", "world"}
+    reduction : {"axes", "world", "shares", "auto"}
         See `GridComm`.
     compression : {"none", "fp16", "bf16"}
         Number format for the sum of the gradient; other sums are never compressed.

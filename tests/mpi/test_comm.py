@@ -120,18 +120,38 @@ def test_a_compressed_nan_is_not_lost(sample_size):
         assert not flat.isfinite().all()
 
 
-def test_both_reductions_give_the_same_sum(sample_size, world):
+def test_all_reductions_give_the_same_sum(sample_size, world):
     sums = []
-    for reduction in ("axes", "world"):
+    for reduction in ("axes", "world", "shares", "auto"):
         comm = comm_module.connect(sample_size, "cpu", reduction)
         x = torch.arange(5.0) * (comm.grid.rank + 1)
         before = comm.traffic.num_collectives
         comm.sum_(x)
         sums.append(x)
         axes = (comm.grid.sample_size > 1) + (comm.grid.data_size > 1)
-        expected = axes if reduction == "axes" else min(axes, 1)
+        expected = {"world": min(axes, 1), "shares": 3 if axes == 2 else axes}.get(reduction, axes)
         assert comm.traffic.num_collectives - before == expected
-    assert torch.equal(*sums)
+    assert all(torch.equal(x, sums[0]) for x in sums)
+
+
+@pytest.mark.parametrize("compression", ["none", "bf16"])
+def test_by_shares_each_rank_sends_its_part_over_the_data_axis(sample_size, monkeypatch, compression):
+    comm = comm_module.connect(sample_size, "cpu", "shares", compression)
+    sent = []
+    for name in ("_carry", "_carry_"):
+
+        def noting(given, *arguments, carry=getattr(comm, name)):
+            sent.extend([given.nbytes] if "data" in arguments else [])
+            return carry(given, *arguments)
+
+        monkeypatch.setattr(comm, name, noting)
+    flat = torch.arange(1000.0) * (comm.grid.rank + 1)
+    comm.sum_(flat, compressed=True)
+    whole = torch.arange(1000.0) * sum(range(1, comm.grid.world_size + 1))
+    assert (flat - whole).norm() <= (1e-2 if compression == "bf16" else 0) * whole.norm()
+    comm.check_replicas([flat], "the sum")
+    if comm.grid.data_size > 1 and compression == "none":
+        assert sum(sent) == 4 * len(range(1000)[comm.grid.sample_index :: comm.grid.sample_size])
 
 
 def test_a_list_travels_in_few_buffers_and_low_precision_is_summed_in_float32(comm):

@@ -64,7 +64,7 @@ def test_a_broken_layout_law_names_the_parameter_the_step_and_the_grids(comm, mo
         assert_layout_law(results, expected)
 
 
-@pytest.mark.parametrize("reduction", ["axes", "world"])
+@pytest.mark.parametrize("reduction", ["axes", "world", "shares", "auto"])
 def test_the_route_of_the_reduction_does_not_matter(sample_size, reduction):
     comm = connect(sample_size, "cpu", reduction)
     alone, _ = train_alone()

@@ -17,6 +17,7 @@ ARRAYS = {"x": ArraySpec((6,), "float32"), "y": ArraySpec((2,), "float32")}
 CASES = {
     "elbo": {},
     "world": {"grid": {"reduction": "world"}},
+    "shares": {"grid": {"reduction": "shares"}},
     "log_predictive": {"objective": {"name": "log_predictive"}},
     "crps": {"objective": {"name": "crps"}},
     "sharded": {"optimizer": {"sharded": True}},
