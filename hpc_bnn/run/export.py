@@ -107,10 +107,10 @@ def predict_run(
     with _Output(path, comm, len(dataset), rows, dtype, attributes) as file:
         for block in blocks:
             columns = columns_of(block.predictive, quantiles, with_members)
-            if "y" in rows and isinstance(block.predictive, ClassPredictive):
+            if "y" in rows:
                 columns["y"] = block.y
-            elif "y" in rows:
-                columns["y"] = experiment.likelihood.targets(dataset.in_units(block.y), block.predictive.mean)
+                if isinstance(block.predictive, ValuePredictive):
+                    columns["y"] = experiment.likelihood.targets(dataset.in_units(block.y), block.predictive.mean)
             file.write(int(block.examples[0]), columns)
     return path
 
@@ -293,6 +293,7 @@ class _Output:
     def _name_dims(self, file: h5py.File) -> None:
         """Give the dimensions of the whole file names and coordinates, as netCDF-4 has them. Local."""
         scales: dict[str, h5py.Dataset] = {}
+        datasets: Any = file
         for name, row in self._dims.items():
             for place, dim in enumerate((_Dim("example", range(self.num_rows)), *row)):
                 if dim.name not in scales:
@@ -303,7 +304,7 @@ class _Output:
                     scales[dim.name].make_scale(dim.name)
                     if dim.units:
                         scales[dim.name].attrs["units"] = dim.units
-                file[name].dims[place].attach_scale(scales[dim.name])
+                datasets[name].dims[place].attach_scale(scales[dim.name])
 
     def write(self, first_row: int, columns: dict[str, Tensor]) -> None:
         """Write some rows of this rank's data group."""
