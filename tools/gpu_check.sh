@@ -37,6 +37,6 @@ export PYTHONPATH="$PWD:$OUT/packages${PYTHONPATH:+:$PYTHONPATH}"
     echo "gpu-check: the C extension was not built ($OUT/build.log); the CPU draws its noise by NumPy" >&2
 status=0
 # Workers share the GPU: most of a test's time is that of Python
-OMP_NUM_THREADS=1 timeout "${TEST_SECONDS:-200}" "$PYTHON" -m pytest tests/gpu -v -ra -p no:cacheprovider -n "${WORKERS:-4}" --durations 12 ${PYTEST_ARGS:-} || status=$?
+OMP_NUM_THREADS=1 timeout "${TEST_SECONDS:-200}" "$PYTHON" -m pytest tests/gpu -v -ra -p no:cacheprovider -n "${WORKERS:-4}" --durations 12 || status=$?
 timeout "$((BENCHMARK_SECONDS + 60))" "$PYTHON" benchmarks/gpu.py --output "$OUT/gpu.md" --seconds "$BENCHMARK_SECONDS" || status=$?
 exit $status

@@ -90,7 +90,7 @@ class GridComm:
         self.traffic = Traffic()
         self._running: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()  # begin and end of a collective
         self._extents = grid.extents
-        self._reduction = reduction if len([n for n in (grid.sample_size, grid.data_size) if n > 1]) == 2 else "axes"
+        self._reduction = reduction if grid.sample_size > 1 and grid.data_size > 1 else "axes"
         routes: dict[Axis, tuple[Axis, ...]] = {axis: (axis,) for axis in grid.axes}
         routes["world"] = ("world",) if reduction == "world" else grid.axes
         self._routes: dict[Axis, list[Axis]] = {
@@ -165,22 +165,17 @@ class GridComm:
             Send the numbers as ``compression`` says, half the bytes for rounding to 11 or 8 bits: each rank
             sums its part of the numbers of all others, not in halves, and sends the sums around. All ranks get the same.
         """
-        is_compressed = compressed and self.compression != "none"
-        if axis == "world" and self._reduction in ("shares", "auto"):
-            with packed_buckets(tensors) as buckets:
-                for flat in buckets:
-                    if self._goes_by_shares(flat):
-                        shares = self.reduce_scatter_([flat], "sample", compressed=compressed)
-                        self.sum_(shares, "data", compressed=compressed)
-                        self.gather_shares_([flat], "sample", compressed=compressed)
-                    elif is_compressed:
-                        self._sum_compressed_(flat, axis)
-                    else:
-                        self._reduce_all_(flat, axis, "sum")
-        elif is_compressed:
-            self._sum_compressed_(tensors, axis)
-        else:
-            self._reduce_all_(tensors, axis, "sum")
+        if axis != "world" or self._reduction not in ("shares", "auto"):
+            self._sum_along_(tensors, axis, compressed)
+            return
+        with packed_buckets(tensors) as buckets:
+            for flat in buckets:
+                if not self._goes_by_shares(flat):
+                    self._sum_along_(flat, axis, compressed)
+                    continue
+                shares = self.reduce_scatter_([flat], "sample", compressed=compressed)
+                self._sum_along_(shares, "data", compressed)
+                self.gather_shares_([flat], "sample", compressed=compressed)
 
     def start_sum_(self, flat: torch.Tensor, axis: Axis = "world") -> Callable[[], None]:
         """Begin to replace a tensor, in place, by its sum over an axis; return what waits until it is there.
@@ -460,6 +455,12 @@ class GridComm:
                     continue  # on all ranks of the group alike
                 for step in route:
                     self._carry_(flat, self.tensors.reduce_, step, operation)
+
+    def _sum_along_(self, tensors, axis: Axis, compressed: bool) -> None:
+        if compressed and self.compression != "none":
+            self._sum_compressed_(tensors, axis)
+        else:
+            self._reduce_all_(tensors, axis, "sum")
 
     def _goes_by_shares(self, flat: torch.Tensor) -> bool:
         """Whether a sum over the world goes by shares: the same on all ranks. Local."""

@@ -87,7 +87,7 @@ class CapturedDataTerm(DataTerm):
         def body() -> None:
             if is_first:
                 self._posterior.read_slots_()
-                self._latch.begin_()
+                self._latch.take_rates_()
             self._rewind()
             self._sum.zero_()
             checked.copy_(self._checked(given))

@@ -72,9 +72,14 @@ class DataTerm:
         return self._checked(y)
 
     def _checked(self, y: Tensor) -> Tensor:
-        misfits = ~self._likelihood.fits(y)
+        usable, misfits = self.usable(y)
         self._tally[Tally.NUM_MISFITS] += misfits.any()
-        return y if y.is_floating_point() else y.masked_fill(misfits, 0)
+        return usable
+
+    def usable(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return targets that index no other memory, and which lie outside of the support. Local."""
+        misfits = ~self._likelihood.fits(y)
+        return y if y.is_floating_point() else y.masked_fill(misfits, 0), misfits
 
     @property
     def _tally(self) -> Tensor:

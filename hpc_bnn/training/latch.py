@@ -167,11 +167,10 @@ class Latch:
             slot.array[:] = numbers
             self._known.copy_(slot.tensor, non_blocking=True)
 
-    def begin_(self) -> None:
-        """Begin a step with what was given. Local."""
+    def take_rates_(self) -> None:
+        """Take the learning rates that were given. Local."""
         if self._rates is not self._given_rates:
             self._rates.copy_(self._given_rates)
-        self.begin_samples_()
 
     def begin_samples_(self) -> None:
         """Set the clock to the step, and to the first of this rank's samples. Local."""

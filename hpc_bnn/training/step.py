@@ -480,7 +480,7 @@ class VariationalStep(StepState):
                 posterior.sampler.prepare_(x.of(samples[0]))
                 self._is_prepared = True
             self.loop.look(samples, x, self.key, self.comm.grid)
-            self._trial(samples, x, y if y.is_floating_point() else y * self.likelihood.fits(y), self.key)
+            self._trial(samples, x, self.data_term.usable(y)[0], self.key)
             posterior.prepare_()  # these have drawn
         if not self._has_agreed:
             self._agree_on_batches()
