@@ -197,8 +197,6 @@ class Looker:
             return _Pass(of_draw, outputs, changed, written, moved, unreached, norms.shapes, dropout.shapes)
         finally:
             network.put_memory_back()
-            if not stays:
-                self._put_back()
             norms.shapes = dropout.shapes = None
 
     def _unreached(self, outputs: Tensor) -> list[str]:
