@@ -4,11 +4,13 @@ Every limit on a time passes through `patience`: ``HPC_BNN_TEST_PATIENCE=3 make 
 """
 
 import contextlib
+import functools
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import hypothesis
@@ -96,10 +98,32 @@ def mpirun():
     """Start a job: ``mpirun(4, "-m", "hpc_bnn", ...)``; returns the finished process with its output."""
 
     def start(num_ranks, *arguments, runner=("-m", "mpi4py"), timeout=JOB_SECONDS, environment=()):
-        command = ["mpirun", "-np", str(num_ranks), sys.executable, *runner, *map(str, arguments)]
+        command = ["mpirun", "-np", str(num_ranks), *python(dict(environment)), *runner, *map(str, arguments)]
         return run_job(command, timeout, env={**launch_environment(), **dict(environment)})
 
     return start
+
+
+AT_START = ("PYTHON", "LC_", "LANG", "OMP_", "MKL_", "HPC_BNN_NOISE")
+"""What begins the names of variables that Python and libraries read when they start."""
+
+
+def python(variables=()) -> list[str]:
+    """Return the command of a Python whose imports are done (tests/prepared.py), unless one of the variables forbids it.
+
+    It is ``sys.executable`` to its parent, for a program or ``-m module``.
+    """
+    can_wait = hasattr(os, "pidfd_open")  # on Linux
+    return [sys.executable] if not can_wait or any(name.startswith(AT_START) for name in variables) else prepared()
+
+
+@functools.cache
+def prepared() -> list[str]:
+    program, path = str(REPOSITORY / "tests/prepared.py"), f"{tempfile.mkdtemp(prefix='hpc-bnn-')}/socket"
+    command, pipe = [sys.executable, program, "serve", path], subprocess.PIPE
+    server = subprocess.Popen(command, stdin=pipe, stdout=pipe, env=launch_environment())  # it ends with this process
+    assert server.stdout.readline(), "the server of prepared processes did not start; above it says why"
+    return [sys.executable, "-S", "-E", program, "run", path]
 
 
 def run_job(command, timeout=JOB_SECONDS, **options) -> subprocess.CompletedProcess:

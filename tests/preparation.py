@@ -1,12 +1,11 @@
 """What the tests of data_prep share."""
 
 import subprocess
-import sys
 
 import h5py
 import numpy as np
 import pytest
-from conftest import JOB_SECONDS, REPOSITORY, SHARED_DATA, patience
+from conftest import JOB_SECONDS, REPOSITORY, SHARED_DATA, patience, python
 
 from hpc_bnn.comm import GridComm
 from hpc_bnn.data import Manifest
@@ -16,7 +15,7 @@ from hpc_bnn.grid import Grid
 def start(script, *flags):
     """Run a script in a process of its own."""
     return subprocess.run(
-        [sys.executable, f"data_prep/{script}.py", *map(str, flags)],
+        [*python(), f"data_prep/{script}.py", *map(str, flags)],
         cwd=REPOSITORY,
         capture_output=True,
         text=True,

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import JOB_SECONDS, REPOSITORY, patience, with_plots
+from conftest import JOB_SECONDS, REPOSITORY, patience, python, with_plots
 
 from hpc_bnn import __version__, write_shards
 from hpc_bnn.cli.commands import main
@@ -532,9 +532,9 @@ def test_max_seconds_stops_with_a_checkpoint(digits, tmp_path, capsys):
     assert train(digits, tmp_path, "--resume", "true") == 0
 
 
-def begin(run_dir, *flags):
+def begin(run_dir, *flags, python=python):
     """Start a run that does not end by itself."""
-    command = [sys.executable, "-m", "mpi4py", "-m", "hpc_bnn", "train", "--config", "configs/digits.yaml"]
+    command = [*python(), "-m", "mpi4py", "-m", "hpc_bnn", "train", "--config", "configs/digits.yaml"]
     command += ["--run_dir", str(run_dir), "--num_epochs", "100000", *map(str, flags)]
     return subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
 
@@ -568,7 +568,7 @@ def test_a_signal_stops_with_a_checkpoint_and_its_code(digits, tmp_path, number)
 
 @pytest.mark.parametrize("number", CODES, ids=lambda number: number.name)
 def test_a_signal_while_libraries_are_imported_stops_after_the_first_step(digits, tmp_path, number):
-    job = begin(tmp_path / "run", "--data.shards", digits)
+    job = begin(tmp_path / "run", "--data.shards", digits, python=lambda: [sys.executable])
     wait_for(lambda: watches_signals(job), job)
     assert "torch" not in Path(f"/proc/{job.pid}/maps").read_text()
     os.kill(job.pid, number)

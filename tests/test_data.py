@@ -5,14 +5,13 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import threading
 
 import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, SHARED_DATA
+from conftest import REPOSITORY, SHARED_DATA, python
 from preparation import start as prepare
 from scipy import stats
 
@@ -607,7 +606,7 @@ def test_digits_script_writes_once_and_verifiably(digits):
     assert (manifest.num_examples("train"), manifest.num_examples("test")) == (1438, 359)
     assert manifest.num_classes == 10 and manifest.arrays["x"].shape == (1, 8, 8)
     again = subprocess.run(
-        [sys.executable, "data_prep/digits.py", "--output", str(digits)],
+        [*python(), "data_prep/digits.py", "--output", str(digits)],
         cwd=REPOSITORY, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert "already there" in again.stdout

@@ -9,7 +9,7 @@ from dataclasses import replace
 from string import Formatter
 
 import pytest
-from conftest import JOB_SECONDS, REPOSITORY, launch_environment, patience
+from conftest import JOB_SECONDS, REPOSITORY, launch_environment, patience, python
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -385,9 +385,9 @@ def without_launcher(**variables):
     return environment | variables
 
 
-def start_alone(*arguments, **variables):
+def start_alone(*arguments, command=None, **variables):
     return subprocess.Popen(
-        [sys.executable, "-m", "hpc_bnn", "doctor", *map(str, arguments)],
+        [*(command or python(variables)), "-m", "hpc_bnn", "doctor", *map(str, arguments)],
         cwd=REPOSITORY, env=without_launcher(**variables), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
@@ -398,7 +398,7 @@ def problems_in(output):
 
 def test_alone(tmp_path):
     path = tmp_path / "facts.json"
-    job = start_alone("--json", path)
+    job = start_alone("--json", path, command=[sys.executable])  # the process is the one whose number is said
     output, errors = job.communicate(timeout=patience(JOB_SECONDS))
     assert job.returncode == 0, errors
     for title in (

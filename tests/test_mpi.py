@@ -14,7 +14,7 @@ from hpc_bnn.cli.commands import main
 
 SUITES = [(1, "horovod"), (2, "mpi"), (3, "torch"), (4, "horovod"), (4, "torch"), (4, "mpi")]
 """Ranks, and what carries their tensors."""
-SHARED = [[(4, "horovod"), (4, "torch"), (4, "mpi")], [(2, "mpi"), (3, "torch")]]
+SHARED = [SUITES[:3], SUITES[3:]]
 """Suites that share the cases: each runs all tests of communication, and its part of the others (tests/mpi/conftest.py)."""
 RANK_SECONDS = 300
 """Limit of a test on the ranks: the watchdog of tests/mpi/conftest.py."""

@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY, SHARED_DATA
+from conftest import REPOSITORY, SHARED_DATA, python
 from preparation import prepare
 from torch import nn
 
@@ -75,7 +75,7 @@ def test_an_epoch_on_the_shards_of_a_real_source(case, tmp_path):
         pytest.skip("the shared data sets are not beside this clone")
     script, flags, training = CASES[case]
     flags = [str(SHARED_DATA / f) if (SHARED_DATA / str(f)).exists() else str(f) for f in flags]
-    command = [sys.executable, f"data_prep/{script}.py", *flags, "--output", str(tmp_path / "shards")]
+    command = [*python(), f"data_prep/{script}.py", *flags, "--output", str(tmp_path / "shards")]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert main(["verify", str(tmp_path / "shards")]) == 0

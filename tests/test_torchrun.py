@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from conftest import REPOSITORY, free_port, launch_environment, patience, run_job
+from conftest import REPOSITORY, free_port, launch_environment, patience, python, run_job
 
 WITHOUT_MPI = "import sys; sys.modules['mpi4py'] = sys.modules['horovod'] = None\n"
 COMMAND = WITHOUT_MPI + "from hpc_bnn.__main__ import run\nrun()\n"
@@ -21,9 +21,9 @@ def torchrun(tmp_path):
     def start(num_ranks, program, *arguments):
         path = tmp_path / "program.py"
         path.write_text(program)
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(num_ranks)]
+        command = [*python(), "-m", "torch.distributed.run", "--nproc-per-node", str(num_ranks), "--no-python"]
         command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1"]
-        return run_job([*command, path, *map(str, arguments)], env=launch_environment())
+        return run_job([*command, *python(), path, *map(str, arguments)], env=launch_environment())
 
     return start
 
@@ -160,7 +160,7 @@ def test_a_store_that_is_not_reached_is_a_problem_of_doctor(tmp_path):
         "TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9",
         "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0",
     }  # fmt: skip
-    done = run_job([sys.executable, program, "doctor"], env=environment)
+    done = run_job([*python(), program, "doctor"], env=environment)
     assert done.returncode == 1
     assert "grid_failed: the store of torchrun at 127.0.0.1:9 cannot be reached from rank 0" in done.stdout
     assert "Traceback" not in done.stderr
