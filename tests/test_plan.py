@@ -250,6 +250,8 @@ def test_plan_prints_every_grid_and_writes_json(digits, capsys, tmp_path):
     output = tmp_path / "new" / "plan.json"
     flags = ["plan", "--config", "configs/digits.yaml", "--data.shards", str(digits)]
     assert main([*flags, "--ranks", "4", "--output", str(output)]) == 0
+    (tmp_path / "file").touch()
+    assert main([*flags, "--ranks", "4", "--output", str(tmp_path / "file/plan.json")]) == 1
     written, printed = json.loads(output.read_text()), capsys.readouterr().out
     assert [row["sample_size"] for row in written["rows"]] == [1, 2, 4]
     assert f"Take --grid.sample_size {written['best']['sample_size']}" in printed and "<-- best" in printed

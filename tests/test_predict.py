@@ -53,6 +53,16 @@ def numbers_run(numbers):
     return run_dir
 
 
+def test_the_manifest_of_another_run_is_refused(numbers, numbers_run, tmp_path, capsys):
+    """Of the same shapes, with other statistics: predictions would be in other units."""
+    shutil.copytree(numbers_run, tmp_path / "run")
+    shutil.copy(numbers / "elsewhere/manifest.json", tmp_path / "run/manifest.json")
+    with pytest.raises(DataError, match="is not that of the run"):
+        hpc_bnn.load(tmp_path / "run")
+    assert main(["evaluate", str(tmp_path / "run")]) == 1
+    assert "is not that of the run" in capsys.readouterr().err
+
+
 def test_predictions_of_classes_are_those_of_the_evaluation(digits_run, digits, tmp_path, capsys):
     path = tmp_path / "predictions.h5"
     assert main(["predict", str(digits_run), "--output", str(path), "--members", "true"]) == 0

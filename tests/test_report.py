@@ -99,6 +99,7 @@ def test_a_run_of_classes(runs, capsys):
 def test_runs_side_by_side(runs, tmp_path):
     names = [str(runs / name) for name in ("digits0", "digits1", "numbers", "stopped")]
     assert main(["report", *names, "--output", str(tmp_path / "all.html")]) == 0
+    assert main(["report", *names, "--output", str(tmp_path / "all.html/page.html")]) == 1
     page = check_page(tmp_path / "all.html")
     assert {"What differs", "By channel", "Channels"} <= set(page.titles)
     assert page.row("--seed")[1:5] == ["0", "1", "0", "0"]

@@ -14,7 +14,7 @@ from ..errors import DataError
 from ..grid import Grid
 from ..trees import Inputs
 from .files import SplitFiles
-from .manifest import Arrays, Manifest, inputs_of, torch_dtype
+from .manifest import MANIFEST, Arrays, Manifest, inputs_of, torch_dtype
 from .source import Source
 
 LARGE_MEAN = 2.0**10
@@ -70,6 +70,7 @@ class ShardDataset(Source):
             scaling = scaling or self._files.manifest
             check_alike(scaling, self._files.manifest, directory)
         self.manifest = self._files.manifest
+        check_same_manifest(self._comm, self.manifest)
         self.device, self.dtype = torch.device(device), dtype
         self.reading = self._choose(reading)
         """The reading that is used, never "auto"."""
@@ -161,6 +162,12 @@ class ShardDataset(Source):
             arrays[name] = buffer[start:stop].view(torch_dtype(spec.dtype)).view(num_examples, *spec.shape)
             start = stop
         return {name: arrays[name] for name in self.manifest.arrays}
+
+
+def check_same_manifest(comm: GridComm, manifest: Manifest) -> None:
+    """Raise `RankError` unless all ranks have the same data by their manifest. Collective over the world."""
+    where = "reading the data: "
+    comm.check_equal({f"the content of {MANIFEST}": manifest.digest}, where, "Give all ranks the same shards")
 
 
 def check_alike(scaling: Manifest, manifest: Manifest, directory: str | os.PathLike) -> None:

@@ -36,6 +36,8 @@ Arrays = dict[str, np.ndarray]
 FORMAT = "hpc_bnn shards"
 VERSION = 3
 MANIFEST = "manifest.json"
+OF_DATA = ("arrays", "splits", "statistics", "num_classes", "target_weights")
+"""Fields of a manifest that say what the data are; the others say where they come from."""
 PREPARATION = ".preparation"
 """Directory of the records of finished files during a preparation."""
 STAGED = ".staged"
@@ -130,6 +132,12 @@ class Manifest:
     def num_bytes_per_example(self) -> int:
         """Bytes of an example, as it is stored."""
         return sum(spec.num_bytes for spec in self.arrays.values())
+
+    @property
+    def digest(self) -> str:
+        """What depends on the data alone, in 16 digits: of two directories with the same one a run sees the same numbers."""
+        content = asdict(self)
+        return sha256_of_json({name: content[name] for name in OF_DATA})[:16]
 
     @property
     def shards(self) -> list[ShardFile]:

@@ -24,7 +24,7 @@ from ..grid import Axis, Grid, grids
 from ..likelihoods import Categorical
 from ..models import MLP
 from ..posteriors import MeanFieldGaussian
-from ..run import connect_grid, read_or_prepare
+from ..run import check_same_start, connect_grid, read_or_prepare
 from ..training.step import VariationalStep
 from .simulate import Rehearsal, fitting_test_samples, imagined_comm, rehearse, share_of
 
@@ -273,6 +273,7 @@ def plan_here(
     num_ranks = num_ranks or world_size
     grids(num_ranks, config.num_samples, config.global_batch_size, flag)
     ranks = communication.connect_for_files()  # stays, while grids come and go
+    check_same_start(config, ranks)
     manifest = read_or_prepare(config.data, ranks)
     device, local_size = str(communication.choose_device(config.device, 0, torch.cuda.device_count())), 1
     if world_size > 1:

@@ -6,7 +6,7 @@ __getattr__, __dir__, __all__ = door(
     __name__,
     {
         "checkpoint": "CheckpointStore",
-        "experiment": "Experiment connect_grid read_or_prepare",
+        "experiment": "Experiment check_same_start connect_grid read_or_prepare",
         "export": "predict_run verify_predictions",
         "plots": "write_plots",
         "plotted_examples": "shown_examples",

@@ -24,7 +24,7 @@ from ..comm import GridComm, StallWatch, connect
 from ..comm.launcher import without_launcher
 from ..config import Config, DataConfig, Score, flatten
 from ..data import Manifest, ShardDataset, Source, as_source
-from ..data.dataset import check_alike
+from ..data.dataset import check_alike, check_same_manifest
 from ..data.manifest import MANIFEST
 from ..errors import ConfigError, DataError, Fault, import_object
 from ..likelihoods import Likelihood, build_likelihood
@@ -70,9 +70,7 @@ class Experiment:
         self.comm = comm
         self.manifest = manifest
         self.num_steps = 0
-        digest = hashlib.sha256(repr(asdict(manifest)).encode()).hexdigest()[:16]
-        remedy = "Give all ranks the same shards"
-        comm.check_equal({f"the content of {config.data.shards}/{MANIFEST}": digest}, "reading the data: ", remedy)
+        check_same_manifest(comm, manifest)
         self.is_writer = comm.grid.is_first("world")
         self.run_dir = Path(config.run_dir)
         self.dtype = torch.float64 if config.dtype == "float64" else torch.float32
@@ -103,6 +101,11 @@ class Experiment:
                 if state is None:
                     raise DataError(f"{store.directory} holds no sound checkpoint ({which})")
                 check_network(config, state["config"], store.directory)
+                if state["place"].get("data", manifest.digest) != manifest.digest:  # a former checkpoint does not say
+                    raise DataError(
+                        f"{config.run_dir}/{MANIFEST} is not that of the run: its checkpoint was written with other data, or "
+                        "other statistics. Put the manifest of its training data there"
+                    )
                 state = {"model": state["model"], "num_steps": state["place"]["num_steps"]}
         state = comm.broadcast_tree(state)
         with comm.agree("restoring the checkpoint"):

@@ -24,6 +24,7 @@ from ..comm import GridComm, Traffic
 from ..config import Config, flatten
 from ..data import BatchLoader, Manifest
 from ..data.augment import build_augmentation
+from ..data.manifest import OF_DATA
 from ..errors import ConfigError, DataError, Fault, Interrupted
 from ..grid import check
 from ..noise import GENERATOR
@@ -268,6 +269,7 @@ class Run(Experiment):
         if state is not None:
             with self.comm.agree("restoring the checkpoint"):
                 place = dict(state["place"])
+                place.pop("data", None)  # `_check_state` compares it field by field
                 self.step.load_state_dict({**state, "num_steps": place.pop("num_steps")})
                 self.schedule.load_state_dict(state["schedule"])
                 self.progress = _Progress(**place)
@@ -331,7 +333,7 @@ class Run(Experiment):
         """Raise `DataError` or `ConfigError` where data, network, optimizer or random numbers are not those of the run."""
         check_network(self.config, state["config"], self.checkpoints.directory, (*NETWORK, "optimizer.name"))
         former = Manifest.read(self.run_dir, has_files=False)
-        for name in ("arrays", "splits", "statistics", "num_classes", "target_weights"):
+        for name in OF_DATA:
             if getattr(former, name) != getattr(self.manifest, name):
                 raise DataError(
                     f"{self.config.data.dataset or self.config.data.shards} is not what the run began with: {name} of the manifest differ. "
@@ -360,7 +362,7 @@ class Run(Experiment):
         state = self.step.gather_state()
         state |= {
             "schedule": self.schedule.state_dict(),
-            "place": {"num_steps": state.pop("num_steps"), **asdict(self.progress)},
+            "place": {"num_steps": state.pop("num_steps"), "data": self.manifest.digest, **asdict(self.progress)},
             "config": self.config.to_dict(),
         }
         with self.comm.agree(f"writing a checkpoint to {self.checkpoints.directory}"):

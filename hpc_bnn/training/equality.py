@@ -33,6 +33,17 @@ Digest = Tensor | int
 """Of tensors: on a GPU [] (int64), where the host would have to wait for its value."""
 
 
+def definition_of(thing: object) -> str:
+    """Return the class of an object and its numbers, words and functions, as text that can be compared. Local."""
+    content = (
+        {name: getattr(value, "__qualname__", value) for name, value in vars(thing).items()}
+        if thing is not None
+        else {}
+    )
+    plain = {name: value for name, value in content.items() if isinstance(value, (bool, int, float, str))}
+    return f"{type(thing).__qualname__}({', '.join(f'{name}={value}' for name, value in plain.items())})"
+
+
 class Comparison:
     """Compares what ranks must have in common, by numbers that travel with the sum of a step.
 

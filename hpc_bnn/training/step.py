@@ -31,7 +31,7 @@ from .batch_trial import BatchTrial
 from .capture import Fixed, Recorder
 from .captured_data_term import CapturedDataTerm
 from .data_term import DataTerm
-from .equality import Comparison
+from .equality import Comparison, definition_of
 from .latch import Latch, Pending, StepResult, wait_for
 from .optim import JobOptimizer
 from .reducer import Reducer
@@ -139,6 +139,11 @@ class VariationalStep(StepState):
         # Of a sample in what depends on the sample alone: it counts once in the job
         self._prior_share = 1.0 / num_samples if comm.grid.is_first("data") else 0.0
         self.comparison = Comparison(comm)
+        self._model = {
+            "the objective": definition_of(objective),
+            "the likelihood": definition_of(likelihood),
+            "the prior": definition_of(getattr(posterior.family_, "prior", None)),
+        }
         self._targets: list[Tensor] = []
         self._phase: Literal["idle", "accumulating", "accumulated", "reduced"] = "idle"
         self._begun = 0  # what `Posterior.num_begun` was
@@ -468,7 +473,7 @@ class VariationalStep(StepState):
         self._was_training = self.posterior.module.training
 
     def _begin(self, x: SharedView, y: Tensor, samples: range, global_batch_size: int) -> None:
-        """Check and try, once each, what can be on a batch, and begin the step. Local, but for the first step of chunks."""
+        """Check and try, once each, what can be on a batch, and begin the step. Local, but for the first step."""
         posterior = self.posterior
         self._settle(LAG - 1)
         self.comparison.make_replicas_equal_(posterior)
@@ -483,7 +488,7 @@ class VariationalStep(StepState):
             self._trial(samples, x, self.data_term.usable(y)[0], self.key)
             posterior.prepare_()  # these have drawn
         if not self._has_agreed:
-            self._agree_on_batches()
+            self._agree()
         self.comparison.begin_(self.num_steps, global_batch_size, self._settings())
         self._first_example = self.comm.grid.local_examples(global_batch_size).start
         self._begun = self.posterior.num_begun
@@ -517,11 +522,16 @@ class VariationalStep(StepState):
         known = self.comparison.numbers(num_examples, by_place=self.posterior.sampler.noisy is not None)
         return [int(self.wants_stop), *known]
 
-    def _agree_on_batches(self) -> None:
-        """Walk on all ranks where one cannot batch. Collective over the world, in the first step, where chunks are asked for."""
+    def _agree(self) -> None:
+        """Compare objective, likelihood and prior, and walk on all ranks where one cannot batch. Collective over the world.
+
+        Once, before the first exchange of an objective; also for a rank that walks: others may have more samples, and a
+        larger chunk_size.
+        """
         self._has_agreed = True
-        if self.loop.chunk_size == 1 or self.comm.grid.world_size == 1:
+        if self.comm.grid.world_size == 1:
             return
+        self.comm.check_equal(self._model, "in the first step: ", "Give all ranks the same model")
         reasons = [(rank, why) for rank, why in enumerate(self.comm.gather_objects(self.loop.why_not)) if why]
         if reasons and self.loop.can_batch:
             self.loop.fall_back(RuntimeError("on rank {}: {}".format(*reasons[0])))

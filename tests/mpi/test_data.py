@@ -41,6 +41,18 @@ def shards(world, job_dir):
     return job_dir / "toy"
 
 
+@pytest.mark.parametrize("reading", ["rank", "group", "node"])
+def test_a_stale_copy_of_the_shards_on_one_rank_is_an_error_on_all(comm, shards, tmp_path, reading):
+    """As many examples of the same shape, other numbers: whoever opens them, `evaluate` and a loop of one's own as well."""
+    if comm.grid.world_size == 1:
+        pytest.skip("one rank")
+    x, y = examples()
+    write_shards(tmp_path / "stale", {"train": (x + 1, y)}, examples_per_shard=4, **FACTS)
+    is_odd = comm.grid.rank == comm.grid.world_size - 1
+    with pytest.raises(RankError, match=r"the content of manifest.json is .* on rank"):
+        ShardDataset(tmp_path / "stale" if is_odd else shards, "train", comm=comm, reading=reading)
+
+
 @pytest.mark.parametrize("axis", ["sample", "data", "world"])
 def test_broadcast_along_an_axis(comm, axis):
     extent = {"sample": comm.grid.sample_size, "data": comm.grid.data_size, "world": comm.grid.world_size}[axis]

@@ -111,6 +111,41 @@ def test_other_settings_are_an_error_that_names_them_and_the_ranks(comm, name):
         step(*parts(comm), NUM_EXAMPLES)
 
 
+MODELS = {
+    "the objective is .*LogPredictive": {"objective": hpc_bnn.LogPredictive()},
+    "the likelihood is .*Gaussian": {"likelihood": hpc_bnn.Gaussian(3, scale=1.0)},
+    "the prior is .*std=0.5": {"prior": hpc_bnn.GaussianPrior(0.5)},
+}
+
+
+@pytest.mark.parametrize("said", MODELS)
+def test_another_model_on_one_rank_is_an_error_before_the_objective_exchanges_anything(comm, said):
+    if comm.grid.world_size == 1:
+        pytest.skip("one rank")
+    options = {"objective": None, "likelihood": hpc_bnn.Categorical(3), "prior": hpc_bnn.GaussianPrior(1.0)}
+    options |= MODELS[said] if is_odd(comm) else {}
+    torch.manual_seed(0)
+    posterior = hpc_bnn.MeanFieldGaussian(
+        nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)), prior=options["prior"]
+    )
+    step = hpc_bnn.VariationalStep(
+        posterior, options["likelihood"], torch.optim.Adam(posterior.parameters()), comm, num_samples=4,
+        num_train_examples=100, objective=options["objective"],
+    )  # fmt: skip
+    x, y = parts(comm)
+    if isinstance(options["likelihood"], hpc_bnn.Gaussian):
+        y = nn.functional.one_hot(y, 3).float()
+    with pytest.raises(RankError, match=f"{said}.* on rank"):
+        step(x, y, NUM_EXAMPLES)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2, 99])
+def test_a_chunk_size_of_one_on_one_rank_hangs_nothing(comm, chunk_size):
+    """As where a rank has fewer samples than others, and each takes them all at once."""
+    step = make_step(comm, chunk_size=chunk_size if is_odd(comm) else 2)
+    assert step(*parts(comm), NUM_EXAMPLES).nelbo > 0
+
+
 @pytest.mark.parametrize("told", [NUM_EXAMPLES - 1, 2 * NUM_EXAMPLES])
 def test_a_wrong_global_batch_size_is_an_error(comm, told):
     """As of the last, smaller batch of an epoch, or of a batch that each rank counts by itself."""
