@@ -98,8 +98,9 @@ def mpirun():
     """Start a job: ``mpirun(4, "-m", "hpc_bnn", ...)``; returns the finished process with its output."""
 
     def start(num_ranks, *arguments, runner=("-m", "mpi4py"), timeout=JOB_SECONDS, environment=()):
-        command = ["mpirun", "-np", str(num_ranks), *python(dict(environment)), *runner, *map(str, arguments)]
-        return run_job(command, timeout, env={**launch_environment(), **dict(environment)})
+        variables = dict(environment)
+        command = ["mpirun", "-np", str(num_ranks), *python(variables), *runner, *map(str, arguments)]
+        return run_job(command, timeout, env=launch_environment() | variables)
 
     return start
 

@@ -532,9 +532,9 @@ def test_max_seconds_stops_with_a_checkpoint(digits, tmp_path, capsys):
     assert train(digits, tmp_path, "--resume", "true") == 0
 
 
-def begin(run_dir, *flags, python=python):
+def begin(run_dir, *flags, command=None):
     """Start a run that does not end by itself."""
-    command = [*python(), "-m", "mpi4py", "-m", "hpc_bnn", "train", "--config", "configs/digits.yaml"]
+    command = [*(command or python()), "-m", "mpi4py", "-m", "hpc_bnn", "train", "--config", "configs/digits.yaml"]
     command += ["--run_dir", str(run_dir), "--num_epochs", "100000", *map(str, flags)]
     return subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
 
@@ -568,7 +568,7 @@ def test_a_signal_stops_with_a_checkpoint_and_its_code(digits, tmp_path, number)
 
 @pytest.mark.parametrize("number", CODES, ids=lambda number: number.name)
 def test_a_signal_while_libraries_are_imported_stops_after_the_first_step(digits, tmp_path, number):
-    job = begin(tmp_path / "run", "--data.shards", digits, python=lambda: [sys.executable])
+    job = begin(tmp_path / "run", "--data.shards", digits, command=[sys.executable])
     wait_for(lambda: watches_signals(job), job)
     assert "torch" not in Path(f"/proc/{job.pid}/maps").read_text()
     os.kill(job.pid, number)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import re
@@ -191,11 +190,6 @@ def _choose_grid(config: Config) -> None:
         logger.info("--grid.sample_size auto: the grid %s: %s", plan.best, plan.why)
 
 
-def _alone(what: str) -> contextlib.AbstractContextManager[None]:
-    """Turn errors of the system in the block into `DataError`; for what one rank does for all. Local."""
-    return comm.GridComm(Grid()).agree(what)
-
-
 def _plan(options: jsonargparse.Namespace, given: set[str]) -> int:
     from ..comm.timing import Network, read_network
     from ..plan import ASSUMED_BETWEEN, ASSUMED_WITHIN, describe, plan_here
@@ -237,7 +231,7 @@ def _plan(options: jsonargparse.Namespace, given: set[str]) -> int:
     if comm.launched_rank() == 0:
         print(describe(config, plan))
         if path:
-            with _alone(f"writing {path}"):
+            with comm.GridComm(Grid()).agree(f"writing {path}"):  # this rank alone
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_atomically(path, plan.to_json())
             print(path)
@@ -299,8 +293,7 @@ def _report(options: jsonargparse.Namespace, given: set[str]) -> int:
     from ..run import write_report
 
     if comm.launched_rank() == 0:
-        with _alone(f"writing {options.output or 'the report'}"):
-            print(write_report(options.runs, options.output))
+        print(write_report(options.runs, options.output))
     return 0
 
 

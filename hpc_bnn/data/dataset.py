@@ -166,8 +166,8 @@ class ShardDataset(Source):
 
 def check_same_manifest(comm: GridComm, manifest: Manifest) -> None:
     """Raise `RankError` unless all ranks have the same data by their manifest. Collective over the world."""
-    where = "reading the data: "
-    comm.check_equal({f"the content of {MANIFEST}": manifest.digest}, where, "Give all ranks the same shards")
+    values = {f"the content of {MANIFEST}": manifest.digest}
+    comm.check_equal(values, "reading the data: ", "Give all ranks the same shards")
 
 
 def check_alike(scaling: Manifest, manifest: Manifest, directory: str | os.PathLike) -> None:

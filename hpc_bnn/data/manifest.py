@@ -133,7 +133,7 @@ class Manifest:
         """Bytes of an example, as it is stored."""
         return sum(spec.num_bytes for spec in self.arrays.values())
 
-    @property
+    @functools.cached_property
     def digest(self) -> str:
         """What depends on the data alone, in 16 digits: of two directories with the same one a run sees the same numbers."""
         content = asdict(self)

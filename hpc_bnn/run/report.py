@@ -19,8 +19,10 @@ import jinja2
 import yaml
 
 from .. import __version__
+from ..comm import GridComm
 from ..config import config_of_run, flatten
 from ..errors import DataError
+from ..grid import Grid
 from ..safe_files import read_bytes, write_atomically
 from . import plots
 
@@ -127,7 +129,8 @@ def write_report(run_dirs: Sequence[str | Path], output: str | Path | None = Non
             f"the files of {listed} are not as hpc_bnn writes them ({type(error).__name__}: {error}): config.yaml, "
             "metrics.jsonl, summary.json, evaluation.json. Put back copies, or move the changed file elsewhere"
         ) from error
-    write_atomically(Path(output), page)
+    with GridComm(Grid()).agree(f"writing {output}"):  # this rank alone
+        write_atomically(Path(output), page)
     return Path(output)
 
 

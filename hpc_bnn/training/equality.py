@@ -35,13 +35,9 @@ Digest = Tensor | int
 
 def definition_of(thing: object) -> str:
     """Return the class of an object and its numbers, words and functions, as text that can be compared. Local."""
-    content = (
-        {name: getattr(value, "__qualname__", value) for name, value in vars(thing).items()}
-        if thing is not None
-        else {}
-    )
-    plain = {name: value for name, value in content.items() if isinstance(value, (bool, int, float, str))}
-    return f"{type(thing).__qualname__}({', '.join(f'{name}={value}' for name, value in plain.items())})"
+    content = ((name, getattr(value, "__qualname__", value)) for name, value in getattr(thing, "__dict__", {}).items())
+    plain = [f"{name}={value}" for name, value in content if isinstance(value, (bool, int, float, str))]
+    return f"{type(thing).__qualname__}({', '.join(plain)})"
 
 
 class Comparison:

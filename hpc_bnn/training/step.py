@@ -139,11 +139,6 @@ class VariationalStep(StepState):
         # Of a sample in what depends on the sample alone: it counts once in the job
         self._prior_share = 1.0 / num_samples if comm.grid.is_first("data") else 0.0
         self.comparison = Comparison(comm)
-        self._model = {
-            "the objective": definition_of(objective),
-            "the likelihood": definition_of(likelihood),
-            "the prior": definition_of(getattr(posterior.family_, "prior", None)),
-        }
         self._targets: list[Tensor] = []
         self._phase: Literal["idle", "accumulating", "accumulated", "reduced"] = "idle"
         self._begun = 0  # what `Posterior.num_begun` was
@@ -531,7 +526,12 @@ class VariationalStep(StepState):
         self._has_agreed = True
         if self.comm.grid.world_size == 1:
             return
-        self.comm.check_equal(self._model, "in the first step: ", "Give all ranks the same model")
+        model = {
+            "the objective": definition_of(self.objective),
+            "the likelihood": definition_of(self.likelihood),
+            "the prior": definition_of(getattr(self.posterior.family_, "prior", None)),
+        }
+        self.comm.check_equal(model, "in the first step: ", "Give all ranks the same model")
         reasons = [(rank, why) for rank, why in enumerate(self.comm.gather_objects(self.loop.why_not)) if why]
         if reasons and self.loop.can_batch:
             self.loop.fall_back(RuntimeError("on rank {}: {}".format(*reasons[0])))

@@ -28,10 +28,11 @@ def make_step(comm, dtype=torch.float32, family="mean_field", **options):
         mine = comm.grid.local_samples(4)
         posterior = hpc_bnn.DeepEnsemble(lambda: copy.deepcopy(net), 4, mine)
     else:
-        posterior = hpc_bnn.MeanFieldGaussian(net, estimator=options.pop("estimator", "reparameterisation"))
+        of_posterior = {name: options.pop(name) for name in ("estimator", "prior") if name in options}
+        posterior = hpc_bnn.MeanFieldGaussian(net, **of_posterior)
     optimizer = torch.optim.Adam(posterior.parameters())
-    options = {"num_samples": 4, "num_train_examples": 100} | options
-    return hpc_bnn.VariationalStep(posterior, hpc_bnn.Categorical(3), optimizer, comm, **options)
+    options = {"likelihood": hpc_bnn.Categorical(3), "num_samples": 4, "num_train_examples": 100} | options
+    return hpc_bnn.VariationalStep(posterior, optimizer=optimizer, comm=comm, **options)
 
 
 def batch(dtype=torch.float32, count=NUM_EXAMPLES):
@@ -122,18 +123,9 @@ MODELS = {
 def test_another_model_on_one_rank_is_an_error_before_the_objective_exchanges_anything(comm, said):
     if comm.grid.world_size == 1:
         pytest.skip("one rank")
-    options = {"objective": None, "likelihood": hpc_bnn.Categorical(3), "prior": hpc_bnn.GaussianPrior(1.0)}
-    options |= MODELS[said] if is_odd(comm) else {}
-    torch.manual_seed(0)
-    posterior = hpc_bnn.MeanFieldGaussian(
-        nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)), prior=options["prior"]
-    )
-    step = hpc_bnn.VariationalStep(
-        posterior, options["likelihood"], torch.optim.Adam(posterior.parameters()), comm, num_samples=4,
-        num_train_examples=100, objective=options["objective"],
-    )  # fmt: skip
+    step = make_step(comm, **(MODELS[said] if is_odd(comm) else {}))
     x, y = parts(comm)
-    if isinstance(options["likelihood"], hpc_bnn.Gaussian):
+    if isinstance(step.likelihood, hpc_bnn.Gaussian):
         y = nn.functional.one_hot(y, 3).float()
     with pytest.raises(RankError, match=f"{said}.* on rank"):
         step(x, y, NUM_EXAMPLES)

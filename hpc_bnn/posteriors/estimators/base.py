@@ -130,8 +130,8 @@ class Estimator:
             if (
                 type(layer) in self.kinds  # a subclass may do more in its forward
                 and own <= random
-                and layer._parameters.get("weight") is not None  # none of them is computed (weight_norm)
-                and getattr(layer, "bias", None) is layer._parameters.get("bias")
+                and layer._parameters.get("weight") is not None  # not one that is computed (weight_norm)
+                and getattr(layer, "bias", None) is layer._parameters.get("bias")  # nor this one
                 and all(owners[key] == 1 for key in own)
                 and len(uses.get(layer, ())) == 1
                 and uses[layer][0][0] == num_examples  # dim 0 is the batch, not the tokens of all examples
