@@ -119,12 +119,20 @@ def python(variables=()) -> list[str]:
 
 
 @functools.cache
-def prepared() -> list[str]:
+def prepared(*place) -> list[str]:
+    """Return the command of a Python whose imports are done; a place is a command that starts others there (nsenter)."""
     program, path = str(REPOSITORY / "tests/prepared.py"), f"{tempfile.mkdtemp(prefix='hpc-bnn-')}/socket"
-    command, pipe = [sys.executable, program, "serve", path], subprocess.PIPE
+    command, pipe = [*place, sys.executable, program, "serve", path], subprocess.PIPE
     server = subprocess.Popen(command, stdin=pipe, stdout=pipe, env=launch_environment())  # it ends with this process
     assert server.stdout.readline(), "the server of prepared processes did not start; above it says why"
     return [sys.executable, "-S", "-E", program, "run", path]
+
+
+def write_program(path: Path, script: str) -> None:
+    """Write a shell script that can be started by its name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
 
 
 def run_job(command, timeout=JOB_SECONDS, **options) -> subprocess.CompletedProcess:

@@ -3,11 +3,14 @@
 import functools
 import json
 import re
+import shlex
 import shutil
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, assert_learnt, launch_environment, run_job
+from conftest import REPOSITORY, assert_learnt, launch_environment, python, run_job, write_program
 
 README = (REPOSITORY / "README.md").read_text()
 FIRST_STEPS = (REPOSITORY / "docs/first_steps.md").read_text()
@@ -64,6 +67,11 @@ def run_block(tmp_path_factory):
     directory = tmp_path_factory.mktemp("readme")
     for name in ("configs", "data_prep", "tools", "examples"):
         shutil.copytree(REPOSITORY / name, directory / name)
+    command, program = shlex.join(python()), shlex.quote(str(Path(sys.executable).with_name("hpc-bnn")))
+    write_program(directory / "prepared/python", f'exec {command} "$@"')  # torchrun is that of the environment
+    write_program(directory / "prepared/hpc-bnn", f'exec {command} {program} "$@"')
+    with (directory / "tools/activate.sh").open("a") as file:
+        file.write('PATH="$PWD/prepared:$PATH"\n')
 
     @functools.cache
     def run(block):

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import JOB_SECONDS, REPOSITORY, free_port, launch_environment, patience
+from conftest import JOB_SECONDS, REPOSITORY, free_port, launch_environment, patience, prepared, write_program
 
 SCRIPTS = REPOSITORY / "jobscripts"
 CONFIG = REPOSITORY / "configs/digits.yaml"
@@ -31,17 +32,33 @@ class Cluster:
     def __init__(self, directory: Path):
         self.work = directory / "work"
         self.local = directory / "slurm/local"
+        self.python = directory / "venv/bin/python"
         self.work.mkdir()
         self.environment = launch_environment() | {
             "SLURM_CONF": str(directory / "slurm/slurm.conf"),
             "HPC_BNN_ROOT": str(REPOSITORY),
-            "HPC_BNN_VENV": sys.prefix,
+            "HPC_BNN_VENV": str(directory / "venv"),
             "HPC_BNN_LOCAL_DIR": str(self.local),
             # Where the nodes cannot have host names of their own, shared memory between them would crash
             "OMPI_MCA_btl": "tcp,self",
             "OMPI_MCA_btl_tcp_if_include": "lo",
             "SLURM_PMIX_FENCE": "ring",  # docs/slurm.md
         }
+
+    def prepare_python(self, slurm: Path) -> None:
+        """An environment as that of these tests, but its Python has done its imports: one on each node.
+
+        The ranks are forked there, with its host name, storage and network; srun starts, signals and kills who waits for them.
+        """
+        of_nodes = []
+        for node in ("n1", "n2"):
+            pid = (slurm / f"slurmd-{node}.pid").read_text().strip()
+            there = ("nsenter", "--target", pid, "--mount", "--uts", "--net") if self.has_real_nodes else ()
+            command = shlex.join(prepared(*there))
+            of_nodes.append(f'{node}:-[!c]*) exec {command} "$@" ;;')
+        plain = f'*) exec {shlex.quote(sys.executable)} "$@" ;;'
+        write_program(self.python, "\n".join(['case "${SLURMD_NODENAME:-}:${1:-}" in', *of_nodes, plain, "esac"]))
+        (self.python.parent / "activate").write_text(f". {sys.prefix}/bin/activate; PATH={self.python.parent}:$PATH\n")
 
     def run(self, *command, **environment) -> str:
         """Run a command of Slurm; ask a controller again that is too busy to answer a query within its ten seconds."""
@@ -125,6 +142,7 @@ def cluster():
         cluster = Cluster(directory)
         cluster.has_real_nodes = "unshare is not allowed" not in started.stderr
         cluster.has_networks = "share the network" not in started.stderr and cluster.has_real_nodes
+        cluster.prepare_python(directory / "slurm")
         if cluster.has_networks:
             cluster.environment["OMPI_MCA_btl_tcp_if_include"] = "eth0"
             # As Docker leaves it, the same address on all nodes; by its name it is the first to be tried
@@ -272,7 +290,7 @@ RAISES, IS_KILLED = "raise RuntimeError('deliberate')", "os.kill(os.getpid(), 9)
 )
 def test_a_rank_that_fails_on_the_other_node_ends_the_job(cluster, tmp_path, launcher, backend, fault, said):
     (program := tmp_path / "program.py").write_text(FAULTY.format(fault=fault, backend=backend))
-    tasks, runner = 2, ("--mpi=pmix", sys.executable, "-m", "mpi4py")
+    tasks, runner = 2, ("--mpi=pmix", cluster.python, "-m", "mpi4py")
     if launcher == "torchrun":
         agent = (SCRIPTS / "torchrun.py", "--nnodes", 2, "--nproc-per-node", 2, "--master-port", free_port())
         tasks, runner = 1, (sys.executable, *agent, "--master-addr", node_address(cluster))
@@ -292,7 +310,7 @@ def test_nodes_that_do_not_reach_each_other_are_an_error_with_a_remedy(cluster, 
         pytest.skip("unshare --net or ip link is not allowed here: the nodes share the network")
     command = ("-m", "hpc_bnn", "train", "--config", CONFIG, "--data.shards", digits, "--backend", "torch")
     done = cluster.srun(
-        "--nodes=2", "--ntasks-per-node=1", "--mpi=pmix", sys.executable, "-m", "mpi4py", *command,
+        "--nodes=2", "--ntasks-per-node=1", "--mpi=pmix", cluster.python, "-m", "mpi4py", *command,
         GLOO_SOCKET_IFNAME="ib0",
     )  # fmt: skip
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
@@ -325,7 +343,9 @@ def test_ranks_that_leave_one_after_another(cluster, tmp_path, how):
     (tmp_path / "hpc_bnn/__main__.py").write_text(STOPPING)
     limit = "0" if how == "signalled" else "3"
     there = (f"--chdir={tmp_path}", f"--output={cluster.work}/hpc_bnn_%j.out")
-    job = cluster.submit("requeue.sbatch", CONFIG, options=there, HPC_BNN_MAX_REQUEUES=limit)
+    job = cluster.submit(
+        "requeue.sbatch", CONFIG, options=there, HPC_BNN_MAX_REQUEUES=limit, HPC_BNN_VENV=sys.prefix
+    )
     for rank in (0, 1):
         cluster.wait_for(tmp_path / f"ready-{rank}", job)
     if how == "signalled":
