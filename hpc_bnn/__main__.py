@@ -1,16 +1,44 @@
 """``python -m mpi4py -m hpc_bnn``, and the console command ``hpc-bnn`` that runs it."""
 
+import contextlib
 import gc
 import importlib.util
 import os
 import sys
+from pathlib import Path
 
 from . import signals
+
+
+class Output:
+    """A stream that loses what cannot be written, and keeps why: a reader that has gone ends no run, nor does a full disk."""
+
+    def __init__(self, stream):
+        self.stream, self.error = stream, None
+        with contextlib.suppress(AttributeError):  # where a tool has put something else there
+            stream.reconfigure(errors="replace")  # an ASCII terminal has no µ
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:  # noqa: D102
+        self._try(lambda: self.stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:  # noqa: D102
+        self._try(self.stream.flush)
+
+    def _try(self, action) -> None:
+        try:
+            action()
+        except OSError as error:
+            self.error, self.stream = self.error or error, Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
+
 
 if __name__ == "__main__":
     while os.open(os.devnull, os.O_RDWR) <= 2:
         pass  # where stdout was closed at the start, a file of the run would get its number, and what a library prints
-    sys.stdout, sys.stderr = sys.stdout or os.fdopen(1, "w"), sys.stderr or os.fdopen(2, "w")
+    sys.stdout, sys.stderr = Output(sys.stdout or os.fdopen(1, "w")), Output(sys.stderr or os.fdopen(2, "w"))
     if sys.argv[1:2] == ["train"]:
         signals.watch()  # before what takes long to import
 
@@ -38,6 +66,11 @@ def run() -> None:
         if module is not None:
             module.abort(signals.INTERRUPTED)
         os._exit(signals.INTERRUPTED)
+    sys.stdout.flush()
+    error = getattr(sys.stdout, "error", None)
+    if error is not None and not isinstance(error, BrokenPipeError):  # `head` wanted no more
+        print(f"hpc-bnn: error: stdout: {error.strerror}. The rest of the output is lost", file=sys.stderr, flush=True)
+        code = code or 1
     gc.freeze()  # the end of the process would look through a million objects of imported modules for cycles: 2 s
     sys.exit(code)
 

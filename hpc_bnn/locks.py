@@ -218,7 +218,7 @@ def _this_process() -> dict[str, Any]:
 def _kernel() -> str | None:
     """Return a name of the running kernel and of this process's table of processes; None where there is none."""
     try:
-        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.stat('/proc/self/ns/pid').st_ino}"
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text(encoding='utf-8').strip()} {os.stat('/proc/self/ns/pid').st_ino}"
     except OSError:
         return None
 
@@ -226,7 +226,7 @@ def _kernel() -> str | None:
 def _started(process: int) -> int | None:
     """Return when a process was started (ticks of the kernel); None where it is not there, or a zombie."""
     try:
-        state, *fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        state, *fields = Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
         return None if state in "ZX" else int(fields[18])
     except (OSError, ValueError, IndexError):
         return None

@@ -21,7 +21,7 @@ from typing import Any
 from .errors import DataError
 
 __all__ = [
-    "Disk", "append_line", "is_leftover", "is_plain", "link_new", "make_own_directory", "names_in", "publish", "read_bytes", "refuse_world_writable", "remove_leftovers",
+    "Disk", "append_line", "check_can_write", "is_leftover", "is_plain", "link_new", "make_own_directory", "names_in", "publish", "read_bytes", "refuse_world_writable", "remove_leftovers",
     "replacing", "sync_directory", "write_atomically",
 ]  # fmt: skip
 
@@ -89,7 +89,7 @@ def make_own_directory(directory: Path) -> None:
 def _nobody() -> int:
     """Return the user that a container shows for all users that it does not know, root of the host among them."""
     try:
-        return int(Path("/proc/sys/kernel/overflowuid").read_text())
+        return int(Path("/proc/sys/kernel/overflowuid").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return 65534
 
@@ -167,6 +167,19 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file that fits into memory."""
     with replacing(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def check_can_write(path: Path, flag: str) -> None:
+    """Raise `DataError` where no file can be written in the place of a path, which a flag names. It is not touched."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        trial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+        os.close(os.open(trial, os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_WRONLY, _MODE))
+        trial.unlink()
+    except OSError as error:
+        raise DataError(f"{path} cannot be written ({error.strerror}). Name another file with {flag}") from error
 
 
 def append_line(path: Path, line: str) -> None:

@@ -110,12 +110,12 @@ elif __name__ == "__main__":
     import h5py  # noqa: F401
     import hypothesis  # noqa: F401
     import pytest  # noqa: F401
-    import torch._dynamo
+    import torch._dynamo  # noqa: F401
     import torch.distributed  # noqa: F401
     import torchmetrics  # noqa: F401
 
-    import hpc_bnn.cli.commands
-    import hpc_bnn.run.train
+    import hpc_bnn.cli.commands  # noqa: F401
+    import hpc_bnn.run.train  # noqa: F401
     import hpc_bnn.testing  # noqa: F401
 
     assert "mpi4py.MPI" not in sys.modules and "horovod" not in sys.modules, "each process starts them itself"

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import JOB_SECONDS, REPOSITORY, patience, with_plots
+from conftest import JOB_SECONDS, REPOSITORY, launch_environment, patience, run_job, with_plots
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.datasets import load_diabetes
@@ -484,3 +484,19 @@ def test_sizes_take_units(name, text):
 def test_sizes_that_nothing_has_are_refused(name, text):
     with pytest.raises(ConfigError, match=f"^--{name} .*must be a number from .*Write it as"):
         QUANTITIES[name].parse(f"--{name}", text)
+
+
+@pytest.mark.parametrize(
+    ("command", "redirection", "code"),
+    [("verify", "> /dev/full", 1), ("verify", "| true", 0), ("train", ">&- 2>&- <&-", 0)],
+    ids=["full", "gone", "closed"],
+)
+def test_an_output_that_takes_nothing_ends_no_run(digits, tmp_path, command, redirection, code):
+    """Its reader is gone, its disk full, or there is none; and the environment is ASCII."""
+    run = f"--config configs/digits.yaml --data.shards {digits} --max_steps 2 --run_dir {tmp_path}/run"
+    words = f"{sys.executable} -m hpc_bnn {command} {digits if command == 'verify' else run}"
+    environment = launch_environment() | {"LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
+    done = run_job(["bash", "-c", f"set -o pipefail; {words} {redirection}"], env=environment)
+    assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.count("stdout: No space left on device. The rest of the output is lost") == code
+    assert command == "verify" or (tmp_path / "run/summary.json").exists()

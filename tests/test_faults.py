@@ -3,14 +3,19 @@
 import contextlib
 import ctypes
 import itertools
+import os
 import re
 import shutil
+import signal
+import subprocess
 import sys
 import time
 
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, patience
 
+import hpc_bnn.models
+from hpc_bnn.cli.commands import main
 from hpc_bnn.comm import connect_for_files
 from hpc_bnn.data import stage_shards, unstage_shards, verify_shards
 from hpc_bnn.errors import HpcBnnError
@@ -302,8 +307,65 @@ def test_code_of_a_user_that_hangs_ends_the_job_with_its_traceback(place, tmp_pa
     transform = f"[{{name: test_faults.Hang, how: {how}}}]"
     flags = ("--augmentation.transforms", transform, "--stall_seconds", "0.5")
     code, said = in_child(lambda: train(place / "data", tmp_path / "run", *flags))
-    assert code == 1 and "in __call__" in said and "test_faults.py" in said
-    assert how != "sleep" or ("rank 0 on" in said and "made no progress" in said and "augment.py" in said)
+    assert "in __call__" in said and "test_faults.py" in said and "rank 0 on" in said and "made no progress" in said
+    assert code == (1 if how == "sleep" else -signal.SIGABRT) and "augment.py" in said, said
+
+
+class Sleeper(hpc_bnn.models.MLP):
+    """A network of a user, which comes to no end in evaluation mode where a file is there."""
+
+    def __init__(self, *arguments, file, **options):
+        super().__init__(*arguments, **options)
+        self.file = file
+
+    def forward(self, x):
+        while not self.training and os.path.exists(self.file):
+            time.sleep(0.1)
+        return super().forward(x)
+
+
+def test_a_network_that_hangs_ends_an_evaluation_and_a_prediction(place, tmp_path):
+    run, file = tmp_path / "run", tmp_path / "file"
+    model = ("--model.name", "test_faults.Sleeper", "--model.arguments", f"{{hidden: [8], file: {file}}}")
+    assert train(place / "data", run, *ONE_EPOCH, *model) == 0
+    file.touch()
+    for command in (["evaluate"], ["predict", "--output", str(tmp_path / "p.h5")]):
+        words = [command[0], str(run), *command[1:], "--stall_seconds", "0.5"]
+        code, said = in_child(lambda words=words: main(words))
+        assert code == 1 and "has made no progress" in said and "test_faults.py" in said, said
+    assert not list(tmp_path.glob("*p*.h5"))
+    file.unlink()
+    assert main(["evaluate", str(run), "--stall_seconds", "60"]) == 0
+
+
+WAITS = {
+    "in a collective": "stall.STALL_SECONDS = 2.0\nwith stall.Waiting('a sum'): begin(time.sleep)",
+    "in Python": "with stall.StallWatch(2.0, 0): begin(time.sleep)",
+    "in an extension": "with stall.StallWatch(0.5, 0): begin(ctypes.PyDLL(None).sleep)",
+}
+"""What waits for ever, for two seconds."""
+
+
+def test_time_in_which_a_job_is_suspended_does_not_count():
+    """Each is stopped for longer than it may wait; then it is still there, and ends after what was left."""
+    jobs = {}
+    for where, code in WAITS.items():
+        begin = "def begin(sleep): print('begun', flush=True); sleep(1000)"
+        program = f"import ctypes, time\nfrom hpc_bnn.comm import stall\n{begin}\n{code}"
+        pipe = subprocess.PIPE
+        jobs[where] = subprocess.Popen([sys.executable, "-c", program], stdout=pipe, stderr=pipe, text=True)
+    for job in jobs.values():
+        assert job.stdout.readline() == "begun\n"
+        job.send_signal(signal.SIGSTOP)
+    time.sleep(4)
+    for job in jobs.values():
+        job.send_signal(signal.SIGCONT)
+    time.sleep(0.3)  # a job whose time is over ends within 0.2 s
+    assert [where for where, job in jobs.items() if job.poll() is not None] == []
+    for where, job in jobs.items():
+        _, said = job.communicate(timeout=patience(60))
+        assert job.returncode == (-signal.SIGABRT if where == "in an extension" else 1), said
+        assert ("has waited 2 s in a sum" if where == "in a collective" else "has made no progress") in said, said
 
 
 def test_a_limit_that_is_kept_changes_nothing(place, tmp_path):

@@ -262,8 +262,8 @@ def test_requeues_are_limited_and_the_exit_code_is_the_programs(cluster, jobs):
 
 
 FAULTY = """
-import os, sys, time, torch, hpc_bnn, hpc_bnn.comm.mpi
-hpc_bnn.comm.mpi.STALL_SECONDS = 3.0
+import os, sys, time, torch, hpc_bnn, hpc_bnn.comm.stall
+hpc_bnn.comm.stall.STALL_SECONDS = 3.0
 comm = hpc_bnn.connect(2, "cpu", backend="{backend}")
 assert comm.local_size == 2 and comm.library == "{backend}"
 comm.sum_(torch.ones(3))
@@ -283,7 +283,7 @@ RAISES, IS_KILLED = "raise RuntimeError('deliberate')", "os.kill(os.getpid(), 9)
         ("srun", "horovod", RAISES, "RuntimeError: deliberate"),
         ("srun", "torch", RAISES, "RuntimeError: deliberate"),
         ("srun", "mpi", RAISES, "RuntimeError: deliberate"),
-        ("srun", "mpi", "time.sleep(1000)", "has waited 3 s in a reduction over data"),
+        ("srun", "mpi", "time.sleep(1000)", "has waited 3 s in reduce over data"),
         ("torchrun", "torch", IS_KILLED, "rank 3 on n2 ended with code 137"),
     ],
     ids=["horovod", "torch", "mpi", "mpi_hangs", "torchrun"],
@@ -343,9 +343,7 @@ def test_ranks_that_leave_one_after_another(cluster, tmp_path, how):
     (tmp_path / "hpc_bnn/__main__.py").write_text(STOPPING)
     limit = "0" if how == "signalled" else "3"
     there = (f"--chdir={tmp_path}", f"--output={cluster.work}/hpc_bnn_%j.out")
-    job = cluster.submit(
-        "requeue.sbatch", CONFIG, options=there, HPC_BNN_MAX_REQUEUES=limit, HPC_BNN_VENV=sys.prefix
-    )
+    job = cluster.submit("requeue.sbatch", CONFIG, options=there, HPC_BNN_MAX_REQUEUES=limit, HPC_BNN_VENV=sys.prefix)
     for rank in (0, 1):
         cluster.wait_for(tmp_path / f"ready-{rank}", job)
     if how == "signalled":

@@ -119,10 +119,13 @@ def test_the_ranks_of_a_framework_form_a_grid(torchrun):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("fault", ["raise RuntimeError('deliberate fault')", "os.kill(os.getpid(), 9)"])
+@pytest.mark.parametrize(
+    "fault", ["raise RuntimeError('deliberate fault')", "os.kill(os.getpid(), 9)", "time.sleep(1000)"]
+)
 def test_a_rank_that_fails_ends_the_job(torchrun, fault):
     program = (
-        "import os, time, torch, hpc_bnn\n"
+        "import os, time, torch, hpc_bnn, hpc_bnn.comm.stall\n"
+        "hpc_bnn.comm.stall.STALL_SECONDS = 2.0\n"
         "comm = hpc_bnn.connect(1, 'cpu')\n"
         "comm.sum_(torch.ones(3))\n"
         "if comm.grid.rank == 1:\n"
@@ -134,6 +137,7 @@ def test_a_rank_that_fails_ends_the_job(torchrun, fault):
     assert done.returncode != 0
     assert ended - float(done.stdout.split("FAULT")[1].split()[0]) < patience(10)
     assert "raise" not in fault or "RuntimeError: deliberate fault" in done.stderr
+    assert "sleep" not in fault or "has waited 2 s in reduce over data" in done.stderr
 
 
 def test_doctor_without_mpi(torchrun, tmp_path):

@@ -111,7 +111,7 @@ def _settings(words: Sequence[str]) -> Iterator[tuple[str, Any]]:
             text = words.pop(0) if words and not words[0].startswith("--") else None
         if name == "config":
             path = Path(text or "")
-            content = _load(path.read_text()) if path.is_file() else None
+            content = _load(path.read_text(encoding="utf-8")) if path.is_file() else None
             yield from _leaves(content) if isinstance(content, dict) else ()
         else:
             yield from _leaves({name: _load(text)})

@@ -18,7 +18,7 @@ from .. import __version__, comm
 from ..config import Backend, Config, config_of_run
 from ..errors import ConfigError, DataError, Fault, HpcBnnError, check_all
 from ..grid import Grid, check, grids, sample_sizes
-from ..safe_files import write_atomically
+from ..safe_files import check_can_write, write_atomically
 from .all_errors import Parser, check_together, refuse_nulls
 
 if TYPE_CHECKING:
@@ -232,7 +232,7 @@ def _plan(options: jsonargparse.Namespace, given: set[str]) -> int:
         print(describe(config, plan))
         if path:
             with comm.GridComm(Grid()).agree(f"writing {path}"):  # this rank alone
-                path.parent.mkdir(parents=True, exist_ok=True)
+                check_can_write(path, "--output")
                 write_atomically(path, plan.to_json())
             print(path)
     return 0
@@ -256,16 +256,21 @@ def _evaluate(options: jsonargparse.Namespace, given: set[str]) -> int:
     from ..run import read_or_prepare
 
     experiment, ood = _open_run(options, given), {}
-    read_or_prepare(experiment.config.data, experiment.comm)
-    tested = experiment.evaluate(experiment.open(experiment.config.data.test_split))
-    if options.ood_shards is not None:
-        foreign = experiment.uncertainties(experiment.open(options.ood_split, options.ood_shards))
-        ood = out_of_distribution_auroc(tested.evaluation.uncertainties, foreign)
-    with experiment.comm.agree(f"writing {experiment.run_dir}"):
+    path = Path(options.output or experiment.run_dir / "evaluation.json")
+    with experiment.comm.agree(f"writing {path}"):
         if experiment.is_writer:
-            foreign = f"{options.ood_shards}, {options.ood_split}" if ood else None
-            path = experiment.write_evaluation(tested, experiment.num_steps, options.which, ood, foreign)
+            check_can_write(path, "--output")
+    read_or_prepare(experiment.config.data, experiment.comm)
+    with experiment.watch:
+        tested = experiment.evaluate(experiment.open(experiment.config.data.test_split))
+        if options.ood_shards is not None:
+            foreign = experiment.uncertainties(experiment.open(options.ood_split, options.ood_shards))
+            ood = out_of_distribution_auroc(tested.evaluation.uncertainties, foreign)
+    with experiment.comm.agree(f"writing {path}"):
+        if experiment.is_writer:
             print("\n".join(f"{name} {value:.6g}" for name, value in (tested.evaluation.metrics | ood).items()))
+            foreign = f"{options.ood_shards}, {options.ood_split}" if ood else None
+            experiment.write_evaluation(path, tested, experiment.num_steps, options.which, ood, foreign)
             print(path)
     return 0
 
@@ -401,6 +406,7 @@ _RUN = {
 _EVALUATE = {
     "--ood_shards": _argument(str | None, "Foreign examples: how well does the uncertainty tell them (AUROC)?"),
     "--ood_split": _argument(str, "Split of the foreign examples.", default="test"),
+    "--output": _argument(str | None, "JSON file to write (default: evaluation.json with the run)."),
 }
 _PREDICT = {
     "--shards": _argument(str | None, "Shard directory (default: that of the run)."),

@@ -126,7 +126,7 @@ def memory_limits(root: Path = Path("/")) -> list[tuple[int, int]]:
 
 
 def _text(file: Path) -> str:
-    return file.read_text().strip() if file.exists() else ""
+    return file.read_text(encoding="utf-8").strip() if file.exists() else ""
 
 
 def free_memory_bytes(is_shared: bool, root: Path = Path("/")) -> float:

@@ -19,6 +19,7 @@ from ..grid import Axis, Grid, share
 from ..trees import map_leaves
 from .compression import decode, encode, encoded_bytes
 from .packing import TensorSpec, as_list, packed_buckets, share_buckets
+from .stall import Waiting
 from .transports import NodeArray, ObjectAxis, ObjectTransport, Operation, TensorTransport, agreed, check_equal
 
 
@@ -196,12 +197,13 @@ class GridComm:
             return lambda: None
         flat = flat.detach()
         near = self._near(flat)
-        with self._counted(flat):
+        with self._counted(flat, axis, self.tensors.start_sum_):
             end = self.tensors.start_sum_(near, axis)
 
         def wait() -> None:
             begun = time.perf_counter()
-            end()
+            with Waiting(f"start_sum over {axis}"):
+                end()
             if near is not flat:
                 flat.copy_(near)
             self.traffic.seconds += time.perf_counter() - begun
@@ -236,14 +238,14 @@ class GridComm:
             if compressed and self.compression != "none":
                 encoded = [encode(chunk, self.compression) for chunk in chunks]
                 packed = torch.cat(encoded)
-                received = self._carry(packed, self.tensors.all_to_all, [len(chunk) for chunk in encoded], axis)
+                received = self._carry(packed, axis, self.tensors.all_to_all, [len(chunk) for chunk in encoded], axis)
                 contents = received.view(len(chunks), -1)
                 total = torch.zeros_like(chunks[index])
                 for content in contents:
                     total += decode(content, self.compression, flats[0].dtype)
             else:
                 packed = pad_sequence(chunks, batch_first=True)  # of one length, as the libraries want them
-                total = self._carry(packed, self.tensors.reduce_scatter, axis)[:length]
+                total = self._carry(packed, axis, self.tensors.reduce_scatter, axis)[:length]
             for (number, spans), part in zip(bucket, total.split([len(s[index]) for _, s in bucket])):
                 flats[number][spans[index].start : spans[index].stop] = part
         return [flat[s[index].start : s[index].stop] for flat, s in zip(flats, shares)]
@@ -261,7 +263,7 @@ class GridComm:
             part = encode(part, self.compression) if is_compressed else part
             lengths = [[len(spans[rank]) for _, spans in bucket] for rank in range(len(shares[0]))]
             sent = [encoded_bytes(sum(n)) if is_compressed else sum(n) for n in lengths]
-            gathered = self._carry(part, self.tensors.gather, axis, sent)
+            gathered = self._carry(part, axis, self.tensors.gather, axis, sent)
             for rank, content in enumerate(gathered.split(sent)):
                 content = decode(content, self.compression, flats[0].dtype) if is_compressed else content
                 for (number, spans), piece in zip(bucket, content.split(lengths[rank])):
@@ -288,7 +290,7 @@ class GridComm:
             return tensor
         is_half = tensor.dtype in (torch.bfloat16, torch.float16)
         wide = tensor.detach().float() if is_half else tensor.detach()
-        return self._carry(wide.contiguous(), self.tensors.gather, axis).to(tensor.dtype)
+        return self._carry(wide.contiguous(), axis, self.tensors.gather, axis).to(tensor.dtype)
 
     def broadcast_(self, tensors: torch.Tensor | Sequence[torch.Tensor], root: int = 0, axis: Axis = "world") -> None:
         """Overwrite tensors with those of the rank with index ``root`` along an axis.
@@ -300,7 +302,7 @@ class GridComm:
         with packed_buckets(tensors) as buckets:
             for flat in buckets:
                 if flat.numel():
-                    self._carry_(flat, self.tensors.broadcast_, root, axis)
+                    self._carry_(flat, axis, self.tensors.broadcast_, root, axis)
 
     def broadcast_optimizer_state(self, optimizer: torch.optim.Optimizer, root: int = 0) -> None:
         """Overwrite the state of an optimizer with that of world rank ``root``. Collective over the world.
@@ -429,14 +431,16 @@ class GridComm:
         """Return a tensor, or a copy of it, where the library can read it."""
         return tensor.cpu() if self.tensors.is_through_host else tensor
 
-    def _carry(self, tensor: torch.Tensor, collective: Callable[..., torch.Tensor], *arguments) -> torch.Tensor:
-        """Return what a collective makes of a tensor, on the tensor's device."""
-        with self._counted(tensor):
+    def _carry(
+        self, tensor: torch.Tensor, axis: Axis, collective: Callable[..., torch.Tensor], *arguments
+    ) -> torch.Tensor:
+        """Return what a collective over an axis makes of a tensor, on the tensor's device."""
+        with self._counted(tensor, axis, collective):
             return collective(self._near(tensor), *arguments).to(tensor.device)
 
-    def _carry_(self, flat: torch.Tensor, collective: Callable[..., None], *arguments) -> None:
-        """Let a collective work on a tensor in place."""
-        with self._counted(flat):
+    def _carry_(self, flat: torch.Tensor, axis: Axis, collective: Callable[..., None], *arguments) -> None:
+        """Let a collective over an axis work on a tensor in place."""
+        with self._counted(flat, axis, collective):
             near = self._near(flat)
             collective(near, *arguments)
             if near is not flat:
@@ -454,7 +458,7 @@ class GridComm:
                 if flat.numel() == 0:
                     continue  # on all ranks of the group alike
                 for step in route:
-                    self._carry_(flat, self.tensors.reduce_, step, operation)
+                    self._carry_(flat, step, self.tensors.reduce_, step, operation)
 
     def _sum_along_(self, tensors, axis: Axis, compressed: bool) -> None:
         if compressed and self.compression != "none":
@@ -484,20 +488,23 @@ class GridComm:
         return flats, shares, self.grid.indices[axis]
 
     @contextlib.contextmanager
-    def _counted(self, tensor: torch.Tensor) -> Iterator[None]:
-        """Count a collective of this tensor."""
+    def _counted(self, tensor: torch.Tensor, axis: Axis, collective: Callable) -> Iterator[None]:
+        """Count a collective of this tensor, and end the job where it comes to no end."""
         self.traffic.num_collectives += 1
         self.traffic.num_bytes += tensor.numel() * tensor.element_size()
+        what = Waiting(f"{collective.__name__.strip('_')} over {axis}")
         if tensor.is_cuda and not self.tensors.is_through_host:
             while self._running and self._running[0][1].query():
                 begin, end = self._running.popleft()
                 self.traffic.seconds += begin.elapsed_time(end) / 1e3
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
-            yield
+            with what:
+                yield
             end.record()
             self._running.append((begin, end))
             return
         start = time.perf_counter()
-        yield
+        with what:
+            yield
         self.traffic.seconds += time.perf_counter() - start

@@ -14,7 +14,7 @@ import torch
 
 from ..grid import Axis, Grid
 from .installed import horovod_facts, mpi_facts
-from .mpi import STALL_SECONDS, broadcast_, running_mpi, wait_for_others
+from .mpi import broadcast_, running_mpi, wait_for_others
 from .transports import ObjectTransport, Operation, TensorTransport
 
 logger = logging.getLogger(__name__)
@@ -28,7 +28,6 @@ class HorovodTensors(TensorTransport):
     def __init__(self, grid: Grid, device: torch.device, objects: ObjectTransport):
         import horovod.torch as hvd
 
-        os.environ.setdefault("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", f"{STALL_SECONDS:.0f}")
         self._grid, self._comms, self._hvd = grid, objects.comms, hvd
         self._under_way: set[int] = set()
         self._start(grid, objects)
@@ -95,7 +94,7 @@ class HorovodTensors(TensorTransport):
         if not flat.is_cuda:
             # From host to host by MPI alone: 34,000 images per second reached a group of two ranks on two cores,
             # through Horovod's negotiation 8,000 to 28,000.
-            broadcast_(self._comms[axis], flat, root, axis)
+            broadcast_(self._comms[axis], flat, root)
             return
         name = f"hpc_bnn.broadcast.{axis}.{flat.dtype}.{flat.numel()}"
         # Horovod counts the root by its world rank, in a process set too.

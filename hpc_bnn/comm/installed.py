@@ -97,7 +97,7 @@ def horovod_facts() -> HorovodFacts:
 
 def mpi_libraries(maps: str | None = None) -> tuple[str, ...]:
     """Return the files of the MPI libraries that ``maps`` (``/proc/self/maps``) names; there should be one."""
-    maps = Path("/proc/self/maps").read_text() if maps is None else maps
+    maps = Path("/proc/self/maps").read_text(encoding="utf-8") if maps is None else maps
     files = {line.split(maxsplit=5)[5].strip() for line in maps.splitlines() if line.count("/")}
     return tuple(sorted({os.path.realpath(file) for file in files if _is_mpi(Path(file).name)}))
 

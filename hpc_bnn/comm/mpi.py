@@ -5,25 +5,22 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..errors import CommunicationError
-from ..grid import Axis, Grid
+from ..grid import Grid
 from .launcher import launcher_of
 from .transports import NodeArray, ObjectAxis, ObjectTransport, no_shared_memory
 
 if TYPE_CHECKING:
     import torch
 
-STALL_SECONDS = 600.0
-"""Time that a collective of tensors waits for a missing rank."""
 MAX_COUNT = 2**30
 """Most numbers in a message: counts and displacements of MPI before its version 4 are below 2^31."""
 
@@ -106,54 +103,12 @@ def memory_of(tensor: torch.Tensor) -> Any:
     return tensor.numpy()
 
 
-def broadcast_(comm: Any, flat: torch.Tensor, root: int, axis: Axis) -> None:
+def broadcast_(comm: Any, flat: torch.Tensor, root: int) -> None:
     """Overwrite [n] with that of the rank ``root`` of a communicator. Collective over it."""
     import torch
 
     for piece in flat.view(torch.uint8).split(MAX_COUNT):
-        with watched(f"a broadcast over {axis}"):
-            comm.Bcast(memory_of(piece), root)
-
-
-# --- a rank that never comes ----------------------------------------------------------------------------
-
-
-class _Watch:
-    """Since when this rank has been in which collective; a thread looks at it."""
-
-    since: float | None = None
-    what = ""
-    thread: threading.Thread | None = None
-
-
-@contextlib.contextmanager
-def watched(what: str) -> Iterator[None]:
-    """End the job if the block takes longer than `STALL_SECONDS`: MPI itself waits for ever. Local."""
-    if _Watch.thread is None:
-        _Watch.thread = threading.Thread(target=_look, daemon=True)
-        _Watch.thread.start()
-    _Watch.what, _Watch.since = what, time.monotonic()
-    try:
-        yield
-    finally:
-        _Watch.since = None
-
-
-def _look() -> None:
-    while True:
-        time.sleep(min(1.0, STALL_SECONDS / 10))
-        since = _Watch.since
-        if since is not None and time.monotonic() - since > STALL_SECONDS:
-            print(
-                f"hpc-bnn: error: rank {running_mpi().COMM_WORLD.rank} on {socket.gethostname()} has waited "
-                f"{STALL_SECONDS:.0f} s in {_Watch.what}. A rank that does not say this has failed or hangs: look there",
-                file=sys.stderr,
-                flush=True,
-            )
-            time.sleep(min(2.0, STALL_SECONDS / 10))  # the other ranks that wait say it, too
-            if running_mpi().Query_thread() == running_mpi().THREAD_MULTIPLE:
-                abort(1)
-            os._exit(1)  # the launcher ends the job
+        comm.Bcast(memory_of(piece), root)
 
 
 # --- start and end -------------------------------------------------------------------------------------
@@ -217,11 +172,14 @@ def wait_for_others(seconds: float) -> bool:
 
 
 def abort(code: int) -> None:
-    """End the whole job with an exit code, from this rank alone. Local."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    """End the whole job with an exit code, from this rank alone, and from any thread. Local."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # whoever read it is gone
+            stream.flush()
     mpi = running_mpi()
     if mpi is not None:
+        if threading.current_thread() is not threading.main_thread() and mpi.Query_thread() != mpi.THREAD_MULTIPLE:
+            os._exit(code)  # the launcher ends the job
         mpi.COMM_WORLD.Abort(code)
 
 

@@ -45,21 +45,19 @@ class MpiTensors(TensorTransport):
 
     def reduce_(self, flat: torch.Tensor, axis: Axis, operation: Operation) -> None:
         for piece in flat.split(mpi.MAX_COUNT):
-            with mpi.watched(f"a reduction over {axis}"):
-                self._comms[axis].Allreduce(self._mpi.IN_PLACE, mpi.memory_of(piece), self._operations[operation])
+            self._comms[axis].Allreduce(self._mpi.IN_PLACE, mpi.memory_of(piece), self._operations[operation])
 
     def start_sum_(self, flat: torch.Tensor, axis: Axis) -> Callable[[], object]:
         self.reduce_(flat, axis, "sum")  # MPI makes no progress by itself
         return lambda: None
 
     def broadcast_(self, flat: torch.Tensor, root: int, axis: Axis) -> None:
-        mpi.broadcast_(self._comms[axis], flat, root, axis)
+        mpi.broadcast_(self._comms[axis], flat, root)
 
     def gather(self, tensor: torch.Tensor, axis: Axis, lengths: Sequence[int] | None = None) -> torch.Tensor:
         comm, width = self._comms[axis], tensor.shape[1:].numel()
         if lengths is None:
-            with mpi.watched(f"a gather over {axis}"):
-                lengths = list(comm.allgather(len(tensor)))
+            lengths = list(comm.allgather(len(tensor)))
         gathered = tensor.new_empty(sum(lengths), *tensor.shape[1:])
         parts = gathered.split(list(lengths))
         rows = max(1, mpi.MAX_COUNT // (len(lengths) * width))
@@ -68,8 +66,7 @@ class MpiTensors(TensorTransport):
             counts = [piece.numel() for piece in now]
             is_whole = counts == [part.numel() for part in parts]
             received = gathered if is_whole else tensor.new_empty(sum(counts))
-            with mpi.watched(f"a gather over {axis}"):
-                comm.Allgatherv(mpi.memory_of(tensor[start : start + rows]), [mpi.memory_of(received), counts])
+            comm.Allgatherv(mpi.memory_of(tensor[start : start + rows]), [mpi.memory_of(received), counts])
             if not is_whole:
                 for piece, content in zip(now, received.split(counts)):
                     piece.copy_(content.view_as(piece))
@@ -84,10 +81,7 @@ class MpiTensors(TensorTransport):
             is_whole = lengths == counts
             sent = flat if is_whole else torch.cat([piece[start : start + most] for piece in pieces])
             here = received if is_whole else received[:, start : start + most].contiguous()
-            with mpi.watched(f"an exchange over {axis}"):
-                self._comms[axis].Alltoallv(
-                    [mpi.memory_of(sent), lengths], [mpi.memory_of(here), [here.shape[1]] * size]
-                )
+            self._comms[axis].Alltoallv([mpi.memory_of(sent), lengths], [mpi.memory_of(here), [here.shape[1]] * size])
             if not is_whole:
                 received[:, start : start + most] = here
         return received.view(-1)

@@ -88,7 +88,7 @@ def interfaces() -> list[tuple[str | None, str]]:
                     request = struct.pack("256s", name.encode())
                     answer = fcntl.ioctl(any_socket, _SIOCGIFADDR, request)
                     found.append((name, socket.inet_ntoa(answer[20:24])))
-        with open("/proc/net/if_inet6") as file:
+        with open("/proc/net/if_inet6", encoding="utf-8") as file:
             for line in file:
                 number, _, _, _, _, name = line.split()
                 found.append((name, str(ipaddress.IPv6Address(bytes.fromhex(number)))))

@@ -1,27 +1,106 @@
-"""End the job where a rank hangs outside of collectives: in code of a user, or in a file system. Local."""
+"""End the job where a rank hangs: in a collective of tensors, in code of a user, in a file system. Local.
+
+Time counts in which this process ran: a job that the batch system suspended (SIGSTOP) for an hour has not hung.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import socket
+import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
+from typing import IO
 
-from .world import abort
+from .launcher import launched_rank
 
+STALL_SECONDS = 600.0
+"""Time that a collective of tensors waits for a missing rank."""
+end_job: Callable[[int], object] = os._exit
+"""Ends the whole job with an exit code; set where the job is joined."""
 _PACKAGE = str(Path(__file__).parents[1])
 _HERE = str(Path(__file__).parent)
+
+
+class Awake:
+    """A clock that stands still while this process is stopped: it counts a pause between two ticks twice at most."""
+
+    def __init__(self, pause: float):
+        self.pause, self.seconds = pause, 0.0
+        self._last = time.monotonic()
+
+    def tick(self) -> float:
+        """Return the seconds until now. Call it after every pause."""
+        now = time.monotonic()
+        self.seconds += min(now - self._last, 2 * self.pause)
+        self._last = now
+        return self.seconds
+
+
+# --- a rank that never comes to a collective ------------------------------------------------------------
+
+
+class Waiting:
+    """What may take `STALL_SECONDS` and no longer, as a context: MPI, Gloo and Horovod would wait for ever.
+
+    A thread of the process looks at it. Contexts inside each other count as the outer one.
+    """
+
+    _current: Waiting | None = None
+    _thread: threading.Thread | None = None
+
+    def __init__(self, what: str):
+        self.what = what
+
+    def __enter__(self) -> None:
+        if Waiting._thread is None or not Waiting._thread.is_alive():  # this process was forked
+            Waiting._thread = threading.Thread(target=_look, daemon=True, name="waiting")
+            Waiting._thread.start()
+        self._outer, Waiting._current = Waiting._current, Waiting._current or self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        Waiting._current = self._outer
+
+
+def _look() -> None:
+    seen: Waiting | None = None
+    for seconds in _ticks(STALL_SECONDS):
+        if Waiting._current is not seen or seen is None:
+            seen, since = Waiting._current, seconds
+        elif seconds - since > STALL_SECONDS:
+            said = (
+                f"hpc-bnn: error: rank {launched_rank()} on {socket.gethostname()} has waited {STALL_SECONDS:.0f} s in "
+                f"{seen.what}. A rank that does not say this has failed or hangs: look there"
+            )
+            print(said, file=sys.stderr, flush=True)
+            time.sleep(min(2.0, STALL_SECONDS / 10))  # the other ranks that wait say it, too
+            end_job(1)
+            os._exit(1)
+
+
+def _ticks(limit: float) -> Iterator[float]:
+    """Yield the seconds in which this process ran, often enough to keep a limit."""
+    clock = Awake(min(1.0, limit / 10))
+    while True:
+        time.sleep(clock.pause)
+        yield clock.tick()
+
+
+# --- a rank that hangs elsewhere ------------------------------------------------------------------------
 
 
 class StallWatch:
     """Ends the job, with a traceback of this rank, where the block makes no progress for some time.
 
     A rank that waits for others in a collective waits half as long again, so that the one that hangs speaks first.
-    Where a library does not let Python run, the interpreter's own watchdog prints the traceback.
+    Where a library does not let Python run, a process beside this one (`hpc_bnn.comm.watchdog`) ends it: the interpreter
+    prints the traceback.
 
     Parameters
     ----------
@@ -33,35 +112,45 @@ class StallWatch:
 
     def __init__(self, seconds: float | None, rank: int):
         self.seconds, self.rank = seconds, rank
-        self._marked = time.monotonic()
-        self._over = threading.Event()
+        self._num_marks = 0
 
     def mark(self) -> None:
         """Say that this rank made progress."""
-        self._marked = time.monotonic()
+        self._num_marks += 1
 
     def __enter__(self) -> StallWatch:
-        self.mark()
         if self.seconds is not None:
-            arguments = (self.seconds, threading.get_ident())
-            faulthandler.dump_traceback_later(2 * self.seconds + 1, exit=True)
+            faulthandler.enable()
+            program, name = Path(__file__).with_name("watchdog.py"), f"rank {self.rank} on {socket.gethostname()}"
+            limit = str(2 * self.seconds + 1)
+            command = [sys.executable, "-I", "-S", str(program), str(os.getpid()), limit, name]
+            self._watchdog = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, bufsize=0)
+            self._over = threading.Event()
+            arguments = (self.seconds, threading.get_ident(), self._over, self._watchdog.stdin)
             threading.Thread(target=self._look, args=arguments, daemon=True, name="stall").start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._over.set()
         if self.seconds is not None:
-            faulthandler.cancel_dump_traceback_later()
+            self._over.set()
+            self._watchdog.kill()
+            self._watchdog.communicate()
 
-    def _look(self, seconds: float, thread: int) -> None:
-        while not self._over.wait(min(1.0, seconds / 10)):
-            faulthandler.dump_traceback_later(2 * seconds + 1, exit=True)
-            if self._over.is_set():  # between the two lines above
-                faulthandler.cancel_dump_traceback_later()
-            quiet, frame = time.monotonic() - self._marked, sys._current_frames().get(thread)
-            place = _innermost(frame)
-            if quiet > seconds * (1.5 if place is not None and place.f_code.co_filename.startswith(_HERE) else 1.0):
-                self._end(quiet, place)
+    def _look(self, seconds: float, thread: int, over: threading.Event, watchdog: IO[bytes]) -> None:
+        seen, since = self._num_marks, 0.0
+        os.set_blocking(watchdog.fileno(), False)
+        for now in _ticks(seconds):
+            if over.is_set():
+                return
+            with contextlib.suppress(OSError, ValueError):  # it has just ended
+                watchdog.write(b".")  # this interpreter runs
+            if self._num_marks != seen:
+                seen, since = self._num_marks, now
+            place = _innermost(sys._current_frames().get(thread))
+            if now - since > seconds * (
+                1.5 if place is not None and place.f_code.co_filename.startswith(_HERE) else 1.0
+            ):
+                self._end(now - since, place)
 
     def _end(self, quiet: float, place: FrameType | None) -> None:
         where = f"{place.f_code.co_filename}:{place.f_lineno} ({place.f_code.co_name})" if place else "other code"
@@ -72,7 +161,7 @@ class StallWatch:
             flush=True,
         )
         faulthandler.dump_traceback(all_threads=True)
-        abort(1)
+        end_job(1)
         os._exit(1)
 
 

@@ -12,7 +12,7 @@ from .. import __version__
 from ..config import Backend, Compression, Reduction
 from ..errors import CommunicationError, ConfigError, Fault, import_object
 from ..grid import Grid
-from . import horovod, torch_dist, torchrun
+from . import horovod, stall, torch_dist, torchrun
 from .devices import agree_on_device, check_one_rank_per_gpu, choose_device, num_visible_gpus, set_num_threads
 from .grid_comm import GridComm
 from .horovod import HorovodTensors
@@ -106,6 +106,7 @@ def connect(
 
 def _join(node_size: int | None, process_group: Any = None) -> ObjectTransport:
     """Return what carries objects between the ranks of this job. Collective over the world."""
+    stall.end_job = abort
     if process_group is not None:
         torch_dist.adopt(process_group)
         return TorchObjects(node_size)

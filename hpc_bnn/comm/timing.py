@@ -102,7 +102,7 @@ def seconds_of(
 def read_network(path: str) -> Network:
     """Return what ``hpc-bnn doctor --json`` measured over the world; `ConfigError` where a file holds none. Local."""
     try:
-        return Network(**json.loads(Path(path).read_text())["network"])
+        return Network(**json.loads(Path(path).read_text(encoding="utf-8"))["network"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         rule = f"it holds no network ({type(error).__name__}: {error})"
         remedy = "Write it with mpirun -np 2 hpc-bnn doctor --json FILE, on two ranks or more"

@@ -24,13 +24,17 @@ import torch.distributed as dist
 from ..errors import CommunicationError
 from ..grid import Axis, Grid
 from .devices import ranks_on_one_gpu
-from .mpi import STALL_SECONDS, MpiObjects
+from .mpi import MpiObjects
 from .rendezvous import Rendezvous, find_meeting
+from .stall import STALL_SECONDS, Waiting
 from .transports import ObjectTransport, Operation, TensorTransport, agreed
 
 START_SECONDS = 60.0
 """Longest wait for the port of rank 0."""
 STALL = datetime.timedelta(seconds=STALL_SECONDS)
+"""Of the store, and of NCCL, which no rank waits for."""
+NO_LIMIT = datetime.timedelta(days=365)
+"""Of Gloo: `Waiting` ends collectives of tensors, and those of objects may wait for a rank that prepares data."""
 
 WITH_NCCL = "cpu:gloo,cuda:nccl"
 _GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"  # torch < 2.13
@@ -210,14 +214,14 @@ def start(backend: str, rank: int, world_size: int) -> None:
         atexit.register(shutdown)  # Gloo's threads must end before the interpreter, or they take the process down
     hook = sys.excepthook
     try:
-        with _polite_threads():
+        with _polite_threads(), Waiting("starting torch.distributed"):
             dist.init_process_group(
                 backend,
                 # The keys of a former group would be taken for those of the new one.
                 store=dist.PrefixStore(f"hpc_bnn.{Running.token}.{Running.num_starts}", Running.store),
                 rank=rank,
                 world_size=world_size,
-                timeout=STALL,
+                timeout=STALL if backend == WITH_NCCL else NO_LIMIT,
             )
     except Exception as error:  # on this rank alone: it ends the job
         raise CommunicationError(
@@ -283,22 +287,27 @@ def _world() -> dist.ProcessGroup:
     return dist.group.WORLD
 
 
-def group_of(key: tuple, ranks: Sequence[int]) -> dist.ProcessGroup:
+def group_of(key: tuple, ranks: Sequence[int], *, of_objects: bool = False) -> dist.ProcessGroup:
     """Return the process group of some ranks of the grid; make it if the key is new. Collective over these ranks.
+
+    Objects may wait for long, and where NCCL carries tensors they have groups of their own, on the host.
 
     torch numbers the groups of each rank, and the number is a part of the name: all ranks must make as many. Those of a
     former grid are taken again, because a second one of the same name would find what the first left in the store.
     """
-    if Running.framework is None and len(ranks) == dist.get_world_size():
+    has_nccl = Running.backend == WITH_NCCL
+    is_apart = of_objects and has_nccl
+    if Running.framework is None and len(ranks) == dist.get_world_size() and not is_apart:
         return _world()
     of_world = dist.get_process_group_ranks(Running.world())
-    key = (*key, *of_world)
+    key = (*key, is_apart, *of_world)
     if key not in Running.groups:
         # A framework may have started with a backend that does not carry both host and GPU memory.
-        backend = None if Running.framework is None else Running.backend
-        with _polite_threads():
+        backend = "gloo" if is_apart else None if Running.framework is None else Running.backend
+        timeout = STALL if has_nccl and not is_apart else NO_LIMIT
+        with _polite_threads(), Waiting("making a process group"):
             group = dist.new_group(
-                [of_world[rank] for rank in ranks], timeout=STALL, backend=backend, use_local_synchronization=True
+                [of_world[rank] for rank in ranks], timeout=timeout, backend=backend, use_local_synchronization=True
             )
         assert isinstance(group, dist.ProcessGroup), "this rank is one of them"
         Running.groups[key] = group

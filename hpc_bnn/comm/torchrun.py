@@ -69,10 +69,10 @@ class TorchObjects(ObjectTransport):
 
     def _group(self, axis: ObjectAxis) -> dist.ProcessGroup:
         if axis == "node":
-            return group_of(("node", self._node_size), self._node)
+            return group_of(("node", self._node_size), self._node, of_objects=True)
         if axis == "world":
-            return group_of(("world", self.size), range(self.size))
-        return group_of((axis, self._grid.extents[axis]), self._grid.groups[axis])
+            return group_of(("world", self.size), range(self.size), of_objects=True)
+        return group_of((axis, self._grid.extents[axis]), self._grid.groups[axis], of_objects=True)
 
     def broadcast(self, value: Any, root: int = 0) -> Any:
         box, group = [value], self._group("world")
@@ -121,7 +121,7 @@ def _node() -> tuple[Any, ...]:
     boot, memory = Path("/proc/sys/kernel/random/boot_id"), Path(SHARED_MEMORY)
     return (
         socket.gethostname(),
-        boot.read_text() if boot.exists() else "",
+        boot.read_text(encoding="utf-8") if boot.exists() else "",
         memory.stat().st_dev if memory.exists() else None,
     )
 

@@ -244,7 +244,7 @@ def resident_bytes() -> int:
         posterior, Categorical(2), optimizer, GridComm(Grid(1, 1, 0)), num_samples=1, num_train_examples=4
     )
     step(torch.zeros(4, 4), torch.zeros(4, dtype=torch.int64), 4)
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")  # pages
+    return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE")  # pages
 
 
 # --- what a user calls ---------------------------------------------------------------------------------

@@ -193,14 +193,22 @@ def uncertainties_of(predictive: Predictive, unit: Tensor | float = 1.0) -> dict
 
 
 def uncertainties_of_dataset(
-    posterior: Posterior, likelihood: Likelihood, comm: GridComm, dataset: Source, **options: Any
+    posterior: Posterior,
+    likelihood: Likelihood,
+    comm: GridComm,
+    dataset: Source,
+    *,
+    see: See | None = None,
+    **options: Any,
 ) -> dict[str, Tensor]:
     """Return `uncertainties_of` all examples of a data set, [N]; its targets are not used.
 
-    Collective over the world. ``**options`` as for `evaluate_dataset`.
+    Collective over the world. ``see`` and ``**options`` as for `evaluate_dataset`.
     """
     columns = _Columns(UNCERTAINTIES[is_of_classes(likelihood)])
     for block in predict_dataset(posterior, likelihood, comm, dataset, with_targets=False, **options):
+        if see:
+            see(block.examples, block.predictive, block.y)
         if comm.grid.is_first("sample"):
             columns.add(block.examples, uncertainties_of(block.predictive, _unit(dataset)))
     return columns.gather(comm)

@@ -54,6 +54,7 @@ class Experiment:
     """A posterior over the weights of a network, its likelihood, and the data that it is for.
 
     Collective over the world, in construction and in every method. ``num_steps`` are those of the checkpoint of `of_run`.
+    As a context, ``watch`` ends the job where a rank hangs (``stall_seconds``).
 
     Parameters
     ----------
@@ -78,7 +79,7 @@ class Experiment:
         self.posterior = self._build_posterior()
         keep_last, asynchronous = config.checkpoint.keep_last, config.checkpoint.asynchronous
         self.checkpoints = CheckpointStore(self.run_dir / "checkpoints", keep_last, asynchronous)
-        self._watch = StallWatch(config.stall_seconds, comm.grid.rank)
+        self.watch = StallWatch(config.stall_seconds, comm.grid.rank)
 
     @classmethod
     def of_run(cls, config: Config, comm: GridComm, which: str = "newest") -> Experiment:
@@ -177,7 +178,8 @@ class Experiment:
 
     def uncertainties(self, dataset: Source) -> dict[str, torch.Tensor]:
         """Return the uncertainties [N] of all examples of a data set (`hpc_bnn.predictive.evaluation.uncertainties_of`)."""
-        return uncertainties_of_dataset(self.posterior, self.likelihood, self.comm, dataset, **self.test_samples)
+        mark, options = lambda *_: self.watch.mark(), self.test_samples
+        return uncertainties_of_dataset(self.posterior, self.likelihood, self.comm, dataset, see=mark, **options)
 
     def evaluate(self, dataset: Source) -> TestResult:
         """Evaluate a data set with ``config.num_test_samples``; raise `DataError` if its classes are not the trained ones."""
@@ -190,7 +192,7 @@ class Experiment:
         shown = shown_examples(self.likelihood, self.comm, dataset)
 
         def see(*block: Any) -> None:
-            self._watch.mark()
+            self.watch.mark()
             shown.add(*block)
 
         evaluation = evaluate_dataset(self.posterior, self.likelihood, self.comm, dataset, see=see, **self.test_samples)
@@ -198,13 +200,14 @@ class Experiment:
 
     def write_evaluation(
         self,
+        path: Path,
         tested: TestResult,
         num_steps: int,
         which: str = "newest",
         foreign: dict[str, float] | None = None,
         foreign_data: str | None = None,
-    ) -> Path:
-        """Write RUN_DIR/evaluation.json and return its path. Local: the writer calls it.
+    ) -> None:
+        """Write an evaluation to a file. Local: the writer calls it.
 
         ``which`` checkpoint was tested, of ``num_steps`` steps; ``foreign`` are out-of-distribution metrics, of the shards
         and split ``foreign_data``.
@@ -218,13 +221,12 @@ class Experiment:
             "num_samples": self.config.num_test_samples,
             "data": {"shards": data.dataset or data.shards, "split": data.test_split, "foreign": foreign_data},
         }
-        path, found = self.run_dir / "evaluation.json", read_identity(self.run_dir)
+        found = read_identity(self.run_dir)
         if found != self.checkpoints.identity:
             raise DataError(
                 f"{self.run_dir} is now that of run {found}, and run {self.checkpoints.identity} was evaluated"
             )
         write_atomically(path, json.dumps(content, indent=1) + "\n")
-        return path
 
     def _build_likelihood(self) -> Likelihood:
         config, manifest = self.config.likelihood, self.manifest

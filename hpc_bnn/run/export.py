@@ -104,8 +104,9 @@ def predict_run(
         "hpc_bnn": __version__,
     }
     rows = _rows(experiment, quantiles, with_members, with_truth)
-    with _Output(path, comm, len(dataset), rows, dtype, attributes) as file:
+    with experiment.watch, _Output(path, comm, len(dataset), rows, dtype, attributes) as file:
         for block in blocks:
+            experiment.watch.mark()
             columns = columns_of(block.predictive, quantiles, with_members)
             if "y" in rows:
                 columns["y"] = block.y

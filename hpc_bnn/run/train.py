@@ -111,7 +111,7 @@ class Run(Experiment):
         Return what summary.json holds, and test examples with their predictive (on rank 0, elsewhere empty).
         """
         try:
-            with self._watch:
+            with self.watch:
                 self._open_run_dir()
                 return self._train_and_write()
         finally:
@@ -132,7 +132,7 @@ class Run(Experiment):
         summary = self._summary(row)
         with self.comm.agree(f"writing {self.run_dir}"):
             if self.is_writer:
-                self.write_evaluation(tested, self.step.num_steps)
+                self.write_evaluation(self.run_dir / "evaluation.json", tested, self.step.num_steps)
                 self._directory.write("summary.json", json.dumps(summary, indent=1) + "\n")
         return summary, examples
 
@@ -175,7 +175,7 @@ class Run(Experiment):
             x, y = self.augmentation(batch, place.epoch) if self.augmentation else (batch.x, batch.y)
             if config.max_seconds is not None and time.perf_counter() - self._begun > config.max_seconds:
                 self.stop.why = "<max_seconds> is over"
-            self._watch.mark()
+            self.watch.mark()
             self.stop.why = self.stop.why or signals.received()
             self.step.wants_stop = self.stop.why is not None
             traffic = replace(self.comm.traffic)
