@@ -70,8 +70,8 @@ class Watch(TorchDispatchMode):
         counted = comm._counted
 
         @contextlib.contextmanager
-        def tensors(tensor):
-            with self.within(), counted(tensor):
+        def tensors(*arguments):
+            with self.within(), counted(*arguments):
                 yield
             self.num_tensors += 1
 
