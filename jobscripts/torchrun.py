@@ -14,6 +14,7 @@ from pathlib import Path
 
 signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))  # no rank has begun: nothing is lost
 
+from torch.distributed import DistError  # noqa: E402, TID251
 from torch.distributed.elastic.multiprocessing.api import SignalException  # noqa: E402, TID251
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # noqa: E402, TID251
 from torch.distributed.run import main  # noqa: E402, TID251
@@ -73,6 +74,9 @@ def run() -> int:
         return code
     except SignalException as error:  # the ranks have had it as well
         return 128 + error.sigval
+    except DistError as error:
+        print(f"torchrun: {error}. Name a port that is free on the first node in HPC_BNN_MASTER_PORT", file=sys.stderr)
+        return 1
     return 0
 
 

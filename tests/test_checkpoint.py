@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -21,6 +22,7 @@ from hpc_bnn.config import OptimizerConfig
 from hpc_bnn.errors import DataError
 from hpc_bnn.noise import GENERATOR
 from hpc_bnn.run.checkpoint import SECTIONS, CheckpointStore, read_identity
+from hpc_bnn.run.train import _Progress
 from hpc_bnn.training.schedules import learning_rate_factor
 
 
@@ -664,3 +666,11 @@ def test_a_run_that_waits_for_no_step_gives_the_same_and_goes_on_to_the_same(dig
     assert train(digits, stopped, *flags, "--resume", "true") == 0
     for run_dir in (late, stopped):
         assert_same(list(result(run_dir)), list(result(plain)))
+
+
+def test_a_metric_that_is_not_a_number_is_neither_the_best_nor_a_failure():
+    progress, seen = _Progress(), []
+    for metric in (math.nan, 1.0, 0.5, math.nan, 0.6, math.inf, None, 0.2):
+        progress.judge(metric, min_change=0.0)
+        seen.append((progress.best_metric, progress.num_without_improvement))
+    assert seen == [(None, 0), (1.0, 0), (0.5, 0), (0.5, 0), (0.5, 1), (0.5, 1), (0.5, 1), (0.2, 0)]

@@ -463,6 +463,26 @@ def test_numbers_that_lie_elsewhere_are_refused(shards, kind, name, reading):
 
 
 @pytest.mark.parametrize("reading", ["node", "rank"])
+def test_a_filter_that_is_not_here_is_named(shards, reading):
+    path = shards / "train-00000.h5"
+    with h5py.File(path, "a") as file:
+        x = file["x"]
+        layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        layout.set_chunk(x.shape)
+        layout.set_filter(32015, h5py.h5z.FLAG_OPTIONAL, ())  # Zstandard, of hdf5plugin
+        content = x[()]
+        del file["x"]
+        made = h5py.h5d.create(
+            file.id, b"x", h5py.h5t.py_create(content.dtype), h5py.h5s.create_simple(content.shape), layout
+        )
+        h5py.Dataset(made)[()] = content
+    size, digest = path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest()
+    resign(shards, lambda m: m["splits"]["train"][0].update(num_bytes=size, sha256=digest))
+    with pytest.raises(DataError, match=r"train-00000\.h5: x needs the HDF5 filter 32015 .*Install it, or prepare"):
+        ShardDataset(shards, "train", reading=reading).fetch(slice(None))
+
+
+@pytest.mark.parametrize("reading", ["node", "rank"])
 def test_every_reading_checks_every_example(shards, reading):
     path = shards / "train-00000.h5"
     with h5py.File(path, "a") as file:

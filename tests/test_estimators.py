@@ -166,3 +166,63 @@ def test_mean_network_has_no_noise():
     assert torch.equal(net(x), net(x))
     posterior.begin_()
     assert "forward" in net[0].__dict__  # the next step has its estimator again
+
+
+NORMS = {
+    "weight_norm": nn.utils.parametrizations.weight_norm,
+    "weight_norm of old": nn.utils.weight_norm,
+    "weight_norm of the bias": lambda layer: nn.utils.weight_norm(layer, "bias"),
+    "spectral_norm": nn.utils.parametrizations.spectral_norm,
+    "spectral_norm of old": nn.utils.spectral_norm,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+@pytest.mark.parametrize("estimator", ["local", "flipout"])
+@pytest.mark.parametrize("norm", NORMS)
+def test_layers_with_computed_weights_are_left_out_and_that_is_said(norm, estimator, caplog):
+    """All others have the estimator; where nothing is random, the outputs are those of drawn weights."""
+    outputs = []
+    for name in ("reparameterisation", estimator):
+        torch.manual_seed(0)
+        net = nn.Sequential(NORMS[norm](nn.Linear(3, 4)), nn.Tanh(), nn.Linear(4, 2)).double()
+        posterior = MeanFieldGaussian(net, init_std=1e-9, estimator=name)
+        posterior.sampler.prepare_(inputs("mlp"))
+        posterior.begin_()
+        posterior.draw_(Key(0, Stream.NOISE))
+        outputs.append(posterior.network(inputs("mlp")).detach())
+    assert (outputs[0] - outputs[1]).abs().max() < 1e-6
+    posterior.network.say(logging.getLogger("rank"), Grid())
+    assert "drawn once per sample" in caplog.text and set(posterior.sampler.noisy.layers) == {posterior.module[2]}
+
+
+class Called(nn.Module):
+    """Calls its layers by the names of their arguments, or by their places."""
+
+    def __init__(self, by_name):
+        super().__init__()
+        self.by_name = by_name
+        self.first, self.drop, self.last = nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 2)
+
+    def forward(self, x):
+        for layer in (self.first, self.drop, self.last):
+            x = layer(input=x) if self.by_name else layer(x)
+        return x
+
+
+@pytest.mark.parametrize("estimator", ["reparameterisation", "local", "flipout"])
+def test_layers_that_are_called_by_name(estimator):
+    outputs = []
+    for by_name in (False, True):
+        torch.manual_seed(0)
+        posterior = MeanFieldGaussian(Called(by_name).double(), init_std=0.4, estimator=estimator)
+        posterior.sampler.prepare_(inputs("mlp"))
+        posterior.begin_()
+        posterior.draw_(Key(0, Stream.NOISE))
+        outputs.append(posterior.network(inputs("mlp")))
+        outputs[-1].square().sum().backward()
+        posterior.fold_()
+        complete(posterior)
+        outputs.append(posterior.buffer.gradient.clone())
+    assert torch.equal(outputs[0], outputs[2]) and torch.equal(outputs[1], outputs[3])
+    assert (outputs[0] != 0).any() and outputs[1].norm() > 0

@@ -18,9 +18,10 @@ import hpc_bnn.models
 from hpc_bnn.cli.commands import main
 from hpc_bnn.comm import connect_for_files
 from hpc_bnn.data import stage_shards, unstage_shards, verify_shards
-from hpc_bnn.errors import HpcBnnError
+from hpc_bnn.errors import ConfigError, HpcBnnError
 from hpc_bnn.locks import Lock
 from hpc_bnn.run.checkpoint import CheckpointStore, read_identity, write_identity
+from hpc_bnn.run.run_dir import RunDir
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 import file_faults
@@ -242,6 +243,18 @@ def test_a_directory_in_use_is_refused(place, tmp_path, capsys, resume):
         assert "in use by process" in capsys.readouterr().err
         assert contents(run) == before
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_of_two_runs_that_begin_at_once_one_gets_the_directory(tmp_path):
+    first, second = RunDir(tmp_path / "run"), RunDir(tmp_path / "run")
+    for run in (first, second):
+        run.open(resumes=False)  # nothing is there
+    first.begin("{}", "seed: 1")
+    before = contents(tmp_path)
+    with pytest.raises(ConfigError, match="another process has made it in the meantime"):
+        second.begin("{}", "seed: 2")
+    assert contents(tmp_path) == before and os.listdir(tmp_path) == ["run"]
+    first.close()
 
 
 @pytest.mark.parametrize("how", ["another run begins", "the directory is moved", "the directory is removed"])

@@ -262,3 +262,20 @@ def test_rows_that_belong_to_other_samples_are_refused():
     posterior = Posterior(nn.Linear(4, 3), Ensemble(6), samples=range(4))
     with pytest.raises(ConfigError, match=r"belong to the samples 0 to 3, and this rank is asked for 0 to 5"):
         predict_classes(posterior, Categorical(3), COMM, X.float(), num_samples=6)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2])
+@pytest.mark.parametrize("layer", [nn.Embedding, nn.EmbeddingBag])
+def test_numbers_for_an_embedding_name_the_flag_that_keeps_ids_whole(layer, chunk_size):
+    width = 12 if layer is nn.Embedding else 3
+    posterior = MeanFieldGaussian(nn.Sequential(layer(5, 3), nn.Flatten(), nn.Linear(width, 3)).double())
+    step = VariationalStep(
+        posterior, Categorical(3), torch.optim.SGD(posterior.parameters(), lr=0.1), COMM, num_samples=2,
+        num_train_examples=11, chunk_size=chunk_size,
+    )  # fmt: skip
+    words = r"inputs of the network torch.float64: an nn.Embedding of Sequential takes whole numbers\. .*--ids"
+    with pytest.raises(ConfigError, match=words):
+        step(X, Y, 11)
+    with pytest.raises(ConfigError, match=words):
+        predict_classes(posterior, Categorical(3), COMM, X, num_samples=2, chunk_size=chunk_size)
+    step((4 * X.sigmoid()).long(), Y, 11)

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 import hpc_bnn
 from hpc_bnn import Categorical, Grid, GridComm, VariationalStep, posteriors, predict_classes, predict_values
 from hpc_bnn.errors import ConfigError, DataError
+from hpc_bnn.noise import Key, Stream
 
 COMM, CLASSES = GridComm(Grid()), Categorical(3)
 X = torch.randn(8, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -141,6 +142,22 @@ REFUSED = {
     "of another library": (lambda: DistributedDataParallel(mlp()), "DistributedDataParallel"),
     "a subclass of it": (lambda: Own(mlp()), "DistributedDataParallel"),
 }
+
+
+def test_a_module_of_torch_that_sums_gradients_is_refused():
+    """Its own DistributedDataParallel and fully_shard, over a group of one rank."""
+    dist = torch.distributed
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        nets = {"DistributedDataParallel": nn.parallel.DistributedDataParallel(mlp().float())}
+        if hasattr(dist.fsdp, "fully_shard"):  # torch >= 2.6
+            mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+            nets["FSDPModule"] = dist.fsdp.fully_shard(mlp().float(), mesh=mesh)
+        for name, net in nets.items():
+            with pytest.raises(ConfigError, match=rf"{name}.*hpc_bnn sums over the process grid.*net\.module"):
+                posteriors.MeanFieldGaussian(net)
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -330,6 +347,36 @@ def test_what_one_sample_keeps_for_the_next_is_refused_or_said(kind, chunk_size,
     assert said is (kind in ("attribute", "buffer"))
 
 
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda: Spread(nn.InstanceNorm1d(6, track_running_stats=True)),
+        lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6)),
+        lambda: nn.utils.spectral_norm(nn.Linear(6, 6)),
+    ],
+    ids=["InstanceNorm", "spectral norm", "spectral norm of old"],
+)
+def test_state_that_depends_on_the_number_of_samples_of_a_rank_is_said(layer):
+    net = seeded(lambda: nn.Sequential(nn.Linear(6, 6), layer(), nn.Linear(6, 3)))
+    posterior = posteriors.MeanFieldGaussian(net, init_std=0.3)
+    posterior.begin_()
+    look = posterior.network.look(X, lambda s: posterior.draw_(Key(0, Stream.NOISE, sample=s)), (0, 1))
+    several = " ".join(look.warnings(world_size=2))
+    assert "changes the buffers" in several or "keeps something of one sample for the next" in several, several
+    assert ("changes the buffers" in several) == (look.warnings(world_size=1) == [])
+
+
+class Spread(nn.Module):
+    """Gives an InstanceNorm places to take its statistics over."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x):
+        return self.norm(x[..., None] * torch.arange(1.0, 4.0, dtype=x.dtype)).mean(-1) + x
+
+
 class Clipping(nn.Module):
     """Clips a weight in each forward pass, as critics of Wasserstein distances do."""
 
@@ -420,15 +467,17 @@ class Checkpointed(nn.Module):
         return self.head(self.run(lambda x: self.first(x).tanh(), x))
 
 
+@pytest.mark.parametrize("chunk_size", [1, 2])
 @pytest.mark.parametrize("estimator", ["reparameterisation", "local", "flipout"])
 @pytest.mark.parametrize("part", ["some", "all"])
-def test_weights_of_checkpointed_blocks_have_a_gradient(part, estimator, caplog):
+def test_weights_of_checkpointed_blocks_have_a_gradient(part, estimator, chunk_size, caplog):
     results = []
     for use_reentrant in (None, False, True):
         net = seeded(lambda: Checkpointed(part, use_reentrant))  # noqa: B023
-        step = make_step(net, estimator=estimator, init_std=0.3, lr=0.5)
+        chunk = 1 if use_reentrant is None else chunk_size
+        step = make_step(net, estimator=estimator, init_std=0.3, lr=0.5, chunk_size=chunk)
         results.append([step(X, Y, 8).nelbo for _ in range(3)])
-    assert results[0] == results[1] == results[2]
+    assert results[0] == results[1] == results[2]  # what cannot be batched walks
     assert "no gradient reaches" not in caplog.text
 
 

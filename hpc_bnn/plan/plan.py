@@ -300,7 +300,7 @@ def describe(config: Config, plan: Plan) -> str:
     machine, best = plan.machine, plan.best.rehearsal
     how = "measured here"
     if machine.flops is not None:
-        how = f"computing at {machine.flops:.3g} FLOP/s, noise and update left out"
+        how = f"computing at {machine.flops:.3g} FLOP/s as you say (a device reaches a part of its peak), noise and update left out"
     networks = [f"{n.bandwidth / 1e9:.3g} GB/s and {1e6 * n.latency:.3g} µs {where}"
                 for n, where in ((machine.within, "within"), (machine.between, "between"))]  # fmt: skip
     lines = [
@@ -312,7 +312,8 @@ def describe(config: Config, plan: Plan) -> str:
     ]
     for row in plan.rows:
         share = f"{row.rehearsal.local_samples} x {row.rehearsal.local_batch_size}"
-        mark = ("  <-- best" if row is plan.best else "") + ("" if row.fits else "  does not fit")
+        mark = "" if row.fits else "  does not fit"
+        mark += ("  <-- best" if row.fits else "  <-- takes least") if row is plan.best else ""
         step, evaluation = row.rehearsal.peak_bytes, row.rehearsal.evaluation_bytes
         lines.append(
             f"{row!s:<12}{share:>18} {_size(step):>9} {_size(evaluation):>12} {_ms(row.compute_seconds):>11} "

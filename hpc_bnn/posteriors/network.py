@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 from ..errors import ConfigError, Fault
 from ..grid import Grid
 from ..noise import Key
-from ..trees import Inputs, as_arguments, device_of, map_tensors
+from ..trees import Inputs, as_arguments, device_of, map_tensors, tensors_of
 from .batch_norm import BatchNorms, SumOverData, of_one_rank
 from .batch_rules import BatchedLinear, attend
 from .dropout_layers import FUNCTIONS, DropoutMasks
@@ -268,7 +268,16 @@ class Network:
         """Return the outputs of the sample drawn last. In training with BatchNorm collective as `running` says."""
         with self.interception.active(), _casting(device_of(x).type, autocast_dtype):
             arguments, named = as_arguments(map_tensors(Tensor.clone, x) if self._changes_input else x)
-            return self._picked(self.module(*arguments, **named))
+            try:
+                outputs = self.module(*arguments, **named)
+            except RuntimeError as error:
+                if "'indices'" not in str(error):  # of F.embedding
+                    raise
+                kinds = ", ".join(sorted({str(tensor.dtype) for tensor in tensors_of(x)}))
+                rule = f"an nn.Embedding of {type(self.module).__name__} takes whole numbers"
+                remedy = "Write the shards with --ids (data_prep/arrays.py) or write_shards(ids=...): ids then stay whole numbers"
+                raise ConfigError(Fault("inputs of the network", kinds, rule, remedy)) from error
+            return self._picked(outputs)
 
     def _picked(self, outputs: Any) -> Tensor:
         """Return the tensor that is meant, of what the module returns."""

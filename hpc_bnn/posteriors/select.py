@@ -136,6 +136,7 @@ def split_weights(
         A pattern matches no parameter: most likely a typing error. Or a weight has no shape yet, has fewer than 32 bits, is
         no dense tensor, or shares its memory.
     """
+    check_layers(module)
     _check_weights(module)
     names: dict[int, list[str]] = {}  # id of a parameter -> all its names
     for name, parameter in module.named_parameters(remove_duplicate=False):

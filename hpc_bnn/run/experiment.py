@@ -13,6 +13,7 @@ import os
 import pickle
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -282,9 +283,19 @@ def check_same_start(config: Config, comm: GridComm) -> None:
     """Raise `RankError` unless all ranks have the same config, files that it names, and modules. Collective over the world."""
     values = flatten(asdict(config))
     for name, value in list(values.items()):
-        if isinstance(value, str) and (found := _content(value)) is not None:
-            values[f"the content of {name}"] = found
+        for text in _texts(value):
+            if (found := _content(text)) is not None:
+                values[f"the content of {name}" + (f", {text}" if text != value else "")] = found
     comm.check_equal(values, "starting the run: ", "Start all ranks with the same command and the same files")
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield the texts in a value of a config: arguments and transforms are lists and mappings. Local."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, tuple, dict)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _texts(part)
 
 
 def _content(text: str) -> str | None:

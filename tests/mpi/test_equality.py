@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import hpc_bnn
-from hpc_bnn.config import Config, ModelConfig
+from hpc_bnn.config import AugmentationConfig, Config, ModelConfig
 from hpc_bnn.errors import RankError
 from hpc_bnn.run.experiment import check_same_start
 from hpc_bnn.training.equality import NUM_PLACES
@@ -213,6 +213,16 @@ def other_content(config):
     return config
 
 
+def other_transform(config):
+    Path("users_transform.py").write_text("# another version\n")
+    return config
+
+
+def other_mask(config):
+    Path("mask.npy").write_text("other")
+    return config
+
+
 def other_code(config):
     Path("users_network.py").write_text("# another version\n")
     return config
@@ -224,6 +234,8 @@ def other_code(config):
         (other_seed, "seed is 0 on rank"),
         (other_content, "the content of model.pretrained is"),
         (other_code, "the content of model.name is"),
+        (other_transform, "the content of augmentation.transforms, users_transform.Mix is"),
+        (other_mask, "the content of model.arguments.*, mask.npy is|the content of model.arguments.mask is"),
     ],
 )
 def test_runs_that_start_from_different_things_are_an_error(comm, change, named, tmp_path, monkeypatch):
@@ -232,7 +244,12 @@ def test_runs_that_start_from_different_things_are_an_error(comm, change, named,
     monkeypatch.syspath_prepend(tmp_path)
     Path("net.pt").write_text("weights")
     Path("users_network.py").write_text("# a network\n")
-    config = Config(model=ModelConfig(name="users_network.Net", pretrained="net.pt"))
+    Path("users_transform.py").write_text("# a transform\n")
+    Path("mask.npy").write_text("mask")
+    config = Config(
+        model=ModelConfig(name="users_network.Net", pretrained="net.pt", arguments={"mask": "mask.npy"}),
+        augmentation=AugmentationConfig(transforms=[{"name": "users_transform.Mix", "rate": 0.5}]),
+    )
     check_same_start(config, comm)
     with pytest.raises(RankError, match=named) if comm.grid.world_size > 1 else contextlib.nullcontext():
         check_same_start(change(config) if is_odd(comm) else config, comm)
