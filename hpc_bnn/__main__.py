@@ -15,7 +15,7 @@ class Output:
 
     def __init__(self, stream):
         self.stream, self.error = stream, None
-        with contextlib.suppress(AttributeError):  # where a tool has put something else there
+        with contextlib.suppress(AttributeError, OSError):  # where a tool has put something else there
             stream.reconfigure(errors="replace")  # an ASCII terminal has no µ
 
     def __getattr__(self, name):

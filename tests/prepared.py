@@ -86,6 +86,7 @@ def keep(connection: socket.socket) -> list[str]:
         for number, stream in enumerate(streams):
             os.dup2(stream, number)
             os.close(stream)
+        sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
         os.chdir(request["directory"])
         os.environ.clear()
         os.environ.update(request["environment"])

@@ -10,11 +10,13 @@ import sys
 import numpy as np
 import pytest
 import torch
+import xarray
 import yaml
 from conftest import JOB_SECONDS, REPOSITORY, launch_environment, patience, run_job, with_plots
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.datasets import load_diabetes
+from torch import nn
 
 import hpc_bnn.models
 from hpc_bnn import write_shards
@@ -500,3 +502,54 @@ def test_an_output_that_takes_nothing_ends_no_run(digits, tmp_path, command, red
     assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
     assert done.stderr.count("stdout: No space left on device. The rest of the output is lost") == code
     assert command == "verify" or (tmp_path / "run/summary.json").exists()
+
+
+class Segments(nn.Sequential):
+    """Gives each point of an image a class."""
+
+    def __init__(self, in_shape, num_outputs):
+        super().__init__(nn.Conv2d(in_shape[0], 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, num_outputs, 3, padding=1))
+
+
+def blobs(count, seed):
+    """Images of two squares, and the class of each point: none, bright or dark."""
+    rng = np.random.default_rng(seed)
+    x, y = 0.3 * rng.normal(size=(count, 1, 10, 12)), np.zeros((count, 10, 12), np.int64)
+    for image, classes in zip(x, y):
+        for number, sign in ((1, 1.0), (2, -1.0)):
+            row, column = rng.integers(0, 7), rng.integers(0, 9)
+            image[0, row : row + 4, column : column + 4] = sign + 0.2 * rng.normal(size=(4, 4))
+            classes[row : row + 4, column : column + 4] = number
+    return x.astype(np.float32), y
+
+
+def test_fields_of_classes_from_shards_to_predictions(tmp_path, capsys):
+    """Train with mirrored targets mixed, evaluate, predict, load, plan, report: bright and dark squares in noise."""
+    facts = {"name": "squares", "source": "made here", "licence": "none", "num_classes": 3}
+    splits = {"train": blobs(240, 0), "validation": blobs(50, 1), "test": blobs(31, 2)}
+    write_shards(tmp_path / "shards", splits, **facts, details={"classes": ["none", "bright", "dark"]})
+    run = tmp_path / "run"
+    words = ["--data.shards", tmp_path / "shards", "--model.name", f"{__name__}.Segments", "--num_samples", 2]
+    words += ["--num_test_samples", 4, "--posterior.init_std", 0.01, "--kl_weight", 0.1, "--global_batch_size", 20]
+    words += ["--optimizer.learning_rate", 0.02, "--augmentation.transforms", "[{name: mixup}]"]
+    words = list(map(str, words))
+    with with_plots():
+        assert main(["train", *words, "--num_epochs", "5", "--run_dir", str(run)]) == 0
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["test/accuracy"] > 0.95 and summary["test/mean_iou"] > 0.85
+    assert (run / "plots/uncertainty.png").stat().st_size > 1000
+    assert main(["predict", str(run), "--output", str(tmp_path / "p.h5"), "--which", "best"]) == 0
+    with xarray.open_dataset(tmp_path / "p.h5") as found:
+        assert found.probabilities.dims == ("example", "category", "dim_1", "dim_2")
+        assert found["class"].dims == found.y.dims == found.entropy.dims == ("example", "dim_1", "dim_2")
+        assert list(found.category.values) == ["none", "bright", "dark"]
+        np.testing.assert_array_equal(found.y, splits["test"][1])
+        loaded = hpc_bnn.load(run).predict(splits["test"][0])
+        np.testing.assert_allclose(loaded["probabilities"], found.probabilities, atol=1e-6)
+    assert main(["plan", *words, "--ranks", "2"]) == main(["report", str(run)]) == 0
+    for flags, said in (
+        (("--augmentation.transforms", "[{name: flip}]"), "and not the targets"),
+        (("--checkpoint.metric", "validation/adaptive_ece"), "checkpoint.metric"),
+    ):
+        assert main(["train", *words, *flags, "--run_dir", str(tmp_path / "refused")]) == 2
+        assert said in capsys.readouterr().err and not (tmp_path / "refused").exists()

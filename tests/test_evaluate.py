@@ -7,7 +7,7 @@ import pytest
 import scipy.stats
 import scoringrules
 import torch
-from sklearn.metrics import accuracy_score, log_loss, roc_auc_score
+from sklearn.metrics import accuracy_score, jaccard_score, log_loss, roc_auc_score
 from torch import nn
 from torchmetrics import MeanSquaredError
 from torchmetrics.classification import MulticlassCalibrationError
@@ -82,6 +82,31 @@ def test_metrics_equal_scikit_learn(digits, monkeypatch):
     assert metrics["brier"] == pytest.approx(np.square(p - np.eye(10)[y]).sum(1).mean(), rel=1e-12)
     reference = MulticlassCalibrationError(num_classes=10, n_bins=15)(torch.from_numpy(p).double(), y)
     assert metrics["ece"] == pytest.approx(reference.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(7,), (4, 5)], ids=["sequence", "field"])
+def test_metrics_of_fields_of_classes_equal_scikit_learn(tmp_path, shape):
+    """All points count alike; class 3 of 5 occurs nowhere."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(30, 6)), rng.choice([0, 1, 2, 4], (30, *shape))
+    write_shards(tmp_path, {"train": (x, y)}, name="toy", source="here", licence="none", num_classes=5)
+    net = nn.Sequential(nn.Linear(6, 5 * math.prod(shape)), nn.Unflatten(1, (5, *shape))).double()
+    with torch.no_grad():
+        net[0].bias.view(5, -1)[3] = -100.0
+    posterior, dataset = MeanFieldGaussian(net, init_std=0.2), ShardDataset(tmp_path, "train", dtype=torch.float64)
+    found = evaluate_dataset(posterior, Categorical(5), GridComm(Grid()), dataset, num_samples=6)
+    p = predict_classes(posterior, Categorical(5), GridComm(Grid()), dataset.fetch(slice(None))[0], num_samples=6)
+    points, truth = p.probabilities.movedim(1, -1).reshape(-1, 5).numpy(), y.reshape(-1)
+    said = points.argmax(1)
+    assert found.metrics["accuracy"] == pytest.approx(accuracy_score(truth, said), rel=1e-12)
+    assert found.metrics["nll"] == pytest.approx(log_loss(truth, points, labels=range(5)), rel=1e-9)
+    assert found.metrics["mean_iou"] == pytest.approx(jaccard_score(truth, said, average="macro"), rel=1e-12)
+    by_class = jaccard_score(truth, said, average=None, labels=[0, 1, 2, 4])
+    assert found.curves["overlap"]["iou"] == pytest.approx([*by_class[:3], None, by_class[3]])
+    brier = np.square(points - np.eye(5)[truth]).sum(1).mean()
+    assert found.metrics["brier"] == pytest.approx(brier, rel=1e-9) and "adaptive_ece" not in found.metrics
+    for name, value in (("entropy", p.entropy), ("mutual_information", p.mutual_information)):
+        torch.testing.assert_close(found.uncertainties[name], value.flatten(1).mean(1), rtol=1e-10, atol=1e-12)
 
 
 def test_total_variance_is_aleatoric_plus_epistemic():

@@ -186,7 +186,7 @@ class Mixup:
         return torch.where(side < 0.5, w, 1 - w)
 
     def mix(self, batch: Batch, random: ExampleRandom, num_classes: int | None) -> tuple[Tensor, Tensor]:
-        """Return the mixed inputs [B, ...] and targets [B, ...] or class probabilities [B, C]."""
+        """Return the mixed inputs [B, ...] and targets [B, ...] or class probabilities [B, C, ...]."""
         if batch.partners is None or (num_classes is None and not batch.y.is_floating_point()):
             rule = "it needs the mirrored examples of a batch, and for classes their number"
             remedy = "Give BatchLoader with_partners=True, and Augmentation num_classes"
@@ -194,7 +194,7 @@ class Mixup:
         x, (other_x, other_y) = batch.x, batch.partners
         targets = (batch.y, other_y)
         if num_classes is not None:
-            targets = (F.one_hot(y.long(), num_classes) for y in targets)
+            targets = (F.one_hot(y.long(), num_classes).movedim(-1, 1) for y in targets)
         y, other_y = (y.to(x.dtype) for y in targets)
         w = self.weights(random).to(x.dtype)
         return torch.lerp(other_x, x, _along(x, w)), torch.lerp(other_y, y, _along(y, w))
@@ -294,7 +294,7 @@ def build_augmentation(
         if num_dims != len(x):
             kind = {2: "series [channels, length]", 3: "images [channels, height, width]"}.get(num_dims)
             rule = f"it is for {kind}, and an input is {list(x)}"
-        elif getattr(transform, "moves", False) and len(y) > 1:
+        elif getattr(transform, "moves", False) and manifest.places:
             rule = f"it would move the inputs {list(x)} and not the targets {list(y)}"
         if rule:
             name = type(transform).__name__.lower()

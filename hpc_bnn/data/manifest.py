@@ -129,6 +129,11 @@ class Manifest:
         return sum(math.prod(spec.shape) for name, spec in self.arrays.items() if name != "y")
 
     @property
+    def places(self) -> tuple[int, ...]:
+        """Points of a target: those of a field of classes, or of each channel of numbers; () of one class or number."""
+        return self.arrays["y"].shape[0 if self.num_classes is not None else 1 :]
+
+    @property
     def num_bytes_per_example(self) -> int:
         """Bytes of an example, as it is stored."""
         return sum(spec.num_bytes for spec in self.arrays.values())

@@ -254,8 +254,8 @@ def evaluation_bytes(
     them. Scores are computed in the chunks of a CPU or a GPU.
     """
     num_samples = config.num_test_samples
-    shape = manifest.arrays["y"].shape
-    num_channels, places = math.prod(shape[:1]), shape[1:]
+    places = manifest.places
+    num_channels = manifest.num_classes or math.prod(manifest.arrays["y"].shape[:1])
     # Some thousand numbers
     wanted = max(2**13 // (num_samples * num_channels), 1)
     extent = max(2, math.ceil(wanted ** (1 / max(len(places), 1))))
@@ -318,7 +318,9 @@ def _in_small(config: Config, manifest: Manifest, places: tuple[int, ...]) -> tu
     """Return a config and a manifest of the same likelihood, with few points of each target and without a network."""
     arrays = {
         "x": ArraySpec((1,), "float32"),
-        "y": replace(manifest.arrays["y"], shape=(*manifest.arrays["y"].shape[:1], *places)),
+        "y": replace(
+            manifest.arrays["y"], shape=(*([] if manifest.num_classes else manifest.arrays["y"].shape[:1]), *places)
+        ),
     }
     weights = manifest.target_weights
     if weights is not None:

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from ..comm import GridComm
 from ..data import Source
-from ..errors import ConfigError, DataError, Fault
+from ..errors import DataError
 from ..likelihoods import Likelihood
 from ..posteriors import Posterior
 from .metrics import (
     ChannelMean,
+    ClassOverlaps,
     ExampleMean,
     ExpectedCalibrationError,
     Metric,
@@ -43,9 +44,11 @@ INTERVALS = {50: 0.5, 90: 0.9, 95: 0.95}
 def block_size(likelihood: Likelihood, dataset: Source, num_samples: int, keep_members: bool) -> int:
     """Return the number of examples of a data set that a rank processes at once. Local."""
     num_bytes = dataset.manifest.num_inputs * dataset.dtype.itemsize
+    places = math.prod(dataset.manifest.places)
     if keep_members:
-        places = math.prod(dataset.manifest.arrays["y"].shape[1:])
         num_bytes = max(num_bytes, 8 * num_samples * likelihood.num_outputs * places)
+    elif is_of_classes(likelihood):
+        num_bytes = max(num_bytes, 8 * (2 * likelihood.num_classes + 1) * places)  # what is summed over the samples
     return max(1, BLOCK_BYTES // num_bytes)
 
 
@@ -106,7 +109,7 @@ class Evaluation:
     metrics: dict[str, float]
     """Metrics of the whole data set, in units of y."""
     curves: dict[str, Any]
-    """Data of the plots: for classes "reliability"; for numbers "pit", and "channels" with their metrics."""
+    """Data of the plots: for classes "reliability", of fields "overlap", too; for numbers "pit", and "channels" with their metrics."""
     uncertainties: dict[str, Tensor]
     """[N] uncertainties of each example, in the order of the data set: see `uncertainties_of`."""
 
@@ -183,11 +186,13 @@ UNCERTAINTIES = {True: ("entropy", "mutual_information"), False: ("std", "episte
 def uncertainties_of(predictive: Predictive, unit: Tensor | float = 1.0) -> dict[str, Tensor]:
     """Return scalar uncertainties [B] of examples: a larger value means less certainty. Local.
 
-    For classes entropy and mutual information (nats); for numbers the means over targets of the total and the
-    epistemic standard deviation, both divided by ``unit`` first, so that targets of different units can be averaged.
+    For classes entropy and mutual information (nats), of a field their means over its points; for numbers the means over
+    targets of the total and the epistemic standard deviation, both divided by ``unit`` first, so that targets of different
+    units can be averaged.
     """
     if isinstance(predictive, ClassPredictive):
-        return {"entropy": predictive.entropy, "mutual_information": predictive.mutual_information}
+        parts = {"entropy": predictive.entropy, "mutual_information": predictive.mutual_information}
+        return {name: part.flatten(1).mean(1) if part.ndim > 1 else part for name, part in parts.items()}
     parts = {"std": predictive.variance, "epistemic_std": predictive.epistemic_variance}
     return {name: (variance.sqrt() / unit).flatten(1).mean(1) for name, variance in parts.items()}
 
@@ -232,10 +237,13 @@ def out_of_distribution_auroc(inside: dict[str, Tensor], outside: dict[str, Tens
     return found
 
 
-def metrics_to_minimise(likelihood: Likelihood) -> tuple[str, ...]:
-    """Return the metrics by which one checkpoint is better than another, less is better. Local."""
+def metrics_to_minimise(likelihood: Likelihood, places: tuple[int, ...] = ()) -> tuple[str, ...]:
+    """Return the metrics by which one checkpoint is better than another, less is better. Local.
+
+    ``places`` are the points of a target (`hpc_bnn.data.Manifest.places`).
+    """
     if is_of_classes(likelihood):
-        return ("nll", "brier", "ece", "adaptive_ece")
+        return ("nll", "brier", "ece", *(() if places else ("adaptive_ece",)))
     density = ("nll",) if likelihood.has_density else ()
     mixture = ("crps", "fair_crps", "calibration_error") if likelihood.has_mixture else ()
     return (*density, "rmse", "mae", *mixture)
@@ -287,16 +295,23 @@ class _Scores:
 
 
 class _ClassScores(_Scores):
+    """Of a class per example; or of a field of classes, whose points count alike."""
+
     def __init__(self, likelihood: Likelihood, dataset: Source, num_samples: int):
-        self._ece = ExpectedCalibrationError()
-        means = {name: ExampleMean() for name in ("accuracy", "nll", "brier")}
-        super().__init__(dataset, {**means, "ece": self._ece}, (*UNCERTAINTIES[True], "confidence", "correct"))
+        assert is_of_classes(likelihood)
+        self._ece, self._overlaps = ExpectedCalibrationError(), ClassOverlaps(likelihood.num_classes)
+        self._is_field = bool(dataset.manifest.places)
+        self._names = dataset.manifest.details.get("classes") or list(range(likelihood.num_classes))
+        metrics = {"accuracy": ExampleMean(), "nll": ExampleMean(), "brier": ExampleMean(), "ece": self._ece}
+        if self._is_field:
+            super().__init__(dataset, {**metrics, "mean_iou": self._overlaps}, UNCERTAINTIES[True])
+        else:
+            super().__init__(dataset, metrics, (*UNCERTAINTIES[True], "confidence", "correct"))
 
     def add(self, examples: Tensor, predictive: ClassPredictive, y: Tensor) -> None:
-        p = predictive.probabilities
-        if p.ndim > 2:
-            rule = f"a class for each point of a field {list(p.shape[2:])}: metrics are of one class per example"
-            raise ConfigError(Fault("likelihood.name", "categorical", rule, "Use hpc_bnn.predict_classes in a loop"))
+        p, columns = predictive.probabilities, uncertainties_of(predictive)
+        if self._is_field:
+            p, y = p.movedim(1, -1).flatten(0, -2), y.flatten()
         confidence, said = p.max(1)
         correct, of_truth = said == y, p.gather(1, y.long()[:, None])[:, 0]
         self.metrics["accuracy"].update(correct)
@@ -304,14 +319,21 @@ class _ClassScores(_Scores):
         # The squared distance of the probabilities from the truth, between 0 and 2
         self.metrics["brier"].update(p.square().sum(1) - 2 * of_truth + 1)
         self._ece.update(confidence, correct)
-        self._columns.add(examples, uncertainties_of(predictive) | {"confidence": confidence, "correct": correct})
+        if self._is_field:
+            self._overlaps.update(said, y)
+        else:
+            columns |= {"confidence": confidence, "correct": correct}
+        self._columns.add(examples, columns)
 
     def compute(self) -> dict[str, float]:
+        if self._is_field:
+            return super().compute()
         adaptive = adaptive_calibration_error(self.gathered["confidence"], self.gathered["correct"])
         return super().compute() | {"adaptive_ece": adaptive}
 
     def curves(self) -> dict[str, Any]:
-        return {"reliability": self._ece.curve()}
+        overlaps = {"overlap": {"class": self._names, "iou": self._overlaps.by_class()}} if self._is_field else {}
+        return {"reliability": self._ece.curve(), **overlaps}
 
 
 class _ValueScores(_Scores):

@@ -48,6 +48,31 @@ class ExampleMean(Metric):
         return self.sums[0] / self.sums[1]
 
 
+class ClassOverlaps(Metric):
+    """Intersection over union of the points that are of a class and that are said to be, mean over classes (Jaccard, 1912).
+
+    A class that no point is or is said to be does not count.
+    """
+
+    def __init__(self, num_classes: int):
+        super().__init__(2, num_classes)  # points in the intersection, and in the union
+
+    def update(self, said: Tensor, y: Tensor) -> None:
+        """Take in the classes [n] that are said, and the true ones [n]."""
+        num_classes = self.sums.shape[1]
+        both, ours, theirs = (torch.bincount(c.long(), minlength=num_classes) for c in (y[said == y], said, y))
+        self.sums.add_(torch.stack([both, ours + theirs - both]))
+
+    def by_class(self) -> list[float | None]:
+        """Return the overlap of each class, None where it does not count."""
+        both, union = self.sums.unbind()
+        return [part / whole if whole else None for part, whole in zip(both.tolist(), union.tolist())]
+
+    def compute(self) -> Tensor:
+        overlaps = [overlap for overlap in self.by_class() if overlap is not None]
+        return torch.tensor(overlaps, dtype=torch.float64).mean()
+
+
 class ExpectedCalibrationError(Metric):
     """Mean distance of confidence and accuracy over bins of equal width (Naeini et al., 2015; Guo et al., 2017)."""
 

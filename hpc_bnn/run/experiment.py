@@ -245,7 +245,7 @@ class Experiment:
         def make_module() -> nn.Module:
             network, arguments = import_object("model.name", config.model.name), config.model.arguments
             shapes = {"in_shape": self.manifest.in_shape, "num_outputs": self.likelihood.num_outputs}
-            target_shape = self.manifest.arrays["y"].shape[1:]
+            target_shape = self.manifest.places
             try:
                 accepted = inspect.signature(network).parameters if target_shape else ()
                 for name in ("target_shape", "places"):  # and the former name

@@ -53,10 +53,10 @@ def predict_run(
     ===========================================  =====================================================================
     classes (C), numbers ([targets, ...])        over the samples
     ===========================================  =====================================================================
-    ``probabilities`` [N, C]                     mean of the class probabilities; ``class`` [N] its largest
+    ``probabilities`` [N, C, ...]                mean of the class probabilities; ``class`` [N, ...] its largest
     ``mean``, ``std`` [N, targets, ...]          of the predictive
-    ``std`` [N, C]                               standard deviation of the class probabilities
-    ``entropy``, ``mutual_information`` [N]      total and epistemic uncertainty (nats)
+    ``std`` [N, C, ...]                          standard deviation of the class probabilities
+    ``entropy``, ``mutual_information`` [N, ...] total and epistemic uncertainty (nats)
     ``aleatoric_std``, ``epistemic_std``         the parts of ``std`` of numbers
     ``quantiles`` [N, Q, ...]                    of the class probabilities, or of the predictive of each target
     ``members`` [N, K, ...]                      class probabilities, or means, of each sample, on request
@@ -161,9 +161,9 @@ def _rows(
     if likelihood.num_classes is not None:
         classes = experiment.manifest.details.get("classes", [])
         named = classes if len(classes) == likelihood.num_classes else range(likelihood.num_classes)
-        one = truth = (_Dim("category", named),)
-        rows |= {"probabilities": one, "std": one, "class": (), "entropy": (), "mutual_information": ()}
-        truth, with_truth = (), with_truth and experiment.manifest.arrays["y"].shape == ()
+        truth = _dims_of_places(experiment, experiment.manifest.places)
+        one = (_Dim("category", named), *truth)
+        rows |= {"probabilities": one, "std": one} | dict.fromkeys(("class", "entropy", "mutual_information"), truth)
     else:
         one = truth = _dims_of_targets(experiment)
         rows |= dict.fromkeys(("mean", "std", "aleatoric_std", "epistemic_std"), one)
@@ -176,18 +176,24 @@ def _rows(
 
 def _dims_of_targets(experiment: Experiment) -> tuple[_Dim, ...]:
     """Return the dimensions of a target, with the coordinates that the preparation has noted."""
-    spec, details = experiment.manifest.arrays["y"], experiment.manifest.details
-    first, *others = experiment.likelihood.num_targets, *spec.shape[1:]
+    spec = experiment.manifest.arrays["y"]
+    first = experiment.likelihood.num_targets
     is_named = len(spec.channels) == first
-    dims = [_Dim("channel", spec.channels) if is_named else _Dim("target", range(first))]
+    channels = _Dim("channel", spec.channels) if is_named else _Dim("target", range(first))
+    return channels, *_dims_of_places(experiment, spec.shape[1:])
+
+
+def _dims_of_places(experiment: Experiment, extents: Sequence[int]) -> tuple[_Dim, ...]:
+    """Return the dimensions of the points of a target, with the coordinates that the preparation has noted."""
+    others, details = list(extents), experiment.manifest.details
     latitudes, longitudes = details.get("latitudes", ()), details.get("longitudes", ())
     if others and others == [len(latitudes), len(longitudes)]:
-        return *dims, _Dim("latitude", latitudes, "degrees_north"), _Dim("longitude", longitudes, "degrees_east")
+        return _Dim("latitude", latitudes, "degrees_north"), _Dim("longitude", longitudes, "degrees_east")
     if others and others == [details.get("horizon")]:
         seconds = details.get("step_seconds")
         steps = [step * (seconds or 1) for step in range(1, others[0] + 1)]
-        return *dims, _Dim("horizon", steps, "seconds" if seconds else "steps")
-    return *dims, *(_Dim(f"dim_{place}", range(extent)) for place, extent in enumerate(others, 1))
+        return (_Dim("horizon", steps, "seconds" if seconds else "steps"),)
+    return tuple(_Dim(f"dim_{place}", range(extent)) for place, extent in enumerate(others, 1))
 
 
 def check_levels(quantiles: Sequence[float], likelihood: Likelihood, flag: str) -> Sequence[float]:

@@ -28,6 +28,7 @@ LABELS = {
     "brier": "Brier score",
     "ece": "expected calibration error, 15 bins of equal width",
     "adaptive_ece": "expected calibration error, 15 bins of equal count",
+    "mean_iou": "mean over classes of intersection over union",
     "rmse": "RMSE (units of y)",
     "mae": "MAE (units of y)",
     "crps": "CRPS (units of y)",
@@ -53,7 +54,7 @@ ROWS = {
     **{
         split.capitalize(): {
             f"{split}/{name}": LABELS[name]
-            for name in ("accuracy", "nll", "brier", "rmse", "crps", "spread_skill", "ece", "coverage_90")
+            for name in ("accuracy", "nll", "brier", "mean_iou", "rmse", "crps", "spread_skill", "ece", "coverage_90")
         }
         for split in ("validation", "test")
     },
@@ -112,6 +113,8 @@ def write_plots(run_dir: str | Path, examples: dict[str, Any]) -> list[Path]:
     directory.mkdir(exist_ok=True)
     if "surest" in examples:
         draw = _plot_uncertainty
+    elif "class" in examples:
+        draw = _plot_class_fields
     elif examples["y"].ndim == 3:
         draw = _plot_fields
     else:
@@ -320,22 +323,44 @@ def _plot_fields(examples: dict[str, Any]) -> Figure:
     error, std = abs(mean - y), (aleatoric**2 + epistemic**2) ** 0.5
     values = {"vmin": min(y.min(), mean.min()), "vmax": max(y.max(), mean.max()), "cmap": "viridis"}
     spreads = {"vmin": 0.0, "vmax": max(error.max(), std.max()), "cmap": "magma"}
-    columns = (
+    columns = [
         ("true", y, values),
         ("predicted", mean, values),
         ("|error|", error, spreads),
         ("predictive std", std, spreads),
+    ]
+    return _maps(columns, "test examples, first channel (units of y; both right columns on one scale)")
+
+
+def _plot_class_fields(examples: dict[str, Any]) -> Figure:
+    """Draw maps of each example: true and predicted classes, total and epistemic uncertainty."""
+    y, said, entropy, information = (
+        examples[name].double().numpy() for name in ("y", "class", "entropy", "mutual_information")
     )
-    figure = _figure(13, 2.6 * len(y), dpi=110)
-    panels = figure.subplots(len(y), 4, squeeze=False, sharex=True, sharey=True)
+    classes = {"vmin": 0, "vmax": max(y.max(), said.max()), "cmap": "viridis"}
+    nats = {"vmin": 0.0, "vmax": entropy.max(), "cmap": "magma"}
+    columns = [
+        ("true class", y, classes),
+        ("predicted", said, classes),
+        ("entropy", entropy, nats),
+        ("mutual information", information, nats),
+    ]
+    return _maps(columns, "test examples (uncertainties in nats, on one scale)")
+
+
+def _maps(columns: Sequence[tuple[str, Any, dict[str, Any]]], title: str) -> Figure:
+    """Draw fields [n, rows, columns], by name and scale, side by side; the second of each pair has a bar."""
+    num_rows = len(columns[0][1])
+    figure = _figure(13, 2.6 * num_rows, dpi=110)
+    panels = figure.subplots(num_rows, len(columns), squeeze=False, sharex=True, sharey=True)
     for row, line in enumerate(panels):
-        for axes, (name, fields, scale) in zip(line, columns):
+        for place, (axes, (name, fields, scale)) in enumerate(zip(line, columns)):
             image = axes.imshow(fields[row], **scale)
             if row == 0:
                 axes.set_title(name)
-            if axes is line[1] or axes is line[3]:
+            if place % 2:
                 figure.colorbar(image, ax=axes)
-    figure.suptitle("test examples, first channel (units of y; both right columns on one scale)")
+    figure.suptitle(title)
     return figure
 
 

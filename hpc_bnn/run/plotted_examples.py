@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import torch
@@ -126,10 +127,26 @@ class ShownFields(ShownValues):
         return column[:, 0]
 
 
+class ShownClassFields(ShownFields):
+    """Of a few examples that are fields of classes: true and predicted classes, entropy and mutual information (nats)."""
+
+    def add(self, examples: Tensor, predictive: Any, y: Tensor) -> None:
+        """Take in the `ClassPredictive` of some examples [B] of this rank, and their classes [B, ...]. Local."""
+        rows = examples % self._every == 0
+        columns = {
+            "y": y,
+            "class": predictive.probabilities.argmax(1),
+            "entropy": predictive.entropy,
+            "mutual_information": predictive.mutual_information,
+        }
+        shape = (-1, math.prod(y.shape[1:-1]), y.shape[-1])
+        self._seen.append({name: column[rows].reshape(shape).cpu() for name, column in columns.items()})
+
+
 def shown_examples(likelihood: Likelihood, comm: GridComm, dataset: Source) -> ShownClasses | ShownValues:
     """Return what keeps the examples that suit a likelihood and the targets."""
     if likelihood.num_classes is not None:
-        return ShownClasses(comm, dataset)
+        return (ShownClassFields if dataset.manifest.places else ShownClasses)(comm, dataset)
     shape = dataset.manifest.arrays["y"].shape
     is_field = len(shape) == 3 and min(shape[1:]) >= LEAST_FIELD
     return (ShownFields if is_field else ShownValues)(comm, dataset)

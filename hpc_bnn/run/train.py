@@ -66,7 +66,9 @@ class Run(Experiment):
         super().__init__(config, comm, read_or_prepare(config.data, comm))
         held_out, metric = validation_split(config.data, self.manifest), config.checkpoint.metric
         judges = ("test",) if held_out is None else ("validation", "test")
-        names = [f"{judge}/{name}" for judge in judges for name in metrics_to_minimise(self.likelihood)]
+        names = [
+            f"{judge}/{name}" for judge in judges for name in metrics_to_minimise(self.likelihood, self.manifest.places)
+        ]
         self._metric_name = names[0] if metric == "auto" else metric
         if self._metric_name not in names:
             rule = f"must be one of {', '.join(names)}"

@@ -64,10 +64,11 @@ LIKELIHOODS = {
     "bernoulli": Bernoulli(4),
     "implicit": Implicit(4),
     "categorical": Categorical(3),
+    "field of classes": Categorical(3),
 }
 
 
-def write_field_shards(directory, likelihood, num_examples=23):
+def write_field_shards(directory, likelihood, num_examples=23, of_classes=False):
     """Write inputs [6] and targets [4, 2, 3] that suit a likelihood, with weights of their rows; a split is foreign, one has 2."""
     rng = np.random.default_rng(3)
     x, foreign = rng.normal(size=(num_examples, 6)), 5 + 5 * rng.normal(size=(9, 6))
@@ -79,7 +80,7 @@ def write_field_shards(directory, likelihood, num_examples=23):
     weights = [[0.5], [1.5]]
     facts = {"target_weights": weights}
     if likelihood.num_classes:
-        y, facts = rng.integers(0, 3, num_examples), {"num_classes": 3}
+        y, facts = rng.integers(0, 3, (num_examples, *((2, 3) if of_classes else ()))), {"num_classes": 3}
     splits = {"train": (x, y), "foreign": (foreign, y[:9]), "few": (x[:2], y[:2])}
     write_shards(directory, splits, name="toy", source="test", licence="none", **facts)
 
@@ -87,9 +88,9 @@ def write_field_shards(directory, likelihood, num_examples=23):
 class ToField(nn.Module):
     """A linear network onto fields [outputs, 2, 3], or onto classes."""
 
-    def __init__(self, likelihood):
+    def __init__(self, likelihood, is_field):
         super().__init__()
-        self.form = (likelihood.num_outputs,) if likelihood.num_classes else (likelihood.num_outputs, 2, 3)
+        self.form = (likelihood.num_outputs, 2, 3) if is_field else (likelihood.num_outputs,)
         self.linear = nn.Linear(6, math.prod(self.form)).double()
 
     def forward(self, x):
@@ -98,13 +99,14 @@ class ToField(nn.Module):
 
 @pytest.mark.parametrize("name", LIKELIHOODS)
 def test_all_metrics_curves_and_uncertainties_equal_those_of_one_process(comm, tmp_path_factory, name):
-    likelihood = LIKELIHOODS[name]
+    likelihood, of_classes = LIKELIHOODS[name], name == "field of classes"
     directory = comm.broadcast_object(str(tmp_path_factory.mktemp("shards")) if comm.grid.rank == 0 else None)
     with comm.agree("writing"):
         if comm.grid.rank == 0:
-            write_field_shards(directory, likelihood)
+            write_field_shards(directory, likelihood, of_classes=of_classes)
     with Key(0, Stream.INIT).global_generator():
-        posterior = MeanFieldGaussian(ToField(likelihood), init_std=0.3)
+        network = ToField(likelihood, of_classes or not likelihood.num_classes)
+        posterior = MeanFieldGaussian(network, init_std=0.3)
     results = []
     for one in (GridComm(Grid()), comm):
         data = ShardDataset(directory, "train", dtype=torch.float64, normalises_targets=likelihood.is_equivariant)
@@ -124,7 +126,7 @@ def test_all_metrics_curves_and_uncertainties_equal_those_of_one_process(comm, t
         for key, value in b.items():
             torch.testing.assert_close(a[key], value, rtol=1e-10, atol=1e-12)
     assert auroc == pytest.approx(expected_auroc)
-    names = {"accuracy", "nll", "brier", "ece", "adaptive_ece"}
+    names = {"accuracy", "nll", "brier", "ece", "mean_iou" if of_classes else "adaptive_ece"}
     if not likelihood.num_classes:
         names = {"rmse", "mae", "crps", "fair_crps", "spread_skill", "calibration_error", "coverage_90", "width_90"}
         assert auroc["ood_auroc/epistemic_std"] > 0.9  # linear networks disagree far from the data
