@@ -1,15 +1,21 @@
 """Start the tests of tests/mpi on 1, 2, 3 and 4 ranks, and jobs that fail on purpose."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
+import threading
 import time
 
 import h5py
+import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, TEST_SECONDS, patience
+from conftest import REPOSITORY, TEST_SECONDS, launch_environment, patience, run_job
 
+from hpc_bnn import write_shards
 from hpc_bnn.cli.commands import main
 
 SUITES = [(1, "horovod"), (2, "mpi"), (3, "torch"), (4, "horovod"), (4, "torch"), (4, "mpi")]
@@ -239,6 +245,33 @@ def test_all_libraries_give_the_same_run_and_auto_finds_the_one_that_is_there(ru
         assert_equal(model, found[0][1], 1e-12)
 
 
+@pytest.mark.slow
+def test_sixteen_ranks_are_one(runs, mpirun):
+    """4 x 4 ranks; as the others of the layout law."""
+    runs.run(16, runs.train("law-16", 4, *LAYOUT_LAW, "--backend", "mpi"))
+    (expected, whole), (summary, model) = runs.result("law-1"), runs.result("law-16")
+    assert summary["grid"] == {"world_size": 16, "sample_size": 4, "data_size": 4}
+    assert summary["test/nll"] == pytest.approx(expected["test/nll"], rel=1e-12)
+    assert_equal(model, whole, 1e-12)
+
+
+@pytest.mark.slow
+def test_two_jobs_at_once_on_a_node_do_not_meet(runs):
+    """They have other ports and other shared memory, and leave none behind."""
+    before, commands = set(os.listdir("/dev/shm")), {}
+    for backend in ("torch", "mpi"):
+        words = runs.train(f"beside-{backend}", 2, *LIBRARY, "--backend", backend, "--data.reading", "node")
+        commands[backend] = threading.Thread(target=runs.run, args=(2, words))
+    for job in commands.values():
+        job.start()
+    for job in commands.values():
+        job.join()
+    (_, expected), (summary, model) = (runs.result(f"beside-{name}") for name in commands)
+    assert summary["reading"]["mode"] == "node"
+    assert_equal(model, expected, 1e-12)
+    assert not [name for name in set(os.listdir("/dev/shm")) - before if name.startswith("hpc_bnn")]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_run_goes_on_across_grids(runs, family):
     """4 x 1, 2 x 2, 1 x 1, 3 x 1 against the uninterrupted 1 x 1, stopped in the middle of epochs; float64."""
@@ -252,6 +285,27 @@ def test_a_run_goes_on_across_grids(runs, family):
 
 
 # --- jobs that fail, and what they say ------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "launcher", ["mpirun -np 2 {python} -m mpi4py", "{python} -m torch.distributed.run --nproc-per-node 2"]
+)
+def test_shared_memory_that_is_too_small_is_said(tmp_path, launcher):
+    """On a real /dev/shm of 32 MiB, in a namespace of its own; the images take 40 MB."""
+    if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode:
+        pytest.skip("unshare is not allowed here: a small /dev/shm cannot be mounted")
+    x, y = np.ones((100_000, 100), np.float32), np.arange(100_000) % 3
+    splits = {"train": (x, y), "test": (x[:9], y[:9])}
+    write_shards(tmp_path / "big", splits, name="big", source="made here", licence="none", num_classes=3)
+    start = launcher.format(python=sys.executable)
+    words = f"-m hpc_bnn train --data.shards {tmp_path}/big --data.reading node --max_steps 1 --run_dir {tmp_path}/run"
+    script = f"mount -t tmpfs -o size=32m tmpfs /dev/shm; exec {start} {words} --model.arguments '{{hidden: [4]}}'"
+    done = run_job(["unshare", "--mount", "sh", "-ec", script], env=launch_environment())
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr or "ChildFailedError" in done.stderr, done.stderr  # of torchrun itself
+    assert done.stderr.count("0.04 GB of shared memory cannot be had") == 1
+    assert "Make /dev/shm larger, or use --data.reading group or rank" in done.stderr
 
 
 def test_wrong_grid_is_said_once_and_ends_in_order(mpirun, digits, tmp_path):

@@ -312,3 +312,19 @@ def test_offsets_and_zones_exclude_each_other(tmp_path):
             series(tmp_path / "s.csv", rows, "--time-zone", "Europe/Berlin")
     with pytest.raises(ConfigError, match="--time-zone Mars/Base: it is not known"):
         series(tmp_path / "s.csv", [text[:16] for text in texts[:12]], "--time-zone", "Mars/Base")
+
+
+def test_files_of_the_reports(tmp_path):
+    """As people have sent them: a tab before a name among blanks, a semicolon in a header, months, and years before 1678."""
+    rng = np.random.default_rng(0)
+    path = tmp_path / "mpg.data"
+    path.write_text("\n".join(f'{10 + i:.1f}   8   {200 + i}.0      130.0      3504.\t"ford pinto"' for i in range(60)))
+    table = read(path, required=("--target", "0"))
+    assert table.shape == (60, 6) and table.iloc[:, 0].tolist() == [10.0 + i for i in range(60)]
+    path.write_text("\n".join(['"x (m; local)",y', *(f"{a:.3f},{b:.3f}" for a, b in rng.normal(size=(40, 2)))]))
+    assert list(read(path, required=("--target", "y")).columns) == ["x (m; local)", "y"]
+    for texts, months in (([f"{1990 + k // 12}-{k % 12 + 1:02d}" for k in range(300)], 1), (range(1600, 2000), 12)):
+        found, step = series(tmp_path / "series.csv", texts)
+        assert (
+            step.months == months and str(found.times[0]).startswith(f"{texts[0]}"[:4]) and not step.is_irregular.any()
+        )

@@ -127,6 +127,18 @@ def test_files_that_they_name_exist():
         assert (REPOSITORY / path).exists(), path
 
 
+def test_tests_that_the_cases_name_exist():
+    """docs/cases.md: FILE::NAME, and ::NAME of the file before it in the row."""
+    rows, num_named = (REPOSITORY / "docs/cases.md").read_text().splitlines(), 0
+    for row in rows:
+        defined = ""
+        for file, name in re.findall(r"(tests/[\w/]+\.py)?(?:::(test_\w+))?", row):
+            defined = (REPOSITORY / file).read_text() if file else defined
+            num_named += bool(name)
+            assert not name or f"def {name}(" in defined, (name, row)
+    assert num_named > 120
+
+
 def test_the_objective_of_the_docs_is_exact_on_every_grid_of_four_ranks(mpirun, tmp_path):
     """docs/objectives.md: the objective and its test, put into one file and run as it says."""
     blocks = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs/objectives.md").read_text(), flags=re.DOTALL)
