@@ -268,8 +268,10 @@ class Comparison:
         elif not difference <= amplified:
             self.wrong.append(said)
 
-    def buffers(self, got: Named, step: PlainStep, alone: Callable[[], list[PlainStep]]) -> None:
-        """Compare buffers; ``alone`` gives a step of each sample from the buffers at the start."""
+    def buffers(
+        self, got: Named, step: PlainStep, alone: Callable[[], list[PlainStep]], again: Callable[[], Named]
+    ) -> None:
+        """Compare buffers; ``alone`` gives a step of each sample from the buffers at the start, ``again`` as for `numbers`."""
         want = step.buffers
         if got.keys() != want.keys():
             self.wrong.append("names of buffers")
@@ -279,6 +281,10 @@ class Comparison:
             # A BatchNorm of another class: towards the mean over samples as well
             samples = [step.buffers for step in alone()]
             off = [n for n in off if not self._close(got[n], torch.stack([s[n] for s in samples]).mean(0))]
+        if off:
+            moved_ = again()
+            amplified = {name: 100 * (moved_[name].double() - want[name].double()).norm() for name in off}
+            off = [n for n in off if not (got[n].double() - want[n].double()).norm() <= amplified[n]]
         if off:
             self.wrong.append(f"{len(off)} buffers ({off[0]})")
 
@@ -350,7 +356,9 @@ def play(plain: Plain, chunk_size: int, global_seed: int, compare: Comparison | 
             "loss", {"": torch.tensor(loss, dtype=torch.float64)}, step.losses, lambda: want(moved(drawn)).losses
         )
         compare.numbers("gradient", gradients, step.gradients, lambda: want(moved(drawn)).gradients)
-        compare.buffers(buffers_of(net), step, lambda: [want([weights]) for weights in drawn])
+        compare.buffers(
+            buffers_of(net), step, lambda: [want([weights]) for weights in drawn], lambda: want(moved(drawn)).buffers
+        )
         digests = [repr(loss), digest(gradients), digest(buffers_of(net))]
         predict("predictive after the step")
         return digests
