@@ -275,6 +275,18 @@ def _evaluate(options: jsonargparse.Namespace, given: set[str]) -> int:
     return 0
 
 
+def _calibrate(options: jsonargparse.Namespace, given: set[str]) -> int:
+    from ..run import calibrate_run
+
+    experiment = _open_run(options, given)
+    found = calibrate_run(experiment, options.split, level=options.level, half=options.half, which=options.which)
+    if experiment.is_writer:
+        print(f"{found.method}: level {found.level:g}, {found.num_examples} examples")
+        print("" if found.temperature is None else f"temperature {found.temperature:.4g}\n", end="")
+        print(experiment.run_dir / "calibration.json")
+    return 0
+
+
 def _predict(options: jsonargparse.Namespace, given: set[str]) -> int:
     from ..run import predict_run
 
@@ -288,6 +300,7 @@ def _predict(options: jsonargparse.Namespace, given: set[str]) -> int:
         quantiles=options.quantiles,
         with_members=options.members,
         with_truth=options.truth,
+        calibrated=options.calibration,
     )
     if experiment.is_writer:
         print(path)
@@ -408,6 +421,11 @@ _EVALUATE = {
     "--ood_split": _argument(str, "Split of the foreign examples.", default="test"),
     "--output": _argument(str | None, "JSON file to write (default: evaluation.json with the run)."),
 }
+_CALIBRATE = {
+    "--split": _argument(str, "Split that is new to the run (default: calibration).", default="calibration"),
+    "--level": _argument(float, "Probability that a set or interval holds the target.", default=0.9),
+    "--half": _argument(bool, "Use half of the split; so it may be one that judged checkpoints.", default=False),
+}
 _PREDICT = {
     "--shards": _argument(str | None, "Shard directory (default: that of the run)."),
     "--split": _argument(str | None, "Split of it (default: the test split of the run)."),
@@ -415,6 +433,7 @@ _PREDICT = {
     "--quantiles": _argument(list[float], "Levels; [] for none.", default=[0.05, 0.25, 0.5, 0.75, 0.95]),
     "--members": _argument(bool, "Write every sample as well.", default=False),
     "--truth": _argument(bool, "Write the targets as well.", default=True),
+    "--calibration": _argument(bool, "Apply what hpc-bnn calibrate has found.", default=False),
 }
 _REPORT = {
     "runs": _argument(str, "Directories of runs.", nargs="+", metavar="RUN_DIR"),
@@ -459,6 +478,12 @@ COMMANDS = {
     "train": Command("Train a Bayesian network on the process grid.", _train, {}, _OF_FILE),
     "evaluate": Command(
         "Evaluate a trained network with all samples of all ranks.", _evaluate, _RUN | _EVALUATE, _OF_RUN
+    ),
+    "calibrate": Command(
+        "Calibrate a trained network: temperature, and sets or intervals of a level.",
+        _calibrate,
+        _RUN | _CALIBRATE,
+        _OF_RUN,
     ),
     "predict": Command(
         "Write the predictive of a trained network to an HDF5 file.", _predict, _RUN | _PREDICT, _OF_RUN

@@ -25,10 +25,14 @@ class EpochOrder:
     window : int, optional
         Shuffle within windows of so many examples that are stored one after another, and the windows among each other, so
         that a reader needs few files at a time. The windows begin elsewhere in each epoch.
+    stream : Stream
+        Purpose of the order.
     """
 
-    def __init__(self, num_examples: int, seed: int, epoch: int, window: int | None = None):
-        key = Key(seed, Stream.DATA_ORDER, step=epoch)
+    def __init__(
+        self, num_examples: int, seed: int, epoch: int, window: int | None = None, stream: Stream = Stream.DATA_ORDER
+    ):
+        key = Key(seed, stream, step=epoch)
         self._keys = key.bits(2 + 2 * _ROUNDS).numpy().view(np.uint64)
         self._extent, self._window = num_examples, window
 

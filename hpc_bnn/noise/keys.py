@@ -47,6 +47,8 @@ class Stream(enum.IntEnum):
     """Noise of an update, as a chain needs it: in the path of the draws of a step."""
     ACTIVATION = 7
     """Noise per example of a draw of weights: in its path, before the layer."""
+    HALF = 10
+    """Which half of a split calibrates: step 0."""
 
 
 def _mix32(x: int) -> int:

@@ -72,18 +72,21 @@ def predict_dataset(
     num_samples: int,
     keep_members: bool = False,
     with_targets: bool = True,
+    examples: Tensor | None = None,
     **options: Any,
 ) -> Iterator[Block]:
     """Yield the predictive of a data set in blocks of bounded size: each data group takes its range of the examples.
 
     Collective over ``sample_comm``; data groups may have different numbers of blocks. Each block is one pass over
-    the samples. ``**options`` are ``seed``, ``batch_size`` and ``chunk_size`` of `predict_classes`.
+    the samples. ``examples`` [n] are those to predict, all by default. ``**options`` are ``seed``, ``batch_size`` and
+    ``chunk_size`` of `predict_classes`.
     """
-    mine = torch.arange(len(dataset))[comm.grid.local_examples(len(dataset))]
+    wanted = torch.arange(len(dataset)) if examples is None else examples
+    mine = wanted[comm.grid.local_examples(len(wanted))]
     size = block_size(likelihood, dataset, num_samples, keep_members)
     options |= {"num_samples": num_samples, "keep_members": keep_members}
-    for examples in mine.split(size) if len(mine) else ():
-        x, y = dataset.fetch(examples)
+    for numbers in mine.split(size) if len(mine) else ():
+        x, y = dataset.fetch(numbers)
         if is_of_classes(likelihood):
             predictive = predict_classes(posterior, likelihood, comm, x, **options)
         else:
@@ -92,7 +95,7 @@ def predict_dataset(
                 predictive = predictive.in_units(*dataset.target_scale)
             if with_targets:
                 y = likelihood.targets(dataset.in_units(y), predictive.mean)
-        yield Block(examples, predictive, y)
+        yield Block(numbers, predictive, y)
 
 
 # --- evaluation ------------------------------------------------------------------------------------------

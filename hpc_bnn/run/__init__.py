@@ -5,6 +5,7 @@ from .. import door
 __getattr__, __dir__, __all__ = door(
     __name__,
     {
+        "calibrate": "calibrate_run read_calibration",
         "checkpoint": "CheckpointStore",
         "experiment": "Experiment check_same_start connect_grid read_or_prepare",
         "export": "predict_run verify_predictions",

@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
+import yaml
 from torch import nn
 
 from ..comm import GridComm, StallWatch, connect
 from ..comm.launcher import without_launcher
-from ..config import Config, DataConfig, Score, flatten
+from ..config import Config, DataConfig, Score, config_of_run, flatten
 from ..data import Manifest, ShardDataset, Source, as_source
 from ..data.dataset import check_alike, check_same_manifest
 from ..data.manifest import MANIFEST
@@ -171,7 +172,7 @@ class Experiment:
         )
 
     @property
-    def test_samples(self) -> dict[str, int]:
+    def test_samples(self) -> dict[str, Any]:
         """The samples of the predictive, and how many a rank evaluates at once: arguments of what predicts."""
         config = self.config
         chunk_size = config.chunk_size if config.batching == "vmap" and config.chunk_size != "auto" else 1
@@ -184,12 +185,7 @@ class Experiment:
 
     def evaluate(self, dataset: Source) -> TestResult:
         """Evaluate a data set with ``config.num_test_samples``; raise `DataError` if its classes are not the trained ones."""
-        mine, theirs = self.manifest.num_classes, dataset.manifest.num_classes
-        if mine != theirs:
-            raise DataError(
-                f"the network is for {mine or 'no'} classes, and the data have {theirs or 'none'}: they can be "
-                "predicted (hpc-bnn predict), not evaluated"
-            )
+        self.check_classes(dataset, "they can be predicted (hpc-bnn predict), not evaluated")
         shown = shown_examples(self.likelihood, self.comm, dataset)
 
         def see(*block: Any) -> None:
@@ -198,6 +194,20 @@ class Experiment:
 
         evaluation = evaluate_dataset(self.posterior, self.likelihood, self.comm, dataset, see=see, **self.test_samples)
         return TestResult(evaluation, shown)
+
+    def check_classes(self, dataset: Source, rule: str) -> None:
+        """Raise `DataError` where the classes of a data set are not the trained ones. Local."""
+        mine, theirs = self.manifest.num_classes, dataset.manifest.num_classes
+        if mine != theirs:
+            raise DataError(f"the network is for {mine or 'no'} classes, and the data have {theirs or 'none'}: {rule}")
+
+    def check_identity(self, done: str) -> None:
+        """Raise `DataError` where the directory is now that of another run than was evaluated or calibrated. Local: the writer."""
+        found = read_identity(self.run_dir)
+        if found != self.checkpoints.identity:
+            raise DataError(
+                f"{self.run_dir} is now that of run {found}, and run {self.checkpoints.identity} was {done}"
+            )
 
     def write_evaluation(
         self,
@@ -222,11 +232,7 @@ class Experiment:
             "num_samples": self.config.num_test_samples,
             "data": {"shards": data.dataset or data.shards, "split": data.test_split, "foreign": foreign_data},
         }
-        found = read_identity(self.run_dir)
-        if found != self.checkpoints.identity:
-            raise DataError(
-                f"{self.run_dir} is now that of run {found}, and run {self.checkpoints.identity} was evaluated"
-            )
+        self.check_identity("evaluated")
         write_atomically(path, json.dumps(content, indent=1) + "\n")
 
     def _build_likelihood(self) -> Likelihood:
@@ -379,6 +385,17 @@ def validation_split(config: DataConfig, manifest: Manifest) -> str | None:
     if name == "auto":
         name = "validation" if "validation" in manifest.splits else None
     return None if name == config.test_split else name
+
+
+def judging_split(config: Config, manifest: Manifest) -> str:
+    """Return the name of the split whose metric chooses checkpoints, that of the tests or of the validation. Local."""
+    held_out = validation_split(config.data, manifest)
+    return config.data.test_split if held_out is None or config.checkpoint.metric.startswith("test/") else held_out
+
+
+def read_config(run_dir: str | os.PathLike) -> Config:
+    """Return the config of a run, without flags; `ConfigError` where there is none. Local."""
+    return Config.from_dict(yaml.safe_load(config_of_run(Path(run_dir)).read_text()))
 
 
 NETWORK = ("model.", "posterior.", "likelihood.", "objective.name")

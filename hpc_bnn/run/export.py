@@ -23,8 +23,9 @@ from ..data.manifest import sha256_of_file
 from ..errors import ConfigError, DataError, Fault, above_and_below
 from ..grid import share
 from ..likelihoods import Likelihood
-from ..predictive import ClassPredictive, Predictive, ValuePredictive, predict_dataset
+from ..predictive import Calibration, ClassPredictive, Predictive, ValuePredictive, predict_dataset
 from ..safe_files import Disk, is_plain, publish
+from .calibrate import read_calibration
 from .experiment import Experiment
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -38,6 +39,7 @@ def predict_run(
     quantiles: Sequence[float] = QUANTILES,
     with_members: bool = False,
     with_truth: bool = True,
+    calibrated: bool = False,
 ) -> Path:
     """Write the predictive of a split of ``config.data.shards`` to an HDF5 file, block by block.
 
@@ -61,6 +63,9 @@ def predict_run(
     ``quantiles`` [N, Q, ...]                    of the class probabilities, or of the predictive of each target
     ``members`` [N, K, ...]                      class probabilities, or means, of each sample, on request
     ``y`` [N, ...]                               the targets
+    ``calibrated_probabilities`` [N, C]          on request: at the temperature of the calibration
+    ``in_set`` [N, C]                            1 where a class is in the set of the calibration, else 0
+    ``lower``, ``upper`` [N, targets, ...]       ends of the interval of the calibration
     ===========================================  =====================================================================
 
     Parameters
@@ -69,8 +74,8 @@ def predict_run(
         File to write; it must not be there.
     quantiles : sequence of float
         Levels between 0 and 1; without any none are written.
-    with_members, with_truth : bool
-        Whether every sample is written, and the targets.
+    with_members, with_truth, calibrated : bool
+        Whether every sample is written, the targets, and what RUN_DIR/calibration.json says (`read_calibration`).
     """
     comm, path = experiment.comm, Path(output)
     quantiles = check_levels(quantiles, experiment.likelihood, "--quantiles")
@@ -79,6 +84,7 @@ def predict_run(
             if os.path.lexists(path):
                 raise _is_there(path)
             path.parent.mkdir(parents=True, exist_ok=True)
+    calibration = read_calibration(experiment, experiment.config.num_test_samples) if calibrated else None
     dataset = experiment.open(split)
     blocks = predict_dataset(
         experiment.posterior,
@@ -86,7 +92,7 @@ def predict_run(
         comm,
         dataset,
         **experiment.test_samples,
-        keep_members=with_members or len(quantiles) > 0,
+        keep_members=needs_members(quantiles, with_members, calibration),
         with_targets=False,
     )
     is_wide = experiment.dtype == torch.float64 or has_large_mean(experiment.manifest, "y")
@@ -103,11 +109,16 @@ def predict_run(
         "channels": [str(name) for name in experiment.manifest.arrays["y"].channels],
         "hpc_bnn": __version__,
     }
-    rows = _rows(experiment, quantiles, with_members, with_truth)
+    if calibration is not None:
+        attributes |= {
+            f"calibration_{name}": getattr(calibration, name) for name in ("method", "level", "num_examples")
+        }
+        attributes |= {} if calibration.temperature is None else {"temperature": calibration.temperature}
+    rows = _rows(experiment, quantiles, with_members, with_truth, calibrated)
     with experiment.watch, _Output(path, comm, len(dataset), rows, dtype, attributes) as file:
         for block in blocks:
             experiment.watch.mark()
-            columns = columns_of(block.predictive, quantiles, with_members)
+            columns = columns_of(block.predictive, quantiles, with_members, calibration)
             if "y" in rows:
                 columns["y"] = block.y
                 if isinstance(block.predictive, ValuePredictive):
@@ -154,7 +165,7 @@ class _Dim(NamedTuple):
 
 
 def _rows(
-    experiment: Experiment, quantiles: Sequence[float], with_members: bool, with_truth: bool
+    experiment: Experiment, quantiles: Sequence[float], with_members: bool, with_truth: bool, calibrated: bool
 ) -> dict[str, tuple[_Dim, ...]]:
     """Return the dimensions of a row of each dataset."""
     likelihood, rows = experiment.likelihood, {}
@@ -167,6 +178,8 @@ def _rows(
     else:
         one = truth = _dims_of_targets(experiment)
         rows |= dict.fromkeys(("mean", "std", "aleatoric_std", "epistemic_std"), one)
+    if calibrated:
+        rows |= dict.fromkeys(("lower", "upper") if "mean" in rows else ("calibrated_probabilities", "in_set"), one)
     if quantiles:
         rows["quantiles"] = (_Dim("quantile", quantiles), *one)
     if with_members:
@@ -203,7 +216,14 @@ def check_levels(quantiles: Sequence[float], likelihood: Likelihood, flag: str) 
     return quantiles if likelihood.num_classes or likelihood.has_mixture else ()
 
 
-def columns_of(predictive: Predictive, quantiles: Sequence[float], with_members: bool) -> dict[str, Tensor]:
+def needs_members(quantiles: Sequence[float], with_members: bool, calibration: Calibration | None) -> bool:
+    """Whether `columns_of` needs what each sample predicts. Local."""
+    return with_members or len(quantiles) > 0 or (calibration is not None and calibration.temperature is None)
+
+
+def columns_of(
+    predictive: Predictive, quantiles: Sequence[float], with_members: bool, calibration: Calibration | None = None
+) -> dict[str, Tensor]:
     """Return the rows [B, ...] of each dataset. Local."""
     if isinstance(predictive, ClassPredictive):
         columns = {
@@ -220,6 +240,8 @@ def columns_of(predictive: Predictive, quantiles: Sequence[float], with_members:
             "aleatoric_std": predictive.aleatoric_variance.sqrt(),
             "epistemic_std": predictive.epistemic_variance.sqrt(),
         }
+    if calibration is not None:
+        columns |= calibration.columns_of(predictive)
     if quantiles or with_members:
         members = predictive.members
         assert members is not None, "predict_run asks for them"
@@ -249,9 +271,9 @@ class _Output:
         attributes: dict[str, object],
     ):
         self.path, self.comm, self.num_rows, self.attributes = path, comm, num_rows, attributes
-        of_classes, self._dims = {"class", "y"} if "class" in rows else set(), rows
+        dtypes, self._dims = {"class": np.int64, "y": np.int64, "in_set": np.int8} if "class" in rows else {}, rows
         self._rows = {
-            name: (tuple(len(dim.values) for dim in dims), np.dtype(np.int64 if name in of_classes else dtype))
+            name: (tuple(len(dim.values) for dim in dims), np.dtype(dtypes.get(name, dtype)))
             for name, dims in rows.items()
         }
         grid = comm.grid

@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor
 from tqdm import tqdm
 
 from ..comm import GridComm, choose_device
 from ..comm.devices import num_visible_gpus
-from ..config import Config, config_of_run
 from ..data import Source
 from ..data.dataset import Normalisation
 from ..data.manifest import ArraySpec, inputs_of
 from ..errors import ConfigError, Fault
 from ..grid import Grid
 from ..predictive import predict_dataset
-from .experiment import Experiment
-from .export import check_levels, columns_of
+from .calibrate import read_calibration
+from .experiment import Experiment, read_config
+from .export import check_levels, columns_of, needs_members
 
 Arrays = Any
 """An array or tensor [N, ...], or what `numpy.asarray` takes."""
@@ -54,7 +52,7 @@ def load(run_dir: str | os.PathLike, which: Literal["best", "newest"] = "best", 
     >>> prediction = predictor.predict(images)  # doctest: +SKIP
     >>> prediction["class"], prediction["mutual_information"]  # doctest: +SKIP
     """
-    config = Config.from_dict(yaml.safe_load(config_of_run(Path(run_dir)).read_text()))
+    config = read_config(run_dir)
     config.run_dir = str(run_dir)
     comm = GridComm(Grid(), choose_device(device, 0, num_visible_gpus()))
     return Predictor(Experiment.of_run(config, comm, which))
@@ -90,6 +88,7 @@ class Predictor:
         num_samples: int | None = None,
         quantiles: Sequence[float] = (),
         members: bool = False,
+        calibrated: bool = False,
         batch_size: int = 1024,
         progress: bool = False,
     ) -> dict[str, np.ndarray]:
@@ -106,6 +105,9 @@ class Predictor:
             Levels of ``quantiles`` [N, Q, ...], between 0 and 1.
         members : bool
             Whether ``members`` [N, K, ...] holds what each sample predicts.
+        calibrated : bool
+            Whether RUN_DIR/calibration.json of ``hpc-bnn calibrate`` is applied: ``calibrated_probabilities`` and ``in_set``,
+            or ``lower`` and ``upper`` (`hpc_bnn.predictive.Calibration`).
         batch_size : int
             Examples of a forward pass.
         progress : bool
@@ -120,24 +122,28 @@ class Predictor:
         Raises
         ------
         ConfigError
-            The inputs have another form than those of the training, or an argument does not fit.
+            The inputs have another form than those of the training, or an argument does not fit, or the calibration is of
+            another checkpoint or of other samples.
+        DataError
+            The calibration cannot be read.
         """
         experiment = self._experiment
         quantiles = check_levels(quantiles, self.likelihood, "quantiles")
         source = _Examples(experiment, x)
-        options = experiment.test_samples | {"batch_size": batch_size}
+        options: dict[str, Any] = experiment.test_samples | {"batch_size": batch_size}
         if num_samples is not None:
             options["num_samples"] = num_samples
         if options["num_samples"] < 1:
             raise ConfigError(Fault("num_samples", num_samples, "must be 1 or more", "Leave it out"))
+        calibration = read_calibration(experiment, options["num_samples"]) if calibrated else None
         blocks = predict_dataset(
             self.posterior, self.likelihood, experiment.comm, source,
-            keep_members=members or len(quantiles) > 0, with_targets=False, **options,
+            keep_members=needs_members(quantiles, members, calibration), with_targets=False, **options,
         )  # fmt: skip
         parts: dict[str, list[np.ndarray]] = {}
         with tqdm(total=len(source), unit="example", disable=not progress) as bar:
             for block in blocks:
-                for name, column in columns_of(block.predictive, quantiles, members).items():
+                for name, column in columns_of(block.predictive, quantiles, members, calibration).items():
                     parts.setdefault(name, []).append(column.cpu().numpy())
                 bar.update(len(block.examples))
         return {name: np.concatenate(part) for name, part in parts.items()}

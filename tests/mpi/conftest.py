@@ -128,3 +128,9 @@ def former_noise(monkeypatch):
 
     for of, name, value in patches():
         monkeypatch.setattr(of, name, value)
+
+
+@pytest.fixture
+def directory(comm, tmp_path_factory):
+    """Return a new directory, the same on all ranks."""
+    return Path(comm.broadcast_object(str(tmp_path_factory.mktemp("run")) if comm.grid.rank == 0 else None))

@@ -8,7 +8,6 @@ import pytest
 import torch
 from mpi4py import MPI
 from test_evaluate import LIKELIHOODS, write_field_shards
-from test_predict import directory  # noqa: F401, a fixture
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hpc_bnn import connect
@@ -130,7 +129,7 @@ def noting_world(note):
 
 
 @pytest.mark.parametrize("name", ["categorical", "gaussian"])
-def test_an_epoch_makes_the_collectives_of_comm_and_no_others(sample_size, directory, monkeypatch, name):  # noqa: F811
+def test_an_epoch_makes_the_collectives_of_comm_and_no_others(sample_size, directory, monkeypatch, name):
     """Training, evaluation and prediction; metrics leave their states as they are, and sum nothing by themselves."""
     watch = Watch()
     monkeypatch.setattr(MPI, "COMM_WORLD", noting_world(watch.note))

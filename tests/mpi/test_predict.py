@@ -30,11 +30,6 @@ class ToField:
         return network
 
 
-@pytest.fixture
-def directory(comm, tmp_path_factory):
-    return Path(comm.broadcast_object(str(tmp_path_factory.mktemp("run")) if comm.grid.rank == 0 else None))
-
-
 def make_experiment(comm, directory, num_test_samples=5, family="mean_field"):
     config = Config(run_dir=str(directory), dtype="float64", num_test_samples=num_test_samples)
     config.num_samples, config.posterior.family = 5, family

@@ -1,0 +1,194 @@
+"""The calibration of a run: made once after the training, kept with the run, applied by predictions."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import torch
+
+from .. import __version__
+from ..data import EpochOrder
+from ..errors import ConfigError, DataError, Fault, above_and_below
+from ..noise import Stream
+from ..predictive.calibration import INTERVALS, SETS, TEMPERATURES, Calibration, calibrate_dataset
+from ..safe_files import check_can_write, read_bytes, write_atomically
+from .experiment import Experiment, judging_split, logger, read_config, read_or_prepare
+
+CALIBRATION = "calibration.json"
+FORMAT = 1
+"""Version of the file."""
+
+
+def calibrate_run(
+    experiment: Experiment, split: str = "calibration", *, level: float = 0.9, half: bool = False, which: str = "newest"
+) -> Calibration:
+    """Calibrate the checkpoint of a run by a split of ``config.data.shards`` and write RUN_DIR/calibration.json.
+
+    Collective over the world. `read_calibration` reads the file; a former one is replaced.
+
+    Parameters
+    ----------
+    split : str
+        Its examples must be new to the run: neither those of the training, nor those that judged its checkpoints.
+    level : float
+        Probability that a set or interval holds the target, above 0 and below 1.
+    half : bool
+        Use half of the split, the same one for each seed. So a split may serve that judged checkpoints; the other half is
+        left for a look at the coverage.
+    which : {"newest", "best"}
+        What the checkpoint is, for the file.
+
+    Raises
+    ------
+    ConfigError
+        The level is none, or the split is not there, or not new to the run.
+    DataError
+        RUN_DIR cannot be written, or the targets do not fit the network.
+    """
+    comm, config, path = experiment.comm, experiment.config, experiment.run_dir / CALIBRATION
+    above_and_below(0, 1, "Try 0.9").check("--level", level)
+    with comm.agree(f"writing {path}"):
+        if experiment.is_writer:
+            check_can_write(path, "the RUN_DIR of a copy of the run")
+    has_judged = _check_split(experiment, split, half)
+    dataset = experiment.open(split)
+    experiment.check_classes(dataset, "they are no calibration")
+    examples = None
+    if half:
+        order = EpochOrder(len(dataset), config.seed, 0, stream=Stream.HALF)
+        examples = order[torch.arange(-(-len(dataset) // 2))].sort().values
+    with experiment.watch:
+        found = calibrate_dataset(
+            experiment.posterior,
+            experiment.likelihood,
+            comm,
+            dataset,
+            level=level,
+            examples=examples,
+            see=lambda *_: experiment.watch.mark(),
+            **experiment.test_samples,
+        )
+    content = {
+        "format": FORMAT,
+        **_origin(experiment),
+        "checkpoint": which,
+        "shards": config.data.dataset or config.data.shards,
+        "split": split,
+        "half": half,
+        "judged_checkpoints": has_judged,
+        "method": found.method,
+        "level": level,
+        "num_examples": found.num_examples,
+        "temperature": found.temperature,
+        "thresholds": None if found.holds_everything else found.thresholds.tolist(),
+        "hpc_bnn": __version__,
+    }
+    with comm.agree(f"writing {path}"):
+        if experiment.is_writer:
+            experiment.check_identity("calibrated")
+            write_atomically(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+            _say(found)
+    return found
+
+
+def read_calibration(experiment: Experiment, num_samples: int) -> Calibration:
+    """Return the calibration of a run, made with the checkpoint and the samples that predict now. Collective over the world.
+
+    Raises
+    ------
+    ConfigError
+        There is none, or it is of another run or checkpoint, or of other samples.
+    DataError
+        The file cannot be read.
+    """
+    comm, path, found = experiment.comm, experiment.run_dir / CALIBRATION, None
+    with comm.agree(f"reading {path}"):
+        if experiment.is_writer:
+            text = read_bytes(path, "the calibration of a run")
+            if text is None:
+                rule, remedy = f"{path} is missing", "Make it with hpc-bnn calibrate RUN_DIR"
+                raise ConfigError(Fault("--calibration", True, rule, remedy, "calibrated"))
+            try:
+                content = json.loads(text.decode())
+                found = _parsed(experiment, content)
+                origin = {name: content[name] for name in _origin(experiment)}
+            except (ValueError, TypeError, KeyError, RecursionError) as error:
+                raise DataError(
+                    f"{path} is no calibration of this network ({error!r}). Calibrate the run again"
+                ) from error
+            for name, mine in (_origin(experiment) | {"num_samples": num_samples}).items():
+                if origin[name] != mine:
+                    rule = f"{path} was made with {name} {origin[name]}, and this is {mine}"
+                    remedy = "Use the same checkpoint (--which) and samples, or calibrate again"
+                    raise ConfigError(Fault("--calibration", True, rule, remedy, "calibrated"))
+    return comm.broadcast_object(found)
+
+
+def _origin(experiment: Experiment) -> dict[str, Any]:
+    """Return what a calibration belongs to: the writer's."""
+    config = experiment.config
+    run = {"run": experiment.checkpoints.identity, "num_steps": experiment.num_steps}
+    return run | {"num_samples": config.num_test_samples, "seed": config.seed}
+
+
+def _check_split(experiment: Experiment, split: str, half: bool) -> bool:
+    """Raise `ConfigError` unless a split may calibrate the run; return whether it judged its checkpoints. Collective."""
+    comm, data = experiment.comm, experiment.config.data
+    manifest = read_or_prepare(data, comm)
+    if data.dataset is None and split not in manifest.splits:
+        remedy = "Name one that chose no checkpoint, or the validation split with --half true"
+        raise ConfigError(Fault("--split", split, f"the data have the splits {', '.join(manifest.splits)}", remedy))
+    if data.dataset is None and manifest.digest != experiment.manifest.digest:
+        return False  # other data than those of the run, whatever their splits are called
+    with comm.agree(f"reading {experiment.run_dir}"):
+        trained = read_config(experiment.run_dir)  # flags may say something else
+    judged, remedy = split == judging_split(trained, experiment.manifest), "Name a split that is new to the run"
+    if split == trained.data.train_split:
+        raise ConfigError(Fault("--split", split, "the network was trained on it, and knows its targets", remedy))
+    if judged and not half:
+        rule = "it judged the checkpoints of this run"
+        raise ConfigError(Fault("--split", split, rule, f"{remedy}, or use a half of it (--half true)"))
+    return judged
+
+
+def _parsed(experiment: Experiment, content: dict[str, Any]) -> Calibration:
+    """Return the calibration that a file holds; `ValueError`, `TypeError` or `KeyError` where it is none. Local."""
+    likelihood, y = experiment.likelihood, experiment.manifest.arrays["y"]
+    of_classes = likelihood.num_classes is not None
+    method, shape = (SETS, ()) if of_classes else (INTERVALS, (likelihood.num_targets, *y.shape[1:]))
+    level, temperature = content["level"], content["temperature"]
+    thresholds = content["thresholds"]
+    limits = torch.full(shape, math.inf, dtype=torch.float64)
+    if thresholds is not None:
+        limits = torch.tensor(thresholds, dtype=torch.float64)
+    fits = {
+        "format": content["format"] == FORMAT,
+        "method": content["method"] == method,
+        "level": 0 < level < 1,
+        "num_examples": isinstance(content["num_examples"], int) and content["num_examples"] > 0,
+        "temperature": (TEMPERATURES[0] <= temperature <= TEMPERATURES[1]) if of_classes else temperature is None,
+        "thresholds": limits.shape == shape and (thresholds is None or bool(limits.isfinite().all())),
+    }
+    found = Calibration(method, level, content["num_examples"], limits, temperature)
+    if broken := [name for name, value in fits.items() if not value]:
+        raise ValueError(f"{', '.join(broken)} cannot be")
+    if found.holds_everything != (thresholds is None):
+        raise ValueError("thresholds do not fit num_examples")
+    return found
+
+
+def _say(found: Calibration) -> None:
+    """Warn of what a user should know."""
+    if found.holds_everything:
+        logger.warning(
+            "%d examples are too few for the level %g: sets and intervals hold everything. Use more examples, or a lower level",
+            found.num_examples,
+            found.level,
+        )
+    if found.temperature is not None and min(abs(math.log(found.temperature / end)) for end in TEMPERATURES) < 1e-6:
+        logger.warning(
+            "the temperature %g is an end of the range: the examples are too few, or predicted without errors",
+            found.temperature,
+        )

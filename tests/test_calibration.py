@@ -1,0 +1,392 @@
+"""Temperature, sets and intervals: against their definitions, their promise, and what they refuse."""
+
+import json
+import math
+import shutil
+from fractions import Fraction
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.optimize import minimize_scalar
+
+import hpc_bnn
+from hpc_bnn import Grid, GridComm, ShardDataset, write_shards
+from hpc_bnn.cli.commands import main
+from hpc_bnn.errors import ConfigError, DataError
+from hpc_bnn.likelihoods.mixtures import GaussianMixture
+from hpc_bnn.predictive import calibration as module
+from hpc_bnn.predictive.calibration import (
+    INTERVALS,
+    SETS,
+    Calibration,
+    conformal_rank,
+    conformal_thresholds,
+    fit_temperature,
+    tempered,
+)
+from hpc_bnn.predictive.predictive import ClassPredictive, ValuePredictive
+
+ONE = GridComm(Grid())
+
+
+# --- definitions ---------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 10**6), st.integers(1, 999))
+def test_the_rank_is_exact(num_examples, thousandths):
+    level = thousandths / 1000
+    assert conformal_rank(num_examples, level) == math.ceil((num_examples + 1) * Fraction(thousandths, 1000))
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=40), st.sampled_from([0.07, 0.5, 0.9, 0.95]))
+def test_the_threshold_is_the_smallest_score_that_enough_do_not_exceed(scores, level):
+    """With ties: it is defined by a count, not by an index."""
+    scores = torch.tensor(scores, dtype=torch.float64)
+    got = conformal_thresholds(scores, level, len(scores), ONE)
+    needed = (len(scores) + 1) * Fraction(str(level))
+    enough = [s for s in scores.unique().tolist() if (scores <= s).sum().item() >= needed]
+    assert got.shape == () and got.item() == min(enough, default=math.inf)
+
+
+def test_each_target_has_a_threshold_of_its_own_whatever_is_gathered_at_once(monkeypatch):
+    scores = torch.from_numpy(np.random.default_rng(0).normal(size=(50, 3, 2)))
+    monkeypatch.setattr(module, "GATHERED_NUMBERS", 100)  # two targets at once
+    got = conformal_thresholds(scores, 0.8, 50, ONE)
+    assert np.array_equal(got, np.sort(scores.numpy(), axis=0)[math.ceil(51 * 0.8) - 1])
+
+
+def classes_of(temperature, num_examples, seed=0, num_classes=5):
+    """Return log-probabilities whose classes are drawn from them at a temperature, and these classes."""
+    rng = np.random.default_rng(seed)
+    log_p = torch.from_numpy(rng.normal(size=(num_examples, num_classes)) * 3).log_softmax(1)
+    sums = (log_p / temperature).softmax(1).cumsum(1).numpy()
+    return log_p, torch.from_numpy((rng.random((num_examples, 1)) > sums).sum(1).clip(max=num_classes - 1))
+
+
+def test_the_temperature_has_the_least_negative_log_likelihood():
+    log_p, y = classes_of(2.0, 300)
+
+    def nll(log_temperature):
+        return -(log_p / math.exp(log_temperature)).log_softmax(1)[torch.arange(300), y].sum().item()
+
+    least = minimize_scalar(nll, bounds=(-3, 3), method="bounded", options={"xatol": 1e-10})
+    got = fit_temperature(log_p, y, ONE)
+    assert math.log(got) == pytest.approx(least.x, abs=1e-6) and nll(math.log(got)) <= least.fun * (1 + 1e-14)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_a_known_temperature_is_found(temperature):
+    found = np.array([math.log(fit_temperature(*classes_of(temperature, 400, seed), ONE)) for seed in range(40)])
+    error = found.std(ddof=1) / math.sqrt(len(found))
+    assert abs(found.mean() - math.log(temperature)) < 4 * error + 0.005  # the bias of 400 examples
+    assert error < 0.02
+
+
+def test_a_temperature_stays_in_its_range_where_no_other_is_better():
+    log_p = torch.tensor([[0.7, 0.3]], dtype=torch.float64).log()
+    ends = [fit_temperature(log_p, torch.tensor([y]), ONE) for y in (0, 1)]
+    assert ends == pytest.approx(module.TEMPERATURES)
+
+
+def test_tempered_probabilities_are_powers_over_their_sum():
+    p = torch.tensor([[0.5, 0.3, 0.2], [1.0, 0.0, 0.0]], dtype=torch.float64)
+    expected = p.sqrt() / p.sqrt().sum(1, keepdim=True)
+    torch.testing.assert_close(tempered(p, 2.0), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(tempered(p, 1.0), p, rtol=1e-12, atol=1e-12)
+
+
+# --- the promise ---------------------------------------------------------------------------------------
+
+
+def assert_covers(inside, level, num_examples):
+    """Coverage of many calibrations: at least the level, at most that of scores without ties, in standard errors."""
+    inside = np.asarray(inside)
+    error = inside.std(ddof=1) / math.sqrt(len(inside))
+    assert level - 4 * error < inside.mean() < level + 1 / (num_examples + 1) + 4 * error
+    assert error < 0.01
+
+
+@pytest.mark.parametrize("level", [0.5, 0.9])
+def test_sets_of_overconfident_probabilities_cover_as_often_as_promised(level):
+    inside = []
+    for seed in range(300):
+        log_p, y = classes_of(4.0, 120, seed)
+        p, n = log_p.exp(), 20
+        scores = 1 - p[torch.arange(n), y[:n]]
+        found = Calibration(SETS, level, n, conformal_thresholds(scores, level, n, ONE), 1.0)
+        columns = found.columns_of(ClassPredictive(p[n:], p[n:], p[n:, 0]))
+        assert columns["in_set"].dtype == torch.int8
+        inside.append(columns["in_set"].gather(1, y[n:, None]).double().mean().item())
+    assert_covers(inside, level, 20)
+
+
+@pytest.mark.parametrize("factor", [0.3, 3.0])
+def test_intervals_too_narrow_and_too_wide_cover_as_often_as_promised(factor):
+    """Noise that grows with x, in two targets of different units; the network states a multiple of it."""
+    rng, level, n, inside = np.random.default_rng(1), 0.8, 30, []
+    for _ in range(300):
+        scale = torch.from_numpy(rng.uniform(0.5, 2, size=(n + 100, 1))) * torch.tensor([1.0, 100.0])
+        y = scale * torch.from_numpy(rng.normal(size=scale.shape))
+        loc, stated = torch.zeros(2, *y.shape, dtype=torch.float64), (factor * scale).expand(2, *y.shape)
+        mixture = GaussianMixture(loc, stated)
+        predictive = ValuePredictive(loc[0], stated[0] ** 2, loc[0], mixture=mixture)
+        low, high = mixture.quantile(0.1), mixture.quantile(0.9)
+        thresholds = conformal_thresholds(torch.maximum(low - y, y - high)[:n], level, n, ONE)
+        columns = Calibration(INTERVALS, level, n, thresholds).columns_of(predictive)
+        inside.append(((columns["lower"] <= y) & (y <= columns["upper"]))[n:].double().mean(0).numpy())
+        assert (thresholds > 0).all() if factor < 1 else (thresholds < 0).all()
+    for of_target in np.array(inside).T:
+        assert_covers(of_target, level, n)
+
+
+# --- runs ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """Shard directories of classes and of numbers, with a split for each purpose."""
+    directory, rng = tmp_path_factory.mktemp("shards"), np.random.default_rng(0)
+    ends = {
+        "train": (0, 100),
+        "validation": (100, 160),
+        "calibration": (160, 219),
+        "test": (219, 320),
+        "few": (320, 323),
+    }
+    x = rng.normal(size=(323, 3))
+    numbers = np.stack([x[:, 0], 1000 + 50 * x[:, 1]], 1) + rng.normal(size=(323, 2)) * [0.5, 5]
+    classes = (x + rng.normal(size=x.shape)).argmax(1)
+    for kind, y, more in (("numbers", numbers, {}), ("classes", classes, {"num_classes": 3})):
+        splits = {name: (x[a:b], y[a:b]) for name, (a, b) in ends.items()}
+        write_shards(directory / kind, splits, name=kind, source="test", licence="none", **more)
+    return directory
+
+
+def train(shards, run_dir, *more):
+    command = [
+        "train",
+        "--data.shards",
+        str(shards),
+        "--run_dir",
+        str(run_dir),
+        "--num_epochs",
+        "4",
+        "--num_samples",
+        "2",
+    ]
+    command += ["--num_test_samples", "5", "--global_batch_size", "50", "--optimizer.learning_rate", "0.02"]
+    assert main([*command, *more]) == 0
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def runs(shards):
+    return {kind: train(shards / kind, shards / f"run-{kind}") for kind in ("classes", "numbers")}
+
+
+@pytest.fixture
+def run(runs, tmp_path):
+    """Return a function that gives a copy of a run."""
+    return lambda kind="classes": shutil.copytree(runs[kind], tmp_path / kind)
+
+
+def predicted(run_dir, path, *more):
+    assert main(["predict", str(run_dir), "--output", str(path), *more]) == 0
+    with h5py.File(path) as file:
+        return {name: values[()] for name, values in file.items()}, dict(file.attrs)
+
+
+@pytest.mark.parametrize("kind", ["classes", "numbers"])
+def test_a_calibrated_prediction_is_what_the_definition_gives(kind, run, tmp_path, capsys):
+    run_dir, path = run(kind), tmp_path / "p.h5"
+    assert main(["calibrate", str(run_dir), "--level", "0.8", "--which", "best"]) == 0
+    assert str(run_dir / "calibration.json") in capsys.readouterr().out
+    found = json.loads((run_dir / "calibration.json").read_text())
+    assert (found["num_examples"], found["split"], found["level"], found["checkpoint"]) == (
+        59,
+        "calibration",
+        0.8,
+        "best",
+    )
+    assert found["run"] == json.loads((run_dir / "run.json").read_text())["identity"]
+    options = ["--which", "best", "--dtype", "float64", "--quantiles", "[0.1, 0.9]"]
+    seen, _ = predicted(run_dir, tmp_path / "seen.h5", "--split", "calibration", *options)
+    new, attributes = predicted(run_dir, path, "--calibration", "true", *options)
+    rank, y = math.ceil(60 * 0.8) - 1, seen["y"]
+    if kind == "classes":
+        assert found["method"] == attributes["calibration_method"] == SETS
+        of_truth = np.take_along_axis(seen["probabilities"], y[:, None], 1)[:, 0]
+        threshold = np.sort(1 - of_truth)[rank]
+        assert found["thresholds"] == pytest.approx(threshold, rel=1e-5)  # the calibration was in float32
+        p = new["probabilities"] ** (1 / found["temperature"])
+        np.testing.assert_allclose(new["calibrated_probabilities"], p / p.sum(1, keepdims=True), rtol=1e-9)
+        assert new["in_set"].dtype == np.int8 and attributes["temperature"] == found["temperature"]
+        assert np.array_equal(new["in_set"], 1 - new["probabilities"] <= found["thresholds"])
+        assert 0 < new["in_set"].mean() < 1
+        y, log_p = torch.from_numpy(y), torch.from_numpy(seen["probabilities"]).log()
+        assert found["temperature"] == pytest.approx(fit_temperature(log_p, y, ONE), rel=1e-4)
+    else:
+        assert found["method"] == attributes["calibration_method"] == INTERVALS and found["temperature"] is None
+        score = np.maximum(seen["quantiles"][:, 0] - y, y - seen["quantiles"][:, 1])
+        thresholds = np.sort(score, axis=0)[rank]
+        np.testing.assert_allclose(found["thresholds"], thresholds, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(new["lower"], new["quantiles"][:, 0] - found["thresholds"], rtol=1e-9)
+        np.testing.assert_allclose(new["upper"], new["quantiles"][:, 1] + found["thresholds"], rtol=1e-9)
+        inside = (new["lower"] <= new["y"]) & (new["y"] <= new["upper"])
+        assert (inside.mean(0) > 0.8 - 4 * math.sqrt(0.16 * (1 / 59 + 1 / 101))).all()
+    assert attributes["calibration_level"] == 0.8 and attributes["calibration_num_examples"] == 59
+
+
+@pytest.mark.parametrize("kind", ["classes", "numbers"])
+def test_a_loaded_run_applies_its_calibration(kind, run, shards, tmp_path):
+    run_dir = run(kind)
+    assert main(["calibrate", str(run_dir), "--which", "best"]) == 0
+    x = h5py.File(next((shards / kind).glob("*test*.h5")))["x"][()]
+    got = hpc_bnn.load(run_dir).predict(x, calibrated=True)
+    expected, _ = predicted(run_dir, tmp_path / "p.h5", "--which", "best", "--calibration", "true", "--quantiles", "[]")
+    names = {"classes": ["calibrated_probabilities", "in_set"], "numbers": ["lower", "upper"]}[kind]
+    for name in names:
+        np.testing.assert_allclose(got[name], expected[name], rtol=1e-5)
+    assert not set(names) & hpc_bnn.load(run_dir).predict(x).keys()
+    with pytest.raises(ConfigError, match="num_samples"):
+        hpc_bnn.load(run_dir).predict(x, num_samples=3, calibrated=True)
+
+
+@pytest.mark.parametrize("kind", ["classes", "numbers"])
+def test_too_few_examples_hold_everything_and_it_is_said(kind, run, tmp_path, caplog):
+    run_dir = run(kind)
+    assert main(["calibrate", str(run_dir), "--split", "few"]) == 0
+    assert "3 examples are too few for the level 0.9" in caplog.text
+    assert json.loads((run_dir / "calibration.json").read_text())["thresholds"] is None
+    new, _ = predicted(run_dir, tmp_path / "p.h5", "--calibration", "true")
+    if kind == "classes":
+        assert (new["in_set"] == 1).all()
+    else:
+        assert (new["lower"] == -np.inf).all() and (new["upper"] == np.inf).all()
+    assert main(["calibrate", str(run_dir), "--split", "few", "--level", "0.75"]) == 0  # three of four
+    assert json.loads((run_dir / "calibration.json").read_text())["thresholds"] is not None
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--split", "train"], "--split train: the network was trained on it"),
+        (["--split", "train", "--half", "true"], "--split train: the network was trained on it"),
+        (["--split", "validation"], "--split validation: it judged the checkpoints of this run"),
+        (["--split", "validation", "--data.validation_split", "null"], "--split validation: it judged"),
+        (["--split", "nowhere"], "--split nowhere: the data have the splits train, validation"),
+        (["--level", "1"], "--level 1.0: must be above 0 and below 1"),
+    ],
+    ids=" ".join,
+)
+def test_what_cannot_calibrate_is_refused(words, said, run, capsys):
+    run_dir = run()
+    assert main(["calibrate", str(run_dir), *words]) == 2
+    assert said in capsys.readouterr().err and not (run_dir / "calibration.json").exists()
+
+
+@pytest.mark.parametrize("options", [("--data.validation_split", "null"), ("--checkpoint.metric", "test/nll")])
+def test_the_test_split_is_refused_where_it_judged(options, shards, tmp_path, capsys):
+    run_dir = train(shards / "classes", tmp_path / "run", *options)
+    assert main(["calibrate", str(run_dir), "--split", "test"]) == 2
+    assert "--split test: it judged the checkpoints" in capsys.readouterr().err
+    assert main(["calibrate", str(run_dir), "--split", "validation"]) == 0
+
+
+def test_splits_of_other_data_have_judged_nothing(run, shards, tmp_path):
+    x = np.random.default_rng(5).normal(size=(40, 3))
+    facts = {"name": "other", "source": "test", "licence": "none", "num_classes": 3}
+    write_shards(tmp_path / "other", {"train": (x, x.argmax(1)), "validation": (x, x.argmax(1))}, **facts)
+    assert main(["calibrate", str(run()), "--data.shards", str(tmp_path / "other"), "--split", "validation"]) == 0
+
+
+def test_half_of_a_split_is_keyed(run):
+    run_dir, found = run(), []
+    for seed in ("0", "0", "1"):
+        words = ["--split", "validation", "--half", "true", "--seed", seed]
+        assert main(["calibrate", str(run_dir), *words]) == 0
+        found.append(json.loads((run_dir / "calibration.json").read_text()))
+    assert found[0] == found[1] and found[0]["thresholds"] != found[2]["thresholds"]
+    assert found[0]["num_examples"] == 30 and found[0]["half"] and found[0]["judged_checkpoints"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"run": "0" * 16}, "was made with run 0000"),
+        ({"num_steps": 1}, "was made with num_steps 1, and this is 8"),
+        ({"num_samples": 4}, "was made with num_samples 4, and this is 5"),
+        ({"seed": 4}, "was made with seed 4, and this is 0"),
+    ],
+    ids=str,
+)
+def test_the_calibration_of_something_else_is_refused(change, said, run, tmp_path, capsys):
+    run_dir = run()
+    assert main(["calibrate", str(run_dir)]) == 0
+    path = run_dir / "calibration.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert main(["predict", str(run_dir), "--output", str(tmp_path / "p.h5"), "--calibration", "true"]) == 2
+    assert said in capsys.readouterr().err and not (tmp_path / "p.h5").exists()
+
+
+def test_a_calibration_that_is_not_there_is_said(run, tmp_path, capsys):
+    words = ["predict", str(run()), "--output", str(tmp_path / "p.h5"), "--calibration", "true"]
+    assert main(words) == 2
+    assert "calibration.json is missing. Make it with hpc-bnn calibrate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "not JSON",
+        "[]",
+        "[" * 100_000,
+        {"format": 2},
+        {"method": INTERVALS},
+        {"level": 1.5},
+        {"level": "high"},
+        {"num_examples": 0},
+        {"num_examples": 3},
+        {"temperature": None},
+        {"temperature": math.nan},
+        {"thresholds": [0.1, 0.2]},
+        {"thresholds": "0.1"},
+        {"thresholds": math.nan},
+        {"thresholds": None},
+        {"num_steps": ...},
+    ],
+    ids=lambda change: str(change)[:30],
+)
+def test_a_calibration_of_another_format_is_refused(change, run, tmp_path):
+    run_dir = run()
+    assert main(["calibrate", str(run_dir), "--which", "best"]) == 0
+    path = run_dir / "calibration.json"
+    if isinstance(change, dict):
+        content = json.loads(path.read_text()) | change
+        path.write_text(json.dumps({name: value for name, value in content.items() if value is not ...}))
+    else:
+        path.write_text(change)
+    with pytest.raises(DataError, match=r"calibration\.json is no calibration of this network"):
+        hpc_bnn.load(run_dir).predict(np.zeros((2, 3)), calibrated=True)
+
+
+def test_a_directory_in_the_way_is_said_before_anything_is_computed(run, capsys, monkeypatch):
+    run_dir = run()
+    (run_dir / "calibration.json").mkdir()
+    monkeypatch.setattr("hpc_bnn.run.calibrate.calibrate_dataset", None)
+    assert main(["calibrate", str(run_dir)]) == 1
+    assert "calibration.json cannot be written (Is a directory)" in capsys.readouterr().err
+
+
+def test_what_is_no_number_calibrates_nothing(run, shards):
+    predictor = hpc_bnn.load(run("numbers"))
+    with torch.no_grad():
+        for parameter in predictor.posterior.parameters():
+            parameter.fill_(math.nan)
+    data = ShardDataset(shards / "numbers", "calibration", normalises_targets=True)
+    with pytest.raises(DataError, match="no finite number"):
+        module.calibrate_dataset(predictor.posterior, predictor.likelihood, ONE, data, level=0.9, num_samples=2)
