@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from . import signals
+from .run import signals
 
 
 class Output:

@@ -30,7 +30,7 @@ from hpc_bnn.data import (
 )
 from hpc_bnn.data.manifest import sha256_of_json
 from hpc_bnn.errors import ConfigError, DataError, RankError
-from hpc_bnn.locks import Lock
+from hpc_bnn.safe_files.locks import Lock
 
 FACTS = {"name": "toy", "source": "made by the test", "licence": "none"}
 

@@ -19,9 +19,9 @@ from hpc_bnn.cli.commands import main
 from hpc_bnn.comm import connect_for_files
 from hpc_bnn.data import stage_shards, unstage_shards, verify_shards
 from hpc_bnn.errors import ConfigError, HpcBnnError
-from hpc_bnn.locks import Lock
 from hpc_bnn.run.checkpoint import CheckpointStore, read_identity, write_identity
 from hpc_bnn.run.run_dir import RunDir
+from hpc_bnn.safe_files.locks import Lock
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 import file_faults

@@ -9,12 +9,11 @@ import time
 import pytest
 from conftest import patience
 
-from hpc_bnn import locks
 from hpc_bnn.errors import ConfigError, DataError
-from hpc_bnn.locks import LOCK, Lock
 from hpc_bnn.safe_files import (
     append_line,
     is_plain,
+    locks,
     make_own_directory,
     publish,
     read_bytes,
@@ -23,6 +22,7 @@ from hpc_bnn.safe_files import (
     replacing,
     write_atomically,
 )
+from hpc_bnn.safe_files.locks import LOCK, Lock
 
 
 @pytest.mark.parametrize("name", ["train-00000.h5", "step-00000001.1.pt", "a", "-", "Größe-1.h5"])

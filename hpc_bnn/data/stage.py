@@ -14,8 +14,8 @@ from pathlib import Path
 
 from ..comm import GridComm
 from ..errors import ConfigError, DataError, Fault
-from ..locks import LOCK, Lock
 from ..safe_files import make_own_directory, names_in, read_bytes, remove_leftovers, replacing, write_atomically
+from ..safe_files.locks import LOCK, Lock
 from .manifest import MANIFEST, OURS, PREPARATION, SHARD, STAGED, Manifest, ShardFile, sha256_of_file
 
 BLOCK_BYTES = 8 * 2**20

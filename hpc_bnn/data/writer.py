@@ -22,8 +22,8 @@ import numpy as np
 from ..comm import GridComm
 from ..errors import DataError, at_least
 from ..grid import Grid
-from ..locks import Lock
 from ..safe_files import Disk, read_bytes, refuse_world_writable, remove_leftovers, replacing, write_atomically
+from ..safe_files.locks import Lock
 from .manifest import (
     MANIFEST,
     OURS,

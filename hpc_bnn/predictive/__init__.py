@@ -1,6 +1,6 @@
 """The predictive of the whole ensemble, and its metrics."""
 
-from .calibration import Calibration, calibrate_dataset
+from .calibration import INTERVALS, SETS, TEMPERATURES, Calibration, calibrate_dataset
 from .evaluation import (
     Block,
     Evaluation,
@@ -15,7 +15,7 @@ from .evaluation import (
 from .predictive import ClassPredictive, Predictive, ValuePredictive, member_outputs, predict_classes, predict_values
 
 __all__ = [
-    "Block", "Calibration", "ClassPredictive", "Evaluation", "Predictive", "ValuePredictive", "block_size", "calibrate_dataset",
+    "INTERVALS", "SETS", "TEMPERATURES", "Block", "Calibration", "ClassPredictive", "Evaluation", "Predictive", "ValuePredictive", "block_size", "calibrate_dataset",
     "evaluate_dataset", "member_outputs", "metrics_to_minimise", "out_of_distribution_auroc", "predict_classes", "predict_dataset", "predict_values",
     "score_dataset", "uncertainties_of_dataset",
 ]  # fmt: skip

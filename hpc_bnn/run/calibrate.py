@@ -12,7 +12,7 @@ from .. import __version__
 from ..data import EpochOrder
 from ..errors import ConfigError, DataError, Fault, above_and_below
 from ..noise import Stream
-from ..predictive.calibration import INTERVALS, SETS, TEMPERATURES, Calibration, calibrate_dataset
+from ..predictive import INTERVALS, SETS, TEMPERATURES, Calibration, calibrate_dataset
 from ..safe_files import check_can_write, read_bytes, write_atomically
 from .experiment import Experiment, judging_split, logger, read_config, read_or_prepare
 

@@ -6,7 +6,7 @@
     RUN_DIR/config.yaml      resolved config; it is written last, so that a directory without it holds no run
     RUN_DIR/manifest.json    of the training data
     RUN_DIR/metrics.jsonl    a row per epoch
-    RUN_DIR/.lock            its owner, while a process writes (`hpc_bnn.locks`)
+    RUN_DIR/.lock            its owner, while a process writes (`hpc_bnn.safe_files.locks`)
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from typing import Any
 
 from ..data.manifest import MANIFEST
 from ..errors import ConfigError, DataError, Fault
-from ..locks import LOCK, Lock
 from ..safe_files import (
     append_line,
     is_leftover,
@@ -35,6 +34,7 @@ from ..safe_files import (
     sync_directory,
     write_atomically,
 )
+from ..safe_files.locks import LOCK, Lock
 from .checkpoint import RUN_FILE, read_identity, write_identity
 from .plots import ROWS_FILE, read_rows
 

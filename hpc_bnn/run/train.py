@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
-from .. import __version__, signals
+from .. import __version__
 from ..comm import GridComm, Traffic
 from ..config import Config, flatten
 from ..data import BatchLoader, Manifest
@@ -30,6 +30,7 @@ from ..grid import check
 from ..noise import GENERATOR
 from ..predictive import metrics_to_minimise
 from ..training.step import StepResult
+from . import signals
 from .experiment import (
     NETWORK,
     Experiment,

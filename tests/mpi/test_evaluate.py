@@ -88,8 +88,9 @@ def write_field_shards(directory, likelihood, num_examples=23, of_classes=False)
 class ToField(nn.Module):
     """A linear network onto fields [outputs, 2, 3], or onto classes."""
 
-    def __init__(self, likelihood, is_field):
+    def __init__(self, likelihood, of_classes=False):
         super().__init__()
+        is_field = of_classes or not likelihood.num_classes
         self.form = (likelihood.num_outputs, 2, 3) if is_field else (likelihood.num_outputs,)
         self.linear = nn.Linear(6, math.prod(self.form)).double()
 
@@ -105,8 +106,7 @@ def test_all_metrics_curves_and_uncertainties_equal_those_of_one_process(comm, t
         if comm.grid.rank == 0:
             write_field_shards(directory, likelihood, of_classes=of_classes)
     with Key(0, Stream.INIT).global_generator():
-        network = ToField(likelihood, of_classes or not likelihood.num_classes)
-        posterior = MeanFieldGaussian(network, init_std=0.3)
+        posterior = MeanFieldGaussian(ToField(likelihood, of_classes), init_std=0.3)
     results = []
     for one in (GridComm(Grid()), comm):
         data = ShardDataset(directory, "train", dtype=torch.float64, normalises_targets=likelihood.is_equivariant)

@@ -20,8 +20,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .errors import ConfigError, DataError, Fault
-from .safe_files import is_plain, link_new, read_bytes
+from ..errors import ConfigError, DataError, Fault
+from . import is_plain, link_new, read_bytes
 
 __all__ = ["LOCK", "Lock"]
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .errors import DataError
+from ..errors import DataError
 
 __all__ = [
     "Disk", "append_line", "check_can_write", "is_leftover", "is_plain", "link_new", "make_own_directory", "names_in", "publish", "read_bytes", "refuse_world_writable", "remove_leftovers",
