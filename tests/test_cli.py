@@ -553,3 +553,43 @@ def test_fields_of_classes_from_shards_to_predictions(tmp_path, capsys):
     ):
         assert main(["train", *words, *flags, "--run_dir", str(tmp_path / "refused")]) == 2
         assert said in capsys.readouterr().err and not (tmp_path / "refused").exists()
+
+
+def test_channels_that_differ_in_scale_have_numbers_of_their_own(tmp_path):
+    """Kelvin beside metres: the first line of a run says both."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(200, 4)).astype(np.float32)
+    y = (x[:, :2] + 0.1 * rng.normal(size=(200, 2))).astype(np.float32)
+    facts = {"name": "two", "source": "made here", "licence": "none", "channels": {"y": ["t2m", "z500"]}}
+    rmse = {}
+    for scale in (1.0, 1000.0):
+        directory, targets = tmp_path / f"{scale:g}", y * np.array([1.0, scale], np.float32)
+        write_shards(directory, {"train": (x, targets), "test": (x[:40], targets[:40])}, **facts)
+        words = [
+            "--data.shards",
+            directory,
+            "--run_dir",
+            directory / "run",
+            "--num_samples",
+            2,
+            "--num_test_samples",
+            3,
+        ]
+        words += ["--num_epochs", 1, "--model.arguments", "{hidden: [8]}", "--global_batch_size", 20]
+        assert main(["train", *map(str, words)]) == 0
+        rmse[scale] = {
+            name: value
+            for name, value in json.loads((directory / "run/summary.json").read_text()).items()
+            if name.startswith("test/rmse")
+        }
+    assert rmse[1.0].keys() == {"test/rmse"}
+    channels = json.loads((tmp_path / "1000/run/evaluation.json").read_text())["curves"]["channels"]
+    assert channels["name"] == ["t2m", "z500"]
+    assert rmse[1000.0] == pytest.approx(
+        {
+            "test/rmse": rmse[1000.0]["test/rmse"],
+            "test/rmse/t2m": channels["rmse"][0],
+            "test/rmse/z500": channels["rmse"][1],
+        }
+    )
+    assert rmse[1000.0]["test/rmse/z500"] > 100 * rmse[1000.0]["test/rmse/t2m"]

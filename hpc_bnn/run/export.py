@@ -109,6 +109,8 @@ def predict_run(
         "channels": [str(name) for name in experiment.manifest.arrays["y"].channels],
         "hpc_bnn": __version__,
     }
+    if units := experiment.manifest.details.get("units"):
+        attributes["channel_units"] = [str(units.get(name, "")) for name in attributes["channels"]]
     if calibration is not None:
         attributes |= {
             f"calibration_{name}": getattr(calibration, name) for name in ("method", "level", "num_examples")

@@ -46,6 +46,10 @@ from .run_dir import RunDir
 logger = logging.getLogger(__name__)
 
 
+MAX_CHANNELS = 8
+"""Of which each has its RMSE in the rows; evaluation.json has those of all."""
+
+
 class Run(Experiment):
     """A training run on the process grid: data, model, step, and what it writes.
 
@@ -512,7 +516,12 @@ class _Progress:
 
 
 def _prefixed(tested: TestResult, split: str = "test") -> dict[str, float]:
-    return {f"{split}/{name}": value for name, value in tested.evaluation.metrics.items()}
+    """Return the metrics as they stand in a row; of channels that differ in scale also the RMSE of each, in its units."""
+    metrics, channels = tested.evaluation.metrics, tested.evaluation.curves.get("channels", {"name": []})
+    found = {f"{split}/{name}": value for name, value in metrics.items()}
+    if 1 < len(channels["name"]) <= MAX_CHANNELS and max(channels["rmse"]) > 2 * min(channels["rmse"]):
+        found |= {f"{split}/rmse/{name}": value for name, value in zip(channels["name"], channels["rmse"])}
+    return found
 
 
 # --- helpers -------------------------------------------------------------------------------------------
