@@ -40,7 +40,8 @@ def ask(path: str) -> None:
         signal.signal(number, pass_on)
     code = os.waitstatus_to_exitcode(int.from_bytes(receive(connection, 8), "big"))
     if code < 0:
-        signal.signal(-code, signal.SIG_DFL)
+        if -code != signal.SIGKILL:
+            signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
     os._exit(code)
 
