@@ -517,10 +517,11 @@ class _Progress:
 
 def _prefixed(tested: TestResult, split: str = "test") -> dict[str, float]:
     """Return the metrics as they stand in a row; of channels that differ in scale also the RMSE of each, in its units."""
-    metrics, channels = tested.evaluation.metrics, tested.evaluation.curves.get("channels", {"name": []})
+    metrics, channels = tested.evaluation.metrics, tested.evaluation.curves.get("channels", {})
+    errors = channels.get("rmse", [])  # not there where one is no finite number
     found = {f"{split}/{name}": value for name, value in metrics.items()}
-    if 1 < len(channels["name"]) <= MAX_CHANNELS and max(channels["rmse"]) > 2 * min(channels["rmse"]):
-        found |= {f"{split}/rmse/{name}": value for name, value in zip(channels["name"], channels["rmse"])}
+    if 1 < len(errors) <= MAX_CHANNELS and max(errors) > 2 * min(errors):
+        found |= {f"{split}/rmse/{name}": value for name, value in zip(channels["name"], errors)}
     return found
 
 
