@@ -282,7 +282,8 @@ def _calibrate(options: jsonargparse.Namespace, given: set[str]) -> int:
     found = calibrate_run(experiment, options.split, level=options.level, half=options.half, which=options.which)
     if experiment.is_writer:
         print(f"{found.method}: level {found.level:g}, {found.num_examples} examples")
-        print("" if found.temperature is None else f"temperature {found.temperature:.4g}\n", end="")
+        if found.temperature is not None:
+            print(f"temperature {found.temperature:.4g}")
         print(experiment.run_dir / "calibration.json")
     return 0
 

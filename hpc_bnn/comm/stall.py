@@ -28,21 +28,6 @@ _PACKAGE = str(Path(__file__).parents[1])
 _HERE = str(Path(__file__).parent)
 
 
-class Awake:
-    """A clock that stands still while this process is stopped: it counts a pause between two ticks twice at most."""
-
-    def __init__(self, pause: float):
-        self.pause, self.seconds = pause, 0.0
-        self._last = time.monotonic()
-
-    def tick(self) -> float:
-        """Return the seconds until now. Call it after every pause."""
-        now = time.monotonic()
-        self.seconds += min(now - self._last, 2 * self.pause)
-        self._last = now
-        return self.seconds
-
-
 # --- a rank that never comes to a collective ------------------------------------------------------------
 
 
@@ -85,11 +70,16 @@ def _look() -> None:
 
 
 def _ticks(limit: float) -> Iterator[float]:
-    """Yield the seconds in which this process ran, often enough to keep a limit."""
-    clock = Awake(min(1.0, limit / 10))
+    """Yield the seconds in which this process ran, often enough to keep a limit.
+
+    A pause in which it was stopped counts twice at most.
+    """
+    pause, seconds, last = min(1.0, limit / 10), 0.0, time.monotonic()
     while True:
-        time.sleep(clock.pause)
-        yield clock.tick()
+        time.sleep(pause)
+        now = time.monotonic()
+        seconds, last = seconds + min(now - last, 2 * pause), now
+        yield seconds
 
 
 # --- a rank that hangs elsewhere ------------------------------------------------------------------------

@@ -185,13 +185,13 @@ def calibrate_dataset(
         On all ranks: a target lies outside the support of the likelihood, or the network predicts what is no number.
     """
     above_and_below(0, 1, "Try 0.9").check("--level", level)
-    of_classes, shape = is_of_classes(likelihood), dataset.manifest.arrays["y"].shape
-    if shape if of_classes else not likelihood.has_mixture:
+    of_classes, places = is_of_classes(likelihood), dataset.manifest.places
+    if places if of_classes else not likelihood.has_mixture:
         rule = "calibration needs one class per example, or numbers with quantiles"
         raise ConfigError(Fault("likelihood.name", type(likelihood).__name__, rule, "Use another likelihood"))
     num_examples = len(dataset) if examples is None else len(examples)
     fault: DataError | None = None
-    scores = [torch.zeros(0, *(() if of_classes else (likelihood.num_targets, *shape[1:])), dtype=torch.float64)]
+    scores = [torch.zeros(0, *(() if of_classes else (likelihood.num_targets, *places)), dtype=torch.float64)]
     logs = [torch.zeros(0, likelihood.num_classes or 0, dtype=torch.float64, device=comm.device)]
     classes = [torch.zeros(0, dtype=torch.int64, device=comm.device)]
     options |= {"keep_members": not of_classes, "examples": examples}

@@ -155,9 +155,9 @@ def _check_split(experiment: Experiment, split: str, half: bool) -> bool:
 
 def _parsed(experiment: Experiment, content: dict[str, Any]) -> Calibration:
     """Return the calibration that a file holds; `ValueError`, `TypeError` or `KeyError` where it is none. Local."""
-    likelihood, y = experiment.likelihood, experiment.manifest.arrays["y"]
+    likelihood = experiment.likelihood
     of_classes = likelihood.num_classes is not None
-    method, shape = (SETS, ()) if of_classes else (INTERVALS, (likelihood.num_targets, *y.shape[1:]))
+    method, shape = (SETS, ()) if of_classes else (INTERVALS, (likelihood.num_targets, *experiment.manifest.places))
     level, temperature = content["level"], content["temperature"]
     thresholds = content["thresholds"]
     limits = torch.full(shape, math.inf, dtype=torch.float64)

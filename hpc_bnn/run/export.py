@@ -174,7 +174,7 @@ def _rows(
     if likelihood.num_classes is not None:
         classes = experiment.manifest.details.get("classes", [])
         named = classes if len(classes) == likelihood.num_classes else range(likelihood.num_classes)
-        truth = _dims_of_places(experiment, experiment.manifest.places)
+        truth = _dims_of_places(experiment)
         one = (_Dim("category", named), *truth)
         rows |= {"probabilities": one, "std": one} | dict.fromkeys(("class", "entropy", "mutual_information"), truth)
     else:
@@ -195,12 +195,12 @@ def _dims_of_targets(experiment: Experiment) -> tuple[_Dim, ...]:
     first = experiment.likelihood.num_targets
     is_named = len(spec.channels) == first
     channels = _Dim("channel", spec.channels) if is_named else _Dim("target", range(first))
-    return channels, *_dims_of_places(experiment, spec.shape[1:])
+    return channels, *_dims_of_places(experiment)
 
 
-def _dims_of_places(experiment: Experiment, extents: Sequence[int]) -> tuple[_Dim, ...]:
+def _dims_of_places(experiment: Experiment) -> tuple[_Dim, ...]:
     """Return the dimensions of the points of a target, with the coordinates that the preparation has noted."""
-    others, details = list(extents), experiment.manifest.details
+    others, details = list(experiment.manifest.places), experiment.manifest.details
     latitudes, longitudes = details.get("latitudes", ()), details.get("longitudes", ())
     if others and others == [len(latitudes), len(longitudes)]:
         return _Dim("latitude", latitudes, "degrees_north"), _Dim("longitude", longitudes, "degrees_east")
