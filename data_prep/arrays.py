@@ -277,6 +277,7 @@ def prepare(options: argparse.Namespace, comm: GridComm) -> None:
         options,
         {s: make_examples(sources.get(s, train), rows[s], options, types) for s in SPLITS if s in rows},
         key=key,
+        coordinates={s: {"row": rows[s]} for s in SPLITS if s in rows},
         ids=("x",) if options.ids else (),
         **common.state_facts(options, first.stem if first else options.train, first.name if first else options.train),
         num_classes=options.classes,

@@ -42,6 +42,7 @@ def prepare(options: argparse.Namespace, comm: GridComm) -> None:
         options,
         {name: (x[parts[name]], y[parts[name]]) for name in ("train", "test")},
         key=SHA256,
+        coordinates={name: {"row": parts[name]} for name in ("train", "test")},
         name="digits",
         source="scikit-learn load_digits; Alpaydin and Kaynak, UCI Machine Learning Repository, 1998",
         licence="CC BY 4.0",

@@ -46,6 +46,7 @@ def prepare(options: argparse.Namespace, comm: GridComm) -> None:
         comm,
         options,
         splits | {"test": (x_test, y_test)},
+        coordinates={name: {"row": part} for name, part in (parts | {"test": np.arange(len(x_test))}).items()},
         key=[md5 for md5, _ in FILES.values()],
         name="mnist",
         source="LeCun, Cortes, Burges, The MNIST database of handwritten digits, 1998 (IDX files)",

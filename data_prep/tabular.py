@@ -21,6 +21,7 @@ A class, and a split of your own, a file with one of the words train, validation
 
 import argparse
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,7 +44,7 @@ def choose_columns(options: argparse.Namespace, columns: list[str]) -> tuple[lis
     """Return the names of the targets and of the features."""
     targets = list(dict.fromkeys(tables.find_column("--target", name, columns) for name in options.target))
     if options.features is None:
-        features = [name for name in columns if name not in targets]
+        features = [name for name in columns if name not in targets and name not in options.coordinates]
     else:
         features = list(dict.fromkeys(tables.find_column("--features", name, columns) for name in options.features))
     for name in targets:
@@ -185,9 +186,14 @@ def prepare(options: argparse.Namespace, comm: GridComm) -> None:
         sums = common.checksums(*(path for path in (options.source, options.split_file) if path is not None))
         table = tables.read_table(options, tables.find_format(options))
         targets, features = choose_columns(options, list(table.columns))
+        beside = [tables.find_column("--coordinates", name, list(table.columns)) for name in options.coordinates]
+        named = {re.sub(r"\W", "_", name): table[name].to_numpy() for name in beside} | {
+            "row": np.arange(1, len(table) + 1)
+        }
         table = table[targets + features]
         kept = complete_rows(table, options.missing)
         parts, table = choose_rows(options, kept), table[kept]
+        coordinates = {name: {n: column[kept][part] for n, column in named.items()} for name, part in parts.items()}
         if options.classes:
             y, classes = encode_classes(table[targets[0]])
             check_classes(targets[0], y, classes, parts)
@@ -203,6 +209,7 @@ def prepare(options: argparse.Namespace, comm: GridComm) -> None:
         key=sums,
         **common.state_facts(options, options.source.stem, options.source.name),
         channels={"x": names} if options.classes else {"x": names, "y": targets},
+        coordinates=coordinates,
         **facts,
     )
 
@@ -221,6 +228,13 @@ def make_parser() -> argparse.ArgumentParser:
         default=[],
         metavar="COLUMN",
         help="inputs whose numbers are names: one-hot, as words are",
+    )
+    add(
+        "--coordinates",
+        nargs="+",
+        default=[],
+        metavar="COLUMN",
+        help="what names or places a row, such as a station or a time: no inputs, they go into predictions (always there: row)",
     )
     add("--classes", action="store_true", help="the target is a class (default: targets are numbers)")
     add(

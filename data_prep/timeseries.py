@@ -406,10 +406,12 @@ def prepare(options: argparse.Namespace, comm: GridComm) -> None:
         key=sums,
         **facts,
         channels={"x": series.names, "y": series.names[: series.num_targets]},
+        coordinates={name: {"time": series.times[first + options.window - 1]} for name, first in starts.items()},
         details={
             "window": options.window,
             "horizon": options.horizon,
             "changes": options.changes,
+            "persistence": "zero" if options.changes else list(range(series.num_targets)),
             **({"step_seconds": step.seconds} if step.months is None else {"step_months": step.months}),
             "first_time": {name: iso(series.times[part[0]]) for name, part in parts.items()},
             "last_time": {name: iso(series.times[part[-1]]) for name, part in parts.items()},

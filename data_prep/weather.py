@@ -382,15 +382,15 @@ def find_complete(fields: Fields, channels: list[Channel], comm: GridComm) -> np
 
 
 def find_pairs(
-    part: range, segments: np.ndarray, inputs: np.ndarray, targets: np.ndarray, history: int, lead: int
+    part: range, segments: np.ndarray, inputs: np.ndarray, targets: np.ndarray, history: int, leads: list[int]
 ) -> np.ndarray:
     """Return [n, 2]: newest input time and member of each pair that lies inside a part and crosses no gap.
 
     ``inputs`` and ``targets`` [times, members] say which fields may be used.
     """
-    times = np.arange(part.start + history - 1, part.stop - lead)
-    times = times[segments[times - history + 1] == segments[times + lead]]
-    usable = targets[times + lead]
+    times = np.arange(part.start + history - 1, part.stop - max(leads))
+    times = times[segments[times - history + 1] == segments[times + max(leads)]]
+    usable = np.all([targets[times + lead] for lead in leads], axis=0)
     for age in range(history):
         usable = usable & inputs[times - age]
     rows, members = np.nonzero(usable)
@@ -403,10 +403,13 @@ def make_examples(
     inputs: list[Channel],
     targets: list[Channel],
     history: int,
-    lead: int,
+    leads: list[int],
     types: tuple[type, type] = (np.float32, np.float32),
 ) -> Examples:
-    """Return examples x [n, channels, latitudes, longitudes] and y likewise, read when they are written."""
+    """Return examples x [n, channels, latitudes, longitudes] and y likewise, read when they are written.
+
+    Channels of x are those of the oldest time first, of y those of the first lead.
+    """
 
     def select(
         channels: list[Channel], dtype: type, ages: list[int], times: np.ndarray, members: np.ndarray
@@ -429,7 +432,9 @@ def make_examples(
         times, members = pairs[start:stop].T
         ages = list(reversed(range(history)))
         x_type, y_type = types
-        return select(inputs, x_type, ages, times, members), select(targets, y_type, [-lead], times, members)
+        return select(inputs, x_type, ages, times, members), select(
+            targets, y_type, [-lead for lead in leads], times, members
+        )
 
     return Examples(len(pairs), read)
 
@@ -446,26 +451,31 @@ def split_pairs(
     options: argparse.Namespace, parts: dict[str, range], segments: np.ndarray, *complete: np.ndarray
 ) -> dict[str, np.ndarray]:
     """Return the pairs of each split; `ConfigError` where there are none."""
-    history, lead = options.history, options.lead
-    pairs = {name: find_pairs(part, segments, *complete, history=history, lead=lead) for name, part in parts.items()}
+    history, leads = options.history, options.lead
+    pairs = {name: find_pairs(part, segments, *complete, history=history, leads=leads) for name, part in parts.items()}
     for name, part in parts.items():
         common.check(
             "--validation-fraction, --test-fraction",
             f"{options.validation_fraction:g}, {options.test_fraction:g}",
             len(pairs[name]) > 0,
-            f"the {len(part)} times of '{name}' hold no example of --history {history} and --lead {lead}",
+            f"the {len(part)} times of '{name}' hold no example of --history {history} and --lead {max(leads)}",
             "Give this split more times, or a fraction of 0",
         )
     return pairs
 
 
-def describe(fields: Fields, options: argparse.Namespace, parts: dict[str, range]) -> dict[str, Any]:
+def describe(
+    fields: Fields, options: argparse.Namespace, parts: dict[str, range], inputs: list[Channel], targets: list[Channel]
+) -> dict[str, Any]:
     """Return what the manifest tells of the fields."""
     times = fields.coordinate("time")
     segments, step = find_segments(times)
+    newest = {channel: (options.history - 1) * len(inputs) + number for number, channel in enumerate(inputs)}
+    one = len(options.lead) == 1
     details = {
         "history": options.history,
-        "lead": options.lead,
+        "lead": options.lead[0] if one else options.lead,
+        "persistence": [newest.get(channel) for channel in targets] * len(options.lead),
         "latitudes": fields.coordinate("latitude").tolist(),
         "longitudes": fields.coordinate("longitude").tolist(),
         "latitudes_flipped": fields.flipped,
@@ -475,7 +485,8 @@ def describe(fields: Fields, options: argparse.Namespace, parts: dict[str, range
         "gaps": int(segments[-1]),
     }
     if isinstance(step, np.timedelta64):
-        details["lead_seconds"] = float(options.lead * step / np.timedelta64(1, "s"))
+        seconds = [float(lead * step / np.timedelta64(1, "s")) for lead in options.lead]
+        details["lead_seconds"] = seconds[0] if one else np.repeat(seconds, len(targets)).tolist()
     return details
 
 
@@ -487,9 +498,10 @@ def identify(options: argparse.Namespace, sums: list[str]) -> dict[str, str]:
 
 
 def prepare(options: argparse.Namespace, comm: GridComm) -> None:
-    history, lead = options.history, options.lead
+    history, leads = options.history, options.lead
     common.check("--history", history, history >= 1, "must be at least 1", "Try 2")
-    common.check("--lead", lead, lead >= 0, "must not be negative", "Try 1")
+    are_right = min(leads) >= 0 and len(set(leads)) == len(leads)
+    common.check("--lead", " ".join(map(str, leads)), are_right, "must not be negative, and each once", "Try 1")
     shares = common.check_fractions(options)
     with comm.agree("opening the source"):
         sums = common.checksums(*options.source)
@@ -504,18 +516,28 @@ def prepare(options: argparse.Namespace, comm: GridComm) -> None:
     pairs = split_pairs(options, parts, segments, *complete)
     weights = np.cos(np.deg2rad(fields.coordinate("latitude").astype(np.float64))).clip(0)
     ages = [f" t-{age}" if age else "" for age in reversed(range(history))]
+    later = [f" t+{lead}" for lead in leads] if len(leads) > 1 else [""]
+    times, members = (fields.coordinate(role) for role in ("time", "member"))
+    if times.dtype.kind != "M":  # of a calendar that NumPy does not know
+        times = np.array([text(time) for time in times])
+    coordinates = {split: {"time": times[p[:, 0]]} for split, p in pairs.items()}
+    if len(members):
+        coordinates = {
+            split: named | {"realization": members[pairs[split][:, 1]]} for split, named in coordinates.items()
+        }
     common.write(
         comm,
         options,
-        {split: make_examples(fields, p, inputs, targets, history, lead, types) for split, p in pairs.items()},
+        {split: make_examples(fields, p, inputs, targets, history, leads, types) for split, p in pairs.items()},
         key=sums,
         **identify(options, sums),
         target_weights=(weights / weights.mean())[:, None],
         channels={
             "x": [f"{channel}{age}" for age in ages for channel in inputs],
-            "y": [str(channel) for channel in targets],
+            "y": [f"{channel}{lead}" for lead in later for channel in targets],
         },
-        details=describe(fields, options, parts),
+        coordinates=coordinates,
+        details=describe(fields, options, parts, inputs, targets),
     )
 
 
@@ -536,9 +558,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--lead",
         type=int,
-        default=1,
+        nargs="+",
+        default=[1],
         metavar="N",
-        help="time steps from the newest input to the target (default: %(default)s)",
+        help="time steps from the newest input to the target (default: 1); of several each target has a channel per lead",
     )
     for role, usual in ROLES.items():
         parser.add_argument(

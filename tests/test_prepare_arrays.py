@@ -202,8 +202,8 @@ def test_only_what_a_part_needs_is_read(tmp_path):
     options = weather.make_parser().parse_args(["--source", str(tmp_path / "big.nc"), "--output", "none"])
     tracemalloc.start()
     source, inputs, targets = weather.open_source(options)
-    pairs = weather.find_pairs(range(500), np.zeros(500, int), *[np.ones((500, 1), bool)] * 2, history=1, lead=1)
-    x, _ = weather.make_examples(source, pairs, inputs, targets, 1, 1).read(200, 202)
+    pairs = weather.find_pairs(range(500), np.zeros(500, int), *[np.ones((500, 1), bool)] * 2, history=1, leads=[1])
+    x, _ = weather.make_examples(source, pairs, inputs, targets, 1, [1]).read(200, 202)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert x.shape == (2, 1, 250, 200) and peak < 10 * 2**20

@@ -252,7 +252,7 @@ def _open_run(options: jsonargparse.Namespace, given: set[str]) -> Experiment:
 
 
 def _evaluate(options: jsonargparse.Namespace, given: set[str]) -> int:
-    from ..predictive import out_of_distribution_auroc
+    from ..predictive import REFERENCES, out_of_distribution_auroc, parse_regions
     from ..run import read_or_prepare
 
     experiment, ood = _open_run(options, given), {}
@@ -261,8 +261,15 @@ def _evaluate(options: jsonargparse.Namespace, given: set[str]) -> int:
         if experiment.is_writer:
             check_can_write(path, "--output")
     read_or_prepare(experiment.config.data, experiment.comm)
+    by, references = ([w.strip() for w in options[flag].split(",") if w.strip()] for flag in ("by", "references"))
+    with experiment.comm.agree("reading --regions"):
+        regions = parse_regions([text.strip() for text in options.regions.split(";") if text.strip()])
+        for name in references:
+            if name not in REFERENCES:
+                raise ConfigError(Fault("--references", name, f"must be one of {', '.join(REFERENCES)}", "Choose one"))
     with experiment.watch:
-        tested = experiment.evaluate(experiment.open(experiment.config.data.test_split))
+        dataset = experiment.open(experiment.config.data.test_split)
+        tested = experiment.evaluate(dataset, by, regions, references)
         if options.ood_shards is not None:
             foreign = experiment.uncertainties(experiment.open(options.ood_split, options.ood_shards))
             ood = out_of_distribution_auroc(tested.evaluation.uncertainties, foreign)
@@ -420,6 +427,15 @@ _RUN = {
 _EVALUATE = {
     "--ood_shards": _argument(str | None, "Foreign examples: how well does the uncertainty tell them (AUROC)?"),
     "--ood_split": _argument(str, "Split of the foreign examples.", default="test"),
+    "--by": _argument(
+        str,
+        "Metrics of each season, month, hour, step of the horizon, value of a coordinate: hour,station.",
+        default="",
+    ),
+    "--regions": _argument(
+        str, "Metrics of boxes and masks: 'alps=44,48,5,16; land=MASK.npy' (south, north, west, east).", default=""
+    ),
+    "--references": _argument(str, "Forecasts that skill is measured against: persistence,climatology.", default=""),
     "--output": _argument(str | None, "JSON file to write (default: evaluation.json with the run)."),
 }
 _CALIBRATE = {

@@ -97,6 +97,11 @@ class ShardDataset(Source):
         """Mean and standard deviation of the targets per channel, [1, channels, 1, ...] float64, if they are normalised."""
         return self._normalise.scales.get("y")
 
+    @property
+    def input_scale(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Mean and standard deviation of the inputs ``x``, as `target_scale`."""
+        return self._normalise.scales.get("x")
+
     # --- examples -----------------------------------------------------------------------------------
 
     def read(self, indices: torch.Tensor) -> torch.Tensor:
@@ -127,6 +132,10 @@ class ShardDataset(Source):
     def in_units(self, y: torch.Tensor) -> torch.Tensor:
         """Return targets [B, ...], as they are delivered, in units of y, float64 where they are normalised."""
         return y if self.target_scale is None else y * self.target_scale[1] + self.target_scale[0]
+
+    def coordinates(self, span: range) -> Arrays:
+        """Return the coordinates [n] of a range of examples by name: times as datetime64, numbers, texts. Local."""
+        return self._files.coordinates(span)
 
     # --- memory -------------------------------------------------------------------------------------
 

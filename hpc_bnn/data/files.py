@@ -13,7 +13,7 @@ import h5py
 import numpy as np
 
 from ..errors import DataError
-from .manifest import Arrays, ArraySpec, Manifest, ShardFile, broken, crc32_of_examples
+from .manifest import Arrays, ArraySpec, Manifest, ShardFile, broken, crc32_of_examples, sha256_of_coordinates
 
 CRC32 = ArraySpec((), str(np.dtype("<u4")))
 """The checksums in a file."""
@@ -83,6 +83,26 @@ class SplitFiles:
                 checksums, rows = _dataset(file, "crc32", path, shard, self.manifest)[()], np.arange(shard.num_examples)
                 _check_checksums(path, checksums, shard)
                 _check_examples(path, checksums, read, rows, rows)
+
+    def coordinates(self, span: range) -> Arrays:
+        """Return the coordinates [n] of a range of examples by name: times as datetime64, numbers, texts as str."""
+        parts: list[Arrays] = []
+        for number, shard in enumerate(self.shards):
+            start, stop = int(self.starts[number]), int(self.starts[number + 1])
+            if max(start, span.start) >= min(stop, span.stop) and parts:
+                continue
+            path = self.directory / shard.file
+            with _naming(path):
+                file = self._shard(number).file
+                found = {
+                    name: _dataset(file, name, path, shard, self.manifest)[()].view(dtype)
+                    for name, dtype in self.manifest.coordinates.items()
+                }
+            if found and sha256_of_coordinates(found) != shard.coordinates_sha256:
+                raise broken(f"{path}: its coordinates were changed after it was written (SHA-256)")
+            parts.append({name: c[max(span.start - start, 0) : span.stop - start] for name, c in found.items()})
+        joined = {name: np.concatenate([part[name] for part in parts]) for name in self.manifest.coordinates}
+        return {name: np.char.decode(c, "utf-8") if c.dtype.kind == "S" else c for name, c in joined.items()}
 
     def _shard(self, number: int) -> _OpenShard:
         opened = self._open.pop(number, None)
@@ -179,6 +199,8 @@ def _dataset(file: h5py.File, name: str, path: Path, shard: ShardFile, manifest:
     if not isinstance(file.get(name, getlink=True), h5py.HardLink):
         raise broken(f"{path}: {name} is a link to another dataset, which shards may not have")
     spec, dataset = manifest.arrays.get(name, CRC32), file[name]
+    if (dtype := manifest.coordinates.get(name)) is not None:
+        spec = ArraySpec((), "int64" if dtype.startswith("datetime64") else dtype)
     expected = (shard.num_examples, *spec.shape), spec.dtype
     if not isinstance(dataset, h5py.Dataset) or (dataset.shape, str(dataset.dtype)) != expected:
         raise broken(f"{path}: {dataset} is not what the manifest says")

@@ -3,7 +3,8 @@
 ::
 
     DIR/manifest.json        format, arrays, splits, statistics, source, licence, SHA-256 of each file
-    DIR/train-00000.h5       datasets x [n, ...] (or inputs by name), y [n, ...], crc32 [n]; chunks of whole examples, fletcher32
+    DIR/train-00000.h5       datasets x [n, ...] (or inputs by name), y [n, ...], crc32 [n]; chunks of whole examples, fletcher32;
+                             coordinates of the examples, such as time [n]
     DIR/test-00000.h5
 
 Every file has its SHA-256 in the manifest, every example its CRC-32 in its file; the manifest has the SHA-256 of
@@ -47,6 +48,8 @@ SHARD = re.compile(r"[\w-]+-\d{5,}\.h5")
 OURS = re.compile(rf"{SHARD.pattern}|manifest\.json|\.staged|lock")
 """Names of which a killed process may leave temporary files."""
 _MISSTATED = (KeyError, TypeError, AttributeError, ValueError, OverflowError, DataError)
+COORDINATE = re.compile(r"datetime64\[us\]|u?int(8|16|32|64)|float(32|64)|\|S[1-9]\d{0,3}")
+"""NumPy dtypes of coordinates: times (microseconds since 1970, UTC where that is known), numbers, texts in UTF-8."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -85,6 +88,8 @@ class ShardFile:
     sha256: str
     crc_sha256: str
     """SHA-256 of the file's dataset crc32 (bytes of little-endian uint32)."""
+    coordinates_sha256: str = ""
+    """SHA-256 of the file's coordinates, one after another (`sha256_of_coordinates`); empty where it has none."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +114,8 @@ class Manifest:
     """Further facts from the preparation, such as the lead time."""
     key_sha256: str | None = None
     """SHA-256 of the key of the preparation, which determines the content."""
+    coordinates: dict[str, str] = field(default_factory=dict)
+    """What names or places each example, such as ``time``: datasets [n] of each file, by the NumPy dtype of their values."""
 
     def num_examples(self, split: str) -> int:
         """Return the number of examples of a split."""
@@ -141,7 +148,7 @@ class Manifest:
     @functools.cached_property
     def digest(self) -> str:
         """What depends on the data alone, in 16 digits: of two directories with the same one a run sees the same numbers."""
-        content = asdict(self)
+        content = self._content()
         return sha256_of_json({name: content[name] for name in OF_DATA})[:16]
 
     @property
@@ -149,9 +156,18 @@ class Manifest:
         """All files."""
         return [shard for shards in self.splits.values() for shard in shards]
 
+    def _content(self) -> dict[str, Any]:
+        """Return the fields; those of coordinates only where there are any, so that all else is as a former hpc_bnn has it."""
+        content = asdict(self)
+        if not self.coordinates:
+            del content["coordinates"]
+            for shard in itertools.chain(*content["splits"].values()):
+                del shard["coordinates_sha256"]
+        return content
+
     def to_json(self) -> str:
         """Return the text of the file, with its own SHA-256."""
-        content = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        content = {"format": FORMAT, "version": VERSION, **self._content()}
         return json.dumps(content | {"sha256": sha256_of_json(content)}, indent=1)
 
     @classmethod
@@ -224,6 +240,9 @@ class Manifest:
             yield len(found.mean) == len(found.std) == num_channels, f"statistics of {name} must be one per channel"
             are_finite = all(isinstance(v, (int, float)) and math.isfinite(v) for v in numbers)
             yield are_finite and min(found.std) >= 0, f"statistics of {name} must be finite, and std 0 or more"
+        for name, dtype in self.coordinates.items():
+            is_known = is_coordinate(name) and name not in self.arrays and COORDINATE.fullmatch(dtype)
+            yield is_known, f"the coordinate {name} must have a name of its own and a dtype of times, numbers or texts"
         num_classes, weights = self.num_classes, np.asarray(self.target_weights or 1, np.float64)
         yield num_classes is None or (_is_count(num_classes) and num_classes), "num_classes must be above 0"
         yield np.isfinite(weights).all() and (weights >= 0).all(), "target_weights must be finite, and 0 or more"
@@ -243,10 +262,10 @@ class Manifest:
                 all(map(_is_count, counts)) and shard.num_examples,
                 f"bytes and examples of {shard.file} must be above 0",
             )
-            digests = (shard.sha256, shard.crc_sha256)
+            digests = (shard.sha256, shard.crc_sha256, *[shard.coordinates_sha256] * bool(self.coordinates))
             yield (
                 all(isinstance(d, str) and _SHA256.fullmatch(d) for d in digests),
-                f"{shard.file} must have two SHA-256",
+                f"{shard.file} must have the SHA-256 of what is in it",
             )
 
 
@@ -285,6 +304,52 @@ def crc32_of_examples(arrays: Arrays, rows: Iterable[int]) -> np.ndarray:
     """Return the CRC-32 of the bytes of some examples, one array after another, of C-contiguous arrays [n, ...]."""
     flat = [a.reshape(len(a), math.prod(a.shape[1:])).view(np.uint8) for a in arrays.values()]
     return np.array([functools.reduce(lambda crc, a: zlib.crc32(a[row], crc), flat, 0) for row in rows], dtype="<u4")
+
+
+def is_coordinate(name: Any) -> bool:
+    """Whether a coordinate of the examples may have this name: no dim or dataset of predictions has it. Local."""
+    return isinstance(name, str) and name.isidentifier() and name not in _TAKEN
+
+
+_TAKEN = set(
+    [
+        "crc32",
+        "example",
+        "category",
+        "channel",
+        "target",
+        "latitude",
+        "longitude",
+        "horizon",
+        "quantile",
+        "member",
+        "lead_time",
+        "probabilities",
+        "class",
+        "entropy",
+        "mutual_information",
+        "mean",
+        "std",
+        "aleatoric_std",
+        "epistemic_std",
+        "quantiles",
+        "members",
+        "x",
+        "y",
+        "calibrated_probabilities",
+        "in_set",
+        "lower",
+        "upper",
+    ]
+)
+
+
+def sha256_of_coordinates(coordinates: Arrays) -> str:
+    """Return the SHA-256 of coordinates [n] as they are stored, with their names, in their order."""
+    digest = hashlib.sha256()
+    for name, values in coordinates.items():
+        digest.update(f"{name} {values.dtype} ".encode() + np.ascontiguousarray(values).tobytes())
+    return digest.hexdigest()
 
 
 def named_arrays(x: Any, y: Any) -> dict[str, Any]:

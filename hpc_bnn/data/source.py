@@ -16,7 +16,7 @@ from torch.utils.data import IterableDataset, Sampler, default_collate
 from ..errors import ConfigError, DataError, Fault
 from ..grid import Grid
 from ..trees import Inputs, map_tensors, num_rows, rows_of, tensors_of
-from .manifest import ArraySpec, Manifest, ShardFile, sha256_of_json
+from .manifest import Arrays, ArraySpec, Manifest, ShardFile, sha256_of_json
 from .order import EpochOrder, batches_in_part, local_places, num_global_batches
 
 logger = logging.getLogger(__name__)
@@ -96,9 +96,18 @@ class Source:
         """Mean and standard deviation of the targets per channel, [1, channels, 1, ...], if they are normalised."""
         return None
 
+    @property
+    def input_scale(self) -> tuple[Tensor, Tensor] | None:
+        """Mean and standard deviation of the one input ``x`` per channel, as `target_scale`, if it is normalised."""
+        return None
+
     def in_units(self, y: Tensor) -> Tensor:
         """Return targets [B, ...], as they are delivered, in units of y."""
         return y
+
+    def coordinates(self, span: range) -> Arrays:
+        """Return what names or places the examples of a range, such as their ``time``, as arrays [n] by name. Local."""
+        return {}
 
 
 def on_device(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:

@@ -25,17 +25,21 @@ from ..grid import Grid
 from ..safe_files import Disk, read_bytes, refuse_world_writable, remove_leftovers, replacing, write_atomically
 from ..safe_files.locks import Lock
 from .manifest import (
+    COORDINATE,
     MANIFEST,
     OURS,
     PREPARATION,
     STAGED,
+    Arrays,
     ArraySpec,
     Manifest,
     ShardFile,
     Statistics,
     crc32_of_examples,
     inputs_of,
+    is_coordinate,
     named_arrays,
+    sha256_of_coordinates,
     sha256_of_file,
     sha256_of_json,
     torch_dtype,
@@ -73,6 +77,7 @@ def write_shards(
     ids: Iterable[str] = (),
     target_weights: np.ndarray | None = None,
     channels: dict[str, Iterable[str]] | None = None,
+    coordinates: dict[str, dict[str, Any]] | None = None,
     details: dict[str, Any] | None = None,
     compression: str | None = None,
     key: Any = None,
@@ -94,6 +99,10 @@ def write_shards(
         float64 is subtracted from the mean before it is rounded.
     name, source, licence, num_classes, target_weights, channels, details
         As in `Manifest`; the weights as an array, such as cos(latitude) as [latitudes, 1], the channels for x and y.
+    coordinates : dict of str to dict, optional
+        What names or places the examples of each split: arrays [n] by name, such as ``{"train": {"time": times}}``. Times as
+        datetime64 (rounded down to microseconds), whole numbers, floats, or texts. They go into predictions, and
+        evaluations are grouped by them.
     examples_per_shard, compression : int, str, optional
         Examples per file, by default about 256 MiB; HDF5 filter such as "gzip": smaller and slower to read.
     train_split : str
@@ -119,6 +128,8 @@ def write_shards(
         if examples_per_shard is None:
             examples_per_shard = max(1, SHARD_BYTES // sum(spec.num_bytes for spec in arrays.values()))
         _check_weights(target_weights, arrays["y"])
+        named = _as_coordinates(coordinates or {}, sources, arrays)
+        stored = {name: str(values.dtype) for name, values in named[train_split].items()}
         at_least(1, "Try 1000").check("examples_per_shard", examples_per_shard)
     if normalise_targets is None:
         normalise_targets = np.issubdtype(np.dtype(arrays["y"].dtype), np.floating)
@@ -129,6 +140,8 @@ def write_shards(
         "splits": {split: examples.num_examples for split, examples in sources.items()},
         "options": [num_classes, examples_per_shard, train_split, normalise_targets, compression, *ids],
     }
+    if stored:
+        plan["coordinates"] = {split: sha256_of_coordinates(of_split) for split, of_split in named.items()}
     with contextlib.ExitStack() as held:
         with comm.agree(f"opening {directory}"):
             if comm.grid.is_first("world"):
@@ -145,6 +158,7 @@ def write_shards(
                 f"{split}-{number:05d}.h5",
                 examples,
                 range(examples.num_examples)[start : start + examples_per_shard],
+                named[split],
             )
             for split, examples in sources.items()
             for number, start in enumerate(range(0, examples.num_examples, examples_per_shard))
@@ -167,6 +181,7 @@ def write_shards(
             target_weights=None if target_weights is None else np.asarray(target_weights).tolist(),
             details=details or {},
             key_sha256=sha256_of_key(key),
+            coordinates=stored,
         )
         with comm.agree(f"writing {directory / MANIFEST}"):
             if comm.grid.is_first("world"):
@@ -191,6 +206,8 @@ class _Task(NamedTuple):
     file: str
     examples: Examples
     rows: range
+    coordinates: Arrays
+    """Of all examples of the split."""
 
 
 def _as_examples(examples: tuple[Any, np.ndarray] | Examples) -> Examples:
@@ -207,6 +224,32 @@ def _as_examples(examples: tuple[Any, np.ndarray] | Examples) -> Examples:
         return inputs_of(rows), rows["y"]
 
     return Examples(len(named["y"]), read)
+
+
+def _as_coordinates(given: dict[str, dict[str, Any]], sources: dict[str, Examples], arrays: dict[str, ArraySpec]):
+    """Return the coordinates of every split in the form of the manifest: texts are as wide as the longest of all splits."""
+    found = {split: {name: np.asarray(values) for name, values in given.get(split, {}).items()} for split in sources}
+    names = [list(of_split) for of_split in found.values()]
+    if given.keys() - sources.keys() or any(of_split != names[0] for of_split in names):
+        raise DataError(f"coordinates are {given.keys()} with {names}: give all splits the same, in one order")
+    for name in names[0]:
+        parts = {split: of_split[name] for split, of_split in found.items()}
+        kinds = {part.dtype.kind for part in parts.values()}
+        if kinds <= set("OU"):  # what is neither time nor number, such as dates of other calendars
+            parts = {split: np.char.encode(part.astype(str), "utf-8") for split, part in parts.items()}
+        elif kinds == {"M"}:
+            parts = {split: part.astype("datetime64[us]") for split, part in parts.items()}
+        dtype = np.dtype(np.result_type(*parts.values())).newbyteorder("=")
+        dtype = np.dtype("S1") if dtype == np.dtype("S") else dtype
+        for split, part in parts.items():
+            rule = "a coordinate needs a name of its own, and a time, number or text for each example"
+            is_right = part.shape == (sources[split].num_examples,) and (part.dtype.kind == dtype.kind)
+            if not (is_right and is_coordinate(name) and name not in arrays and COORDINATE.fullmatch(str(dtype))):
+                raise DataError(f"{split}: the coordinate {name} is {part.dtype} {part.shape}: {rule}")
+            if part.dtype.kind == "M" and np.isnat(part).any():
+                raise DataError(f"{split}, example {int(np.isnat(part).argmax())}: the coordinate {name} has no time")
+            found[split][name] = part.astype(dtype)
+    return found
 
 
 def _is_normalised(name: str, spec: ArraySpec, ids: Collection[str]) -> bool:
@@ -328,14 +371,17 @@ def _finish(
         raise DataError(f"{task.split}, example {row}: class {y[is_wrong][0]} is not in 0..{num_classes - 1}")
     crc32 = crc32_of_examples(found, range(len(rows)))
     with replacing(path) as temporary:
+        coordinates = {name: values[rows.start : rows.stop] for name, values in task.coordinates.items()}
+        stored = {n: c.view(np.int64) if c.dtype.kind == "M" else c for n, c in coordinates.items()}
         with Disk(temporary) as disk, h5py.File(disk, "w", libver="earliest") as file:
-            for name, array in {**found, "crc32": crc32}.items():
+            for name, array in {**found, "crc32": crc32, **stored}.items():
                 length = min(len(array), max(1, CHUNK_BYTES // max(array[:1].nbytes, 1)))
                 chunks = (length, *array.shape[1:])
                 filters = {"fletcher32": True, "compression": compression, "shuffle": bool(compression)}
                 file.create_dataset(name, data=array, chunks=chunks, **filters)
         num_bytes, sha256 = temporary.stat().st_size, sha256_of_file(temporary)
-    file = ShardFile(task.file, len(rows), num_bytes, sha256, hashlib.sha256(crc32.tobytes()).hexdigest())
+    digest = sha256_of_coordinates(coordinates) if coordinates else ""
+    file = ShardFile(task.file, len(rows), num_bytes, sha256, hashlib.sha256(crc32.tobytes()).hexdigest(), digest)
     record = {"file": asdict(file), "moments": {name: _moments(found[name]) for name in wanted}}
     write_atomically(notes, json.dumps([record, sha256_of_json(record)]))
     return record

@@ -12,10 +12,11 @@ from .evaluation import (
     score_dataset,
     uncertainties_of_dataset,
 )
+from .groups import REFERENCES, Group, find_groups, parse_regions
 from .predictive import ClassPredictive, Predictive, ValuePredictive, member_outputs, predict_classes, predict_values
 
 __all__ = [
-    "INTERVALS", "SETS", "TEMPERATURES", "Block", "Calibration", "ClassPredictive", "Evaluation", "Predictive", "ValuePredictive", "block_size", "calibrate_dataset",
-    "evaluate_dataset", "member_outputs", "metrics_to_minimise", "out_of_distribution_auroc", "predict_classes", "predict_dataset", "predict_values",
+    "INTERVALS", "REFERENCES", "SETS", "TEMPERATURES", "Block", "Calibration", "ClassPredictive", "Evaluation", "Group", "Predictive", "ValuePredictive", "block_size", "calibrate_dataset",
+    "evaluate_dataset", "find_groups", "member_outputs", "metrics_to_minimise", "out_of_distribution_auroc", "parse_regions", "predict_classes", "predict_dataset", "predict_values",
     "score_dataset", "uncertainties_of_dataset",
 ]  # fmt: skip

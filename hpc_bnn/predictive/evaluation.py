@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +13,11 @@ from torch import Tensor
 
 from ..comm import GridComm
 from ..data import Source
-from ..errors import DataError
+from ..errors import ConfigError, DataError, Fault
 from ..likelihoods import Likelihood
 from ..posteriors import Posterior
+from ..trees import rows_of
+from .groups import ALL, Climatology, Group, persistence
 from .metrics import (
     ChannelMean,
     ClassOverlaps,
@@ -61,6 +64,8 @@ class Block:
     predictive: Predictive
     y: Tensor
     """[B, ...] their targets; without ``with_targets`` as `Source.fetch` delivers them."""
+    x: Any = None
+    """Their inputs, as `Source.fetch` delivers them."""
 
 
 def predict_dataset(
@@ -95,7 +100,7 @@ def predict_dataset(
                 predictive = predictive.in_units(*dataset.target_scale)
             if with_targets:
                 y = likelihood.targets(dataset.in_units(y), predictive.mean)
-        yield Block(numbers, predictive, y)
+        yield Block(numbers, predictive, y, x)
 
 
 # --- evaluation ------------------------------------------------------------------------------------------
@@ -115,6 +120,9 @@ class Evaluation:
     """Data of the plots: for classes "reliability", of fields "overlap", too; for numbers "pit", and "channels" with their metrics."""
     uncertainties: dict[str, Tensor]
     """[N] uncertainties of each example, in the order of the data set: see `uncertainties_of`."""
+    groups: dict[str, Any]
+    """Of each grouping its labels ("name") and, by metric, a number of each group ("metrics"), None where it is not finite; of
+    numbers also those of each channel ("channels"), and the histogram of the PIT ("pit")."""
 
 
 def evaluate_dataset(
@@ -124,6 +132,9 @@ def evaluate_dataset(
     dataset: Source,
     *,
     see: See | None = None,
+    groups: Sequence[Group] = (),
+    references: Sequence[str] = (),
+    train_set: Source | None = None,
     **options: Any,
 ) -> Evaluation:
     """Evaluate a data set: each data group takes its range of the examples, each sample group takes all samples.
@@ -140,16 +151,28 @@ def evaluate_dataset(
     see : callable, optional
         Called with the global indices [B], the predictive, and the targets of every block of this rank; numbers in
         units of y.
+    groups : sequence of Group
+        Parts of the data set that have metrics of their own (`find_groups`).
+    references : sequence of {"persistence", "climatology"}
+        Forecasts of numbers to compare with: their RMSE, CRPS, and the skill ``1 - ours / theirs``. The CRPS of persistence, which
+        knows no doubt, is its absolute error. The climatology is the normal distribution of each target in ``train_set``.
     **options
         ``num_samples``, ``seed``, ``batch_size`` and ``chunk_size`` of `predict_classes`.
     """
+    climatology = None
+    if references and is_of_classes(likelihood):
+        rule = "forecasts of numbers are compared with these, and the targets are classes"
+        raise ConfigError(Fault("--references", " ".join(references), rule, "Leave it out"))
+    if "climatology" in references:
+        climatology = Climatology.of(comm, train_set or dataset)
+    options |= {"groups": groups, "references": references, "climatology": climatology}
     scores = score_dataset(posterior, likelihood, comm, dataset, see=see, **options)
     with comm.agree("evaluating"):
         if scores.fault is not None:
             raise scores.fault
     scores.combine(comm)
     uncertainties = {name: scores.gathered[name] for name in UNCERTAINTIES[is_of_classes(likelihood)]}
-    return Evaluation(scores.compute(), scores.curves(), uncertainties)
+    return Evaluation(scores.compute(), scores.curves(), uncertainties, scores.by_group())
 
 
 def score_dataset(
@@ -160,13 +183,16 @@ def score_dataset(
     *,
     num_samples: int,
     see: See | None = None,
+    groups: Sequence[Group] = (),
+    references: Sequence[str] = (),
+    climatology: Climatology | None = None,
     **options: Any,
 ) -> _Scores:
     """Return this rank's evaluation of its examples, before `evaluate_dataset` combines those of all ranks.
 
     Collective over ``sample_comm``.
     """
-    scores = _SCORES[is_of_classes(likelihood)](likelihood, dataset, num_samples)
+    scores = _SCORES[is_of_classes(likelihood)](likelihood, dataset, num_samples, groups, references)
     options |= {"num_samples": num_samples, "keep_members": likelihood.has_mixture}
     for block in predict_dataset(posterior, likelihood, comm, dataset, **options):
         misfits = ~likelihood.fits(block.y)
@@ -176,7 +202,13 @@ def score_dataset(
         mine = comm.grid.share(len(block.examples), "sample")
         if mine:
             span = slice(mine.start, mine.stop)
-            scores.add(block.examples[span], examples_of(block.predictive, mine.start, mine.stop), block.y[span])
+            predictive, y = examples_of(block.predictive, mine.start, mine.stop), block.y[span]
+            forecasts = {}
+            if "persistence" in references:
+                forecasts["persistence"] = persistence(dataset, rows_of(block.x, span), y.double())
+            if climatology is not None:
+                forecasts["climatology"] = climatology.mean.expand_as(y)
+            scores.add(block.examples[span], predictive, y, forecasts, climatology)
         if see:
             see(block.examples, block.predictive, block.y)
     return scores
@@ -273,59 +305,128 @@ class _Columns:
 
 
 class _Scores:
-    """Accumulates the metrics of a data set."""
+    """Accumulates the metrics of a data set, and of its groups."""
 
-    def __init__(self, dataset: Source, metrics: dict[str, Metric], columns: tuple[str, ...]):
-        for metric in metrics.values():
+    def __init__(self, dataset: Source, groups: Sequence[Group], columns: tuple[str, ...]):
+        self.groups = [ALL, *groups]
+        self.parts = [self.make_metrics(group) for group in self.groups]
+        """Metrics of the whole data set, and of each group."""
+        for metric in self._all_metrics():
             metric.sums = metric.sums.to(dataset.device)
-        self.metrics, self._columns = metrics, _Columns(columns)
+        self._columns = _Columns(columns)
         self.fault: DataError | None = None
 
-    def add(self, examples: Tensor, predictive: Predictive, y: Tensor) -> None:
-        """Add examples that no other rank adds. Local."""
+    def make_metrics(self, group: Group) -> dict[str, Metric]:
         raise NotImplementedError
+
+    def _all_metrics(self) -> list[Metric]:
+        return [metric for metrics in self.parts for metric in metrics.values()]
+
+    def add(
+        self,
+        examples: Tensor,
+        predictive: Predictive,
+        y: Tensor,
+        forecasts: dict[str, Tensor],
+        climatology: Climatology | None,
+    ) -> None:
+        """Add examples that no other rank adds, and what others forecast of them. Local."""
+        raise NotImplementedError
+
+    def update(self, examples: Tensor, values: dict[str, tuple[Tensor, ...]]) -> None:
+        """Update the metrics with values [B, ...] by name: a group with its own. Local."""
+        for group, metrics in zip(self.groups, self.parts):
+            rows = None if group.examples is None else group.examples[examples].nonzero()[:, 0]
+            for name, of_metric in values.items():
+                if rows is not None:
+                    of_metric = tuple(value[rows.to(value.device)] for value in of_metric)
+                if group.places is not None and of_metric[0].ndim > 2:
+                    of_metric = tuple(value.flatten(2)[..., group.places.to(value.device)] for value in of_metric)
+                if name in metrics and len(of_metric[0]):
+                    metrics[name].update(*of_metric)
 
     def combine(self, comm: GridComm) -> None:
         """Sum the states of the metrics, gather the columns. Collective over the world."""
-        comm.sum_([metric.sums for metric in self.metrics.values()])
+        comm.sum_([metric.sums for metric in self._all_metrics()])
         self.gathered = self._columns.gather(comm)
 
     def compute(self) -> dict[str, float]:
-        return {name: metric.compute().item() for name, metric in self.metrics.items()}
+        return self.compute_of(self.parts[0])
+
+    def compute_of(self, metrics: dict[str, Any]) -> dict[str, float]:
+        return {name: metric.compute().item() for name, metric in metrics.items()}
 
     def curves(self) -> dict[str, Any]:
         raise NotImplementedError
+
+    def by_group(self) -> dict[str, Any]:
+        """Return the metrics of the groups, by grouping. Local."""
+        found = {}
+        for grouping, of_grouping in itertools.groupby(range(1, len(self.groups)), lambda n: self.groups[n].grouping):
+            numbers = list(of_grouping)
+            whole = [self.compute_of(self.parts[n]) for n in numbers]
+            channels = [self.by_channel(self.parts[n]) for n in numbers]
+            found[grouping] = {
+                "name": [self.groups[n].label for n in numbers],
+                "metrics": {name: [row.get(name) for row in whole] for name in {k: 0 for row in whole for k in row}},
+                "channels": {
+                    name: [row.get(name) for row in channels] for name in {k: 0 for row in channels for k in row}
+                },
+            }
+        return found
+
+    def by_channel(self, metrics: dict[str, Any]) -> dict[str, list[float]]:
+        return {}
 
 
 class _ClassScores(_Scores):
     """Of a class per example; or of a field of classes, whose points count alike."""
 
-    def __init__(self, likelihood: Likelihood, dataset: Source, num_samples: int):
+    def __init__(
+        self,
+        likelihood: Likelihood,
+        dataset: Source,
+        num_samples: int,
+        groups: Sequence[Group],
+        references: Sequence[str],
+    ):
         assert is_of_classes(likelihood)
-        self._ece, self._overlaps = ExpectedCalibrationError(), ClassOverlaps(likelihood.num_classes)
-        self._is_field = bool(dataset.manifest.places)
+        self._is_field, self._num_classes = bool(dataset.manifest.places), likelihood.num_classes
         self._names = dataset.manifest.details.get("classes") or list(range(likelihood.num_classes))
-        metrics = {"accuracy": ExampleMean(), "nll": ExampleMean(), "brier": ExampleMean(), "ece": self._ece}
-        if self._is_field:
-            super().__init__(dataset, {**metrics, "mean_iou": self._overlaps}, UNCERTAINTIES[True])
-        else:
-            super().__init__(dataset, metrics, (*UNCERTAINTIES[True], "confidence", "correct"))
+        beside = () if self._is_field else ("confidence", "correct")
+        super().__init__(dataset, groups, (*UNCERTAINTIES[True], *beside))
 
-    def add(self, examples: Tensor, predictive: ClassPredictive, y: Tensor) -> None:
+    def make_metrics(self, group: Group) -> dict[str, Metric]:
+        means = {name: ExampleMean() for name in ("accuracy", "nll", "brier")}
+        overlaps = {"mean_iou": ClassOverlaps(self._num_classes)} if self._is_field else {}
+        return {**means, "ece": ExpectedCalibrationError(), **overlaps}
+
+    def add(
+        self,
+        examples: Tensor,
+        predictive: ClassPredictive,
+        y: Tensor,
+        forecasts: dict[str, Tensor],
+        climatology: Climatology | None,
+    ) -> None:
         p, columns = predictive.probabilities, uncertainties_of(predictive)
-        if self._is_field:
-            p, y = p.movedim(1, -1).flatten(0, -2), y.flatten()
-        confidence, said = p.max(1)
-        correct, of_truth = said == y, p.gather(1, y.long()[:, None])[:, 0]
-        self.metrics["accuracy"].update(correct)
-        self.metrics["nll"].update(-of_truth.clamp_min(torch.finfo(p.dtype).tiny).log())
+        # [B, 1, ...]: as numbers are, with one channel
+        confidence, said = p.max(1, keepdim=True)
+        y = y.long()[:, None]
+        correct, of_truth = said == y, p.gather(1, y)
+        nll = -of_truth.clamp_min(torch.finfo(p.dtype).tiny).log()
         # The squared distance of the probabilities from the truth, between 0 and 2
-        self.metrics["brier"].update(p.square().sum(1) - 2 * of_truth + 1)
-        self._ece.update(confidence, correct)
-        if self._is_field:
-            self._overlaps.update(said, y)
-        else:
-            columns |= {"confidence": confidence, "correct": correct}
+        brier = p.square().sum(1, keepdim=True) - 2 * of_truth + 1
+        values = {
+            "accuracy": (correct,),
+            "nll": (nll,),
+            "brier": (brier,),
+            "ece": (confidence, correct),
+            "mean_iou": (said, y),
+        }
+        self.update(examples, values)
+        if not self._is_field:
+            columns |= {"confidence": confidence[:, 0], "correct": correct[:, 0]}
         self._columns.add(examples, columns)
 
     def compute(self) -> dict[str, float]:
@@ -335,63 +436,109 @@ class _ClassScores(_Scores):
         return super().compute() | {"adaptive_ece": adaptive}
 
     def curves(self) -> dict[str, Any]:
-        overlaps = {"overlap": {"class": self._names, "iou": self._overlaps.by_class()}} if self._is_field else {}
-        return {"reliability": self._ece.curve(), **overlaps}
+        metrics: dict[str, Any] = self.parts[0]
+        overlaps = {"overlap": {"class": self._names, "iou": metrics["mean_iou"].by_class()}} if self._is_field else {}
+        return {"reliability": metrics["ece"].curve(), **overlaps}
 
 
 class _ValueScores(_Scores):
-    def __init__(self, likelihood: Likelihood, dataset: Source, num_samples: int):
-        self._unit = _unit(dataset)
+    def __init__(
+        self,
+        likelihood: Likelihood,
+        dataset: Source,
+        num_samples: int,
+        groups: Sequence[Group],
+        references: Sequence[str],
+    ):
+        self._unit, self._places = _unit(dataset), dataset.manifest.places
         self._names = dataset.manifest.arrays["y"].channels
-        self._num_samples, self._has_mixture = num_samples, likelihood.has_mixture
+        self._num_samples, self._likelihood, self._references = num_samples, likelihood, references
         given = dataset.manifest.target_weights
-        weights = torch.tensor(1.0 if given is None else given, dtype=torch.float64)
-        self._pit = PitHistogram(weights)
+        self._weights = torch.tensor(1.0 if given is None else given, dtype=torch.float64)
+        super().__init__(dataset, groups, UNCERTAINTIES[False])
+
+    def make_metrics(self, group: Group) -> dict[str, Metric]:
+        likelihood, weights = self._likelihood, self._weights
+        if group.places is not None:
+            weights = weights.expand(likelihood.num_targets, *self._places).flatten(1)[:, group.places]
 
         def channel_mean(is_root: bool = False) -> ChannelMean:
             return ChannelMean(likelihood.num_targets, weights, is_root)
 
         roots = {name: channel_mean(is_root=True) for name in ("rmse", "spread")}
         means = {name: channel_mean() for name in ("mae", "crps", "fair_crps")}
-        nll = {"nll": ExampleMean()} if likelihood.has_density else {}
+        nll = {"nll": ExampleMean()} if likelihood.has_density and group.places is None else {}
         widths = {f"width_{name}": channel_mean() for name in INTERVALS}
-        super().__init__(dataset, {**roots, **means, **nll, **widths, "pit": self._pit}, UNCERTAINTIES[False])
+        theirs = {f"{name}/rmse": channel_mean(is_root=True) for name in self._references}
+        theirs |= {f"{name}/crps": channel_mean() for name in self._references}
+        return {**roots, **means, **nll, **widths, **theirs, "pit": PitHistogram(weights)}
 
-    def add(self, examples: Tensor, predictive: ValuePredictive, y: Tensor) -> None:
-        metrics, mixture, y = self.metrics, predictive.mixture, y.double()
+    def add(
+        self,
+        examples: Tensor,
+        predictive: ValuePredictive,
+        y: Tensor,
+        forecasts: dict[str, Tensor],
+        climatology: Climatology | None,
+    ) -> None:
+        mixture, y = predictive.mixture, y.double()
         error = predictive.mean - y
-        metrics["rmse"].update(error.square())
-        metrics["mae"].update(error.abs())
         # The variance that the squared error of the mean has if y is like one more sample (Fortin et al., 2014)
         count = self._num_samples
         factor = (count + 1) / (count - 1) if count > 1 else 0.0
-        metrics["spread"].update(predictive.aleatoric_variance + factor * predictive.epistemic_variance)
+        spread = predictive.aleatoric_variance + factor * predictive.epistemic_variance
+        values: dict[str, tuple[Tensor, ...]] = {"rmse": (error.square(),), "mae": (error.abs(),), "spread": (spread,)}
         if predictive.log_prob is not None:
-            metrics["nll"].update(-predictive.log_prob)
+            values["nll"] = (-predictive.log_prob,)
         if mixture is not None:
-            for name, score in zip(("crps", "fair_crps"), mixture.crps(y)):
-                metrics[name].update(score)
-            self._pit.update(*mixture.pit(y))
+            values |= dict(zip(("crps", "fair_crps"), ((score,) for score in mixture.crps(y))))
+            values["pit"] = mixture.pit(y)
             for name, level in INTERVALS.items():
                 low, high = (mixture.quantile(end) for end in ((1 - level) / 2, (1 + level) / 2))
-                metrics[f"width_{name}"].update(high - low)
+                values[f"width_{name}"] = (high - low,)
+        for name, forecast in forecasts.items():
+            error = forecast - y
+            values[f"{name}/rmse"] = (error.square(),)
+            values[f"{name}/crps"] = (
+                error.abs() if name == "persistence" or climatology is None else climatology.crps(y),
+            )
+        self.update(examples, values)
         self._columns.add(examples, uncertainties_of(predictive, self._unit))
 
-    def compute(self) -> dict[str, float]:
-        values = super().compute()
+    def compute_of(self, metrics: dict[str, Any]) -> dict[str, float]:
+        values = super().compute_of(metrics)
         values["spread_skill"] = values.pop("spread") / values["rmse"] if values["rmse"] else math.nan
         values["calibration_error"] = values.pop("pit")
-        values |= {f"coverage_{name}": self._pit.coverage(level) for name, level in INTERVALS.items()}
+        values |= {f"coverage_{name}": metrics["pit"].coverage(level) for name, level in INTERVALS.items()}
+        for name, reference in itertools.product(("rmse", "crps"), self._references):
+            values[f"{name}_skill/{reference}"] = _skill(values[name], values[f"{reference}/{name}"])
         return {name: value for name, value in values.items() if math.isfinite(value) or name == "nll"}
 
+    def by_channel(self, metrics: dict[str, Any]) -> dict[str, list[float]]:
+        means = {n: metric.by_channel() for n, metric in metrics.items() if isinstance(metric, ChannelMean)}
+        means["spread_skill"] = [s / r if r else math.nan for s, r in zip(means.pop("spread"), means["rmse"])]
+        for name, reference in itertools.product(("rmse", "crps"), self._references):
+            means[f"{name}_skill/{reference}"] = list(map(_skill, means[name], means[f"{reference}/{name}"]))
+        return {name: values for name, values in means.items() if all(map(math.isfinite, values))}
+
+    def by_group(self) -> dict[str, Any]:
+        found = super().by_group()
+        if self._likelihood.has_mixture:
+            parts: list[dict[str, Any]] = self.parts[1:]
+            for group, metrics in zip(self.groups[1:], parts):
+                found[group.grouping].setdefault("pit", []).append(metrics["pit"].curve())
+        return found
+
     def curves(self) -> dict[str, Any]:
-        means = {n: metric.by_channel() for n, metric in self.metrics.items() if isinstance(metric, ChannelMean)}
-        spread = means.pop("spread")
-        means["spread_skill"] = [s / r if r else math.nan for s, r in zip(spread, means["rmse"])]
-        means = {name: values for name, values in means.items() if all(map(math.isfinite, values))}
-        names = list(self._names) or [str(number) for number in range(len(spread))]
-        pit = {"pit": self._pit.curve()} if self._has_mixture else {}
+        metrics: dict[str, Any] = self.parts[0]
+        means = self.by_channel(metrics)
+        names = list(self._names) or [str(number) for number in range(self._likelihood.num_targets)]
+        pit = {"pit": metrics["pit"].curve()} if self._likelihood.has_mixture else {}
         return {**pit, "channels": {"name": names, **means}}
+
+
+def _skill(ours: float, theirs: float) -> float:
+    return 1 - ours / theirs if theirs else math.nan
 
 
 _SCORES: dict[bool, Callable[..., _Scores]] = {True: _ClassScores, False: _ValueScores}

@@ -40,9 +40,9 @@ class ExampleMean(Metric):
         super().__init__(2)
 
     def update(self, values: Tensor) -> None:
-        """Take in numbers [B]."""
+        """Take in numbers [B, ...]."""
         self.sums[0] += values.double().sum()
-        self.sums[1] += len(values)
+        self.sums[1] += values.numel()
 
     def compute(self) -> Tensor:
         return self.sums[0] / self.sums[1]
@@ -58,8 +58,8 @@ class ClassOverlaps(Metric):
         super().__init__(2, num_classes)  # points in the intersection, and in the union
 
     def update(self, said: Tensor, y: Tensor) -> None:
-        """Take in the classes [n] that are said, and the true ones [n]."""
-        num_classes = self.sums.shape[1]
+        """Take in the classes [n, ...] that are said, and the true ones [n, ...]."""
+        num_classes, said, y = self.sums.shape[1], said.flatten(), y.flatten()
         both, ours, theirs = (torch.bincount(c.long(), minlength=num_classes) for c in (y[said == y], said, y))
         self.sums.add_(torch.stack([both, ours + theirs - both]))
 
@@ -80,7 +80,8 @@ class ExpectedCalibrationError(Metric):
         super().__init__(3, NUM_BINS)  # confidence, number of right classes, count
 
     def update(self, confidence: Tensor, correct: Tensor) -> None:
-        """Take in the largest class probability [B], and whether its class is right [B]."""
+        """Take in the largest class probability [B, ...], and whether its class is right [B, ...]."""
+        confidence, correct = confidence.flatten(), correct.flatten()
         bins = (confidence * NUM_BINS).ceil().long().clamp(1, NUM_BINS) - 1
         self.sums.index_add_(1, bins, torch.stack([confidence, correct.double(), torch.ones_like(confidence)]))
 

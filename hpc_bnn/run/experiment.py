@@ -13,7 +13,7 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -33,7 +33,7 @@ from ..likelihoods import Likelihood, build_likelihood
 from ..models import checkpoint_layers
 from ..objectives import build_objective
 from ..posteriors import Posterior, build_posterior
-from ..predictive import Evaluation, evaluate_dataset, uncertainties_of_dataset
+from ..predictive import Evaluation, evaluate_dataset, find_groups, uncertainties_of_dataset
 from ..safe_files import read_bytes, refuse_world_writable, write_atomically
 from ..training import KlAnnealing, build_optimizer
 from ..training.step import VariationalStep
@@ -183,8 +183,17 @@ class Experiment:
         mark, options = lambda *_: self.watch.mark(), self.test_samples
         return uncertainties_of_dataset(self.posterior, self.likelihood, self.comm, dataset, see=mark, **options)
 
-    def evaluate(self, dataset: Source) -> TestResult:
-        """Evaluate a data set with ``config.num_test_samples``; raise `DataError` if its classes are not the trained ones."""
+    def evaluate(
+        self,
+        dataset: Source,
+        by: Sequence[str] = (),
+        regions: Mapping[str, Any] | None = None,
+        references: Sequence[str] = (),
+    ) -> TestResult:
+        """Evaluate a data set with ``config.num_test_samples``; raise `DataError` if its classes are not the trained ones.
+
+        ``by`` and ``regions`` as for `find_groups`, ``references`` as for `evaluate_dataset`.
+        """
         self.check_classes(dataset, "they can be predicted (hpc-bnn predict), not evaluated")
         shown = shown_examples(self.likelihood, self.comm, dataset)
 
@@ -192,7 +201,11 @@ class Experiment:
             self.watch.mark()
             shown.add(*block)
 
-        evaluation = evaluate_dataset(self.posterior, self.likelihood, self.comm, dataset, see=see, **self.test_samples)
+        train_set = self.open(self.config.data.train_split) if "climatology" in references else None
+        evaluation = evaluate_dataset(
+            self.posterior, self.likelihood, self.comm, dataset, see=see, groups=find_groups(self.comm, dataset, by, regions),
+            references=references, train_set=train_set, **self.test_samples,
+        )  # fmt: skip
         return TestResult(evaluation, shown)
 
     def check_classes(self, dataset: Source, rule: str) -> None:
@@ -227,6 +240,7 @@ class Experiment:
         content = {
             "metrics": tested.evaluation.metrics | (foreign or {}),
             "curves": tested.evaluation.curves,
+            "groups": tested.evaluation.groups,
             "checkpoint": which,
             "num_steps": num_steps,
             "num_samples": self.config.num_test_samples,

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import secrets
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -63,6 +64,7 @@ def predict_run(
     ``quantiles`` [N, Q, ...]                    of the class probabilities, or of the predictive of each target
     ``members`` [N, K, ...]                      class probabilities, or means, of each sample, on request
     ``y`` [N, ...]                               the targets
+    ``time`` [N] and other coordinates           of the examples, where the shards have them; ``lead_time`` (seconds)
     ``calibrated_probabilities`` [N, C]          on request: at the temperature of the calibration
     ``in_set`` [N, C]                            1 where a class is in the set of the calibration, else 0
     ``lower``, ``upper`` [N, targets, ...]       ends of the interval of the calibration
@@ -109,15 +111,18 @@ def predict_run(
         "channels": [str(name) for name in experiment.manifest.arrays["y"].channels],
         "hpc_bnn": __version__,
     }
-    if units := experiment.manifest.details.get("units"):
-        attributes["channel_units"] = [str(units.get(name, "")) for name in attributes["channels"]]
+    if units := experiment.manifest.details.get("units"):  # by variable: t of t@850 and of t@850 t+6
+        attributes["channel_units"] = [str(units.get(re.split("@| t[+]", n)[0], "")) for n in attributes["channels"]]
     if calibration is not None:
         attributes |= {
             f"calibration_{name}": getattr(calibration, name) for name in ("method", "level", "num_examples")
         }
         attributes |= {} if calibration.temperature is None else {"temperature": calibration.temperature}
     rows = _rows(experiment, quantiles, with_members, with_truth, calibrated)
-    with experiment.watch, _Output(path, comm, len(dataset), rows, dtype, attributes) as file:
+    with comm.agree(f"reading the coordinates of {split}"):
+        beside = dataset.coordinates(range(len(dataset))) if comm.grid.is_first("world") else {}
+    beside = {name: ((_EXAMPLE,), values) for name, values in beside.items()} | _lead_times(experiment, rows)
+    with experiment.watch, _Output(path, comm, len(dataset), rows, beside, dtype, attributes) as file:
         for block in blocks:
             experiment.watch.mark()
             columns = columns_of(block.predictive, quantiles, with_members, calibration)
@@ -164,6 +169,21 @@ class _Dim(NamedTuple):
     name: str
     values: Sequence[Any]
     units: str = ""
+
+
+_EXAMPLE = "example"
+_SINCE_1970 = {"units": "microseconds since 1970-01-01", "calendar": "proleptic_gregorian"}
+Beside = dict[str, tuple[tuple[str, ...], np.ndarray]]
+"""Coordinates that are no dims, by name: their dims, and their values."""
+
+
+def _lead_times(experiment: Experiment, rows: dict[str, tuple[_Dim, ...]]) -> Beside:
+    """Return from which time to which the predictions reach (seconds): of all, or of each channel."""
+    seconds = np.array(experiment.manifest.details.get("lead_seconds", ()), np.float64)
+    dims = {dim.name: len(dim.values) for of_row in rows.values() for dim in of_row}
+    if seconds.ndim and seconds.shape != (dims.get("channel"),):
+        return {}
+    return {"lead_time": (("channel",) * seconds.ndim, seconds)}
 
 
 def _rows(
@@ -269,10 +289,11 @@ class _Output:
         comm: GridComm,
         num_rows: int,
         rows: dict[str, tuple[_Dim, ...]],
+        beside: Beside,
         dtype: type,
         attributes: dict[str, object],
     ):
-        self.path, self.comm, self.num_rows, self.attributes = path, comm, num_rows, attributes
+        self.path, self.comm, self.num_rows, self.attributes, self._beside = path, comm, num_rows, attributes, beside
         dtypes, self._dims = {"class": np.int64, "y": np.int64, "in_set": np.int8} if "class" in rows else {}, rows
         self._rows = {
             name: (tuple(len(dim.values) for dim in dims), np.dtype(dtypes.get(name, dtype)))
@@ -326,7 +347,7 @@ class _Output:
         scales: dict[str, h5py.Dataset] = {}
         datasets: Any = file
         for name, row in self._dims.items():
-            for place, dim in enumerate((_Dim("example", range(self.num_rows)), *row)):
+            for place, dim in enumerate((_Dim(_EXAMPLE, range(self.num_rows)), *row)):
                 if dim.name not in scales:
                     is_text = any(isinstance(value, str) for value in dim.values)
                     values = [str(value) if is_text else value for value in dim.values]
@@ -336,6 +357,15 @@ class _Output:
                     if dim.units:
                         scales[dim.name].attrs["units"] = dim.units
                 datasets[name].dims[place].attach_scale(scales[dim.name])
+            if self._beside:
+                datasets[name].attrs["coordinates"] = " ".join(self._beside)
+        for name, (dims, values) in self._beside.items():
+            is_time, is_text = values.dtype.kind == "M", values.dtype.kind == "U"
+            stored = values.view(np.int64) if is_time else values.astype(h5py.string_dtype()) if is_text else values
+            datasets[name] = stored
+            datasets[name].attrs.update(_SINCE_1970 if is_time else {"units": "seconds"} if name == "lead_time" else {})
+            for place, dim in enumerate(dims):
+                datasets[name].dims[place].attach_scale(scales[dim])
 
     def write(self, first_row: int, columns: dict[str, Tensor]) -> None:
         """Write some rows of this rank's data group."""

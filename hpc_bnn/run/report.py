@@ -46,8 +46,8 @@ CAPTIONS = {
 }
 """The figures by their titles, in the order of the page."""
 
-MAX_CHANNELS = 24
-"""Channels that are listed; more are drawn only."""
+MAX_ROWS = 24
+"""Channels and groups that are listed; more channels are drawn only."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def _page(records: list[RunRecord]) -> str:
         metrics=_metric_table(records),
         facts=_fact_table(records),
         differences=_differences(records),
-        channels=[(record.label, lines) for record in records if (lines := _channel_table(record))],
+        tables=_tables(records),
         figures=_figures(records),
         examples=[
             (r.label, _data_url("png", r.pictures["uncertainty"])) for r in records if "uncertainty" in r.pictures
@@ -252,13 +252,19 @@ def _value(value: Any) -> str:
     return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
 
 
-def _channel_table(record: RunRecord) -> list[list[str]]:
-    """Return the metrics of each channel, with a line of titles; nothing for one channel or many."""
-    channels = record.evaluation.get("curves", {}).get("channels", {})
-    if not 2 <= len(channels.get("name", ())) <= MAX_CHANNELS:
-        return []
-    lines = zip(*channels.values())
-    return [list(channels), *([v if isinstance(v, str) else _number(v) for v in values] for values in lines)]
+def _tables(records: list[RunRecord]) -> dict[str, list[tuple[str, list[list[str]]]]]:
+    """Return the metrics of each channel and group by title, with the label of the run; nothing for one or many."""
+    found: dict[str, list[tuple[str, list[list[str]]]]] = {}
+    for record in records:
+        tables = {"channel": record.evaluation.get("curves", {}).get("channels", {})}
+        for grouping, group in record.evaluation.get("groups", {}).items():
+            tables[grouping] = {"name": group["name"], **group["metrics"]}
+        for title, columns in tables.items():
+            if 2 <= len(columns.get("name", ())) <= MAX_ROWS:
+                lines = zip(*columns.values())
+                cells = [[v if isinstance(v, str) else _number(v) for v in values] for values in lines]
+                found.setdefault(f"By {title}", []).append((record.label, [list(columns), *cells]))
+    return found
 
 
 def _number(value: float | None) -> str:

@@ -24,6 +24,7 @@ from hpc_bnn import (
 )
 from hpc_bnn.errors import DataError
 from hpc_bnn.noise import Key, Stream
+from hpc_bnn.predictive import find_groups
 from hpc_bnn.predictive.evaluation import evaluate_dataset, out_of_distribution_auroc, uncertainties_of_dataset
 
 
@@ -82,7 +83,8 @@ def write_field_shards(directory, likelihood, num_examples=23, of_classes=False)
     if likelihood.num_classes:
         y, facts = rng.integers(0, 3, (num_examples, *((2, 3) if of_classes else ()))), {"num_classes": 3}
     splits = {"train": (x, y), "foreign": (foreign, y[:9]), "few": (x[:2], y[:2])}
-    write_shards(directory, splits, name="toy", source="test", licence="none", **facts)
+    kinds = {split: {"kind": np.arange(len(x)) % 3 // 2} for split, (x, _) in splits.items()}  # groups of uneven sizes
+    write_shards(directory, splits, coordinates=kinds, name="toy", source="test", licence="none", **facts)
 
 
 class ToField(nn.Module):
@@ -111,7 +113,10 @@ def test_all_metrics_curves_and_uncertainties_equal_those_of_one_process(comm, t
     for one in (GridComm(Grid()), comm):
         data = ShardDataset(directory, "train", dtype=torch.float64, normalises_targets=likelihood.is_equivariant)
         foreign = ShardDataset(directory, "foreign", dtype=torch.float64)
-        evaluation = evaluate_dataset(posterior, likelihood, one, data, num_samples=5)
+        regions = {} if likelihood.num_classes and not of_classes else {"part": np.eye(2, 3)}
+        options = {} if likelihood.num_classes else {"references": ["climatology"]}
+        options |= {"groups": find_groups(one, data, ["kind"], regions), "num_samples": 5}
+        evaluation = evaluate_dataset(posterior, likelihood, one, data, **options)
         outside = uncertainties_of_dataset(posterior, likelihood, one, foreign, num_samples=5)
         auroc = out_of_distribution_auroc(evaluation.uncertainties, outside)
         results.append((evaluation, outside, auroc))
@@ -119,7 +124,8 @@ def test_all_metrics_curves_and_uncertainties_equal_those_of_one_process(comm, t
     tolerance = 1e-8  # of quantiles, which are found by iteration; of what is a sum 1e-10
     for metric, value in expected.metrics.items():
         assert got.metrics[metric] == pytest.approx(value, rel=tolerance if "width" in metric else 1e-10), metric
-    flat = [flatten(evaluation.curves) for evaluation in (got, expected)]
+    flat = [flatten([evaluation.curves, evaluation.groups]) for evaluation in (got, expected)]
+    assert got.groups.keys() == {"kind", *(["region"] if regions else [])} and got.groups["kind"]["name"] == ["0", "1"]
     assert flat[0] == pytest.approx(flat[1], rel=tolerance, abs=1e-13)
     for a, b in ((got.uncertainties, expected.uncertainties), (outside, expected_outside)):
         assert a.keys() == b.keys()

@@ -1,0 +1,215 @@
+"""Groups of a data set that have metrics of their own, and forecasts without a network to compare with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..comm import GridComm
+from ..data import Source
+from ..errors import ConfigError, DataError, Fault
+
+SEASONS = ("DJF", "MAM", "JJA", "SON")
+OF_TIME = ("season", "month", "hour")
+"""Groups by the coordinate ``time`` of the examples."""
+MAX_GROUPS = 1000
+REFERENCES = ("persistence", "climatology")
+"""Forecasts that skill is measured against."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Some examples of a data set, or some points of its targets."""
+
+    grouping: str
+    """What it belongs to, such as ``season``."""
+    label: str
+    examples: Tensor | None = None
+    """[N] whether an example belongs to it; None: all."""
+    places: Tensor | None = None
+    """[n] int64: its points, in the flat order of those of a target; None: all."""
+
+
+ALL = Group("", "")
+"""The whole data set."""
+
+
+def find_groups(
+    comm: GridComm, dataset: Source, by: Sequence[str] = (), regions: Mapping[str, Any] | None = None
+) -> list[Group]:
+    """Return the groups of a data set that have metrics of their own, the same on all ranks. Collective over the world.
+
+    Parameters
+    ----------
+    by : sequence of str
+        ``season``, ``month`` or ``hour`` of the coordinate ``time`` (as it stands in the shards: of the newest input, UTC
+        where that is known); ``horizon``, the steps of series; or a coordinate of the examples, such as a station.
+    regions : dict of str to array or tuple, optional
+        Of each region what belongs to it: a mask of the points of a target, 0 where not; or a box (south, north, west, east)
+        in degrees, with its edges.
+
+    Raises
+    ------
+    ConfigError
+        The data set has no such coordinate or points, or a region holds none of them.
+    """
+    groups = []
+    for name in by:
+        if name == "horizon":
+            groups += _of_horizon(dataset)
+            continue
+        labels, codes = None, None
+        with comm.agree(f"--by {name}"):
+            if comm.grid.is_first("world"):
+                labels, codes = _look_up(dataset, name)
+        labels, codes = comm.broadcast_object((labels, codes))
+        groups += [Group(name, label, torch.from_numpy(codes == n)) for n, label in enumerate(labels)]
+    with comm.agree("--regions"):
+        return groups + [_region(dataset, name, given) for name, given in (regions or {}).items()]
+
+
+def _look_up(dataset: Source, name: str) -> tuple[list[str], np.ndarray]:
+    """Return the labels of a grouping, and the number of the label of each example [N] int32. Local."""
+    there, needed = dataset.coordinates(range(len(dataset))), "time" if name in OF_TIME else name
+    if needed not in there:
+        rule = f"the examples have {', '.join(there) or 'no coordinates'}" + (
+            ", and time is needed" if needed != name else ""
+        )
+        remedy = (
+            "Prepare the shards again with this hpc_bnn" if not there else "Choose another, or prepare them with it"
+        )
+        raise ConfigError(Fault("--by", name, rule, remedy))
+    values = there[needed]
+    if name in OF_TIME:
+        texts = values.astype(str)  # 2019-03-01T06:00:00: also of calendars that NumPy does not know
+        try:
+            values = np.array([int(t[11:13]) if name == "hour" else int(t[5:7]) for t in texts], np.int32)
+        except ValueError as error:
+            rule = f"a time is '{texts[0]}', which has no {name}"
+            raise ConfigError(Fault("--by", name, rule, "Write times as 2019-03-01T06:00:00")) from error
+        if name == "season":
+            values = values % 12 // 3
+    found, codes = np.unique(values, return_inverse=True)
+    if len(found) > MAX_GROUPS:
+        rule = f"it has {len(found)} values, and at most {MAX_GROUPS} groups are compared"
+        raise ConfigError(Fault("--by", name, rule, "Choose a coordinate that several examples share"))
+    labels = [
+        SEASONS[value] if name == "season" else f"{value:02d}" if name in OF_TIME else str(value) for value in found
+    ]
+    return labels, codes.astype(np.int32)
+
+
+def _of_horizon(dataset: Source) -> list[Group]:
+    places, details = dataset.manifest.places, dataset.manifest.details
+    if list(places) != [details.get("horizon")]:
+        rule = "the targets have no dim of steps to come"
+        raise ConfigError(Fault("--by", "horizon", rule, "Leave it out; lead times of fields are channels"))
+    seconds = details.get("step_seconds")
+    labels = [f"{n * seconds / 3600:g} h" if seconds else f"{n} steps" for n in range(1, places[0] + 1)]
+    return [Group("horizon", label, places=torch.tensor([n])) for n, label in enumerate(labels)]
+
+
+def _region(dataset: Source, name: str, given: Any) -> Group:
+    details, places = dataset.manifest.details, dataset.manifest.places
+    axes = [np.asarray(details.get(axis, ()), np.float64) for axis in ("latitudes", "longitudes")]
+    if isinstance(given, (tuple, list)) and len(given) == 4:
+        if [len(axis) for axis in axes] != list(places):
+            rule = f"the targets have {list(places)} points, and no latitudes and longitudes"
+            raise ConfigError(Fault("--regions", name, rule, "Give a mask of these points"))
+        south, north, west, east = map(float, given)
+        in_longitude = (axes[1] - west) % 360 <= ((east - west) % 360 if abs(east - west) < 360 else 360)
+        mask = ((axes[0] >= south) & (axes[0] <= north))[:, None] & in_longitude
+    else:
+        mask = np.asarray(given)
+        if mask.shape != tuple(places):
+            rule = f"its mask is {list(mask.shape)}, and a target has the points {list(places)}"
+            raise ConfigError(Fault("--regions", name, rule, "Give a mask of these points, or SOUTH,NORTH,WEST,EAST"))
+    inside = np.flatnonzero(mask)
+    if not len(inside):
+        raise ConfigError(
+            Fault("--regions", name, "it holds no point of the targets", "Look at its edges: degrees north, east")
+        )
+    return Group("region", name, places=torch.from_numpy(inside))
+
+
+def parse_regions(texts: Sequence[str]) -> dict[str, Any]:
+    """Return regions from ``NAME=SOUTH,NORTH,WEST,EAST`` or ``NAME=MASK.npy``. Local.
+
+    It raises `ConfigError` where a text is none, and `DataError` where a mask cannot be read.
+    """
+    regions: dict[str, Any] = {}
+    for text in texts:
+        name, _, given = text.partition("=")
+        if given.endswith(".npy"):
+            try:
+                regions[name] = np.load(Path(given), allow_pickle=False)
+            except (OSError, ValueError) as error:
+                raise DataError(f"--regions {name}: {given} cannot be read ({error})") from error
+            continue
+        try:
+            south, north, west, east = map(float, given.split(","))
+        except ValueError:
+            south = north = west = east = math.nan
+        if not (name and -90 <= south <= north <= 90 and -360 <= west <= 360 and -360 <= east <= 360):
+            rule = "must be NAME=SOUTH,NORTH,WEST,EAST in degrees, or NAME=MASK.npy; several are separated by ;"
+            raise ConfigError(Fault("--regions", text, rule, "Write it as 'alps=44,48,5,16'"))
+        regions[name] = (south, north, west, east)
+    return regions
+
+
+# --- forecasts to compare with ---------------------------------------------------------------------------
+
+
+def persistence(dataset: Source, x: Any, like: Tensor) -> Tensor:
+    """Return the newest input of each target as its forecast, [B, T, ...] float64 in units of y. Local.
+
+    NaN for a channel that is no input. It raises `ConfigError` where the preparation does not say which input it is.
+    """
+    said, scale = dataset.manifest.details.get("persistence"), dataset.input_scale
+    if said == "zero":  # the targets are changes
+        return torch.zeros_like(like)
+    if not isinstance(said, list) or len(said) != like.shape[1] or not isinstance(x, Tensor):
+        rule = "the shards do not say which inputs are the newest values of the targets"
+        raise ConfigError(Fault("--references", "persistence", rule, "Prepare them again, or leave it out"))
+    known = x.double() if scale is None else x.double() * scale[1] + scale[0]
+    if known.shape[2:] != like.shape[2:]:  # [B, channels, window] of series
+        known = known[..., -1:]
+    columns = [known[:, [n]] if n is not None else torch.full_like(known[:, :1], math.nan) for n in said]
+    return torch.cat(columns, 1).expand_as(like)
+
+
+@dataclass(frozen=True)
+class Climatology:
+    """The normal distribution of each target, [T, ...] float64 in units of y, over the examples of a data set."""
+
+    mean: Tensor
+    std: Tensor
+
+    @classmethod
+    def of(cls, comm: GridComm, dataset: Source, block_size: int = 1024) -> Climatology:
+        """Return that of a data set: one pass over its targets. Collective over the world."""
+        shape = (dataset.manifest.arrays["y"].shape or (1,)) if dataset.manifest.num_classes is None else (1,)
+        sums = torch.zeros(3, *shape, dtype=torch.float64, device=dataset.device)
+        mine = comm.grid.local_examples(len(dataset))
+        middle = dataset.target_scale[0][0] if dataset.target_scale else 0.0  # squares of what is left lose no digits
+        for numbers in torch.arange(len(dataset))[mine].split(block_size):
+            y = dataset.in_units(dataset.fetch(numbers)[1]).double().view(len(numbers), *shape) - middle
+            sums += torch.stack([torch.ones_like(y).sum(0), y.sum(0), y.square().sum(0)])
+        comm.sum_([sums], axis="data")
+        count, total, squares = sums
+        mean = total / count
+        return cls(mean + middle, (squares / count - mean.square()).clamp_min(0).sqrt())
+
+    def crps(self, y: Tensor) -> Tensor:
+        """Return the CRPS [B, T, ...] of targets (units of y); of a normal distribution: Gneiting and Raftery (2007)."""
+        std = self.std.clamp_min(torch.finfo(y.dtype).tiny)
+        z = (y - self.mean) / std
+        normal = torch.distributions.Normal(torch.zeros_like(z), 1.0)
+        return std * (z * (2 * normal.cdf(z) - 1) + 2 * normal.log_prob(z).exp() - 1 / math.sqrt(math.pi))
