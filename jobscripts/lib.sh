@@ -18,6 +18,8 @@
 #   HPC_BNN_LOCAL_DIR       storage of each node, for staging               (default: TMPDIR, otherwise /tmp)
 #   HPC_BNN_MAX_REQUEUES    how often a job that stopped with code 75 is    (default: 0; 20 in the requeue scripts)
 #                           put into the queue again
+#   HPC_BNN_RETRY           put a job that failed into the queue again, too, (default: false; true in the requeue scripts)
+#                           if it has written a checkpoint: true or false
 #   HPC_BNN_TIME_LIMIT      seconds of the job, where the scheduler sends   (default: none)
 #                           no signal before its time limit
 #   HPC_BNN_STOP_SECONDS    so long before it training stops                (default: 300)
@@ -199,7 +201,13 @@ hpc_bnn_train() {
         fi
         flags+=(--max_seconds "$left")
     fi
+    hpc_bnn_first_note=$(hpc_bnn_newest_note)
     hpc_bnn_launch train --config "$config" "${flags[@]}" "$@"
+}
+
+# The note of the newest checkpoint of the run, such as step-00000100.json; nothing where there is none.
+hpc_bnn_newest_note() {
+    (cd "$HPC_BNN_RUN_DIR/checkpoints" 2>/dev/null && ls) | grep -xE 'step-[0-9]+\.json' | sort -t- -k2 -n | tail -n 1
 }
 
 # hpc_bnn_evaluate RUN_DIR [FLAGS]
@@ -259,9 +267,14 @@ hpc_bnn_end() {
         hpc_bnn_launch stage --clean - "$hpc_bnn_staged" || hpc_bnn_say "$hpc_bnn_staged stays on some node"
     fi
     count=$(hpc_bnn_count_requeues)
+    local why="stopped with a checkpoint"
+    if [ "$status" != 75 ] && hpc_bnn_may_retry "$status"; then
+        why="failed with status $status after the checkpoint $(hpc_bnn_newest_note)"
+        if [ "$count" -lt "${HPC_BNN_MAX_REQUEUES:-0}" ]; then status=75; else hpc_bnn_say "$why"; fi
+    fi
     if [ "$status" = 75 ] && [ "${HPC_BNN_MAX_REQUEUES:-0}" != 0 ]; then
         if [ "$count" -lt "$HPC_BNN_MAX_REQUEUES" ]; then
-            hpc_bnn_say "stopped with a checkpoint in $HPC_BNN_RUN_DIR; requeue $((count + 1)) of at most $HPC_BNN_MAX_REQUEUES"
+            hpc_bnn_say "$why in $HPC_BNN_RUN_DIR; requeue $((count + 1)) of at most $HPC_BNN_MAX_REQUEUES"
             hpc_bnn_requeue "$count" || { hpc_bnn_say "the scheduler refused; submit again with HPC_BNN_RUN_DIR=$HPC_BNN_RUN_DIR"; exit 1; }
         else
             hpc_bnn_say "requeued $count times, HPC_BNN_MAX_REQUEUES allows no more; to go on, submit with HPC_BNN_RUN_DIR=$HPC_BNN_RUN_DIR"
@@ -269,6 +282,13 @@ hpc_bnn_end() {
         fi
     fi
     exit "$status"
+}
+
+# hpc_bnn_may_retry STATUS: whether a training that failed has come further since this job began. A node or a link that was lost can
+# have any status; what the input causes comes again before a new checkpoint, and a wrong request (2) and Ctrl-C (130) are not retried.
+hpc_bnn_may_retry() {
+    case $1 in 0 | 2 | 130) return 1 ;; esac
+    [ "${HPC_BNN_RETRY:-false}" = true ] && [ -n "${hpc_bnn_first_note+set}" ] && [ "$(hpc_bnn_newest_note)" != "$hpc_bnn_first_note" ]
 }
 
 hpc_bnn_requeue() {

@@ -167,6 +167,7 @@ def jobs(cluster, digits):
     )  # fmt: skip
     for library in ("torch", "mpi"):
         names[library] = cluster.submit("train.sbatch", CONFIG, *data, *EXACT, "--backend", library, tasks=2)
+    names["lost"] = cluster.submit("requeue.sbatch", CONFIG, *data, *EPOCHS, tasks=2)
     names["killed"] = cluster.submit("train.sbatch", CONFIG, *data, *LONG)
     names["staged"] = cluster.submit("stage_train.sbatch", digits, CONFIG, "--max_steps", 5)
     seeds = ("--array=0-1",)
@@ -218,6 +219,20 @@ def test_a_killed_rank_ends_the_job(cluster, jobs):
     start = time.time()
     state, code, restarts = cluster.ended(job)
     assert state == "FAILED" and code != "0:0" and restarts == "0" and time.time() - start < patience(40)
+
+
+def test_a_job_that_lost_a_rank_comes_back_by_itself(cluster, jobs):
+    """And ends with the bits of an uninterrupted one; what fails before its first checkpoint is not retried (below: wrong)."""
+    job, run_dir = jobs["lost"], cluster.work / "runs" / jobs["lost"]
+    cluster.wait_for(run_dir / "metrics.jsonl", job)
+    while not list(run_dir.glob("checkpoints/step-*.json")):
+        time.sleep(0.05)
+    os.kill(rank_processes(cluster, job)[-1], signal.SIGKILL)
+    assert cluster.ended(job) == ("COMPLETED", "0:0", "1"), cluster.output(job)
+    assert re.search(r"failed with status \d+ after the checkpoint step-\d+.json in .*requeue 1 of", cluster.output(job))
+    assert cluster.ended(jobs["whole"]) == ("COMPLETED", "0:0", "0"), cluster.output(jobs["whole"])
+    (_, metrics, model), (_, expected, whole) = (final_state(cluster.work / "runs" / jobs[n]) for n in ("lost", "whole"))
+    assert metrics == expected and all(torch.equal(value, whole[name]) for name, value in model.items())
 
 
 def rank_processes(cluster, job) -> list[int]:
