@@ -600,6 +600,15 @@ def test_an_input_that_is_changed_in_place_is_copied(first, chunk_size):
     assert drawn.std(1).max() < 1e-6 and torch.equal(x, X)
 
 
+@pytest.mark.parametrize("family", [posteriors.MeanFieldGaussian, posteriors.MCDropout])
+def test_a_look_at_half_the_batch_leaves_the_input_as_it_is(family):
+    """Where dropout makes it look which dims are those of the batch: in a step, and in a predictive."""
+    for use in (lambda step, x: members(step, x=x), lambda step, x: step(x, Y, 8)):
+        x = X.clone()
+        use(make(seeded(lambda: InPlace(nn.Sequential(Minus(), nn.Dropout(0.5)))), family), x)
+        assert torch.equal(x, X)
+
+
 class Minus(nn.Module):
     def __init__(self, of_data=False):
         super().__init__()

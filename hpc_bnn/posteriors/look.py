@@ -135,7 +135,7 @@ class Looker:
                 unused = self._unused(x, first, samples[0])
                 if first.normalised or first.dropped:
                     with contextlib.suppress(Exception):  # some modules want all of their examples
-                        half = map_tensors(lambda t: t[: count // 2] if count > 1 else torch.cat([t, t]), x)
+                        half = map_tensors(lambda t: t[: count // 2].clone() if count > 1 else torch.cat([t, t]), x)
                         part = self._one(samples[0], half)
                         norms.batch_dims |= batch_dims(first.normalised, part.normalised)
                         dropout.batch_dims |= batch_dims(first.dropped, part.dropped)
