@@ -5,6 +5,7 @@ Every limit on a time passes through `patience`: ``HPC_BNN_TEST_PATIENCE=3 make 
 
 import contextlib
 import functools
+import json
 import os
 import signal
 import socket
@@ -13,7 +14,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+import h5py
 import hypothesis
+import numpy as np
 import pytest
 
 from hpc_bnn.run.plots import write_plots
@@ -50,6 +53,51 @@ def digits(tmp_path_factory):
     options = common.make_parser(script.__doc__).parse_args(["--output", str(directory)])
     script.prepare(options, GridComm(Grid()))
     return directory
+
+
+@pytest.fixture(scope="session")
+def digits_run(digits, tmp_path_factory):
+    """A run of the digits, some epochs long."""
+    from hpc_bnn.cli.commands import main
+
+    run_dir = tmp_path_factory.mktemp("runs") / "digits"
+    command = ["train", "--config", str(REPOSITORY / "configs/digits.yaml"), "--data.shards", str(digits)]
+    command += ["--num_epochs", "3", "--num_samples", "2", "--num_test_samples", "8", "--run_dir", str(run_dir)]
+    assert main(command) == 0
+    return run_dir
+
+
+@pytest.fixture(scope="session")
+def numbers(tmp_path_factory):
+    """Two shard directories of the same relation, the second with statistics of its own."""
+    from hpc_bnn import write_shards
+
+    directory, rng = tmp_path_factory.mktemp("numbers"), np.random.default_rng(0)
+    for name, shift in (("here", 0.0), ("elsewhere", 3.0)):
+        x = rng.normal(size=(200, 2)) + shift
+        y = np.stack([10 * x[:, 0], 1000 + 50 * x[:, 1]], axis=1) + rng.normal(size=(200, 2))
+        facts = {"name": name, "source": "test", "licence": "none", "channels": {"y": ["a", "b"]}}
+        write_shards(directory / name, {"train": (x[:150], y[:150]), "test": (x[150:], y[150:])}, **facts)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def numbers_run(numbers):
+    """A run of these numbers."""
+    from hpc_bnn.cli.commands import main
+
+    run_dir = numbers / "run"
+    command = ["train", "--data.shards", str(numbers / "here"), "--run_dir", str(run_dir), "--num_epochs", "30"]
+    command += ["--num_samples", "4", "--num_test_samples", "16", "--optimizer.learning_rate", "0.02"]
+    assert main([*command, "--global_batch_size", "50", "--posterior.init_std", "0.02"]) == 0
+    return run_dir
+
+
+def stored(directory, split="test"):
+    """Return inputs as they lie in the shards."""
+    manifest = json.loads((directory / "manifest.json").read_text())
+    files = [directory / shard["file"] for shard in manifest["splits"][split]]
+    return np.concatenate([h5py.File(file)["x"][()] for file in files])
 
 
 @pytest.fixture

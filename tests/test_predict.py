@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from conftest import stored
 
 import hpc_bnn
 from hpc_bnn import ShardDataset, write_shards
@@ -20,37 +21,6 @@ from hpc_bnn.errors import ConfigError, DataError
 from hpc_bnn.run import export
 
 REPOSITORY = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="module")
-def digits_run(digits, tmp_path_factory):
-    """A run of the digits, some epochs long."""
-    run_dir = tmp_path_factory.mktemp("runs") / "digits"
-    command = ["train", "--config", str(REPOSITORY / "configs/digits.yaml"), "--data.shards", str(digits)]
-    command += ["--num_epochs", "3", "--num_samples", "2", "--num_test_samples", "8", "--run_dir", str(run_dir)]
-    assert main(command) == 0
-    return run_dir
-
-
-@pytest.fixture(scope="module")
-def numbers(tmp_path_factory):
-    """Two shard directories of the same relation, the second with statistics of its own."""
-    directory, rng = tmp_path_factory.mktemp("numbers"), np.random.default_rng(0)
-    for name, shift in (("here", 0.0), ("elsewhere", 3.0)):
-        x = rng.normal(size=(200, 2)) + shift
-        y = np.stack([10 * x[:, 0], 1000 + 50 * x[:, 1]], axis=1) + rng.normal(size=(200, 2))
-        facts = {"name": name, "source": "test", "licence": "none", "channels": {"y": ["a", "b"]}}
-        write_shards(directory / name, {"train": (x[:150], y[:150]), "test": (x[150:], y[150:])}, **facts)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def numbers_run(numbers):
-    run_dir = numbers / "run"
-    command = ["train", "--data.shards", str(numbers / "here"), "--run_dir", str(run_dir), "--num_epochs", "30"]
-    command += ["--num_samples", "4", "--num_test_samples", "16", "--optimizer.learning_rate", "0.02"]
-    assert main([*command, "--global_batch_size", "50", "--posterior.init_std", "0.02"]) == 0
-    return run_dir
 
 
 def test_the_manifest_of_another_run_is_refused(numbers, numbers_run, tmp_path, capsys):
@@ -283,13 +253,6 @@ def test_a_checkpoint_is_read_without_code(digits_run):
 
 
 # --- predictions for arrays in memory ---------------------------------------------------------------------
-
-
-def stored(directory, split="test"):
-    """Return inputs as they lie in the shards."""
-    manifest = json.loads((directory / "manifest.json").read_text())
-    files = [directory / shard["file"] for shard in manifest["splits"][split]]
-    return np.concatenate([h5py.File(file)["x"][()] for file in files])
 
 
 @pytest.mark.parametrize("kind", ["classes", "numbers"])
