@@ -32,7 +32,7 @@ class Parser(jsonargparse.ArgumentParser):
 def refuse_nulls(options: jsonargparse.Namespace) -> None:
     """Raise `ConfigError` for each field, or group of fields, that is null and may not be: jsonargparse lets it pass. Local."""
     faults = []
-    for name in sorted(NAMES) if "num_samples" in options else ():  # other commands have flags of their own
+    for name in sorted(NAMES) if "num_epochs" in options else ():  # other commands have flags of their own
         if options.get(name, name) is None and (name not in FIELDS or None not in words_of(FIELDS[name].type)):
             rule = f"must be {_in_words(FIELDS[name].type if name in FIELDS else dict)}"
             faults.append(Fault(name, "null", rule, "Leave it out for the default"))

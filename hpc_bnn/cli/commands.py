@@ -315,6 +315,15 @@ def _predict(options: jsonargparse.Namespace, given: set[str]) -> int:
     return 0
 
 
+def _export(options: jsonargparse.Namespace, given: set[str]) -> int:
+    from ..run import load
+
+    if comm.launched_rank() == 0:  # one process has all samples
+        predictor = load(options.run, options.which, device="cpu")
+        print(predictor.export(options.output, options.what, sample=options.sample, num_samples=options.num_samples))
+    return 0
+
+
 def _report(options: jsonargparse.Namespace, given: set[str]) -> int:
     from ..run import write_report
 
@@ -452,6 +461,19 @@ _PREDICT = {
     "--truth": _argument(bool, "Write the targets as well.", default=True),
     "--calibration": _argument(bool, "Apply what hpc-bnn calibrate has found.", default=False),
 }
+_EXPORT = {
+    "run": _argument(str, "Directory of the run.", metavar="RUN_DIR"),
+    "--output": _argument(
+        str, "File to write: .safetensors (all, for hpc_bnn.load), .onnx, or .pt (state_dict).", required=True
+    ),
+    "--which": _argument(Literal["best", "newest"], "Checkpoint (default: best, as hpc_bnn.load).", default="best"),
+    "--what": _argument(
+        Literal["mean", "sample", "samples"] | None,
+        "Plain network in an .onnx or .pt file: with the mean of the weights, ...",
+    ),
+    "--sample": _argument(int | None, "Number of the sample (default: 0)."),
+    "--num_samples": _argument(int | None, "Number of samples (default: those of the run's evaluation)."),
+}
 _REPORT = {
     "runs": _argument(str, "Directories of runs.", nargs="+", metavar="RUN_DIR"),
     "--output": _argument(str | None, "HTML file (default: report.html with the run or runs)."),
@@ -505,6 +527,7 @@ COMMANDS = {
     "predict": Command(
         "Write the predictive of a trained network to an HDF5 file.", _predict, _RUN | _PREDICT, _OF_RUN
     ),
+    "export": Command("Write a trained network to one file, for hpc_bnn.load, ONNX or torch.", _export, _EXPORT),
     "report": Command("Write one self-contained HTML page about a run, or several side by side.", _report, _REPORT),
     "verify": Command(
         "Compare the files of a shard directory with its manifest, or predictions with their parts.", _verify, _VERIFY

@@ -213,6 +213,8 @@ class Normalisation:
     ----------
     scales : dict of str to tuple
         Mean and standard deviation (`scale_of`) of the arrays that are normalised.
+    working : dict of str to tuple
+        The same in the dtype in which they are subtracted and divided by.
     """
 
     def __init__(
@@ -224,7 +226,7 @@ class Normalisation:
         self._dtype = dtype
         # Numbers that float32 would round, or whose mean it would, are subtracted from it first
         precise = {name for name in names if dtype == torch.float64 or is_precise(scaling, manifest, name)}
-        self._working = {
+        self.working = {
             name: tuple(number.to(torch.float64 if name in precise else dtype) for number in scale)
             for name, scale in self.scales.items()
         }
@@ -233,10 +235,10 @@ class Normalisation:
         """Return the arrays [B, ...] normalised; they may be overwritten."""
         found = dict(arrays)
         for name, values in arrays.items():
-            if name in self._working:
-                mean, std = self._working[name]
+            if name in self.working:
+                mean, std = self.working[name]
                 values = values.to(mean.dtype).sub_(mean).div_(std)
-            if name in self._working or values.is_floating_point():
+            if name in self.working or values.is_floating_point():
                 found[name] = values.to(self._dtype)
             elif values.dtype not in (torch.bool, torch.int32):
                 found[name] = values.long()  # an embedding takes no narrower ids

@@ -186,6 +186,11 @@ class Manifest:
             if path.with_name(STAGED).exists():
                 why = "the staging was interrupted. Stage again"
             raise DataError(f"{path} is not there: {why}")
+        return cls.parse(text, path, has_files)
+
+    @classmethod
+    def parse(cls, text: bytes, path: str | os.PathLike, has_files: bool = True) -> Manifest:
+        """Return what `to_json` has written to a file; `DataError` as `read`. Local."""
         try:
             raw = json.loads(text.decode())
         except (ValueError, RecursionError) as error:

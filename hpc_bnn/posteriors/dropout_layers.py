@@ -135,6 +135,20 @@ class DropoutMasks:
             self._masks[number, shape] = keep.to(x.dtype) / (1 - p) if p < 1 else keep.to(x.dtype)
         return self._masks[number, shape].to(x.dtype)
 
+    def drawn(self) -> dict[nn.Module, Tensor]:
+        """Return the masks of the sample drawn last, one of each layer that has asked for it. Local.
+
+        `ConfigError` where a mask belongs to no layer, or a layer has several.
+        """
+        found = [number for number, _ in self._masks]
+        if unfit := [n for n in found if n >= len(self.layers) or found.count(n) > 1]:
+            of_layer = unfit[0] < len(self.layers)
+            rule = (
+                "one of its dropout layers has masks of several shapes" if of_layer else "its forward calls F.dropout"
+            )
+            raise ConfigError(Fault("model", type(self).__name__, rule, "Use one nn.Dropout for each place that drops"))
+        return {self.layers[number]: mask for (number, _), mask in self._masks.items()}
+
     def asked(self, layer: nn.Module, shapes: Shapes) -> bool:
         """Whether a dropout layer has asked for a mask in a look. Local."""
         return self._numbers.get(layer) in shapes

@@ -41,6 +41,8 @@ class Network:
 
     Attributes
     ----------
+    output : str, int, callable or None
+        Which tensor of what the module returns is meant (`Posterior`).
     parameters, drawn : dict of str to nn.Parameter, list of str
         Its trainable parameters, by name, and the names of those that each draw writes anew.
     layers : list of nn.Module
@@ -60,7 +62,7 @@ class Network:
     def __init__(
         self, module: nn.Module, parameters: dict[str, nn.Parameter], drawn: Sequence[str], output: Output = None
     ):
-        self.module, self._output = module, output
+        self.module, self.output = module, output
         self.batch_norms = BatchNorms(module)
         self.dropout = DropoutMasks(module)
         drop = {name: functools.partial(self.dropout.handle, drops) for name, drops in FUNCTIONS.items()}
@@ -280,30 +282,7 @@ class Network:
             return self._picked(outputs)
 
     def _picked(self, outputs: Any) -> Tensor:
-        """Return the tensor that is meant, of what the module returns."""
-        pick, kind = self._output, type(outputs).__name__
-        remedy = "Say which tensor the likelihood gets: <model.output> logits (a key or attribute), 0 (a place), or a function"
-        try:
-            if callable(pick):
-                outputs = pick(outputs)
-            elif isinstance(pick, int) or (pick is not None and isinstance(outputs, Mapping)):
-                outputs = outputs[pick]
-            elif pick is not None:
-                outputs = getattr(outputs, pick)
-        except (LookupError, AttributeError, TypeError) as error:
-            rule = f"the {kind} that {type(self.module).__name__} returns does not have it ({error})"
-            raise ConfigError(Fault("model.output", pick, rule, remedy)) from error
-        if not isinstance(outputs, Tensor):
-            rule = f"{type(self.module).__name__} returns a {kind}, from which it picks no tensor"
-            raise ConfigError(Fault("model.output", pick, rule, remedy))
-        if not outputs.is_floating_point():
-            rule = (
-                f"{type(self.module).__name__} returns numbers of {outputs.dtype}, and a likelihood takes real numbers"
-            )
-            raise ConfigError(
-                Fault("model.output", pick, rule, "Give a function, such as torch.view_as_real or torch.abs")
-            )
-        return outputs
+        return picked(outputs, self.output, type(self.module).__name__)
 
     def batched(self, weights: dict[str, Tensor], x: Inputs, is_shared: bool, autocast_dtype=None) -> Tensor:
         """Return the outputs [c, B, ...] of c samples at once, by ``torch.vmap``. Local.
@@ -388,6 +367,31 @@ class Network:
             if note not in self._said:
                 logger.warning("%s", note)
         self._said.update(found)
+
+
+def picked(outputs: Any, pick: Output, network: str) -> Tensor:
+    """Return the tensor that is meant, of what a module returns; ``network`` names it in errors. Local."""
+    kind = type(outputs).__name__
+    remedy = (
+        "Say which tensor the likelihood gets: <model.output> logits (a key or attribute), 0 (a place), or a function"
+    )
+    try:
+        if callable(pick):
+            outputs = pick(outputs)
+        elif isinstance(pick, int) or (pick is not None and isinstance(outputs, Mapping)):
+            outputs = outputs[pick]
+        elif pick is not None:
+            outputs = getattr(outputs, pick)
+    except (LookupError, AttributeError, TypeError) as error:
+        rule = f"the {kind} that {network} returns does not have it ({error})"
+        raise ConfigError(Fault("model.output", pick, rule, remedy)) from error
+    if not isinstance(outputs, Tensor):
+        rule = f"{network} returns a {kind}, from which it picks no tensor"
+        raise ConfigError(Fault("model.output", pick, rule, remedy))
+    if not outputs.is_floating_point():
+        rule = f"{network} returns numbers of {outputs.dtype}, and a likelihood takes real numbers"
+        raise ConfigError(Fault("model.output", pick, rule, "Give a function, such as torch.view_as_real or torch.abs"))
+    return outputs
 
 
 def _changed(names: Sequence[str], rule: str) -> ConfigError:

@@ -13,10 +13,18 @@ from .evaluation import (
     uncertainties_of_dataset,
 )
 from .groups import REFERENCES, Group, find_groups, parse_regions
-from .predictive import ClassPredictive, Predictive, ValuePredictive, member_outputs, predict_classes, predict_values
+from .predictive import (
+    ClassPredictive,
+    Predictive,
+    ValuePredictive,
+    is_of_classes,
+    member_outputs,
+    predict_classes,
+    predict_values,
+)
 
 __all__ = [
     "INTERVALS", "REFERENCES", "SETS", "TEMPERATURES", "Block", "Calibration", "ClassPredictive", "Evaluation", "Group", "Predictive", "ValuePredictive", "block_size", "calibrate_dataset",
-    "evaluate_dataset", "find_groups", "member_outputs", "metrics_to_minimise", "out_of_distribution_auroc", "parse_regions", "predict_classes", "predict_dataset", "predict_values",
+    "evaluate_dataset", "find_groups", "is_of_classes", "member_outputs", "metrics_to_minimise", "out_of_distribution_auroc", "parse_regions", "predict_classes", "predict_dataset", "predict_values",
     "score_dataset", "uncertainties_of_dataset",
 ]  # fmt: skip

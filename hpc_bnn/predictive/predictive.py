@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, fields, replace
 from typing import TypeGuard
 
@@ -109,7 +109,7 @@ def is_of_classes(likelihood: Likelihood) -> TypeGuard[Categorical]:
 
 def member_outputs(
     posterior: Posterior, comm: GridComm, x: Inputs, num_samples: int, seed: int, batch_size: int, chunk_size: int = 1
-) -> Iterator[tuple[range, Tensor]]:
+) -> Generator[tuple[range, Tensor], None, None]:
     """Yield (samples, outputs [c, B, ...] in float64) for the samples of this rank, chunk by chunk. Local.
 
     A rank without samples (fewer than ranks of the sample axis) yields once, with c = 0, to give the shape.

@@ -103,15 +103,17 @@ def read_calibration(experiment: Experiment, num_samples: int) -> Calibration:
     DataError
         The file cannot be read.
     """
-    comm, path, found = experiment.comm, experiment.run_dir / CALIBRATION, None
+    comm, path, found = experiment.comm, experiment.file or experiment.run_dir / CALIBRATION, None
     with comm.agree(f"reading {path}"):
         if experiment.is_writer:
-            text = read_bytes(path, "the calibration of a run")
+            text = _text_of(experiment)
             if text is None:
                 rule, remedy = f"{path} is missing", "Make it with hpc-bnn calibrate RUN_DIR"
+                if experiment.file:
+                    rule, remedy = f"{path} holds none", "Calibrate its run, and export it again"
                 raise ConfigError(Fault("--calibration", True, rule, remedy, "calibrated"))
             try:
-                content = json.loads(text.decode())
+                content = json.loads(text)
                 found = _parsed(experiment, content)
                 origin = {name: content[name] for name in _origin(experiment)}
             except (ValueError, TypeError, KeyError, RecursionError) as error:
@@ -124,6 +126,29 @@ def read_calibration(experiment: Experiment, num_samples: int) -> Calibration:
                     remedy = "Use the same checkpoint (--which) and samples, or calibrate again"
                     raise ConfigError(Fault("--calibration", True, rule, remedy, "calibrated"))
     return comm.broadcast_object(found)
+
+
+def kept_calibration(experiment: Experiment) -> str | None:
+    """Return the text of the calibration of a checkpoint; None where there is none of it, and say if there is another. Local.
+
+    `DataError` where it cannot be read. For an experiment of one process.
+    """
+    text = _text_of(experiment)
+    if text is not None:
+        try:
+            read_calibration(experiment, experiment.config.num_test_samples)
+        except ConfigError as error:
+            logger.warning("the calibration of the run is left out (%s)", error)
+            text = None
+    return text
+
+
+def _text_of(experiment: Experiment) -> str | None:
+    """Return the text of the calibration that a run, or a file of one, has. Local; `DataError` where it cannot be read."""
+    if experiment.file is not None:
+        return experiment.calibration
+    text = read_bytes(experiment.run_dir / CALIBRATION, "the calibration of a run")
+    return None if text is None else text.decode(errors="replace")
 
 
 def _origin(experiment: Experiment) -> dict[str, Any]:

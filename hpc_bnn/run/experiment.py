@@ -26,7 +26,7 @@ from ..comm import GridComm, StallWatch, connect
 from ..comm.launcher import without_launcher
 from ..config import Config, DataConfig, Score, config_of_run, flatten
 from ..data import Manifest, ShardDataset, Source, as_source
-from ..data.dataset import check_alike, check_same_manifest
+from ..data.dataset import Normalisation, check_alike, check_same_manifest, has_large_mean
 from ..data.manifest import MANIFEST
 from ..errors import ConfigError, DataError, Fault, import_object
 from ..likelihoods import Likelihood, build_likelihood
@@ -56,7 +56,8 @@ class Experiment:
     """A posterior over the weights of a network, its likelihood, and the data that it is for.
 
     Collective over the world, in construction and in every method. ``num_steps`` are those of the checkpoint of `of_run`.
-    As a context, ``watch`` ends the job where a rank hangs (``stall_seconds``).
+    Where it is that of a file (`hpc_bnn.run.model_file`), ``file`` is its path, and ``calibration`` the text of the
+    calibration in it, or None. As a context, ``watch`` ends the job where a rank hangs (``stall_seconds``).
 
     Parameters
     ----------
@@ -73,6 +74,8 @@ class Experiment:
         self.comm = comm
         self.manifest = manifest
         self.num_steps = 0
+        self.file: Path | None = None
+        self.calibration: str | None = None
         check_same_manifest(comm, manifest)
         self.is_writer = comm.grid.is_first("world")
         self.run_dir = Path(config.run_dir)
@@ -111,10 +114,25 @@ class Experiment:
                     )
                 state = {"model": state["model"], "num_steps": state["place"]["num_steps"]}
         state = comm.broadcast_tree(state)
-        with comm.agree("restoring the checkpoint"):
-            experiment.posterior.load_state_dict(state["model"])
-        experiment.num_steps = state["num_steps"]
+        experiment.restore(state["model"], state["num_steps"])
         return experiment
+
+    def restore(self, model: dict[str, torch.Tensor], num_steps: int) -> None:
+        """Take over the parameters of a checkpoint, which all ranks have, and its number of steps."""
+        with self.comm.agree("restoring the checkpoint"):
+            self.posterior.load_state_dict(model)
+        self.num_steps = num_steps
+
+    @property
+    def normalisation(self) -> Normalisation:
+        """What makes of arrays, as they are in the shards, what the network takes."""
+        options = {"normalises_targets": self.likelihood.is_equivariant}
+        return Normalisation(self.manifest, self.manifest, self.comm.device, self.dtype, **options)
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether predictions are float64: float32 would round what the targets tell."""
+        return self.dtype == torch.float64 or has_large_mean(self.manifest, "y")
 
     def build_step(
         self, num_train_examples: int, num_batches: int

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from .. import __version__
 from ..comm import GridComm
-from ..data.dataset import has_large_mean
 from ..data.manifest import sha256_of_file
 from ..errors import ConfigError, DataError, Fault, above_and_below
 from ..grid import share
@@ -84,7 +83,7 @@ def predict_run(
     with comm.agree(f"opening {path}"), _as_data_error(path):
         if comm.grid.is_first("world"):
             if os.path.lexists(path):
-                raise _is_there(path)
+                raise is_there(path)
             path.parent.mkdir(parents=True, exist_ok=True)
     calibration = read_calibration(experiment, experiment.config.num_test_samples) if calibrated else None
     dataset = experiment.open(split)
@@ -97,8 +96,7 @@ def predict_run(
         keep_members=needs_members(quantiles, with_members, calibration),
         with_targets=False,
     )
-    is_wide = experiment.dtype == torch.float64 or has_large_mean(experiment.manifest, "y")
-    dtype = np.float64 if is_wide else np.float32
+    dtype = np.float64 if experiment.is_wide else np.float32
     attributes = {
         "run_dir": str(experiment.run_dir),
         "run": experiment.checkpoints.identity or "",
@@ -159,7 +157,8 @@ def verify_predictions(path: str | os.PathLike) -> list[str]:
     return problems
 
 
-def _is_there(path: Path) -> ConfigError:
+def is_there(path: Path) -> ConfigError:
+    """Return the error that an output would be overwritten. Local."""
     return ConfigError(Fault("--output", path, "it is there already", "Remove it, or name another"))
 
 
@@ -428,7 +427,7 @@ class _Output:
             publish(whole, self.path, overwrites=False)
         except FileExistsError as error:
             self._has_name = False
-            raise _is_there(self.path) from error
+            raise is_there(self.path) from error
 
 
 def _missing(dtype: np.dtype) -> float | int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -14,7 +15,6 @@ from tqdm import tqdm
 from ..comm import GridComm, choose_device
 from ..comm.devices import num_visible_gpus
 from ..data import Source
-from ..data.dataset import Normalisation
 from ..data.manifest import ArraySpec, inputs_of
 from ..errors import ConfigError, Fault
 from ..grid import Grid
@@ -22,6 +22,8 @@ from ..predictive import predict_dataset
 from .calibrate import read_calibration
 from .experiment import Experiment, read_config
 from .export import check_levels, columns_of, needs_members
+from .model_file import POSTERIOR, export_model, read_posterior
+from .plain_network import PlainNetwork, What, plain_network
 
 Arrays = Any
 """An array or tensor [N, ...], or what `numpy.asarray` takes."""
@@ -33,18 +35,18 @@ def load(run_dir: str | os.PathLike, which: Literal["best", "newest"] = "best", 
     Parameters
     ----------
     run_dir : path
-        ``--run_dir`` of ``hpc-bnn train``.
+        ``--run_dir`` of ``hpc-bnn train``; or a .safetensors file of ``hpc-bnn export``, which needs no run either.
     which : {"best", "newest"}
-        The checkpoint: the best one by ``checkpoint.metric``, or the newest.
+        The checkpoint of a run: the best one by ``checkpoint.metric``, or the newest. A file holds one checkpoint.
     device : {"auto", "cpu", "cuda", "cuda:N"}
         As in `hpc_bnn.connect`.
 
     Raises
     ------
     ConfigError
-        ``run_dir`` is no run, or one of a newer hpc_bnn.
+        ``run_dir`` is no run, or one of a newer hpc_bnn; or safetensors is not installed.
     DataError
-        It has no such checkpoint.
+        It has no such checkpoint; or the file is damaged, or not one of ``hpc-bnn export``.
 
     Examples
     --------
@@ -52,9 +54,11 @@ def load(run_dir: str | os.PathLike, which: Literal["best", "newest"] = "best", 
     >>> prediction = predictor.predict(images)  # doctest: +SKIP
     >>> prediction["class"], prediction["mutual_information"]  # doctest: +SKIP
     """
+    comm, path = GridComm(Grid(), choose_device(device, 0, num_visible_gpus())), Path(run_dir)
+    if path.suffix == POSTERIOR and not path.is_dir():
+        return Predictor(read_posterior(path, comm))
     config = read_config(run_dir)
     config.run_dir = str(run_dir)
-    comm = GridComm(Grid(), choose_device(device, 0, num_visible_gpus()))
     return Predictor(Experiment.of_run(config, comm, which))
 
 
@@ -148,6 +152,63 @@ class Predictor:
                 bar.update(len(block.examples))
         return {name: np.concatenate(part) for name, part in parts.items()}
 
+    def as_module(self, what: What, *, sample: int | None = None, num_samples: int | None = None) -> PlainNetwork:
+        """Return a plain ``nn.Module`` with fixed weights, for inputs as `predict` takes them; it shares no memory. Local.
+
+        Each network of it has given what the posterior gives for two made-up examples. It can be copied, pickled, traced,
+        and given to ``torch.export``.
+
+        Parameters
+        ----------
+        what : {"mean", "sample", "samples"}
+            The network with the mean of the weights, with one sample of them, or several samples.
+        sample : int, optional
+            Number of the sample, from 0 on (default: 0): the sample of that number of `predict`.
+        num_samples : int, optional
+            Number of samples (default: those of the run's evaluation). Each is a network of its own in memory.
+
+        Returns
+        -------
+        PlainNetwork
+            ``module(x)``: class probabilities [B, C, ...], or the mean [B, targets, ...] in units of y. Of samples a pair:
+            the mean over them, and ``std`` of `predict`: of the probabilities, or the total one of y.
+
+        Raises
+        ------
+        ConfigError
+            The posterior has no mean network or no such sample, or the network drops where its masks cannot be kept.
+        """
+        return plain_network(self._experiment, what, sample=sample, num_samples=num_samples)
+
+    def export(
+        self,
+        output: str | os.PathLike,
+        what: What | None = None,
+        *,
+        sample: int | None = None,
+        num_samples: int | None = None,
+    ) -> Path:
+        """Write the trained network to one file, and return its path. Local.
+
+        Parameters
+        ----------
+        output : path
+            Its suffix says what is written. ``.safetensors``: the whole posterior, for `hpc_bnn.load`. ``.onnx``: what
+            `as_module` returns, for any number of examples. ``.pt``: the ``state_dict`` of the network with the weights of
+            the mean or of a sample, by the names of its own class; it takes normalised inputs.
+        what, sample, num_samples
+            As for `as_module`; needed for ``.onnx`` and ``.pt`` only.
+
+        Raises
+        ------
+        ConfigError
+            There is such a file, or it cannot hold what is asked for, or a package is missing (the extra ``export``), or
+            torch cannot write the network as ONNX.
+        DataError
+            The file cannot be written, or the calibration of the run cannot be read.
+        """
+        return export_model(self._experiment, output, what=what, sample=sample, num_samples=num_samples)
+
 
 class _Examples(Source):
     """Inputs of the user in memory, normalised as those of the training; their targets do not exist."""
@@ -166,8 +227,7 @@ class _Examples(Source):
             rule = "all inputs need as many examples, one or more, along their first dim"
             raise ConfigError(Fault("x", sorted(lengths), rule, "Look at the shapes"))
         self._length = lengths.pop()
-        options = {"normalises_targets": experiment.likelihood.is_equivariant}
-        self._normalise = Normalisation(self.manifest, self.manifest, self.device, self.dtype, **options)
+        self._normalise = experiment.normalisation
 
     def __len__(self) -> int:
         return self._length

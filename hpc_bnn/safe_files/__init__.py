@@ -111,16 +111,17 @@ def read_bytes(path: str | os.PathLike, what: str) -> bytes | None:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, *, overwrites: bool = True) -> Iterator[Path]:
     """Write a file under the temporary name that this gives; sync and rename it when the block succeeds.
 
-    The temporary file is new and empty, is no link, and has a name that nobody knows before.
+    The temporary file is new and empty, is no link, and has a name that nobody knows before. `FileExistsError` at the end
+    where the name is taken and ``overwrites`` is False.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_WRONLY, _MODE))
     try:
         yield temporary
-        publish(temporary, path)
+        publish(temporary, path, overwrites=overwrites)
     finally:
         temporary.unlink(missing_ok=True)
 
