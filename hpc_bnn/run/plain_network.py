@@ -127,7 +127,7 @@ def plain_network(
 ) -> PlainNetwork:
     """Return a plain network of the posterior of an experiment (`Predictor.as_module`). Local: an experiment of one process.
 
-    Each network has proven that it gives what the posterior gives, for two made-up examples.
+    Each sample has proven that it gives what the posterior gives, for two made-up examples.
     """
     posterior, few = experiment.posterior, example_inputs(experiment.manifest)
     if what not in get_args(What):
@@ -143,8 +143,6 @@ def plain_network(
         except NotImplementedError as error:
             rule, remedy = str(error), "Use --what samples"
             raise ConfigError(Fault("--what", what, rule, remedy, "what")) from error
-        finally:
-            posterior.check_()  # the module rests at its own weights again
         return PlainNetwork(experiment, [mean], has_std=False)
     test = experiment.test_samples
     total = num_samples or max(test["num_samples"], (sample or 0) + 1)

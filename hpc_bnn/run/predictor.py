@@ -155,7 +155,7 @@ class Predictor:
     def as_module(self, what: What, *, sample: int | None = None, num_samples: int | None = None) -> PlainNetwork:
         """Return a plain ``nn.Module`` with fixed weights, for inputs as `predict` takes them; it shares no memory. Local.
 
-        Each network of it has given what the posterior gives for two made-up examples. It can be copied, pickled, traced,
+        Each sample in it has given what the posterior gives for two made-up examples. It can be copied, pickled, traced,
         and given to ``torch.export``.
 
         Parameters
