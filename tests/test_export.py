@@ -72,6 +72,14 @@ class Fused(Net):
         return {"logits": self.last(self.first(self.encoder(a[:, None]).squeeze(1)))}
 
 
+class Windows(Net):
+    """As a Swin: attention in more than 4 dims."""
+
+    def forward(self, a):
+        q = self.first(a).view(-1, 1, 1, 2, 3)
+        return {"logits": self.last(nn.functional.scaled_dot_product_attention(q, -q, q.exp()).flatten(1))}
+
+
 def predictor_of(net="Net", target="classes", family="mean_field", named=False, dtype="float32", mean=3.0, **posterior):
     """Return a predictor whose weights nobody has trained, and inputs for it."""
     arrays = {"a": ArraySpec((4,), "float32")} | ({"ids": ArraySpec((3,), "int16")} if named else {})
@@ -424,6 +432,7 @@ def test_a_mask_is_no_weight(tmp_path):
         ({}, "samples"),
         ({"target": "numbers", "named": True}, "samples"),
         ({"target": "numbers", "mean": 1e6}, "mean"),
+        ({"net": "Windows"}, "samples"),
         ({"family": "mc_dropout"}, "samples"),
         ({"family": "ensemble", "target": "student_t"}, "samples"),
     ],

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import __version__
 from ..comm import GridComm
@@ -181,6 +182,9 @@ def _write_onnx(plain: PlainNetwork, example: dict[str, Tensor], path: Path) -> 
         with torch.no_grad():
             # Given the module itself, torch.onnx would turn what depends on the numbers of an input into a constant
             exported = torch.export.export(plain, (), inputs, dynamic_shapes=shapes)
+            if any(map(_is_wide_attention, exported.graph.nodes)):
+                with sdpa_kernel(SDPBackend.MATH):
+                    exported = exported.run_decompositions()
             program = torch.onnx.export(exported, dynamo=True, verbose=False, **names)
         assert program is not None, "dynamo=True returns one"
         for node in program.model.graph:  # a network may have a `mean` of its own
@@ -192,7 +196,13 @@ def _write_onnx(plain: PlainNetwork, example: dict[str, Tensor], path: Path) -> 
     except OSError:
         raise
     except Exception as error:  # of torch.export, of the translation, of onnx: each has errors of its own
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        rule = f"torch.onnx cannot write this network ({type(error).__name__}: {reason})"
+        cause = error.__cause__ or error
+        rule = f"torch.onnx cannot write this network ({type(cause).__name__}: {str(cause).strip()[:500]})"
         remedy = "Change what it names, or use predictor.as_module and an exporter of your own"
         raise ConfigError(Fault("model", type(plain.networks[0]).__name__, rule, remedy)) from error
+
+
+def _is_wide_attention(node: torch.fx.Node) -> bool:
+    """Whether it is attention of other than 4 dims, such as that of windows, which torch.onnx does not translate."""
+    is_attention = node.target is torch.ops.aten.scaled_dot_product_attention.default
+    return is_attention and isinstance(node.args[0], torch.fx.Node) and node.args[0].meta["val"].ndim != 4
