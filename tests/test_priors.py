@@ -79,12 +79,36 @@ def test_closed_form_kl_equals_quadrature_and_its_gradient_autograd(case):
         log_q = -0.5 * z * z - 0.5 * math.log(2 * math.pi) - q.scale[part].log()
         total += torch.trapezoid(density * (log_q - p.log_prob(w)), z.squeeze(1), dim=0).sum()
     kl = prior.kl_from_gaussian(loc, log_scale, log_scale.exp())
+    by_weight = prior.kl_by_weight(loc.detach()[4:], log_scale.detach().exp()[4:], slice(4, 36))
+    assert by_weight.shape == (32,)
+    rest = prior.kl_by_weight(loc.detach()[:4], log_scale.detach().exp()[:4], slice(0, 4)).sum()
+    assert (by_weight.sum() + rest).item() == pytest.approx(kl.item(), rel=1e-12)
     assert kl.item() == pytest.approx(total.item(), rel=1e-7)
     got = torch.zeros(36).double(), torch.zeros(36).double()
     with torch.no_grad():
         prior.add_kl_gradient_(*got, loc, log_scale.exp(), torch.tensor(0.25, dtype=torch.float64))
     for mine, expected in zip(got, torch.autograd.grad(0.25 * kl, [loc, log_scale])):
         torch.testing.assert_close(mine, expected, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("prior", "width", "log_prob"),
+    [
+        (ScaleMixturePrior(1.5, 0.1, 0.25), 0.1, PRIORS["mixture"][1].log_prob),
+        (StudentTPrior(3.0, 0.6), 0.6, PRIORS["student_t"][1].log_prob),
+    ],
+    ids=["mixture", "student_t"],
+)
+def test_a_kl_by_quadrature_has_the_error_that_it_states(prior, width, log_prob):
+    """Of weights from the narrow component to far in the tails, with scales of 0.003 to 10 widths of the prior."""
+    loc, scale = (
+        torch.cartesian_prod(torch.linspace(-2, 2, 9), torch.logspace(-2.5, 1, 15) * width).double().T.contiguous()
+    )
+    z = torch.linspace(-12, 12, 200_001, dtype=torch.float64)
+    log_q = -0.5 * z * z - 0.5 * math.log(2 * math.pi)
+    for mean, std, got in zip(loc, scale, prior.kl_by_weight(loc, scale, slice(None))):
+        expected = torch.trapezoid(log_q.exp() * (log_q - std.log() - log_prob(mean + std * z)), z)
+        assert abs(got - expected) < (0.01 if std > width else 1e-6), (mean, std, got, expected)
 
 
 def test_which_kl_is_visible():

@@ -53,6 +53,8 @@ class Network:
         [P] the memory in which a draw lies.
     notes, looks : list of str, bool
         What a user should know, for `say`; whether somebody is to look at the module before it is used.
+    output : str, int or callable, optional
+        Which tensor of what the module returns, as `Posterior` takes it.
     batches : bool, optional
         Whether several samples of a predictive at once give what one after another gives; None: nobody has tried.
     is_replayable : bool

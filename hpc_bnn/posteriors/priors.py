@@ -26,6 +26,9 @@ from .layout import FlatLayout
 Bindable = Any
 """A number, or a word in whose place `Prior.bind` puts a tensor [P]."""
 
+NUM_NODES = 64
+"""Of the quadrature of a KL without a closed form, for a check-up; training takes the samples of the step."""
+
 
 @dataclass(frozen=True)
 class Prior:
@@ -61,6 +64,51 @@ class Prior:
     def kl_from_gaussian(self, loc: Tensor, log_scale: Tensor, scale: Tensor) -> Tensor:
         """Return KL(N(loc, scale^2) || prior), summed over all weights (nats, 0-dim tensor)."""
         return self.cross_entropy(loc, scale) - gaussian_entropy(log_scale)
+
+    def kl_by_weight(self, loc: Tensor, scale: Tensor, span: slice) -> Tensor:
+        """Return KL(N(loc, scale^2) || prior) of each of the weights ``span`` of [P], [n] (nats). Local.
+
+        Without a closed form the expectation of -log prior is a sum over `NUM_NODES` equidistant nodes within 6 scales
+        (trapezoids). What of the prior is much narrower than q falls between them: at a tenth of the scale of q the error
+        is below 0.01 nats.
+
+        Parameters
+        ----------
+        loc, scale : Tensor
+            [n], float64, of these weights.
+        """
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        bound = {name: value[span, None].to(loc) for name, value in values.items() if torch.is_tensor(value)}
+        entropy = scale.log() + (_HALF_LOG_2PI + 0.5)
+
+        def of_each(method: str, *of_weights: Tensor) -> Tensor:  # the same formula as for all, one weight at a time
+            def of_one(tensors: dict[str, Tensor], *numbers: Tensor) -> Tensor:
+                prior = copy.copy(self)
+                for name, tensor in tensors.items():
+                    object.__setattr__(prior, name, tensor)
+                return getattr(prior, method)(*numbers)
+
+            return torch.vmap(of_one)(bound, *(numbers[:, None] for numbers in of_weights))
+
+        if self.closed_form:
+            return of_each("cross_entropy", loc, scale) - entropy
+        nodes, mean_log_prob = torch.linspace(-6, 6, NUM_NODES, dtype=torch.float64), torch.zeros_like(loc)
+        for node, share in zip(nodes.tolist(), (-0.5 * nodes.square()).softmax(0).tolist()):
+            mean_log_prob += share * of_each("log_prob", loc + node * scale)
+        return -mean_log_prob - entropy
+
+    def least_kl(self, like: Tensor) -> float:
+        """Return the least KL of a Gaussian around the prior's mean to the prior of the first weight (nats). Local.
+
+        It is 0 for a Gaussian prior, 0.048 for a Laplace. Of standard deviations 0.9 % apart; ``like`` has the device.
+        """
+        scale = torch.logspace(-4, 4, 2001, dtype=torch.float64, device=like.device)
+        first = copy.copy(self)
+        for field in dataclasses.fields(self):
+            if torch.is_tensor(value := getattr(self, field.name)):
+                object.__setattr__(first, field.name, value[0].to(scale).expand_as(scale))
+        mean = torch.zeros_like(scale) + getattr(first, "mean", 0.0)
+        return first.kl_by_weight(mean, scale, slice(None)).min().item()
 
     def add_kl_gradient_(
         self, loc_grad: Tensor, log_scale_grad: Tensor, loc: Tensor, scale: Tensor, weight: Tensor

@@ -114,6 +114,25 @@ class Family:
         """Return the mean of the weights, [P]."""
         raise NotImplementedError(f"{self.name} has no mean network")
 
+    def marginals(self, slots: Slots, span: slice) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation of the weights ``span`` of [P], [n] each (units of the weights)."""
+        raise NotImplementedError(f"a {self.name} states no standard deviation of its weights")
+
+    def kl_by_weight(self, slots: Slots, span: slice) -> Tensor | None:
+        """Return what the weights ``span`` of [P] add to the KL, [n] (nats, float64); None where that is not known.
+
+        ``span`` of the points where no weight is random; [rows, n] where the slots belong to samples.
+        """
+        return None
+
+    def coupling(self, slots: Slots) -> Tensor:
+        """Return by how much the KL is above the sum of `kl_by_weight` (nats, 0-dim): what the weights know of each other."""
+        return torch.zeros((), dtype=torch.float64)
+
+    def least_kl(self, slots: Slots) -> float | None:
+        """Return the least value that `kl_by_weight` has for a weight (nats), of a weight at the prior; None: there is none."""
+        return None
+
     def after_update_(self, grads: Slots, slots: Slots, samples: Sequence[int], draw: Draw, scalars: Scalars) -> None:
         """Change the slots once more after the update, for example by the noise of a chain.
 

@@ -42,3 +42,6 @@ class Ensemble(Family):
 
     def log_prior(self, weights):
         return -0.5 * self._precision * weights.square().sum(), None
+
+    def kl_by_weight(self, slots, span):
+        return 0.5 * self._precision * slots["members"][:, span].double().square()

@@ -54,6 +54,16 @@ class LowRank(MeanField):
         super().finish_(grads, slots, work, scalars)
         grads["factor"].mul_(work["scale"])
 
+    def marginals(self, slots, span):
+        loc, scale = super().marginals(slots, span)
+        return loc, scale * (1 + slots["factor"][:, span].square().sum(0)).sqrt()
+
+    def coupling(self, slots):
+        # The total correlation (Watanabe, 1960): the entropies of the weights, minus that of all together
+        factor = slots["factor"].double()
+        gram = factor @ factor.T
+        return 0.5 * (factor.square().sum(0).log1p().sum() - torch.logdet(gram + torch.eye(len(gram)).to(gram)))
+
     def kl_(self, grads, slots, work, scalars, cross_entropy):
         # By autograd: the entropy couples the weights (matrix determinant lemma), and the cross entropy to an independent
         # prior sees only the marginal standard deviations.

@@ -66,3 +66,13 @@ class MeanField(Family):
 
     def mean(self, slots):
         return slots["loc"]
+
+    def marginals(self, slots, span):
+        return slots["loc"][span], slots["log_scale"][span].exp()
+
+    def kl_by_weight(self, slots, span):
+        loc, scale = (numbers.double() for numbers in self.marginals(slots, span))
+        return self.prior.kl_by_weight(loc, scale, span)
+
+    def least_kl(self, slots):
+        return self.prior.least_kl(slots["loc"])

@@ -44,3 +44,6 @@ class Dropout(Point):
         if grads is not None:
             grads["points"].addcmul_(points, scalars.kl_weight * self._decay)
         return 0.5 * self._decay * torch.dot(points, points)
+
+    def kl_by_weight(self, slots, span):
+        return 0.5 * self._decay * slots["points"][span].double().square()
