@@ -338,6 +338,9 @@ class Config:
     test_every_epochs: int = _ruled(10, at_least(1, "Give a positive number"))
     """Evaluate after this number of epochs, and at the end, on the validation split, or on the test split where there is
     none; at the end always on the test split."""
+    check_up: bool = True
+    """Look at the posterior at the end of a run and with evaluate, for the report: KL and signal-to-noise ratio of each
+    tensor, and the metrics of the mean network, which take one more pass over the test split."""
     kl_weight: float = _ruled(1.0, at_least(0, "1 is Bayes", "0 or more and finite"))
     """Factor of the KL; 1 is Bayes, below 1 a cold posterior."""
     kl_annealing: KlAnnealingConfig = field(default_factory=KlAnnealingConfig)

@@ -1,6 +1,8 @@
 """``hpc-bnn report``: one page that needs nothing else."""
 
 import base64
+import copy
+import functools
 import json
 import shutil
 import subprocess
@@ -96,6 +98,32 @@ def test_a_run_of_classes(runs, capsys):
     assert page.row("tested with")[1].startswith("8 samples, ")
 
 
+def test_the_posterior_of_a_run(runs, tmp_path):
+    """The page shows what evaluation.json has, also in a run that was told not to look."""
+    evaluation = json.loads((runs / "digits0/evaluation.json").read_text())
+    posterior = evaluation["posterior"]
+    assert main(["report", str(runs / "digits0"), "--output", str(tmp_path / "page.html")]) == 0
+    page = check_page(tmp_path / "page.html")
+    assert {"Posterior", "Signal to noise"} <= set(page.titles)
+    accuracies = evaluation["metrics"]["accuracy"], posterior["mean_network"]["accuracy"]
+    lines = [row for row in page.rows if row[:1] == ["accuracy"]]
+    assert lines[1][1:] == [f"{value:.4g}" for value in accuracies]
+    title, columns = page.row("tensor"), posterior["tensors"]
+    for number, name in enumerate(columns["name"]):
+        line = dict(zip(title, page.row(name), strict=True))
+        assert line["weights"] == f"{columns['num_weights'][number]:,}"
+        assert line["KL (nats)"] == f"{columns['kl'][number]:.4g}"
+        assert line["median"] == f"{columns['snr_median'][number]:.4g}"
+    assert f"KL(q || prior) is {posterior['kl']:.6g} nats" in (tmp_path / "page.html").read_text()
+    shutil.copytree(runs / "digits0", tmp_path / "without")
+    assert main(["evaluate", str(tmp_path / "without"), "--check_up", "false", "--num_test_samples", "2"]) == 0
+    assert main(["report", str(tmp_path / "without")]) == 0
+    assert not {"Posterior", "Signal to noise"} & set(check_page(tmp_path / "without/report.html").titles)
+    sides = [str(tmp_path / "without"), str(runs / "numbers"), str(runs / "digits0")]
+    assert main(["report", *sides, "--output", str(tmp_path / "all.html")]) == 0
+    assert {"Posterior", "Signal to noise"} <= set(check_page(tmp_path / "all.html").titles)
+
+
 def test_runs_side_by_side(runs, tmp_path):
     names = [str(runs / name) for name in ("digits0", "digits1", "numbers", "stopped")]
     assert main(["report", *names, "--output", str(tmp_path / "all.html")]) == 0
@@ -173,6 +201,12 @@ def test_junk_in_the_files_of_a_run_ends_in_a_message_or_a_page(runs, tmp_path, 
             if n % 3 == 0 or name != "metrics.jsonl"
         ),
     ]
+    if name == "evaluation.json":
+        for part in (("posterior",), *(("posterior", column) for column in ("tensors", "snr", "mean_network"))):
+            for number, key in enumerate(functools.reduce(dict.get, part, tree)):
+                twin = copy.deepcopy(tree)
+                functools.reduce(dict.get, part, twin)[key] = VALUES[number % len(VALUES)]
+                junk.append(json.dumps(twin).encode())
     for spoilt in junk:
         path.write_bytes(spoilt)
         code = main(["report", str(directory)])

@@ -270,6 +270,7 @@ def _evaluate(options: jsonargparse.Namespace, given: set[str]) -> int:
     with experiment.watch:
         dataset = experiment.open(experiment.config.data.test_split)
         tested = experiment.evaluate(dataset, by, regions, references)
+        posterior = experiment.check_up(dataset)
         if options.ood_shards is not None:
             foreign = experiment.uncertainties(experiment.open(options.ood_split, options.ood_shards))
             ood = out_of_distribution_auroc(tested.evaluation.uncertainties, foreign)
@@ -277,7 +278,7 @@ def _evaluate(options: jsonargparse.Namespace, given: set[str]) -> int:
         if experiment.is_writer:
             print("\n".join(f"{name} {value:.6g}" for name, value in (tested.evaluation.metrics | ood).items()))
             foreign = f"{options.ood_shards}, {options.ood_split}" if ood else None
-            experiment.write_evaluation(path, tested, experiment.num_steps, options.which, ood, foreign)
+            experiment.write_evaluation(path, tested, experiment.num_steps, options.which, ood, foreign, posterior)
             print(path)
     return 0
 

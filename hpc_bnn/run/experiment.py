@@ -33,7 +33,7 @@ from ..likelihoods import Likelihood, build_likelihood
 from ..models import checkpoint_layers
 from ..objectives import build_objective
 from ..posteriors import Posterior, build_posterior
-from ..predictive import Evaluation, evaluate_dataset, find_groups, uncertainties_of_dataset
+from ..predictive import Evaluation, check_up, evaluate_dataset, find_groups, mean_network, uncertainties_of_dataset
 from ..safe_files import read_bytes, refuse_world_writable, write_atomically
 from ..training import KlAnnealing, build_optimizer
 from ..training.step import VariationalStep
@@ -226,6 +226,22 @@ class Experiment:
         )  # fmt: skip
         return TestResult(evaluation, shown)
 
+    def check_up(self, dataset: Source) -> dict[str, Any]:
+        """Return a `hpc_bnn.predictive.check_up`, with ``mean_network``: the metrics of the posterior mean on a data set.
+
+        It is empty where the config does not want it. The mean network takes one pass over the data set.
+        """
+        if not self.config.check_up:
+            return {}
+        found, mark, options = check_up(self.posterior, self.comm), lambda *_: self.watch.mark(), self.test_samples
+        try:
+            mean = mean_network(self.posterior)
+        except NotImplementedError as error:
+            return found | {"mean_network": {}, "notes": [*found["notes"], f"No mean network: {error}."]}
+        options |= {"num_samples": 1, "chunk_size": 1}
+        metrics = evaluate_dataset(mean, self.likelihood, self.comm, dataset, see=mark, **options).metrics
+        return found | {"mean_network": metrics}
+
     def check_classes(self, dataset: Source, rule: str) -> None:
         """Raise `DataError` where the classes of a data set are not the trained ones. Local."""
         mine, theirs = self.manifest.num_classes, dataset.manifest.num_classes
@@ -248,11 +264,12 @@ class Experiment:
         which: str = "newest",
         foreign: dict[str, float] | None = None,
         foreign_data: str | None = None,
+        posterior: dict[str, Any] | None = None,
     ) -> None:
         """Write an evaluation to a file. Local: the writer calls it.
 
         ``which`` checkpoint was tested, of ``num_steps`` steps; ``foreign`` are out-of-distribution metrics, of the shards
-        and split ``foreign_data``.
+        and split ``foreign_data``; ``posterior`` is a `check_up`.
         """
         data = self.config.data
         content = {
@@ -263,6 +280,7 @@ class Experiment:
             "num_steps": num_steps,
             "num_samples": self.config.num_test_samples,
             "data": {"shards": data.dataset or data.shards, "split": data.test_split, "foreign": foreign_data},
+            **({"posterior": posterior} if posterior else {}),
         }
         self.check_identity("evaluated")
         write_atomically(path, json.dumps(content, indent=1) + "\n")

@@ -234,6 +234,21 @@ def calibration_figure(runs: Sequence[RunRecord]) -> Figure | None:
     return figure
 
 
+def signal_to_noise_figure(runs: Sequence[RunRecord]) -> Figure | None:
+    """Draw histograms of the signal-to-noise ratio of the weights; None where no run has one."""
+    found = [run.posterior.get("snr", {}) for run in runs]
+    if not any(found):
+        return None
+    figure, (axes,) = _panels(["signal-to-noise ratio of the weights"])
+    for number, (run, snr) in enumerate(zip(runs, found)):
+        if snr:
+            shares = [count / sum(snr["counts"]) for count in snr["counts"]]
+            axes.stairs(shares, snr["log10_edges"], color=f"C{number}", label=run.label)
+    axes.set(xlabel="log10(|mu| / sigma)", ylabel="share of the weights", ylim=(0, None))
+    _legend(axes, runs)
+    return figure
+
+
 def channels_figure(runs: Sequence[RunRecord]) -> Figure | None:
     """Draw metrics of numbers by channel; None where there is one channel."""
     found = [run.evaluation.get("curves", {}).get("channels", {}) for run in runs]

@@ -40,6 +40,7 @@ CAPTIONS = {
     "Calibration": "Classes: accuracy against confidence, a bin's size by its examples; on the diagonal confidence is "
     "right. Numbers: histogram of the probability integral transform; flat is right, a hump says that intervals are too "
     "wide, a bowl too narrow, a slope that the mean is biased.",
+    "Signal to noise": "Share of the random weights by log10(|mu| / sigma); far to the left sigma says that the weight is not needed.",
     "Channels": "Metrics of numbers by channel, such as lead time.",
     "Time and communication": "Throughput of the job, and the share of an epoch that rank 0 spends in collectives, "
     "waiting included.",
@@ -48,6 +49,22 @@ CAPTIONS = {
 
 MAX_ROWS = 24
 """Channels and groups that are listed; more channels are drawn only."""
+
+MAX_TENSORS = 100
+"""Weight tensors that are listed; evaluation.json has all."""
+
+COLUMNS = {
+    "name": ("tensor", ""),
+    "num_weights": ("weights", ","),
+    "rms": ("RMS of mu", ".4g"),
+    "kl": ("KL (nats)", ".4g"),
+    "kl_per_weight": ("per weight", ".4g"),
+    "at_prior": ("at the prior", ".1%"),
+    "snr_05": ("|mu|/sigma 5 %", ".4g"),
+    "snr_median": ("median", ".4g"),
+    "snr_95": ("95 %", ".4g"),
+}
+"""Of the table of weight tensors: titles and forms of the columns of evaluation.json."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +95,11 @@ class RunRecord:
         pictures = {path.stem: read_bytes(path, "the picture") or b"" for path in sorted(directory.glob("plots/*.png"))}
         rows = [row for row in plots.read_rows(directory / plots.ROWS_FILE)[0] if {"epoch", "step"} <= row.keys()]
         return cls(label, config, rows, summary, evaluation, pictures)
+
+    @property
+    def posterior(self) -> dict[str, Any]:
+        """The check-up of the evaluated state; empty where there was none."""
+        return self.evaluation.get("posterior", {})
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -147,6 +169,7 @@ def _page(records: list[RunRecord]) -> str:
         facts=_fact_table(records),
         differences=_differences(records),
         tables=_tables(records),
+        posteriors=[_posterior(record) for record in records if record.posterior],
         figures=_figures(records),
         examples=[
             (r.label, _data_url("png", r.pictures["uncertainty"])) for r in records if "uncertainty" in r.pictures
@@ -267,6 +290,22 @@ def _tables(records: list[RunRecord]) -> dict[str, list[tuple[str, list[list[str
     return found
 
 
+def _posterior(record: RunRecord) -> tuple[str, list[list[list[str]]], list[str]]:
+    """Return label, tables with a line of titles each, and sentences about the posterior of a run."""
+    found, tested = record.posterior, record.evaluation
+    mean = [[n, _number(record.metrics.get(n)), _number(value)] for n, value in found["mean_network"].items()]
+    columns = {name: values for name, values in found["tensors"].items() if any(value is not None for value in values)}
+    lines = list(zip(*(columns[name] for name in COLUMNS if name in columns), strict=True))
+    tensors = [[COLUMNS[name][0] for name in COLUMNS if name in columns]]
+    for line in lines[:MAX_TENSORS]:
+        forms = [form for name, (_, form) in COLUMNS.items() if name in columns]
+        tensors.append(["–" if value is None else format(value, form) for value, form in zip(line, forms)])
+    state = f"{found['family']}, the {tested['checkpoint']} checkpoint (step {tested['num_steps']})."
+    more = [f"evaluation.json has {len(lines) - MAX_TENSORS} tensors more."] if len(lines) > MAX_TENSORS else []
+    tables = [[["", "predictive", "mean network"], *mean]] if mean else []
+    return record.label, [*tables, tensors], [state, *found["notes"], *more]
+
+
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.4g}"
 
@@ -284,7 +323,7 @@ def _figures(records: list[RunRecord]) -> list[tuple[str, str, str]]:
         if title in plots.ROWS:
             figure = plots.rows_figure(records, plots.ROWS[title])
         else:
-            figure = (plots.calibration_figure if title == "Calibration" else plots.channels_figure)(records)
+            figure = getattr(plots, f"{title.lower().replace(' ', '_')}_figure")(records)
         if figure is not None:
             buffer = io.BytesIO()
             figure.savefig(buffer, format="svg", metadata={"Date": None, "Title": html.escape(title)})

@@ -137,10 +137,15 @@ class Run(Experiment):
                     self._directory.append_row(row)  # once more, because its epoch did not come to its end
         examples = tested.shown.gather()
         summary = self._summary(row)
+        path, num_steps = self.run_dir / "evaluation.json", self.step.num_steps
         with self.comm.agree(f"writing {self.run_dir}"):
             if self.is_writer:
-                self.write_evaluation(self.run_dir / "evaluation.json", tested, self.step.num_steps)
+                self.write_evaluation(path, tested, num_steps)
                 self._directory.write("summary.json", json.dumps(summary, indent=1) + "\n")
+        if posterior := self.check_up(self.test_set):  # once the results of the run are safe
+            with self.comm.agree(f"writing {self.run_dir}"):
+                if self.is_writer:
+                    self.write_evaluation(path, tested, num_steps, posterior=posterior)
         return summary, examples
 
     def _train_epochs(self) -> tuple[dict[str, Any], TestResult | None]:
