@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from .posteriors.constructors import DeepEnsemble, DeterministicNetwork, LowRankGaussian, MCDropout
     from .posteriors.priors import GaussianPrior, LaplacePrior, ScaleMixturePrior, StudentTPrior
     from .predictive import evaluate_dataset, predict_classes, predict_dataset, predict_values
+    from .run.inference_data import to_arviz
     from .run.predictor import Predictor, load
     from .training import KlAnnealing, OverlappingOptimizer, ShardedOptimizer, VariationalStep
 else:
@@ -60,7 +61,7 @@ else:
             "objectives": "Crps Energy Gathered LogPredictive MomentMatched NegativeElbo",
             "posteriors": "DeepEnsemble DeterministicNetwork Family GaussianPrior LaplacePrior LowRankGaussian MCDropout "
             "MeanFieldGaussian Posterior ScaleMixturePrior StudentTPrior",
-            "run": "Predictor load",
+            "run": "Predictor load to_arviz",
             "predictive": "evaluate_dataset predict_classes predict_dataset predict_values",
             "training": "KlAnnealing OverlappingOptimizer ShardedOptimizer VariationalStep",
         },

@@ -76,6 +76,7 @@ def predict_dataset(
     *,
     num_samples: int,
     keep_members: bool = False,
+    keep_log_probs: bool = False,
     with_targets: bool = True,
     examples: Tensor | None = None,
     **options: Any,
@@ -83,7 +84,7 @@ def predict_dataset(
     """Yield the predictive of a data set in blocks of bounded size: each data group takes its range of the examples.
 
     Collective over ``sample_comm``; data groups may have different numbers of blocks. Each block is one pass over
-    the samples. ``examples`` [n] are those to predict, all by default. ``**options`` are ``seed``, ``batch_size`` and
+    the samples. ``examples`` [n] are those to predict, all by default; ``keep_log_probs`` is for numbers. ``**options`` are ``seed``, ``batch_size`` and
     ``chunk_size`` of `predict_classes`.
     """
     wanted = torch.arange(len(dataset)) if examples is None else examples
@@ -95,6 +96,7 @@ def predict_dataset(
         if is_of_classes(likelihood):
             predictive = predict_classes(posterior, likelihood, comm, x, **options)
         else:
+            options["keep_log_probs"] = keep_log_probs
             predictive = predict_values(posterior, likelihood, comm, x, y if with_targets else None, **options)
             if dataset.target_scale:
                 predictive = predictive.in_units(*dataset.target_scale)

@@ -64,6 +64,8 @@ class ValuePredictive:
     """The samples' distributions of each target, where they were asked for and the likelihood has them."""
     members: Tensor | None = None
     """[B, K, T, ...] mean of each sample, where they were asked for."""
+    log_probs: Tensor | None = None
+    """[B, K] log p(y | x, w_s) of each sample (nats), where they were asked for, y was given and has a density."""
 
     @property
     def variance(self) -> Tensor:
@@ -77,9 +79,11 @@ class ValuePredictive:
         """
         mean, std = (torch.as_tensor(number).to(self.mean) for number in (mean, std))
         mean, std = (t.view((1,) * (self.mean.ndim - t.ndim) + t.shape) for t in (mean, std))
-        square, log_prob = std.square(), self.log_prob
-        if log_prob is not None:  # expanded, it takes no memory
-            log_prob = log_prob - std.log().expand(self.mean.shape).sum(tuple(range(1, self.mean.ndim)))
+        square, log_prob, log_probs = std.square(), self.log_prob, self.log_probs
+        # Of an example, [B]; expanded, it takes no memory
+        log_std = std.log().expand(self.mean.shape).sum(tuple(range(1, self.mean.ndim)))
+        if log_prob is not None:
+            log_prob = log_prob - log_std
         return ValuePredictive(
             self.mean * std + mean,
             self.aleatoric_variance * square,
@@ -87,6 +91,7 @@ class ValuePredictive:
             log_prob,
             self.mixture and self.mixture.in_units(mean, std),
             None if self.members is None else self.members * std[:, None] + mean[:, None],
+            None if log_probs is None else log_probs - log_std[:, None],
         )
 
 
@@ -187,11 +192,12 @@ def predict_values(
     batch_size: int = 1024,
     chunk_size: int = 1,
     keep_members: bool = False,
+    keep_log_probs: bool = False,
 ) -> ValuePredictive:
     """Return the predictive of this rank's examples over the samples of all ranks of its sample group.
 
     Collective over ``sample_comm``: two sums, of 2 and 1 numbers per target; with targets y a maximum and a sum of
-    B numbers more; a gather of the outputs of all samples to keep the members.
+    B numbers more; a gather of the outputs of all samples to keep the members, of [K, B] to keep the log-densities.
 
     Parameters
     ----------
@@ -201,21 +207,27 @@ def predict_values(
         As for `predict_classes`.
     keep_members : bool
         Whether the distribution of each sample is kept as well: for quantiles, PIT and CRPS.
+    keep_log_probs : bool
+        Whether the log-density of each sample is kept as well.
     """
     moments, density = Moments(num_samples), LogMeanExp(num_samples)
-    kept = []
+    kept, log_probs = [], []
     for samples, members in member_outputs(posterior, comm, x, num_samples, seed, batch_size, chunk_size):
         form, outputs = (len(samples), num_rows(x)), members.flatten(0, 1)
         mean_and_variance = torch.stack([likelihood.mean(outputs), likelihood.variance(outputs)], dim=1)
         moments.add(mean_and_variance.unflatten(0, form))
         if y is not None and likelihood.has_density:
             targets = y.expand(len(samples), *y.shape).flatten(0, 1)
-            density.add(likelihood.log_prob(outputs, targets).unflatten(0, form))
+            log_prob = likelihood.log_prob(outputs, targets).unflatten(0, form)
+            density.add(log_prob)
+            log_probs += [log_prob] if keep_log_probs else []
         kept += [members] if keep_members else []
     moments.exchange(comm)
     density.exchange(comm)
     assert moments.mean is not None, "each rank of a sample group adds one chunk or more"
     predictive = ValuePredictive(moments.mean, moments.aleatoric, moments.epistemic, density.log_mean)
+    if log_probs:
+        predictive = replace(predictive, log_probs=comm.gather(torch.cat(log_probs), "sample").T)
     if not keep_members:
         return predictive
     outputs = comm.gather(torch.cat(kept), "sample")  # [K, B, ...]

@@ -8,6 +8,7 @@ __getattr__, __dir__, __all__ = door(
         "calibrate": "calibrate_run read_calibration",
         "checkpoint": "CheckpointStore",
         "experiment": "Experiment check_same_start connect_grid read_or_prepare",
+        "inference_data": "to_arviz",
         "export": "predict_run verify_predictions",
         "plots": "write_plots",
         "plotted_examples": "shown_examples",

@@ -116,7 +116,7 @@ def predict_run(
             f"calibration_{name}": getattr(calibration, name) for name in ("method", "level", "num_examples")
         }
         attributes |= {} if calibration.temperature is None else {"temperature": calibration.temperature}
-    rows = _rows(experiment, quantiles, with_members, with_truth, calibrated)
+    rows = dims_of_rows(experiment, quantiles, with_members, with_truth, calibrated)
     with comm.agree(f"reading the coordinates of {split}"):
         beside = dataset.coordinates(range(len(dataset))) if comm.grid.is_first("world") else {}
     beside = {name: ((_EXAMPLE,), values) for name, values in beside.items()} | _lead_times(experiment, rows)
@@ -162,7 +162,7 @@ def is_there(path: Path) -> ConfigError:
     return ConfigError(Fault("--output", path, "it is there already", "Remove it, or name another"))
 
 
-class _Dim(NamedTuple):
+class Dim(NamedTuple):
     """A dimension of the datasets: its name, and what stands for its places, in some units."""
 
     name: str
@@ -176,7 +176,7 @@ Beside = dict[str, tuple[tuple[str, ...], np.ndarray]]
 """Coordinates that are no dims, by name: their dims, and their values."""
 
 
-def _lead_times(experiment: Experiment, rows: dict[str, tuple[_Dim, ...]]) -> Beside:
+def _lead_times(experiment: Experiment, rows: dict[str, tuple[Dim, ...]]) -> Beside:
     """Return from which time to which the predictions reach (seconds): of all, or of each channel."""
     seconds = np.array(experiment.manifest.details.get("lead_seconds", ()), np.float64)
     dims = {dim.name: len(dim.values) for of_row in rows.values() for dim in of_row}
@@ -185,16 +185,16 @@ def _lead_times(experiment: Experiment, rows: dict[str, tuple[_Dim, ...]]) -> Be
     return {"lead_time": (("channel",) * seconds.ndim, seconds)}
 
 
-def _rows(
+def dims_of_rows(
     experiment: Experiment, quantiles: Sequence[float], with_members: bool, with_truth: bool, calibrated: bool
-) -> dict[str, tuple[_Dim, ...]]:
-    """Return the dimensions of a row of each dataset."""
+) -> dict[str, tuple[Dim, ...]]:
+    """Return the dimensions of a row of each dataset of `predict_run`. Local."""
     likelihood, rows = experiment.likelihood, {}
     if likelihood.num_classes is not None:
         classes = experiment.manifest.details.get("classes", [])
         named = classes if len(classes) == likelihood.num_classes else range(likelihood.num_classes)
         truth = _dims_of_places(experiment)
-        one = (_Dim("category", named), *truth)
+        one = (Dim("category", named), *truth)
         rows |= {"probabilities": one, "std": one} | dict.fromkeys(("class", "entropy", "mutual_information"), truth)
     else:
         one = truth = _dims_of_targets(experiment)
@@ -202,32 +202,32 @@ def _rows(
     if calibrated:
         rows |= dict.fromkeys(("lower", "upper") if "mean" in rows else ("calibrated_probabilities", "in_set"), one)
     if quantiles:
-        rows["quantiles"] = (_Dim("quantile", quantiles), *one)
+        rows["quantiles"] = (Dim("quantile", quantiles), *one)
     if with_members:
-        rows["members"] = (_Dim("member", range(experiment.config.num_test_samples)), *one)
+        rows["members"] = (Dim("member", range(experiment.config.num_test_samples)), *one)
     return rows | ({"y": truth} if with_truth else {})
 
 
-def _dims_of_targets(experiment: Experiment) -> tuple[_Dim, ...]:
+def _dims_of_targets(experiment: Experiment) -> tuple[Dim, ...]:
     """Return the dimensions of a target, with the coordinates that the preparation has noted."""
     spec = experiment.manifest.arrays["y"]
     first = experiment.likelihood.num_targets
     is_named = len(spec.channels) == first
-    channels = _Dim("channel", spec.channels) if is_named else _Dim("target", range(first))
+    channels = Dim("channel", spec.channels) if is_named else Dim("target", range(first))
     return channels, *_dims_of_places(experiment)
 
 
-def _dims_of_places(experiment: Experiment) -> tuple[_Dim, ...]:
+def _dims_of_places(experiment: Experiment) -> tuple[Dim, ...]:
     """Return the dimensions of the points of a target, with the coordinates that the preparation has noted."""
     others, details = list(experiment.manifest.places), experiment.manifest.details
     latitudes, longitudes = details.get("latitudes", ()), details.get("longitudes", ())
     if others and others == [len(latitudes), len(longitudes)]:
-        return _Dim("latitude", latitudes, "degrees_north"), _Dim("longitude", longitudes, "degrees_east")
+        return Dim("latitude", latitudes, "degrees_north"), Dim("longitude", longitudes, "degrees_east")
     if others and others == [details.get("horizon")]:
         seconds = details.get("step_seconds")
         steps = [step * (seconds or 1) for step in range(1, others[0] + 1)]
-        return (_Dim("horizon", steps, "seconds" if seconds else "steps"),)
-    return tuple(_Dim(f"dim_{place}", range(extent)) for place, extent in enumerate(others, 1))
+        return (Dim("horizon", steps, "seconds" if seconds else "steps"),)
+    return tuple(Dim(f"dim_{place}", range(extent)) for place, extent in enumerate(others, 1))
 
 
 def check_levels(quantiles: Sequence[float], likelihood: Likelihood, flag: str) -> Sequence[float]:
@@ -287,7 +287,7 @@ class _Output:
         path: Path,
         comm: GridComm,
         num_rows: int,
-        rows: dict[str, tuple[_Dim, ...]],
+        rows: dict[str, tuple[Dim, ...]],
         beside: Beside,
         dtype: type,
         attributes: dict[str, object],
@@ -346,7 +346,7 @@ class _Output:
         scales: dict[str, h5py.Dataset] = {}
         datasets: Any = file
         for name, row in self._dims.items():
-            for place, dim in enumerate((_Dim(_EXAMPLE, range(self.num_rows)), *row)):
+            for place, dim in enumerate((Dim(_EXAMPLE, range(self.num_rows)), *row)):
                 if dim.name not in scales:
                     is_text = any(isinstance(value, str) for value in dim.values)
                     values = [str(value) if is_text else value for value in dim.values]

@@ -18,7 +18,7 @@ from ..data import Source
 from ..data.manifest import ArraySpec, inputs_of
 from ..errors import ConfigError, Fault
 from ..grid import Grid
-from ..predictive import predict_dataset
+from ..predictive import check_up, predict_dataset
 from .calibrate import read_calibration
 from .experiment import Experiment, read_config
 from .export import check_levels, columns_of, needs_members
@@ -78,10 +78,12 @@ class Predictor:
         Of the run, and of its training data: shapes, names of channels, statistics.
     num_steps : int
         Steps of the checkpoint.
+    experiment : hpc_bnn.run.Experiment
+        What it is made of.
     """
 
     def __init__(self, experiment: Experiment):
-        self._experiment = experiment
+        self.experiment = experiment
         self.posterior, self.likelihood = experiment.posterior, experiment.likelihood
         self.config, self.manifest, self.num_steps = experiment.config, experiment.manifest, experiment.num_steps
 
@@ -131,14 +133,10 @@ class Predictor:
         DataError
             The calibration cannot be read.
         """
-        experiment = self._experiment
+        experiment = self.experiment
         quantiles = check_levels(quantiles, self.likelihood, "quantiles")
-        source = _Examples(experiment, x)
-        options: dict[str, Any] = experiment.test_samples | {"batch_size": batch_size}
-        if num_samples is not None:
-            options["num_samples"] = num_samples
-        if options["num_samples"] < 1:
-            raise ConfigError(Fault("num_samples", num_samples, "must be 1 or more", "Leave it out"))
+        source = self.source(x)
+        options: dict[str, Any] = samples_of(experiment, num_samples) | {"batch_size": batch_size}
         calibration = read_calibration(experiment, options["num_samples"]) if calibrated else None
         blocks = predict_dataset(
             self.posterior, self.likelihood, experiment.comm, source,
@@ -178,7 +176,7 @@ class Predictor:
         ConfigError
             The posterior has no mean network or no such sample, or the network drops where its masks cannot be kept.
         """
-        return plain_network(self._experiment, what, sample=sample, num_samples=num_samples)
+        return plain_network(self.experiment, what, sample=sample, num_samples=num_samples)
 
     def export(
         self,
@@ -207,24 +205,46 @@ class Predictor:
         DataError
             The file cannot be written, or the calibration of the run cannot be read.
         """
-        return export_model(self._experiment, output, what=what, sample=sample, num_samples=num_samples)
+        return export_model(self.experiment, output, what=what, sample=sample, num_samples=num_samples)
+
+    def source(self, x: Arrays | Mapping[str, Arrays], y: Arrays | None = None) -> Source:
+        """Return examples of the user, as they are in the shards, as the network sees them; `ConfigError` as for `predict`."""
+        return _Examples(self.experiment, x, y)
+
+    def check_up(self) -> dict[str, Any]:
+        """Return `hpc_bnn.predictive.check_up` of the checkpoint: KL, signal-to-noise ratio and more of each tensor.
+
+        ``pandas.DataFrame(found["tensors"])`` shows them as a table. RUN_DIR/evaluation.json also has the mean network.
+        """
+        return check_up(self.posterior, self.experiment.comm)
+
+
+def samples_of(experiment: Experiment, num_samples: int | None) -> dict[str, Any]:
+    """Return `Experiment.test_samples` with another number, where there is one; `ConfigError` where it is below 1. Local."""
+    options = experiment.test_samples
+    options["num_samples"] = options["num_samples"] if num_samples is None else num_samples
+    if options["num_samples"] < 1:
+        raise ConfigError(Fault("num_samples", num_samples, "must be 1 or more", "Leave it out"))
+    return options
 
 
 class _Examples(Source):
-    """Inputs of the user in memory, normalised as those of the training; their targets do not exist."""
+    """Examples of the user in memory, normalised as those of the training; without y their targets do not exist."""
 
-    def __init__(self, experiment: Experiment, x: Arrays | Mapping[str, Arrays]):
+    def __init__(self, experiment: Experiment, x: Arrays | Mapping[str, Arrays], y: Arrays | None = None):
         self.manifest, self._scaling = experiment.manifest, experiment.manifest
         self.on(experiment.comm.device, experiment.dtype)
-        specs = {name: spec for name, spec in self.manifest.arrays.items() if name != "y"}
+        specs = dict(self.manifest.arrays)
+        target = specs.pop("y")
         named = dict(x) if isinstance(x, Mapping) else {"x": x}
         if named.keys() != specs.keys():
             rule = f"the network has the inputs {', '.join(specs)}"
             raise ConfigError(Fault("x", ", ".join(map(str, named)), rule, "Give a dict with an array for each"))
         self._arrays = {name: _as_stored(name, named[name], spec) for name, spec in specs.items()}
+        self._arrays |= {} if y is None else {"y": _as_stored("y", y, target)}
         lengths = {len(array) for array in self._arrays.values()}
         if len(lengths) != 1 or 0 in lengths:
-            rule = "all inputs need as many examples, one or more, along their first dim"
+            rule = "all arrays need as many examples, one or more, along their first dim"
             raise ConfigError(Fault("x", sorted(lengths), rule, "Look at the shapes"))
         self._length = lengths.pop()
         self._normalise = experiment.normalisation
@@ -237,7 +257,10 @@ class _Examples(Source):
 
     def deliver(self, content: dict[str, Tensor]) -> tuple[Any, Tensor]:
         found = self._normalise({name: values.to(self.device) for name, values in content.items()})
-        return inputs_of(found), torch.empty(0, device=self.device)
+        return inputs_of(found), found.get("y", torch.empty(0, device=self.device))
+
+    def in_units(self, y: Tensor) -> Tensor:
+        return y if self.target_scale is None else y * self.target_scale[1] + self.target_scale[0]
 
     @property
     def target_scale(self) -> tuple[Tensor, Tensor] | None:

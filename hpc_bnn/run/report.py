@@ -208,9 +208,9 @@ def _metric_table(records: list[RunRecord]) -> list[Line]:
 def _best(name: str, values: list[float | None]) -> frozenset[int]:
     """Return the runs whose value is best, where there are several to choose from."""
     found = {i: v for i, v in enumerate(values) if v is not None and math.isfinite(v)}
-    if len(set(found.values())) < 2 or name in NO_BEST:
+    if len(set(found.values())) < 2 or name in NO_BEST or name.startswith(("persistence/", "climatology/")):
         return frozenset()
-    ideal = 1.0 if name.startswith("ood_auroc/") else IDEALS.get(name)
+    ideal = 1.0 if name.startswith("ood_auroc/") or "_skill/" in name else IDEALS.get(name)
     distance = {i: v if ideal is None else abs(v - ideal) for i, v in found.items()}
     return frozenset(i for i, value in distance.items() if value == min(distance.values()))
 
