@@ -1,7 +1,7 @@
 """The predictive of the whole ensemble, and its metrics."""
 
 from .calibration import INTERVALS, SETS, TEMPERATURES, Calibration, calibrate_dataset
-from .check_up import check_up, mean_network
+from .checked_weights import check_up, mean_network
 from .evaluation import (
     Block,
     Evaluation,
