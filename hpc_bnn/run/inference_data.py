@@ -10,8 +10,7 @@ import numpy as np
 
 from .. import __version__
 from ..errors import ConfigError, Fault
-from ..predictive import ClassPredictive, predict_dataset
-from ..predictive.calibration import log_of
+from ..predictive import ClassPredictive, log_of, predict_dataset
 from .export import dims_of_rows
 from .predictor import Arrays, Predictor, load, samples_of
 
