@@ -5,8 +5,8 @@ import sys
 
 import numpy as np
 import pytest
+from conftest import stored
 from scipy.special import logsumexp
-from test_predict import digits_run, numbers, numbers_run, stored  # noqa: F401
 
 import hpc_bnn
 from hpc_bnn import write_shards
@@ -20,7 +20,7 @@ def arviz():
 
 
 @pytest.fixture
-def run(request, digits, numbers):  # noqa: F811
+def run(request, digits, numbers):
     """A run of classes or of numbers, and its shards."""
     return request.getfixturevalue(f"{request.param}_run"), {"digits": digits, "numbers": numbers / "here"}[
         request.param

@@ -229,9 +229,13 @@ def test_a_job_that_lost_a_rank_comes_back_by_itself(cluster, jobs):
         time.sleep(0.05)
     os.kill(rank_processes(cluster, job)[-1], signal.SIGKILL)
     assert cluster.ended(job) == ("COMPLETED", "0:0", "1"), cluster.output(job)
-    assert re.search(r"failed with status \d+ after the checkpoint step-\d+.json in .*requeue 1 of", cluster.output(job))
+    assert re.search(
+        r"failed with status \d+ after the checkpoint step-\d+.json in .*requeue 1 of", cluster.output(job)
+    )
     assert cluster.ended(jobs["whole"]) == ("COMPLETED", "0:0", "0"), cluster.output(jobs["whole"])
-    (_, metrics, model), (_, expected, whole) = (final_state(cluster.work / "runs" / jobs[n]) for n in ("lost", "whole"))
+    (_, metrics, model), (_, expected, whole) = (
+        final_state(cluster.work / "runs" / jobs[n]) for n in ("lost", "whole")
+    )
     assert metrics == expected and all(torch.equal(value, whole[name]) for name, value in model.items())
 
 
