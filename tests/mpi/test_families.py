@@ -227,7 +227,7 @@ def test_chains_of_a_linear_regression_have_their_moments(comm):
     chains = Posterior(net, Sgld(n), samples=comm.grid.local_samples(num_chains))
     step = VariationalStep(
         chains, Gaussian(1, scale=0.5), torch.optim.SGD(chains.parameters(), lr=lr), comm,
-        num_samples=num_chains, num_train_examples=n, seed=4, chunk_size=num_chains,
+        num_samples=num_chains, num_train_examples=n, seed=4, chunk_size=num_chains, batching="vmap",
     )  # fmt: skip
     precision = torch.eye(p).double() + x.T @ x / 0.5**2
     covariance = torch.linalg.inv(precision @ (torch.eye(p).double() - lr * precision / (2 * n)))
