@@ -19,6 +19,10 @@ name                data term                                                   
 ==================  =====================================================================  ===================
 
 in floats of this rank, for B local examples of T targets.
+
+Targets that are missing (`Likelihood.present`) add nothing. The ELBO, the log predictive and the moment-matched Gaussian sum
+over the targets that are present. The CRPS stays a sum over T targets divided by T, so that a target counts the same in every
+example; the energy score is that of the targets that are present, jointly.
 """
 
 from __future__ import annotations
@@ -56,6 +60,8 @@ class Coupling:
         self.y, self.samples, self.num_samples = y, samples, num_samples
         self.counts_group = samples.start == 0
         """True on the one rank of a sample group that adds group-wide values."""
+        self.present: Tensor | None = None
+        """Like y, which targets are not missing, where some may be (`Likelihood.present`); the step sets it."""
 
     def see(self, samples: Sequence[int], statistic: Tensor) -> None:
         """Take in the statistic [c, B, ...] of some samples, without gradient. Local."""
@@ -201,6 +207,7 @@ class MomentMatched(Objective):
 
     def statistic(self, likelihood: Likelihood, outputs: Tensor, y: Tensor) -> Tensor:
         """Return mean and variance of each target, [n, 2, num_targets, ...]."""
+        outputs, y, _ = likelihood.only_present(outputs, y)
         mean = likelihood.mean(outputs)
         likelihood.targets(y, mean)  # the same shape
         return torch.stack([mean, likelihood.variance(outputs)], dim=1)
@@ -218,6 +225,8 @@ class _MomentMatchedCoupling(_Reduced):
         mean = self._over_samples.mean
         if mean is not None:
             self._mean, self._error = mean, mean - self.y.view_as(mean).to(mean)
+            if self.present is not None:  # the statistic lets no gradient through there
+                self._error = torch.where(self.present.view_as(mean), self._error, 0)
 
     def gradient(self, samples: Sequence[int], statistic: Tensor) -> Tensor:
         total = self._over_samples.total
@@ -230,7 +239,10 @@ class _MomentMatchedCoupling(_Reduced):
         if self._over_samples.mean is None or not self.counts_group:
             return self.y.new_zeros(())
         total = self._over_samples.total
-        return 0.5 * (torch.log(2 * math.pi * total) + self._error.square() / total).sum()
+        per_target = torch.log(2 * math.pi * total) + self._error.square() / total
+        if self.present is not None:
+            per_target = torch.where(self.present.view_as(per_target), per_target, 0)
+        return 0.5 * per_target.sum()
 
 
 # --- objectives of all members -------------------------------------------------------------------------
@@ -251,7 +263,7 @@ class Gathered(Objective):
     function : callable
         ``function(statistics, y) -> loss``: statistics [K, B, ...] of all samples and targets y of the examples (in
         shape and dtype of the predictions where those are the statistic) to losses [B]; differentiable by
-        autograd and free of randomness.
+        autograd and free of randomness. A missing target is 0 in y and in all predictions: differences add nothing.
     of : {"mean", "log_prob"} or callable
         The statistic: predictions, log-likelihoods, or a function ``(likelihood, outputs [n, ...],
         y [n, ...]) -> [n, ...]``.
@@ -272,7 +284,9 @@ class Gathered(Objective):
 
     def statistic(self, likelihood: Likelihood, outputs: Tensor, y: Tensor) -> Tensor:
         if self.of == "mean":
+            outputs, y, present = likelihood.only_present(outputs, y)
             mean = likelihood.mean(outputs)
+            mean = mean if present is None else torch.where(present, mean, 0)
             likelihood.targets(y, mean)  # the same shape
             return mean
         if self.of == "log_prob":
@@ -318,6 +332,7 @@ class _Members(Coupling):
         members = comm.gather(own, "sample")
         y = self.y
         if self.objective.of == "mean":  # [B] becomes [B, 1]: a difference never broadcasts
+            y = y if self.present is None else torch.where(self.present, y, 0)
             y = y.view(members.shape[1:]).to(members.dtype)
         mine = slice(self.samples.start, self.samples.stop)
         self._part, self._gradient = self.objective.evaluate(members, y, mine)

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -42,6 +43,8 @@ from .posteriors.families import Slots
 from .training.step import VariationalStep
 
 NUM_EXAMPLES, NUM_INPUTS, SEED = 13, 6, 5
+LACKING = [10, 11, 12]
+"""Examples without a target, where targets may be missing."""
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 
@@ -162,16 +165,28 @@ def make_step(
 
 
 def make_examples(likelihood: Likelihood, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return inputs [13, 6] and targets [13, ...] that go with a likelihood. Local."""
+    """Return inputs [13, 6] and targets [13, ...] that go with a likelihood. Local.
+
+    Where it takes missing targets, some are: all of the last three examples, which one of four data groups has alone.
+    """
     generator = Key(SEED, Stream.DATA_ORDER).generator()
     x = torch.randn(NUM_EXAMPLES, NUM_INPUTS, generator=generator, dtype=torch.float64)
     if isinstance(likelihood, Categorical):
-        return x.to(dtype), torch.randint(0, likelihood.num_outputs, (NUM_EXAMPLES,), generator=generator)
+        y = torch.randint(0, likelihood.num_outputs, (NUM_EXAMPLES,), generator=generator)
+        if likelihood.ignore_index is not None:
+            y[[0, 4, *LACKING]] = likelihood.ignore_index
+        return x.to(dtype), y
     shape = (NUM_EXAMPLES, likelihood.num_targets)
     if isinstance(likelihood, (Bernoulli, Poisson)):
         top = 2 if isinstance(likelihood, Bernoulli) else 5
-        return x.to(dtype), torch.randint(0, top, shape, generator=generator)
-    return x.to(dtype), torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+        y = torch.randint(0, top, shape, generator=generator)
+    else:
+        y = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    if likelihood.missing_targets:
+        y = y.to(dtype)
+        y[[0, 4, 5], [0, -1, 0]] = math.nan
+        y[LACKING] = math.nan
+    return x.to(dtype), y
 
 
 def differentiate(step: VariationalStep, reference: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Slots:

@@ -9,6 +9,7 @@ A network has its outputs on dim 1: [B, num_outputs] or, for fields, [B, num_out
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, DataError, Fault, at_least
@@ -16,7 +17,16 @@ from .mixtures import Mixture
 
 
 class Likelihood:
-    """Base class of all likelihoods."""
+    """Base class of all likelihoods.
+
+    Parameters
+    ----------
+    num_targets : int
+        Extent of dim 1 of the targets.
+    missing_targets : bool
+        Whether NaN stands for a target that is missing. It adds nothing: `log_prob` sums over the targets that are present.
+        Without it NaN is an error.
+    """
 
     num_targets: int
     """Extent of dim 1 of the targets (1 if they have no dim 1; for classes, see `Categorical`)."""
@@ -32,10 +42,13 @@ class Likelihood:
     """Whether the likelihood also holds for shifted and rescaled targets, so the network may get normalised ones."""
     support = "finite numbers"
     """Name of the allowed targets, for messages."""
+    missing_targets = False
+    """Whether NaN stands for a missing target."""
 
-    def __init__(self, num_targets: int = 1):
+    def __init__(self, num_targets: int = 1, *, missing_targets: bool = False):
         at_least(1, "Count the targets").check("num_targets", num_targets)
         self.num_targets = self.num_outputs = num_targets
+        self.missing_targets = missing_targets
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """Return the module with the parameters of the likelihood added; wrap before you make a posterior."""
@@ -64,7 +77,31 @@ class Likelihood:
 
     def fits(self, y: Tensor) -> Tensor:
         """Return for each element of y whether it is in the support."""
-        return y.isfinite()
+        return self.or_missing(y.isfinite(), y)
+
+    def present(self, y: Tensor) -> Tensor | None:
+        """Return for each element of y whether it is not missing; None where this likelihood takes no missing targets."""
+        return ~y.isnan() if self.missing_targets else None
+
+    def or_missing(self, fits: Tensor, y: Tensor) -> Tensor:
+        """Return for each element of y whether it fits or is missing."""
+        present = self.present(y)
+        return fits if present is None else fits | ~present
+
+    def only_present(self, outputs: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return outputs and y with 0 for what is missing, and `present` in the shape of `mean`.
+
+        No gradient reaches the outputs of a missing target. It is stopped before the density, whose derivative there may be
+        infinite: 0 times infinity is NaN.
+        """
+        present = self.present(y)
+        if present is None:
+            return outputs, y, None
+        mean = self.mean(outputs)
+        self.targets(y, mean)  # the same shape
+        present = present.view_as(mean)
+        of_outputs = torch.cat([present] * (outputs.shape[1] // mean.shape[1]), dim=1)
+        return torch.where(of_outputs, outputs, 0), torch.where(present, y.view_as(mean), 0), present
 
     def check_targets(self, y: Tensor) -> None:
         """Raise `DataError` if a target [B, ...] lies outside the support."""
@@ -95,6 +132,7 @@ class Likelihood:
         return ConfigError(Fault("likelihood", type(self).__name__, f"{found}; {rule}", remedy))
 
 
-def sum_targets(per_target: Tensor) -> Tensor:
-    """Return the sums [B] over the targets of each example from [B, ...] or [B]."""
+def sum_targets(per_target: Tensor, present: Tensor | None = None) -> Tensor:
+    """Return the sums [B] over the targets of each example, of those that are present, from [B, ...] or [B]."""
+    per_target = per_target if present is None else torch.where(present, per_target, 0)
     return per_target.flatten(1).sum(1) if per_target.ndim > 1 else per_target

@@ -6,26 +6,48 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..errors import ConfigError, Fault
 from .base import Likelihood, sum_targets
 from .mixtures import BernoulliMixture, Mixture
 
 
 class Categorical(Likelihood):
-    """C = ``num_classes`` classes with softmax probabilities; one class per example or per point of a field."""
+    """C = ``num_classes`` classes with softmax probabilities; one class per example or per point of a field.
+
+    Parameters
+    ----------
+    num_classes : int
+        C.
+    ignore_index : int, optional
+        Stands for a class that is missing, as in torch's ``cross_entropy``; none of 0 to C - 1. It adds nothing.
+    """
 
     num_classes: int
     has_variance = False  # a class is no number
 
-    def __init__(self, num_classes: int):
+    def __init__(self, num_classes: int, *, ignore_index: int | None = None):
         super().__init__()
         self.num_classes = self.num_outputs = num_classes
+        self.ignore_index = ignore_index
+        if ignore_index is not None and (not isinstance(ignore_index, int) or 0 <= ignore_index < num_classes):
+            rule = f"must be a whole number that is no class, below 0 or above {num_classes - 1}"
+            raise ConfigError(Fault("ignore_index", ignore_index, rule, "Try -1"))
         self.support = f"classes 0 to {num_classes - 1} of a whole-number dtype (y.long()), or their probabilities, which add up to 1"
 
     def fits(self, y: Tensor) -> Tensor:
         fits = (y >= 0) & (y <= (1 if y.is_floating_point() else self.num_outputs - 1))
         if y.is_floating_point() and y.ndim > 1:
             fits &= (y.sum(1, keepdim=True) - 1).abs() < 1e-2  # bfloat16 has 8 bits
-        return fits
+        return self.or_missing(fits, y)
+
+    def present(self, y: Tensor) -> Tensor | None:
+        return None if self.ignore_index is None or y.is_floating_point() else y != self.ignore_index
+
+    def only_present(self, outputs: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        present = self.present(y)
+        if present is None:
+            return outputs, y, None
+        return torch.where(present.unsqueeze(1), outputs, 0), torch.where(present, y, 0), present
 
     def log_prob(self, outputs: Tensor, y: Tensor) -> Tensor:
         """Return log p(y | outputs), [B], from logits [B, C, ...] and classes [B, ...] of a whole-number dtype.
@@ -42,8 +64,9 @@ class Categorical(Likelihood):
                 (*of_class[:1], 1, *of_class[1:]): "y.squeeze(1)",
             }
             raise self.misfit(outputs, y, rule, f"Give {ways.get(y.shape, 'targets of such a shape')}")
+        outputs, y, present = self.only_present(outputs, y)
         y = y.to(outputs.dtype) if y.is_floating_point() else y.long()
-        return -sum_targets(F.cross_entropy(outputs, y, reduction="none"))
+        return -sum_targets(F.cross_entropy(outputs, y, reduction="none"), present)
 
     def probabilities(self, outputs: Tensor) -> Tensor:
         """Return class probabilities [B, C, ...] from logits [B, C, ...]."""
@@ -62,11 +85,12 @@ class Bernoulli(Likelihood):
     support = "0, 1, and probabilities between them"
 
     def fits(self, y: Tensor) -> Tensor:
-        return (y >= 0) & (y <= 1)
+        return self.or_missing((y >= 0) & (y <= 1), y)
 
     def log_prob(self, outputs: Tensor, y: Tensor) -> Tensor:
+        outputs, y, present = self.only_present(outputs, y)
         y = self.targets(y, outputs)
-        return -sum_targets(F.binary_cross_entropy_with_logits(outputs, y, reduction="none"))
+        return -sum_targets(F.binary_cross_entropy_with_logits(outputs, y, reduction="none"), present)
 
     def mean(self, outputs: Tensor) -> Tensor:
         return torch.sigmoid(outputs)

@@ -19,11 +19,12 @@ class Poisson(Likelihood):
     support = "whole numbers from 0 on"
 
     def fits(self, y: Tensor) -> Tensor:
-        return (y >= 0) & (y == y.floor()) & y.isfinite()
+        return self.or_missing((y >= 0) & (y == y.floor()) & y.isfinite(), y)
 
     def log_prob(self, outputs: Tensor, y: Tensor) -> Tensor:
+        outputs, y, present = self.only_present(outputs, y)
         y = self.targets(y, outputs)
-        return sum_targets(y * outputs - outputs.exp() - torch.lgamma(y + 1))
+        return sum_targets(y * outputs - outputs.exp() - torch.lgamma(y + 1), present)
 
     def mean(self, outputs: Tensor) -> Tensor:
         return outputs.exp()
@@ -47,6 +48,8 @@ class LocationScale(Likelihood):
         "heteroscedastic": the network gives the locations and then the logs of the scales, [B, 2 num_targets, ...].
     min_scale : float
         Floor of a scale that is not fixed, to which it is added: ``min_scale + exp(log scale)``.
+    missing_targets : bool
+        As for `Likelihood`.
     """
 
     is_equivariant = True
@@ -58,8 +61,9 @@ class LocationScale(Likelihood):
         init_scale: float = 1.0,
         *,
         min_scale: float = 0.0,
+        missing_targets: bool = False,
     ):
-        super().__init__(num_targets)
+        super().__init__(num_targets, missing_targets=missing_targets)
         self.scale, self.init_scale, self.min_scale = scale, init_scale, min_scale
         if scale == "heteroscedastic":
             self.num_outputs = 2 * num_targets
@@ -107,9 +111,10 @@ class Gaussian(LocationScale):
     """Independent Gaussian targets; parameters as for `LocationScale`."""
 
     def log_prob(self, outputs: Tensor, y: Tensor) -> Tensor:
+        outputs, y, present = self.only_present(outputs, y)
         loc, log_scale = self._split(outputs)
         z = (self.targets(y, loc) - loc) * torch.exp(-log_scale)
-        return -sum_targets(0.5 * z.square() + log_scale + 0.5 * math.log(2 * math.pi))
+        return -sum_targets(0.5 * z.square() + log_scale + 0.5 * math.log(2 * math.pi), present)
 
     def variance(self, outputs: Tensor) -> Tensor:
         return torch.exp(2 * self._split(outputs)[1])
@@ -123,7 +128,7 @@ class StudentT(LocationScale):
 
     Parameters
     ----------
-    num_targets, scale, init_scale, min_scale
+    num_targets, scale, init_scale, min_scale, missing_targets
         As for `LocationScale`; the scale is not the standard deviation.
     df : float
         Degrees of freedom, above 0; the variance is finite above 2.
@@ -137,17 +142,19 @@ class StudentT(LocationScale):
         df: float = 4.0,
         *,
         min_scale: float = 0.0,
+        missing_targets: bool = False,
     ):
-        super().__init__(num_targets, scale, init_scale, min_scale=min_scale)
+        super().__init__(num_targets, scale, init_scale, min_scale=min_scale, missing_targets=missing_targets)
         check_field("likelihood.df", df)
         self.df = df
         self.has_variance = df > 2
 
     def log_prob(self, outputs: Tensor, y: Tensor) -> Tensor:
+        outputs, y, present = self.only_present(outputs, y)
         loc, log_scale = self._split(outputs)
         df = self.df
         z = (self.targets(y, loc) - loc) * torch.exp(-log_scale)
-        return sum_targets(student_t_log_norm(df) - log_scale - (df + 1) / 2 * torch.log1p(z.square() / df))
+        return sum_targets(student_t_log_norm(df) - log_scale - (df + 1) / 2 * torch.log1p(z.square() / df), present)
 
     def variance(self, outputs: Tensor) -> Tensor:
         factor = self.df / (self.df - 2) if self.has_variance else math.inf

@@ -195,6 +195,7 @@ class CapturedDataTerm(DataTerm):
     def _differentiating(self, memory: _Memory) -> None:
         offsets = range(memory.offsets[0], memory.offsets[-1] + 1)
         coupling = self._objective.begin(memory.y, offsets, self._num_samples)
+        coupling.present = self._likelihood.present(memory.y)
         use = self._differentiate(coupling, self._latch.share, None, self._kl)
         self._walk(memory.offsets, memory.view, memory.y, self._key, use)
         self._sum.add_(coupling.data_term())

@@ -257,6 +257,7 @@ class VariationalStep(StepState):
             with posterior.network.running(lambda tensor: comm.sum_(tensor, "data")):
                 # One coupling for each micro-batch: objectives couple samples, not examples
                 coupling = self.objective.begin(y, samples, self.num_samples)
+                coupling.present = self.likelihood.present(y)
                 data_term = self.data_term(mine, x, y, self.key, coupling, 1.0 / global_batch_size, kl, is_last)
             self.data_term.add_(data_term, global_batch_size, is_last)
         finally:
