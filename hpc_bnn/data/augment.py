@@ -296,6 +296,8 @@ def build_augmentation(
             rule = f"it is for {kind}, and an input is {list(x)}"
         elif getattr(transform, "moves", False) and manifest.places:
             rule = f"it would move the inputs {list(x)} and not the targets {list(y)}"
+        elif isinstance(transform, Mixup) and manifest.ignore_index is not None:
+            rule = "classes of these data are missing, and a missing class has no probabilities to mix"
         if rule:
             name = type(transform).__name__.lower()
             raise ConfigError(Fault("augmentation.transforms", name, rule, "Leave it out"))

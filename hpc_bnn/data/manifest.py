@@ -37,8 +37,10 @@ Arrays = dict[str, np.ndarray]
 FORMAT = "hpc_bnn shards"
 VERSION = 3
 MANIFEST = "manifest.json"
-OF_DATA = ("arrays", "splits", "statistics", "num_classes", "target_weights")
+OF_DATA = ("arrays", "splits", "statistics", "num_classes", "target_weights", "missing_targets", "ignore_index")
 """Fields of a manifest that say what the data are; the others say where they come from."""
+OPTIONAL = {"missing_targets": False, "ignore_index": None}
+"""Fields that stand in a manifest only where they have another value than this: former manifests have none of them."""
 PREPARATION = ".preparation"
 """Directory of the records of finished files during a preparation."""
 STAGED = ".staged"
@@ -116,6 +118,10 @@ class Manifest:
     """SHA-256 of the key of the preparation, which determines the content."""
     coordinates: dict[str, str] = field(default_factory=dict)
     """What names or places each example, such as ``time``: datasets [n] of each file, by the NumPy dtype of their values."""
+    missing_targets: bool = False
+    """Whether NaN in y stands for a missing target."""
+    ignore_index: int | None = None
+    """What stands in y for a class that is missing."""
 
     def num_examples(self, split: str) -> int:
         """Return the number of examples of a split."""
@@ -149,7 +155,7 @@ class Manifest:
     def digest(self) -> str:
         """What depends on the data alone, in 16 digits: of two directories with the same one a run sees the same numbers."""
         content = self._content()
-        return sha256_of_json({name: content[name] for name in OF_DATA})[:16]
+        return sha256_of_json({name: content[name] for name in OF_DATA if name in content})[:16]
 
     @property
     def shards(self) -> list[ShardFile]:
@@ -157,8 +163,8 @@ class Manifest:
         return [shard for shards in self.splits.values() for shard in shards]
 
     def _content(self) -> dict[str, Any]:
-        """Return the fields; those of coordinates only where there are any, so that all else is as a former hpc_bnn has it."""
-        content = asdict(self)
+        """Return the fields; coordinates and `OPTIONAL` ones only where there are any: all else is as a former hpc_bnn has it."""
+        content = {n: value for n, value in asdict(self).items() if n not in OPTIONAL or value != OPTIONAL[n]}
         if not self.coordinates:
             del content["coordinates"]
             for shard in itertools.chain(*content["splits"].values()):
@@ -251,6 +257,10 @@ class Manifest:
         num_classes, weights = self.num_classes, np.asarray(self.target_weights or 1, np.float64)
         yield num_classes is None or (_is_count(num_classes) and num_classes), "num_classes must be above 0"
         yield np.isfinite(weights).all() and (weights >= 0).all(), "target_weights must be finite, and 0 or more"
+        are_numbers, index = num_classes is None and np.dtype(self.arrays["y"].dtype).kind == "f", self.ignore_index
+        yield self.missing_targets in ((False, True) if are_numbers else (False,)), "missing_targets are of numbers"
+        is_no_class = num_classes is not None and isinstance(index, int) and not 0 <= index < num_classes
+        yield index is None or is_no_class, "ignore_index must be a whole number that is no class"
         np.broadcast_to(weights, self.arrays["y"].shape)
 
     def _rules_of_names(self) -> Iterator[tuple[object, str]]:

@@ -7,6 +7,7 @@ import itertools
 import logging
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch.utils.data import IterableDataset, Sampler, default_collate
 from ..errors import ConfigError, DataError, Fault
 from ..grid import Grid
 from ..trees import Inputs, map_tensors, num_rows, rows_of, tensors_of
-from .manifest import Arrays, ArraySpec, Manifest, ShardFile, sha256_of_json
+from .manifest import OPTIONAL, Arrays, ArraySpec, Manifest, ShardFile, sha256_of_json
 from .order import EpochOrder, batches_in_part, local_places, num_global_batches
 
 logger = logging.getLogger(__name__)
@@ -241,11 +242,21 @@ def as_source(data: Any, *, num_classes: int | None = None, num_examples: int | 
     ----------
     num_classes, num_examples : int, optional
         Number of classes, and examples of an epoch of an iterable Dataset, where ``data`` does not say them.
+
+    A Dataset with an attribute ``missing_targets`` (NaN is a missing target) or ``ignore_index`` (of classes) has targets that
+    are missing.
     """
     if isinstance(data, Source):
         return data
     if isinstance(data, (tuple, list)) and len(data) == 2 and isinstance(data[1], Tensor):
         return TensorSource(data[0], data[1], num_classes)
+    source: Source = _dataset_source(data, num_classes, num_examples)
+    missing = {name: getattr(data, name) for name in OPTIONAL if hasattr(data, name)}
+    source.manifest = replace(source.manifest, **missing)
+    return source
+
+
+def _dataset_source(data: Any, num_classes: int | None, num_examples: int | None) -> Source:
     if isinstance(data, IterableDataset) or not hasattr(data, "__getitem__"):
         if not hasattr(data, "__iter__"):
             rule = f"a {type(data).__name__} is neither tensors (x, y) nor a Dataset of torch nor an hpc_bnn.Source"

@@ -71,6 +71,8 @@ def write_shards(
     source: str,
     licence: str,
     num_classes: int | None = None,
+    missing_targets: bool = False,
+    ignore_index: int | None = None,
     examples_per_shard: int | None = None,
     train_split: str = "train",
     normalise_targets: bool | None = None,
@@ -103,6 +105,11 @@ def write_shards(
         What names or places the examples of each split: arrays [n] by name, such as ``{"train": {"time": times}}``. Times as
         datetime64 (rounded down to microseconds), whole numbers, floats, or texts. They go into predictions, and
         evaluations are grouped by them.
+    missing_targets : bool
+        Whether NaN in y stands for a target that is missing: it adds nothing to statistics, loss and metrics. Without it NaN
+        is an error.
+    ignore_index : int, optional
+        The same of classes: what stands in y for a class that is missing, no class itself, such as -1 or 255.
     examples_per_shard, compression : int, str, optional
         Examples per file, by default about 256 MiB; HDF5 filter such as "gzip": smaller and slower to read.
     train_split : str
@@ -130,6 +137,7 @@ def write_shards(
         _check_weights(target_weights, arrays["y"])
         named = _as_coordinates(coordinates or {}, sources, arrays)
         stored = {name: str(values.dtype) for name, values in named[train_split].items()}
+        _check_missing(missing_targets, ignore_index, num_classes, arrays["y"])
         at_least(1, "Try 1000").check("examples_per_shard", examples_per_shard)
     if normalise_targets is None:
         normalise_targets = np.issubdtype(np.dtype(arrays["y"].dtype), np.floating)
@@ -139,7 +147,9 @@ def write_shards(
         "arrays": {array: asdict(spec) for array, spec in arrays.items()},
         "splits": {split: examples.num_examples for split, examples in sources.items()},
         "options": [num_classes, examples_per_shard, train_split, normalise_targets, compression, *ids],
+        **({"missing": [missing_targets, ignore_index]} if missing_targets or ignore_index is not None else {}),
     }
+    missing = np.nan if missing_targets else ignore_index
     if stored:
         plan["coordinates"] = {split: sha256_of_coordinates(of_split) for split, of_split in named.items()}
     with contextlib.ExitStack() as held:
@@ -165,7 +175,9 @@ def write_shards(
         ]
         with comm.agree(f"writing {directory}"):
             mine = [
-                _finish(task, directory, arrays, wanted * (task.split == train_split), num_classes, compression)
+                _finish(
+                    task, directory, arrays, wanted * (task.split == train_split), num_classes, compression, missing
+                )
                 for task in progress(tasks[comm.grid.rank :: comm.grid.world_size])
             ]
         records = {r["file"]["file"]: r for of_rank in comm.gather_objects(mine) for r in of_rank}
@@ -182,6 +194,8 @@ def write_shards(
             details=details or {},
             key_sha256=sha256_of_key(key),
             coordinates=stored,
+            missing_targets=missing_targets,
+            ignore_index=ignore_index,
         )
         with comm.agree(f"writing {directory / MANIFEST}"):
             if comm.grid.is_first("world"):
@@ -309,6 +323,17 @@ def _check_weights(weights: np.ndarray | None, y: ArraySpec) -> None:
         raise DataError("target_weights must be finite, 0 or more, and not all 0")
 
 
+def _check_missing(missing_targets: bool, ignore_index: int | None, num_classes: int | None, y: ArraySpec) -> None:
+    if missing_targets and (num_classes is not None or np.dtype(y.dtype).kind != "f"):
+        raise DataError(
+            f"missing_targets are NaN, and targets are {y.dtype}: give numbers, or ignore_index for classes"
+        )
+    if ignore_index is not None and (num_classes is None or 0 <= ignore_index < num_classes):
+        raise DataError(
+            f"ignore_index {ignore_index} must be none of the classes 0..num_classes - 1, such as -1 or 255"
+        )
+
+
 def _open(directory: Path, plan: dict) -> None:
     """Make the directory ready: keep an interrupted preparation of the same plan, remove any other."""
     remove_leftovers(directory, OURS)
@@ -342,8 +367,9 @@ def _finish(
     wanted: Iterable[str],
     num_classes: int | None,
     compression: str | None,
+    missing: float | None,
 ) -> dict[str, Any]:
-    """Write a file unless a former preparation has finished it; return its record."""
+    """Write a file unless a former preparation has finished it; return its record. ``missing`` stands for no target."""
     path, notes = directory / task.file, directory / PREPARATION / f"{task.file}.json"
     with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
         record, digest = json.loads(read_bytes(notes, "the record") or b"")
@@ -363,10 +389,15 @@ def _finish(
                 f"{task.split}, examples {rows[0]} to {rows[-1]}: {name} is {array.dtype} {array.shape}, "
                 f"and {dtype} {shape} is expected"
             )
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
-            row = rows[_first(~np.isfinite(array))]
-            raise DataError(f"{task.split}, example {row}: {name} holds a value that is not finite")
-    if num_classes is not None and (is_wrong := (y < 0) | (y >= num_classes)).any():
+        if array.dtype.kind == "f":
+            is_wrong, may_lack = ~np.isfinite(array), name == "y" and missing is not None
+            if may_lack:
+                is_wrong &= ~np.isnan(array)
+            if is_wrong.any():
+                remedy = ". missing_targets=True takes NaN for a missing target" if name == "y" and not may_lack else ""
+                row = rows[_first(is_wrong)]
+                raise DataError(f"{task.split}, example {row}: {name} holds a value that is not finite{remedy}")
+    if num_classes is not None and (is_wrong := ((y < 0) | (y >= num_classes)) & (y != missing)).any():
         row = rows[_first(is_wrong)]
         raise DataError(f"{task.split}, example {row}: class {y[is_wrong][0]} is not in 0..{num_classes - 1}")
     crc32 = crc32_of_examples(found, range(len(rows)))
@@ -382,7 +413,8 @@ def _finish(
         num_bytes, sha256 = temporary.stat().st_size, sha256_of_file(temporary)
     digest = sha256_of_coordinates(coordinates) if coordinates else ""
     file = ShardFile(task.file, len(rows), num_bytes, sha256, hashlib.sha256(crc32.tobytes()).hexdigest(), digest)
-    record = {"file": asdict(file), "moments": {name: _moments(found[name]) for name in wanted}}
+    moments = {name: _moments(found[name], name == "y" and missing is not None) for name in wanted}
+    record = {"file": asdict(file), "moments": moments}
     write_atomically(notes, json.dumps([record, sha256_of_json(record)]))
     return record
 
@@ -395,28 +427,45 @@ def _first(is_wrong: np.ndarray) -> int:
 # --- statistics ----------------------------------------------------------------------------------------
 
 
-def _moments(array: np.ndarray) -> dict[str, Any]:
-    """Return number, mean and sum of squared differences per channel of examples [n, channels, ...] or [n]."""
+def _moments(array: np.ndarray, may_lack: bool = False) -> dict[str, Any]:
+    """Return number, mean and sum of squared differences per channel of examples [n, channels, ...] or [n].
+
+    Where numbers may be missing (NaN), of those that are present; the number then is a list, of each channel.
+    """
     flat = array.reshape(len(array), array.shape[1] if array.ndim > 1 else 1, -1)
-    mean, count = flat.mean(axis=(0, 2), dtype=np.float64), flat.shape[0] * flat.shape[2]
+    count: Any = flat.shape[0] * flat.shape[2]
+    if may_lack:
+        count = (~np.isnan(flat)).sum(axis=(0, 2))
+        mean = np.nansum(flat, axis=(0, 2), dtype=np.float64) / np.maximum(count, 1)
+    else:
+        mean = flat.mean(axis=(0, 2), dtype=np.float64)
     shift, squares = np.zeros_like(mean), np.zeros_like(mean)
     for example in flat:  # one after another: without a second array as large
         rest = example - mean[:, None]
+        if may_lack:
+            rest[np.isnan(rest)] = 0
         shift += rest.sum(axis=1)
         squares += np.square(rest).sum(axis=1)
-    shift /= count  # what the rounding of a large sum has left
-    return {"count": count, "mean": (mean + shift).tolist(), "squares": (squares - count * shift**2).tolist()}
+    shift /= np.maximum(count, 1)  # what the rounding of a large sum has left
+    number = count.tolist() if may_lack else count
+    return {"count": number, "mean": (mean + shift).tolist(), "squares": (squares - count * shift**2).tolist()}
 
 
 def _statistics(name: str, moments: list[dict[str, Any]]) -> Statistics:
     """Join the moments of an array in all files, in order (Chan, Golub, LeVeque, 1979); the same on all ranks."""
-    count, mean, squares = 0, np.zeros(1), np.zeros(1)
+    count: Any = 0
+    mean, squares = np.zeros(1), np.zeros(1)
     for added in moments:
-        shift = np.array(added["mean"]) - mean
-        total = count + added["count"]
-        squares = squares + np.array(added["squares"]) + shift**2 * (count * added["count"] / total)
-        mean = mean + shift * (added["count"] / total)
+        shift, number = np.array(added["mean"]) - mean, added["count"]
+        number = np.array(number, np.float64) if isinstance(number, list) else number
+        total = count + number
+        of = total if isinstance(total, int) else np.maximum(total, 1)  # a channel may have nothing here
+        squares = squares + np.array(added["squares"]) + shift**2 * (count * number / of)
+        mean = mean + shift * (number / of)
         count = total
+    if not np.all(count):
+        lacking = ", ".join(map(str, np.flatnonzero(np.equal(count, 0))))
+        raise DataError(f"{name}: channel {lacking} has no target in the training split. Leave it out")
     std = np.sqrt(np.maximum(squares, 0) / count)
     if not np.isfinite([mean, std]).all():
         rule = "its numbers are so large that their mean or standard deviation overflows"

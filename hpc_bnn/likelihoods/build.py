@@ -9,10 +9,17 @@ from .classes import Bernoulli, Categorical
 from .numbers import Gaussian, Implicit, Poisson, StudentT
 
 
-def build_likelihood(config: LikelihoodConfig, num_classes: int | None, target_shape: tuple[int, ...]) -> Likelihood:
+def build_likelihood(
+    config: LikelihoodConfig,
+    num_classes: int | None,
+    target_shape: tuple[int, ...],
+    *,
+    missing_targets: bool = False,
+    ignore_index: int | None = None,
+) -> Likelihood:
     """Return the likelihood of a config for the targets of a data set, with ``target_shape`` for one example. Local.
 
-    `ConfigError` where classes and numbers are mixed up, or your own class refuses its arguments.
+    What stands for a missing target is that of the data (`Manifest`). `ConfigError` where classes and numbers are mixed up, or your own class refuses its arguments.
     """
     name = config.name
     if name == "auto":
@@ -20,14 +27,24 @@ def build_likelihood(config: LikelihoodConfig, num_classes: int | None, target_s
     num_targets = target_shape[0] if target_shape else 1
     if "." in name:
         own = {"num_targets": num_targets, **config.arguments}
-        return build_object("likelihood.name", name, own, Likelihood, "likelihood.arguments")
+        likelihood = build_object("likelihood.name", name, own, Likelihood, "likelihood.arguments")
+        if missing_targets > likelihood.missing_targets or ignore_index != getattr(likelihood, "ignore_index", None):
+            option = f"ignore_index: {ignore_index}" if ignore_index is not None else "missing_targets: true"
+            rule = "targets of these data are missing, and the likelihood does not know it"
+            raise ConfigError(Fault("likelihood.arguments", config.arguments, rule, f"Give it {option}"))
+        return likelihood
     if num_classes is not None and name == "categorical":
-        return Categorical(num_classes)
+        return Categorical(num_classes, ignore_index=ignore_index)
     if name == "categorical" or (num_classes is not None and (name, num_classes) != ("bernoulli", 2)):
         kind = "numbers" if num_classes is None else f"{num_classes} classes"
         raise ConfigError(Fault("likelihood.name", name, f"the targets of these data are {kind}", "Leave it at auto"))
+    if ignore_index is not None:
+        raise ConfigError(Fault("likelihood.name", name, "classes of these data are missing", "Use categorical"))
     if name == "gaussian":
-        return Gaussian(num_targets, config.scale, config.init_scale, min_scale=config.min_scale)
+        scale = config.scale, config.init_scale
+        return Gaussian(num_targets, *scale, min_scale=config.min_scale, missing_targets=missing_targets)
     if name == "student_t":
-        return StudentT(num_targets, config.scale, config.init_scale, config.df, min_scale=config.min_scale)
-    return {"bernoulli": Bernoulli, "poisson": Poisson, "implicit": Implicit}[name](num_targets)
+        scale = config.scale, config.init_scale, config.df
+        return StudentT(num_targets, *scale, min_scale=config.min_scale, missing_targets=missing_targets)
+    kind = {"bernoulli": Bernoulli, "poisson": Poisson, "implicit": Implicit}[name]
+    return kind(num_targets, missing_targets=missing_targets)

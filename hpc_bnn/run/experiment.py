@@ -293,7 +293,8 @@ class Experiment:
                 rule = f"it scores predictions of numbers, and the targets of these data are {manifest.num_classes} classes"
                 raise ConfigError(Fault("objective.name", objective, rule, "Use elbo or log_predictive"))
             config = replace(config, name="implicit")
-        return build_likelihood(config, manifest.num_classes, manifest.arrays["y"].shape)
+        missing = {"missing_targets": manifest.missing_targets, "ignore_index": manifest.ignore_index}
+        return build_likelihood(config, manifest.num_classes, manifest.arrays["y"].shape, **missing)
 
     def _build_posterior(self) -> Posterior:
         config, comm = self.config, self.comm
