@@ -43,7 +43,7 @@ class Calibration:
     level: float
     """Probability that the target is inside, above 0 and below 1."""
     num_examples: int
-    """n, of the calibration."""
+    """n, of the calibration: examples whose target is not missing, of several targets the fewest that one has."""
     thresholds: Tensor
     """[] of the scores of classes, without unit; [T, ...] of those of each target, in units of y, on the CPU.
 
@@ -128,18 +128,20 @@ def conformal_thresholds(scores: Tensor, level: float, num_examples: int, comm: 
     Parameters
     ----------
     scores : Tensor
-        [m, T, ...] of examples that no other rank has; m may be 0.
+        [m, T, ...] of examples that no other rank has, NaN where a target is missing; m may be 0.
     num_examples : int
-        n, of all ranks.
+        n, of all ranks; of several targets the fewest scores that one has.
     """
-    shape, rank = scores.shape[1:], conformal_rank(num_examples, level)
-    if rank > num_examples:
+    shape = scores.shape[1:]
+    if conformal_rank(num_examples, level) > num_examples:
         return torch.full(shape, math.inf, dtype=torch.float64)
     found = []
     for part in scores.view(len(scores), shape.numel()).split(max(1, GATHERED_NUMBERS // num_examples), dim=1):
         part = comm.gather(comm.gather(part.to(comm.device), "sample"), "data")
-        assert len(part) == num_examples, "each example is of one rank"
-        found.append(part.sort(0).values[rank - 1].cpu())
+        ordered, counts = part.sort(0).values, (~part.isnan()).sum(0).view(-1).tolist()  # NaN comes last
+        rank_of = {count: conformal_rank(count, level) for count in set(counts)}
+        rank = torch.tensor([rank_of[count] for count in counts], device=part.device).view(part.shape[1:])
+        found.append(ordered.gather(0, rank[None] - 1)[0].view(-1).cpu())
     return torch.cat(found).view(shape)
 
 
@@ -156,7 +158,7 @@ def calibrate_dataset(
 ) -> Calibration:
     """Calibrate a posterior by a data set that the training has not seen, and that chose no checkpoint of it.
 
-    Collective over the world. The ranks of a sample group divide the work on the scores of a block.
+    Collective over the world. The ranks of a sample group divide the work on the scores of a block. A missing target has no score.
 
     Classes have the score ``1 - p_y`` of the mean probabilities (Sadinle, Lei, Wasserman, Least Ambiguous Set-Valued
     Classifiers, JASA 2019): their set holds each class with ``1 - p <= threshold``. The probabilities are not tempered there,
@@ -182,14 +184,14 @@ def calibrate_dataset(
     ConfigError
         The level is none, or the predictive has neither one class per example nor quantiles.
     DataError
-        On all ranks: a target lies outside the support of the likelihood, or the network predicts what is no number.
+        On all ranks: a target lies outside the support of the likelihood or is missing in all examples, or the network predicts
+        what is no number.
     """
     above_and_below(0, 1, "Try 0.9").check("--level", level)
     of_classes, places = is_of_classes(likelihood), dataset.manifest.places
     if places if of_classes else not likelihood.has_mixture:
         rule = "calibration needs one class per example, or numbers with quantiles"
         raise ConfigError(Fault("likelihood.name", type(likelihood).__name__, rule, "Use another likelihood"))
-    num_examples = len(dataset) if examples is None else len(examples)
     fault: DataError | None = None
     scores = [torch.zeros(0, *(() if of_classes else (likelihood.num_targets, *places)), dtype=torch.float64)]
     logs = [torch.zeros(0, likelihood.num_classes or 0, dtype=torch.float64, device=comm.device)]
@@ -204,19 +206,28 @@ def calibrate_dataset(
         if fault is not None or not mine:
             continue
         part, y = examples_of(block.predictive, mine.start, mine.stop), block.y[mine.start : mine.stop]
+        present = likelihood.present(y)
         if isinstance(part, ClassPredictive):
-            score = 1 - part.probabilities.gather(1, y.long()[:, None])[:, 0]
-            logs.append(log_of(part.probabilities))
-            classes.append(y.long())
+            rows = slice(None) if present is None else present
+            p, y = part.probabilities[rows], y.long()[rows]
+            score = 1 - p.gather(1, y[:, None])[:, 0]
+            logs.append(log_of(p))
+            classes.append(y)
         else:
             low, high = ends_of(part, level)
             score = torch.maximum(low - y, y - high)
-        if not score.isfinite().all():
+        if not (score if isinstance(part, ClassPredictive) or present is None else score[present]).isfinite().all():
             fault = DataError("the network predicts what is no finite number. Look at its training")
         scores.append(score.double().cpu())
     with comm.agree("calibrating"):
         if fault is not None:
             raise fault
-    thresholds = conformal_thresholds(torch.cat(scores), level, num_examples, comm)
+    of_all = torch.cat(scores)
+    counts = (~of_all.isnan()).sum(0).double().view(-1).to(comm.device)
+    comm.sum_(counts)
+    num_examples = int(counts.min())
+    if num_examples == 0:
+        raise DataError("a target is missing in all examples of the calibration. Use others")
+    thresholds = conformal_thresholds(of_all, level, num_examples, comm)
     temperature = fit_temperature(torch.cat(logs), torch.cat(classes), comm) if of_classes else None
     return Calibration(SETS if of_classes else INTERVALS, level, num_examples, thresholds, temperature)

@@ -99,7 +99,7 @@ def predict_dataset(
             options["keep_log_probs"] = keep_log_probs
             predictive = predict_values(posterior, likelihood, comm, x, y if with_targets else None, **options)
             if dataset.target_scale:
-                predictive = predictive.in_units(*dataset.target_scale)
+                predictive = predictive.in_units(*dataset.target_scale, likelihood.present(y) if with_targets else None)
             if with_targets:
                 y = likelihood.targets(dataset.in_units(y), predictive.mean)
         yield Block(numbers, predictive, y, x)
@@ -141,7 +141,8 @@ def evaluate_dataset(
 ) -> Evaluation:
     """Evaluate a data set: each data group takes its range of the examples, each sample group takes all samples.
 
-    Collective over the world; `DataError` on all ranks where a target lies outside the support of the likelihood.
+    Collective over the world; `DataError` on all ranks where a target lies outside the support of the likelihood, or all are
+    missing. A missing target adds nothing to any metric, and is not counted; the nll is a mean over examples that have one.
     Examples are read in blocks of bounded size; every block is one pass over the samples.
     The ranks of a sample group divide the work on its scores. All ranks then sum sums and counts over the world,
     never means.
@@ -173,6 +174,10 @@ def evaluate_dataset(
         if scores.fault is not None:
             raise scores.fault
     scores.combine(comm)
+    if not scores.has_targets:
+        raise DataError(
+            f"all targets of this split of {dataset.manifest.name} are missing: there is nothing to evaluate"
+        )
     uncertainties = {name: scores.gathered[name] for name in UNCERTAINTIES[is_of_classes(likelihood)]}
     return Evaluation(scores.compute(), scores.curves(), uncertainties, scores.by_group())
 
@@ -205,12 +210,15 @@ def score_dataset(
         if mine:
             span = slice(mine.start, mine.stop)
             predictive, y = examples_of(block.predictive, mine.start, mine.stop), block.y[span]
+            present = likelihood.present(y)
+            weights = None if present is None else present.double()
+            y = y if present is None else torch.where(present, y, 0)
             forecasts = {}
             if "persistence" in references:
                 forecasts["persistence"] = persistence(dataset, rows_of(block.x, span), y.double())
             if climatology is not None:
                 forecasts["climatology"] = climatology.mean.expand_as(y)
-            scores.add(block.examples[span], predictive, y, forecasts, climatology)
+            scores.add(block.examples[span], predictive, y, forecasts, climatology, weights)
         if see:
             see(block.examples, block.predictive, block.y)
     return scores
@@ -331,21 +339,34 @@ class _Scores:
         y: Tensor,
         forecasts: dict[str, Tensor],
         climatology: Climatology | None,
+        weights: Tensor | None,
     ) -> None:
-        """Add examples that no other rank adds, and what others forecast of them. Local."""
+        """Add examples that no other rank adds, and what others forecast of them. Local.
+
+        ``weights`` are those of each target, like y: 0 where it is missing.
+        """
         raise NotImplementedError
 
-    def update(self, examples: Tensor, values: dict[str, tuple[Tensor, ...]]) -> None:
+    def update(self, examples: Tensor, values: dict[str, tuple[Tensor, ...]], weights: Tensor | None) -> None:
         """Update the metrics with values [B, ...] by name: a group with its own. Local."""
         for group, metrics in zip(self.groups, self.parts):
             rows = None if group.examples is None else group.examples[examples].nonzero()[:, 0]
             for name, of_metric in values.items():
+                if weights is not None:
+                    of_examples = weights.flatten(1).amax(1)  # of one that has any target
+                    of_metric = (*of_metric, weights if of_metric[0].ndim > 1 else of_examples)
                 if rows is not None:
                     of_metric = tuple(value[rows.to(value.device)] for value in of_metric)
                 if group.places is not None and of_metric[0].ndim > 2:
                     of_metric = tuple(value.flatten(2)[..., group.places.to(value.device)] for value in of_metric)
                 if name in metrics and len(of_metric[0]):
                     metrics[name].update(*of_metric)
+
+    @property
+    def has_targets(self) -> bool:
+        """Whether any target of the job counts. Local, after `combine`."""
+        counts = next(iter(self.parts[0].values())).sums[1]
+        return bool(counts.sum() > 0)
 
     def combine(self, comm: GridComm) -> None:
         """Sum the states of the metrics, gather the columns. Collective over the world."""
@@ -395,7 +416,8 @@ class _ClassScores(_Scores):
         assert is_of_classes(likelihood)
         self._is_field, self._num_classes = bool(dataset.manifest.places), likelihood.num_classes
         self._names = dataset.manifest.details.get("classes") or list(range(likelihood.num_classes))
-        beside = () if self._is_field else ("confidence", "correct")
+        weighted = ("weight",) if likelihood.ignore_index is not None else ()
+        beside = () if self._is_field else ("confidence", "correct", *weighted)
         super().__init__(dataset, groups, (*UNCERTAINTIES[True], *beside))
 
     def make_metrics(self, group: Group) -> dict[str, Metric]:
@@ -410,6 +432,7 @@ class _ClassScores(_Scores):
         y: Tensor,
         forecasts: dict[str, Tensor],
         climatology: Climatology | None,
+        weights: Tensor | None,
     ) -> None:
         p, columns = predictive.probabilities, uncertainties_of(predictive)
         # [B, 1, ...]: as numbers are, with one channel
@@ -426,15 +449,17 @@ class _ClassScores(_Scores):
             "ece": (confidence, correct),
             "mean_iou": (said, y),
         }
-        self.update(examples, values)
+        self.update(examples, values, None if weights is None else weights[:, None])
         if not self._is_field:
             columns |= {"confidence": confidence[:, 0], "correct": correct[:, 0]}
+            columns |= {} if weights is None else {"weight": weights}
         self._columns.add(examples, columns)
 
     def compute(self) -> dict[str, float]:
         if self._is_field:
             return super().compute()
-        adaptive = adaptive_calibration_error(self.gathered["confidence"], self.gathered["correct"])
+        found = self.gathered
+        adaptive = adaptive_calibration_error(found["confidence"], found["correct"], found.get("weight"))
         return super().compute() | {"adaptive_ece": adaptive}
 
     def curves(self) -> dict[str, Any]:
@@ -482,6 +507,7 @@ class _ValueScores(_Scores):
         y: Tensor,
         forecasts: dict[str, Tensor],
         climatology: Climatology | None,
+        weights: Tensor | None,
     ) -> None:
         mixture, y = predictive.mixture, y.double()
         error = predictive.mean - y
@@ -504,7 +530,7 @@ class _ValueScores(_Scores):
             values[f"{name}/crps"] = (
                 error.abs() if name == "persistence" or climatology is None else climatology.crps(y),
             )
-        self.update(examples, values)
+        self.update(examples, values, weights)
         self._columns.add(examples, uncertainties_of(predictive, self._unit))
 
     def compute_of(self, metrics: dict[str, Any]) -> dict[str, float]:
@@ -516,11 +542,13 @@ class _ValueScores(_Scores):
             values[f"{name}_skill/{reference}"] = _skill(values[name], values[f"{reference}/{name}"])
         return {name: value for name, value in values.items() if math.isfinite(value) or name == "nll"}
 
-    def by_channel(self, metrics: dict[str, Any]) -> dict[str, list[float]]:
+    def by_channel(self, metrics: dict[str, Any], counts: Sequence[float] | None = None) -> dict[str, list[float]]:
         means = {n: metric.by_channel() for n, metric in metrics.items() if isinstance(metric, ChannelMean)}
         means["spread_skill"] = [s / r if r else math.nan for s, r in zip(means.pop("spread"), means["rmse"])]
         for name, reference in itertools.product(("rmse", "crps"), self._references):
             means[f"{name}_skill/{reference}"] = list(map(_skill, means[name], means[f"{reference}/{name}"]))
+        if counts is not None:
+            means = {name: [v for v, count in zip(values, counts) if count] for name, values in means.items()}
         return {name: values for name, values in means.items() if all(map(math.isfinite, values))}
 
     def by_group(self) -> dict[str, Any]:
@@ -528,13 +556,16 @@ class _ValueScores(_Scores):
         if self._likelihood.has_mixture:
             parts: list[dict[str, Any]] = self.parts[1:]
             for group, metrics in zip(self.groups[1:], parts):
-                found[group.grouping].setdefault("pit", []).append(metrics["pit"].curve())
+                curve = metrics["pit"].curve() if metrics["pit"].sums.any() else None  # all its targets are missing
+                found[group.grouping].setdefault("pit", []).append(curve)
         return found
 
     def curves(self) -> dict[str, Any]:
         metrics: dict[str, Any] = self.parts[0]
         means = self.by_channel(metrics)
         names = list(self._names) or [str(number) for number in range(self._likelihood.num_targets)]
+        counts = metrics["rmse"].sums[1].tolist()  # a channel without a target has no metrics
+        means = self.by_channel(metrics, counts)
         pit = {"pit": metrics["pit"].curve()} if self._likelihood.has_mixture else {}
         return {**pit, "channels": {"name": names, **means}}
 

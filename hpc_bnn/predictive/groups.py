@@ -201,7 +201,10 @@ class Climatology:
         middle = dataset.target_scale[0][0] if dataset.target_scale else 0.0  # squares of what is left lose no digits
         for numbers in torch.arange(len(dataset))[mine].split(block_size):
             y = dataset.in_units(dataset.fetch(numbers)[1]).double().view(len(numbers), *shape) - middle
-            sums += torch.stack([torch.ones_like(y).sum(0), y.sum(0), y.square().sum(0)])
+            count = torch.ones_like(y)
+            if dataset.manifest.missing_targets:
+                count, y = (~y.isnan()).double(), y.nan_to_num(0.0)
+            sums += torch.stack([count.sum(0), y.sum(0), y.square().sum(0)])
         comm.sum_([sums], axis="data")
         count, total, squares = sums
         mean = total / count

@@ -4,6 +4,9 @@ Their states are sums and counts; `hpc_bnn.predictive` adds the states of all ra
 metric of the job is never a mean of the ranks' metrics. They are not torchmetrics objects: those sum over the ranks
 by themselves if torch.distributed runs, and that package loads scipy and matplotlib on each rank (2.3 of the 4.8 s
 in which a rank imports what it trains with).
+
+`update` takes weights, float64 and like the values, which are 0 where a target is missing: a metric then is a weighted mean,
+sum(weight * value) / sum(weight). Values must be finite there, too.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ class Metric:
     def __init__(self, *shape: int):
         self.sums = torch.zeros(shape, dtype=torch.float64)
 
-    def update(self, *values: Tensor) -> None:
+    def update(self, *values: Tensor, weights: Tensor | None = None) -> None:
         """Take in examples. Local."""
         raise NotImplementedError
 
@@ -39,10 +42,10 @@ class ExampleMean(Metric):
     def __init__(self):
         super().__init__(2)
 
-    def update(self, values: Tensor) -> None:
+    def update(self, values: Tensor, weights: Tensor | None = None) -> None:
         """Take in numbers [B, ...]."""
-        self.sums[0] += values.double().sum()
-        self.sums[1] += values.numel()
+        self.sums[0] += (values.double() if weights is None else values * weights).sum()
+        self.sums[1] += values.numel() if weights is None else weights.sum()
 
     def compute(self) -> Tensor:
         return self.sums[0] / self.sums[1]
@@ -57,10 +60,12 @@ class ClassOverlaps(Metric):
     def __init__(self, num_classes: int):
         super().__init__(2, num_classes)  # points in the intersection, and in the union
 
-    def update(self, said: Tensor, y: Tensor) -> None:
+    def update(self, said: Tensor, y: Tensor, weights: Tensor | None = None) -> None:
         """Take in the classes [n, ...] that are said, and the true ones [n, ...]."""
         num_classes, said, y = self.sums.shape[1], said.flatten(), y.flatten()
-        both, ours, theirs = (torch.bincount(c.long(), minlength=num_classes) for c in (y[said == y], said, y))
+        right, weights = said == y, None if weights is None else weights.flatten()
+        pairs = (y[right], None if weights is None else weights[right]), (said, weights), (y, weights)
+        both, ours, theirs = (torch.bincount(c.long(), w, minlength=num_classes) for c, w in pairs)
         self.sums.add_(torch.stack([both, ours + theirs - both]))
 
     def by_class(self) -> list[float | None]:
@@ -79,11 +84,12 @@ class ExpectedCalibrationError(Metric):
     def __init__(self):
         super().__init__(3, NUM_BINS)  # confidence, number of right classes, count
 
-    def update(self, confidence: Tensor, correct: Tensor) -> None:
+    def update(self, confidence: Tensor, correct: Tensor, weights: Tensor | None = None) -> None:
         """Take in the largest class probability [B, ...], and whether its class is right [B, ...]."""
         confidence, correct = confidence.flatten(), correct.flatten()
         bins = (confidence * NUM_BINS).ceil().long().clamp(1, NUM_BINS) - 1
-        self.sums.index_add_(1, bins, torch.stack([confidence, correct.double(), torch.ones_like(confidence)]))
+        rows = torch.stack([confidence, correct.double(), torch.ones_like(confidence)])
+        self.sums.index_add_(1, bins, rows if weights is None else rows * weights.flatten())
 
     def compute(self) -> Tensor:
         confidence, correct, count = self.sums.unbind()
@@ -96,14 +102,18 @@ class ExpectedCalibrationError(Metric):
         return {name: values.tolist() for name, values in means.items()}
 
 
-def adaptive_calibration_error(confidence: Tensor, correct: Tensor) -> float:
+def adaptive_calibration_error(confidence: Tensor, correct: Tensor, weights: Tensor | None = None) -> float:
     """Return the calibration error over bins of equal *count* of the confidence (Nguyen and O'Connor, 2015). Local.
 
-    Both are [N], of all examples in the order of the data set: equal confidences keep this order.
+    All are [N], of all examples in the order of the data set: equal confidences keep this order. Those of weight 0 are in no bin.
     """
+    if weights is not None:
+        confidence, correct, weights = (column[weights > 0] for column in (confidence, correct, weights))
     order = confidence.argsort(stable=True)
-    difference = (confidence.double() - correct.double())[order]
-    return sum(part.sum().abs().item() for part in difference.tensor_split(NUM_BINS)) / len(order)
+    difference = confidence.double() - correct.double()
+    difference = (difference if weights is None else difference * weights)[order]
+    whole = len(order) if weights is None else weights.sum().item()
+    return sum(part.sum().abs().item() for part in difference.tensor_split(NUM_BINS)) / whole
 
 
 # --- numbers -------------------------------------------------------------------------------------------
@@ -119,13 +129,18 @@ class ChannelMean(Metric):
         super().__init__(2, num_channels)
         self.weights, self.is_root = weights, is_root
 
-    def update(self, values: Tensor) -> None:
+    def update(self, values: Tensor, weights: Tensor | None = None) -> None:
         """Take in values [B, channels, ...]."""
         shape, num_channels = values.shape[1:], self.sums.shape[1]
         values = values.double().flatten(1).unflatten(1, (num_channels, -1))  # [B, channels, places]
-        weights = self.weights.to(values).expand(shape).reshape(num_channels, -1)
-        self.sums[0] += (values * weights).sum((0, 2))
-        self.sums[1] += len(values) * weights.sum(1)
+        of_targets = self.weights.to(values).expand(shape).reshape(num_channels, -1)
+        if weights is None:
+            self.sums[0] += (values * of_targets).sum((0, 2))
+            self.sums[1] += len(values) * of_targets.sum(1)
+        else:
+            of_each = of_targets * weights.reshape(values.shape)
+            self.sums[0] += (values * of_each).sum((0, 2))
+            self.sums[1] += of_each.sum((0, 2))
 
     def _mean(self, sums: Tensor) -> Tensor:
         mean = sums[0] / sums[1]
@@ -150,10 +165,11 @@ class PitHistogram(Metric):
         super().__init__(NUM_PIT_BINS)
         self.weights = weights
 
-    def update(self, low: Tensor, high: Tensor) -> None:
+    def update(self, low: Tensor, high: Tensor, weights: Tensor | None = None) -> None:
         """Take in the intervals of `hpc_bnn.likelihoods.mixtures.Mixture.pit`, [B, channels, ...] each."""
         low, high = low.double() * NUM_PIT_BINS, high.double() * NUM_PIT_BINS
-        weights = self.weights.to(low).expand(low.shape)
+        of_targets = self.weights.to(low).expand(low.shape)
+        weights = of_targets if weights is None else of_targets * weights
         is_point = high - low < 1e-9
         bins = low[is_point].long().clamp(0, NUM_PIT_BINS - 1)
         self.sums.index_add_(0, bins, weights[is_point])

@@ -72,16 +72,19 @@ class ValuePredictive:
         """[B, T, ...] total variance."""
         return self.aleatoric_variance + self.epistemic_variance
 
-    def in_units(self, mean: Tensor, std: Tensor) -> ValuePredictive:
+    def in_units(self, mean: Tensor, std: Tensor, present: Tensor | None = None) -> ValuePredictive:
         """Return the predictive of ``std * y + mean`` from that of y; they broadcast to [B, T, ...].
 
-        Of examples, targets and further dims, not of samples: std [T] is that of each target.
+        Of examples, targets and further dims, not of samples: std [T] is that of each target. ``present`` says which targets
+        of the log-likelihoods are not missing; None: all.
         """
         mean, std = (torch.as_tensor(number).to(self.mean) for number in (mean, std))
         mean, std = (t.view((1,) * (self.mean.ndim - t.ndim) + t.shape) for t in (mean, std))
         square, log_prob, log_probs = std.square(), self.log_prob, self.log_probs
         # Of an example, [B]; expanded, it takes no memory
-        log_std = std.log().expand(self.mean.shape).sum(tuple(range(1, self.mean.ndim)))
+        log_std = std.log().expand(self.mean.shape)
+        log_std = log_std if present is None else torch.where(present.view_as(self.mean), log_std, 0)
+        log_std = log_std.sum(tuple(range(1, self.mean.ndim)))
         if log_prob is not None:
             log_prob = log_prob - log_std
         return ValuePredictive(

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ..safe_files import read_bytes
 
 if TYPE_CHECKING:
@@ -312,7 +314,7 @@ def _plot_values(examples: dict[str, Any]) -> Figure:
         axes = figure.subplots()
         axes.errorbar(y[:, 0], mean[:, 0], 2 * total[:, 0], fmt="o", ms=3, lw=0.6, label="± 2 std, total")
         axes.errorbar(y[:, 0], mean[:, 0], 2 * epistemic[:, 0], fmt="none", lw=1.8, color="C3", label="epistemic part")
-        axes.axline((y.mean(), y.mean()), slope=1, color="gray", lw=0.8)
+        axes.axline((mean.mean(), mean.mean()), slope=1, color="gray", lw=0.8)  # y may have missing ones, NaN
         axes.set(xlabel="true", ylabel="predicted", title="test examples")
         axes.legend()
         return figure
@@ -336,8 +338,8 @@ def _plot_fields(examples: dict[str, Any]) -> Figure:
         examples[name].double().numpy() for name in ("y", "mean", "aleatoric_std", "epistemic_std")
     )
     error, std = abs(mean - y), (aleatoric**2 + epistemic**2) ** 0.5
-    values = {"vmin": min(y.min(), mean.min()), "vmax": max(y.max(), mean.max()), "cmap": "viridis"}
-    spreads = {"vmin": 0.0, "vmax": max(error.max(), std.max()), "cmap": "magma"}
+    values = {"vmin": np.nanmin([y, mean]), "vmax": np.nanmax([y, mean]), "cmap": "viridis"}
+    spreads = {"vmin": 0.0, "vmax": np.nanmax([error, std]), "cmap": "magma"}
     columns = [
         ("true", y, values),
         ("predicted", mean, values),
@@ -352,7 +354,7 @@ def _plot_class_fields(examples: dict[str, Any]) -> Figure:
     y, said, entropy, information = (
         examples[name].double().numpy() for name in ("y", "class", "entropy", "mutual_information")
     )
-    classes = {"vmin": 0, "vmax": max(y.max(), said.max()), "cmap": "viridis"}
+    classes = {"vmin": 0, "vmax": np.nanmax([y, said]), "cmap": "viridis"}
     nats = {"vmin": 0.0, "vmax": entropy.max(), "cmap": "magma"}
     columns = [
         ("true class", y, classes),

@@ -88,7 +88,7 @@ class ShownValues:
     num_shown = NUM_SHOWN_POINTS
 
     def __init__(self, comm: GridComm, dataset: Source):
-        self.comm = comm
+        self.comm, self._ignored = comm, dataset.manifest.ignore_index
         self._every = -(-len(dataset) // self.num_shown)
         self._seen: list[dict[str, Tensor]] = []
 
@@ -134,7 +134,7 @@ class ShownClassFields(ShownFields):
         """Take in the `ClassPredictive` of some examples [B] of this rank, and their classes [B, ...]. Local."""
         rows = examples % self._every == 0
         columns = {
-            "y": y,
+            "y": y if self._ignored is None else torch.where(y == self._ignored, math.nan, y.double()),
             "class": predictive.probabilities.argmax(1),
             "entropy": predictive.entropy,
             "mutual_information": predictive.mutual_information,
