@@ -62,6 +62,17 @@ class Coupling:
         """True on the one rank of a sample group that adds group-wide values."""
         self.present: Tensor | None = None
         """Like y, which targets are not missing, where some may be (`Likelihood.present`); the step sets it."""
+        self.weights: Tensor | None = None
+        """[B] weights of the examples, where they have some; the step sets them, and applies them to `gradient`."""
+
+    weighs = False
+    """Whether `data_term` applies the weights of the examples (`weigh`); otherwise the step refuses them."""
+
+    def weigh(self, values: Tensor, dim: int = 0) -> Tensor:
+        """Return values with the examples on ``dim``, times the weights. Local."""
+        if self.weights is None:
+            return values
+        return values * self.weights.to(values.dtype).view(-1, *(1,) * (values.ndim - 1 - dim))
 
     def see(self, samples: Sequence[int], statistic: Tensor) -> None:
         """Take in the statistic [c, B, ...] of some samples, without gradient. Local."""
@@ -70,7 +81,7 @@ class Coupling:
         """Exchange the statistics that couple the samples. Collective over ``sample_comm``."""
 
     def gradient(self, samples: Sequence[int], statistic: Tensor) -> Tensor:
-        """Return d(sum over examples of the data term) / d(statistic), [c, B, ...]. Local."""
+        """Return d(sum over examples of the data term) / d(statistic), [c, B, ...], without weights. Local."""
         raise NotImplementedError
 
     def data_term(self) -> Tensor:
@@ -119,6 +130,7 @@ class _Reduced(Coupling):
     """Samples that couple by a running statistic."""
 
     reduction: type[LogMeanExp | Moments]
+    weighs = True
 
     def __init__(self, y: Tensor, samples: range, num_samples: int):
         super().__init__(y, samples, num_samples)
@@ -146,9 +158,10 @@ class NegativeElbo(_OfLogLikelihood):
 
 class _Mean(Coupling):
     _sum: Tensor | float = 0.0
+    weighs = True
 
     def gradient(self, samples: Sequence[int], statistic: Tensor) -> Tensor:
-        self._sum = self._sum - statistic.sum() / self.num_samples
+        self._sum = self._sum - self.weigh(statistic, 1).sum() / self.num_samples
         return torch.full_like(statistic, -1.0 / self.num_samples)
 
     def data_term(self) -> Tensor:
@@ -182,7 +195,9 @@ class _LogPredictiveCoupling(_Reduced):
 
     def data_term(self) -> Tensor:
         log_mean = self._over_samples.log_mean
-        return -log_mean.sum() if log_mean is not None and self.counts_group else self.y.new_zeros(())
+        if log_mean is None or not self.counts_group:
+            return self.y.new_zeros(())
+        return -self.weigh(log_mean).sum()
 
 
 # --- moment-matched Gaussian ---------------------------------------------------------------------------
@@ -242,7 +257,7 @@ class _MomentMatchedCoupling(_Reduced):
         per_target = torch.log(2 * math.pi * total) + self._error.square() / total
         if self.present is not None:
             per_target = torch.where(self.present.view_as(per_target), per_target, 0)
-        return 0.5 * per_target.sum()
+        return 0.5 * self.weigh(per_target).sum()
 
 
 # --- objectives of all members -------------------------------------------------------------------------
@@ -297,7 +312,7 @@ class Gathered(Objective):
         return _Members(self, y, samples, num_samples)
 
     def evaluate(self, members: Tensor, y: Tensor, own: slice) -> tuple[Tensor, Tensor]:
-        """Return this rank's contribution to the sum of the losses, and its derivative for its own samples. Local.
+        """Return this rank's contribution to the losses [B], and the derivative of their sum for its own samples. Local.
 
         ``members`` [K, B, ...] are the statistics of all samples; ``own`` are the samples of this rank.
         """
@@ -309,12 +324,14 @@ class Gathered(Objective):
                 remedy = "Sum or average over samples and targets only"
                 raise ConfigError(Fault("objective.name", self.name, rule, remedy))
             (gradient,) = torch.autograd.grad(loss.sum(), leaf)
-        part = loss.detach().sum() if own.start == 0 else loss.new_zeros(())
+        part = loss.detach() if own.start == 0 else torch.zeros_like(loss)
         return part, gradient[own]
 
 
 class _Members(Coupling):
     """Statistics of all samples, by sample."""
+
+    weighs = True
 
     def __init__(self, objective: Gathered, y: Tensor, samples: range, num_samples: int):
         super().__init__(y, samples, num_samples)
@@ -335,7 +352,8 @@ class _Members(Coupling):
             y = y if self.present is None else torch.where(self.present, y, 0)
             y = y.view(members.shape[1:]).to(members.dtype)
         mine = slice(self.samples.start, self.samples.stop)
-        self._part, self._gradient = self.objective.evaluate(members, y, mine)
+        losses, self._gradient = self.objective.evaluate(members, y, mine)
+        self._part = self.weigh(losses).sum()
 
     def gradient(self, samples: Sequence[int], statistic: Tensor) -> Tensor:
         if len(self.y) == 0:
@@ -436,7 +454,7 @@ class Crps(_Score):
         not_above = torch.searchsorted(ordered, places, right=True)
         side = (below + not_above - num_samples).movedim(-1, 0).to(members.dtype)
         gradient = (mine - y).sign() / num_samples - self.pair_factor(num_samples) * side
-        part = self.score(members, y).sum() if own.start == 0 else members.new_zeros(())
+        part = self.score(members, y) if own.start == 0 else members.new_zeros(len(y))
         weights = self.location_weights(members)
         return part, gradient * (weights / weights.numel())
 
@@ -489,8 +507,7 @@ class Energy(_Score):
         return loss, gradients
 
     def evaluate(self, members: Tensor, y: Tensor, own: slice) -> tuple[Tensor, Tensor]:
-        loss, gradients = self._parts(members, y, own)
-        return loss.sum(), gradients
+        return self._parts(members, y, own)
 
 
 # --- by name -------------------------------------------------------------------------------------------

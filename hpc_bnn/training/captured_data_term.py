@@ -40,6 +40,8 @@ class CapturedDataTerm(DataTerm):
         self._key = Key(seed, Stream.NOISE, clock=latch.clock)
         self._memories: dict[Hashable, _Memory] = {}
         self._targets: dict[Hashable, tuple[Tensor, Tensor]] = {}  # as they came, and checked
+        self._all_weights: dict[Hashable, Tensor] = {}
+        self._weights: Tensor | None = None  # of this batch
         self._sum = torch.zeros((), dtype=self._posterior.dtype, device=latch.share.device)
 
     @property
@@ -98,6 +100,16 @@ class CapturedDataTerm(DataTerm):
         )
         return checked
 
+    def weights_(self, weights: Tensor | None) -> Tensor | None:
+        """See `DataTerm`; they are a copy that stays where it is."""
+        self._weights = weights = super().weights_(weights)
+        if weights is not None:
+            name = weights.shape, weights.dtype
+            if name not in self._all_weights:
+                self._all_weights[name] = torch.empty_like(weights)
+            self._weights = self._all_weights[name].copy_(weights)
+        return self._weights
+
     def add_(self, data_term: Tensor, global_batch_size: int, is_last: bool) -> None:
         """See `DataTerm`; what is last waits for `completing_`."""
         if not is_last:
@@ -154,12 +166,13 @@ class CapturedDataTerm(DataTerm):
         numbers = [x.number(sample) for sample in chunk]
         is_shared = len(set(numbers)) == 1
         inputs = x.of(chunk[0]) if is_shared else stack([x.of(sample) for sample in chunk])
-        name = _form(inputs), tuple(y.shape), y.dtype, len(chunk), is_shared, None if self._counts else tuple(chunk)
+        dtypes = y.dtype, None if self._weights is None else self._weights.dtype
+        name = _form(inputs), tuple(y.shape), dtypes, len(chunk), is_shared, None if self._counts else tuple(chunk)
         if name not in self._memories:
             view = None if is_shared else 0 if self._counts else chunk[0]
             self._memories[name] = _Memory(name, inputs, view)
         memory = self._memories[name]
-        memory.y = y
+        memory.y, memory.weights = y, self._weights
         if memory.number is None or not is_shared or memory.number != numbers[0]:
             for mine, given in zip(tensors_of(memory.x), tensors_of(inputs)):
                 mine.copy_(given)
@@ -195,7 +208,7 @@ class CapturedDataTerm(DataTerm):
     def _differentiating(self, memory: _Memory) -> None:
         offsets = range(memory.offsets[0], memory.offsets[-1] + 1)
         coupling = self._objective.begin(memory.y, offsets, self._num_samples)
-        coupling.present = self._likelihood.present(memory.y)
+        coupling.present, coupling.weights = self._likelihood.present(memory.y), memory.weights
         use = self._differentiate(coupling, self._latch.share, None, self._kl)
         self._walk(memory.offsets, memory.view, memory.y, self._key, use)
         self._sum.add_(coupling.data_term())
@@ -236,7 +249,8 @@ class CapturedDataTerm(DataTerm):
             statistic = memory.tensors["seen"].clone()
             coupling.see(memory.chunk, statistic)
             coupling.combine(self._comm)
-            memory.of_all("gradient", statistic).copy_(share * coupling.gradient(memory.chunk, statistic))
+            gradient = coupling.weigh(share * coupling.gradient(memory.chunk, statistic), 1)
+            memory.of_all("gradient", statistic).copy_(gradient)
 
         self._run("exchange", memory, self._going_forward, self._going_backward, between=exchange)
         return coupling.data_term()
@@ -254,7 +268,8 @@ class CapturedDataTerm(DataTerm):
         self._rewind()
         for chunk, statistic in zip(chunks, seen):
             memory = self._load(chunk, x, y)
-            memory.of_all("gradient", statistic).copy_(share * coupling.gradient(chunk, statistic))
+            gradient = coupling.weigh(share * coupling.gradient(chunk, statistic), 1)
+            memory.of_all("gradient", statistic).copy_(gradient)
             self._run("differentiate again", memory, self._differentiating_again)
         return coupling.data_term()
 
@@ -268,6 +283,7 @@ class _Memory:
     number: int | None = None
     """Of the view that is in it; None: of another batch."""
     y: Tensor
+    weights: Tensor | None
     chunk: Sequence[int]
     offsets: Sequence[int]
     """Numbers of its samples, and their distances from the sample of the clock."""

@@ -85,6 +85,17 @@ class DataTerm:
     def _tally(self) -> Tensor:
         return self._loop.posterior.buffer.tally
 
+    def weights_(self, weights: Tensor | None) -> Tensor | None:
+        """Return the weights [B] to work with; one that is negative or not finite is counted as a misfit. Local."""
+        if weights is not None:
+            self._tally[Tally.NUM_MISFITS] += self.unfit(weights).any()
+        return weights
+
+    @staticmethod
+    def unfit(weights: Tensor) -> Tensor:
+        """Return which weights cannot be. Local."""
+        return ~((weights >= 0) & weights.isfinite())
+
     def add_(self, data_term: Tensor, global_batch_size: int, is_last: bool) -> None:
         """Add what a call returned to what is summed over the job. Local."""
         self._tally[Tally.DATA_TERM] += data_term / global_batch_size
@@ -175,7 +186,7 @@ class DataTerm:
 
         def use(samples: Sequence[int], statistic: Tensor) -> None:
             before = dict(vars(coupling))
-            gradient = share * coupling.gradient(samples, statistic.detach())
+            gradient = coupling.weigh(share * coupling.gradient(samples, statistic.detach()), 1)
             is_last = samples[-1] == last
             with reducer.last_backward() if is_last else contextlib.nullcontext():
                 try:

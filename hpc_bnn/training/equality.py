@@ -96,13 +96,16 @@ class Comparison:
         self._step, self._global_batch_size, self.num_examples = step, global_batch_size, 0
         self._targets: Digest = 0
         self._inputs: Digest = 0
+        self._weights: Digest | None = None  # of examples that have some
 
-    def add_(self, x: SharedView, y: Tensor) -> None:
+    def add_(self, x: SharedView, y: Tensor, weights: Tensor | None = None) -> None:
         """Add examples of this rank. Local."""
         self.num_examples += len(x)
         if self._comm.grid.sample_size > 1 and self.looks:
             self._targets = self._digest([y], self._targets)
             self._inputs = self._digest(tensors_of(x.before_views), self._inputs)
+            if weights is not None:
+                self._weights = self._digest([weights], 0 if self._weights is None else self._weights)
 
     def _digest(self, tensors: Iterable[Tensor], before: Digest) -> Digest:
         """Return a digest of shapes and of some numbers of tensors, after others. Local; a GPU's stays there."""
@@ -144,6 +147,7 @@ class Comparison:
 
     def _batch(self) -> list[Digest]:
         batch: Digest = self._targets * _FACTORS[0] + self._inputs
+        batch = batch if self._weights is None else batch + self._weights * _FACTORS[1]
         weight = _weight(self._comm.grid.sample_index, self._comm.grid.sample_size)
         return [(batch >> shift & self._mask) * weight for shift in (40, 17)]
 
@@ -161,8 +165,8 @@ class Comparison:
             'where each rank makes its own view of them, call step(..., views="own")'
         )
         found: dict[str, object] = {"the number of examples": self.num_examples}
-        for name, digest in (("targets", self._targets), ("inputs", self._inputs)):
-            found[f"the digest of the {name}"] = f"{int(digest) & 0xFFFFFFFF:08x}"
+        for name, digest in (("targets", self._targets), ("inputs", self._inputs), ("weights", self._weights)):
+            found[f"the digest of the {name}"] = None if digest is None else f"{int(digest) & 0xFFFFFFFF:08x}"
         comm.check_equal(found, where, remedy, axis="sample")
         counts = comm.gather_objects(self.num_examples, "data")
         if sum(counts) != self._global_batch_size:

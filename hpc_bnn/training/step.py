@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..comm import GridComm
 from ..config import Auto, Batching, Capture, check_field
-from ..errors import ConfigError, Fault, NonFiniteError
+from ..errors import ConfigError, DataError, Fault, NonFiniteError
 from ..likelihoods import Likelihood
 from ..noise import Key, Stream
 from ..objectives import NegativeElbo, Objective
@@ -139,7 +139,7 @@ class VariationalStep(StepState):
         # Of a sample in what depends on the sample alone: it counts once in the job
         self._prior_share = 1.0 / num_samples if comm.grid.is_first("data") else 0.0
         self.comparison = Comparison(comm)
-        self._targets: list[Tensor] = []
+        self._targets: list[tuple[Tensor, Tensor | None]] = []  # and weights
         self._phase: Literal["idle", "accumulating", "accumulated", "reduced"] = "idle"
         self._begun = 0  # what `Posterior.num_begun` was
         self._check_features()
@@ -171,7 +171,13 @@ class VariationalStep(StepState):
         return self.data_term.num_passes
 
     def __call__(
-        self, x: Inputs | SharedView, y: Tensor, global_batch_size: int, *, views: StepViews = "shared"
+        self,
+        x: Inputs | SharedView,
+        y: Tensor,
+        global_batch_size: int,
+        *,
+        views: StepViews = "shared",
+        weights: Tensor | None = None,
     ) -> StepResult:
         """Make one step. Collective over the world: one sum over each axis of extent above 1.
 
@@ -192,13 +198,17 @@ class VariationalStep(StepState):
         views : {"shared", "own"}
             Whether the ranks of a sample group have the same x, or each its own view of the same examples, as of an
             augmentation in the loader.
+        weights : Tensor, optional
+            [B_local] weights of the examples, finite and 0 or more: each multiplies the data term of its example. The sum is
+            divided by ``global_batch_size`` all the same, and N stays: weights of mean 1 keep the balance with the KL.
 
         Raises
         ------
         NonFiniteError
             On all ranks, before the update, when the loss or a gradient of any rank is not finite.
         DataError
-            On all ranks, before the update, when a target of any rank lies outside the support of the likelihood.
+            On all ranks, before the update, when a target of any rank lies outside the support of the likelihood, or a weight
+            is negative or not finite.
         RankError
             On all ranks, before the update, when ranks differ in what they must have in common (`Comparison`), or have not
             ``global_batch_size`` examples together.
@@ -208,21 +218,32 @@ class VariationalStep(StepState):
         """
         if views not in get_args(StepViews):
             raise ConfigError(Fault("views", views, "must be shared or own", "Leave it out"))
-        self.accumulate_batch_(OwnView(x) if views == "own" else x, y, global_batch_size)
+        self.accumulate_batch_(OwnView(x) if views == "own" else x, y, global_batch_size, weights)
         self.reduce_()
         return self.update_()
 
     # --- the order of a step ------------------------------------------------------------------------
 
-    def accumulate_batch_(self, x: Inputs | SharedView, y: Tensor, global_batch_size: int) -> None:
+    def accumulate_batch_(
+        self, x: Inputs | SharedView, y: Tensor, global_batch_size: int, weights: Tensor | None = None
+    ) -> None:
         """Begin a step and accumulate this rank's examples, in micro-batches where they are set. Collective as `accumulate_`."""
         self._phase = "idle"  # of a step that was given up
         x = x if isinstance(x, SharedView) else SharedView(x)
-        _check_rows(x, y)
+        _check_rows(x, y, weights)
         for span, part in x.parts(self.micro_batch_size):
-            self.accumulate_(part, y[span], global_batch_size, is_last=span.stop == len(x))
+            of_part, is_last = None if weights is None else weights[span], span.stop == len(x)
+            self.accumulate_(part, y[span], global_batch_size, is_last=is_last, weights=of_part)
 
-    def accumulate_(self, x: Inputs | SharedView, y: Tensor, global_batch_size: int, *, is_last: bool = True) -> None:
+    def accumulate_(
+        self,
+        x: Inputs | SharedView,
+        y: Tensor,
+        global_batch_size: int,
+        *,
+        is_last: bool = True,
+        weights: Tensor | None = None,
+    ) -> None:
         """Add the gradient of some examples' data term on this rank's samples. Call it for each micro-batch.
 
         Local for the negative ELBO; otherwise collective as `__call__` says, for each micro-batch. ``global_batch_size``
@@ -231,7 +252,7 @@ class VariationalStep(StepState):
         posterior, comm = self.posterior, self.comm
         self._check()
         x = x if isinstance(x, SharedView) else SharedView(x)
-        _check_rows(x, y)
+        _check_rows(x, y, weights)
         if x.num_samples not in (None, self.num_samples):
             rule, remedy = f"the views are made for {x.num_samples} samples", "Make them for as many"
             raise ConfigError(Fault("num_samples", self.num_samples, rule, remedy))
@@ -243,21 +264,27 @@ class VariationalStep(StepState):
         counts_samples = posterior.capabilities.kl in ("Monte Carlo", "point") and self._prior_share > 0
         if len(x) == 0 and not posterior.network.batch_norms.layers and not (is_last and counts_samples):
             mine = range(0)  # nothing to evaluate, and nobody waits for this rank
-        self._targets = [*([] if is_first else self._targets), y]
+        self._targets = [*([] if is_first else self._targets), (y, weights)]
         if is_first:
             self._begin(x, y, samples, global_batch_size)
         kl = self._prior_share * is_last, self.kl_weight(self.num_steps) / self.num_train_examples
         given, y = y, self.data_term.begin_(x, y, kl, is_first)
+        given_weights, weights = weights, self.data_term.weights_(weights)
         first_example: int | Tensor = self._first_example + self.comparison.num_examples
         if self._is_captured and posterior.sampler.noisy is not None:
             first_example = self._latch.first_example.fill_(first_example)
         posterior.sampler.switch_(True, first_example)
-        self.comparison.add_(x, given)
+        self.comparison.add_(x, given, given_weights)
         try:
             with posterior.network.running(lambda tensor: comm.sum_(tensor, "data")):
                 # One coupling for each micro-batch: objectives couple samples, not examples
                 coupling = self.objective.begin(y, samples, self.num_samples)
-                coupling.present = self.likelihood.present(y)
+                coupling.present, coupling.weights = self.likelihood.present(y), weights
+                if weights is not None and not coupling.weighs:
+                    rule = f"{self.objective.name} is not defined for weights of examples"
+                    raise ConfigError(
+                        Fault("weights", list(weights.shape), rule, "Leave them out, or set Coupling.weighs")
+                    )
                 data_term = self.data_term(mine, x, y, self.key, coupling, 1.0 / global_batch_size, kl, is_last)
             self.data_term.add_(data_term, global_batch_size, is_last)
         finally:
@@ -335,15 +362,23 @@ class VariationalStep(StepState):
         return StepResult(nelbo, data_term, kl, kl_weight, tally[Tally.NUM_STOPS] > 0)
 
     def _check_sound(
-        self, tally: list[float], is_broken_here: Tensor | float, targets: Sequence[Tensor], comparison: Comparison
+        self,
+        tally: list[float],
+        is_broken_here: Tensor | float,
+        targets: Sequence[tuple[Tensor, Tensor | None]],
+        comparison: Comparison,
     ) -> None:
         """Raise what the sums of a step say, on all ranks. Collective over the world if they do."""
         if tally[Tally.NUM_MISFITS]:
-            misfits = [y[~self.likelihood.fits(y)] for y in targets]
-            mine = next((found[0].item() for found in misfits if len(found)), None)
-            wrong = {rank: target for rank, target in enumerate(self.comm.gather_objects(mine)) if target is not None}
+            misfits = [(False, y[~self.likelihood.fits(y)]) for y, _ in targets]
+            misfits += [(True, weights[DataTerm.unfit(weights)]) for _, weights in targets if weights is not None]
+            mine = next(((is_weight, found[0].item()) for is_weight, found in misfits if len(found)), None)
+            wrong = {rank: found for rank, found in enumerate(self.comm.gather_objects(mine)) if found is not None}
             where = f" on rank {', '.join(map(str, wrong))} in step {self.num_steps}"
-            raise self.likelihood.fault_of(next(iter(wrong.values())), where)
+            is_weight, value = next(iter(wrong.values()))
+            if is_weight:
+                raise DataError(f"a weight is {value:g}{where}: weights of examples are finite, and 0 or more")
+            raise self.likelihood.fault_of(value, where)
         if tally[Tally.NUM_BROKEN]:
             mine = (self.comm.grid.rank, socket.gethostname()) if is_broken_here else None
             ranks = [f"rank {p[0]} on {p[1]}" for p in self.comm.gather_objects(mine) if p is not None]
@@ -549,8 +584,11 @@ class VariationalStep(StepState):
         self.updater.check()
 
 
-def _check_rows(x: SharedView, y: Tensor) -> None:
-    """Raise `ConfigError` where inputs and targets are of different numbers of examples. Local."""
+def _check_rows(x: SharedView, y: Tensor, weights: Tensor | None) -> None:
+    """Raise `ConfigError` where inputs, targets and weights are of different numbers of examples. Local."""
+    if weights is not None and not (weights.shape == (len(x),) and weights.is_floating_point()):
+        rule = f"x has {len(x)} examples, and weights are one floating-point number for each"
+        raise ConfigError(Fault("weights", f"{list(weights.shape)} of {weights.dtype}", rule, "Give weights [B]"))
     if y.shape[:1] != (len(x),):
         rule = f"x has {len(x)} examples, and y needs a target for each on dim 0"
         raise ConfigError(Fault("y", list(y.shape), rule, "Give x and y of the same examples"))
