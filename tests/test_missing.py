@@ -270,7 +270,10 @@ def test_a_split_with_nothing_present_is_an_error_that_says_so(tmp_path, capsys)
     splits = {"train": (x, y), "test": (x[:9], np.full((9, 2), np.nan))}
     write_shards(tmp_path / "shards", splits, missing_targets=True, **FACTS)
     assert main(["train", "--data.shards", str(tmp_path / "shards"), *words_of(tmp_path / "run")]) != 0
-    assert "all targets of this split of toy are missing: there is nothing to evaluate" in capsys.readouterr().err
+    assert (
+        "all targets of this split of toy are missing or have the weight 0: there is nothing to evaluate"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_dataset_of_the_user_from_the_command_line(tmp_path):

@@ -285,8 +285,7 @@ def build_augmentation(
     if not transforms:
         return None
     if "x" not in manifest.arrays:
-        names = [name for name in manifest.arrays if name != "y"]
-        rule = f"transforms change one tensor of inputs, and these data have {', '.join(names)}"
+        rule = f"transforms change one tensor of inputs, and these data have {', '.join(manifest.inputs)}"
         raise ConfigError(Fault("augmentation.transforms", config.transforms, rule, "Leave them out"))
     x, y = manifest.arrays["x"].shape, manifest.arrays["y"].shape
     for transform in transforms:
@@ -298,6 +297,8 @@ def build_augmentation(
             rule = f"it would move the inputs {list(x)} and not the targets {list(y)}"
         elif isinstance(transform, Mixup) and manifest.ignore_index is not None:
             rule = "classes of these data are missing, and a missing class has no probabilities to mix"
+        elif isinstance(transform, Mixup) and manifest.has_weights:
+            rule = "the examples have weights, and a mixture of two has none"
         if rule:
             name = type(transform).__name__.lower()
             raise ConfigError(Fault("augmentation.transforms", name, rule, "Leave it out"))

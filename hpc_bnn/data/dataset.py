@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,6 @@ from ..comm.devices import free_memory_bytes
 from ..config import Reading, check_field
 from ..errors import DataError
 from ..grid import Grid
-from ..trees import Inputs
 from .files import SplitFiles
 from .manifest import MANIFEST, Arrays, Manifest, inputs_of, torch_dtype
 from .source import Source
@@ -118,8 +118,8 @@ class ShardDataset(Source):
             self._files.read(indices.cpu().numpy(), arrays)
         return buffer.pin_memory() if self.device.type == "cuda" else buffer
 
-    def deliver(self, buffer: torch.Tensor) -> tuple[Inputs, torch.Tensor]:
-        """Return inputs and targets from the bytes of `read`: received, on the device, normalised; ids are int64 or int32.
+    def deliver(self, buffer: torch.Tensor) -> tuple[Any, ...]:
+        """Return inputs, targets, and weights where the examples have some, from the bytes of `read`: received, on the device, normalised; ids are int64 or int32.
 
         Collective over ``sample_comm`` with the reading ``group``, otherwise local.
         """
@@ -127,7 +127,7 @@ class ShardDataset(Source):
         if self.reading == "group":
             self._comm.broadcast_(buffer, root=0, axis="sample")
         found = self._normalise(self._split(buffer))
-        return inputs_of(found), found["y"]
+        return (inputs_of(found), found["y"], *([found["weights"]] if self.manifest.has_weights else []))
 
     def in_units(self, y: torch.Tensor) -> torch.Tensor:
         """Return targets [B, ...], as they are delivered, in units of y, float64 where they are normalised."""
@@ -181,12 +181,12 @@ def check_same_manifest(comm: GridComm, manifest: Manifest) -> None:
 
 def check_alike(scaling: Manifest, manifest: Manifest, directory: str | os.PathLike) -> None:
     """Raise `DataError` if the examples have another shape than those that a network was trained on. Local."""
-    if manifest.arrays.keys() != scaling.arrays.keys():
-        theirs, ours = (", ".join(m.arrays) for m in (manifest, scaling))
+    if manifest.inputs.keys() != scaling.inputs.keys():
+        theirs, ours = (", ".join(m.inputs) for m in (manifest, scaling))
         raise DataError(
             f"{directory} has {theirs}, and the network was trained on {ours}. Prepare the shards in the same way"
         )
-    for name, spec in manifest.arrays.items():
+    for name, spec in {**manifest.inputs, "y": manifest.arrays["y"]}.items():
         expected = scaling.arrays[name]
         if name == "y" and manifest.num_classes != scaling.num_classes:
             continue  # foreign classes: their examples can be predicted, not scored

@@ -33,6 +33,8 @@ class Batch:
     """Examples of the batch in the whole job."""
     partners: tuple[Inputs, torch.Tensor] | None = None
     """Inputs and targets of the mirrored positions of the global batch, if they are requested."""
+    weights: torch.Tensor | None = None
+    """[B_local] weights of the examples, if they have some."""
 
 
 class BatchLoader:
@@ -99,11 +101,13 @@ class BatchLoader:
         )
         with contextlib.closing(_read_ahead(self.dataset.read, batches, self.prefetch)) as read:
             for num_examples, examples, buffer in read:
-                x, y = self.dataset.deliver(buffer)
+                x, y, *given = self.dataset.deliver(buffer)
                 count = len(examples) // 2 if self.with_partners else len(examples)
                 mine, others = slice(count), slice(count, None)
                 partners = (rows_of(x, others), y[others]) if self.with_partners else None
-                yield Batch(rows_of(x, mine), y[mine], on_device(examples[mine], y.device), num_examples, partners)
+                weights = given[0][mine] if given else None
+                indices = on_device(examples[mine], y.device)
+                yield Batch(rows_of(x, mine), y[mine], indices, num_examples, partners, weights)
 
     def _places(self, size: int) -> torch.Tensor:
         """Return where in a global batch the examples stand that this rank needs: its own, then their mirrored ones."""

@@ -103,7 +103,7 @@ class Manifest:
     """Where the data come from."""
     licence: str
     arrays: dict[str, ArraySpec]
-    """x (inputs), or the inputs by name; y (targets) is the last."""
+    """x (inputs), or the inputs by name; then y (targets); then the weights of the examples, where they have some."""
     splits: dict[str, tuple[ShardFile, ...]]
     """Files of each split, in order."""
     statistics: dict[str, Statistics]
@@ -132,6 +132,16 @@ class Manifest:
         """Shape of one input, or a dict of shapes by name where the inputs are not one array ``x``."""
         return inputs_of({name: spec.shape for name, spec in self.arrays.items()})
 
+    @property
+    def inputs(self) -> dict[str, ArraySpec]:
+        """The inputs by name: the arrays before y."""
+        return dict(itertools.takewhile(lambda item: item[0] != "y", self.arrays.items()))
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether the examples have weights."""
+        return next(reversed(self.arrays)) == "weights"
+
     def is_whole(self, name: str) -> bool:
         """Whether an array of inputs is delivered as whole numbers: one of a source that normalises nothing."""
         return name not in self.statistics and np.dtype(self.arrays[name].dtype).kind in "iub"
@@ -139,7 +149,7 @@ class Manifest:
     @property
     def num_inputs(self) -> int:
         """Numbers in the inputs of an example."""
-        return sum(math.prod(spec.shape) for name, spec in self.arrays.items() if name != "y")
+        return sum(math.prod(spec.shape) for spec in self.inputs.values())
 
     @property
     def places(self) -> tuple[int, ...]:
@@ -236,7 +246,12 @@ class Manifest:
         """Yield whether a rule is kept, and the rule."""
         texts = (self.name, self.source, self.licence)
         yield all(isinstance(text, str) for text in texts), "name, source and licence must be texts"
-        yield list(self.arrays)[-1:] == ["y"] and len(self.arrays) > 1, "arrays must be inputs and then y"
+        rest = list(self.arrays)[len(self.inputs) :]
+        yield (
+            rest in (["y"], ["y", "weights"]) and self.inputs,
+            "arrays must be inputs and then y, and weights of examples last",
+        )
+        yield not self.has_weights or self.arrays["weights"].shape == (), "weights must be one number per example"
         for name, spec in self.arrays.items():
             is_number = all(map(_is_count, spec.shape)) and np.dtype(spec.dtype).kind in "fiub"
             yield is_number and torch_dtype(spec.dtype), f"shape and dtype of {name} must be those of numbers"
@@ -265,7 +280,7 @@ class Manifest:
 
     def _rules_of_names(self) -> Iterator[tuple[object, str]]:
         """Yield the rules of names, which may lead nowhere: a file is in the directory, an array at the root of a file."""
-        inputs = dict.fromkeys(name for name in self.arrays if name != "y")
+        inputs = dict.fromkeys(self.inputs)
         yield named_arrays(None if list(inputs) == ["x"] else inputs, None), "inputs must have names"
         files = [shard.file for shard in self.shards]
         are_plain = all(isinstance(file, str) and SHARD.fullmatch(file) for file in files)
@@ -367,16 +382,20 @@ def sha256_of_coordinates(coordinates: Arrays) -> str:
     return digest.hexdigest()
 
 
-def named_arrays(x: Any, y: Any) -> dict[str, Any]:
-    """Return the arrays of a data set by name, y last: x, or the inputs by their names where x is a dict. Local."""
+def named_arrays(x: Any, y: Any, weights: Any = None) -> dict[str, Any]:
+    """Return the arrays of a data set by name: x, or the inputs by their names where x is a dict; y; weights of examples. Local."""
     named = dict(x) if isinstance(x, dict) else {"x": x}
-    reserved = {"y", "crc32"} | ({"x"} if list(named) == ["x"] and isinstance(x, dict) else set())
+    reserved = (
+        {"y", "crc32"}
+        | (set() if weights is None else {"weights"})
+        | ({"x"} if list(named) == ["x"] and isinstance(x, dict) else set())
+    )
     if not named or reserved & named.keys() or not all(map(str.isidentifier, named)):
         raise DataError(f"inputs are named {', '.join(named)}: use identifiers other than y and crc32, and two or more")
-    return named | {"y": y}
+    return named | {"y": y} | ({} if weights is None else {"weights": weights})
 
 
 def inputs_of(named: dict[str, Any]) -> Any:
     """Return what is there for x, or for the inputs by name, of things by the names of `named_arrays`. Local."""
-    inputs = {name: thing for name, thing in named.items() if name != "y"}
+    inputs = dict(itertools.takewhile(lambda item: item[0] != "y", named.items()))
     return inputs["x"] if list(inputs) == ["x"] else inputs

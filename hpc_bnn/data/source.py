@@ -53,8 +53,11 @@ class Source:
         """Return what `deliver` makes examples of. Local, in a thread of its own; called in the order of the batches."""
         raise NotImplementedError
 
-    def deliver(self, content: Any) -> tuple[Inputs, Tensor]:
-        """Return inputs [B, ...] and targets [B, ...] on the device, from what `read` returned. Local."""
+    def deliver(self, content: Any) -> tuple[Any, ...]:
+        """Return inputs [B, ...], targets [B, ...], and weights [B] where the examples have some. Local.
+
+        They are on the device, and made from what `read` returned.
+        """
         if self.dtype == torch.float32 and not self._has_looked:
             self._has_looked = True
             if any(map(loses_differences, tensors_of(content))):
@@ -66,8 +69,7 @@ class Source:
         def here(tensor: Tensor) -> Tensor:
             return on_device(tensor, self.device, self.dtype if tensor.is_floating_point() else tensor.dtype)
 
-        x, y = map_tensors(here, content)
-        return x, y
+        return tuple(map_tensors(here, content))
 
     def begin(self, epoch: int) -> None:
         """Begin an epoch. Local."""
@@ -77,8 +79,8 @@ class Source:
         self.device, self.dtype = torch.device(device), dtype
         return self
 
-    def fetch(self, indices: Tensor | Sequence[int] | slice) -> tuple[Inputs, Tensor]:
-        """Return inputs [B, ...] and targets [B, ...] of some examples. Local, or as `deliver` is."""
+    def fetch(self, indices: Tensor | Sequence[int] | slice) -> tuple[Any, ...]:
+        """Return what `deliver` does of some examples. Local, or as `deliver` is."""
         if isinstance(indices, slice):
             indices = torch.arange(*indices.indices(len(self)))
         wanted = torch.as_tensor(indices)
@@ -127,13 +129,16 @@ class TensorSource(Source):
         Inputs [N, ...] and targets [N, ...]; classes are integers [N].
     num_classes : int, optional
         Number of classes; targets are numbers without it.
+    weights : Tensor, optional
+        [N] of the examples, floating-point, finite and 0 or more.
     """
 
     reading = "memory"
 
-    def __init__(self, x: Inputs, y: Tensor, num_classes: int | None = None):
-        self._content, self._length = (x, y), num_rows((x, y))
-        self.manifest = describe("tensors", (x, y), self._length, num_classes)
+    def __init__(self, x: Inputs, y: Tensor, num_classes: int | None = None, weights: Tensor | None = None):
+        self._content = (x, y) if weights is None else (x, y, weights)
+        self._length = num_rows(self._content)
+        self.manifest = describe("tensors", self._content, self._length, num_classes)
 
     def __len__(self) -> int:
         return self._length
@@ -265,19 +270,19 @@ def _dataset_source(data: Any, num_classes: int | None, num_examples: int | None
     return DatasetSource(data, num_classes)
 
 
-def describe(name: str, content: tuple[Inputs, Tensor], num_examples: int, num_classes: int | None = None) -> Manifest:
+def describe(name: str, content: tuple[Any, ...], num_examples: int, num_classes: int | None = None) -> Manifest:
     """Return the manifest of a source. Local.
 
     Parameters
     ----------
     name : str
         Of the data.
-    content : (x, y)
-        Inputs and targets of some examples.
+    content : (x, y) or (x, y, weights)
+        Inputs, targets, and weights of some examples.
     num_classes : int, optional
         Number of classes; otherwise the targets are numbers.
     """
-    x, y = content
+    x, y, *weights = content
     if num_classes is None and not y.is_floating_point():
         rule = f"the targets of {name} are whole numbers: classes, and it does not say how many, or counts"
         remedy = "Give it, or give the dataset an attribute num_classes; make counts floating-point"
@@ -289,7 +294,7 @@ def describe(name: str, content: tuple[Inputs, Tensor], num_examples: int, num_c
         rule = f"the inputs of {name} must be a tensor, or a dict or tuple of tensors without the name y"
         raise ConfigError(Fault("x", sorted(named), rule, "Flatten nested inputs"))
     arrays = {}
-    for key, tensor in {**named, "y": y}.items():
+    for key, tensor in {**named, "y": y, **({"weights": weights[0]} if weights else {})}.items():
         is_half = tensor.is_floating_point() and tensor.element_size() < 4  # NumPy has no bfloat16
         dtype = torch.float32 if is_half else tensor.dtype
         arrays[key] = ArraySpec(tuple(tensor.shape[1:]), str(dtype).removeprefix("torch."))

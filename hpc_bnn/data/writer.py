@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -58,14 +59,14 @@ class Examples:
     """Examples that are made when they are written, for sets larger than memory."""
 
     num_examples: int
-    read: Callable[[int, int], tuple[Any, np.ndarray]]
-    """``read(start, stop)`` returns x [n, channels, ...], or a dict of inputs by name, and y [n, ...]; any rank may ask
-    for any range."""
+    read: Callable[[int, int], tuple[Any, ...]]
+    """``read(start, stop)`` returns x [n, channels, ...], or a dict of inputs by name, y [n, ...], and weights [n] where
+    the examples have some; any rank may ask for any range."""
 
 
 def write_shards(
     directory: str | os.PathLike,
-    splits: dict[str, tuple[Any, np.ndarray] | Examples],
+    splits: dict[str, tuple[Any, ...] | Examples],
     *,
     name: str,
     source: str,
@@ -95,10 +96,11 @@ def write_shards(
     directory : path
         Created if it is missing; on a file system that all ranks can read. A former preparation in it is removed, or
         continued if it has the same ``key``.
-    splits : dict of str to (x, y) or Examples
+    splits : dict of str to (x, y), (x, y, weights) or Examples
         Inputs [n, channels, ...], or a dict of several by name, and targets [n, ...] of each split, the same on each
         rank. One input is normalised; of several, those with a floating-point dtype are, and whole numbers stay whole.
-        float64 is subtracted from the mean before it is rounded.
+        float64 is subtracted from the mean before it is rounded. Weights [n] of the examples, finite and 0 or more, multiply
+        their loss, and metrics are weighted means; all splits have them, or none.
     name, source, licence, num_classes, target_weights, channels, details
         As in `Manifest`; the weights as an array, such as cos(latitude) as [latitudes, 1], the channels for x and y.
     coordinates : dict of str to dict, optional
@@ -159,9 +161,7 @@ def write_shards(
                 refuse_world_writable(directory, "the directory")
                 held.enter_context(Lock(directory, "--output"))
                 _open(directory, plan)
-        wanted = tuple(
-            n for n, spec in arrays.items() if (normalise_targets if n == "y" else _is_normalised(n, spec, ids))
-        )
+        wanted = (*(n for n in _inputs(arrays) if _is_normalised(n, arrays[n], ids)), *(["y"] * normalise_targets))
         tasks = [
             _Task(
                 split,
@@ -224,18 +224,18 @@ class _Task(NamedTuple):
     """Of all examples of the split."""
 
 
-def _as_examples(examples: tuple[Any, np.ndarray] | Examples) -> Examples:
+def _as_examples(examples: tuple[Any, ...] | Examples) -> Examples:
     if isinstance(examples, Examples):
         return examples
-    x, y = examples
-    named = {name: np.asarray(array) for name, array in named_arrays(x, y).items()}
+    named = {name: np.asarray(array) for name, array in named_arrays(*examples).items()}
+    rest = list(named)[list(named).index("y") :]
     if len({len(array) for array in named.values()}) > 1:
         counts = " and ".join(f"{len(array)} {name}" for name, array in named.items())
         raise DataError(f"there are {counts}: as many as examples are needed")
 
-    def read(start: int, stop: int) -> tuple[Any, np.ndarray]:
+    def read(start: int, stop: int) -> tuple[Any, ...]:
         rows = {name: array[start:stop] for name, array in named.items()}
-        return inputs_of(rows), rows["y"]
+        return inputs_of(rows), *(rows[name] for name in rest)
 
     return Examples(len(named["y"]), read)
 
@@ -264,6 +264,15 @@ def _as_coordinates(given: dict[str, dict[str, Any]], sources: dict[str, Example
                 raise DataError(f"{split}, example {int(np.isnat(part).argmax())}: the coordinate {name} has no time")
             found[split][name] = part.astype(dtype)
     return found
+
+
+def _inputs(arrays: Iterable[str]) -> list[str]:
+    """Return the names before y."""
+    return list(itertools.takewhile(lambda name: name != "y", arrays))
+
+
+def _has_weights(arrays: dict[str, ArraySpec]) -> bool:
+    return next(reversed(arrays)) == "weights"
 
 
 def _is_normalised(name: str, spec: ArraySpec, ids: Collection[str]) -> bool:
@@ -300,11 +309,13 @@ def _look(
             raise DataError(
                 f"{name} has dtype {array.dtype}: {'ids are whole' if name in ids else 'real'} numbers are needed"
             )
-    for name, spec in arrays.items():
-        if name != "y" and _is_normalised(name, spec, ids) and spec.shape == ():
+    for name in _inputs(arrays):
+        if _is_normalised(name, arrays[name], ids) and arrays[name].shape == ():
             raise DataError(f"an input {name} is a single number: give it a channel, {name} of shape [n, 1]")
     if num_classes is not None and np.dtype(arrays["y"].dtype).kind not in "iu":
         raise DataError(f"classes y have dtype {arrays['y'].dtype}: they must be whole numbers")
+    if _has_weights(arrays) and (arrays["weights"].shape, np.dtype(arrays["weights"].dtype).kind) != ((), "f"):
+        raise DataError("weights of examples must be one floating-point number for each, [n]")
     return arrays
 
 
@@ -400,6 +411,8 @@ def _finish(
     if num_classes is not None and (is_wrong := ((y < 0) | (y >= num_classes)) & (y != missing)).any():
         row = rows[_first(is_wrong)]
         raise DataError(f"{task.split}, example {row}: class {y[is_wrong][0]} is not in 0..{num_classes - 1}")
+    if _has_weights(arrays) and (is_wrong := found["weights"] < 0).any():
+        raise DataError(f"{task.split}, example {rows[_first(is_wrong)]}: its weight is below 0")
     crc32 = crc32_of_examples(found, range(len(rows)))
     with replacing(path) as temporary:
         coordinates = {name: values[rows.start : rows.stop] for name, values in task.coordinates.items()}

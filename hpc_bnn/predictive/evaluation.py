@@ -66,6 +66,8 @@ class Block:
     """[B, ...] their targets; without ``with_targets`` as `Source.fetch` delivers them."""
     x: Any = None
     """Their inputs, as `Source.fetch` delivers them."""
+    weights: Tensor | None = None
+    """[B] their weights, where they have some."""
 
 
 def predict_dataset(
@@ -92,7 +94,7 @@ def predict_dataset(
     size = block_size(likelihood, dataset, num_samples, keep_members)
     options |= {"num_samples": num_samples, "keep_members": keep_members}
     for numbers in mine.split(size) if len(mine) else ():
-        x, y = dataset.fetch(numbers)
+        x, y, *weights = dataset.fetch(numbers)
         if is_of_classes(likelihood):
             predictive = predict_classes(posterior, likelihood, comm, x, **options)
         else:
@@ -102,7 +104,7 @@ def predict_dataset(
                 predictive = predictive.in_units(*dataset.target_scale, likelihood.present(y) if with_targets else None)
             if with_targets:
                 y = likelihood.targets(dataset.in_units(y), predictive.mean)
-        yield Block(numbers, predictive, y, x)
+        yield Block(numbers, predictive, y, x, *weights)
 
 
 # --- evaluation ------------------------------------------------------------------------------------------
@@ -142,7 +144,8 @@ def evaluate_dataset(
     """Evaluate a data set: each data group takes its range of the examples, each sample group takes all samples.
 
     Collective over the world; `DataError` on all ranks where a target lies outside the support of the likelihood, or all are
-    missing. A missing target adds nothing to any metric, and is not counted; the nll is a mean over examples that have one.
+    missing or have the weight 0. A missing target adds nothing to any metric, and is not counted; the nll is a mean over examples
+    that have one. Where examples have weights, metrics are weighted means.
     Examples are read in blocks of bounded size; every block is one pass over the samples.
     The ranks of a sample group divide the work on its scores. All ranks then sum sums and counts over the world,
     never means.
@@ -176,7 +179,7 @@ def evaluate_dataset(
     scores.combine(comm)
     if not scores.has_targets:
         raise DataError(
-            f"all targets of this split of {dataset.manifest.name} are missing: there is nothing to evaluate"
+            f"all targets of this split of {dataset.manifest.name} are missing or have the weight 0: there is nothing to evaluate"
         )
     uncertainties = {name: scores.gathered[name] for name in UNCERTAINTIES[is_of_classes(likelihood)]}
     return Evaluation(scores.compute(), scores.curves(), uncertainties, scores.by_group())
@@ -210,9 +213,12 @@ def score_dataset(
         if mine:
             span = slice(mine.start, mine.stop)
             predictive, y = examples_of(block.predictive, mine.start, mine.stop), block.y[span]
-            present = likelihood.present(y)
-            weights = None if present is None else present.double()
-            y = y if present is None else torch.where(present, y, 0)
+            present, weights = likelihood.present(y), None
+            if block.weights is not None:
+                weights = block.weights[span].double().view(-1, *(1,) * (y.ndim - 1)).expand(y.shape)
+            if present is not None:
+                y = torch.where(present, y, 0)
+                weights = present.double() if weights is None else present * weights
             forecasts = {}
             if "persistence" in references:
                 forecasts["persistence"] = persistence(dataset, rows_of(block.x, span), y.double())
@@ -416,7 +422,7 @@ class _ClassScores(_Scores):
         assert is_of_classes(likelihood)
         self._is_field, self._num_classes = bool(dataset.manifest.places), likelihood.num_classes
         self._names = dataset.manifest.details.get("classes") or list(range(likelihood.num_classes))
-        weighted = ("weight",) if likelihood.ignore_index is not None else ()
+        weighted = ("weight",) if likelihood.ignore_index is not None or dataset.manifest.has_weights else ()
         beside = () if self._is_field else ("confidence", "correct", *weighted)
         super().__init__(dataset, groups, (*UNCERTAINTIES[True], *beside))
 

@@ -44,7 +44,7 @@ class ShownClasses:
         half = NUM_SHOWN_EXAMPLES // 2
         # One rank of a sample group chooses: fetching is collective over the group where it reads together.
         chosen = self.comm.gather_objects(self._choose(half), "sample")[0]
-        x, y = self.dataset.fetch(torch.tensor([example["index"] for example in chosen], dtype=torch.int64))
+        x, y, *_ = self.dataset.fetch(torch.tensor([example["index"] for example in chosen], dtype=torch.int64))
         mine = [example | {"x": tensors_of(x)[0][i].cpu(), "y": int(y[i])} for i, example in enumerate(chosen)]
         mine = mine if self.comm.grid.is_first("sample") else []
         everyones = list(itertools.chain.from_iterable(self.comm.gather_objects(mine)))

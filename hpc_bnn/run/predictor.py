@@ -234,8 +234,7 @@ class _Examples(Source):
     def __init__(self, experiment: Experiment, x: Arrays | Mapping[str, Arrays], y: Arrays | None = None):
         self.manifest, self._scaling = experiment.manifest, experiment.manifest
         self.on(experiment.comm.device, experiment.dtype)
-        specs = dict(self.manifest.arrays)
-        target = specs.pop("y")
+        specs, target = self.manifest.inputs, self.manifest.arrays["y"]
         named = dict(x) if isinstance(x, Mapping) else {"x": x}
         if named.keys() != specs.keys():
             rule = f"the network has the inputs {', '.join(specs)}"

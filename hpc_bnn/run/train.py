@@ -192,7 +192,8 @@ class Run(Experiment):
             self.step.wants_stop = self.stop.why is not None
             traffic = replace(self.comm.traffic)
             with self._profiler.recording():
-                self._results.append((self.step(x, y, batch.num_examples), batch.num_examples))
+                result = self.step(x, y, batch.num_examples, weights=batch.weights)
+                self._results.append((result, batch.num_examples))
             self.schedule.step()
             place.count(batch.num_examples, traffic, self.comm.traffic)
             wants_stop = self._read_results(self.step.lag)
