@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,18 @@ from conftest import with_plots
 from torch import nn
 
 import hpc_bnn
-from hpc_bnn import Bernoulli, Categorical, Gaussian, Poisson, StudentT, write_shards
+from hpc_bnn import (
+    Bernoulli,
+    Categorical,
+    Gaussian,
+    Grid,
+    GridComm,
+    Poisson,
+    ShardDataset,
+    StudentT,
+    TensorSource,
+    write_shards,
+)
 from hpc_bnn.cli.commands import main
 from hpc_bnn.config import AugmentationConfig, LikelihoodConfig
 from hpc_bnn.data import Manifest, as_source
@@ -19,6 +31,10 @@ from hpc_bnn.data.augment import build_augmentation
 from hpc_bnn.data.manifest import OF_DATA, OPTIONAL, sha256_of_json
 from hpc_bnn.errors import ConfigError, DataError
 from hpc_bnn.likelihoods import build_likelihood
+from hpc_bnn.predictive import ClassPredictive, find_groups
+from hpc_bnn.predictive.evaluation import evaluate_dataset
+from hpc_bnn.predictive.groups import Climatology
+from hpc_bnn.run.plotted_examples import shown_examples
 
 FACTS = {"name": "toy", "source": "made by the test", "licence": "none"}
 LIKELIHOODS = [
@@ -281,3 +297,41 @@ def test_a_dataset_of_the_user_from_the_command_line(tmp_path):
     assert main(["train", *words]) == 0
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert math.isfinite(summary["test/rmse"]) and math.isfinite(summary["train/nelbo"])
+
+
+def test_missing_classes_are_blank_in_the_picture():
+    y = torch.tensor([[[0, 255, 1]] * 2] * 3)
+    dataset = TensorSource(torch.ones(3, 1), y, 2)
+    dataset.manifest = replace(dataset.manifest, ignore_index=255)
+    shown = shown_examples(Categorical(2, ignore_index=255), GridComm(Grid()), dataset)
+    of_points = torch.full((3, 2, 2, 3), 0.5)
+    shown.add(torch.arange(3), ClassPredictive(of_points, of_points, of_points[:, 0]), y)
+    found = shown.gather()["y"]
+    assert found.isnan().equal(y == 255) and found.nan_to_num(255).equal(y.double())
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_groups_and_climatology_know_the_present_targets_alone(tmp_path, weighted):
+    """The metrics of a group are those of a data set of its examples; one group has no target."""
+    x, y = numbers(60, 0)
+    station = np.arange(60) % 3
+    y[station == 2] = np.nan
+    rows, facts = station == 0, {"missing_targets": True, "normalise_targets": False, **FACTS}
+    of_examples = (np.arange(60) % 4 / 2.0,) if weighted else ()
+    coordinates = {"train": {"station": station}}
+    write_shards(tmp_path / "all", {"train": (x, y, *of_examples)}, coordinates=coordinates, **facts)
+    write_shards(tmp_path / "one", {"train": (x[rows], y[rows], *(w[rows] for w in of_examples))}, **facts)
+    comm, likelihood = GridComm(Grid()), Gaussian(2, missing_targets=True)
+    posterior = hpc_bnn.MeanFieldGaussian(nn.Linear(4, 4).double(), init_std=0.3)
+    data = ShardDataset(tmp_path / "all", "train", dtype=torch.float64)
+    one = ShardDataset(tmp_path / "one", "train", dtype=torch.float64, scaling=data.manifest)
+    groups = find_groups(comm, data, ["station"])
+    arguments = {"num_samples": 4, "references": ["climatology"], "train_set": data}
+    found = evaluate_dataset(posterior, likelihood, comm, data, groups=groups, **arguments).groups["station"]
+    alone = evaluate_dataset(posterior, likelihood, comm, one, **arguments).metrics
+    of_group = {name: found["metrics"][name][0] for name in alone}
+    assert alone == pytest.approx(of_group, rel=1e-8)  # quantiles are found by iteration
+    assert found["metrics"]["rmse"][2] is None and found["pit"][2] is None
+    climatology = Climatology.of(comm, data)
+    np.testing.assert_allclose(climatology.mean, np.nanmean(y, 0), rtol=1e-12)
+    np.testing.assert_allclose(climatology.std, np.nanstd(y, 0), rtol=1e-9)

@@ -458,7 +458,7 @@ class _ClassScores(_Scores):
         self.update(examples, values, None if weights is None else weights[:, None])
         if not self._is_field:
             columns |= {"confidence": confidence[:, 0], "correct": correct[:, 0]}
-            columns |= {} if weights is None else {"weight": weights}
+            columns["weight"] = torch.ones_like(confidence[:, 0]) if weights is None else weights
         self._columns.add(examples, columns)
 
     def compute(self) -> dict[str, float]:
@@ -568,9 +568,9 @@ class _ValueScores(_Scores):
 
     def curves(self) -> dict[str, Any]:
         metrics: dict[str, Any] = self.parts[0]
-        means = self.by_channel(metrics)
         names = list(self._names) or [str(number) for number in range(self._likelihood.num_targets)]
         counts = metrics["rmse"].sums[1].tolist()  # a channel without a target has no metrics
+        names = [name for name, count in zip(names, counts) if count]
         means = self.by_channel(metrics, counts)
         pit = {"pit": metrics["pit"].curve()} if self._likelihood.has_mixture else {}
         return {**pit, "channels": {"name": names, **means}}
