@@ -108,7 +108,7 @@ def to_arviz(
     name = "mean" if likelihood.num_classes is None else "probabilities"
     by_sample = {part: np.moveaxis(found[part], 1, 0)[None] for part in ("members", "log_prob") if part in found}
     dims = (*of_sample, *(dim.name for dim in rows["members"][1:]))
-    groups = {"posterior_predictive": dataset(name, by_sample["members"], dims)}
+    groups: dict[str, Any] = {"posterior_predictive": dataset(name, by_sample["members"], dims)}
     if "log_prob" in found:
         total = by_sample["log_prob"].sum(-1)
         groups["posterior"] = dataset("total_log_likelihood", total, of_sample[:2])

@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from ..safe_files import read_bytes
 
 if TYPE_CHECKING:
@@ -338,6 +336,8 @@ def _plot_fields(examples: dict[str, Any]) -> Figure:
         examples[name].double().numpy() for name in ("y", "mean", "aleatoric_std", "epistemic_std")
     )
     error, std = abs(mean - y), (aleatoric**2 + epistemic**2) ** 0.5
+    import numpy as np  # targets may be missing: NaN
+
     values = {"vmin": np.nanmin([y, mean]), "vmax": np.nanmax([y, mean]), "cmap": "viridis"}
     spreads = {"vmin": 0.0, "vmax": np.nanmax([error, std]), "cmap": "magma"}
     columns = [
@@ -354,6 +354,8 @@ def _plot_class_fields(examples: dict[str, Any]) -> Figure:
     y, said, entropy, information = (
         examples[name].double().numpy() for name in ("y", "class", "entropy", "mutual_information")
     )
+    import numpy as np
+
     classes = {"vmin": 0, "vmax": np.nanmax([y, said]), "cmap": "viridis"}
     nats = {"vmin": 0.0, "vmax": entropy.max(), "cmap": "magma"}
     columns = [
