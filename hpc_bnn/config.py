@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 Auto = Literal["auto"]
+SampleSize = Literal[Auto, "max"]
 Library = Literal["horovod", "torch", "mpi"]
 Backend = Literal[Auto, Library]
 Batching = Literal["auto", "walking", "vmap"]
@@ -57,9 +58,9 @@ def _named(default: str, words: Any) -> Any:
 class GridConfig:
     """The process grid; the data axis takes the ranks that the sample axis leaves."""
 
-    sample_size: int | Auto = 1
+    sample_size: int | SampleSize = 1
     """Ranks along the sample axis; must divide the number of ranks of the job. auto: hpc_bnn measures the grids at
-    the start, as `hpc-bnn plan` does."""
+    the start, as `hpc-bnn plan` does. max: as many as there are samples for."""
     reduction: Reduction = "axes"
     """Sum gradients over the sample group and then the data group (axes), or over all ranks at once (world), or so that
     each rank of a sample group sums its share of them over the data group (shares), which sends fewer bytes between nodes.

@@ -188,7 +188,7 @@ def check(config: Config, world_size: int, num_examples: int | None = None) -> N
     size, num_samples, batch = config.grid.sample_size, config.num_samples, config.global_batch_size
 
     def check_grid() -> None:
-        if size == "auto":
+        if isinstance(size, str):
             if num_samples >= 1 and batch >= 1:  # otherwise that is the fault
                 grids(world_size, num_samples, batch)
             return

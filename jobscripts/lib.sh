@@ -12,7 +12,7 @@
 #   HPC_BNN_SRUN_MPI        value of srun --mpi; "site" gives no --mpi      (default: pmix where srun has it, otherwise site)
 #   HPC_BNN_RANKS           ranks of the job                                (default under Slurm: its tasks)
 #   HPC_BNN_RANKS_PER_NODE  ranks of a node                                 (default under Slurm: tasks over nodes)
-#   HPC_BNN_SAMPLE_SIZE     ranks of a sample group                         (default: the ranks of a node)
+#   HPC_BNN_SAMPLE_SIZE     ranks of a sample group                         (default: the most for which there are samples)
 #   HPC_BNN_RUN_DIR         directory of the run                            (default: runs/JOB, for an array runs/JOB/seed-N)
 #   HPC_BNN_RESUME          go on from a checkpoint in it: true or false    (default: true)
 #   HPC_BNN_LOCAL_DIR       storage of each node, for staging               (default: TMPDIR, otherwise /tmp)
@@ -190,7 +190,7 @@ hpc_bnn_launch() {
 hpc_bnn_train() {
     local config=${1:?a config file is needed, such as configs/digits.yaml} sample_size
     shift
-    sample_size=${HPC_BNN_SAMPLE_SIZE:-$HPC_BNN_RANKS_PER_NODE}
+    sample_size=${HPC_BNN_SAMPLE_SIZE:-max}
     local flags=(--grid.sample_size "$sample_size" --run_dir "$HPC_BNN_RUN_DIR" --resume "${HPC_BNN_RESUME:-true}")
     if [ -n "${hpc_bnn_staged:-}" ]; then flags+=(--data.shards "$hpc_bnn_staged"); fi
     if [ -n "${HPC_BNN_TIME_LIMIT:-}" ]; then

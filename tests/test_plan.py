@@ -10,6 +10,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hpc_bnn.cli import commands
 from hpc_bnn.cli.commands import main
 from hpc_bnn.comm.timing import Network
 from hpc_bnn.config import Config, ModelConfig
@@ -19,6 +20,7 @@ from hpc_bnn.errors import ConfigError, DataError
 from hpc_bnn.grid import Grid, grids
 from hpc_bnn.likelihoods import mixtures
 from hpc_bnn.plan import plan
+from hpc_bnn.plan.costs import Cost, Costs
 from hpc_bnn.plan.plan import ALIKE, Machine, Row, choose, describe, make_plan
 from hpc_bnn.plan.simulate import ImaginedDataset, LiveMemory, Rehearsal, imagined_comm, rehearse, share_of
 from hpc_bnn.predictive.evaluation import score_dataset
@@ -278,6 +280,16 @@ def test_auto_of_one_process_needs_no_plan(digits, tmp_path, monkeypatch):
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["grid"]["sample_size"] == 1
 
 
+@pytest.mark.parametrize(
+    ("num_ranks", "num_samples", "batch", "size"), [(12, 8, 64, 6), (1024, 64, 128, 64), (8, 4, 8, 4), (7, 4, 8, 1)]
+)
+def test_max_is_the_longest_axis_with_a_sample_for_each_rank(num_ranks, num_samples, batch, size, monkeypatch):
+    monkeypatch.setattr(commands.comm, "world_size", lambda: num_ranks)
+    config = make_config(num_samples=num_samples, global_batch_size=batch, grid__sample_size="max")
+    commands._choose_grid(config)
+    assert config.grid.sample_size == size
+
+
 def test_auto_takes_a_grid_of_the_plan(digits, mpirun, tmp_path):
     flags = ["--data.shards", digits, "--max_steps", 3, "--run_dir", tmp_path / "run", "--num_samples", 4]
     done = mpirun(2, "-m", "hpc_bnn", "train", "--config", "configs/digits.yaml", "--grid.sample_size", "auto", *flags)
@@ -285,3 +297,54 @@ def test_auto_takes_a_grid_of_the_plan(digits, mpirun, tmp_path):
     grid = json.loads((tmp_path / "run" / "summary.json").read_text())["grid"]
     assert grid["sample_size"] * grid["data_size"] == 2
     assert f"auto: the grid {grid['sample_size']} x {grid['data_size']}:" in done.stderr
+
+
+def test_costs_of_a_device_are_taken_along(digits, capsys, tmp_path):
+    """Measured once on one device, for any number of ranks: no step runs there."""
+    path = tmp_path / "costs.json"
+    flags = ["plan", "--config", "configs/digits.yaml", "--data.shards", str(digits)]
+    assert main([*flags, "--measure", str(path)]) == 0
+    content = json.loads(path.read_text())
+    assert [cost["examples"] for cost in content["costs"]] == [
+        1,
+        4,
+        16,
+        64,
+    ] and "ms per sample" in capsys.readouterr().out
+    output = tmp_path / "plan.json"
+    large = [*flags, "--ranks", "64", "--num_samples", "16", "--measured", str(path), "--output", str(output)]
+    assert main(large) == 0
+    plan_there = json.loads(output.read_text())
+    by_count = {cost["examples"]: cost for cost in content["costs"]}
+    for row in plan_there["rows"]:
+        samples, examples = row["rehearsal"]["local_samples"], row["rehearsal"]["local_batch_size"]
+        if cost := by_count.get(examples):
+            assert row["compute_seconds"] == pytest.approx(cost["step_seconds"] + samples * cost["sample_seconds"])
+        ranks = row["sample_size"] * row["data_size"]
+        assert (
+            row["rank_hours_per_epoch"] == pytest.approx(ranks / row["epochs_per_hour"])
+            and 0 < row["efficiency"] <= 1.01
+        )
+    printed = capsys.readouterr().out
+    assert "costs of a sample measured on cpu" in printed
+    assert ("WARNING: an efficiency of" in printed) == (plan_there["best"]["efficiency"] < 0.5)
+    assert main([*large, "--model.arguments", "{hidden: [7]}"]) == 2
+    assert "it was measured with another model.arguments" in capsys.readouterr().err
+    path.write_text("{}")
+    assert main(large) == 2 and "--measured" in capsys.readouterr().err
+
+
+def test_costs_are_linear_between_what_was_measured():
+    costs = Costs("cpu", {}, (Cost(1, 1.0, 2.0), Cost(4, 1.0, 2.0), Cost(16, 2.0, 8.0)))
+    assert costs.seconds(3, 1) == costs.seconds(3, 2) == 1 + 3 * 2  # the floor
+    assert costs.seconds(3, 10) == pytest.approx(1.5 + 3 * 5.0)
+    assert costs.seconds(3, 32) == pytest.approx(2 + 3 * 16)  # proportional beyond
+
+
+def test_efficiency_counts_the_floor(manifest):
+    """Of a network whose sample of one example costs as much as of many, no rank gains by fewer examples."""
+    floor = Costs("gpu", {}, (Cost(1, 0.0, 1.0), Cost(64, 0.0, 1.0)))
+    made = make_plan(make_config(), manifest, Machine(8, 8, flops=1.0), costs=floor)
+    assert made.best.sample_size == 8 and made.best.efficiency == pytest.approx(1, abs=0.01)
+    least = min(made.rows, key=lambda row: row.sample_size)
+    assert least.efficiency < 0.5

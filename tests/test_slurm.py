@@ -159,15 +159,17 @@ def jobs(cluster, digits):
     """All jobs are submitted at once, as users do: while one waits to begin again, others run."""
     data = ("--data.shards", digits)
     names = {}
-    names["stopped"] = cluster.submit("requeue.sbatch", CONFIG, *data, *EPOCHS, tasks=2)
-    names["whole"] = cluster.submit("train.sbatch", CONFIG, *data, *EPOCHS, tasks=2)
+    names["stopped"] = cluster.submit("requeue.sbatch", CONFIG, *data, *EPOCHS, tasks=2, HPC_BNN_SAMPLE_SIZE="2")
+    names["whole"] = cluster.submit("train.sbatch", CONFIG, *data, *EPOCHS, tasks=2, HPC_BNN_SAMPLE_SIZE="2")
     names["evaluate"] = cluster.submit(
         "evaluate.sbatch", f"runs/{names['whole']}", "--num_test_samples", 16, nodes=1,
         options=(f"--dependency=afterok:{names['whole']}",),
     )  # fmt: skip
     for library in ("torch", "mpi"):
-        names[library] = cluster.submit("train.sbatch", CONFIG, *data, *EXACT, "--backend", library, tasks=2)
-    names["lost"] = cluster.submit("requeue.sbatch", CONFIG, *data, *EPOCHS, tasks=2)
+        names[library] = cluster.submit(
+            "train.sbatch", CONFIG, *data, *EXACT, "--backend", library, tasks=2, HPC_BNN_SAMPLE_SIZE="2"
+        )
+    names["lost"] = cluster.submit("requeue.sbatch", CONFIG, *data, *EPOCHS, tasks=2, HPC_BNN_SAMPLE_SIZE="2")
     names["killed"] = cluster.submit("train.sbatch", CONFIG, *data, *LONG)
     names["staged"] = cluster.submit("stage_train.sbatch", digits, CONFIG, "--max_steps", 5)
     seeds = ("--array=0-1",)
@@ -263,7 +265,7 @@ def test_staging_copies_once_to_every_node_and_trains_from_there(cluster, jobs):
     copied = re.findall(rf"(\w+): {place}, 2 files copied", output)
     assert sorted(copied) == ["n1", "n2"] and output.count(f"nothing that was staged is left in {place}") == 2
     config = (cluster.work / "runs" / job / "config.yaml").read_text()
-    assert f"shards: {place}" in config
+    assert f"shards: {place}" in config and "sample_size: 2" in config  # over both nodes: there are 8 samples
 
 
 def test_an_array_trains_a_seed_per_job(cluster, jobs):
@@ -376,7 +378,7 @@ def test_ranks_that_leave_one_after_another(cluster, tmp_path, how):
 
 def test_two_nodes_are_one_rank(cluster, jobs, digits):
     """Each library under srun; torchrun, stopped after the first epoch, requeued and gone on. float64, uneven samples."""
-    job = cluster.submit("torchrun.sbatch", CONFIG, "--data.shards", digits, *EXACT, tasks=2)
+    job = cluster.submit("torchrun.sbatch", CONFIG, "--data.shards", digits, *EXACT, tasks=2, HPC_BNN_SAMPLE_SIZE="2")
     cluster.wait_for(cluster.work / "runs" / job / "metrics.jsonl", job)
     cluster.run("scancel", "--batch", "--signal=USR1", job)
     command = (sys.executable, "-m", "hpc_bnn", "train", "--config", CONFIG, "--data.shards", digits, *EXACT)

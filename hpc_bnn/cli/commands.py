@@ -150,7 +150,7 @@ def _train(options: jsonargparse.Namespace, given: set[str]) -> int:
     with stop.watching_signals():  # a signal during the start counts
         config = config_of(options, given)
         check(config, comm.world_size())  # before the first collective
-        if config.grid.sample_size == "auto":
+        if isinstance(config.grid.sample_size, str):
             _choose_grid(config)
         grid_comm = connect_grid(config, config.grid.sample_size)
         run = Run(config, grid_comm, stop)
@@ -182,9 +182,9 @@ def config_of_words(words: Sequence[str]) -> Config:
 def _choose_grid(config: Config) -> None:
     from ..plan import plan_here
 
-    sizes = grids(comm.world_size(), config.num_samples, config.global_batch_size)
-    config.grid.sample_size = sizes[0]
-    if len(sizes) > 1:
+    sizes, wanted = grids(comm.world_size(), config.num_samples, config.global_batch_size), config.grid.sample_size
+    config.grid.sample_size = sizes[-1]
+    if len(sizes) > 1 and wanted == "auto":
         plan = plan_here(config)
         config.grid.sample_size = plan.best.sample_size
         logger.info("--grid.sample_size auto: the grid %s: %s", plan.best, plan.why)
@@ -192,7 +192,7 @@ def _choose_grid(config: Config) -> None:
 
 def _plan(options: jsonargparse.Namespace, given: set[str]) -> int:
     from ..comm.timing import Network, read_network
-    from ..plan import ASSUMED_BETWEEN, ASSUMED_WITHIN, describe, plan_here
+    from ..plan import ASSUMED_BETWEEN, ASSUMED_WITHIN, describe, measure_here, plan_here, write_costs
 
     config, path = config_of(options, given), None if options.output is None else Path(options.output)
     faults: list[Fault | str] = [
@@ -210,6 +210,16 @@ def _plan(options: jsonargparse.Namespace, given: set[str]) -> int:
         faults.append(Fault("--output", options.output, "it is a directory", "Name a file in it, plan.json"))
     if faults:
         raise ConfigError(*faults)
+    if options.measure is not None:
+        costs_path = Path(options.measure)
+        check_can_write(costs_path, "--measure")
+        costs = measure_here(config)
+        print(f"{'examples':>9}{'ms per step':>13}{'ms per sample':>15}   on {costs.device}")
+        for cost in costs.costs:
+            print(f"{cost.examples:>9}{1e3 * cost.step_seconds:>13.3g}{1e3 * cost.sample_seconds:>15.3g}")
+        write_costs(costs_path, costs)
+        print(costs_path)
+        return 0
     measured = None if options.network is None else read_network(options.network)
 
     def network(prefix: str, assumed: Network) -> Network | None:
@@ -227,6 +237,7 @@ def _plan(options: jsonargparse.Namespace, given: set[str]) -> int:
         within=network("node_", ASSUMED_WITHIN),
         memory_bytes=sizes["memory"],
         flops=sizes["flops"],
+        costs_path=options.measured,
     )
     if comm.launched_rank() == 0:
         print(describe(config, plan))
@@ -244,7 +255,7 @@ def _open_run(options: jsonargparse.Namespace, given: set[str]) -> Experiment:
 
     config, num_ranks = config_of(options, given), comm.world_size()
     size, num_samples = config.grid.sample_size, max(config.num_test_samples, 1)
-    if size == "auto" or "--grid.sample_size" not in given:  # over as many ranks as there are samples for
+    if isinstance(size, str) or "--grid.sample_size" not in given:  # over as many ranks as there are samples for
         size = max(s for s in sample_sizes(num_ranks) if s <= num_samples)
     config.run_dir, config.grid.sample_size = options.run, size
     check_all(config.check, lambda: Grid(num_ranks, size).check_num_samples(num_samples))
@@ -492,6 +503,10 @@ _PLAN = {
     "--flops": _argument(
         str | None, "FLOP/s of a rank that it reaches, not its peak, such as 5T (default: measured here)."
     ),
+    "--measure": _argument(
+        str | None, "Measure what a sample costs on this one device, and write it to a JSON file; no plan."
+    ),
+    "--measured": _argument(str | None, "JSON of --measure: its costs, in place of a measurement here."),
     "--bandwidth": _argument(str | None, f"Of a rank, such as 12.5GB/s, {_BETWEEN}"),
     "--latency": _argument(str | None, f"Of a message, such as 2us, {_BETWEEN}"),
     "--node_bandwidth": _argument(str | None, f"Of a rank, such as 200GB/s, {_WITHIN}"),

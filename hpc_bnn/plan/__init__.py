@@ -3,5 +3,10 @@
 from .. import door
 
 __getattr__, __dir__, __all__ = door(
-    __name__, {"plan": "ASSUMED_BETWEEN ASSUMED_WITHIN describe plan_here", "simulate": "rehearse"}
+    __name__,
+    {
+        "costs": "Costs write_costs",
+        "plan": "ASSUMED_BETWEEN ASSUMED_WITHIN describe measure_here plan_here",
+        "simulate": "rehearse",
+    },
 )

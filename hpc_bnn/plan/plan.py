@@ -20,12 +20,14 @@ from ..comm.devices import free_memory_bytes
 from ..comm.timing import Network, measure_network
 from ..config import Config
 from ..data import Manifest
+from ..errors import ConfigError, Fault
 from ..grid import Axis, Grid, grids
 from ..likelihoods import Categorical
 from ..models import MLP
 from ..posteriors import MeanFieldGaussian
 from ..run import check_same_start, connect_grid, read_or_prepare
 from ..training.step import VariationalStep
+from .costs import Costs, measure_costs, read_costs
 from .simulate import Rehearsal, fitting_test_samples, imagined_comm, rehearse, share_of
 
 logger = logging.getLogger(__name__)
@@ -34,6 +36,8 @@ ASSUMED_BETWEEN = Network(bandwidth=20e9, latency=20e-6)
 """Network between nodes if nothing was measured: one 200 Gbit/s adapter per rank."""
 ASSUMED_WITHIN = Network(bandwidth=100e9, latency=10e-6)
 """Network within a node if nothing was measured."""
+POOR = 0.5
+"""Efficiency below which a plan warns."""
 ALIKE = 0.03
 """Grids with a smaller difference of their times count as equally fast."""
 
@@ -76,6 +80,14 @@ class Row:
     """Whether a step and an evaluation fit."""
     fitting_test_samples: int | None = None
     """The largest ``num_test_samples`` that fits, if only the evaluation does not fit."""
+    efficiency: float = math.nan
+    """Share of the time of all ranks that one rank, which does all of it without a collective, would need for a step. Where a
+    sample of few examples costs more than its share of a large batch, that is lost, too."""
+
+    @property
+    def rank_hours_per_epoch(self) -> float:
+        """Return the time of all ranks in an epoch (hours): GPU hours."""
+        return self.sample_size * self.data_size / self.epochs_per_hour
 
     @property
     def step_seconds(self) -> float:
@@ -98,29 +110,36 @@ class Plan:
     """Additional memory of each rank for Python and the libraries (bytes)."""
     data_bytes: int
     """Additional memory of each node for the training examples (bytes)."""
+    costs: Costs | None = None
+    """What the times of computing come from, if a file says it."""
 
     def to_json(self) -> str:
         """Return all of it, as one JSON object."""
         content = asdict(self)
         for row, kept in zip(content["rows"], self.rows):
-            row["step_seconds"] = kept.step_seconds
+            row |= {"step_seconds": kept.step_seconds, "rank_hours_per_epoch": kept.rank_hours_per_epoch}
         if math.isinf(self.machine.memory_bytes):
             content["machine"]["memory_bytes"] = None
         return json.dumps(content, indent=1) + "\n"
 
 
 def make_plan(
-    config: Config, manifest: Manifest, machine: Machine, ranks: GridComm | None = None, device: str = "cpu"
+    config: Config,
+    manifest: Manifest,
+    machine: Machine,
+    ranks: GridComm | None = None,
+    device: str = "cpu",
+    costs: Costs | None = None,
 ) -> Plan:
     """Return memory, time and communication of every grid. Collective over the world of ``ranks``.
 
     The ranks (default: one) run their steps at the same time, so the measurement includes how much they slow each other
     down. If they are as many as the plan is for, they run each grid. `Config.check` has approved the config, whose
     ``grid.sample_size`` is ignored. `ConfigError` where no grid has a sample and an example for every rank; `DataError`
-    where the network cannot be simulated.
+    where the network cannot be simulated. With ``costs``, what a sample costs was measured before, and no step runs.
     """
     ranks = ranks or GridComm(Grid(1, 1, 0))
-    can_try = 1 < machine.num_ranks == ranks.grid.world_size and machine.flops is None
+    can_try = 1 < machine.num_ranks == ranks.grid.world_size and machine.flops is None and costs is None
     process_bytes = resident_bytes()
     num_examples = manifest.num_examples(config.data.train_split)
     batch = min(config.global_batch_size, num_examples)
@@ -134,7 +153,9 @@ def make_plan(
             is_free = config.posterior.family != "ensemble"  # whose members are the test samples
             if rehearsal.peak_bytes <= machine.memory_bytes < rehearsal.evaluation_bytes and is_free:
                 fitting = fitting_test_samples(config, manifest, grid, rehearsal, machine.memory_bytes, is_on_gpu)
-        if machine.flops is not None:
+        if costs is not None:
+            compute = costs.seconds(rehearsal.local_samples, rehearsal.local_batch_size)
+        elif machine.flops is not None:
             compute = rehearsal.flops / machine.flops
         else:
             compute = measure_share(config, manifest, grid, ranks, device)
@@ -151,9 +172,13 @@ def make_plan(
         per_hour = 3600 / (steps_per_epoch * (compute + reduce))
         fits = rehearsal.needed_bytes <= machine.memory_bytes
         rows.append(Row(sample_size, grid.data_size, rehearsal, compute, reduce, per_hour, fits, fitting))
+    shares = [row.rehearsal.local_samples * row.rehearsal.local_batch_size for row in rows]
+    of_one = min(row.compute_seconds / share for row, share in zip(rows, shares))  # seconds of a sample of an example
+    whole: float = of_one * config.num_samples * batch / machine.num_ranks
+    rows = [replace(row, efficiency=whole / row.step_seconds) for row in rows]
     best, why = choose(rows, machine)
     data_bytes = sum(spec.num_bytes for spec in manifest.arrays.values()) * num_examples
-    return Plan(machine, tuple(rows), best, why, process_bytes, data_bytes)
+    return Plan(machine, tuple(rows), best, why, process_bytes, data_bytes, costs)
 
 
 def choose(rows: Sequence[Row], machine: Machine) -> tuple[Row, str]:
@@ -259,13 +284,14 @@ def plan_here(
     within: Network | None = None,
     memory_bytes: float | None = None,
     flops: float | None = None,
+    costs_path: str | None = None,
 ) -> Plan:
     """Return the plan for a number of ranks, measured with the ranks of this job. Collective over the world.
 
     By default it is for the ranks of this job, and a node has as many of them as here, or as many as it has GPUs or cores
     if this job is one rank. Without networks ``between`` nodes and ``within`` one, several ranks measure them; for one
     they are assumed. A rank has the free memory of its GPU, or its fraction of the free memory of this node, and its FLOP/s
-    are measured, where nothing else is given.
+    are measured, where nothing else is given. ``costs_path`` is a file of `measure_here`, in place of that.
     """
     config.check()
     world_size = communication.world_size()
@@ -275,6 +301,8 @@ def plan_here(
     ranks = communication.connect_for_files()  # stays, while grids come and go
     check_same_start(config, ranks)
     manifest = read_or_prepare(config.data, ranks)
+    with ranks.agree("reading --measured"):
+        costs = None if costs_path is None else read_costs(costs_path, config, manifest)
     device, local_size = str(communication.choose_device(config.device, 0, torch.cuda.device_count())), 1
     if world_size > 1:
         with connect_grid(config, 1) as comm:
@@ -290,16 +318,31 @@ def plan_here(
         mine = torch.cuda.mem_get_info(device)[0] if is_on_gpu else free_memory_bytes(is_shared=False) / per_node
         memory = float(min(ranks.gather_objects(mine)))
     machine = Machine(num_ranks, per_node, between or ASSUMED_BETWEEN, within or ASSUMED_WITHIN, memory, flops)
-    plan = make_plan(config, manifest, machine, ranks, device)
+    plan = make_plan(config, manifest, machine, ranks, device, costs)
     ranks.close()
     return plan
+
+
+def measure_here(config: Config) -> Costs:
+    """Return what a sample costs on the device of this one process, for `plan_here` at other places. Local.
+
+    `ConfigError` in a job of several ranks.
+    """
+    config.check()
+    if (num_ranks := communication.world_size()) > 1:
+        rule = "the device is to be measured alone, and this job has several ranks"
+        raise ConfigError(Fault("--measure", f"on {num_ranks} ranks", rule, "Run it without mpirun or srun"))
+    ranks = GridComm(Grid())
+    manifest = read_or_prepare(config.data, ranks)
+    device = str(communication.choose_device(config.device, 0, torch.cuda.device_count()))
+    return measure_costs(config, manifest, device, lambda few, comm: _measure(few, manifest, comm, ranks))
 
 
 def describe(config: Config, plan: Plan) -> str:
     """Return a plan as text."""
     machine, best = plan.machine, plan.best.rehearsal
-    how = "measured here"
-    if machine.flops is not None:
+    how = "measured here" if plan.costs is None else f"costs of a sample measured on {plan.costs.device}"
+    if machine.flops is not None and plan.costs is None:
         how = f"computing at {machine.flops:.3g} FLOP/s as you say (a device reaches a part of its peak), noise and update left out"
     networks = [f"{n.bandwidth / 1e9:.3g} GB/s and {1e6 * n.latency:.3g} µs {where}"
                 for n, where in ((machine.within, "within"), (machine.between, "between"))]  # fmt: skip
@@ -308,7 +351,7 @@ def describe(config: Config, plan: Plan) -> str:
         f"{config.global_batch_size} examples per step; {how}; network {', '.join(networks)} nodes",
         "",
         "                                   memory of a rank",
-        "grid        samples x examples      step   evaluation   computing    reducing        step   epochs/hour",
+        "grid        samples x examples      step   evaluation   computing    reducing        step   epochs/hour   rank hours/epoch   efficiency",
     ]
     for row in plan.rows:
         share = f"{row.rehearsal.local_samples} x {row.rehearsal.local_batch_size}"
@@ -317,7 +360,8 @@ def describe(config: Config, plan: Plan) -> str:
         step, evaluation = row.rehearsal.peak_bytes, row.rehearsal.evaluation_bytes
         lines.append(
             f"{row!s:<12}{share:>18} {_size(step):>9} {_size(evaluation):>12} {_ms(row.compute_seconds):>11} "
-            f"{_ms(row.reduce_seconds):>11} {_ms(row.step_seconds):>11} {row.epochs_per_hour:>13.4g}{mark}"
+            f"{_ms(row.reduce_seconds):>11} {_ms(row.step_seconds):>11} {row.epochs_per_hour:>13.4g} "
+            f"{row.rank_hours_per_epoch:>18.3g} {row.efficiency:>12.0%}{mark}"
         )
     parts = {
         "parameters": best.parameter_bytes,
@@ -329,6 +373,7 @@ def describe(config: Config, plan: Plan) -> str:
     lines += [
         "",
         f"Take --grid.sample_size {plan.best.sample_size}: {plan.why}.",
+        *_poor(plan),
         "Memory of a rank: " + ", ".join(f"{name} {_size(size)}" for name, size in parts.items())
         + f" (at different moments; the peak of a step is {_size(best.peak_bytes)}); of an "
         f"evaluation with {config.num_test_samples} samples, {_size(best.evaluation_bytes)}. Besides: "
@@ -336,6 +381,16 @@ def describe(config: Config, plan: Plan) -> str:
         f"{_size(plan.data_bytes)} of training examples per node.",
     ]  # fmt: skip
     return "\n".join(lines)
+
+
+def _poor(plan: Plan) -> list[str]:
+    """Return a warning where the ranks of the best grid do less than half of what they could."""
+    if plan.best.efficiency >= POOR:
+        return []
+    return [
+        f"WARNING: an efficiency of {plan.best.efficiency:.0%}: {plan.machine.num_ranks} ranks are too many for this step. Use fewer "
+        "ranks, more samples (--num_samples, which cost no more time on more ranks), or a larger --global_batch_size."
+    ]
 
 
 def _size(num_bytes: float) -> str:
