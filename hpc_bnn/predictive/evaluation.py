@@ -327,7 +327,7 @@ class _Scores:
         self.groups = [ALL, *groups]
         self.parts = [self.make_metrics(group) for group in self.groups]
         """Metrics of the whole data set, and of each group."""
-        for metric in self._all_metrics():
+        for metric in self.all_metrics():
             metric.sums = metric.sums.to(dataset.device)
         self._columns = _Columns(columns)
         self.fault: DataError | None = None
@@ -335,7 +335,8 @@ class _Scores:
     def make_metrics(self, group: Group) -> dict[str, Metric]:
         raise NotImplementedError
 
-    def _all_metrics(self) -> list[Metric]:
+    def all_metrics(self) -> list[Metric]:
+        """Return the metrics of the whole and of all groups, in one order on all ranks. Local."""
         return [metric for metrics in self.parts for metric in metrics.values()]
 
     def add(
@@ -376,7 +377,7 @@ class _Scores:
 
     def combine(self, comm: GridComm) -> None:
         """Sum the states of the metrics, gather the columns. Collective over the world."""
-        comm.sum_([metric.sums for metric in self._all_metrics()])
+        comm.sum_([metric.sums for metric in self.all_metrics()])
         self.gathered = self._columns.gather(comm)
 
     def compute(self) -> dict[str, float]:
