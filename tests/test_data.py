@@ -28,7 +28,8 @@ from hpc_bnn.data import (
     verify_shards,
     write_shards,
 )
-from hpc_bnn.data.manifest import sha256_of_json
+from hpc_bnn.data.manifest import ShardFile, sha256_of_json
+from hpc_bnn.data.stage import in_turn
 from hpc_bnn.errors import ConfigError, DataError, RankError
 from hpc_bnn.safe_files.locks import Lock
 
@@ -739,3 +740,12 @@ def test_wrong_files_are_not_taken_for_mnist(tmp_path):
     done = prepare("mnist", "--source", tmp_path / "nowhere", "--output", tmp_path / "out")
     assert done.returncode == 1 and "can be read" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_nodes_copy_the_files_in_turn():
+    """No two of 4 nodes begin with the same file, each copies all of them, and one node copies the largest first."""
+    files = [ShardFile(f"train-{n:05d}.h5", 1, 100 - n, "", "") for n in range(10)]
+    orders = [in_turn(files, node, 4) for node in range(4)]
+    assert len({order[0].file for order in orders}) == 4
+    assert all(sorted(order, key=lambda shard: shard.file) == files for order in orders)
+    assert in_turn(files[::-1], 0, 1) == files and in_turn([], 3, 4) == []

@@ -460,3 +460,30 @@ def test_a_checkpoint_that_cannot_be_written_ends_all_ranks_and_keeps_the_last(m
     assert done.stderr.count("No space left on device") == 1 and "writing a checkpoint" in done.stderr
     names = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
     assert names == ["step-00000023.json", "step-00000023.pt", "step-00000046.json", "step-00000046.pt"]
+
+
+SOCKETS = """
+import os, torch, hpc_bnn
+comm = hpc_bnn.connect(sample_size=2, device="cpu", backend="torch")
+tensor = torch.full((3,), comm.grid.rank + 1.0)
+comm.sum_(tensor)
+links = [f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd")]
+mine = sum(os.readlink(link).startswith("socket") for link in links if os.path.islink(link))
+counts = comm.gather_objects(mine)
+if comm.grid.rank == 0:
+    print("sum", tensor[0].item(), "sockets", max(counts))
+comm.close()
+"""
+
+
+def test_ranks_connect_when_they_talk(mpirun, tmp_path):
+    """Gloo's own way, a connection of each two ranks for each group, needs more open files the more ranks there are."""
+    (tmp_path / "program.py").write_text(SOCKETS)
+    counts = {}
+    for lazy in ("0", "1"):
+        environment = {"TORCH_GLOO_LAZY_INIT": lazy} if lazy == "0" else {}
+        done = mpirun(6, tmp_path / "program.py", environment=environment)
+        found = re.search(r"sum 21\.0 sockets (\d+)", done.stdout)
+        assert done.returncode == 0 and found, done.stdout + done.stderr
+        counts[lazy] = int(found[1])
+    assert counts["1"] < counts["0"], counts

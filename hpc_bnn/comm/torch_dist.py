@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import datetime
 import os
+import resource
 import secrets
 import socket
 import sys
@@ -210,6 +211,7 @@ def start_over_mpi(backend: str, objects: MpiObjects) -> None:
 def start(backend: str, rank: int, world_size: int) -> None:
     """Make the group of all ranks through the store. Collective over the world."""
     Running.num_starts += 1
+    _prepare_sockets()
     if Running.num_starts == 1:
         atexit.register(shutdown)  # Gloo's threads must end before the interpreter, or they take the process down
     hook = sys.excepthook
@@ -312,6 +314,18 @@ def group_of(key: tuple, ranks: Sequence[int], *, of_objects: bool = False) -> d
         assert isinstance(group, dist.ProcessGroup), "this rank is one of them"
         Running.groups[key] = group
     return Running.groups[key]
+
+
+def _prepare_sockets() -> None:
+    """Have Gloo connect two ranks when they first talk, and allow this process as many open files as it may have. Local.
+
+    Otherwise each rank opens a connection to each other one for each group: beyond 461 ranks more than the 1,024 files that are
+    a usual limit.
+    """
+    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
+    with contextlib.suppress(ValueError, OSError):
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def shutdown() -> None:

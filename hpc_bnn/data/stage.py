@@ -66,8 +66,8 @@ def stage_shards(
         is_first = comm.grid.is_first("world")
         found = (Manifest.read(source), (source / MANIFEST).read_text()) if is_first else None
     manifest, text = comm.broadcast_object(found)
-    # Large files first, dealt round: the ranks of the node have about the same to do
-    files = sorted(manifest.shards, key=lambda shard: -shard.num_bytes)[comm.local_rank :: comm.local_size]
+    files = in_turn(manifest.shards, comm.grid.rank // comm.local_size, -(-comm.grid.world_size // comm.local_size))
+    files = files[comm.local_rank :: comm.local_size]
     with contextlib.ExitStack() as held:
         with comm.agree(f"opening {destination}"):
             if comm.local_rank == 0:
@@ -94,6 +94,17 @@ def stage_shards(
                 write_atomically(destination / MANIFEST, text)
     mine = (len(copied), len(files) - len(copied), sum(shard.num_bytes for shard in copied))
     return Staged(*map(sum, zip(*comm.gather_objects(mine, "node"))))
+
+
+def in_turn(shards: list[ShardFile], node: int, num_nodes: int) -> list[ShardFile]:
+    """Return the files in the order in which a node copies them: large ones first, and each node begins at another place. Local.
+
+    So the ranks of a node, to which they are dealt round, have about the same to do, and the nodes do not all read the same
+    file of a parallel file system, from the same server, at the same time.
+    """
+    files = sorted(shards, key=lambda shard: -shard.num_bytes)
+    start = node * len(files) // max(num_nodes, 1)
+    return files[start:] + files[:start]
 
 
 def unstage_shards(destination: str | os.PathLike, comm: GridComm) -> list[str]:
