@@ -264,12 +264,13 @@ WAYS = {
 }
 
 
-PAIRS = [f"{case}, {way}" for case in OBJECTIVES for way in WAYS]
+PAIRS = [f"{case}, {way}" for m, case in enumerate(OBJECTIVES) for n, way in enumerate(WAYS) if (m + n) % 4 == 0]
+"""Each objective with a way or two, each way with two objectives or more: with the quick ones."""
 QUICK_PAIRS = {"elbo, walking", "elbo, captured", "log_predictive, chunks", "moment_matched, captured chunks"}
 QUICK_PAIRS |= {"crps, micro-batches", "energy, captured", "classes, micro-batches", "classes, captured chunks"}
 
 
-@pytest.mark.parametrize("pair", slow_unless(QUICK_PAIRS, PAIRS))
+@pytest.mark.parametrize("pair", slow_unless(QUICK_PAIRS, sorted({*PAIRS, *QUICK_PAIRS})))
 def test_the_layout_law_holds_where_targets_are_missing(comm, pair):
     case, way = pair.split(", ")
     step, results = train(comm, case, **WAYS[way])
