@@ -42,18 +42,27 @@ class ShownClasses:
     def gather(self) -> dict[str, Any]:
         """Return the examples on rank 0, elsewhere nothing. Collective over the world."""
         half = NUM_SHOWN_EXAMPLES // 2
-        # One rank of a sample group chooses: fetching is collective over the group where it reads together.
-        chosen = self.comm.gather_objects(self._choose(half), "sample")[0]
-        x, y, *_ = self.dataset.fetch(torch.tensor([example["index"] for example in chosen], dtype=torch.int64))
-        mine = [example | {"x": tensors_of(x)[0][i].cpu(), "y": int(y[i])} for i, example in enumerate(chosen)]
-        mine = mine if self.comm.grid.is_first("sample") else []
+        # All ranks choose alike, by the numbers of the candidates; only then do the inputs of those that are shown travel
+        mine = self._choose(half) if self.comm.grid.is_first("sample") else []
         everyones = list(itertools.chain.from_iterable(self.comm.gather_objects(mine)))
-        if self.comm.grid.rank != 0:
-            return {}
         everyones.sort(key=lambda example: example["entropy"])
         surest = {int(e["probabilities"].argmax()): e for e in reversed(everyones)}  # one of each class
-        surest = sorted(surest.values(), key=lambda example: example["entropy"])
-        return {"surest": surest[:half], "least_sure": everyones[-half:][::-1]}
+        surest, least_sure = sorted(surest.values(), key=lambda e: e["entropy"])[:half], everyones[-half:][::-1]
+        span = range(len(self.dataset))[self.comm.grid.local_examples(len(self.dataset))]
+        wanted = sorted({example["index"] for example in (*surest, *least_sure)} & set(span))
+        pictures: dict[int, dict[str, Any]] = {}
+        if wanted:  # all ranks of a sample group: it may read together
+            x, y, *_ = self.dataset.fetch(torch.tensor(wanted))
+            if self.comm.grid.is_first("sample"):
+                pictures = {n: {"x": tensors_of(x)[0][i].cpu(), "y": int(y[i])} for i, n in enumerate(wanted)}
+        for part in self.comm.gather_objects(pictures):
+            pictures |= part
+        if self.comm.grid.rank != 0:
+            return {}
+        return {
+            kind: [example | pictures[example["index"]] for example in shown]
+            for kind, shown in (("surest", surest), ("least_sure", least_sure))
+        }
 
     def _choose(self, half: int) -> list[dict[str, Any]]:
         """Return candidates of this rank: the surest of each class, and the least sure."""

@@ -26,6 +26,7 @@ from hpc_bnn.errors import DataError
 from hpc_bnn.noise import Key, Stream
 from hpc_bnn.predictive import find_groups
 from hpc_bnn.predictive.evaluation import evaluate_dataset, out_of_distribution_auroc, uncertainties_of_dataset
+from hpc_bnn.run.plotted_examples import shown_examples
 
 
 @pytest.mark.parametrize("num_examples", [31, 2], ids=["uneven", "fewer_than_ranks"])
@@ -147,3 +148,31 @@ def flatten(tree):
     if isinstance(tree, list):
         return [number for part in tree for number in flatten(part)]
     return [tree] if isinstance(tree, (int, float)) else []
+
+
+def test_the_examples_of_the_picture_are_chosen_before_they_travel(comm, monkeypatch):
+    """Those of one process, on rank 0; and no inputs but theirs, however many data groups have candidates."""
+    x, y = make_problem(torch.float64)
+    posterior, source = make_step(GridComm(Grid())).posterior, TensorSource(x, y, 3).on("cpu", x.dtype)
+    found, gathered, whole = [], [], comm.objects.gather
+
+    def noted(value, *axis):
+        gathered.append(whole(value, *axis))
+        return gathered[-1]
+
+    monkeypatch.setattr(comm.objects, "gather", noted)
+    for one in (GridComm(Grid()), comm):
+        shown = shown_examples(Categorical(3), one, source)
+        evaluate_dataset(posterior, Categorical(3), one, source, num_samples=6, see=shown.add)
+        found.append(shown.gather())
+    expected, got = found
+    inputs = [example["x"] for part in gathered[-1] for example in part.values()]
+    assert len(inputs) == len({e["index"] for kind in expected.values() for e in kind}) <= 12
+    if comm.grid.rank:
+        assert got == {}
+        return
+    for kind, examples in expected.items():
+        assert [e["index"] for e in got[kind]] == [e["index"] for e in examples]
+        for one, other in zip(got[kind], examples):
+            torch.testing.assert_close(one["x"], other["x"])
+            assert one["y"] == other["y"] and one["entropy"] == pytest.approx(other["entropy"], rel=1e-9)
