@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import socket
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -76,7 +77,8 @@ def ranks_on_one_gpu(device: torch.device, objects: ObjectTransport) -> tuple[li
         torch.cuda.set_device(device)
         uuid = str(torch.cuda.get_device_properties(device).uuid)
     uuids = objects.gather(uuid)
-    shared = sorted({u for u in uuids if u is not None and uuids.count(u) > 1})
+    counts = Counter(uuids)  # in one pass, however many ranks
+    shared = sorted(u for u, count in counts.items() if u is not None and count > 1)
     if not shared:
         return [], ""
     return [rank for rank, u in enumerate(uuids) if u == shared[0]], shared[0]
