@@ -169,7 +169,6 @@ def jobs(cluster, digits):
         names[library] = cluster.submit(
             "train.sbatch", CONFIG, *data, *EXACT, "--backend", library, tasks=2, HPC_BNN_SAMPLE_SIZE="2"
         )
-    names["lost"] = cluster.submit("requeue.sbatch", CONFIG, *data, *EPOCHS, tasks=2, HPC_BNN_SAMPLE_SIZE="2")
     names["killed"] = cluster.submit("train.sbatch", CONFIG, *data, *LONG)
     names["staged"] = cluster.submit("stage_train.sbatch", digits, CONFIG, "--max_steps", 5)
     seeds = ("--array=0-1",)
@@ -223,9 +222,11 @@ def test_a_killed_rank_ends_the_job(cluster, jobs):
     assert state == "FAILED" and code != "0:0" and restarts == "0" and time.time() - start < patience(40)
 
 
-def test_a_job_that_lost_a_rank_comes_back_by_itself(cluster, jobs):
+def test_a_job_that_lost_a_rank_comes_back_by_itself(cluster, jobs, digits):
     """And ends with the bits of an uninterrupted one; what fails before its first checkpoint is not retried (below: wrong)."""
-    job, run_dir = jobs["lost"], cluster.work / "runs" / jobs["lost"]
+    flags = ("--data.shards", digits, *EPOCHS)
+    job = cluster.submit("requeue.sbatch", CONFIG, *flags, tasks=2, HPC_BNN_SAMPLE_SIZE="2")
+    run_dir = cluster.work / "runs" / job
     cluster.wait_for(run_dir / "metrics.jsonl", job)
     while not list(run_dir.glob("checkpoints/step-*.json")):
         time.sleep(0.05)
@@ -236,7 +237,7 @@ def test_a_job_that_lost_a_rank_comes_back_by_itself(cluster, jobs):
     )
     assert cluster.ended(jobs["whole"]) == ("COMPLETED", "0:0", "0"), cluster.output(jobs["whole"])
     (_, metrics, model), (_, expected, whole) = (
-        final_state(cluster.work / "runs" / jobs[n]) for n in ("lost", "whole")
+        final_state(cluster.work / "runs" / name) for name in (job, jobs["whole"])
     )
     assert metrics == expected and all(torch.equal(value, whole[name]) for name, value in model.items())
 
