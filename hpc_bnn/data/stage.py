@@ -66,7 +66,8 @@ def stage_shards(
         is_first = comm.grid.is_first("world")
         found = (Manifest.read(source), (source / MANIFEST).read_text()) if is_first else None
     manifest, text = comm.broadcast_object(found)
-    files = in_turn(manifest.shards, comm.grid.rank // comm.local_size, -(-comm.grid.world_size // comm.local_size))
+    # One number for all ranks of the node, wherever they are placed: they divide one list
+    files = in_turn(manifest.shards, min(comm.gather_objects(comm.grid.rank, "node")), comm.grid.world_size)
     files = files[comm.local_rank :: comm.local_size]
     with contextlib.ExitStack() as held:
         with comm.agree(f"opening {destination}"):
@@ -96,14 +97,14 @@ def stage_shards(
     return Staged(*map(sum, zip(*comm.gather_objects(mine, "node"))))
 
 
-def in_turn(shards: list[ShardFile], node: int, num_nodes: int) -> list[ShardFile]:
+def in_turn(shards: list[ShardFile], first_rank: int, world_size: int) -> list[ShardFile]:
     """Return the files in the order in which a node copies them: large ones first, and each node begins at another place. Local.
 
     So the ranks of a node, to which they are dealt round, have about the same to do, and the nodes do not all read the same
-    file of a parallel file system, from the same server, at the same time.
+    file of a parallel file system, from the same server, at the same time. ``first_rank`` is that of the node.
     """
     files = sorted(shards, key=lambda shard: -shard.num_bytes)
-    start = node * len(files) // max(num_nodes, 1)
+    start = first_rank * len(files) // world_size
     return files[start:] + files[:start]
 
 

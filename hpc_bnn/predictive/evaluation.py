@@ -535,7 +535,7 @@ class _ValueScores(_Scores):
             error = forecast - y
             values[f"{name}/rmse"] = (error.square(),)
             values[f"{name}/crps"] = (
-                error.abs() if name == "persistence" or climatology is None else climatology.crps(y),
+                climatology.crps(y) if climatology is not None and name == "climatology" else error.abs(),
             )
         self.update(examples, values, weights)
         self._columns.add(examples, uncertainties_of(predictive, self._unit))
