@@ -8,13 +8,10 @@ import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args, get_type_hints
+from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
 from .capabilities import FAMILIES, Features, check_features
 from .errors import ConfigError, Fault, Rule, above_and_below, at_least, check_all, number, positive
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
 
 Auto = Literal["auto"]
 SampleSize = Literal[Auto, "max"]
@@ -492,7 +489,9 @@ def words_of(type_: Any) -> tuple[str | None, ...]:
     return arguments if typing.get_origin(type_) is Literal else sum(map(words_of, arguments), ())
 
 
-def _fields(kind: type[DataclassInstance], prefix: str = "") -> dict[str, Field]:
+def _fields(kind: Any, prefix: str = "") -> dict[str, Field]:
+    # `kind` is a dataclass. To type it takes an import for the type checker only, and where a module has one, jsonargparse
+    # parses its source anew for each class of a config: half of the time to build the parser.
     found, hints, defaults = {}, typing.get_type_hints(kind), kind()
     for one in fields(kind):
         name, type_, default = prefix + one.name, hints[one.name], getattr(defaults, one.name)
