@@ -20,8 +20,9 @@ from hpc_bnn.cli.commands import main
 
 SUITES = [(1, "horovod"), (2, "mpi"), (3, "torch"), (4, "horovod"), (4, "torch"), (4, "mpi")]
 """Ranks, and what carries their tensors."""
-SHARED = [SUITES[:3], SUITES[3:]]
-"""Suites that share the cases: each runs all tests of communication, and its part of the others (tests/mpi/conftest.py)."""
+SHARED = [SUITES[1:3], SUITES[3:]]
+"""Suites that share the cases: each runs all tests of communication, and its part of the others (tests/mpi/conftest.py).
+So each case meets grids of both axes alone, and 2 x 2."""
 RANK_SECONDS = 300
 """Limit of a test on the ranks: the watchdog of tests/mpi/conftest.py."""
 
@@ -29,7 +30,7 @@ RANK_SECONDS = 300
 @pytest.mark.parametrize(("num_ranks", "library"), SUITES)
 def test_suite_on_ranks(mpirun, request, num_ranks, library):
     """The tests of tests/mpi; those marked `slow` with `make test-all`, on 4 ranks."""
-    environment = {"TEST_LIBRARY": library, "TEST_SECONDS": str(patience(RANK_SECONDS))}
+    environment = {"TEST_LIBRARY": library, "TEST_SECONDS": str(patience(RANK_SECONDS)), "TEST_SHARE": "none"}
     for suites in SHARED:
         if (num_ranks, library) in suites:
             environment["TEST_SHARE"] = f"{suites.index((num_ranks, library))}/{len(suites)}"

@@ -21,7 +21,7 @@ from hpc_bnn.capabilities import Capabilities
 from hpc_bnn.noise import Key, Stream
 from hpc_bnn.posteriors import Slot
 from hpc_bnn.posteriors.families import Dropout, Ensemble, LowRank, MeanField, Point
-from hpc_bnn.testing import DiffersError, family_is_exact  # noqa: F401
+from hpc_bnn.testing import DiffersError, check_family, family_is_exact  # noqa: F401
 
 
 def number(value):
@@ -108,7 +108,7 @@ CASES = {
         chunk_sizes=(1,),
     ),
 }
-"""Arguments of `family_is_exact`."""
+"""Arguments of `check_family`."""
 
 for name, prior in {"student_t": StudentTPrior(), "mixture": ScaleMixturePrior()}.items():
     CASES[name] = dict(family=MeanField(prior, 0.2), weights=mean_field, kl=minus_entropy, log_prior=prior.log_prob)
@@ -118,7 +118,7 @@ for name, prior in {"student_t": StudentTPrior(), "mixture": ScaleMixturePrior()
 
 
 def noisy_layer(estimator):
-    """Return the outputs of the network of `family_is_exact` by the definition of an estimator."""
+    """Return the outputs of the network of `check_family` by the definition of an estimator."""
 
     def outputs(slots, eps, noise, x):
         def linear(number, name, h):
@@ -146,8 +146,8 @@ for name in ("local", "flipout"):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_family_is_its_definition(family_is_exact, name):  # noqa: F811
-    family_is_exact(**CASES[name], start=jitter)
+def test_family_is_its_definition(comm, name):
+    check_family(comm, **CASES[name], start=jitter)
 
 
 class Scaled(MeanField):
