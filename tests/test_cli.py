@@ -1,5 +1,6 @@
 """The command line in one process."""
 
+import contextlib
 import json
 import operator
 import os
@@ -309,14 +310,15 @@ def test_regression_from_the_command_line(diabetes, tmp_path, flags):
         "--posterior.init_std", "0.05", "--optimizer.learning_rate", "3e-3", "--test_every_epochs", "40",
         "--kl_weight", "0.1", *flags,
     ]  # fmt: skip
-    with with_plots():
+    draws = not flags or "--likelihood.name" in flags  # which picture it is depends on the likelihood only
+    with with_plots() if draws else contextlib.nullcontext():
         assert main(command) == 0
     summary = json.loads((run_dir / "summary.json").read_text())
     assert summary["test/rmse"] < 0.85  # the mean of the training targets has 1.0
     assert ("test/nll" in summary) == ("implicit" not in flags and "crps" not in flags)
     coupled = "--objective.name" in flags
     assert summary["objective"]["num_passes"] == (2 if coupled and "--chunk_size" not in flags else 1)
-    assert (run_dir / "plots/uncertainty.png").stat().st_size > 1000
+    assert not draws or (run_dir / "plots/uncertainty.png").stat().st_size > 1000
 
 
 def test_faults_of_objective_and_likelihood_are_named_together(tmp_path, capsys):
