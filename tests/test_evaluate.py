@@ -7,10 +7,10 @@ import pytest
 import scipy.stats
 import scoringrules
 import torch
-from sklearn.metrics import accuracy_score, jaccard_score, log_loss, roc_auc_score
+from sklearn.metrics import accuracy_score, average_precision_score, jaccard_score, log_loss, roc_auc_score, roc_curve
 from torch import nn
 from torchmetrics import MeanSquaredError
-from torchmetrics.classification import MulticlassCalibrationError
+from torchmetrics.classification import BinaryCalibrationError, MulticlassCalibrationError
 
 from hpc_bnn import (
     Bernoulli,
@@ -29,8 +29,8 @@ from hpc_bnn import (
 from hpc_bnn.errors import DataError
 from hpc_bnn.noise import Key, Stream
 from hpc_bnn.predictive import evaluation as evaluate
-from hpc_bnn.predictive.evaluation import evaluate_dataset, out_of_distribution_auroc, predict_classes
-from hpc_bnn.predictive.metrics import adaptive_calibration_error
+from hpc_bnn.predictive.evaluation import evaluate_dataset, out_of_distribution_metrics, predict_classes
+from hpc_bnn.predictive.metrics import adaptive_calibration_error, area_under_risk_coverage, risk_coverage
 
 
 def make_posterior(dropout=0.0):
@@ -70,9 +70,10 @@ def test_metrics_equal_scikit_learn(digits, monkeypatch):
     posterior, comm, dataset = (make_posterior(), GridComm(Grid()), ShardDataset(digits, "test", dtype=torch.float64))
     seen = []
     monkeypatch.setattr(evaluate, "BLOCK_BYTES", 100 * 64 * 8)  # four blocks
-    metrics = evaluate_dataset(
+    found = evaluate_dataset(
         posterior, Categorical(10), comm, dataset, num_samples=5, see=lambda *block: seen.append(block)
-    ).metrics
+    )
+    metrics, curve = found.metrics, found.curves["risk_coverage"]
     assert [len(examples) for examples, _, _ in seen] == [100, 100, 100, 59]
     assert torch.cat([examples for examples, _, _ in seen]).tolist() == list(range(359))
     _, y = dataset.fetch(slice(None))
@@ -82,6 +83,15 @@ def test_metrics_equal_scikit_learn(digits, monkeypatch):
     assert metrics["brier"] == pytest.approx(np.square(p - np.eye(10)[y]).sum(1).mean(), rel=1e-12)
     reference = MulticlassCalibrationError(num_classes=10, n_bins=15)(torch.from_numpy(p).double(), y)
     assert metrics["ece"] == pytest.approx(reference.item(), rel=1e-5)
+    by_class = [BinaryCalibrationError(15)(torch.from_numpy(p[:, c]), y == c).item() for c in range(10)]
+    assert metrics["classwise_ece"] == pytest.approx(np.mean(by_class), rel=1e-5)
+    entropy = torch.cat([predictive.entropy for _, predictive, _ in seen]).numpy()
+    order = entropy.argsort()  # no ties
+    risks = (p.argmax(1) != y.numpy())[order].cumsum() / np.arange(1, 360)
+    assert metrics["aurc"] == pytest.approx(risks.mean(), rel=1e-12)
+    places = [math.ceil(359 * k / 50) for k in range(1, 51)]
+    np.testing.assert_allclose(curve["coverage"], np.array(places) / 359, rtol=1e-12)
+    np.testing.assert_allclose(curve["risk"], risks[np.array(places) - 1], rtol=1e-12)
 
 
 @pytest.mark.parametrize("shape", [(7,), (4, 5)], ids=["sequence", "field"])
@@ -105,6 +115,10 @@ def test_metrics_of_fields_of_classes_equal_scikit_learn(tmp_path, shape):
     assert found.curves["overlap"]["iou"] == pytest.approx([*by_class[:3], None, by_class[3]])
     brier = np.square(points - np.eye(5)[truth]).sum(1).mean()
     assert found.metrics["brier"] == pytest.approx(brier, rel=1e-9) and "adaptive_ece" not in found.metrics
+    by_class = [BinaryCalibrationError(15)(*map(torch.from_numpy, (points[:, c], truth == c))).item() for c in range(5)]
+    assert found.metrics["classwise_ece"] == pytest.approx(np.mean(by_class), rel=1e-5)
+    losses = (said != truth).reshape(30, -1).mean(1)[p.entropy.flatten(1).mean(1).argsort().numpy()]
+    assert found.metrics["aurc"] == pytest.approx((losses.cumsum() / np.arange(1, 31)).mean(), rel=1e-12)
     for name, value in (("entropy", p.entropy), ("mutual_information", p.mutual_information)):
         torch.testing.assert_close(found.uncertainties[name], value.flatten(1).mean(1), rtol=1e-10, atol=1e-12)
 
@@ -278,6 +292,10 @@ def test_metrics_of_numbers_equal_the_references_on_gathered_predictions(tmp_pat
     check("rmse", error**2, root=True)
     check("mae", np.abs(error))
     check("crps", scoringrules.crps_mixnorm(y, loc, scale))
+    total = average_of_each(np.sqrt((scale**2).mean(-1) + loc.var(-1)), weights)
+    losses = average_of_each(np.abs(error), weights)[total.argsort()]
+    assert got["aurc"] == pytest.approx((losses.cumsum() / np.arange(1, 31)).mean(), rel=1e-9)
+    assert evaluation.curves["risk_coverage"]["risk"][-1] == pytest.approx(got["mae"], rel=1e-12)
     spread = (scale**2).mean(-1) + 7 / 5 * loc.var(-1)
     assert got["spread_skill"] == pytest.approx(np.sqrt(average(spread).mean()) / got["rmse"], rel=1e-9)
     if not weighted:
@@ -296,6 +314,11 @@ def test_metrics_of_numbers_equal_the_references_on_gathered_predictions(tmp_pat
     assert got["calibration_error"] == pytest.approx(np.abs(reached - levels).mean(), rel=1e-9)
     histogram = np.histogram(cdf, bins=np.linspace(0, 1, 21), weights=spans)[0]
     np.testing.assert_allclose(evaluation.curves["pit"], histogram / spans.sum(), atol=1e-12)
+
+
+def average_of_each(values, weights):
+    """Return the means [B] over the targets of each example."""
+    return np.average(values, axis=-1, weights=weights).mean(1)
 
 
 def quantile_of_mixture(loc, scale, level):
@@ -319,10 +342,42 @@ def test_adaptive_calibration_error_has_bins_of_equal_count():
     assert got == pytest.approx(expected, rel=1e-12) and got > 0.05
 
 
-def test_auroc_equals_scikit_learn_and_knows_ties():
+@pytest.mark.parametrize("weighted", [False, True])
+def test_risk_and_coverage_are_those_of_every_threshold(weighted):
+    """Ties are accepted together, whatever their order, also where rounding tells them apart."""
     rng = np.random.default_rng(0)
-    inside, outside = rng.normal(size=50).round(1), rng.normal(1.0, size=30).round(1)
-    got = out_of_distribution_auroc(*({"entropy": torch.from_numpy(values)} for values in (inside, outside)))
-    truth = np.repeat([0, 1], [50, 30])
-    expected = roc_auc_score(truth, np.concatenate([inside, outside]))
-    assert got == {"ood_auroc/entropy": pytest.approx(expected, rel=1e-12)}
+    uncertainty, loss = rng.integers(0, 9, 60) / 7, rng.exponential(size=60)
+    weights = rng.integers(0, 3, 60) if weighted else np.ones(60)
+    rounded = torch.from_numpy(uncertainty * (1 + 1e-15 * rng.integers(-3, 4, 60)))
+    accepted = [uncertainty <= threshold for threshold in uncertainty]
+    risks = [np.average(loss[a], weights=weights[a]) for a in accepted]
+    columns = [rounded, torch.from_numpy(loss), torch.from_numpy(weights).double() if weighted else None]
+    coverage, risk = risk_coverage(*columns)
+    assert area_under_risk_coverage(coverage, risk) == pytest.approx(np.average(risks, weights=weights), rel=1e-12)
+    assert coverage[-1] == 1 and len(coverage) == 9
+    order = rng.permutation(60)
+    again = risk_coverage(*(None if column is None else column[order] for column in columns))
+    torch.testing.assert_close(again, (coverage, risk), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("num_foreign", [30, 20, 1])
+def test_detection_equals_scikit_learn_and_knows_ties(num_foreign, weighted):
+    rng = np.random.default_rng(num_foreign)
+    inside, outside = rng.normal(size=50).round(1), rng.normal(1.0, size=num_foreign).round(1)
+    weights = [rng.integers(0, 4, len(part)) if weighted else None for part in (inside, outside)]
+    if weighted:
+        weights[1][0] = 2  # one counts
+    found = [
+        {"entropy": torch.from_numpy(part)} | ({"weight": torch.from_numpy(w).double()} if weighted else {})
+        for part, w in zip((inside, outside), weights)
+    ]
+    got = out_of_distribution_metrics(*found)
+    truth, scores = np.repeat([0, 1], [50, num_foreign]), np.concatenate([inside, outside])
+    of = {"sample_weight": np.concatenate(weights) if weighted else None}
+    false, true, _ = roc_curve(truth, scores, drop_intermediate=False, **of)
+    assert got == {
+        "ood_auroc/entropy": pytest.approx(roc_auc_score(truth, scores, **of), rel=1e-12),
+        "ood_aupr/entropy": pytest.approx(average_precision_score(truth, scores, **of), rel=1e-12),
+        "ood_fpr95/entropy": pytest.approx(false[true >= 0.95 - 1e-12][0], rel=1e-12),
+    }

@@ -263,7 +263,7 @@ def _open_run(options: jsonargparse.Namespace, given: set[str]) -> Experiment:
 
 
 def _evaluate(options: jsonargparse.Namespace, given: set[str]) -> int:
-    from ..predictive import REFERENCES, out_of_distribution_auroc, parse_regions
+    from ..predictive import REFERENCES, out_of_distribution_metrics, parse_regions
     from ..run import read_or_prepare
 
     experiment, ood = _open_run(options, given), {}
@@ -284,7 +284,7 @@ def _evaluate(options: jsonargparse.Namespace, given: set[str]) -> int:
         posterior = experiment.check_up(dataset)
         if options.ood_shards is not None:
             foreign = experiment.uncertainties(experiment.open(options.ood_split, options.ood_shards))
-            ood = out_of_distribution_auroc(tested.evaluation.uncertainties, foreign)
+            ood = out_of_distribution_metrics(tested.evaluation.uncertainties, foreign)
     with experiment.comm.agree(f"writing {path}"):
         if experiment.is_writer:
             print("\n".join(f"{name} {value:.6g}" for name, value in (tested.evaluation.metrics | ood).items()))
@@ -446,7 +446,10 @@ _RUN = {
     "--which": _argument(Literal["newest", "best"], "Checkpoint (default: newest).", default="newest"),
 }
 _EVALUATE = {
-    "--ood_shards": _argument(str | None, "Foreign examples: how well does the uncertainty tell them (AUROC)?"),
+    "--ood_shards": _argument(
+        str | None,
+        "Foreign examples: how well does the uncertainty tell them (AUROC, average precision, FPR at 95 % TPR)?",
+    ),
     "--ood_split": _argument(str, "Split of the foreign examples.", default="test"),
     "--by": _argument(
         str,

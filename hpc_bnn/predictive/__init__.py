@@ -8,7 +8,7 @@ from .evaluation import (
     block_size,
     evaluate_dataset,
     metrics_to_minimise,
-    out_of_distribution_auroc,
+    out_of_distribution_metrics,
     predict_dataset,
     score_dataset,
     uncertainties_of_dataset,
@@ -26,6 +26,6 @@ from .predictive import (
 
 __all__ = [
     "INTERVALS", "REFERENCES", "SETS", "TEMPERATURES", "Block", "Calibration", "ClassPredictive", "Evaluation", "Group", "Predictive", "ValuePredictive", "block_size", "calibrate_dataset",
-    "check_up", "evaluate_dataset", "find_groups", "is_of_classes", "log_of", "mean_network", "member_outputs", "metrics_to_minimise", "out_of_distribution_auroc", "parse_regions", "predict_classes", "predict_dataset", "predict_values",
+    "check_up", "evaluate_dataset", "find_groups", "is_of_classes", "log_of", "mean_network", "member_outputs", "metrics_to_minimise", "out_of_distribution_metrics", "parse_regions", "predict_classes", "predict_dataset", "predict_values",
     "score_dataset", "uncertainties_of_dataset",
 ]  # fmt: skip

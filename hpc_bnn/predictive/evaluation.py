@@ -21,11 +21,15 @@ from .groups import ALL, Climatology, Group, persistence
 from .metrics import (
     ChannelMean,
     ClassOverlaps,
+    ClasswiseCalibrationError,
     ExampleMean,
     ExpectedCalibrationError,
     Metric,
     PitHistogram,
     adaptive_calibration_error,
+    area_under_risk_coverage,
+    detection,
+    risk_coverage,
 )
 from .predictive import (
     ClassPredictive,
@@ -39,6 +43,9 @@ from .predictive import (
 
 BLOCK_BYTES = 128 * 2**20
 """Bytes of inputs, and of outputs of all samples, that a rank processes at once."""
+
+RISK_POINTS = 50
+"""Points of the risk-coverage curve that is drawn, at most."""
 
 INTERVALS = {50: 0.5, 90: 0.9, 95: 0.95}
 """Levels of the central intervals for coverage and width, by their names in percent."""
@@ -121,9 +128,10 @@ class Evaluation:
     metrics: dict[str, float]
     """Metrics of the whole data set, in units of y."""
     curves: dict[str, Any]
-    """Data of the plots: for classes "reliability", of fields "overlap", too; for numbers "pit", and "channels" with their metrics."""
+    """Data of the plots: "risk_coverage"; for classes "reliability", of fields "overlap", too; for numbers "pit", and "channels" with
+    their metrics."""
     uncertainties: dict[str, Tensor]
-    """[N] uncertainties of each example, in the order of the data set: see `uncertainties_of`."""
+    """[N] uncertainties of each example, in the order of the data set: see `uncertainties_of`; and "weight", where they have one."""
     groups: dict[str, Any]
     """Of each grouping its labels ("name") and, by metric, a number of each group ("metrics"), None where it is not finite; of
     numbers also those of each channel ("channels"), and the histogram of the PIT ("pit")."""
@@ -182,6 +190,8 @@ def evaluate_dataset(
             f"all targets of this split of {dataset.manifest.name} are missing or have the weight 0: there is nothing to evaluate"
         )
     uncertainties = {name: scores.gathered[name] for name in UNCERTAINTIES[is_of_classes(likelihood)]}
+    if dataset.manifest.has_weights:
+        uncertainties["weight"] = scores.gathered["example_weight"]
     return Evaluation(scores.compute(), scores.curves(), uncertainties, scores.by_group())
 
 
@@ -224,7 +234,8 @@ def score_dataset(
                 forecasts["persistence"] = persistence(dataset, rows_of(block.x, span), y.double())
             if climatology is not None:
                 forecasts["climatology"] = climatology.mean.expand_as(y)
-            scores.add(block.examples[span], predictive, y, forecasts, climatology, weights)
+            of_examples = None if block.weights is None else block.weights[span]
+            scores.add(block.examples[span], predictive, y, forecasts, climatology, weights, of_examples)
         if see:
             see(block.examples, block.predictive, block.y)
     return scores
@@ -257,16 +268,18 @@ def uncertainties_of_dataset(
     see: See | None = None,
     **options: Any,
 ) -> dict[str, Tensor]:
-    """Return `uncertainties_of` all examples of a data set, [N]; its targets are not used.
+    """Return `uncertainties_of` all examples of a data set, [N], and their "weight" where they have one; its targets are not used.
 
     Collective over the world. ``see`` and ``**options`` as for `evaluate_dataset`.
     """
-    columns = _Columns(UNCERTAINTIES[is_of_classes(likelihood)])
+    weight = ("weight",) if dataset.manifest.has_weights else ()
+    columns = _Columns((*UNCERTAINTIES[is_of_classes(likelihood)], *weight))
     for block in predict_dataset(posterior, likelihood, comm, dataset, with_targets=False, **options):
         if see:
             see(block.examples, block.predictive, block.y)
         if comm.grid.is_first("sample"):
-            columns.add(block.examples, uncertainties_of(block.predictive, _unit(dataset)))
+            found = uncertainties_of(block.predictive, _unit(dataset))
+            columns.add(block.examples, found if block.weights is None else found | {"weight": block.weights})
     return columns.gather(comm)
 
 
@@ -274,18 +287,21 @@ def _unit(dataset: Source) -> Tensor | float:
     return dataset.target_scale[1] if dataset.target_scale else 1.0
 
 
-def out_of_distribution_auroc(inside: dict[str, Tensor], outside: dict[str, Tensor]) -> dict[str, float]:
-    """Return how well each uncertainty detects out-of-distribution examples, as an AUROC.
+def out_of_distribution_metrics(inside: dict[str, Tensor], outside: dict[str, Tensor]) -> dict[str, float]:
+    """Return how well each uncertainty detects out-of-distribution examples: ``ood_auroc/``, ``ood_aupr/``, ``ood_fpr95/`` its name.
 
-    Local. 0.5: not at all; 1: every out-of-distribution example is less certain than every one of the data.
+    Local; `hpc_bnn.predictive.metrics.detection` defines them. An AUROC of 0.5: not at all; of 1: every out-of-distribution
+    example is less certain than every one of the data.
+
+    Parameters
+    ----------
+    inside, outside : dict of str to Tensor
+        [N] of `Evaluation.uncertainties`, and [M] of `uncertainties_of_dataset`.
     """
-    found = {}
-    for name, values in inside.items():
-        # The fraction of pairs whose foreign example is the less certain one, ties by half (Mann and Whitney, 1947)
-        ordered, foreign = values.sort().values, outside[name]
-        below, up_to = (torch.searchsorted(ordered, foreign, right=right) for right in (False, True))
-        found[f"ood_auroc/{name}"] = (below + up_to).double().mean().item() / (2 * len(ordered))
-    return found
+    weights = [found.get("weight", torch.ones_like(next(iter(found.values())))) for found in (inside, outside)]
+    names = [name for name in inside if name != "weight"]
+    found = {name: detection(inside[name], outside[name], *weights) for name in names}
+    return {f"ood_{metric}/{name}": found[name][metric] for metric in ("auroc", "aupr", "fpr95") for name in names}
 
 
 def metrics_to_minimise(likelihood: Likelihood, places: tuple[int, ...] = ()) -> tuple[str, ...]:
@@ -294,10 +310,10 @@ def metrics_to_minimise(likelihood: Likelihood, places: tuple[int, ...] = ()) ->
     ``places`` are the points of a target (`hpc_bnn.data.Manifest.places`).
     """
     if is_of_classes(likelihood):
-        return ("nll", "brier", "ece", *(() if places else ("adaptive_ece",)))
+        return ("nll", "brier", "ece", "classwise_ece", *(() if places else ("adaptive_ece",)), "aurc")
     density = ("nll",) if likelihood.has_density else ()
     mixture = ("crps", "fair_crps", "calibration_error") if likelihood.has_mixture else ()
-    return (*density, "rmse", "mae", *mixture)
+    return (*density, "rmse", "mae", *mixture, "aurc")
 
 
 class _Columns:
@@ -323,13 +339,16 @@ class _Columns:
 class _Scores:
     """Accumulates the metrics of a data set, and of its groups."""
 
+    total_uncertainty: str
+    """Name of the uncertainty by which selective prediction abstains."""
+
     def __init__(self, dataset: Source, groups: Sequence[Group], columns: tuple[str, ...]):
         self.groups = [ALL, *groups]
         self.parts = [self.make_metrics(group) for group in self.groups]
         """Metrics of the whole data set, and of each group."""
         for metric in self.all_metrics():
             metric.sums = metric.sums.to(dataset.device)
-        self._columns = _Columns(columns)
+        self._columns = _Columns((*columns, "loss", *(("example_weight",) if dataset.manifest.has_weights else ())))
         self.fault: DataError | None = None
 
     def make_metrics(self, group: Group) -> dict[str, Metric]:
@@ -347,10 +366,11 @@ class _Scores:
         forecasts: dict[str, Tensor],
         climatology: Climatology | None,
         weights: Tensor | None,
+        of_examples: Tensor | None,
     ) -> None:
         """Add examples that no other rank adds, and what others forecast of them. Local.
 
-        ``weights`` are those of each target, like y: 0 where it is missing.
+        ``weights`` are those of each target, like y: 0 where it is missing; ``of_examples`` [B] those of the examples.
         """
         raise NotImplementedError
 
@@ -380,14 +400,31 @@ class _Scores:
         comm.sum_([metric.sums for metric in self.all_metrics()])
         self.gathered = self._columns.gather(comm)
 
+    def add_columns(
+        self, examples: Tensor, columns: dict[str, Tensor], losses: Tensor, weights: Tensor, of_examples: Tensor | None
+    ) -> None:
+        """Add columns [B] by name, the mean loss of each example, and weights; losses [B, ...] of its targets have weights. Local."""
+        weight = weights.expand(losses.shape).flatten(1).sum(1)
+        loss = (losses * weights).flatten(1).sum(1) / weight.clamp_min(torch.finfo(torch.float64).tiny)
+        columns = columns | {"loss": loss, "weight": weight}
+        self._columns.add(examples, columns if of_examples is None else columns | {"example_weight": of_examples})
+
+    def risk_coverage(self) -> tuple[Tensor, Tensor]:
+        found = self.gathered
+        return risk_coverage(found[self.total_uncertainty], found["loss"], found.get("weight"))
+
     def compute(self) -> dict[str, float]:
-        return self.compute_of(self.parts[0])
+        return self.compute_of(self.parts[0]) | {"aurc": area_under_risk_coverage(*self.risk_coverage())}
 
     def compute_of(self, metrics: dict[str, Any]) -> dict[str, float]:
         return {name: metric.compute().item() for name, metric in metrics.items()}
 
     def curves(self) -> dict[str, Any]:
-        raise NotImplementedError
+        coverage, risk = self.risk_coverage()
+        shown = torch.searchsorted(
+            coverage, torch.arange(1, RISK_POINTS + 1).to(coverage) / RISK_POINTS - 1e-12
+        ).unique()
+        return {"risk_coverage": {"coverage": coverage[shown].tolist(), "risk": risk[shown].tolist()}}
 
     def by_group(self) -> dict[str, Any]:
         """Return the metrics of the groups, by grouping. Local."""
@@ -412,6 +449,8 @@ class _Scores:
 class _ClassScores(_Scores):
     """Of a class per example; or of a field of classes, whose points count alike."""
 
+    total_uncertainty = "entropy"
+
     def __init__(
         self,
         likelihood: Likelihood,
@@ -424,13 +463,15 @@ class _ClassScores(_Scores):
         self._is_field, self._num_classes = bool(dataset.manifest.places), likelihood.num_classes
         self._names = dataset.manifest.details.get("classes") or list(range(likelihood.num_classes))
         weighted = ("weight",) if likelihood.ignore_index is not None or dataset.manifest.has_weights else ()
-        beside = () if self._is_field else ("confidence", "correct", *weighted)
-        super().__init__(dataset, groups, (*UNCERTAINTIES[True], *beside))
+        beside = () if self._is_field else ("confidence",)
+        super().__init__(dataset, groups, (*UNCERTAINTIES[True], *beside, *weighted))
 
     def make_metrics(self, group: Group) -> dict[str, Metric]:
         means = {name: ExampleMean() for name in ("accuracy", "nll", "brier")}
         overlaps = {"mean_iou": ClassOverlaps(self._num_classes)} if self._is_field else {}
-        return {**means, "ece": ExpectedCalibrationError(), **overlaps}
+        # One number for each class and bin: of the whole only
+        classwise = {"classwise_ece": ClasswiseCalibrationError(self._num_classes)} if group is ALL else {}
+        return {**means, "ece": ExpectedCalibrationError(), **classwise, **overlaps}
 
     def add(
         self,
@@ -440,6 +481,7 @@ class _ClassScores(_Scores):
         forecasts: dict[str, Tensor],
         climatology: Climatology | None,
         weights: Tensor | None,
+        of_examples: Tensor | None,
     ) -> None:
         p, columns = predictive.probabilities, uncertainties_of(predictive)
         # [B, 1, ...]: as numbers are, with one channel
@@ -454,28 +496,31 @@ class _ClassScores(_Scores):
             "nll": (nll,),
             "brier": (brier,),
             "ece": (confidence, correct),
+            "classwise_ece": (p, y),
             "mean_iou": (said, y),
         }
         self.update(examples, values, None if weights is None else weights[:, None])
         if not self._is_field:
-            columns |= {"confidence": confidence[:, 0], "correct": correct[:, 0]}
-            columns["weight"] = torch.ones_like(confidence[:, 0]) if weights is None else weights
-        self._columns.add(examples, columns)
+            columns["confidence"] = confidence[:, 0]
+        weights = torch.ones_like(of_truth) if weights is None else weights[:, None]
+        self.add_columns(examples, columns, (~correct).double(), weights, of_examples)
 
     def compute(self) -> dict[str, float]:
         if self._is_field:
             return super().compute()
         found = self.gathered
-        adaptive = adaptive_calibration_error(found["confidence"], found["correct"], found.get("weight"))
+        adaptive = adaptive_calibration_error(found["confidence"], 1 - found["loss"], found.get("weight"))
         return super().compute() | {"adaptive_ece": adaptive}
 
     def curves(self) -> dict[str, Any]:
         metrics: dict[str, Any] = self.parts[0]
         overlaps = {"overlap": {"class": self._names, "iou": metrics["mean_iou"].by_class()}} if self._is_field else {}
-        return {"reliability": metrics["ece"].curve(), **overlaps}
+        return {"reliability": metrics["ece"].curve(), **overlaps, **super().curves()}
 
 
 class _ValueScores(_Scores):
+    total_uncertainty = "std_in_units"
+
     def __init__(
         self,
         likelihood: Likelihood,
@@ -489,7 +534,7 @@ class _ValueScores(_Scores):
         self._num_samples, self._likelihood, self._references = num_samples, likelihood, references
         given = dataset.manifest.target_weights
         self._weights = torch.tensor(1.0 if given is None else given, dtype=torch.float64)
-        super().__init__(dataset, groups, UNCERTAINTIES[False])
+        super().__init__(dataset, groups, (*UNCERTAINTIES[False], self.total_uncertainty, "weight"))
 
     def make_metrics(self, group: Group) -> dict[str, Metric]:
         likelihood, weights = self._likelihood, self._weights
@@ -515,6 +560,7 @@ class _ValueScores(_Scores):
         forecasts: dict[str, Tensor],
         climatology: Climatology | None,
         weights: Tensor | None,
+        of_examples: Tensor | None,
     ) -> None:
         mixture, y = predictive.mixture, y.double()
         error = predictive.mean - y
@@ -538,7 +584,11 @@ class _ValueScores(_Scores):
                 climatology.crps(y) if climatology is not None and name == "climatology" else error.abs(),
             )
         self.update(examples, values, weights)
-        self._columns.add(examples, uncertainties_of(predictive, self._unit))
+        of_targets, std = self._weights.to(y).expand(y.shape), predictive.variance.sqrt()
+        columns = uncertainties_of(predictive, self._unit)
+        columns[self.total_uncertainty] = (std * of_targets).flatten(1).sum(1)  # in the units and weights of the loss
+        of_targets = of_targets if weights is None else of_targets * weights
+        self.add_columns(examples, columns, values["mae"][0], of_targets, of_examples)
 
     def compute_of(self, metrics: dict[str, Any]) -> dict[str, float]:
         values = super().compute_of(metrics)
@@ -574,7 +624,7 @@ class _ValueScores(_Scores):
         names = [name for name, count in zip(names, counts) if count]
         means = self.by_channel(metrics, counts)
         pit = {"pit": metrics["pit"].curve()} if self._likelihood.has_mixture else {}
-        return {**pit, "channels": {"name": names, **means}}
+        return {**pit, "channels": {"name": names, **means}, **super().curves()}
 
 
 def _skill(ours: float, theirs: float) -> float:

@@ -102,6 +102,31 @@ class ExpectedCalibrationError(Metric):
         return {name: values.tolist() for name, values in means.items()}
 
 
+class ClasswiseCalibrationError(Metric):
+    """Calibration error of the probability of each class, over bins of equal width, mean over classes (Kull et al., 2019).
+
+    Kull et al., Beyond Temperature Scaling (NeurIPS 2019): mean over classes j of the sum over bins of
+    ``|sum of p_j - number of examples of class j| / number of examples``.
+    """
+
+    def __init__(self, num_classes: int):
+        super().__init__(num_classes, NUM_BINS + 1)  # by bin the sum of p_j minus that of the truth, and the count
+
+    def update(self, p: Tensor, y: Tensor, weights: Tensor | None = None) -> None:
+        """Take in class probabilities [B, C, ...], and the true classes [B, 1, ...]."""
+        difference = p.scatter_add(1, y, torch.full_like(p[:, :1], -1.0))
+        if weights is not None:
+            difference = difference * weights
+        bins = (p * NUM_BINS).ceil().long().clamp(1, NUM_BINS) - 1
+        bins += NUM_BINS * torch.arange(p.shape[1], device=p.device).view(-1, *(1,) * (p.ndim - 2))
+        found = difference.new_zeros(p.shape[1] * NUM_BINS).index_add_(0, bins.flatten(), difference.flatten())
+        self.sums[:, :-1] += found.view(p.shape[1], NUM_BINS)
+        self.sums[:, -1] += y.numel() if weights is None else weights.sum()
+
+    def compute(self) -> Tensor:
+        return self.sums[:, :-1].abs().sum() / self.sums[:, -1].sum()
+
+
 def adaptive_calibration_error(confidence: Tensor, correct: Tensor, weights: Tensor | None = None) -> float:
     """Return the calibration error over bins of equal *count* of the confidence (Nguyen and O'Connor, 2015). Local.
 
@@ -114,6 +139,75 @@ def adaptive_calibration_error(confidence: Tensor, correct: Tensor, weights: Ten
     difference = (difference if weights is None else difference * weights)[order]
     whole = len(order) if weights is None else weights.sum().item()
     return sum(part.sum().abs().item() for part in difference.tensor_split(NUM_BINS)) / whole
+
+
+# --- ranks of the uncertainty ---------------------------------------------------------------------------
+
+
+def _by_value(values: Tensor, *columns: Tensor) -> tuple[Tensor, ...]:
+    """Return the sum of each column [N] by distinct value, [m] each, from the least value to the greatest. Local.
+
+    Values that are equal in float32 are one: examples that only rounding tells apart are ties, on every grid.
+    """
+    distinct, number = values.float().unique(return_inverse=True)
+    return tuple(column.new_zeros(len(distinct)).index_add_(0, number, column) for column in columns)
+
+
+def risk_coverage(uncertainty: Tensor, loss: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return coverage [m] and risk [m] of those examples that are at most as uncertain as a threshold. Local.
+
+    Geifman and El-Yaniv, Selective Classification for Deep Neural Networks (NeurIPS 2017). There is a threshold at every
+    distinct uncertainty: ties are accepted or rejected together, so that their order does not matter. The coverage is the
+    fraction of examples, the risk their mean loss; the last risk is the mean of all.
+
+    Parameters
+    ----------
+    uncertainty, loss, weights : Tensor
+        [N] of all examples; those of weight 0 do not count.
+    """
+    weights = torch.ones_like(loss) if weights is None else weights
+    counts = weights > 0
+    uncertainty, loss, weights = uncertainty[counts], loss[counts], weights[counts]
+    accepted, lost = (column.cumsum(0) for column in _by_value(uncertainty, weights, weights * loss))
+    return accepted / accepted[-1], lost / accepted
+
+
+def area_under_risk_coverage(coverage: Tensor, risk: Tensor) -> float:
+    """Return the mean over examples of the risk at their uncertainty (AURC), from `risk_coverage`. Local.
+
+    Geifman, Uziel, El-Yaniv, Bias-Reduced Uncertainty Estimation (ICLR 2019).
+    """
+    return (coverage.diff(prepend=coverage.new_zeros(1)) * risk).sum().item()
+
+
+def detection(inside: Tensor, outside: Tensor, of_inside: Tensor, of_outside: Tensor) -> dict[str, float]:
+    """Return how well an uncertainty detects foreign examples, the positives; ties are exact. Local.
+
+    ``auroc`` is the fraction of pairs whose foreign example is the less certain one, ties by half (Mann and Whitney, 1947).
+    ``aupr`` is the average precision, the sum over thresholds of the precision times the gain in recall (Davis and Goadrich,
+    2006). ``fpr95`` is the fraction of the data that is said to be foreign at the greatest threshold at which 95 % of the
+    foreign examples are (Hendrycks, Mazeika, Dietterich, 2019).
+
+    Parameters
+    ----------
+    inside, outside : Tensor
+        Uncertainties [N] of the data and [M] of the foreign examples.
+    of_inside, of_outside : Tensor
+        [N], [M] their weights.
+    """
+    values, zeros = torch.cat([inside, outside]), torch.zeros_like
+    columns = torch.cat([of_inside, zeros(outside)]), torch.cat([zeros(inside), of_outside])
+    own, foreign = _by_value(values, *columns)
+    false, true = (column.flip(0).cumsum(0).flip(0) for column in (own, foreign))  # at a threshold or above
+    whole, positives = of_inside.sum(), of_outside.sum()
+    pairs = foreign * (whole - false + own / 2)
+    precision = true / (true + false).clamp_min(torch.finfo(true.dtype).tiny)
+    found = {
+        "auroc": pairs.sum() / (whole * positives),
+        "aupr": (foreign * precision).sum() / positives,
+        "fpr95": false[20 * true >= 19 * positives].min() / whole,
+    }
+    return {name: value.item() for name, value in found.items()}
 
 
 # --- numbers -------------------------------------------------------------------------------------------

@@ -28,6 +28,8 @@ LABELS = {
     "brier": "Brier score",
     "ece": "expected calibration error, 15 bins of equal width",
     "adaptive_ece": "expected calibration error, 15 bins of equal count",
+    "classwise_ece": "calibration error of each class, 15 bins of equal width, mean over classes",
+    "aurc": "area under the risk-coverage curve: error or absolute error (units of y), by the total uncertainty",
     "mean_iou": "mean over classes of intersection over union",
     "rmse": "RMSE (units of y)",
     "mae": "MAE (units of y)",
@@ -37,10 +39,16 @@ LABELS = {
     "calibration_error": "mean absolute calibration error of quantiles",
     **{f"coverage_{level}": f"share inside the central {level} % interval" for level in (50, 90, 95)},
     **{f"width_{level}": f"width of the central {level} % interval (units of y)" for level in (50, 90, 95)},
-    "ood_auroc/entropy": "AUROC of the entropy for foreign data",
-    "ood_auroc/mutual_information": "AUROC of the mutual information for foreign data",
-    "ood_auroc/std": "AUROC of the total standard deviation for foreign data",
-    "ood_auroc/epistemic_std": "AUROC of the epistemic standard deviation for foreign data",
+    **{
+        f"ood_{metric}/{name}": f"{title} of the {uncertainty} for foreign data"
+        for metric, title in (("auroc", "AUROC"), ("aupr", "average precision"), ("fpr95", "FPR at 95 % TPR"))
+        for name, uncertainty in (
+            ("entropy", "entropy"),
+            ("mutual_information", "mutual information"),
+            ("std", "total standard deviation"),
+            ("epistemic_std", "epistemic standard deviation"),
+        )
+    },
 }
 """Descriptions of the metrics."""
 
@@ -203,8 +211,8 @@ def rows_figure(runs: Sequence[RunRecord], titles: dict[str, str]) -> Figure | N
 
 
 def calibration_figure(runs: Sequence[RunRecord]) -> Figure | None:
-    """Draw reliability diagrams of classes and PIT histograms of numbers; None where no run has either."""
-    titles = {"reliability": "reliability", "pit": "PIT histogram"}
+    """Draw reliability diagrams of classes, PIT histograms of numbers, risk by coverage; None where no run has any."""
+    titles = {"reliability": "reliability", "pit": "PIT histogram", "risk_coverage": "risk by coverage"}
     curves = [run.evaluation.get("curves", {}) for run in runs]
     kinds = [kind for kind in titles if any(kind in curve for curve in curves)]
     if not kinds:
@@ -220,6 +228,8 @@ def calibration_figure(runs: Sequence[RunRecord]) -> Figure | None:
                 axes.plot(confidence, accuracy, lw=1, color=color, label=run.label)
                 sizes = [12 + 300 * count / sum(counts) for count in counts]
                 axes.scatter(confidence, accuracy, sizes, color=color, alpha=0.5)
+            elif kind == "risk_coverage":
+                axes.plot(curve[kind]["coverage"], curve[kind]["risk"], color=color, label=run.label)
             else:
                 num_bins = len(curve[kind])
                 edges = [i / num_bins for i in range(num_bins + 1)]
@@ -227,6 +237,10 @@ def calibration_figure(runs: Sequence[RunRecord]) -> Figure | None:
         if kind == "reliability":
             axes.axline((0, 0), slope=1, color="gray", lw=0.8, ls="--")
             axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1.02), ylim=(0, 1.02))
+        elif kind == "risk_coverage":
+            axes.set(
+                xlabel="fraction of the examples, the surest first", ylabel="mean error", xlim=(0, 1.02), ylim=(0, None)
+            )
         else:
             axes.axhline(1, color="gray", lw=0.8, ls="--")
             axes.set(xlabel="PIT", ylabel="density", ylim=(0, None))

@@ -39,7 +39,8 @@ CAPTIONS = {
     "Test": "Metrics of the predictive over all samples, on the held-out split.",
     "Calibration": "Classes: accuracy against confidence, a bin's size by its examples; on the diagonal confidence is "
     "right. Numbers: histogram of the probability integral transform; flat is right, a hump says that intervals are too "
-    "wide, a bowl too narrow, a slope that the mean is biased.",
+    "wide, a bowl too narrow, a slope that the mean is biased. Risk by coverage: the mean error of the surest examples (classes: "
+    "share of wrong ones; numbers: absolute error); it rises if the uncertainty knows where the errors are.",
     "Signal to noise": "Share of the random weights by log10(|mu| / sigma); far to the left sigma says that the weight is not needed.",
     "Channels": "Metrics of numbers by channel, such as lead time.",
     "Time and communication": "Throughput of the job, and the share of an epoch that rank 0 spends in collectives, "
@@ -210,7 +211,7 @@ def _best(name: str, values: list[float | None]) -> frozenset[int]:
     found = {i: v for i, v in enumerate(values) if v is not None and math.isfinite(v)}
     if len(set(found.values())) < 2 or name in NO_BEST or name.startswith(("persistence/", "climatology/")):
         return frozenset()
-    ideal = 1.0 if name.startswith("ood_auroc/") or "_skill/" in name else IDEALS.get(name)
+    ideal = 1.0 if name.startswith(("ood_auroc/", "ood_aupr/")) or "_skill/" in name else IDEALS.get(name)
     distance = {i: v if ideal is None else abs(v - ideal) for i, v in found.items()}
     return frozenset(i for i, value in distance.items() if value == min(distance.values()))
 

@@ -25,7 +25,7 @@ from hpc_bnn import (
 from hpc_bnn.errors import DataError
 from hpc_bnn.noise import Key, Stream
 from hpc_bnn.predictive import find_groups
-from hpc_bnn.predictive.evaluation import evaluate_dataset, out_of_distribution_auroc, uncertainties_of_dataset
+from hpc_bnn.predictive.evaluation import evaluate_dataset, out_of_distribution_metrics, uncertainties_of_dataset
 from hpc_bnn.run.plotted_examples import shown_examples
 
 
@@ -46,7 +46,7 @@ def test_metrics_equal_those_of_one_process(comm, tmp_path_factory, num_examples
         *arguments, comm, dataset, num_samples=6, see=lambda examples, *_: seen.extend(examples.tolist())
     ).metrics
     assert got["accuracy"] == expected["accuracy"]
-    assert got == pytest.approx(expected, rel=1e-12) and {"nll", "brier", "ece"} <= got.keys()
+    assert got == pytest.approx(expected, rel=1e-12) and {"nll", "brier", "ece", "classwise_ece", "aurc"} <= got.keys()
     assert seen == list(range(num_examples))[comm.grid.local_examples(num_examples)]
 
 
@@ -119,9 +119,9 @@ def test_all_metrics_curves_and_uncertainties_equal_those_of_one_process(comm, t
         options |= {"groups": find_groups(one, data, ["kind"], regions), "num_samples": 5}
         evaluation = evaluate_dataset(posterior, likelihood, one, data, **options)
         outside = uncertainties_of_dataset(posterior, likelihood, one, foreign, num_samples=5)
-        auroc = out_of_distribution_auroc(evaluation.uncertainties, outside)
-        results.append((evaluation, outside, auroc))
-    (expected, expected_outside, expected_auroc), (got, outside, auroc) = results
+        detected = out_of_distribution_metrics(evaluation.uncertainties, outside)
+        results.append((evaluation, outside, detected))
+    (expected, expected_outside, expected_detected), (got, outside, detected) = results
     tolerance = 1e-8  # of quantiles, which are found by iteration; of what is a sum 1e-10
     for metric, value in expected.metrics.items():
         assert got.metrics[metric] == pytest.approx(value, rel=tolerance if "width" in metric else 1e-10), metric
@@ -132,11 +132,21 @@ def test_all_metrics_curves_and_uncertainties_equal_those_of_one_process(comm, t
         assert a.keys() == b.keys()
         for key, value in b.items():
             torch.testing.assert_close(a[key], value, rtol=1e-10, atol=1e-12)
-    assert auroc == pytest.approx(expected_auroc)
-    names = {"accuracy", "nll", "brier", "ece", "mean_iou" if of_classes else "adaptive_ece"}
+    assert detected == pytest.approx(expected_detected, rel=1e-10) and len(detected) == 6
+    names = {"accuracy", "nll", "brier", "ece", "classwise_ece", "aurc", "mean_iou" if of_classes else "adaptive_ece"}
     if not likelihood.num_classes:
-        names = {"rmse", "mae", "crps", "fair_crps", "spread_skill", "calibration_error", "coverage_90", "width_90"}
-        assert auroc["ood_auroc/epistemic_std"] > 0.9  # linear networks disagree far from the data
+        names = {
+            "rmse",
+            "mae",
+            "aurc",
+            "crps",
+            "fair_crps",
+            "spread_skill",
+            "calibration_error",
+            "coverage_90",
+            "width_90",
+        }
+        assert detected["ood_auroc/epistemic_std"] > 0.9  # linear networks disagree far from the data
         assert len(got.curves["channels"]["crps"]) == 4 and sum(got.curves["pit"]) == pytest.approx(1)
     assert names <= got.metrics.keys() and ("nll" in got.metrics) == likelihood.has_density
 
