@@ -257,6 +257,8 @@ class CheckpointConfig:
     """Write after this number of epochs; hpc_bnn also writes at the end and when the run is stopped."""
     every_steps: int | None = _ruled(None, at_least(1, "Try 1"))
     """In addition, write after this number of steps, within an epoch."""
+    every_minutes: float | None = _ruled(None, positive("Try 15, or leave it out"))
+    """In addition, write after this time since the last checkpoint, by the clock of rank 0, within an epoch (minutes)."""
     keep_last: int = _ruled(2, at_least(1, "Try 1"))
     """Number of newest checkpoints to keep; hpc_bnn keeps the best one in addition."""
     metric: str = "auto"

@@ -348,6 +348,27 @@ def test_a_run_that_is_interrupted_anywhere_equals_the_uninterrupted_one_bit_for
         assert_same(row, {name: other[name] for name in row})
 
 
+@pytest.mark.parametrize(("capture", "steps"), [("off", [5, 4, 3, 2, 1]), ("on", [5, 3])])
+def test_checkpoints_by_time_go_on_to_the_same(digits, tmp_path, capture, steps):
+    """Each step is late; one that waits for no step hears of it two steps later."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    by_time = ("--checkpoint.every_minutes", 1e-9, "--checkpoint.keep_last", 99, "--capture", capture)
+    assert train(digits, whole, "--num_epochs", 1, "--capture", capture, "--checkpoint.every_minutes", 1e9) == 0
+    assert [note.step for note in CheckpointStore(whole / "checkpoints").notes()] == [23]
+    assert train(digits, parts, "--num_epochs", 1, *by_time, "--max_steps", 5) == 0
+    assert [note.step for note in CheckpointStore(parts / "checkpoints").notes()] == steps
+    for path in (parts / "checkpoints").glob("step-0000000[45].json"):
+        path.unlink()
+    assert train(digits, parts, "--num_epochs", 1, *by_time, "--resume", "true") == 0
+    assert_same(list(result(whole)), list(result(parts)))
+
+
+def test_an_epoch_of_one_step_has_checkpoints_by_time(digits, tmp_path):
+    flags = ("--global_batch_size", 2000, "--checkpoint.every_epochs", 9, "--checkpoint.every_minutes", 1e-9)
+    assert train(digits, tmp_path, *flags, "--checkpoint.keep_last", 9) == 0
+    assert [note.step for note in CheckpointStore(tmp_path / "checkpoints").notes()] == [4, 3, 2, 1]
+
+
 def test_a_complete_run_is_evaluated_again_and_not_trained(digits, tmp_path):
     assert train(digits, tmp_path) == 0
     first = json.loads((tmp_path / "summary.json").read_text())

@@ -27,15 +27,17 @@ class Tally(enum.IntEnum):
     """Micro-batches of ranks with a target outside of the support of the likelihood."""
     NUM_STOPS = 4
     """Ranks that want to stop after this step; this and what follows the host knows."""
-    NUM_EXAMPLES = 5
+    NUM_CHECKPOINTS = 5
+    """Ranks that want a checkpoint after this step."""
+    NUM_EXAMPLES = 6
     """Examples of the step, each counted once."""
-    NUM_MISPLACED = 6
+    NUM_MISPLACED = 7
     """Ranks whose examples are not those of their place in the global batch, where noise goes by places."""
-    SETTINGS = 7
+    SETTINGS = 8
     """0 where all ranks have the same settings (`hpc_bnn.training.equality`)."""
-    BATCH = 8
+    BATCH = 9
     """0 where the ranks of each sample group have the same examples; `BATCH_TOO` likewise, of other bits."""
-    BATCH_TOO = 9
+    BATCH_TOO = 10
 
 
 class StepBuffer:

@@ -109,6 +109,8 @@ class Run(Experiment):
         self._begun = time.perf_counter()
         self._results: deque[tuple[StepResult, int]] = deque()  # of steps that may still run, with their examples
         self._nelbo = float("nan")  # the last one that was read
+        self._written = self._begun  # when the last checkpoint was
+        self._is_checkpoint_due = False  # by the clock of rank 0, as a step has told all ranks
 
     # --- the run ------------------------------------------------------------------------------------
 
@@ -162,7 +164,8 @@ class Run(Experiment):
                 self._train_epoch(progress)
                 row, tested = self._finish_epoch(progress)
                 self.progress.run_seconds = before + time.perf_counter() - self._begun
-                if self._is_over() or row["epoch"] % self.config.checkpoint.every_epochs == 0:
+                is_planned = row["epoch"] % self.config.checkpoint.every_epochs == 0
+                if self._is_over() or is_planned or self._is_checkpoint_due:
                     self._write_checkpoint(row.get(self._metric_name))
         return row, tested
 
@@ -190,6 +193,7 @@ class Run(Experiment):
             self.watch.mark()
             self.stop.why = self.stop.why or signals.received()
             self.step.wants_stop = self.stop.why is not None
+            self.step.wants_checkpoint = self._is_checkpoint_late()
             traffic = replace(self.comm.traffic)
             with self._profiler.recording():
                 result = self.step(x, y, batch.num_examples, weights=batch.weights)
@@ -204,7 +208,7 @@ class Run(Experiment):
             progress.set_postfix_str(f"nelbo {self._nelbo:.4f}, {rates}", refresh=False)
             every = config.checkpoint.every_steps
             is_last = self._is_over() or place.num_batches == self.loader.num_batches
-            writes = not is_last and every and self.step.num_steps % every == 0
+            writes = not is_last and (self._is_checkpoint_due or (every and self.step.num_steps % every == 0))
             if is_last or writes or wants_stop:
                 wants_stop |= self._read_results(0)
             if wants_stop:
@@ -222,7 +226,7 @@ class Run(Experiment):
                 break
 
     def _read_results(self, lag: int) -> bool:
-        """Read the results of all steps but the last few, and return whether some rank wants to stop."""
+        """Read the results of all steps but the last few: the same steps on all ranks; return whether some rank wants to stop."""
         wants_stop = False
         if lag == 0:
             self.step.settle()
@@ -231,7 +235,13 @@ class Run(Experiment):
             self.progress.add(result, num_examples)
             self._nelbo = result.nelbo
             wants_stop |= result.wants_stop
+            self._is_checkpoint_due |= result.wants_checkpoint
         return wants_stop
+
+    def _is_checkpoint_late(self) -> bool:
+        """Whether rank 0 finds that the last checkpoint is older than the config wants. Local; False on other ranks."""
+        minutes = self.config.checkpoint.every_minutes
+        return self.is_writer and minutes is not None and time.perf_counter() - self._written > 60 * minutes
 
     def _finish_epoch(self, progress: tqdm) -> tuple[dict[str, Any], TestResult | None]:
         """Close the epoch: evaluate where it is time, write the row, and go to the next one."""
@@ -381,6 +391,7 @@ class Run(Experiment):
         with self.comm.agree(f"writing a checkpoint to {self.checkpoints.directory}"):
             if self.is_writer:
                 self.checkpoints.save(state, self.step.num_steps, metric)
+        self._written, self._is_checkpoint_due = time.perf_counter(), False
 
     def _close_checkpoints(self) -> None:
         """Wait for what is being written. Collective over the world."""

@@ -44,6 +44,8 @@ class StepResult:
     """Factor of the KL at this step."""
     wants_stop: bool
     """Whether some rank of the job wants to stop after this step (`VariationalStep.wants_stop`)."""
+    wants_checkpoint: bool
+    """Whether some rank of the job wants a checkpoint after this step (`VariationalStep.wants_checkpoint`)."""
 
 
 class PendingResult(StepResult):
@@ -185,7 +187,7 @@ class Latch:
     def look_(self) -> None:
         """Take in whether the step is sound, after the sum over the job; it stays unsound. Local."""
         zeros = self._tally[Tally.NUM_BROKEN :].clone()
-        zeros[Tally.NUM_STOPS - Tally.NUM_BROKEN] = 0
+        zeros[Tally.NUM_STOPS - Tally.NUM_BROKEN] = zeros[Tally.NUM_CHECKPOINTS - Tally.NUM_BROKEN] = 0
         zeros[Tally.NUM_EXAMPLES - Tally.NUM_BROKEN] -= self.num_examples
         self.is_sound.logical_and_((zeros == 0).all())
         self.found_inf.copy_(self.is_sound.logical_not())
@@ -226,7 +228,8 @@ class Latch:
             tally, kl = wait()[:2]
             data_term = tally[Tally.DATA_TERM]
             nelbo = data_term + kl_weight * kl / num_train_examples
-            return StepResult(nelbo, data_term, kl, kl_weight, tally[Tally.NUM_STOPS] > 0)
+            wishes = tally[Tally.NUM_STOPS] > 0, tally[Tally.NUM_CHECKPOINTS] > 0
+            return StepResult(nelbo, data_term, kl, kl_weight, *wishes)
 
         result = PendingResult(read)
         self.pending.append(Pending(num_steps, result, wait, evidence))

@@ -83,9 +83,9 @@ class VariationalStep(StepState):
         What ranks must have in common (`hpc_bnn.training.equality`).
     num_steps : int
         Steps made so far: part of the noise key, to be stored with a checkpoint.
-    wants_stop : bool
-        Set it on any rank, for example in a signal handler: the result of the next step tells all ranks, so that they
-        stop together. It travels with the gradient.
+    wants_stop, wants_checkpoint : bool
+        Set them on any rank, for example in a signal handler: the result of the next step tells all ranks, so that they
+        stop, or write a checkpoint, together. They travel with the gradient.
     recorder : Recorder, optional
         What captures; None where nothing is captured.
     """
@@ -130,7 +130,7 @@ class VariationalStep(StepState):
         self.kl_weight = kl_weight if callable(kl_weight) else lambda num_steps: kl_weight
         self.objective, self.max_gradient_norm = objective, max_gradient_norm
         self.num_steps, self.micro_batch_size = 0, micro_batch_size
-        self.wants_stop = self._is_prepared = self._has_agreed = False
+        self.wants_stop = self.wants_checkpoint = self._is_prepared = self._has_agreed = False
         size, speaks = 1 if chunk_size == "auto" else chunk_size, comm.grid.is_first("world")
         self.loop = SampleLoop(posterior, size, batching, autocast_dtype, speaks)
         given = self.loop, objective, likelihood, comm, lambda: self.reducer
@@ -359,7 +359,8 @@ class VariationalStep(StepState):
         self.num_steps += 1
         data_term = tally[Tally.DATA_TERM]
         nelbo = data_term + kl_weight * kl / self.num_train_examples
-        return StepResult(nelbo, data_term, kl, kl_weight, tally[Tally.NUM_STOPS] > 0)
+        wishes = tally[Tally.NUM_STOPS] > 0, tally[Tally.NUM_CHECKPOINTS] > 0
+        return StepResult(nelbo, data_term, kl, kl_weight, *wishes)
 
     def _check_sound(
         self,
@@ -551,7 +552,7 @@ class VariationalStep(StepState):
     def _numbers(self, num_examples: int) -> list[int]:
         """Return what the host knows of what is summed, `Tally` from NUM_STOPS on."""
         known = self.comparison.numbers(num_examples, by_place=self.posterior.sampler.noisy is not None)
-        return [int(self.wants_stop), *known]
+        return [int(self.wants_stop), int(self.wants_checkpoint), *known]
 
     def _agree(self) -> None:
         """Compare objective, likelihood and prior, and walk on all ranks where one cannot batch. Collective over the world.

@@ -277,14 +277,16 @@ def test_the_norm_of_the_jobs_gradient_is_clipped(comm):
     assert relative_difference(ends[3], ends[2]) < 1e-12
 
 
-def test_a_rank_that_wants_to_stop_tells_all_with_the_next_step(comm):
-    step = make_step(comm)
+@pytest.mark.parametrize("wish", ["wants_stop", "wants_checkpoint"])
+def test_what_a_rank_wishes_reaches_all_with_the_next_step(comm, wish):
+    step, other = make_step(comm), {"wants_stop": "wants_checkpoint", "wants_checkpoint": "wants_stop"}[wish]
     x, y = make_problem(torch.float64)
     mine = torch.arange(GLOBAL_BATCH_SIZE)[comm.grid.local_examples(GLOBAL_BATCH_SIZE)]
-    assert not step(x[mine], y[mine], GLOBAL_BATCH_SIZE).wants_stop
-    step.wants_stop = comm.grid.rank == comm.grid.world_size - 1
+    assert not getattr(step(x[mine], y[mine], GLOBAL_BATCH_SIZE), wish)
+    setattr(step, wish, comm.grid.rank == comm.grid.world_size - 1)
     before = comm.traffic.num_collectives, comm.traffic.num_object_collectives
-    assert step(x[mine], y[mine], GLOBAL_BATCH_SIZE).wants_stop
+    result = step(x[mine], y[mine], GLOBAL_BATCH_SIZE)
+    assert getattr(result, wish) and not getattr(result, other)
     made = comm.traffic.num_collectives - before[0]
     assert made == sum(extent > 1 for extent in (comm.grid.sample_size, comm.grid.data_size))
     assert comm.traffic.num_object_collectives == before[1]

@@ -155,6 +155,17 @@ def test_a_run_on_a_dataset_of_the_user_is_the_same_on_every_grid(comm, world, t
         assert relative_difference(got[name], value) < 1e-12, name
 
 
+def test_the_clock_of_rank_0_decides_when_a_checkpoint_is_written(comm, world, tmp_path):
+    config = config_of("MapStyle", run_dir=world.bcast(str(tmp_path / "run")), test_every_epochs=9, check_up=False)
+    config.checkpoint.every_minutes, config.checkpoint.every_epochs = 1e6, 9
+    for late in {0, world.size - 1}:
+        run = Run(config, comm)
+        run._written -= 1e9 * (comm.grid.rank == late)  # seconds
+        run.train()
+        steps = [note.step for note in run.checkpoints.notes()]
+        assert steps == ([6, 1] if late == 0 else [6])
+
+
 @pytest.mark.parametrize("reading", ["node", "group", "rank"])
 def test_shards_with_inputs_by_name_are_read_and_trained_on(comm, world, tmp_path, reading):
     directory = world.bcast(str(tmp_path))
