@@ -4,6 +4,8 @@
 #   HPC_BNN_ROOT            the repository, for this file and .venv         (default: where the job was submitted)
 #   HPC_BNN_MODULES         modules to load, "GCC/12 OpenMPI/5 PyTorch/2"   (default: none)
 #   HPC_BNN_VENV            virtual environment to activate                 (default: HPC_BNN_ROOT/.venv where it exists)
+#   HPC_BNN_PACKED_VENV     file of tools/pack_environment.sh, to unpack     (default: none; HPC_BNN_VENV is used where it lies)
+#                           in HPC_BNN_LOCAL_DIR of each node instead
 #   HPC_BNN_LAUNCHER        srun, mpirun, torchrun (under Slurm, no MPI),   (default: srun under Slurm, otherwise mpirun)
 #                           or a whole command that starts the ranks,
 #                           "mpiexec -n 8 --ppn 4"
@@ -77,7 +79,9 @@ hpc_bnn_environment() {
         module load $HPC_BNN_MODULES || return
     fi
     local venv=${HPC_BNN_VENV:-${HPC_BNN_ROOT:-.}/.venv}
-    if [ -f "$venv/bin/activate" ]; then
+    if [ -n "${HPC_BNN_PACKED_VENV:-}" ]; then
+        hpc_bnn_unpack || return
+    elif [ -f "$venv/bin/activate" ]; then
         # shellcheck source=/dev/null
         source "$venv/bin/activate"
     elif [ -n "${HPC_BNN_VENV:-}" ]; then
@@ -96,6 +100,39 @@ hpc_bnn_environment() {
         return 2
     }
     hpc_bnn_say "job $hpc_bnn_job on $(hostname), $HPC_BNN_RANKS ranks, $HPC_BNN_RANKS_PER_NODE per node, $(hpc_bnn_count_requeues) requeues so far"
+}
+
+# Run a command once on each node.
+hpc_bnn_on_nodes() {
+    local nodes=${SLURM_JOB_NUM_NODES:-$(((HPC_BNN_RANKS + HPC_BNN_RANKS_PER_NODE - 1) / HPC_BNN_RANKS_PER_NODE))}
+    if [ $hpc_bnn_scheduler = slurm ]; then
+        env -u SRUN_CPUS_PER_TASK -u SLURM_CPUS_PER_TASK srun --mpi=none --ntasks="$nodes" --ntasks-per-node=1 "$@"
+    elif [ "$nodes" = 1 ]; then
+        "$@"
+    else
+        mpirun -np "$nodes" --map-by ppr:1:node "$@"
+    fi
+}
+
+# Unpack HPC_BNN_PACKED_VENV on each node, and take it as the environment; hpc_bnn_end removes it.
+hpc_bnn_unpack() {
+    local archive=$HPC_BNN_PACKED_VENV
+    if ! [ -f "$archive" ]; then
+        hpc_bnn_say "HPC_BNN_PACKED_VENV $archive: there is no such file. Make it with tools/pack_environment.sh"
+        return 2
+    fi
+    hpc_bnn_unpacked=${HPC_BNN_LOCAL_DIR:-${TMPDIR:-/tmp}}/hpc_bnn-environment-$hpc_bnn_job
+    # mkdir without -p: a directory that somebody else has put there is none to run programs from
+    # shellcheck disable=SC2016  # the shell of each node expands it
+    hpc_bnn_on_nodes sh -ec 'umask 077; rm -rf "$1"; mkdir -p "${1%/*}"; mkdir "$1"' sh "$hpc_bnn_unpacked" || return
+    if [ $hpc_bnn_scheduler = slurm ] && command -v sbcast >/dev/null; then # by a tree: one node reads the file
+        sbcast --force "$archive" "$hpc_bnn_unpacked/packed.tar" || return
+        archive=$hpc_bnn_unpacked/packed.tar
+    fi
+    # shellcheck disable=SC2016
+    hpc_bnn_on_nodes sh -ec 'tar -xf "$2" -C "$1"; rm -f "$1/packed.tar"' sh "$hpc_bnn_unpacked" "$archive" || return
+    unset PYTHONHOME
+    export VIRTUAL_ENV=$hpc_bnn_unpacked PATH=$hpc_bnn_unpacked/bin:$PATH
 }
 
 # --- starting the ranks ----------------------------------------------------------------------------------------
@@ -233,7 +270,7 @@ hpc_bnn_stage() {
 
 # hpc_bnn_job CONFIG [FLAGS]: train from beginning to end, from the storage of the nodes where HPC_BNN_STAGE names shards.
 hpc_bnn_job() {
-    hpc_bnn_environment || exit
+    hpc_bnn_environment || hpc_bnn_end $?
     if [ -n "${HPC_BNN_STAGE:-}" ]; then hpc_bnn_stage "$HPC_BNN_STAGE" || hpc_bnn_end $?; fi
     hpc_bnn_train "$@"
     hpc_bnn_end $?
@@ -259,12 +296,15 @@ hpc_bnn_count_requeues() {
     esac
 }
 
-# hpc_bnn_end STATUS: remove what was staged, requeue a run that stopped with code 75, and exit with the program's status.
+# hpc_bnn_end STATUS: remove what was staged and unpacked, requeue a run that stopped with code 75, and exit with the program's status.
 hpc_bnn_end() {
     local status=$1 count
     if [ -n "${hpc_bnn_staged:-}" ]; then
         hpc_bnn_stop_received= # a few files: there is time for it
         hpc_bnn_launch stage --clean - "$hpc_bnn_staged" || hpc_bnn_say "$hpc_bnn_staged stays on some node"
+    fi
+    if [ -n "${hpc_bnn_unpacked:-}" ]; then
+        hpc_bnn_on_nodes rm -rf "$hpc_bnn_unpacked" || hpc_bnn_say "$hpc_bnn_unpacked stays on some node"
     fi
     count=$(hpc_bnn_count_requeues)
     local why="stopped with a checkpoint"

@@ -398,6 +398,44 @@ def test_two_nodes_are_one_rank(cluster, jobs, digits):
     assert "going on from the checkpoint of step" in cluster.output(job)
 
 
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    """An environment with the packages of this one, which are not copied; its Python says where it is from."""
+    directory = tmp_path_factory.mktemp("packed")
+    venv, archive = directory / "venv", directory / "environment.tar"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
+    (site,) = venv.glob("lib/*/site-packages")
+    says = 'import os, sys; print("PYTHON", sys.prefix, "on", os.environ.get("SLURMD_NODENAME"), file=sys.stderr)'
+    (site / "here.pth").write_text(f"{Path(pytest.__file__).parents[1]}\n{says}\n")
+    subprocess.run([REPOSITORY / "tools/pack_environment.sh", archive, venv], check=True, stdout=subprocess.DEVNULL)
+    shutil.rmtree(venv)
+    return archive
+
+
+def test_a_packed_environment_runs_from_each_node(cluster, digits, packed):
+    data = ("--data.shards", digits, "--max_steps", 2, "--num_test_samples", 2)
+    with_mpi = {"LD_LIBRARY_PATH": f"{sys.prefix}/lib"}  # of a wheel
+    job = cluster.submit("train.sbatch", CONFIG, *data, HPC_BNN_PACKED_VENV=str(packed), **with_mpi)
+    assert cluster.ended(job) == ("COMPLETED", "0:0", "0"), cluster.output(job)
+    there = cluster.local / f"hpc_bnn-environment-{job}"
+    assert set(re.findall(rf"PYTHON {there} on (\w+)", cluster.output(job))) == {"n1", "n2"}
+    left = cluster.run("srun", "--nodes=2", "--ntasks-per-node=1", "ls", "-A", cluster.local)
+    assert there.name not in left
+
+
+def test_a_packed_environment_without_slurm(packed, tmp_path):
+    own = {"SLURM_JOB_ID": "", "HPC_BNN_LOCAL_DIR": str(tmp_path / "local"), "HPC_BNN_PACKED_VENV": str(packed)}
+    done = library(
+        "hpc_bnn_environment && cd / && python -c 'import hpc_bnn; print(hpc_bnn.__file__)'; hpc_bnn_end $?", **own
+    )
+    assert done.returncode == 0 and done.stdout.startswith(f"{tmp_path}/local/hpc_bnn-environment-"), done.stderr
+    assert not os.listdir(tmp_path / "local")
+    done = library("hpc_bnn_environment", **own | {"HPC_BNN_PACKED_VENV": "nothing.tar"})
+    assert done.returncode == 2 and "HPC_BNN_PACKED_VENV nothing.tar" in done.stderr
+    done = subprocess.run([REPOSITORY / "tools/pack_environment.sh", tmp_path / "a.tar", tmp_path], capture_output=True)
+    assert done.returncode == 2 and b"is no virtual environment" in done.stderr and not (tmp_path / "a.tar").exists()
+
+
 def test_a_script_far_from_the_repository_says_so(cluster):
     job = cluster.submit("train.sbatch", CONFIG, nodes=1, HPC_BNN_ROOT="/nowhere")
     assert cluster.ended(job) == ("FAILED", "2:0", "0")
