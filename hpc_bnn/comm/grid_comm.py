@@ -292,6 +292,38 @@ class GridComm:
         wide = tensor.detach().float() if is_half else tensor.detach()
         return self._carry(wide.contiguous(), axis, self.tensors.gather, axis).to(tensor.dtype)
 
+    def all_to_all(
+        self, flat: torch.Tensor, counts: Sequence[int], axis: Axis, rows: Sequence[int] | None = None
+    ) -> torch.Tensor:
+        """Send each rank of an axis its piece of a tensor [n], and return the pieces that came here, by rank, as one.
+
+        Rank j gets ``counts[j]`` numbers of each row that any rank has: rank i has ``rows[i]`` of them, and sends
+        ``rows[i] * counts[j]`` numbers to rank j. With ``rows`` and ``counts`` in each other's place a second call takes back
+        what a first one has brought.
+
+        Collective over ``sample_comm`` or ``data_comm``, by ``axis``; it costs nothing over one rank. Where a user's
+        `TensorTransport` has none, each rank gathers the tensors of all and keeps its pieces.
+
+        Parameters
+        ----------
+        flat : Tensor
+            [n], of a floating-point dtype; without numbers on a rank that has none to send.
+        counts, rows : sequence of int
+            Of each rank, the same on all of them; 0 is allowed. ``rows`` are 1 each by default.
+        axis : {"sample", "data"}
+            Over which ranks.
+        """
+        rows, index = [1] * len(counts) if rows is None else list(rows), self.grid.indices[axis]
+        if not self._routes[axis] or sum(rows) * sum(counts) == 0:
+            return flat
+        if type(self.tensors).all_to_all is TensorTransport.all_to_all:
+            of_ranks = self.gather(flat, axis).split([num_rows * sum(counts) for num_rows in rows])
+            start, stop = sum(counts[:index]), sum(counts[: index + 1])
+            return torch.cat([part[n * start : n * stop] for n, part in zip(rows, of_ranks)])
+        is_half = flat.dtype in (torch.bfloat16, torch.float16)
+        wide = flat.detach().float() if is_half else flat.detach()
+        return self._carry(wide.contiguous(), axis, self.tensors.all_to_all, list(counts), axis, rows).to(flat.dtype)
+
     def broadcast_(self, tensors: torch.Tensor | Sequence[torch.Tensor], root: int = 0, axis: Axis = "world") -> None:
         """Overwrite tensors with those of the rank with index ``root`` along an axis.
 

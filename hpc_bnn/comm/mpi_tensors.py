@@ -72,19 +72,24 @@ class MpiTensors(TensorTransport):
                     piece.copy_(content.view_as(piece))
         return gathered
 
-    def all_to_all(self, flat: torch.Tensor, counts: list[int], axis: Axis) -> torch.Tensor:
-        size, mine = len(counts), counts[self._grid.indices[axis]]
-        received, pieces = flat.new_empty(size, mine), flat.split(counts)
-        most = max(1, mpi.MAX_COUNT // size)
-        for start in range(0, max(counts), most):
-            lengths = [len(piece[start : start + most]) for piece in pieces]
-            is_whole = lengths == counts
-            sent = flat if is_whole else torch.cat([piece[start : start + most] for piece in pieces])
-            here = received if is_whole else received[:, start : start + most].contiguous()
-            self._comms[axis].Alltoallv([mpi.memory_of(sent), lengths], [mpi.memory_of(here), [here.shape[1]] * size])
-            if not is_whole:
-                received[:, start : start + most] = here
-        return received.view(-1)
+    def all_to_all(
+        self, flat: torch.Tensor, counts: list[int], axis: Axis, rows: Sequence[int] | None = None
+    ) -> torch.Tensor:
+        size, index = len(counts), self._grid.indices[axis]
+        rows = rows or [1] * size
+        pieces = flat.split([rows[index] * count for count in counts])
+        received = flat.new_empty(sum(rows) * counts[index])
+        parts = received.split([num_rows * counts[index] for num_rows in rows])
+        longest, most = max(rows) * max(counts), max(1, mpi.MAX_COUNT // size)
+        for start in range(0, longest, most):  # as often on all ranks
+            of_mine, of_others = ([piece[start : start + most] for piece in some] for some in (pieces, parts))
+            sent, here = (flat, received) if longest <= most else (torch.cat(of_mine), torch.cat(of_others))
+            lengths, lengths_here = ([len(piece) for piece in some] for some in (of_mine, of_others))
+            self._comms[axis].Alltoallv([mpi.memory_of(sent), lengths], [mpi.memory_of(here), lengths_here])
+            if here is not received:
+                for part, content in zip(of_others, here.split(lengths_here)):
+                    part.copy_(content)
+        return received
 
     def group(self, axis: Axis) -> Any:
         return self._comms[axis] if self._grid.extents[axis] > 1 else None

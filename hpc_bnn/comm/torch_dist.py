@@ -102,10 +102,13 @@ class TorchTensors(TensorTransport):
             gathered = torch.cat([part[:count] for part, count in zip(gathered.split(longest), lengths)])
         return gathered
 
-    def all_to_all(self, flat: torch.Tensor, counts: list[int], axis: Axis) -> torch.Tensor:
-        size, mine = len(counts), counts[self._grid.indices[axis]]
-        received = flat.new_empty(size * mine)
-        dist.all_to_all_single(received, flat, [mine] * size, counts, group=self.group(axis))
+    def all_to_all(
+        self, flat: torch.Tensor, counts: list[int], axis: Axis, rows: Sequence[int] | None = None
+    ) -> torch.Tensor:
+        index, rows = self._grid.indices[axis], rows or [1] * len(counts)
+        sent, taken = [rows[index] * count for count in counts], [num_rows * counts[index] for num_rows in rows]
+        received = flat.new_empty(sum(taken))
+        dist.all_to_all_single(received, flat, taken, sent, group=self.group(axis))
         return received
 
     def close(self) -> None:

@@ -76,10 +76,14 @@ class TensorTransport:
         """
         return self.all_to_all(rows.view(-1), [rows.shape[1]] * len(rows), axis).view_as(rows).sum(0)
 
-    def all_to_all(self, flat: torch.Tensor, counts: list[int], axis: Axis) -> torch.Tensor:
-        """Send to each rank of an axis its piece of [n], of these lengths, and return the pieces that came here.
+    def all_to_all(
+        self, flat: torch.Tensor, counts: list[int], axis: Axis, rows: Sequence[int] | None = None
+    ) -> torch.Tensor:
+        """Send to each rank of an axis its piece of [n], and return the pieces that came here. Collective over the axis.
 
-        Each rank gets pieces of one length from all ranks, one after another. Collective over the axis.
+        They come one after another, by rank. Rank j gets ``counts[j]`` numbers of each row that another rank has. ``rows`` are
+        those of all ranks, 1 each by default: the piece of rank i for rank j has ``rows[i] * counts[j]`` numbers. Some of them
+        may be 0, and n then, too. `GridComm.all_to_all` gathers instead where a class does not define this.
         """
         raise NotImplementedError
 

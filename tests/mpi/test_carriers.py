@@ -6,7 +6,7 @@ from conftest import LIBRARY
 from reference import assert_layout_law, make_step, train, train_alone
 
 from hpc_bnn import OverlappingOptimizer, connect
-from hpc_bnn.comm import HorovodTensors, MpiTensors, TorchTensors, mpi, torch_dist
+from hpc_bnn.comm import HorovodTensors, MpiTensors, TensorTransport, TorchTensors, mpi, torch_dist
 from hpc_bnn.errors import ConfigError
 
 
@@ -24,7 +24,9 @@ def test_messages_with_more_numbers_than_mpi_counts_go_in_pieces(comm, limit, mo
         wide = comm.gather(torch.arange(6.0 * rank).view(2 * rank, 3) + 100 * rank, "data")
         few = comm.gather(torch.arange(5.0 * (grid.sample_index % 2)), "sample")
         (shares,) = comm.reduce_scatter_([torch.arange(41.0) * (rank + 1)], "sample")
-        return flat, sent, wide, few, shares.clone()
+        rows, counts = range(grid.sample_size), range(1, 4 * grid.sample_size, 4)
+        pieces = torch.arange(float(rows[grid.sample_index] * sum(counts))) + 1000 * rank
+        return flat, sent, wide, few, shares.clone(), comm.all_to_all(pieces, counts, "sample", rows)
 
     expected = results()
     monkeypatch.setattr(mpi, "MAX_COUNT", limit)
@@ -99,6 +101,18 @@ class Counting(BASE):
     def gather(self, tensor, axis, lengths=None):
         self.num_bytes += tensor.nbytes
         return super().gather(tensor, axis, lengths)
+
+    all_to_all = TensorTransport.all_to_all  # it has none of its own
+
+
+def test_a_carrier_without_an_all_to_all_gathers(sample_size):
+    pieces = []
+    for backend in (LIBRARY, Counting):
+        comm = connect(sample_size, "cpu", backend=backend)
+        rows, counts = range(sample_size), range(1, 4 * sample_size, 4)
+        own = torch.arange(float(rows[comm.grid.sample_index] * sum(counts))) + 1000 * comm.grid.rank
+        pieces.append(comm.all_to_all(own, counts, "sample", rows))
+    assert torch.equal(*pieces) and (comm.tensors.num_bytes > 0 if sample_size > 1 and own.numel() else True)
 
 
 @pytest.mark.parametrize("backend", [Counting, "test_carriers.Counting"], ids=["class", "path"])

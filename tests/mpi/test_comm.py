@@ -44,6 +44,26 @@ def test_sums_run_over_the_right_ranks(comm):
         assert top.tolist() == [max(group), -min(group)]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("num_rows, num_columns", [(9, 13), (3, 2), (0, 5), (5, 0)])
+def test_columns_of_all_rows_come_to_the_rank_of_their_share_and_go_back(comm, num_rows, num_columns, dtype):
+    """Rows and columns are divided unevenly, and some ranks have none of them."""
+    table = torch.arange(float(num_rows * num_columns), dtype=torch.float64).view(num_rows, num_columns).to(dtype)
+    before = comm.traffic.num_collectives
+    for axis in ("sample", "data"):
+        size, index = comm.grid.extents[axis], comm.grid.indices[axis]
+        rows, columns = ([share(n, size, part) for part in range(size)] for n in (num_rows, num_columns))
+        counts = [len(part) for part in columns], [len(part) for part in rows]
+        own = table[rows[index].start : rows[index].stop]
+        sent = torch.cat([own[:, part.start : part.stop].flatten() for part in columns])
+        came = comm.all_to_all(sent, counts[0], axis, counts[1])
+        mine = columns[index]
+        assert torch.equal(came.view(num_rows, len(mine)), table[:, mine.start : mine.stop]) and came.dtype == dtype
+        assert torch.equal(comm.all_to_all(came, counts[1], axis, counts[0]), sent)
+    axes = (comm.grid.sample_size > 1) + (comm.grid.data_size > 1)
+    assert comm.traffic.num_collectives - before == 2 * axes * bool(table.numel())
+
+
 @pytest.mark.parametrize("bucket_bytes", [2**20, 100])
 @pytest.mark.parametrize("count", [37, 8, 3, 1])
 def test_reduce_scatter_gives_each_rank_its_share_of_the_sum(comm, count, bucket_bytes, monkeypatch):
