@@ -14,11 +14,13 @@ name                data term                                                   
 ``elbo``            -(1/K) sum_s l[s]                                                      nothing
 ``log_predictive``  -log (1/K) sum_s exp l[s]                                              2 B
 ``moment_matched``  -log N(y; mean and variance of the predictive)                         3 B T
-``crps``            mean over targets of (1/K) sum|f_s - y| - (c/2) sum_st |f_s - f_t|     members: B T a sample
-``energy``          (1/K) sum ||f_s - y||^beta - (c/2) sum_st ||f_s - f_t||^beta           members: B T a sample
+``crps``            mean over targets of (1/K) sum|f_s - y| - (c/2) sum_st |f_s - f_t|     2 B T a sample
+``energy``          (1/K) sum ||f_s - y||^beta - (c/2) sum_st ||f_s - f_t||^beta           2 B T a sample
 ==================  =====================================================================  ===================
 
-in floats of this rank, for B local examples of T targets.
+in floats of this rank, for B local examples of T targets. The last two need the members themselves: each rank of a sample
+group gets those of all samples for its share of the targets (`hpc_bnn.reductions.TargetShares`), scores them, and sends
+the derivatives back.
 
 Targets that are missing (`Likelihood.present`) add nothing. The ELBO, the log predictive and the moment-matched Gaussian sum
 over the targets that are present. The CRPS stays a sum over T targets divided by T, so that a target counts the same in every
@@ -28,7 +30,7 @@ example; the energy score is that of the targets that are present, jointly.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, get_args
 
 import numpy as np
@@ -40,7 +42,8 @@ from .comm import GridComm
 from .config import ObjectiveConfig, Score, check_field, check_pairs
 from .errors import ConfigError, Fault, import_object
 from .likelihoods import Implicit, Likelihood
-from .reductions import LogMeanExp, Moments
+from .likelihoods.mixtures import CHUNK_ELEMENTS
+from .reductions import LogMeanExp, Moments, TargetShares
 
 # --- the interface -------------------------------------------------------------------------------------
 
@@ -268,17 +271,20 @@ Statistic = Literal["mean", "log_prob"] | Callable[[Likelihood, Tensor, Tensor],
 class Gathered(Objective):
     """An objective of the statistics of *all* samples, given as one pure function.
 
-    Each rank of a sample group evaluates the function and keeps the derivative for its own samples.
+    The ranks of a sample group divide the examples: each evaluates the function for its own, and sends the derivatives to the
+    ranks that have the samples.
 
-    Collective over ``sample_comm``: one gather, B T floats per sample of this rank, for a statistic of T numbers.
-    Memory: K B T floats, and what the function needs.
+    Collective over ``sample_comm``: two exchanges, of B T floats per sample of this rank and of as many on average for its
+    targets, for a statistic of T numbers. Memory: 2 K B' T floats, and what the function needs, for B' examples, B / S or one
+    more.
 
     Parameters
     ----------
     function : callable
         ``function(statistics, y) -> loss``: statistics [K, B, ...] of all samples and targets y of the examples (in
-        shape and dtype of the predictions where those are the statistic) to losses [B]; differentiable by
-        autograd and free of randomness. A missing target is 0 in y and in all predictions: differences add nothing.
+        shape and dtype of the predictions where those are the statistic) to losses [B], each of its example alone;
+        differentiable by autograd and free of randomness. A missing target is 0 in y and in all predictions: differences add
+        nothing.
     of : {"mean", "log_prob"} or callable
         The statistic: predictions, log-likelihoods, or a function ``(likelihood, outputs [n, ...],
         y [n, ...]) -> [n, ...]``.
@@ -311,55 +317,66 @@ class Gathered(Objective):
     def begin(self, y: Tensor, samples: range, num_samples: int) -> Coupling:
         return _Members(self, y, samples, num_samples)
 
-    def evaluate(self, members: Tensor, y: Tensor, own: slice) -> tuple[Tensor, Tensor]:
-        """Return this rank's contribution to the losses [B], and the derivative of their sum for its own samples. Local.
+    def stays_whole(self, num_samples: int, num_targets: int, sample_size: int) -> bool:
+        """Whether one rank needs all targets of an example."""
+        return True
 
-        ``members`` [K, B, ...] are the statistics of all samples; ``own`` are the samples of this rank.
+    def evaluate_(self, members: Tensor, y: Tensor, shares: TargetShares) -> Tensor:
+        """Return this rank's contribution to the losses [B], and overwrite members with the derivative of their sum.
+
+        Collective over ``sample_comm`` where an example does not stay whole, otherwise Local. ``members`` [K, n] are those of
+        all samples, for this rank's share of the targets of y [B, ...].
         """
-        with torch.enable_grad():
-            leaf = members.requires_grad_()
-            loss = self.function(leaf, y)
-            if loss.shape != members.shape[1:2]:
-                rule = f"the function must give one loss per example, {list(members.shape[1:2])}, and gave {list(loss.shape)}"
-                remedy = "Sum or average over samples and targets only"
-                raise ConfigError(Fault("objective.name", self.name, rule, remedy))
-            (gradient,) = torch.autograd.grad(loss.sum(), leaf)
-        part = loss.detach() if own.start == 0 else torch.zeros_like(loss)
-        return part, gradient[own]
+        losses = members.new_zeros(len(y))
+        for examples, _, part in shares.parts(members, len(shares.span)):
+            with torch.enable_grad():
+                leaf = part.detach().unflatten(2, shares.shape[1:]).requires_grad_()
+                loss = self.function(leaf, y[examples])
+                if loss.shape != leaf.shape[1:2]:
+                    rule = f"the function must give one loss per example, {list(leaf.shape[1:2])}, and gave {list(loss.shape)}"
+                    remedy = "Sum or average over samples and targets only"
+                    raise ConfigError(Fault("objective.name", self.name, rule, remedy))
+                (gradient,) = torch.autograd.grad(loss.sum(), leaf)
+            losses[examples] = loss.detach().to(losses.dtype)
+            part.copy_(gradient.flatten(2))
+        return losses
 
 
 class _Members(Coupling):
-    """Statistics of all samples, by sample."""
+    """Statistics of all samples, of this rank's share of the targets."""
 
     weighs = True
+    _blocks: list[Tensor] | None = None
 
     def __init__(self, objective: Gathered, y: Tensor, samples: range, num_samples: int):
         super().__init__(y, samples, num_samples)
         self.objective = objective
-        self._own: dict[int, Tensor] = {}
+        self._seen: list[Tensor] = []
         self._part = y.new_zeros(())
 
     def see(self, samples: Sequence[int], statistic: Tensor) -> None:
-        self._own.update(zip(samples, statistic))
+        self._seen.append(statistic)
 
     def combine(self, comm: GridComm) -> None:
-        if not self._own or len(self.y) == 0:  # a rank without examples
+        shape = self._seen[0].shape[1:] if self._seen else torch.Size([0])
+        if shape.numel() == 0:  # a rank without examples
             return
-        own = torch.stack([self._own.pop(sample) for sample in self.samples])
-        members = comm.gather(own, "sample")
+        whole = self.objective.stays_whole(self.num_samples, shape[1:].numel(), comm.grid.sample_size)
+        self._shares = shares = TargetShares(comm, self.num_samples, shape, whole=whole)
+        members = shares.collect(self._seen)
         y = self.y
         if self.objective.of == "mean":  # [B] becomes [B, 1]: a difference never broadcasts
             y = y if self.present is None else torch.where(self.present, y, 0)
-            y = y.view(members.shape[1:]).to(members.dtype)
-        mine = slice(self.samples.start, self.samples.stop)
-        losses, self._gradient = self.objective.evaluate(members, y, mine)
+            y = y.view(shape).to(members.dtype)
+        losses = self.objective.evaluate_(members, y, shares)
         self._part = self.weigh(losses).sum()
+        self._blocks = shares.give_back(members)
 
     def gradient(self, samples: Sequence[int], statistic: Tensor) -> Tensor:
-        if len(self.y) == 0:
+        if self._blocks is None:
             return torch.zeros_like(statistic)
         first = self.samples.start
-        return self._gradient[samples[0] - first : samples[-1] + 1 - first]
+        return self._shares.rows(self._blocks, samples[0] - first, samples[-1] + 1 - first)
 
     def data_term(self) -> Tensor:
         return self._part
@@ -402,19 +419,23 @@ class _Score(Gathered):
             return 0.0  # a sample has no distance from itself
         return (1 - (1 - self.fairness) / num_samples) / (num_samples * (num_samples - 1))
 
-    def location_weights(self, like: Tensor) -> Tensor:
-        """Return the weights [...] of the targets of an example, their mean 1, for members like [K, B, ...]."""
-        shape = like.shape[2:]
+    def location_weights(self, shape: Sequence[int], like: Tensor) -> Tensor:
+        """Return the weights [T] of the targets of an example, their mean 1, in the dtype of a tensor and on its device."""
         if self.weights is None:
-            return like.new_ones(shape)
+            return like.new_ones(math.prod(shape))
         try:
-            weights = self.weights.to(like).expand(shape)
+            weights = self.weights.to(like).expand(*shape)
         except RuntimeError:
             rule = f"must broadcast to the targets of an example, {list(shape)}"
             remedy = "Use [latitudes, 1] for targets [channels, latitudes, longitudes]"
             fault = Fault("objective.weights", f"of shape {list(self.weights.shape)}", rule, remedy)
             raise ConfigError(fault) from None
-        return weights / weights.mean()
+        return (weights / weights.mean()).flatten()
+
+
+def _num_at_once(members: Tensor) -> int:
+    """Return how many numbers are worked on at once: temporary memory is a small part of members [K, n]. Local."""
+    return max(CHUNK_ELEMENTS["cuda" if members.is_cuda else "cpu"], members.numel() // 64)
 
 
 class Crps(_Score):
@@ -422,8 +443,7 @@ class Crps(_Score):
 
     Gneiting and Raftery, 2007. The sum over pairs comes from the sorted members, O(K log K) for each target.
 
-    Collective over ``sample_comm``: one gather of the members, B T floats per sample of this rank; the derivative is
-    local.
+    Collective over ``sample_comm``: two exchanges, each of B T floats per sample of this rank (of the way back on average).
 
     Parameters
     ----------
@@ -436,35 +456,44 @@ class Crps(_Score):
 
     name = "crps"
 
-    def score(self, members: Tensor, y: Tensor) -> Tensor:
-        num_samples = len(members)
-        rank = torch.arange(1 - num_samples, num_samples, 2, dtype=members.dtype, device=members.device)
-        centred = members - members.mean(0)  # keeps the digits of a small spread
-        pairs = torch.einsum("k,k...->...", rank, centred.sort(0).values)  # = half the sum over ordered pairs
-        per_target = (members - y).abs().mean(0) - self.pair_factor(num_samples) * pairs
-        return (per_target * self.location_weights(members)).flatten(1).mean(1)
+    def stays_whole(self, num_samples: int, num_targets: int, sample_size: int) -> bool:
+        return False
 
-    def evaluate(self, members: Tensor, y: Tensor, own: slice) -> tuple[Tensor, Tensor]:
-        num_samples = len(members)
-        mine = members[own]
+    def score(self, members: Tensor, y: Tensor) -> Tensor:
+        per_target = self._of_targets(members, y)[0].flatten(1)
+        return (per_target * self.location_weights(y.shape[1:], members)).mean(1)
+
+    def _of_targets(self, members: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the score [B, ...] of each target, and its derivative by the members [K, B, ...]."""
+        num_samples, factor = len(members), self.pair_factor(len(members))
+        places = members.movedim(0, -1).contiguous()
+        ordered = places.sort(-1).values  # [B, ..., K]
+        rank = torch.arange(1 - num_samples, num_samples, 2, dtype=members.dtype, device=members.device)
+        centred = ordered - members.mean(0).unsqueeze(-1)  # keeps the digits of a small spread
+        score = (members - y).abs().mean(0) - factor * (centred @ rank)  # the product: half the sum over ordered pairs
         # d/df_s of half the pairs: members below less members above; ties cancel
-        ordered = members.movedim(0, -1).contiguous().sort(-1).values  # [B, ..., K]
-        places = mine.movedim(0, -1).contiguous()
-        below = torch.searchsorted(ordered, places)
-        not_above = torch.searchsorted(ordered, places, right=True)
+        below, not_above = (torch.searchsorted(ordered, places, right=right) for right in (False, True))
         side = (below + not_above - num_samples).movedim(-1, 0).to(members.dtype)
-        gradient = (mine - y).sign() / num_samples - self.pair_factor(num_samples) * side
-        part = self.score(members, y) if own.start == 0 else members.new_zeros(len(y))
-        weights = self.location_weights(members)
-        return part, gradient * (weights / weights.numel())
+        return score, (members - y).sign() / num_samples - factor * side
+
+    def evaluate_(self, members: Tensor, y: Tensor, shares: TargetShares) -> Tensor:
+        losses, y = members.new_zeros(len(y)), y.flatten(1)
+        weights = self.location_weights(shares.shape[1:], members) / shares.width
+        for examples, targets, part in shares.parts(members, max(1, _num_at_once(members) // len(members))):
+            score, gradient = self._of_targets(part, y[examples, targets])
+            losses[examples] += score @ weights[targets]
+            torch.mul(gradient, weights[targets], out=part)
+        return losses
 
 
 class Energy(_Score):
     """Energy score of the members over all targets of an example; with another ``beta`` than 1 the β-energy score.
 
-    With the norm ``||d||^2 = sum_j w_j d_j^2`` (Gneiting and Raftery, 2007). Each rank compares its own members with all.
+    With the norm ``||d||^2 = sum_j w_j d_j^2`` (Gneiting and Raftery, 2007).
 
-    It is collective as `Crps` is.
+    Collective over ``sample_comm``: two exchanges, as `Crps`. A norm is over all targets of an example. Where these are
+    many, 4 K S and more, they lie on several ranks, which sum the squared distances of the pairs: one sum of B K (K + 1)
+    floats, no more than a quarter of the exchange. Otherwise each rank has whole examples.
 
     Parameters
     ----------
@@ -481,33 +510,73 @@ class Energy(_Score):
         check_field("objective.beta", beta)
         self.beta = beta
 
-    def _power(self, difference: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ||d||^beta [n, B] of d [n, B, ...], and its derivative by d."""
-        square = (difference.square() * weights).flatten(2).sum(2)
+    def stays_whole(self, num_samples: int, num_targets: int, sample_size: int) -> bool:
+        return num_targets < 4 * num_samples * sample_size
+
+    def _power(self, square: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ||d||^beta of ||d||^2, and the factor of ``w d`` in its derivative by d."""
         at_zero = square == 0  # no direction there: derivative 0, like that of |x|
         square = square.masked_fill(at_zero, 1)
         factor = (self.beta * square.pow(self.beta / 2 - 1)).masked_fill(at_zero, 0)
-        value = square.pow(self.beta / 2).masked_fill(at_zero, 0)
-        return value, difference * weights * factor.view(*factor.shape, *(1,) * (difference.ndim - 2))
+        return square.pow(self.beta / 2).masked_fill(at_zero, 0), factor
+
+    def _scores(self, to_y: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return scores [B] of squared distances from y [r, B], and between members [r, K, B]: what r rows add to them.
+
+        And the factors of ``w d`` in the derivative by these members.
+        """
+        num_samples, factor = pairs.shape[1], self.pair_factor(pairs.shape[1])
+        (values, of_y), (of_pairs, between) = self._power(to_y), self._power(pairs)
+        loss = values.sum(0) / num_samples - 0.5 * factor * of_pairs.sum((0, 1))
+        return loss, of_y / num_samples, factor * between
 
     def score(self, members: Tensor, y: Tensor) -> Tensor:
-        return self._parts(members, y, slice(0, len(members)))[0]
+        weights = self.location_weights(y.shape[1:], members)
+        return self._of_examples_(members.flatten(2).clone(), y.flatten(1), weights)
 
-    def _parts(self, members: Tensor, y: Tensor, own: slice) -> tuple[Tensor, Tensor]:
-        """Return the contribution [B] of some samples to the score, and the derivative of the score by them."""
-        num_samples = len(members)
-        weights = self.location_weights(members)
-        values, gradients = self._power(members[own] - y, weights)
-        loss, gradients = values.sum(0) / num_samples, gradients / num_samples
-        factor = self.pair_factor(num_samples)
-        for row, member in zip(gradients, members[own]):
-            values, slopes = self._power(member - members, weights)
-            loss = loss - 0.5 * factor * values.sum(0)
-            row -= factor * slopes.sum(0)
-        return loss, gradients
+    def _of_examples_(self, members: Tensor, y: Tensor, weights: Tensor) -> Tensor:
+        """Return the scores [B] of members [K, B, T], and overwrite these with the derivative."""
+        loss, gradients = members.new_zeros(len(y)), torch.empty_like(members)
+        for rows, difference in _differences(members):
+            from_y = members[rows] - y
+            squares = (from_y.square() @ weights), (difference.square() @ weights)
+            of_rows, of_y, between = self._scores(*squares)
+            loss += of_rows
+            slope = of_y.unsqueeze(-1) * from_y - torch.einsum("rkb,rkbt->rbt", between, difference)
+            torch.mul(slope, weights, out=gradients[rows])
+        members.copy_(gradients)
+        return loss
 
-    def evaluate(self, members: Tensor, y: Tensor, own: slice) -> tuple[Tensor, Tensor]:
-        return self._parts(members, y, own)
+    def evaluate_(self, members: Tensor, y: Tensor, shares: TargetShares) -> Tensor:
+        num_samples, y = len(members), y.flatten(1)
+        losses, weights = members.new_zeros(len(y)), self.location_weights(shares.shape[1:], members)
+        most = max(1, _num_at_once(members) // num_samples)
+        if shares.whole:
+            for examples, _, part in shares.parts(members, most):
+                losses[examples] = self._of_examples_(part, y[examples], weights)
+            return losses
+        to_y, pairs = members.new_zeros(num_samples, len(y)), members.new_zeros(num_samples, num_samples, len(y))
+        for examples, targets, part in shares.parts(members, most):
+            w = weights[targets]
+            to_y[:, examples] += (part - y[examples, targets]).square() @ w
+            for rows, difference in _differences(part):
+                pairs[rows, :, examples] += difference.square() @ w
+        shares.comm.sum_([to_y, pairs], "sample")
+        losses, of_y, between = self._scores(to_y, pairs)
+        for examples, targets, part in shares.parts(members, most):
+            gradients = of_y[:, examples].unsqueeze(-1) * (part - y[examples, targets])
+            for rows, difference in _differences(part):
+                gradients[rows] -= torch.einsum("rkb,rkbt->rbt", between[rows, :, examples], difference)
+            torch.mul(gradients, weights[targets], out=part)
+        return losses if shares.comm.grid.is_first("sample") else torch.zeros_like(losses)
+
+
+def _differences(members: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Yield some members less all others [r, K, b, t], of members [K, b, t], and which these are. Local."""
+    at_once = max(1, CHUNK_ELEMENTS["cuda" if members.is_cuda else "cpu"] // members.numel())
+    for start in range(0, len(members), at_once):
+        rows = slice(start, start + at_once)
+        yield rows, members[rows, None] - members
 
 
 # --- by name -------------------------------------------------------------------------------------------

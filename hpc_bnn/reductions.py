@@ -1,18 +1,21 @@
-"""Running statistics over the samples of the job, for training and prediction.
+"""Statistics over the samples of the job, for training and prediction.
 
-Each adds the samples of this rank one after another; the sample group then exchanges it without gradient. Its size
-does not grow with the number of samples of the job, K. ``add`` is Local; ``exchange`` makes it the statistic of all
-samples, is collective over ``sample_comm``, and does nothing where no example was added.
+Those of `LogMeanExp` and `Moments` are running ones: each adds the samples of this rank one after another; the sample group
+then exchanges it without gradient. Its size does not grow with the number of samples of the job, K. ``add`` is Local;
+``exchange`` makes it the statistic of all samples, is collective over ``sample_comm``, and does nothing where no example was
+added. What needs the numbers of all samples themselves has them by targets, `TargetShares`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from .comm import GridComm
+from .grid import share
 
 
 class LogMeanExp:
@@ -110,3 +113,101 @@ class Moments:
     def total(self) -> Tensor:
         """[B, ...] variance of the predictive."""
         return self.aleatoric + self.epistemic
+
+
+# --- the members themselves --------------------------------------------------------------------------------
+
+
+class TargetShares:
+    """What the ranks of a sample group have of the members of all K samples: each the targets of its share.
+
+    A rank has evaluated all targets of its own samples. It sends each other rank the share of that one, and then has
+    [K, n] numbers, n about B T / S, where a gather would give it [K, B T]. The way back is the same. B examples of T targets
+    are B T flat targets, one example after another.
+
+    Parameters
+    ----------
+    comm : GridComm
+        The process grid.
+    num_samples : int
+        K.
+    shape : sequence of int
+        [B, ...] of one member.
+    whole : bool
+        Whether the targets of an example stay together, on one rank, however uneven the shares are.
+
+    Attributes
+    ----------
+    span : range
+        Flat targets of this rank; empty if there are fewer than ranks.
+    """
+
+    def __init__(self, comm: GridComm, num_samples: int, shape: torch.Size, *, whole: bool = False):
+        self.comm, self.shape, self.num_samples, self.whole = comm, shape, num_samples, whole
+        self.width = shape[1:].numel()
+        """Targets of an example, T."""
+        size, index = comm.grid.sample_size, comm.grid.sample_index
+        count, grain = (shape[0], self.width) if whole else (shape.numel(), 1)
+        self._spans = [
+            range(items.start * grain, items.stop * grain) for items in (share(count, size, n) for n in range(size))
+        ]
+        self._counts = [len(span) for span in self._spans]
+        self._rows = [len(share(num_samples, size, n)) for n in range(size)]
+        self._num_own, self.span = self._rows[index], self._spans[index]
+
+    def collect(self, chunks: list[Tensor]) -> Tensor:
+        """Return the members [K, n] of all samples from chunks [c, B, ...] of this rank's, in their order.
+
+        Collective over ``sample_comm``: one exchange of the numbers of this rank's samples. The list is emptied on the way, so
+        that of what the rank has, what it sends, and what comes, never more than two are held at once.
+        """
+        flat = chunks.pop().reshape(-1) if self._num_own == 1 and len(self._spans) > 1 else self._pack_(chunks)
+        return self.comm.all_to_all(flat, self._counts, "sample", self._rows).view(self.num_samples, len(self.span))
+
+    def _pack_(self, chunks: list[Tensor]) -> Tensor:
+        like = chunks[0]
+        flat = like.new_empty(self._num_own * self.shape.numel())
+        blocks, row = self._blocks(flat), 0
+        while chunks:
+            chunk = chunks.pop(0).flatten(1)
+            for block, span in zip(blocks, self._spans):
+                block[row : row + len(chunk)] = chunk[:, span.start : span.stop]
+            row += len(chunk)
+        return flat
+
+    def _blocks(self, flat: Tensor) -> list[Tensor]:
+        """Return [c, n] of the samples of this rank for each rank of the group, as views."""
+        parts = flat.split([self._num_own * count for count in self._counts])
+        return [part.view(self._num_own, count) for part, count in zip(parts, self._counts)]
+
+    def give_back(self, members: Tensor) -> list[Tensor]:
+        """Return [c, n] for the samples of this rank and the targets of each rank, from [K, n] on each rank.
+
+        Collective over ``sample_comm``: one exchange of K n numbers. `rows` makes whole members of them.
+        """
+        return self._blocks(self.comm.all_to_all(members.view(-1), self._rows, "sample", self._counts))
+
+    def rows(self, blocks: list[Tensor], start: int, stop: int) -> Tensor:
+        """Return some members [stop - start, B, ...] of this rank's samples from what `give_back` returned. Local."""
+        return torch.cat([block[start:stop] for block in blocks], dim=1).view(-1, *self.shape)
+
+    def parts(self, members: Tensor, most: int) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Yield views [K, b, t] of members [K, n] with at most ``most`` flat targets: some whole examples, or targets of one.
+
+        With them go their examples in the batch, and their targets in each example. Local. Where examples stay together, one may
+        have more.
+        """
+        place = self.span.start
+        while place < self.span.stop:
+            (example, target), left = divmod(place, self.width), self.span.stop - place
+            if target == 0 and left >= self.width and (most >= self.width or self.whole):
+                count = max(1, min(left, most) // self.width)
+                examples, targets = slice(example, example + count), slice(0, self.width)
+            else:
+                stop = min(self.width, target + min(most, left))
+                examples, targets = slice(example, example + 1), slice(target, stop)
+            num = (examples.stop - examples.start) * (targets.stop - targets.start)
+            offset = place - self.span.start
+            part = members[:, offset : offset + num]
+            yield examples, targets, part.unflatten(1, (-1, targets.stop - targets.start))
+            place += num

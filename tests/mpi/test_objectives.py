@@ -115,11 +115,15 @@ CASES |= {
     f"energy_{fairness}_{beta}": (Energy(fairness, beta, w), Implicit(3), energy(fairness, beta, w))
     for fairness, beta, w in ((0.0, 1.0, torch.ones(3)), (0.95, 1.0, W), (1.0, 1.5, W), (0.95, 0.5, W))
 }
+# So many targets that those of an example lie on several ranks; of 13 examples ranks have whole ones, and some of others
+MANY = torch.linspace(0.5, 1.5, 300, dtype=torch.float64)
+CASES["crps_of_many"] = (Crps(0.95, MANY), Implicit(300), crps(0.95, MANY))
+CASES["energy_of_many"] = (Energy(0.95, 1.0, MANY), Implicit(300), energy(0.95, 1.0, MANY))
 CASES["own"] = (Gathered(log_cosh), Gaussian(2, scale=1.0), lambda f, y: log_cosh(f, y).mean())
 
 
 QUICK = {"elbo_categorical", "log_predictive_gaussian_heteroscedastic", "moment_matched_gaussian_learned"}
-QUICK |= {"log_predictive_student_t", "crps_0.95", "energy_0.95_1.0", "own"}
+QUICK |= {"log_predictive_student_t", "crps_0.95", "energy_0.95_1.0", "energy_of_many", "own"}
 
 
 @pytest.mark.parametrize(
@@ -175,15 +179,20 @@ def test_the_log_predictive_is_below_the_negative_elbo(comm):
     assert terms[1] < terms[0]  # Jensen
 
 
+def energy_floats(B, c, K, grid):
+    return c * B * 300 + K * len(grid.share(B * 300, "sample")) + B * K * (K + 1)
+
+
 @pytest.mark.parametrize(
     "objective, likelihood, num_collectives, floats",
     [
-        (LogPredictive(), Categorical(3), 2, lambda B, c: 2 * B),
-        (LogPredictive(), Gaussian(3), 2, lambda B, c: 2 * B),
-        (MomentMatched(), Gaussian(3), 2, lambda B, c: 3 * B * 3),
-        (Crps(), Implicit(3), 1, lambda B, c: c * B * 3),
-        (Energy(), Implicit(3), 1, lambda B, c: c * B * 3),
-        (Gathered(log_cosh), Gaussian(3), 1, lambda B, c: c * B * 3),
+        (LogPredictive(), Categorical(3), 2, lambda B, c, K, grid: 2 * B),
+        (LogPredictive(), Gaussian(3), 2, lambda B, c, K, grid: 2 * B),
+        (MomentMatched(), Gaussian(3), 2, lambda B, c, K, grid: 3 * B * 3),
+        (Crps(), Implicit(3), 2, lambda B, c, K, grid: c * B * 3 + K * len(grid.share(B * 3, "sample"))),
+        (Energy(), Implicit(3), 2, lambda B, c, K, grid: c * B * 3 + K * 3 * len(grid.share(B, "sample"))),
+        (Energy(), Implicit(300), 3, lambda B, c, K, grid: energy_floats(B, c, K, grid)),
+        (Gathered(log_cosh), Gaussian(3), 2, lambda B, c, K, grid: c * B * 3 + K * 3 * len(grid.share(B, "sample"))),
     ],
     ids=lambda value: getattr(value, "name", None),
 )
@@ -202,7 +211,7 @@ def test_communication_is_what_the_docstring_says(
     num_local = len(comm.grid.local_samples(num_samples))
     has_group = comm.grid.sample_size > 1
     assert comm.traffic.num_collectives - before[0] == axes + num_collectives * has_group
-    extra = floats(part.stop - part.start, num_local) * has_group
+    extra = floats(part.stop - part.start, num_local, num_samples, comm.grid) * has_group
     assert comm.traffic.num_bytes - before[1] == 8 * (axes * gradient + extra)
 
 
