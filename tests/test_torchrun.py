@@ -58,6 +58,9 @@ with hpc_bnn.connect(2, "cpu") as comm:
     assert comm.gather_objects(rank, "sample") == list(comm.grid.sample_group())
     assert comm.gather_objects(rank, "data") == list(comm.grid.data_group())
     assert comm.broadcast_object({"from": rank}, 3) == {"from": 3}
+    for axis in ("sample", "data"):
+        found = [tree["x"].item() for tree in comm.gather_trees({"x": torch.tensor([rank])}, axis)]
+        assert found == (list(comm.grid.groups[axis]) if comm.grid.is_first(axis) else [])
     for ranks in (files, comm):
         shared = ranks.node_array((ranks.local_size, 3), "float64")
         shared.array[ranks.local_rank] = rank

@@ -16,9 +16,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..config import Compression, Reduction
 from ..grid import Axis, Grid, share
-from ..trees import map_leaves
+from ..trees import map_leaves, tensors_of
+from . import packing
 from .compression import decode, encode, encoded_bytes
-from .packing import TensorSpec, as_list, packed_buckets, share_buckets
+from .packing import TensorSpec, as_list, byte_spans, packed_buckets, pieces, share_buckets
 from .stall import Waiting
 from .transports import NodeArray, ObjectAxis, ObjectTransport, Operation, TensorTransport, agreed, check_equal
 
@@ -360,6 +361,54 @@ class GridComm:
         map_leaves(tree, torch.Tensor, tensors.append)
         self.broadcast_(tensors, root)
         return tree
+
+    def gather_trees(self, tree: Any, axis: Axis) -> list[Any]:
+        """Return the nested dicts and lists of all ranks of an axis on its first rank, in order; elsewhere nothing.
+
+        Tensors come out on the CPU, as copies. They travel in pieces: the other ranks need little memory besides.
+
+        Collective over ``sample_comm``, ``data_comm`` or the world, by ``axis``; it costs nothing over one rank.
+        """
+        size = self._extents[axis]
+        if size == 1:
+            return [map_leaves(tree, torch.Tensor, lambda tensor: tensor.detach().to("cpu", copy=True))]
+        self._count_objects()
+        outlines = self.objects.gather_first(map_leaves(tree, torch.Tensor, TensorSpec.of), axis)
+        trees = [map_leaves(outline, TensorSpec, lambda o: torch.empty(o.shape, dtype=o.dtype)) for outline in outlines]
+        theirs, mine = [tensors_of(t) for t in trees], [tensor.detach().contiguous() for tensor in tensors_of(tree)]
+        longest = torch.tensor([sum(tensor.nbytes for tensor in mine)], device=self.device)
+        self.max_(longest, axis)
+        num_bytes, room = int(longest), max(packing.LEAST_PIECE_BYTES, packing.PIECE_BYTES // size)
+        for start in range(0, num_bytes, room):
+            stop = min(start + room, num_bytes)
+            sent = torch.zeros(stop - start, dtype=torch.uint8, device=self.device)
+            for place, span in byte_spans(mine, start, stop):
+                sent[place] = span.to(self.device)
+            counts = [len(sent), *[0] * (size - 1)]
+            received = self._carry(sent, axis, self.tensors.all_to_all, counts, axis)
+            for tensors, content in zip(theirs, received.cpu().split(len(sent))):
+                for place, span in byte_spans(tensors, start, stop):
+                    span.copy_(content[place])
+        return trees
+
+    def broadcast_pieces(
+        self, tensors: Sequence[torch.Tensor], specs: Sequence[TensorSpec], root: int = 0
+    ) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """Yield the numbers of tensors of world rank ``root``, a piece at a time: (which tensor, from where on, [n]).
+
+        The other ranks give no tensors, and need little memory besides what they keep of it; on which device it comes out
+        says `broadcast_tree`. Collective over the world: take all pieces. ``specs`` are those of the tensors, on all ranks.
+        """
+        for bucket in pieces(specs):
+            first = specs[bucket[0][0]]
+            if self.grid.rank == root:
+                flat = torch.cat([tensors[number].detach().reshape(-1)[start:stop] for number, start, stop in bucket])
+            else:
+                shape = torch.Size([sum(stop - start for _, start, stop in bucket)])
+                flat = TensorSpec(shape, first.dtype, first.is_cpu).empty(self.device)
+            self.broadcast_(flat, root)
+            contents = flat.split([stop - start for _, start, stop in bucket])
+            yield from ((number, start, content) for (number, start, _), content in zip(bucket, contents))
 
     # --- Python objects ---------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import CommunicationError
-from ..grid import Grid
+from ..grid import Axis, Grid
 from .launcher import launcher_of
 from .transports import NodeArray, ObjectAxis, ObjectTransport, no_shared_memory
 
@@ -59,6 +59,9 @@ class MpiObjects(ObjectTransport):
 
     def gather(self, value: Any, axis: ObjectAxis = "world") -> list[Any]:
         return self.comms[axis].allgather(value)
+
+    def gather_first(self, value: Any, axis: Axis) -> list[Any]:
+        return self.comms[axis].gather(value) or []
 
     def barrier(self) -> None:
         self.comms["world"].Barrier()

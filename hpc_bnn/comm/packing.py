@@ -17,6 +17,12 @@ SHARE_BUCKET_BYTES = 4 * 2**20
 
 SHARE_BUCKETS = 32
 
+PIECE_BYTES = 16 * 2**20
+"""Of a state that goes to or comes from one rank: what a rank has of it at a time, besides what it keeps (bytes)."""
+
+LEAST_PIECE_BYTES = 2**16
+"""Of what a rank sends at a time to one that gathers from many (bytes)."""
+
 
 def as_list(tensors: torch.Tensor | Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Return one tensor or several as a list. Local."""
@@ -62,6 +68,34 @@ def share_buckets(shares: list[list[range]], item_bytes: int) -> Iterator[list[t
                 bucket, room = [], max(1, most)
     if bucket:
         yield bucket
+
+
+def pieces(specs: Sequence[TensorSpec]) -> Iterator[list[tuple[int, int, int]]]:
+    """Yield what fills a buffer of one dtype and device, `PIECE_BYTES` at most: (number of a tensor, start, stop). Local."""
+    bucket, room, kind = [], 0, None
+    for number, spec in enumerate(specs):
+        start, item_bytes = 0, spec.dtype.itemsize
+        while start < spec.shape.numel():
+            if room == 0 or kind != (spec.dtype, spec.is_cpu):
+                if bucket:
+                    yield bucket
+                bucket, room, kind = [], PIECE_BYTES // item_bytes, (spec.dtype, spec.is_cpu)
+            stop = min(start + room, spec.shape.numel())
+            bucket.append((number, start, stop))
+            start, room = stop, room - (stop - start)
+    if bucket:
+        yield bucket
+
+
+def byte_spans(tensors: Sequence[torch.Tensor], start: int, stop: int) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Yield the bytes from ``start`` to ``stop`` of contiguous tensors one after another: (place behind start, view). Local."""
+    offset = 0
+    for tensor in tensors:
+        first, last = max(start, offset), min(stop, offset + tensor.nbytes)
+        if first < last:
+            span = tensor.view(-1).view(torch.uint8)[first - offset : last - offset]
+            yield slice(first - start, last - start), span
+        offset += tensor.nbytes
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from ..errors import CommunicationError
-from ..grid import Grid
+from ..grid import Axis, Grid
 from .launcher import launcher_of
 from .rendezvous import find_meeting
 from .torch_dist import (
@@ -85,6 +85,15 @@ class TorchObjects(ObjectTransport):
         values = [None] * (self.local_size if axis == "node" else dist.get_world_size(self._group(axis)))
         dist.all_gather_object(values, value, self._group(axis))
         return values
+
+    def gather_first(self, value: Any, axis: Axis) -> list[Any]:
+        if self._grid.extents[axis] == 1:
+            return [value]
+        group = self._group(axis)
+        ranks = dist.get_process_group_ranks(group)
+        values = [None] * len(ranks) if dist.get_rank(group) == 0 else None
+        dist.gather_object(value, values, ranks[0], group)
+        return values or []
 
     def barrier(self) -> None:
         self._wait("world")

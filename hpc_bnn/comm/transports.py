@@ -125,6 +125,10 @@ class ObjectTransport:
         """Return the objects of all ranks of an axis or of the node, in rank order. Collective over them."""
         return [value]
 
+    def gather_first(self, value: Any, axis: Axis) -> list[Any]:
+        """Return the objects of all ranks of an axis on its first rank, in order, elsewhere nothing. Collective over it."""
+        return [value]
+
     def barrier(self) -> None:
         """Wait for all ranks. Collective over the world."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -106,6 +106,14 @@ class SlotMemory:
         ConfigError
             Names or shapes do not fit the module.
         """
+        for name, value in self.places_of(state).items():
+            value.copy_(state[name])
+
+    def places_of(self, state: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Return the tensors of `state_dict` that take over those of a state, or of its outline: what has a shape. Local.
+
+        `ConfigError` as for `load_state_dict`.
+        """
         mine = self.state_dict()
         if state.keys() == self.module.state_dict().keys() != mine.keys():
             rule = "it is the state of a plain network, without the other slots of a posterior"
@@ -121,8 +129,7 @@ class SlotMemory:
                 faults.append(Fault("model", name, rule, "Use its config"))
         if faults:
             raise ConfigError(*faults)
-        for name, value in mine.items():
-            value.copy_(state[name])
+        return mine
 
     # --- copies -------------------------------------------------------------------------------------
 

@@ -36,6 +36,7 @@ from ..posteriors import Posterior, build_posterior
 from ..predictive import Evaluation, check_up, evaluate_dataset, find_groups, mean_network, uncertainties_of_dataset
 from ..safe_files import read_bytes, refuse_world_writable, write_atomically
 from ..training import KlAnnealing, build_optimizer
+from ..training.state import scatter_model
 from ..training.step import VariationalStep
 from .checkpoint import CheckpointStore, read_identity
 from .plotted_examples import ShownClasses, ShownValues, shown_examples
@@ -113,12 +114,12 @@ class Experiment:
                         "other statistics. Put the manifest of its training data there"
                     )
                 state = {"model": state["model"], "num_steps": state["place"]["num_steps"]}
-        state = comm.broadcast_tree(state)
-        experiment.restore(state["model"], state["num_steps"])
+        experiment.num_steps = comm.broadcast_object(state and state["num_steps"])
+        scatter_model(experiment.posterior, state and state["model"], comm)
         return experiment
 
     def restore(self, model: dict[str, torch.Tensor], num_steps: int) -> None:
-        """Take over the parameters of a checkpoint, which all ranks have, and its number of steps."""
+        """Take over the parameters of a file, which all ranks have, and its number of steps."""
         with self.comm.agree("restoring the checkpoint"):
             self.posterior.load_state_dict(model)
         self.num_steps = num_steps

@@ -288,13 +288,14 @@ class Run(Experiment):
                 state = store.load_newest() if self.config.resume else None
                 if state is not None:
                     self._check_state(state)
-        state = self.comm.broadcast_tree(state)
-        if state is not None:
+        where = self.comm.broadcast_object(state and (state["place"], state["schedule"]))
+        if where is not None:
+            place, schedule = dict(where[0]), where[1]
+            place.pop("data", None)  # `_check_state` compares it field by field
+            num_steps = place.pop("num_steps")
+            self.step.scatter_state(None if state is None else {**state, "num_steps": num_steps})
             with self.comm.agree("restoring the checkpoint"):
-                place = dict(state["place"])
-                place.pop("data", None)  # `_check_state` compares it field by field
-                self.step.load_state_dict({**state, "num_steps": place.pop("num_steps")})
-                self.schedule.load_state_dict(state["schedule"])
+                self.schedule.load_state_dict(schedule)
                 self.progress = _Progress(**place)
         with self.comm.agree(f"opening {self.run_dir}"):  # nothing was changed there before
             if self.is_writer:
@@ -382,14 +383,18 @@ class Run(Experiment):
 
     def _write_checkpoint(self, metric: float | None = None) -> None:
         """Write the state of the job. Collective over the world."""
-        state = self.step.gather_state()
-        state |= {
-            "schedule": self.schedule.state_dict(),
-            "place": {"num_steps": state.pop("num_steps"), "data": self.manifest.digest, **asdict(self.progress)},
-            "config": self.config.to_dict(),
-        }
+        state = self.step.gather_state(to_first=True)
         with self.comm.agree(f"writing a checkpoint to {self.checkpoints.directory}"):
             if self.is_writer:
+                state |= {
+                    "schedule": self.schedule.state_dict(),
+                    "place": {
+                        "num_steps": state.pop("num_steps"),
+                        "data": self.manifest.digest,
+                        **asdict(self.progress),
+                    },
+                    "config": self.config.to_dict(),
+                }
                 self.checkpoints.save(state, self.step.num_steps, metric)
         self._written, self._is_checkpoint_due = time.perf_counter(), False
 

@@ -34,6 +34,7 @@ from .data_term import DataTerm
 from .equality import Comparison, definition_of
 from .latch import Latch, Pending, StepResult, wait_for
 from .optim import JobOptimizer
+from .places import Places
 from .reducer import Reducer
 from .state import StepState
 from .updaters import Updater
@@ -417,9 +418,9 @@ class VariationalStep(StepState):
                 _ = self._latch.pending.popleft().result.nelbo  # somebody may hold it
             self._latch.is_sound.fill_(True)
 
-    def gather_state(self) -> dict[str, Any]:  # noqa: D102
+    def gather_state(self, *, to_first: bool = False) -> dict[str, Any]:  # noqa: D102
         self.settle()
-        return super().gather_state()
+        return super().gather_state(to_first=to_first)
 
     def state_dict(self) -> dict[str, Any]:  # noqa: D102
         for pending in self._latch.pending if self.recorder is not None and self.comm.grid.world_size > 1 else ():
@@ -427,10 +428,15 @@ class VariationalStep(StepState):
                 raise NonFiniteError(f"step {pending.num_steps} was not sound. Call settle() on all ranks to hear why")
         return super().state_dict()
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: D102
-        super().load_state_dict(state)
-        self._forget_pending()
-        self._num_updates = 0  # the next update makes what the state may lack
+    def _begin_load(self, state: dict[str, Any]) -> tuple[Places, Callable[[], None]]:
+        places, end = super()._begin_load(state)
+
+        def end_too() -> None:
+            end()
+            self._forget_pending()
+            self._num_updates = 0  # the next update makes what the state may lack
+
+        return places, end_too
 
     def _choose_path(self) -> None:
         """Decide whether the samples of a step are captured, and say why not. Local."""

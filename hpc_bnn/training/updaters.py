@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..comm import GridComm
 from ..errors import ConfigError, Fault
+from ..grid import Grid
 from ..posteriors import Posterior
 from ..posteriors.select import shortened
-from ..trees import map_leaves
+from .places import Leaf, Places, outline_of
 from .reducer import Reducer, rows_of
 
 ELEMENTWISE = ("Adam", "AdamW", "SGD", "RMSprop", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam", "Rprop", "ASGD")
@@ -169,6 +171,8 @@ class Updater:
     def gather_state(self) -> dict[str, Any]:
         """Return the state of the job by the names of weights. Collective over ``sample_comm`` where ranks differ.
 
+        It is whole on the first rank of a sample group. On the others it is where ranks do not differ.
+
         "state": name of a weight in `Posterior.state_dict` -> key -> number or tensor; "groups": the options of each group
         of parameters.
         """
@@ -176,17 +180,24 @@ class Updater:
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 for key, value in self.optimizer.state.get(parameter, {}).items():
-                    # A gather for each tensor where the state is divided: all ranks meet keys in the same order
+                    # Trees are gathered one after another where the state is divided: all ranks meet keys in one order
                     for name, part in self._split(parameter, value).items():
                         state.setdefault(name, {})[key] = part
         if not self.posterior.is_replicated:
-            mine = map_leaves(state, Tensor, lambda t: t.detach().to("cpu", copy=True))
-            state = {name: v for part in self.comm.gather_objects(mine, "sample") for name, v in part.items()}
+            state = {name: v for part in self.comm.gather_trees(state, "sample") for name, v in part.items()}
         options = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
         return {"state": state, "groups": options}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take over what `gather_state` returned, on this or another grid, with as many groups of parameters. Local."""
+        outline, tensors = outline_of(state)
+        places = Places(outline, self.posterior.buffer.flat.device)
+        end = self.begin_load(outline, places)
+        places.fill_(GridComm(Grid()), tensors)
+        end()
+
+    def begin_load(self, state: dict[str, Any], places: Places) -> Callable[[], None]:
+        """Find places for what `gather_state` returned, of which this is the outline; return what takes it over. Local."""
         num_theirs, num_mine = len(state["groups"]), len(self.optimizer.param_groups)
         if num_theirs != num_mine:
             rule = f"the checkpoint has {num_theirs} groups of parameters, and this optimizer has {num_mine}"
@@ -200,22 +211,23 @@ class Updater:
             }  # of this optimizer, not of the state
             groups.append({**group, **options, **how, "params": ids})  # an option of a newer torch stays as it is
             for number, parameter in zip(ids, group["params"]):
-                if values := self._join(parameter, state["state"]):
+                if values := self._join(parameter, state["state"], places):
                     packed[number] = values
-        self.optimizer.load_state_dict({"state": packed, "param_groups": groups})
+        return lambda: self.optimizer.load_state_dict({"state": packed, "param_groups": groups})
 
     # A parameter is a slot, whole or this rank's share of it, or a single weight.
 
     def _slot_of(self, parameter: nn.Parameter) -> str | None:
         return next((name for name, ours in self.posterior.named_parameters() if ours is parameter), None)
 
-    def _whole(self, slot: str, value: Tensor) -> Tensor:
-        """Return the state of a whole slot from that of this rank's share."""
+    def _whole(self, slot: str, value: Tensor) -> Tensor | None:
+        """Return the state of a whole slot from that of this rank's share; None where another rank has it."""
         return value
 
-    def _own(self, slot: str, value: Tensor) -> Tensor:
-        """Return the state of this rank's share from that of a whole slot."""
-        return value
+    def _own(self, slot: str) -> tuple[Tensor, dict[str, list[tuple[int, Tensor]]]]:
+        """Return memory for the state of this rank's share of a slot, and by weight, from which number on, what goes there."""
+        whole = torch.empty_like(self.posterior.buffer.values[slot])
+        return whole, {name: [(0, view)] for name, view in self.posterior.buffer.named({slot: whole}).items()}
 
     def _names(self, parameter: nn.Parameter) -> list[str]:
         slot = self._slot_of(parameter)
@@ -227,25 +239,32 @@ class Updater:
         """Return the state of a parameter by the names of weights: views, or copies of what a whole parameter has."""
         slot = self._slot_of(parameter)
         if slot is not None and isinstance(value, Tensor) and value.shape == parameter.shape:
-            return self.posterior.buffer.named({slot: self._whole(slot, value)})
+            whole = self._whole(slot, value)
+            return {} if whole is None else self.posterior.buffer.named({slot: whole})
         is_counter = isinstance(value, Tensor) and value.ndim == 0  # one for each: optimizers count in place
         return {name: value.clone() if is_counter else value for name in self._names(parameter)}
 
-    def _join(self, parameter: nn.Parameter, state: dict[str, dict[str, Any]]) -> dict[str, Any]:
-        """Return the state of a parameter from that of its weights."""
+    def _join(self, parameter: nn.Parameter, state: dict[str, dict[str, Any]], places: Places) -> dict[str, Any]:
+        """Return memory for the state of a parameter, to which that of its weights goes."""
         slot = self._slot_of(parameter)
         parts = [state[name] for name in self._names(parameter) if name in state]
         values: dict[str, Any] = dict(parts[0]) if parts else {}
         for key, value in values.items():
-            if not isinstance(value, Tensor):
+            if slot is None or not isinstance(value, Leaf):
+                values[key] = places.new(value)
                 continue
-            if slot is None or value.ndim == 0:
-                values[key] = value.clone()  # the optimizer writes into it
-                continue
-            whole = torch.empty_like(self.posterior.buffer.values[slot])
-            for name, view in self.posterior.buffer.named({slot: whole}).items():
-                view.copy_(state[name][key])
-            values[key] = self._own(slot, whole)
+            values[key], parts = self._own(slot)
+            weights = self.posterior.buffer.named({slot: self.posterior.buffer.values[slot]})
+            for name, spans in parts.items():
+                leaf = state[name][key]
+                if leaf.shape != weights[name].shape:
+                    rule = (
+                        f"{key} of {name} is {tuple(leaf.shape)} in the checkpoint, {tuple(weights[name].shape)} here"
+                    )
+                    remedy = "Make the optimizer that it was trained with"
+                    raise ConfigError(Fault("optimizer", type(self.optimizer).__name__, rule, remedy))
+                for first, view in spans:
+                    places.add(leaf, view, first)
         return values
 
 
@@ -306,9 +325,19 @@ class DividedUpdater(Updater):
     def _slot_of(self, parameter: nn.Parameter) -> str | None:
         return next((name for name, share in self._shares.items() if share is parameter), None)
 
-    def _whole(self, slot: str, value: Tensor) -> Tensor:
-        rows = [self.comm.gather(row, "sample") for row in rows_of({slot: value.contiguous()})]
-        return torch.stack(rows).view_as(self.posterior.buffer.values[slot])
+    def _whole(self, slot: str, value: Tensor) -> Tensor | None:
+        parts = self.comm.gather_trees(value, "sample")
+        return torch.cat(parts, -1) if parts else None
 
-    def _own(self, slot: str, value: Tensor) -> Tensor:
-        return self.reducer.own_share({slot: value})[slot].clone()
+    def _own(self, slot: str) -> tuple[Tensor, dict[str, list[tuple[int, Tensor]]]]:
+        share, whole = torch.empty_like(self._shares[slot].detach()), self.posterior.buffer.values[slot].to("meta")
+        length, mine = whole.shape[-1], self.comm.grid.share(whole.shape[-1], "sample")
+        rows, parts = share.reshape(whole.numel() // length, len(mine)), {}
+        for name, view in self.posterior.buffer.named({slot: whole}).items():
+            begin, end, parts[name] = view.storage_offset(), view.storage_offset() + view.numel(), []
+            for number, row in enumerate(rows):
+                first = number * length + mine.start  # of this row of the share, in the whole slot
+                start, stop = max(begin, first), min(end, first + len(mine))
+                if start < stop:
+                    parts[name].append((start - begin, row[start - first : stop - first]))
+        return share, parts

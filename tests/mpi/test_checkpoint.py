@@ -9,6 +9,7 @@ import torch
 from reference import computed_once
 
 from hpc_bnn import Grid, GridComm
+from hpc_bnn.errors import ConfigError
 from hpc_bnn.run.checkpoint import CheckpointStore
 from hpc_bnn.training.optim import JobOptimizer
 
@@ -98,8 +99,56 @@ def test_the_state_of_this_grid_is_that_of_one_process_and_goes_on_anywhere(comm
             assert_near(value.tolist(), end[name].tolist(), (other, name))
 
 
+@pytest.mark.parametrize(
+    ("family", "kind"), [("low_rank", "divided"), ("ensemble", "flat"), ("ensemble", "per weight")]
+)
+def test_the_whole_state_is_on_the_first_rank_only(comm, monkeypatch, family, kind):
+    """Other ranks receive nothing where it is gathered, and small pieces, across weights and shares, where it comes back."""
+    step, schedule = make_step(kind, comm, family)
+    problem.train(step, schedule)
+    whole, is_first, seen = step.gather_state(), comm.grid.rank == 0, []
+    for name in ("PIECE_BYTES", "LEAST_PIECE_BYTES"):
+        monkeypatch.setattr(f"hpc_bnn.comm.packing.{name}", 200)
+
+    def noted(collective):
+        def call(tensor, *arguments):
+            result = collective(tensor, *arguments)
+            seen.append((tensor if result is None else result).nbytes)
+            return result
+
+        call.__name__ = collective.__name__
+        return call
+
+    for name in ("gather", "all_to_all", "broadcast_"):
+        monkeypatch.setattr(comm.tensors, name, noted(getattr(comm.tensors, name)))
+    state = step.gather_state(to_first=True)
+    if is_first:
+        assert json_of(state) == json_of(whole)
+    else:
+        assert state == {} and sum(seen) == 0
+    assert (max(seen, default=0) > 0) == (is_first and comm.grid.sample_size > 1)
+    seen.clear()
+    other, _ = make_step(kind, comm, family)
+    other.scatter_state(state if is_first else None)
+    assert all(num_bytes <= 200 for num_bytes in seen) and (len(seen) > 9 or comm.grid.world_size == 1)
+    assert json_of(other.gather_state()) == json_of(whole)
+
+
+def test_a_state_of_another_network_is_refused_by_all_and_changes_nothing(comm):
+    state = make_step("flat", comm, "low_rank")[0].gather_state(to_first=True)
+    step, _ = make_step("flat", comm, "mean_field")
+    before = [p.detach().clone() for p in step.posterior.parameters()]
+    with pytest.raises(ConfigError, match="only in the checkpoint or only in the model"):
+        step.scatter_state(state or None)
+    assert all(map(torch.equal, before, step.posterior.parameters()))
+
+
 def resumed(state, kind, comm, family):
     step, schedule = make_step(kind, comm, family)
-    step.load_state_dict({**state, "num_steps": state["place"]["num_steps"]})
+    state = {**state, "num_steps": state["place"]["num_steps"]}
+    if comm.grid.world_size == 1:
+        step.load_state_dict(state)
+    else:
+        step.scatter_state(state if comm.grid.rank == 0 else None)
     schedule.load_state_dict(state["schedule"])
     return step, schedule

@@ -75,7 +75,7 @@ class Watch(TorchDispatchMode):
             self.num_tensors += 1
 
         monkeypatch.setattr(comm, "_counted", tensors)
-        for name in ("gather", "broadcast", "barrier"):
+        for name in ("gather", "gather_first", "broadcast", "barrier"):
 
             def objects(*args, _original=getattr(comm.objects, name), **kwargs):
                 with self.within():
