@@ -13,6 +13,7 @@ import os
 import pickle
 import subprocess
 import sys
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -298,7 +299,8 @@ class Experiment:
         return build_likelihood(config, manifest.num_classes, manifest.arrays["y"].shape, **missing)
 
     def _build_posterior(self) -> Posterior:
-        config, comm = self.config, self.comm
+        config, comm, path = self.config, self.comm, self.config.model.pretrained
+        pretrained = None if path is None else _read_pretrained(path, comm)
 
         def make_module() -> nn.Module:
             network, arguments = import_object("model.name", config.model.name), config.model.arguments
@@ -313,8 +315,9 @@ class Experiment:
             except (TypeError, ValueError, AttributeError) as error:
                 rule = f"{config.model.name} refuses them ({error})"
                 raise ConfigError(Fault("model.arguments", arguments, rule, "Fix the arguments")) from error
-            if config.model.pretrained is not None:
-                _load_pretrained(module, config.model.pretrained)
+            if path is not None:
+                with _refusing_pretrained(path):
+                    module.load_state_dict(pretrained)
             module = checkpoint_layers(module, config.model.checkpoint_layers)
             module = self.likelihood.wrap(module)
             kinds = {(p.device, p.dtype) for p in module.parameters()}
@@ -466,9 +469,26 @@ def check_network(config: Config, former: dict[str, Any], directory: Path, field
         raise ConfigError(*faults)
 
 
-def _load_pretrained(module: nn.Module, path: str) -> None:
+def _read_pretrained(path: str, comm: GridComm) -> Any:
+    """Return the state_dict in a file, which rank 0 reads. Collective over the world."""
+    state = None
+    with comm.agree(f"reading {path}"), _refusing_pretrained(path):
+        if comm.grid.is_first("world"):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    # Modules look at the version that wrote their part
+    metadata = comm.broadcast_object(getattr(state, "_metadata", None))
+    state = comm.broadcast_tree(state)
+    if isinstance(state, dict) and metadata is not None:
+        state = OrderedDict(state)
+        state._metadata = metadata  # pyright: ignore[reportAttributeAccessIssue]
+    return state
+
+
+@contextlib.contextmanager
+def _refusing_pretrained(path: str) -> Iterator[None]:
+    """Raise `ConfigError` where a file holds no weights of a network. Local."""
     try:
-        module.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        yield
     except (OSError, RuntimeError, pickle.UnpicklingError, TypeError, AttributeError) as error:
         rule = f"not a state_dict of this network ({error})"
         raise ConfigError(Fault("model.pretrained", path, rule, "Save net.state_dict()")) from error

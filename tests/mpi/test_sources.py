@@ -3,6 +3,7 @@
 import functools
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -164,6 +165,34 @@ def test_the_clock_of_rank_0_decides_when_a_checkpoint_is_written(comm, world, t
         run.train()
         steps = [note.step for note in run.checkpoints.notes()]
         assert steps == ([6, 1] if late == 0 else [6])
+
+
+@pytest.mark.parametrize("family", ["mean_field", "ensemble"])
+def test_pretrained_weights_are_read_by_rank_0_and_begin_on_all(comm, world, tmp_path, monkeypatch, family):
+    config = config_of("MapStyle", run_dir=world.bcast(str(tmp_path / "run")))
+    config.posterior.family, config.model.pretrained = family, f"{config.run_dir}.pt"
+    net = Net({"words": (2,), "x": (6,)}, 3).double()
+    if world.rank == 0:
+        torch.save(net.state_dict(), config.model.pretrained)
+    world.Barrier()
+    expected, loads, load = world.bcast(net.state_dict()), [], torch.load
+    monkeypatch.setattr(torch, "load", lambda *given, **options: loads.append(given) or load(*given, **options))
+    posterior = Run(config, comm).posterior
+    assert len(loads) == (world.rank == 0)
+    found = posterior.state_dict() if family == "ensemble" else posterior.module.state_dict()
+    starts = [f"members.{sample}." for sample in posterior.samples] if family == "ensemble" else [""]
+    for name, value in expected.items():
+        assert all(torch.equal(found[start + name], value) for start in starts), name
+    if world.rank == 0:
+        torch.save([1], config.model.pretrained)
+    world.Barrier()
+    with pytest.raises(ConfigError, match=r"pretrained .*not a state_dict"):
+        Run(config, comm)
+    if world.rank == 0:
+        Path(config.model.pretrained).write_bytes(b"none")
+    world.Barrier()
+    with pytest.raises(ConfigError, match=r"rank 0 on .*not a state_dict" if world.size > 1 else "not a state_dict"):
+        Run(config, comm)
 
 
 @pytest.mark.parametrize("reading", ["node", "group", "rank"])
