@@ -409,12 +409,18 @@ class _Scores:
         columns = columns | {"loss": loss, "weight": weight}
         self._columns.add(examples, columns if of_examples is None else columns | {"example_weight": of_examples})
 
-    def risk_coverage(self) -> tuple[Tensor, Tensor]:
-        found = self.gathered
-        return risk_coverage(found[self.total_uncertainty], found["loss"], found.get("weight"))
+    def risk_coverage(self, group: Group = ALL) -> tuple[Tensor, Tensor]:
+        rows, found = slice(None) if group.examples is None else group.examples, self.gathered
+        weights = found["weight"][rows] if "weight" in found else None
+        return risk_coverage(found[self.total_uncertainty][rows], found["loss"][rows], weights)
+
+    def aurc_of(self, group: Group) -> dict[str, float]:
+        """Return the "aurc"; nothing of points, nor where no example counts. Local."""
+        coverage, risk = self.risk_coverage(group)
+        return {"aurc": area_under_risk_coverage(coverage, risk)} if len(risk) and group.places is None else {}
 
     def compute(self) -> dict[str, float]:
-        return self.compute_of(self.parts[0]) | {"aurc": area_under_risk_coverage(*self.risk_coverage())}
+        return self.compute_of(self.parts[0]) | self.aurc_of(ALL)
 
     def compute_of(self, metrics: dict[str, Any]) -> dict[str, float]:
         return {name: metric.compute().item() for name, metric in metrics.items()}
@@ -431,7 +437,7 @@ class _Scores:
         found = {}
         for grouping, of_grouping in itertools.groupby(range(1, len(self.groups)), lambda n: self.groups[n].grouping):
             numbers = list(of_grouping)
-            whole = [self.compute_of(self.parts[n]) for n in numbers]
+            whole = [self.compute_of(self.parts[n]) | self.aurc_of(self.groups[n]) for n in numbers]
             channels = [self.by_channel(self.parts[n]) for n in numbers]
             found[grouping] = {
                 "name": [self.groups[n].label for n in numbers],

@@ -169,7 +169,7 @@ def risk_coverage(uncertainty: Tensor, loss: Tensor, weights: Tensor | None = No
     counts = weights > 0
     uncertainty, loss, weights = uncertainty[counts], loss[counts], weights[counts]
     accepted, lost = (column.cumsum(0) for column in _by_value(uncertainty, weights, weights * loss))
-    return accepted / accepted[-1], lost / accepted
+    return accepted / weights.sum(), lost / accepted
 
 
 def area_under_risk_coverage(coverage: Tensor, risk: Tensor) -> float:
