@@ -34,7 +34,9 @@ PriorScale = float | Literal["fan_in"]
 """A number, or fan_in: 1 / sqrt(fan-in) per weight matrix, 1 for vectors (Neal, 1996: a proper limit of infinite width)."""
 Reading = Literal["auto", "node", "group", "rank"]
 Reduction = Literal["axes", "world", "shares", "auto"]
+Scaling = Literal["temperature", "vector"]
 Score = Literal["crps", "energy"]
+SetScore = Literal["threshold", "aps", "raps"]
 """Objectives that score members: they need the implicit likelihood, and pairs of samples."""
 ObjectiveName = Literal["elbo", "log_predictive", "moment_matched", Score]
 ViewKind = Literal["per_sample", "per_group", "shared"]

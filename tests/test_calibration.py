@@ -8,16 +8,18 @@ from fractions import Fraction
 import h5py
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.optimize import minimize_scalar
+from scipy.optimize import minimize, minimize_scalar
+from scipy.special import logsumexp
 
 import hpc_bnn
 from hpc_bnn import Grid, GridComm, ShardDataset, write_shards
 from hpc_bnn.cli.commands import main
 from hpc_bnn.errors import ConfigError, DataError
-from hpc_bnn.likelihoods.mixtures import GaussianMixture
+from hpc_bnn.likelihoods.mixtures import GaussianMixture, StudentTMixture
 from hpc_bnn.predictive import calibration as module
 from hpc_bnn.predictive.calibration import (
     INTERVALS,
@@ -25,8 +27,12 @@ from hpc_bnn.predictive.calibration import (
     Calibration,
     conformal_rank,
     conformal_thresholds,
+    fit_noise_factors,
     fit_temperature,
+    fit_vector,
+    set_scores,
     tempered,
+    vector_scaled,
 )
 from hpc_bnn.predictive.predictive import ClassPredictive, ValuePredictive
 
@@ -99,6 +105,99 @@ def test_tempered_probabilities_are_powers_over_their_sum():
     torch.testing.assert_close(tempered(p, 1.0), p, rtol=1e-12, atol=1e-12)
 
 
+def test_vector_scaling_has_the_least_penalised_negative_log_likelihood():
+    """Also for a class that never occurs, and for probabilities of 0."""
+    log_p, y = classes_of(2.0, 200)
+    log_p[:5, 4] = math.log(np.finfo(float).tiny)
+    y[y == 4] = 0
+
+    def value_and_gradient(vector):
+        at = torch.from_numpy(vector.copy()).requires_grad_()
+        z = log_p * at[:5] + at[5:]
+        value = -z.log_softmax(1)[torch.arange(200), y].sum()
+        value = value + ((at[:5] - 0.5).square().sum() + at[5:].square().sum()) / 2
+        value.backward()
+        return value.item(), at.grad.numpy()
+
+    least = minimize(value_and_gradient, np.repeat([0.5, 0.0], 5), jac=True, method="BFGS", options={"gtol": 1e-9})
+    got = fit_vector(log_p, y, 2.0, ONE)
+    np.testing.assert_allclose(got.flatten(), least.x, atol=1e-6)
+    assert np.abs(value_and_gradient(got.flatten().numpy())[1]).max() < 1e-9
+    p = log_p.exp()
+    expected = p ** got[0] * got[1].exp()
+    torch.testing.assert_close(vector_scaled(p, got), expected / expected.sum(1, keepdim=True), rtol=1e-10, atol=1e-14)
+
+
+def test_a_known_vector_is_found():
+    w, b, rng = (
+        torch.tensor([0.5, 1.0, 2.0]).double(),
+        torch.tensor([-0.5, 0.0, 0.5]).double(),
+        np.random.default_rng(0),
+    )
+    log_p = torch.from_numpy(rng.normal(size=(40_000, 3))).log_softmax(1)
+    sums = (log_p * w + b).softmax(1).cumsum(1).numpy()
+    y = torch.from_numpy((rng.random((len(log_p), 1)) > sums).sum(1))
+    got = fit_vector(log_p, y, fit_temperature(log_p, y, ONE), ONE)
+    torch.testing.assert_close(got[0], w, atol=0.1, rtol=0)  # standard errors: about 0.02
+    torch.testing.assert_close(got[1] - got[1].mean(), b, atol=0.1, rtol=0)
+
+
+def noise_of(kind, factor, rng, missing=0.0):
+    """Return 4 components [4, 3, 150] whose scales are too small by a factor, targets [3, 150], and which are there."""
+    loc = torch.from_numpy(rng.normal(size=(4, 3, 150)))
+    scale = torch.from_numpy(rng.uniform(0.2, 0.6, size=(4, 3, 150)))
+    noise = rng.normal(size=(3, 150)) if kind is GaussianMixture else rng.standard_t(5, size=(3, 150))
+    member = torch.from_numpy(rng.integers(0, 4, (1, 3, 150)))
+    y = loc.gather(0, member)[0] + factor * scale.gather(0, member)[0] * torch.from_numpy(noise)
+    present = torch.from_numpy(rng.random((3, 150)) >= missing)
+    mixture = kind(loc, scale) if kind is GaussianMixture else kind(loc, scale, 5.0)
+    return mixture, torch.where(present, y, math.nan), present
+
+
+@pytest.mark.parametrize("kind", [GaussianMixture, StudentTMixture])
+def test_the_factor_of_the_noise_has_the_greatest_likelihood(kind):
+    rng = np.random.default_rng(1)
+    mixture, y, present = noise_of(kind, 2.5, rng, missing=0.2)
+    got = fit_noise_factors([(mixture, y, present)], 3, ONE)
+    whole = [fit_noise_factors([], 3, ONE)]
+    of = scipy.stats.norm.logpdf if kind is GaussianMixture else (lambda z: scipy.stats.t.logpdf(z, 5))
+    loc, scale = (c.numpy() for c in mixture.components)
+    for t, keep in enumerate(present.numpy()):
+
+        def nll(log_factor, t=t, keep=keep):
+            s = scale[:, t, keep] * math.exp(log_factor)
+            return -logsumexp(of((y[t].numpy()[keep] - loc[:, t, keep]) / s) - np.log(s), axis=0).sum()
+
+        least = minimize_scalar(nll, bounds=(-2, 3), method="bounded", options={"xatol": 1e-9})
+        assert math.log(got[t].item()) == pytest.approx(least.x, abs=1e-6) and 1.8 < got[t] < 3.3
+    assert torch.equal(whole[0], torch.ones(3).double())  # no targets tell nothing
+    parts = [
+        (mixture.map(lambda c, part=part: c[:, :, part]), y[:, part], present[:, part])
+        for part in (slice(40), slice(40, None))
+    ]
+    torch.testing.assert_close(fit_noise_factors(parts, 3, ONE), got, rtol=1e-12, atol=0)
+    s = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    at = torch.where(present, y, 0)
+    logs = mixture.rescaled(s.exp()).log_densities(at)
+    (slope,) = torch.autograd.grad(logs.sum(), s)
+    torch.testing.assert_close(mixture.slopes(at).sum(), slope)
+
+
+@pytest.mark.parametrize("score", ["aps", "raps"])
+def test_adaptive_scores_are_those_of_the_definition(score):
+    """The probability of the classes from the most likely one down to this one, and a penalty of its rank; less 1."""
+    p = torch.from_numpy(np.random.default_rng(0).dirichlet(np.ones(6), 20))
+    p[0] = torch.tensor([0.5, 0.5, 0, 0, 0, 0])  # ties: the lower class is the more likely one
+    got = set_scores(p, score, 0.3, 2)
+    for row, scores in zip(p.tolist(), got.tolist()):
+        order = sorted(range(6), key=lambda c: (-row[c], c))
+        for rank, c in enumerate(order, 1):
+            penalty = 0.3 * max(0, rank - 2) if score == "raps" else 0.0
+            assert scores[c] == pytest.approx(sum(row[d] for d in order[:rank]) + penalty - 1, abs=1e-14)
+    sure = torch.tensor([[1.0, 1e-30, 1e-40]], dtype=torch.float64)
+    assert len(set_scores(sure, "aps").unique()) == 3  # also where a sum of the first is 1
+
+
 # --- the promise ---------------------------------------------------------------------------------------
 
 
@@ -110,14 +209,15 @@ def assert_covers(inside, level, num_examples):
     assert error < 0.01
 
 
-@pytest.mark.parametrize("level", [0.5, 0.9])
-def test_sets_of_overconfident_probabilities_cover_as_often_as_promised(level):
+@pytest.mark.parametrize(("level", "score"), [(0.5, "threshold"), (0.9, "threshold"), (0.8, "aps"), (0.8, "raps")])
+def test_sets_of_overconfident_probabilities_cover_as_often_as_promised(level, score):
     inside = []
     for seed in range(300):
         log_p, y = classes_of(4.0, 120, seed)
         p, n = log_p.exp(), 20
-        scores = 1 - p[torch.arange(n), y[:n]]
-        found = Calibration(SETS, level, n, conformal_thresholds(scores, level, n, ONE), 1.0)
+        scores = set_scores(p, score, 0.1, 1)[torch.arange(n), y[:n]]
+        thresholds = conformal_thresholds(scores, level, n, ONE)
+        found = Calibration(SETS, level, n, thresholds, 1.0, score=score, penalty=0.1, free_rank=1)
         columns = found.columns_of(ClassPredictive(p[n:], p[n:], p[n:, 0]))
         assert columns["in_set"].dtype == torch.int8
         inside.append(columns["in_set"].gather(1, y[n:, None]).double().mean().item())
@@ -241,14 +341,89 @@ def test_a_calibrated_prediction_is_what_the_definition_gives(kind, run, tmp_pat
     assert attributes["calibration_level"] == 0.8 and attributes["calibration_num_examples"] == 59
 
 
+METHODS = ["--scaling", "vector", "--sets", "raps", "--raps_penalty", "0.05", "--raps_rank", "1"]
+
+
+@pytest.mark.parametrize("kind", ["classes", "numbers"])
+def test_the_other_methods_in_predictions_and_in_an_evaluation(kind, run, tmp_path, capsys):
+    """Vector scaling, regularised sets, the noise scale: the metrics are those of what is predicted."""
+    run_dir, options = run(kind), ["--dtype", "float64", "--calibration", "true"]
+    assert main(["calibrate", str(run_dir), "--level", "0.8", *(METHODS if kind == "classes" else [])]) == 0
+    found = json.loads((run_dir / "calibration.json").read_text())
+    before, _ = predicted(run_dir, tmp_path / "before.h5", "--dtype", "float64")
+    new, attributes = predicted(run_dir, tmp_path / "p.h5", *options, "--quantiles", "[0.05, 0.95]")
+    capsys.readouterr()
+    assert main(["evaluate", str(run_dir), *options]) == 0
+    content = json.loads((run_dir / "evaluation.json").read_text())
+    metrics, y = content["metrics"], new["y"]
+    assert content["calibrated"] and "nll" in capsys.readouterr().out
+    if kind == "classes":
+        w, b = np.array(found["vector"])
+        p = before["probabilities"] ** w * np.exp(b)
+        p /= p.sum(1, keepdims=True)
+        np.testing.assert_allclose(new["calibrated_probabilities"], p, rtol=1e-9)
+        scores = set_scores(torch.from_numpy(before["probabilities"]), "raps", 0.05, 1).numpy()
+        assert np.array_equal(new["in_set"], scores <= found["thresholds"]) and attributes["calibration_sets"] == "raps"
+        rows = np.arange(len(y)), y
+        assert metrics["nll"] == pytest.approx(-np.log(p[rows]).mean(), rel=1e-9)
+        assert metrics["set_coverage"] == pytest.approx(new["in_set"][rows].mean(), rel=1e-12)
+        assert metrics["set_size"] == pytest.approx(new["in_set"].sum(1).mean(), rel=1e-12)
+    else:
+        factors = np.array(found["noise_factors"])
+        assert factors.shape == (2,) and np.array_equal(attributes["noise_factors"], factors)
+        variance = factors**2 * before["aleatoric_std"] ** 2 + before["epistemic_std"] ** 2
+        np.testing.assert_allclose(new["calibrated_std"], np.sqrt(variance), rtol=1e-9)
+        low, high = new["calibrated_quantiles"].swapaxes(0, 1)
+        assert metrics["coverage_90"] == pytest.approx(((low <= y) & (y <= high)).mean(), rel=1e-9)
+        assert metrics["width_90"] == pytest.approx((high - low).mean(), rel=1e-6)
+        inside = (new["lower"] <= y) & (y <= new["upper"])
+        assert metrics["interval_coverage"] == pytest.approx(inside.mean(), rel=1e-12)
+        assert metrics["interval_width"] == pytest.approx((new["upper"] - new["lower"]).mean(), rel=1e-9)
+        assert np.array_equal(before["std"], new["std"])
+        plain = json.loads((run_dir / "summary.json").read_text())
+        assert metrics["nll"] < plain["test/nll"]  # a network of four epochs is unsure
+    assert main(["evaluate", str(run_dir), "--dtype", "float64", "--output", str(tmp_path / "plain.json")]) == 0
+    plain = json.loads((tmp_path / "plain.json").read_text())
+    assert not plain["calibrated"] and not {"set_size", "interval_width"} & plain["metrics"].keys()
+    assert plain["metrics"]["nll"] > metrics["nll"]
+
+
+def test_the_density_after_the_calibration_is_that_of_the_rescaled_mixture():
+    """Joint over the targets that are there."""
+    mixture, y, present = noise_of(GaussianMixture, 1.0, np.random.default_rng(0), missing=0.3)
+    mixture, y, present = mixture.map(lambda c: c.movedim(2, 1)), y.T, present.T
+    zeros, factors = torch.zeros_like(y), torch.tensor([0.5, 1.0, 3.0], dtype=torch.float64)
+    found = Calibration(INTERVALS, 0.9, 9, torch.zeros(3), noise_factors=factors)
+    got = found.applied(
+        ValuePredictive(zeros, zeros + 4, zeros + 9, mixture=mixture), torch.where(present, y, 0), present
+    )
+    normal = torch.distributions.Normal(mixture.components[0], mixture.components[1] * factors)
+    expected = torch.where(present, normal.log_prob(torch.where(present, y, 0)), 0).sum(2).logsumexp(0) - math.log(4)
+    torch.testing.assert_close(got.log_prob, expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(got.variance, 4 * factors.square() + 9 + zeros)
+
+
+@pytest.mark.parametrize("kind", ["classes", "numbers"])
+def test_a_calibration_of_the_first_format_is_read(kind, run, tmp_path):
+    run_dir = run(kind)
+    assert main(["calibrate", str(run_dir)]) == 0
+    path = run_dir / "calibration.json"
+    content = json.loads(path.read_text())
+    assert content["format"] == 2
+    former = {name: v for name, v in content.items() if name not in ("vector", "sets", "raps", "noise_factors")}
+    path.write_text(json.dumps(former | {"format": 1}))
+    new, _ = predicted(run_dir, tmp_path / "p.h5", "--calibration", "true")
+    assert ("in_set" in new) == (kind == "classes") and "calibrated_std" not in new
+
+
 @pytest.mark.parametrize("kind", ["classes", "numbers"])
 def test_a_loaded_run_applies_its_calibration(kind, run, shards, tmp_path):
     run_dir = run(kind)
-    assert main(["calibrate", str(run_dir), "--which", "best"]) == 0
+    assert main(["calibrate", str(run_dir), "--which", "best", *(METHODS if kind == "classes" else [])]) == 0
     x = h5py.File(next((shards / kind).glob("*test*.h5")))["x"][()]
     got = hpc_bnn.load(run_dir).predict(x, calibrated=True)
     expected, _ = predicted(run_dir, tmp_path / "p.h5", "--which", "best", "--calibration", "true", "--quantiles", "[]")
-    names = {"classes": ["calibrated_probabilities", "in_set"], "numbers": ["lower", "upper"]}[kind]
+    names = {"classes": ["calibrated_probabilities", "in_set"], "numbers": ["lower", "upper", "calibrated_std"]}[kind]
     for name in names:
         np.testing.assert_allclose(got[name], expected[name], rtol=1e-5)
     assert not set(names) & hpc_bnn.load(run_dir).predict(x).keys()
@@ -280,6 +455,7 @@ def test_too_few_examples_hold_everything_and_it_is_said(kind, run, tmp_path, ca
         (["--split", "validation", "--data.validation_split", "null"], "--split validation: it judged"),
         (["--split", "nowhere"], "--split nowhere: the data have the splits train, validation"),
         (["--level", "1"], "--level 1.0: must be above 0 and below 1"),
+        (["--sets", "raps", "--raps_penalty", "-1"], "--raps_penalty -1.0: must be 0 or more"),
     ],
     ids=" ".join,
 )
@@ -287,6 +463,15 @@ def test_what_cannot_calibrate_is_refused(words, said, run, capsys):
     run_dir = run()
     assert main(["calibrate", str(run_dir), *words]) == 2
     assert said in capsys.readouterr().err and not (run_dir / "calibration.json").exists()
+
+
+def test_methods_of_classes_are_refused_for_numbers(runs, run, capsys, monkeypatch):
+    for words in (["--scaling", "vector"], ["--sets", "aps"]):
+        assert main(["calibrate", str(runs["numbers"]), *words]) == 2
+        assert f"{' '.join(words)}: it is for classes, and the targets are numbers" in capsys.readouterr().err
+    monkeypatch.setattr(module, "MAX_VECTOR_CLASSES", 2)
+    assert main(["calibrate", str(run()), "--scaling", "vector"]) == 2
+    assert "--scaling vector: it takes at most 2 classes, and there are 3. Use temperature" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("options", [("--data.validation_split", "null"), ("--checkpoint.metric", "test/nll")])
@@ -345,7 +530,13 @@ def test_a_calibration_that_is_not_there_is_said(run, tmp_path, capsys):
         "not JSON",
         "[]",
         "[" * 100_000,
-        {"format": 2},
+        {"format": 3},
+        {"vector": [[1.0, 1.0]]},
+        {"vector": [[1.0, 1.0, math.nan], [0.0, 0.0, 0.0]]},
+        {"sets": "all"},
+        {"raps": [-1.0, 0]},
+        {"noise_factors": [1.0, 1.0]},
+        {"noise_factors": ...},
         {"method": INTERVALS},
         {"level": 1.5},
         {"level": "high"},

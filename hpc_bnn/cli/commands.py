@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import jsonargparse
 
 from .. import __version__, comm
-from ..config import Backend, Config, config_of_run
+from ..config import Backend, Config, Scaling, SetScore, config_of_run
 from ..errors import ConfigError, DataError, Fault, HpcBnnError, check_all
 from ..grid import Grid, check, grids, sample_sizes
 from ..safe_files import check_can_write, write_atomically
@@ -264,9 +264,10 @@ def _open_run(options: jsonargparse.Namespace, given: set[str]) -> Experiment:
 
 def _evaluate(options: jsonargparse.Namespace, given: set[str]) -> int:
     from ..predictive import REFERENCES, out_of_distribution_metrics, parse_regions
-    from ..run import read_or_prepare
+    from ..run import read_calibration, read_or_prepare
 
     experiment, ood = _open_run(options, given), {}
+    calibration = read_calibration(experiment, experiment.config.num_test_samples) if options.calibration else None
     path = Path(options.output or experiment.run_dir / "evaluation.json")
     with experiment.comm.agree(f"writing {path}"):
         if experiment.is_writer:
@@ -280,16 +281,18 @@ def _evaluate(options: jsonargparse.Namespace, given: set[str]) -> int:
                 raise ConfigError(Fault("--references", name, f"must be one of {', '.join(REFERENCES)}", "Choose one"))
     with experiment.watch:
         dataset = experiment.open(experiment.config.data.test_split)
-        tested = experiment.evaluate(dataset, by, regions, references)
+        tested = experiment.evaluate(dataset, by, regions, references, calibration)
         posterior = experiment.check_up(dataset)
         if options.ood_shards is not None:
-            foreign = experiment.uncertainties(experiment.open(options.ood_split, options.ood_shards))
+            foreign = experiment.uncertainties(experiment.open(options.ood_split, options.ood_shards), calibration)
             ood = out_of_distribution_metrics(tested.evaluation.uncertainties, foreign)
     with experiment.comm.agree(f"writing {path}"):
         if experiment.is_writer:
             print("\n".join(f"{name} {value:.6g}" for name, value in (tested.evaluation.metrics | ood).items()))
             foreign = f"{options.ood_shards}, {options.ood_split}" if ood else None
-            experiment.write_evaluation(path, tested, experiment.num_steps, options.which, ood, foreign, posterior)
+            experiment.write_evaluation(
+                path, tested, experiment.num_steps, options.which, ood, foreign, posterior, options.calibration
+            )
             print(path)
     return 0
 
@@ -298,11 +301,22 @@ def _calibrate(options: jsonargparse.Namespace, given: set[str]) -> int:
     from ..run import calibrate_run
 
     experiment = _open_run(options, given)
-    found = calibrate_run(experiment, options.split, level=options.level, half=options.half, which=options.which)
+    found = calibrate_run(
+        experiment,
+        options.split,
+        level=options.level,
+        scaling=options.scaling,
+        sets=options.sets,
+        raps=(options.raps_penalty, options.raps_rank),
+        half=options.half,
+        which=options.which,
+    )
     if experiment.is_writer:
         print(f"{found.method}: level {found.level:g}, {found.num_examples} examples")
         if found.temperature is not None:
             print(f"temperature {found.temperature:.4g}")
+        if found.noise_factors is not None:
+            print("noise scale times", " ".join(f"{factor:.4g}" for factor in found.noise_factors.tolist()))
         print(experiment.run_dir / "calibration.json")
     return 0
 
@@ -460,11 +474,22 @@ _EVALUATE = {
         str, "Metrics of boxes and masks: 'alps=44,48,5,16; land=MASK.npy' (south, north, west, east).", default=""
     ),
     "--references": _argument(str, "Forecasts that skill is measured against: persistence,climatology.", default=""),
+    "--calibration": _argument(bool, "Evaluate what hpc-bnn calibrate makes of the predictions.", default=False),
     "--output": _argument(str | None, "JSON file to write (default: evaluation.json with the run)."),
 }
 _CALIBRATE = {
     "--split": _argument(str, "Split that is new to the run (default: calibration).", default="calibration"),
     "--level": _argument(float, "Probability that a set or interval holds the target.", default=0.9),
+    "--scaling": _argument(
+        Scaling,
+        "Probabilities of classes: one temperature, or a factor and a summand of each class.",
+        default="temperature",
+    ),
+    "--sets": _argument(
+        SetScore, "Sets of classes: the smallest ones, or ones that adapt to the example.", default="threshold"
+    ),
+    "--raps_penalty": _argument(float, "Of --sets raps: penalty of each rank.", default=0.01),
+    "--raps_rank": _argument(int, "Of --sets raps: ranks that are free.", default=5),
     "--half": _argument(bool, "Use half of the split; so it may be one that judged checkpoints.", default=False),
 }
 _PREDICT = {

@@ -370,6 +370,8 @@ _TAKEN = set(
         "in_set",
         "lower",
         "upper",
+        "calibrated_std",
+        "calibrated_quantiles",
     ]
 )
 

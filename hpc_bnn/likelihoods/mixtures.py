@@ -27,7 +27,11 @@ class Mixture:
 
     def rows(self, start: int, stop: int) -> Mixture:
         """Return the mixture of some examples."""
-        return self._of(*(component[:, start:stop] for component in self.components))
+        return self.map(lambda component: component[:, start:stop])
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Mixture:
+        """Return the mixture whose components are what a function makes of these."""
+        return self._of(*map(function, self.components))
 
     def in_units(self, mean: Tensor, std: Tensor) -> Mixture:
         """Return the mixture of ``std * y + mean``, where they broadcast to [n, targets, ...]."""
@@ -128,6 +132,21 @@ class GaussianMixture(Mixture):
         loc, scale = self.components
         return self._standard_cdf((z - loc) / scale).mean(0)
 
+    def rescaled(self, factor: Tensor) -> Mixture:
+        """Return the mixture with the scales of the components times a factor, which broadcasts to [n, targets, ...]."""
+        loc, scale = self.components
+        return self._of(loc, scale * factor)
+
+    def log_densities(self, y: Tensor) -> Tensor:
+        """Return the log density of each component at y, [K, n, targets, ...]."""
+        loc, scale = self.components
+        return self._standard_log_density((y - loc) / scale) - scale.log()
+
+    def slopes(self, y: Tensor) -> Tensor:
+        """Return the derivatives of `log_densities` by the logarithm of the factor of `rescaled`, [K, n, targets, ...]."""
+        loc, scale = self.components
+        return self._pull(((y - loc) / scale).square()) - 1
+
     def _quantile(self, level: float) -> Tensor:
         loc, scale = self.components
         of_components = loc + scale * self._standard_quantile(level)
@@ -136,6 +155,13 @@ class GaussianMixture(Mixture):
 
     def _standard_cdf(self, z: Tensor) -> Tensor:
         return torch.special.ndtr(z)
+
+    def _standard_log_density(self, z: Tensor) -> Tensor:
+        return -0.5 * (z.square() + math.log(2 * math.pi))
+
+    def _pull(self, square: Tensor) -> Tensor:
+        """Return minus z times the derivative of the standard log density, at the square of z."""
+        return square
 
     def _standard_quantile(self, level: float) -> float:
         return torch.special.ndtri(torch.tensor(level, dtype=torch.float64)).item()
@@ -176,6 +202,12 @@ class StudentTMixture(GaussianMixture):
         from scipy.special import stdtr  # torch has no incomplete beta function
 
         return torch.from_numpy(stdtr(self.df, z.cpu().numpy())).to(z)
+
+    def _standard_log_density(self, z: Tensor) -> Tensor:
+        return student_t_log_norm(self.df) - (self.df + 1) / 2 * torch.log1p(z.square() / self.df)
+
+    def _pull(self, square: Tensor) -> Tensor:
+        return (self.df + 1) * square / (self.df + square)
 
     def _standard_quantile(self, level: float) -> float:
         from scipy.special import stdtrit

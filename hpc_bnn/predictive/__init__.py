@@ -1,6 +1,15 @@
 """The predictive of the whole ensemble, and its metrics."""
 
-from .calibration import INTERVALS, SETS, TEMPERATURES, Calibration, calibrate_dataset, log_of
+from .calibration import (
+    INTERVALS,
+    NOISE_FACTORS,
+    SETS,
+    TEMPERATURES,
+    Calibration,
+    calibrate_dataset,
+    check_methods,
+    log_of,
+)
 from .checked_weights import check_up, mean_network
 from .evaluation import (
     Block,
@@ -25,7 +34,7 @@ from .predictive import (
 )
 
 __all__ = [
-    "INTERVALS", "REFERENCES", "SETS", "TEMPERATURES", "Block", "Calibration", "ClassPredictive", "Evaluation", "Group", "Predictive", "ValuePredictive", "block_size", "calibrate_dataset",
-    "check_up", "evaluate_dataset", "find_groups", "is_of_classes", "log_of", "mean_network", "member_outputs", "metrics_to_minimise", "out_of_distribution_metrics", "parse_regions", "predict_classes", "predict_dataset", "predict_values",
+    "INTERVALS", "NOISE_FACTORS", "REFERENCES", "SETS", "TEMPERATURES", "Block", "Calibration", "ClassPredictive", "Evaluation", "Group", "Predictive", "ValuePredictive", "block_size", "calibrate_dataset",
+    "check_methods", "check_up", "evaluate_dataset", "find_groups", "is_of_classes", "log_of", "mean_network", "member_outputs", "metrics_to_minimise", "out_of_distribution_metrics", "parse_regions", "predict_classes", "predict_dataset", "predict_values",
     "score_dataset", "uncertainties_of_dataset",
 ]  # fmt: skip

@@ -1,25 +1,38 @@
-"""Calibration after training: temperature, and sets and intervals with a guarantee, from examples that the training never saw."""
+"""Calibration after training, from examples that the training never saw: probabilities, noise, sets and intervals."""
 
 from __future__ import annotations
 
+import itertools
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from ..comm import GridComm
+from ..config import Scaling, SetScore
 from ..data import Source
-from ..errors import ConfigError, DataError, Fault, above_and_below
+from ..errors import ConfigError, DataError, Fault, above_and_below, at_least
 from ..likelihoods import Likelihood
+from ..likelihoods.mixtures import GaussianMixture, Mixture
 from ..posteriors import Posterior
 from .evaluation import See, predict_dataset
 from .predictive import ClassPredictive, Predictive, examples_of, is_of_classes
 
 TEMPERATURES = 0.05, 20.0
 """Least and greatest temperature."""
+
+NOISE_FACTORS = 0.05, 20.0
+"""Least and greatest factor of the noise scale."""
+
+NOISE_NUMBERS = 2**24
+"""Components of targets by which the noise scale is refitted, in the whole job: 256 MiB. Of more, a part of the targets."""
+
+MAX_VECTOR_CLASSES = 1000
+"""Classes of vector scaling, whose Newton steps sum the square of twice as many numbers."""
 
 GATHERED_NUMBERS = 2**22
 """Scores that are gathered at once: 32 MiB on each rank."""
@@ -51,6 +64,15 @@ class Calibration:
     """
     temperature: float | None = None
     """Of the class probabilities; None for numbers."""
+    vector: Tensor | None = None
+    """[2, C] factors and summands of the logarithms of the class probabilities, where vector scaling was asked for."""
+    score: SetScore = "threshold"
+    """What the sets of classes are made by: see `set_scores`."""
+    penalty: float = 0.0
+    """Of each rank above ``free_rank``, for the score "raps"."""
+    free_rank: int = 0
+    noise_factors: Tensor | None = None
+    """[T] factors of the standard deviation that the likelihood states, of each channel; None where it states no scale."""
 
     @property
     def holds_everything(self) -> bool:
@@ -60,16 +82,43 @@ class Calibration:
     def columns_of(self, predictive: Predictive) -> dict[str, Tensor]:
         """Return what the calibration says of examples. Local.
 
-        Classes: ``calibrated_probabilities`` [B, C], `tempered`, and ``in_set`` [B, C] (int8), 1 for a class in the set.
-        Numbers: ``lower``, ``upper`` [B, T, ...], ends of the interval in units of y; it is empty where lower is above upper.
+        Classes: ``calibrated_probabilities`` [B, C] of `applied`, and ``in_set`` [B, C] (int8), 1 for a class in the set.
+        Numbers: ``lower``, ``upper`` [B, T, ...], ends of the interval in units of y; it is empty where lower is above upper;
+        with ``noise_factors`` also ``calibrated_std`` of `applied`.
+        """
+        after = self.applied(predictive)
+        if isinstance(predictive, ClassPredictive):
+            scores = set_scores(predictive.probabilities, self.score, self.penalty, self.free_rank)
+            in_set = scores <= self.thresholds.to(scores)
+            return {"calibrated_probabilities": after.probabilities, "in_set": in_set.to(torch.int8)}
+        (low, high), limits = ends_of(predictive, self.level), self.thresholds.to(predictive.mean)
+        columns = {"lower": low - limits, "upper": high + limits}
+        return columns if self.noise_factors is None else columns | {"calibrated_std": after.variance.sqrt()}
+
+    def applied(self, predictive: Any, y: Tensor | None = None, present: Tensor | None = None) -> Any:
+        """Return a predictive of examples after the calibration. Local.
+
+        Classes get probabilities of the temperature, or of vector scaling; the mutual information stays. For numbers the
+        aleatoric standard deviation is multiplied by the ``noise_factors``, in the moments, the mixture, and the log density of
+        y [B, T, ...] (units of y), where y is given; ``present`` [B, T, ...] says which targets are not missing.
         """
         if isinstance(predictive, ClassPredictive):
             p, temperature = predictive.probabilities, self.temperature
             assert temperature is not None, "classes have one"
-            in_set = 1 - p <= self.thresholds.to(p)
-            return {"calibrated_probabilities": tempered(p, temperature), "in_set": in_set.to(torch.int8)}
-        (low, high), limits = ends_of(predictive, self.level), self.thresholds.to(predictive.mean)
-        return {"lower": low - limits, "upper": high + limits}
+            p = tempered(p, temperature) if self.vector is None else vector_scaled(p, self.vector.to(p))
+            aleatoric = torch.special.entr(p).sum(1) - predictive.mutual_information
+            return replace(predictive, probabilities=p, expected_entropy=aleatoric)
+        if self.noise_factors is None:
+            return predictive
+        factors = self.noise_factors.to(predictive.mean).view(-1, *(1,) * (predictive.mean.ndim - 2))
+        mixture = predictive.mixture and predictive.mixture.rescaled(factors)
+        log_prob = None
+        if mixture is not None and y is not None:
+            of_targets = mixture.log_densities(y)
+            of_targets = of_targets if present is None else torch.where(present, of_targets, 0)
+            log_prob = of_targets.flatten(2).sum(2).logsumexp(0) - math.log(mixture.num_components)
+        variance = predictive.aleatoric_variance * factors.square()
+        return replace(predictive, aleatoric_variance=variance, mixture=mixture, log_prob=log_prob)
 
 
 def ends_of(predictive: Any, level: float) -> tuple[Tensor, Tensor]:
@@ -80,6 +129,30 @@ def ends_of(predictive: Any, level: float) -> tuple[Tensor, Tensor]:
 def tempered(probabilities: Tensor, temperature: float) -> Tensor:
     """Return class probabilities [B, C], ``p^(1/T)`` over their sum: flatter for T above 1 (Guo et al., 2017). Local."""
     return (log_of(probabilities) / temperature).softmax(1)
+
+
+def vector_scaled(probabilities: Tensor, vector: Tensor) -> Tensor:
+    """Return class probabilities [B, C], ``p^w e^b`` over their sum with w, b = ``vector`` [2, C] (Guo et al., 2017). Local."""
+    return (log_of(probabilities) * vector[0] + vector[1]).softmax(1)
+
+
+def set_scores(p: Tensor, score: SetScore, penalty: float = 0.0, free_rank: int = 0) -> Tensor:
+    """Return the conformal score of each class [B, C]: a set holds those of the least scores. Local.
+
+    "threshold": ``1 - p`` (Sadinle, Lei, Wasserman, Least Ambiguous Set-Valued Classifiers, JASA 2019). "aps": minus the
+    probability of the classes that are less likely, which orders as the probability down to the class does (Romano, Sesia, Candès,
+    Classification with Valid and Adaptive Coverage, NeurIPS 2020), without randomisation. "raps": with ``penalty`` for each
+    rank above ``free_rank`` (Angelopoulos, Bates, Malik, Jordan, Uncertainty Sets for Image Classifiers, ICLR 2021). Of equal
+    probabilities that of the lower class is the more likely one.
+    """
+    if score == "threshold":
+        return 1 - p
+    ordered, order = p.sort(dim=1, descending=True, stable=True)
+    after = ordered.flip(1).cumsum(1).flip(1)[:, 1:]  # summed from the least on: no digits are lost
+    of_rank = -torch.nn.functional.pad(after, (0, 1))
+    if score == "raps":
+        of_rank = of_rank + penalty * (torch.arange(1, p.shape[1] + 1).to(p) - free_rank).clamp_min(0)
+    return torch.empty_like(p).scatter_(1, order, of_rank)
 
 
 def log_of(probabilities: Tensor) -> Tensor:
@@ -112,6 +185,91 @@ def fit_temperature(log_p: Tensor, y: Tensor, comm: GridComm) -> float:
         comm.sum_(slope)
         low, high = (low, middle) if slope.item() > 0 else (middle, high)
     return math.exp(-(low + high) / 2)
+
+
+def fit_vector(log_p: Tensor, y: Tensor, temperature: float, comm: GridComm) -> Tensor:
+    """Return the factors and summands [2, C] of vector scaling, on the CPU.
+
+    Collective over the world: in each of about ten rounds a sum of (2 C + 1)^2 numbers, and a broadcast of 2 C.
+
+    Guo et al. (2017), of the mean probabilities over the samples: they minimise the negative log-likelihood of all examples (nats),
+    and half the squared distance from those of the ``temperature``, 1/T and 0. This is a standard normal prior; it keeps
+    them finite for a class that never occurs, and next to the temperature where the examples are few. Newton's method, whose
+    steps are halved until the sum decreases; world rank 0 decides, so that all ranks take the same one.
+
+    Parameters
+    ----------
+    log_p, y : Tensor
+        As for `fit_temperature`.
+    """
+    num_classes = log_p.shape[1]
+    middle = torch.cat([log_p.new_full((num_classes,), 1 / temperature), log_p.new_zeros(num_classes)])
+    truth = torch.nn.functional.one_hot(y.long(), num_classes).to(log_p)
+    at, step, least, goes_on = middle, torch.zeros_like(middle), math.inf, log_p.new_ones(1)
+    trial = at.clone()
+    while goes_on.item():
+        log_q = (log_p * trial[:num_classes] + trial[num_classes:]).log_softmax(1)
+        q = log_q.exp()
+        gradient = torch.cat([((q - truth) * log_p).sum(0), (q - truth).sum(0)])
+        products = torch.cat([q * log_p, q], dim=1)
+        curvature = -(products.T @ products).view(2, num_classes, 2, num_classes)
+        powers = (q * log_p.square()).sum(0), (q * log_p).sum(0), q.sum(0)
+        for row, column in itertools.product(range(2), range(2)):
+            curvature[row, :, column].diagonal().add_(powers[row + column])
+        sums = torch.cat([-(truth * log_q).sum().view(1), gradient, curvature.flatten()])
+        comm.sum_(sums)
+        value, gradient, curvature = sums.split([1, 2 * num_classes, 4 * num_classes**2])
+        value = value.item() + (trial - middle).square().sum().item() / 2
+        if value <= least + 1e-13 * abs(value):  # rounding is no increase
+            at, least = trial, value
+            curvature = curvature.view(2 * num_classes, -1) + torch.eye(2 * num_classes).to(trial)
+            step = -torch.linalg.solve(curvature, gradient + trial - middle)
+        else:
+            step = step / 2
+        trial = at + step
+        # Convergence is quadratic: after a step of 1e-8 the error is that of rounding
+        goes_on.fill_((step.abs() > 1e-8 * (1 + at.abs())).any())
+        comm.broadcast_([trial, goes_on])
+    return trial.view(2, num_classes).cpu()
+
+
+def fit_noise_factors(parts: Sequence[tuple[Any, Tensor, Tensor]], num_targets: int, comm: GridComm) -> Tensor:
+    """Return the factors [T] of the scales with the greatest likelihood, on the CPU.
+
+    Collective over the world: one sum of 26 T numbers, 50 of T. The likelihood is that of each target by itself, of its mixture
+    over the samples whose scales are multiplied by the factor of its channel. The greatest of 25 values tells where to look;
+    there the slope is halved in on (in the logarithm of the factor).
+
+    Parameters
+    ----------
+    parts : sequence of (GaussianMixture, Tensor, Tensor)
+        Components [K, T, m] of m targets of each channel that no other rank has, the targets [T, m], and whether each is there.
+    """
+
+    def sums(log_factor: Tensor) -> tuple[Tensor, Tensor]:
+        """Return log-likelihood and slope [T]."""
+        value, slope = log_factor.new_zeros(2, num_targets)
+        for mixture, y, present in parts:
+            rescaled = mixture.rescaled(log_factor.exp().expand(num_targets)[:, None])
+            of_components = rescaled.log_densities(y)
+            of_targets = (of_components.softmax(0) * rescaled.slopes(y)).sum(0)
+            value += torch.where(present, of_components.logsumexp(0), 0).sum(1)
+            slope += torch.where(present, of_targets, 0).sum(1)
+        return value, slope
+
+    ends = [math.log(factor) for factor in NOISE_FACTORS]
+    nodes = torch.linspace(ends[0], ends[1], 25, dtype=torch.float64, device=comm.device)
+    count = sum((present.double().sum(1) for _, _, present in parts), nodes.new_zeros(num_targets))
+    found = torch.stack([*(sums(node)[0] for node in nodes), count])
+    comm.sum_(found)
+    best = found[:-1].argmax(0)
+    low, high = nodes[(best - 1).clamp_min(0)], nodes[(best + 1).clamp_max(len(nodes) - 1)]
+    for _ in range(50):  # the same on all ranks: none waits for another
+        middle = (low + high) / 2
+        slope = sums(middle)[1]
+        comm.sum_(slope)
+        low, high = torch.where(slope > 0, middle, low), torch.where(slope > 0, high, middle)
+    return torch.where(found[-1] > 0, ((low + high) / 2).exp(), 1).cpu()
 
 
 def conformal_rank(num_examples: int, level: float) -> int:
@@ -152,6 +310,10 @@ def calibrate_dataset(
     dataset: Source,
     *,
     level: float,
+    scaling: Scaling = "temperature",
+    score: SetScore = "threshold",
+    penalty: float = 0.01,
+    free_rank: int = 5,
     examples: Tensor | None = None,
     see: See | None = None,
     **options: Any,
@@ -160,11 +322,11 @@ def calibrate_dataset(
 
     Collective over the world. The ranks of a sample group divide the work on the scores of a block. A missing target has no score.
 
-    Classes have the score ``1 - p_y`` of the mean probabilities (Sadinle, Lei, Wasserman, Least Ambiguous Set-Valued
-    Classifiers, JASA 2019): their set holds each class with ``1 - p <= threshold``. The probabilities are not tempered there,
-    because the temperature is found by the same examples, and the scores must not depend on them. Numbers have, for each target,
-    the score ``max(low - y, y - high)`` of the central interval of the mixture; the interval is widened by the threshold at
-    both ends, or narrowed (Romano, Patterson, Candès, Conformalized Quantile Regression, NeurIPS 2019).
+    Classes have a score of `set_scores`, of the mean probabilities: their set holds each class whose score is at most the
+    threshold. The probabilities are not tempered there, because the temperature is found by the same examples, and the scores must
+    not depend on them. Numbers have, for each target, the score ``max(low - y, y - high)`` of the central interval of the mixture;
+    the interval is widened by the threshold at both ends, or narrowed (Romano, Patterson, Candès, Conformalized Quantile
+    Regression, NeurIPS 2019). Likelihoods with a scale also have `fit_noise_factors`.
 
     Parameters
     ----------
@@ -172,6 +334,8 @@ def calibrate_dataset(
         The data set.
     level : float
         Above 0 and below 1.
+    scaling, score, penalty, free_rank
+        Of classes: `fit_temperature` alone or `fit_vector`, too; and `set_scores`.
     examples : Tensor, optional
         Which of its examples, in their order; all by default.
     see : callable, optional
@@ -182,7 +346,8 @@ def calibrate_dataset(
     Raises
     ------
     ConfigError
-        The level is none, or the predictive has neither one class per example nor quantiles.
+        The level is none, or the predictive has neither one class per example nor quantiles, or what is asked for is none or does
+        not fit the targets.
     DataError
         On all ranks: a target lies outside the support of the likelihood or is missing in all examples, or the network predicts
         what is no number.
@@ -192,7 +357,16 @@ def calibrate_dataset(
     if places if of_classes else not likelihood.has_mixture:
         rule = "calibration needs one class per example, or numbers with quantiles"
         raise ConfigError(Fault("likelihood.name", type(likelihood).__name__, rule, "Use another likelihood"))
+    check_methods(likelihood, scaling, score, penalty, free_rank)
     fault: DataError | None = None
+    noise: list[tuple[Any, Tensor, Tensor]] = []
+    num_components = (
+        len(dataset if examples is None else examples)
+        * likelihood.num_targets
+        * math.prod(places)
+        * options["num_samples"]
+    )
+    stride = -(-num_components // NOISE_NUMBERS)
     scores = [torch.zeros(0, *(() if of_classes else (likelihood.num_targets, *places)), dtype=torch.float64)]
     logs = [torch.zeros(0, likelihood.num_classes or 0, dtype=torch.float64, device=comm.device)]
     classes = [torch.zeros(0, dtype=torch.int64, device=comm.device)]
@@ -210,24 +384,64 @@ def calibrate_dataset(
         if isinstance(part, ClassPredictive):
             rows = slice(None) if present is None else present
             p, y = part.probabilities[rows], y.long()[rows]
-            score = 1 - p.gather(1, y[:, None])[:, 0]
+            values = set_scores(p, score, penalty, free_rank).gather(1, y[:, None])[:, 0]
             logs.append(log_of(p))
             classes.append(y)
         else:
             low, high = ends_of(part, level)
-            score = torch.maximum(low - y, y - high)
-        if not (score if isinstance(part, ClassPredictive) or present is None else score[present]).isfinite().all():
+            values = torch.maximum(low - y, y - high)
+            if isinstance(part.mixture, GaussianMixture):
+                there = torch.ones_like(y, dtype=torch.bool) if present is None else present
+                noise.append(_thinned(part.mixture, y, there, block.examples[mine.start : mine.stop], stride))
+        if not (values if isinstance(part, ClassPredictive) or present is None else values[present]).isfinite().all():
             fault = DataError("the network predicts what is no finite number. Look at its training")
-        scores.append(score.double().cpu())
+        scores.append(values.double().cpu())
     with comm.agree("calibrating"):
         if fault is not None:
             raise fault
     of_all = torch.cat(scores)
-    counts = (~of_all.isnan()).sum(0).double().view(-1).to(comm.device)
+    counts = torch.cat([(~of_all.isnan()).sum(0).double().view(-1), torch.tensor([float(len(noise))])]).to(comm.device)
     comm.sum_(counts)
-    num_examples = int(counts.min())
+    num_examples, has_noise = int(counts[:-1].min()), bool(counts[-1] > 0)
     if num_examples == 0:
         raise DataError("a target is missing in all examples of the calibration. Use others")
-    thresholds = conformal_thresholds(of_all, level, num_examples, comm)
-    temperature = fit_temperature(torch.cat(logs), torch.cat(classes), comm) if of_classes else None
-    return Calibration(SETS if of_classes else INTERVALS, level, num_examples, thresholds, temperature)
+    found = Calibration(
+        SETS if of_classes else INTERVALS, level, num_examples, conformal_thresholds(of_all, level, num_examples, comm)
+    )
+    if of_classes:
+        log_p, y = torch.cat(logs), torch.cat(classes)
+        temperature = fit_temperature(log_p, y, comm)
+        vector = fit_vector(log_p, y, temperature, comm) if scaling == "vector" else None
+        found = replace(found, temperature=temperature, vector=vector, score=score)
+        return replace(found, penalty=penalty, free_rank=free_rank) if score == "raps" else found
+    return replace(found, noise_factors=fit_noise_factors(noise, likelihood.num_targets, comm) if has_noise else None)
+
+
+def _thinned(
+    mixture: Mixture, y: Tensor, present: Tensor, examples: Tensor, stride: int
+) -> tuple[Mixture, Tensor, Tensor]:
+    """Return [K, T, m], [T, m] and [T, m] of [K, b, T, ...] and [b, T, ...]: every ``stride``-th of the places of all examples.
+
+    Local. ``examples`` [b] are global indices, so that every grid takes the same ones.
+    """
+    places = torch.arange(y[0, 0].numel())
+    kept = ((places + examples[:, None]) % stride == 0).to(y.device)
+
+    def thin(values: Tensor) -> Tensor:
+        return values.reshape(*values.shape[:3], -1).transpose(1, 2)[:, :, kept]
+
+    return mixture.map(thin), thin(y[None])[0], thin(present[None])[0]
+
+
+def check_methods(likelihood: Likelihood, scaling: str, score: str, penalty: float, free_rank: int) -> None:
+    """Raise `ConfigError` where a method of classes is none, or does not fit the targets. Local."""
+    for flag, value, words in (("--scaling", scaling, get_args(Scaling)), ("--sets", score, get_args(SetScore))):
+        if value not in words:
+            raise ConfigError(Fault(flag, value, f"must be one of {', '.join(words)}", "Choose one"))
+        if value != words[0] and not is_of_classes(likelihood):
+            raise ConfigError(Fault(flag, value, "it is for classes, and the targets are numbers", "Leave it out"))
+    if scaling == "vector" and is_of_classes(likelihood) and likelihood.num_classes > MAX_VECTOR_CLASSES:
+        rule = f"it takes at most {MAX_VECTOR_CLASSES} classes, and there are {likelihood.num_classes}"
+        raise ConfigError(Fault("--scaling", scaling, rule, "Use temperature"))
+    at_least(0, "Try 0.01").check("--raps_penalty", penalty)
+    at_least(0, "Try 5").check("--raps_rank", free_rank)

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -40,6 +40,9 @@ from .predictive import (
     predict_classes,
     predict_values,
 )
+
+if TYPE_CHECKING:
+    from .calibration import Calibration
 
 BLOCK_BYTES = 128 * 2**20
 """Bytes of inputs, and of outputs of all samples, that a rank processes at once."""
@@ -147,6 +150,7 @@ def evaluate_dataset(
     groups: Sequence[Group] = (),
     references: Sequence[str] = (),
     train_set: Source | None = None,
+    calibration: Calibration | None = None,
     **options: Any,
 ) -> Evaluation:
     """Evaluate a data set: each data group takes its range of the examples, each sample group takes all samples.
@@ -170,6 +174,8 @@ def evaluate_dataset(
     references : sequence of {"persistence", "climatology"}
         Forecasts of numbers to compare with: their RMSE, CRPS, and the skill ``1 - ours / theirs``. The CRPS of persistence, which
         knows no doubt, is its absolute error. The climatology is the normal distribution of each target in ``train_set``.
+    calibration : Calibration, optional
+        Evaluate the predictive after it (`Calibration.applied`), and the coverage and size of its sets or intervals.
     **options
         ``num_samples``, ``seed``, ``batch_size`` and ``chunk_size`` of `predict_classes`.
     """
@@ -179,7 +185,7 @@ def evaluate_dataset(
         raise ConfigError(Fault("--references", " ".join(references), rule, "Leave it out"))
     if "climatology" in references:
         climatology = Climatology.of(comm, train_set or dataset)
-    options |= {"groups": groups, "references": references, "climatology": climatology}
+    options |= {"groups": groups, "references": references, "climatology": climatology, "calibration": calibration}
     scores = score_dataset(posterior, likelihood, comm, dataset, see=see, **options)
     with comm.agree("evaluating"):
         if scores.fault is not None:
@@ -206,13 +212,14 @@ def score_dataset(
     groups: Sequence[Group] = (),
     references: Sequence[str] = (),
     climatology: Climatology | None = None,
+    calibration: Calibration | None = None,
     **options: Any,
 ) -> _Scores:
     """Return this rank's evaluation of its examples, before `evaluate_dataset` combines those of all ranks.
 
     Collective over ``sample_comm``.
     """
-    scores = _SCORES[is_of_classes(likelihood)](likelihood, dataset, num_samples, groups, references)
+    scores = _SCORES[is_of_classes(likelihood)](likelihood, dataset, num_samples, groups, references, calibration)
     options |= {"num_samples": num_samples, "keep_members": likelihood.has_mixture}
     for block in predict_dataset(posterior, likelihood, comm, dataset, **options):
         misfits = ~likelihood.fits(block.y)
@@ -266,11 +273,12 @@ def uncertainties_of_dataset(
     dataset: Source,
     *,
     see: See | None = None,
+    calibration: Calibration | None = None,
     **options: Any,
 ) -> dict[str, Tensor]:
     """Return `uncertainties_of` all examples of a data set, [N], and their "weight" where they have one; its targets are not used.
 
-    Collective over the world. ``see`` and ``**options`` as for `evaluate_dataset`.
+    Collective over the world. ``see``, ``calibration`` and ``**options`` as for `evaluate_dataset`.
     """
     weight = ("weight",) if dataset.manifest.has_weights else ()
     columns = _Columns((*UNCERTAINTIES[is_of_classes(likelihood)], *weight))
@@ -278,7 +286,8 @@ def uncertainties_of_dataset(
         if see:
             see(block.examples, block.predictive, block.y)
         if comm.grid.is_first("sample"):
-            found = uncertainties_of(block.predictive, _unit(dataset))
+            predictive = block.predictive if calibration is None else calibration.applied(block.predictive)
+            found = uncertainties_of(predictive, _unit(dataset))
             columns.add(block.examples, found if block.weights is None else found | {"weight": block.weights})
     return columns.gather(comm)
 
@@ -464,8 +473,10 @@ class _ClassScores(_Scores):
         num_samples: int,
         groups: Sequence[Group],
         references: Sequence[str],
+        calibration: Calibration | None = None,
     ):
         assert is_of_classes(likelihood)
+        self._calibration = calibration
         self._is_field, self._num_classes = bool(dataset.manifest.places), likelihood.num_classes
         self._names = dataset.manifest.details.get("classes") or list(range(likelihood.num_classes))
         weighted = ("weight",) if likelihood.ignore_index is not None or dataset.manifest.has_weights else ()
@@ -477,7 +488,8 @@ class _ClassScores(_Scores):
         overlaps = {"mean_iou": ClassOverlaps(self._num_classes)} if self._is_field else {}
         # One number for each class and bin: of the whole only
         classwise = {"classwise_ece": ClasswiseCalibrationError(self._num_classes)} if group is ALL else {}
-        return {**means, "ece": ExpectedCalibrationError(), **classwise, **overlaps}
+        sets = {name: ExampleMean() for name in ("set_coverage", "set_size") if self._calibration is not None}
+        return {**means, "ece": ExpectedCalibrationError(), **classwise, **overlaps, **sets}
 
     def add(
         self,
@@ -489,10 +501,14 @@ class _ClassScores(_Scores):
         weights: Tensor | None,
         of_examples: Tensor | None,
     ) -> None:
+        y, sets = y.long()[:, None], {}
+        if self._calibration is not None:
+            in_set = self._calibration.columns_of(predictive)["in_set"].double()
+            sets = {"set_coverage": (in_set.gather(1, y),), "set_size": (in_set.sum(1, keepdim=True),)}
+            predictive = self._calibration.applied(predictive)
         p, columns = predictive.probabilities, uncertainties_of(predictive)
         # [B, 1, ...]: as numbers are, with one channel
         confidence, said = p.max(1, keepdim=True)
-        y = y.long()[:, None]
         correct, of_truth = said == y, p.gather(1, y)
         nll = -of_truth.clamp_min(torch.finfo(p.dtype).tiny).log()
         # The squared distance of the probabilities from the truth, between 0 and 2
@@ -504,6 +520,7 @@ class _ClassScores(_Scores):
             "ece": (confidence, correct),
             "classwise_ece": (p, y),
             "mean_iou": (said, y),
+            **sets,
         }
         self.update(examples, values, None if weights is None else weights[:, None])
         if not self._is_field:
@@ -534,7 +551,9 @@ class _ValueScores(_Scores):
         num_samples: int,
         groups: Sequence[Group],
         references: Sequence[str],
+        calibration: Calibration | None = None,
     ):
+        self._calibration = calibration
         self._unit, self._places = _unit(dataset), dataset.manifest.places
         self._names = dataset.manifest.arrays["y"].channels
         self._num_samples, self._likelihood, self._references = num_samples, likelihood, references
@@ -556,7 +575,9 @@ class _ValueScores(_Scores):
         widths = {f"width_{name}": channel_mean() for name in INTERVALS}
         theirs = {f"{name}/rmse": channel_mean(is_root=True) for name in self._references}
         theirs |= {f"{name}/crps": channel_mean() for name in self._references}
-        return {**roots, **means, **nll, **widths, **theirs, "pit": PitHistogram(weights)}
+        ends = ("interval_coverage", "interval_width") if self._calibration is not None else ()
+        intervals = {name: channel_mean() for name in ends}
+        return {**roots, **means, **nll, **widths, **theirs, **intervals, "pit": PitHistogram(weights)}
 
     def add(
         self,
@@ -568,13 +589,19 @@ class _ValueScores(_Scores):
         weights: Tensor | None,
         of_examples: Tensor | None,
     ) -> None:
-        mixture, y = predictive.mixture, y.double()
-        error = predictive.mean - y
+        y, intervals = y.double(), {}
+        if self._calibration is not None:
+            low, high = (self._calibration.columns_of(predictive)[name] for name in ("lower", "upper"))
+            inside = (low <= y) & (y <= high)
+            intervals = {"interval_coverage": (inside,), "interval_width": ((high - low).clamp_min(0),)}
+            predictive = self._calibration.applied(predictive, y, None if weights is None else weights > 0)
+        mixture, error = predictive.mixture, predictive.mean - y
         # The variance that the squared error of the mean has if y is like one more sample (Fortin et al., 2014)
         count = self._num_samples
         factor = (count + 1) / (count - 1) if count > 1 else 0.0
         spread = predictive.aleatoric_variance + factor * predictive.epistemic_variance
         values: dict[str, tuple[Tensor, ...]] = {"rmse": (error.square(),), "mae": (error.abs(),), "spread": (spread,)}
+        values |= intervals
         if predictive.log_prob is not None:
             values["nll"] = (-predictive.log_prob,)
         if mixture is not None:

@@ -4,25 +4,34 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from .. import __version__
+from ..config import Scaling, SetScore
 from ..data import EpochOrder
 from ..errors import ConfigError, DataError, Fault, above_and_below
 from ..noise import Stream
-from ..predictive import INTERVALS, SETS, TEMPERATURES, Calibration, calibrate_dataset
+from ..predictive import INTERVALS, NOISE_FACTORS, SETS, TEMPERATURES, Calibration, calibrate_dataset, check_methods
 from ..safe_files import check_can_write, read_bytes, write_atomically
 from .experiment import Experiment, judging_split, logger, read_config, read_or_prepare
 
 CALIBRATION = "calibration.json"
-FORMAT = 1
-"""Version of the file."""
+FORMAT = 2
+"""Version of the file. Format 1 has neither ``vector``, ``sets``, ``raps`` nor ``noise_factors``."""
 
 
 def calibrate_run(
-    experiment: Experiment, split: str = "calibration", *, level: float = 0.9, half: bool = False, which: str = "newest"
+    experiment: Experiment,
+    split: str = "calibration",
+    *,
+    level: float = 0.9,
+    scaling: Scaling = "temperature",
+    sets: SetScore = "threshold",
+    raps: tuple[float, int] = (0.01, 5),
+    half: bool = False,
+    which: str = "newest",
 ) -> Calibration:
     """Calibrate the checkpoint of a run by a split of ``config.data.shards`` and write RUN_DIR/calibration.json.
 
@@ -34,6 +43,12 @@ def calibrate_run(
         Its examples must be new to the run: neither those of the training, nor those that judged its checkpoints.
     level : float
         Probability that a set or interval holds the target, above 0 and below 1.
+    scaling : {"temperature", "vector"}
+        Of classes: what calibrates the probabilities, one number, or a factor and a summand for each class.
+    sets : {"threshold", "aps", "raps"}
+        Of classes: the score of the sets (`hpc_bnn.predictive.calibration.set_scores`).
+    raps : (float, int)
+        For "raps": the penalty of each rank, and the number of ranks that are free.
     half : bool
         Use half of the split, the same one for each seed. So a split may serve that judged checkpoints; the other half is
         left for a look at the coverage.
@@ -43,12 +58,13 @@ def calibrate_run(
     Raises
     ------
     ConfigError
-        The level is none, or the split is not there, or not new to the run.
+        The level is none, or the split is not there, or not new to the run, or a method does not fit the targets.
     DataError
         RUN_DIR cannot be written, or the targets do not fit the network.
     """
     comm, config, path = experiment.comm, experiment.config, experiment.run_dir / CALIBRATION
     above_and_below(0, 1, "Try 0.9").check("--level", level)
+    check_methods(experiment.likelihood, scaling, sets, *raps)
     with comm.agree(f"writing {path}"):
         if experiment.is_writer:
             check_can_write(path, "the RUN_DIR of a copy of the run")
@@ -66,6 +82,10 @@ def calibrate_run(
             comm,
             dataset,
             level=level,
+            scaling=scaling,
+            score=sets,
+            penalty=raps[0],
+            free_rank=raps[1],
             examples=examples,
             see=lambda *_: experiment.watch.mark(),
             **experiment.test_samples,
@@ -82,6 +102,10 @@ def calibrate_run(
         "level": level,
         "num_examples": found.num_examples,
         "temperature": found.temperature,
+        "vector": None if found.vector is None else found.vector.tolist(),
+        "sets": found.score,
+        "raps": [found.penalty, found.free_rank],
+        "noise_factors": None if found.noise_factors is None else found.noise_factors.tolist(),
         "thresholds": None if found.holds_everything else found.thresholds.tolist(),
         "hpc_bnn": __version__,
     }
@@ -183,20 +207,36 @@ def _parsed(experiment: Experiment, content: dict[str, Any]) -> Calibration:
     likelihood = experiment.likelihood
     of_classes = likelihood.num_classes is not None
     method, shape = (SETS, ()) if of_classes else (INTERVALS, (likelihood.num_targets, *experiment.manifest.places))
-    level, temperature = content["level"], content["temperature"]
-    thresholds = content["thresholds"]
+    level, temperature, thresholds = content["level"], content["temperature"], content["thresholds"]
+    if content["format"] == 1:
+        content = content | {"vector": None, "sets": "threshold", "raps": [0.0, 0], "noise_factors": None}
     limits = torch.full(shape, math.inf, dtype=torch.float64)
     if thresholds is not None:
         limits = torch.tensor(thresholds, dtype=torch.float64)
+    vector, noise = (
+        None if content[name] is None else torch.tensor(content[name], dtype=torch.float64)
+        for name in ("vector", "noise_factors")
+    )
+    penalty, free_rank = content["raps"]
     fits = {
-        "format": content["format"] == FORMAT,
+        "format": content["format"] in range(1, FORMAT + 1),
         "method": content["method"] == method,
         "level": 0 < level < 1,
         "num_examples": isinstance(content["num_examples"], int) and content["num_examples"] > 0,
         "temperature": (TEMPERATURES[0] <= temperature <= TEMPERATURES[1]) if of_classes else temperature is None,
+        "vector": vector is None
+        or (of_classes and vector.shape == (2, likelihood.num_classes) and bool(vector.isfinite().all())),
+        "sets": content["sets"] in (get_args(SetScore) if of_classes else ("threshold",)),
+        "raps": 0 <= penalty < math.inf and isinstance(free_rank, int) and free_rank >= 0,
+        "noise_factors": noise is None
+        or (
+            not of_classes and noise.shape == (likelihood.num_targets,) and bool((noise.isfinite() & (noise > 0)).all())
+        ),
         "thresholds": limits.shape == shape and (thresholds is None or bool(limits.isfinite().all())),
     }
-    found = Calibration(method, level, content["num_examples"], limits, temperature)
+    found = Calibration(
+        method, level, content["num_examples"], limits, temperature, vector, content["sets"], penalty, free_rank, noise
+    )
     if broken := [name for name, value in fits.items() if not value]:
         raise ValueError(f"{', '.join(broken)} cannot be")
     if found.holds_everything != (thresholds is None):
@@ -212,6 +252,11 @@ def _say(found: Calibration) -> None:
             found.num_examples,
             found.level,
         )
+    for factor in [] if found.noise_factors is None else found.noise_factors.tolist():
+        if min(abs(math.log(factor / end)) for end in NOISE_FACTORS) < 1e-6:
+            logger.warning(
+                "a factor of the noise scale, %g, is an end of the range: look at the units of the targets", factor
+            )
     if found.temperature is not None and min(abs(math.log(found.temperature / end)) for end in TEMPERATURES) < 1e-6:
         logger.warning(
             "the temperature %g is an end of the range: the examples are too few, or predicted without errors",

@@ -34,7 +34,15 @@ from ..likelihoods import Likelihood, build_likelihood
 from ..models import checkpoint_layers
 from ..objectives import build_objective
 from ..posteriors import Posterior, build_posterior
-from ..predictive import Evaluation, check_up, evaluate_dataset, find_groups, mean_network, uncertainties_of_dataset
+from ..predictive import (
+    Calibration,
+    Evaluation,
+    check_up,
+    evaluate_dataset,
+    find_groups,
+    mean_network,
+    uncertainties_of_dataset,
+)
 from ..safe_files import read_bytes, refuse_world_writable, write_atomically
 from ..training import KlAnnealing, build_optimizer
 from ..training.state import scatter_model
@@ -198,9 +206,9 @@ class Experiment:
         chunk_size = config.chunk_size if config.batching == "vmap" and config.chunk_size != "auto" else 1
         return {"num_samples": config.num_test_samples, "seed": config.seed, "chunk_size": chunk_size}
 
-    def uncertainties(self, dataset: Source) -> dict[str, torch.Tensor]:
+    def uncertainties(self, dataset: Source, calibration: Calibration | None = None) -> dict[str, torch.Tensor]:
         """Return the uncertainties [N] of all examples of a data set (`hpc_bnn.predictive.evaluation.uncertainties_of`)."""
-        mark, options = lambda *_: self.watch.mark(), self.test_samples
+        mark, options = lambda *_: self.watch.mark(), self.test_samples | {"calibration": calibration}
         return uncertainties_of_dataset(self.posterior, self.likelihood, self.comm, dataset, see=mark, **options)
 
     def evaluate(
@@ -209,10 +217,11 @@ class Experiment:
         by: Sequence[str] = (),
         regions: Mapping[str, Any] | None = None,
         references: Sequence[str] = (),
+        calibration: Calibration | None = None,
     ) -> TestResult:
         """Evaluate a data set with ``config.num_test_samples``; raise `DataError` if its classes are not the trained ones.
 
-        ``by`` and ``regions`` as for `find_groups`, ``references`` as for `evaluate_dataset`.
+        ``by`` and ``regions`` as for `find_groups`, ``references`` and ``calibration`` as for `evaluate_dataset`.
         """
         self.check_classes(dataset, "they can be predicted (hpc-bnn predict), not evaluated")
         shown = shown_examples(self.likelihood, self.comm, dataset)
@@ -224,7 +233,7 @@ class Experiment:
         train_set = self.open(self.config.data.train_split) if "climatology" in references else None
         evaluation = evaluate_dataset(
             self.posterior, self.likelihood, self.comm, dataset, see=see, groups=find_groups(self.comm, dataset, by, regions),
-            references=references, train_set=train_set, **self.test_samples,
+            references=references, train_set=train_set, calibration=calibration, **self.test_samples,
         )  # fmt: skip
         return TestResult(evaluation, shown)
 
@@ -267,11 +276,12 @@ class Experiment:
         foreign: dict[str, float] | None = None,
         foreign_data: str | None = None,
         posterior: dict[str, Any] | None = None,
+        calibrated: bool = False,
     ) -> None:
         """Write an evaluation to a file. Local: the writer calls it.
 
         ``which`` checkpoint was tested, of ``num_steps`` steps; ``foreign`` are out-of-distribution metrics, of the shards
-        and split ``foreign_data``; ``posterior`` is a `check_up`.
+        and split ``foreign_data``; ``posterior`` is a `check_up`; ``calibrated`` says that the calibration of the run was applied.
         """
         data = self.config.data
         content = {
@@ -281,6 +291,7 @@ class Experiment:
             "checkpoint": which,
             "num_steps": num_steps,
             "num_samples": self.config.num_test_samples,
+            "calibrated": calibrated,
             "data": {"shards": data.dataset or data.shards, "split": data.test_split, "foreign": foreign_data},
             **({"posterior": posterior} if posterior else {}),
         }

@@ -67,6 +67,7 @@ def predict_run(
     ``calibrated_probabilities`` [N, C]          on request: at the temperature of the calibration
     ``in_set`` [N, C]                            1 where a class is in the set of the calibration, else 0
     ``lower``, ``upper`` [N, targets, ...]       ends of the interval of the calibration
+    ``calibrated_std``, ``calibrated_quantiles`` as ``std`` and ``quantiles``, with the noise scale of the calibration
     ===========================================  =====================================================================
 
     Parameters
@@ -116,7 +117,10 @@ def predict_run(
             f"calibration_{name}": getattr(calibration, name) for name in ("method", "level", "num_examples")
         }
         attributes |= {} if calibration.temperature is None else {"temperature": calibration.temperature}
-    rows = dims_of_rows(experiment, quantiles, with_members, with_truth, calibrated)
+        attributes |= {} if calibration.temperature is None else {"calibration_sets": calibration.score}
+        if calibration.noise_factors is not None:
+            attributes["noise_factors"] = calibration.noise_factors.numpy()
+    rows = dims_of_rows(experiment, quantiles, with_members, with_truth, calibration)
     with comm.agree(f"reading the coordinates of {split}"):
         beside = dataset.coordinates(range(len(dataset))) if comm.grid.is_first("world") else {}
     beside = {name: ((_EXAMPLE,), values) for name, values in beside.items()} | _lead_times(experiment, rows)
@@ -186,7 +190,11 @@ def _lead_times(experiment: Experiment, rows: dict[str, tuple[Dim, ...]]) -> Bes
 
 
 def dims_of_rows(
-    experiment: Experiment, quantiles: Sequence[float], with_members: bool, with_truth: bool, calibrated: bool
+    experiment: Experiment,
+    quantiles: Sequence[float],
+    with_members: bool,
+    with_truth: bool,
+    calibration: Calibration | None = None,
 ) -> dict[str, tuple[Dim, ...]]:
     """Return the dimensions of a row of each dataset of `predict_run`. Local."""
     likelihood, rows = experiment.likelihood, {}
@@ -199,10 +207,12 @@ def dims_of_rows(
     else:
         one = truth = _dims_of_targets(experiment)
         rows |= dict.fromkeys(("mean", "std", "aleatoric_std", "epistemic_std"), one)
-    if calibrated:
+    if calibration is not None:
         rows |= dict.fromkeys(("lower", "upper") if "mean" in rows else ("calibrated_probabilities", "in_set"), one)
+        rows |= {} if calibration.noise_factors is None else {"calibrated_std": one}
     if quantiles:
         rows["quantiles"] = (Dim("quantile", quantiles), *one)
+        rows |= {"calibrated_quantiles": rows["quantiles"]} if "calibrated_std" in rows else {}
     if with_members:
         rows["members"] = (Dim("member", range(experiment.config.num_test_samples)), *one)
     return rows | ({"y": truth} if with_truth else {})
@@ -273,6 +283,10 @@ def columns_of(
             columns["quantiles"] = members.quantile(levels, dim=1).movedim(0, 1)
         if quantiles and isinstance(predictive, ValuePredictive) and predictive.mixture is not None:
             columns["quantiles"] = torch.stack([predictive.mixture.quantile(level) for level in quantiles], 1)
+            if "calibrated_std" in columns:
+                assert calibration is not None
+                mixture = calibration.applied(predictive).mixture
+                columns["calibrated_quantiles"] = torch.stack([mixture.quantile(level) for level in quantiles], 1)
     return columns
 
 

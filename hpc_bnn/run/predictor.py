@@ -113,7 +113,7 @@ class Predictor:
             Whether ``members`` [N, K, ...] holds what each sample predicts.
         calibrated : bool
             Whether RUN_DIR/calibration.json of ``hpc-bnn calibrate`` is applied: ``calibrated_probabilities`` and ``in_set``,
-            or ``lower`` and ``upper`` (`hpc_bnn.predictive.Calibration`).
+            or ``lower``, ``upper``, ``calibrated_std`` and ``calibrated_quantiles`` (`hpc_bnn.predictive.Calibration`).
         batch_size : int
             Examples of a forward pass.
         progress : bool

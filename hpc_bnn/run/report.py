@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 IDEALS = {"accuracy": 1.0, "spread_skill": 1.0, "coverage_50": 0.5, "coverage_90": 0.9, "coverage_95": 0.95}
 """The best value of a metric, if it is not the lowest."""
 
-NO_BEST = ("width_50", "width_90", "width_95")
+NO_BEST = ("width_50", "width_90", "width_95", "set_coverage", "interval_coverage", "interval_width")
 """Metrics that are neither good nor bad by themselves."""
 
 CAPTIONS = {
@@ -235,6 +235,8 @@ def _facts(record: RunRecord) -> dict[str, str]:
             f"{tested['num_samples']} samples, {tested['data']['shards']}, {tested['data']['split']}, "
             f"the {tested['checkpoint']} checkpoint (step {tested['num_steps']})"
         )
+        if tested.get("calibrated"):
+            facts["tested with"] += ", calibrated"
         if tested["data"]["foreign"]:
             facts["foreign data"] = tested["data"]["foreign"]
     facts["global batch"] = f"{config['global_batch_size']} examples"

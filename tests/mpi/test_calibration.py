@@ -1,6 +1,7 @@
 """A calibration does not depend on the grid."""
 
 import json
+from dataclasses import replace
 
 import h5py
 import numpy as np
@@ -16,7 +17,8 @@ from hpc_bnn import Grid, GridComm, MeanFieldGaussian, ShardDataset
 from hpc_bnn.errors import ConfigError, DataError
 from hpc_bnn.grid import share
 from hpc_bnn.noise import Key, Stream
-from hpc_bnn.predictive.calibration import calibrate_dataset, fit_temperature
+from hpc_bnn.predictive.calibration import calibrate_dataset, fit_temperature, fit_vector
+from hpc_bnn.predictive.evaluation import evaluate_dataset
 from hpc_bnn.run.calibrate import calibrate_run, read_calibration
 from hpc_bnn.run.export import predict_run
 
@@ -30,6 +32,8 @@ def write(comm, directory, name):
 def assert_equal(got, expected):
     assert (got.method, got.level, got.num_examples) == (expected.method, expected.level, expected.num_examples)
     assert got.temperature == (expected.temperature and pytest.approx(expected.temperature, rel=1e-9))
+    for name in ("vector", "noise_factors"):
+        torch.testing.assert_close(getattr(got, name), getattr(expected, name), rtol=1e-10, atol=1e-12)
     # Of numbers they are differences of quantiles, found by iteration to a part of the distance of the outermost ones
     torch.testing.assert_close(got.thresholds, expected.thresholds, rtol=1e-7, atol=1e-10)
 
@@ -40,6 +44,7 @@ def test_the_calibration_of_any_grid_is_that_of_one_process(comm, directory, mon
     write(comm, directory, name)
     monkeypatch.setattr(hpc_bnn.predictive.evaluation, "BLOCK_BYTES", 300 if name == "categorical" else 6000)
     monkeypatch.setattr(hpc_bnn.predictive.calibration, "GATHERED_NUMBERS", 100)
+    monkeypatch.setattr(hpc_bnn.predictive.calibration, "NOISE_NUMBERS", 900)  # of 23 x 24 x 5: every fourth
     cases = [
         ("train", 0.7, None),
         ("train", 0.5, torch.tensor([1, 2, 3, 8, 22])),
@@ -54,15 +59,30 @@ def test_the_calibration_of_any_grid_is_that_of_one_process(comm, directory, mon
         data = ShardDataset(directory / "shards", split, **options)
         for one in (comm, GridComm(Grid())):
             options = {"level": level, "examples": examples, "num_samples": 5}
+            options |= {"scaling": "vector", "score": "raps"} if name == "categorical" else {}
             found.append(calibrate_dataset(posterior, likelihood, one, data, **options))
     for (_, level, _), got, expected in zip(cases, found[::2], found[1::2]):
         assert_equal(got, expected)
         assert got.holds_everything == (level == 0.9) == bool(got.thresholds.isinf().all())
         assert got.thresholds.shape == (() if name == "categorical" else (4, 2, 3))
+        assert (got.vector is None) == (name != "categorical")
+        assert (got.noise_factors is None) == (name != "gaussian")
+    # One example of the calibration is on the edge of its set or interval, where rounding decides
+    calibration = replace(found[1], thresholds=found[1].thresholds + 1e-6)
+    options = {"dtype": torch.float64, "normalises_targets": likelihood.is_equivariant}
+    data = ShardDataset(directory / "shards", "train", **options)
+    tested = [
+        evaluate_dataset(posterior, likelihood, one, data, calibration=calibration, num_samples=5)
+        for one in (comm, GridComm(Grid()))
+    ]
+    got, expected = (evaluation.metrics for evaluation in tested)
+    for metric, value in expected.items():
+        assert got[metric] == pytest.approx(value, rel=1e-8 if "width" in metric else 1e-10), metric
+    assert {"set_coverage", "set_size"} <= got.keys() or {"interval_coverage", "interval_width"} <= got.keys()
 
 
 @pytest.mark.parametrize("num_examples", [41, 2], ids=["uneven", "fewer_than_ranks"])
-def test_the_temperature_is_of_all_examples(comm, num_examples):
+def test_temperature_and_vector_are_of_all_examples(comm, num_examples):
     rng = np.random.default_rng(num_examples)
     log_p = torch.from_numpy(3 * rng.normal(size=(num_examples, 4))).log_softmax(1)
     y = torch.where(torch.arange(num_examples) % 3 == 1, log_p.argmin(1), log_p.argmax(1))
@@ -70,6 +90,9 @@ def test_the_temperature_is_of_all_examples(comm, num_examples):
     span = slice(mine.start, mine.stop)
     got, expected = fit_temperature(log_p[span], y[span], comm), fit_temperature(log_p, y, GridComm(Grid()))
     assert got == pytest.approx(expected, rel=1e-9) and (num_examples == 2 or 1 < expected < 19)
+    got, expected = fit_vector(log_p[span], y[span], 2.0, comm), fit_vector(log_p, y, 2.0, GridComm(Grid()))
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+    assert (expected[1].abs() > 1e-3).all()
 
 
 @pytest.mark.parametrize("name", ["categorical", "gaussian"])

@@ -463,6 +463,7 @@ def test_calibration_is_that_of_the_present_targets(comm):
         )
         assert alone.num_examples == keep.sum()
         assert found.thresholds[t].item() == pytest.approx(alone.thresholds[t].item(), rel=1e-12)
+        assert found.noise_factors[t].item() == pytest.approx(alone.noise_factors[t].item(), rel=1e-10)
     assert found.num_examples == (~y.isnan()).sum(0).min()
     classes = torch.from_numpy(rng.integers(0, 3, 60))
     keep = torch.from_numpy(rng.random(60) < 0.7)
