@@ -9,6 +9,7 @@ from conftest import JOB_SECONDS, patience
 
 from hpc_bnn import Grid, GridComm
 from hpc_bnn.comm import choose_device, mpi_tensors, packing
+from hpc_bnn.comm.horovod import why_not_grid
 from hpc_bnn.comm.launcher import without_launcher
 from hpc_bnn.comm.packing import packed_buckets
 from hpc_bnn.errors import ConfigError, DataError, RankError
@@ -33,6 +34,19 @@ def test_agree_in_one_process_says_what_was_done():
         raise DataError("gone")
     with pytest.raises(RankError, match="opening: OSError: disk full"), alone.agree("opening"):
         raise OSError("disk full")
+
+
+@pytest.mark.parametrize(
+    ("world_size", "sample_size", "count"),
+    [(16384, 8, 2056), (4096, 2, 2050), (16384, 16, None), (8192, 1, None), (8192, 8192, None)],
+)
+def test_horovod_is_refused_where_mpich_has_too_few_communicators(world_size, sample_size, count):
+    """A set for each group that is neither one rank nor the world."""
+    grid = Grid(world_size, sample_size)
+    assert why_not_grid(grid, "Open MPI 5.0.11") is None
+    for library in ("MPICH 5.0.2", "CRAY MPICH version 8.1.29"):
+        found = why_not_grid(grid, library)
+        assert found is None if count is None else f"{count} process sets, and with {library}" in found
 
 
 @pytest.mark.parametrize(

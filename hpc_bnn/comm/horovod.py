@@ -19,6 +19,10 @@ from .transports import ObjectTransport, Operation, TensorTransport
 
 logger = logging.getLogger(__name__)
 
+MPICH_SETS = 2030
+"""Most process sets with MPICH and its kin: a process can have 2,046 communicators there (measured with MPICH 5.0.2), Horovod makes
+one on each rank for each set, also of others, and some are in use besides."""
+
 
 class HorovodTensors(TensorTransport):
     """Tensors by Horovod; between host memories, broadcasts by the MPI below it."""
@@ -49,8 +53,8 @@ class HorovodTensors(TensorTransport):
         hvd = self._hvd
         sets: dict[Axis, dict[range, Any]] = {}
         for axis in grid.axes:
-            is_part = 1 < grid.extents[axis] < grid.world_size
-            sets[axis] = {group: hvd.ProcessSet(list(group)) for group in grid.all_groups(axis) if is_part}
+            groups = grid.all_groups(axis) if axis in _axes_of_sets(grid) else []
+            sets[axis] = {group: hvd.ProcessSet(list(group)) for group in groups}
         if objects.local_size == grid.world_size:
             # Within a node look for work more often: a step of the digits on two ranks took 3.0 instead of 3.5 ms.
             # Across nodes each look is a message to everyone: Horovod's default of 1 ms stays.
@@ -129,6 +133,22 @@ def why_not(objects: ObjectTransport, needs_nccl: bool = False) -> str | None:
         problem = f"MPI has the thread level {level}, and Horovod calls it from a thread of its own (unset MPI4PY_RC_THREAD_LEVEL)"
     problems = [(rank, p) for rank, p in enumerate(objects.gather(problem)) if p]
     return f"it cannot be used on rank {problems[0][0]} ({problems[0][1]})" if problems else None
+
+
+def why_not_grid(grid: Grid, library: str | None = None) -> str | None:
+    """Return why it cannot be used for a grid with this MPI (default: the one that runs), or None if it can. Local."""
+    count = sum(grid.world_size // grid.extents[axis] for axis in _axes_of_sets(grid))
+    if count <= MPICH_SETS:
+        return None
+    library = mpi_facts().library if library is None else library
+    if "MPICH" not in library.upper():
+        return None
+    return f"for the grid {grid} it makes {count} process sets, and with {library} at most {MPICH_SETS} are possible"
+
+
+def _axes_of_sets(grid: Grid) -> list[Axis]:
+    """Return the axes whose groups have process sets. Local."""
+    return [axis for axis in grid.axes if 1 < grid.extents[axis] < grid.world_size]
 
 
 def shutdown() -> None:

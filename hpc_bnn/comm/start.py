@@ -97,7 +97,7 @@ def connect(
         set_num_threads(objects.ranks_on_node)
     chosen = agree_on_device(objects, device)
     objects.enter(grid)
-    transport = _choose_transport(objects, backend, chosen, overlaps)
+    transport = _choose_transport(objects, grid, backend, chosen, overlaps)
     tensors = transport(grid, chosen, objects)
     comm = GridComm(grid, chosen, reduction, compression, tensors=tensors, objects=objects)
     check_one_rank_per_gpu(comm)
@@ -125,7 +125,7 @@ TRANSPORTS: dict[str, type[TensorTransport]] = {"horovod": HorovodTensors, "torc
 
 
 def _choose_transport(
-    objects: ObjectTransport, backend: str | type[TensorTransport], device: torch.device, overlaps: bool
+    objects: ObjectTransport, grid: Grid, backend: str | type[TensorTransport], device: torch.device, overlaps: bool
 ) -> type[TensorTransport]:
     """Return the class that carries the tensors, the same on all ranks. Collective over the world."""
     if isinstance(backend, type):
@@ -146,14 +146,14 @@ def _choose_transport(
     needs_nccl = backend == "auto" and torch_dist.has_nccl_for(device)
     if backend not in ("auto", "horovod"):
         return TRANSPORTS[backend]
-    problem = horovod.why_not(objects, needs_nccl)
+    missing = horovod.why_not(objects, needs_nccl)
+    problem = missing or horovod.why_not_grid(grid)
     if problem is None:
         return HorovodTensors
     if backend == "horovod":
-        raise CommunicationError(
-            f"{objects.size} ranks need Horovod, and {problem}. "
-            "Build it for this PyTorch and MPI with tools/install_horovod.sh, or use <backend> mpi or torch"
-        )
+        build = "Build it for this PyTorch and MPI with tools/install_horovod.sh, or use"
+        remedy = f"{build if missing else 'Use'} <backend> mpi or torch"
+        raise CommunicationError(f"{objects.size} ranks need Horovod, and {problem}. {remedy}")
     other = "torch" if needs_nccl or overlaps else "mpi"
     if objects.rank == 0:
         _say_once(f"{LIBRARY_NAMES[other]} carries the tensors; of Horovod: {problem}")

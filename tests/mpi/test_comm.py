@@ -1,12 +1,14 @@
 """Collectives on every grid of this job."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import LIBRARY
 
 from hpc_bnn import comm as comm_module
-from hpc_bnn.comm import packing
-from hpc_bnn.errors import ConfigError, DataError, RankError
+from hpc_bnn.comm import horovod, packing
+from hpc_bnn.errors import CommunicationError, ConfigError, DataError, RankError
 from hpc_bnn.grid import share
 
 
@@ -25,6 +27,18 @@ def test_communicators_and_process_sets_are_the_groups_of_the_grid(comm, world):
     assert comm.group_ranks("data") == list(grid.data_group())
     assert comm.group_ranks("world") == list(range(world.size))
     assert (comm.sample_set is None, comm.data_set is None) == (grid.sample_size == 1, grid.data_size == 1)
+
+
+@pytest.mark.skipif(LIBRARY != "horovod", reason="only Horovod has process sets")
+def test_a_grid_of_too_many_sets_is_refused_before_horovod_starts(sample_size, world, monkeypatch):
+    if sample_size in (1, world.size):
+        return  # no sets
+    facts = replace(horovod.mpi_facts(), library="MPICH 5.0.2")
+    monkeypatch.setattr(horovod, "mpi_facts", lambda: facts)
+    monkeypatch.setattr(horovod, "MPICH_SETS", 3)
+    with pytest.raises(CommunicationError, match=r"makes 4 process sets, and with MPICH.*Use .*backend.* mpi or torch"):
+        comm_module.connect(sample_size, "cpu", backend="horovod")
+    assert comm_module.connect(sample_size, "cpu", backend="auto").library == "mpi"
 
 
 def test_sums_run_over_the_right_ranks(comm):
