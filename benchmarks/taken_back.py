@@ -132,7 +132,7 @@ MENDS = {
     ),
     "metric that is no number": Mend(
         "F21", CHECKPOINT, "metric = metric if metric is not None and math.isfinite(metric) else None", "metric = metric",
-        "test_checkpoint.py -k not_a_number",
+        "test_checkpoint.py -k newest_and_the_best",
     ),
     "sum of the batch": Mend(
         "B3, F18", EQUALITY, "if is_equal and tally[Tally.NUM_EXAMPLES] == self._global_batch_size and", "if is_equal and",
