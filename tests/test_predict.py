@@ -81,6 +81,50 @@ def test_predictions_are_data_with_names_and_truth(digits_run, numbers, numbers_
         assert set(file) == {"example", "channel", "mean", "std", "aleatoric_std", "epistemic_std"}
 
 
+def test_a_table_has_the_numbers_of_the_file(digits_run, numbers_run, tmp_path, capsys):
+    pandas = pytest.importorskip("pandas")
+    for run_dir, label in ((digits_run, "3"), (numbers_run, "b")):
+        paths = [tmp_path / f"{label}.{kind}" for kind in ("h5", "csv")]
+        for path in paths:
+            assert main(["predict", str(run_dir), "--output", str(path), "--members", "true"]) == 0
+        table = pandas.read_csv(paths[1], index_col="example", dtype=str)
+        num_columns = 0
+        with h5py.File(paths[0]) as file:
+            for name in set(file) - {"example", "category", "channel", "quantile", "member"}:
+                stored, titles = file[name][()], [t for t in table if t.partition(" ")[0].partition("/")[0] == name]
+                assert len(titles) == stored[0].size, name
+                cells = table[titles].astype(stored.dtype).to_numpy()  # the digits of the dtype are all there
+                np.testing.assert_array_equal(cells, stored.reshape(len(stored), -1))
+                num_columns += len(titles)
+            median = table[f"quantiles/0.5/{label}"].astype("float32")
+            np.testing.assert_array_equal(median, file["quantiles"][:, 2, 3 if label == "3" else 1])
+        assert num_columns == table.shape[1] and sorted(tmp_path.glob(".*")) == []
+    assert main(["predict", str(digits_run), "--output", str(tmp_path / "3.csv")]) == 2
+    assert "it is there already" in capsys.readouterr().err
+    assert "entropy [nats]" in (tmp_path / "3.csv").read_text().partition("\n")[0]
+
+
+def test_a_table_has_coordinates_units_and_gaps(tmp_path):
+    pandas = pytest.importorskip("pandas")
+    rng, times = np.random.default_rng(0), np.datetime64("2020-01-01T06", "s") + np.arange(20) * np.timedelta64(90, "s")
+    x, y = rng.normal(size=(20, 2)), rng.normal(size=(20, 2))
+    y[3, 1] = np.nan
+    facts = {"name": "made", "source": "test", "licence": "none", "channels": {"y": ["t@850", "t, max"]}}
+    facts |= {"details": {"units": {"t": "K", "t, max": "°C"}}, "missing_targets": True}
+    beside = {split: {"time": times, "station": [f"s{n}" for n in range(20)]} for split in ("train", "test")}
+    write_shards(tmp_path / "data", {"train": (x, y), "test": (x, y)}, coordinates=beside, **facts)
+    words = ["--num_epochs", "1", "--num_samples", "1", "--num_test_samples", "2", "--global_batch_size", "10"]
+    assert main(["train", "--data.shards", str(tmp_path / "data"), "--run_dir", str(tmp_path / "run"), *words]) == 0
+    assert main(["predict", str(tmp_path / "run"), "--output", str(tmp_path / "p.csv"), "--quantiles", "[0.1]"]) == 0
+    table = pandas.read_csv(tmp_path / "p.csv", parse_dates=["time"])
+    of_targets = ["y", "mean", "std", "aleatoric_std", "epistemic_std", "quantiles/0.1"]
+    titles = [f"{name}/{channel}" for name in of_targets for channel in ("t@850 [K]", "t, max [°C]")]
+    assert list(table) == ["example", "time", "station", *titles]
+    assert np.array_equal(table["time"].to_numpy().astype("datetime64[s]"), times) and table["station"][7] == "s7"
+    np.testing.assert_allclose(table["y/t, max [°C]"], y[:, 1], rtol=1e-6)
+    assert table["y/t, max [°C]"].isna().sum() == 1
+
+
 @pytest.mark.parametrize(
     ("shape", "details", "dims"),
     [

@@ -495,7 +495,7 @@ _CALIBRATE = {
 _PREDICT = {
     "--shards": _argument(str | None, "Shard directory (default: that of the run)."),
     "--split": _argument(str | None, "Split of it (default: the test split of the run)."),
-    "--output": _argument(str, "HDF5 file to write.", required=True),
+    "--output": _argument(str, "HDF5 file to write; or .csv, for targets that are no fields.", required=True),
     "--quantiles": _argument(list[float], "Levels; [] for none.", default=[0.05, 0.25, 0.5, 0.75, 0.95]),
     "--members": _argument(bool, "Write every sample as well.", default=False),
     "--truth": _argument(bool, "Write the targets as well.", default=True),
@@ -569,7 +569,10 @@ COMMANDS = {
         _OF_RUN,
     ),
     "predict": Command(
-        "Write the predictive of a trained network to an HDF5 file.", _predict, _RUN | _PREDICT, _OF_RUN
+        "Write the predictive of a trained network to an HDF5 file, or a table as CSV.",
+        _predict,
+        _RUN | _PREDICT,
+        _OF_RUN,
     ),
     "export": Command("Write a trained network to one file, for hpc_bnn.load, ONNX or torch.", _export, _EXPORT),
     "report": Command("Write one self-contained HTML page about a run, or several side by side.", _report, _REPORT),

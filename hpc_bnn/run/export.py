@@ -26,6 +26,7 @@ from ..likelihoods import Likelihood
 from ..predictive import Calibration, ClassPredictive, Predictive, ValuePredictive, predict_dataset
 from ..safe_files import Disk, is_plain, publish
 from .calibrate import read_calibration
+from .csv_table import write_csv
 from .experiment import Experiment
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -41,7 +42,7 @@ def predict_run(
     with_truth: bool = True,
     calibrated: bool = False,
 ) -> Path:
-    """Write the predictive of a split of ``config.data.shards`` to an HDF5 file, block by block.
+    """Write the predictive of a split of ``config.data.shards`` to an HDF5 file, block by block, or to a table as CSV.
 
     Collective over the world. The first rank of each sample group writes. Where h5py has parallel HDF5 all write into
     one file; otherwise each data group has a file of its own, and OUTPUT shows them as one (virtual datasets). The name of
@@ -73,13 +74,17 @@ def predict_run(
     Parameters
     ----------
     output : path
-        File to write; it must not be there.
+        File to write; it must not be there. The suffix ``.csv`` writes a table with a row per example (`write_csv`), for targets
+        that are no fields; its HDF5 file lies beside it, hidden, until the table is complete.
     quantiles : sequence of float
         Levels between 0 and 1; without any none are written.
     with_members, with_truth, calibrated : bool
         Whether every sample is written, the targets, and what RUN_DIR/calibration.json says (`read_calibration`).
     """
     comm, path = experiment.comm, Path(output)
+    if path.suffix == ".csv":
+        options = {"with_members": with_members, "with_truth": with_truth, "calibrated": calibrated}
+        return _predict_table(experiment, split, path, quantiles=quantiles, **options)
     quantiles = check_levels(quantiles, experiment.likelihood, "--quantiles")
     with comm.agree(f"opening {path}"), _as_data_error(path):
         if comm.grid.is_first("world"):
@@ -133,6 +138,31 @@ def predict_run(
                 if isinstance(block.predictive, ValuePredictive):
                     columns["y"] = experiment.likelihood.targets(dataset.in_units(block.y), block.predictive.mean)
             file.write(int(block.examples[0]), columns)
+    return path
+
+
+def _predict_table(experiment: Experiment, split: str, path: Path, **options: Any) -> Path:
+    """Write predictions as CSV. Collective over the world."""
+    comm = experiment.comm
+    with comm.agree(f"opening {path}"):
+        if places := _dims_of_places(experiment):
+            rule = f"the targets have the dims {', '.join(dim.name for dim in places)}, and a table has one row per example"
+            raise ConfigError(Fault("--output", path, rule, "Name a file that ends in .h5"))
+        if comm.grid.is_first("world") and os.path.lexists(path):
+            raise is_there(path)
+    hidden = path.with_name(f".{path.stem}-{comm.broadcast_object(secrets.token_hex(8))}.h5")
+    predict_run(experiment, split, hidden, **options)
+    with comm.agree(f"writing {path}"), _as_data_error(path):
+        if comm.grid.is_first("world"):
+            with contextlib.ExitStack() as parts:
+                parts.callback(hidden.unlink)
+                with h5py.File(hidden) as file:
+                    for name, _, _ in json.loads(str(file.attrs["parts"])):
+                        parts.callback(hidden.with_name(name).unlink)
+                try:
+                    write_csv(hidden, path)
+                except FileExistsError:
+                    raise is_there(path) from None
     return path
 
 

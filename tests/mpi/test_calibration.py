@@ -107,7 +107,19 @@ def test_the_file_is_written_once_and_read_by_all(comm, directory, name):
     written = calibrate_run(here, "foreign", level=0.8, half=True)
     assert_equal(read_calibration(here, 5), written)
     predict_run(here, "train", directory / "here.h5", calibrated=True)
+    if name == "gaussian":
+        with pytest.raises(ConfigError, match="the targets have the dims dim_1, dim_2, and a table has one row per"):
+            predict_run(here, "train", directory / "here.csv")
+    else:
+        predict_run(here, "train", directory / "here.csv", calibrated=True)
     if comm.grid.rank == 0:
+        if name == "categorical":
+            table = np.genfromtxt(directory / "here.csv", delimiter=",", names=True, deletechars="")
+            with h5py.File(directory / "here.h5") as file:
+                for column in range(3):
+                    assert np.array_equal(table[f"in_set/{column}"], file["in_set"][:, column])
+                    np.testing.assert_array_equal(table[f"probabilities/{column}"], file["probabilities"][:, column])
+            assert np.array_equal(table["example"], np.arange(23)) and not list(directory.glob(".*"))
         one = make_experiment(GridComm(Grid()), directory)
         assert_equal(read_calibration(one, 5), written)
         predict_run(one, "train", directory / "one.h5", calibrated=True)
