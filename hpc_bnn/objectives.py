@@ -363,7 +363,7 @@ class _Members(Coupling):
             return
         whole = self.objective.stays_whole(self.num_samples, shape[1:].numel(), comm.grid.sample_size)
         self._shares = shares = TargetShares(comm, self.num_samples, shape, whole=whole)
-        members = shares.collect(self._seen)
+        members = shares.collect(self._packed(shares))
         y = self.y
         if self.objective.of == "mean":  # [B] becomes [B, 1]: a difference never broadcasts
             y = y if self.present is None else torch.where(self.present, y, 0)
@@ -371,6 +371,17 @@ class _Members(Coupling):
         losses = self.objective.evaluate_(members, y, shares)
         self._part = self.weigh(losses).sum()
         self._blocks = shares.give_back(members)
+
+    def _packed(self, shares: TargetShares) -> Tensor:
+        """Return what this rank sends, and forget what it has seen."""
+        if shares.num_own == 1 and len(shares.span) < shares.shape.numel():
+            return self._seen.pop().reshape(-1)  # it lies there as it is sent
+        buffer, row = shares.buffer(self._seen[0]), 0
+        while self._seen:
+            chunk = self._seen.pop(0)
+            shares.put_(buffer, row, chunk)
+            row += len(chunk)
+        return buffer
 
     def gradient(self, samples: Sequence[int], statistic: Tensor) -> Tensor:
         if self._blocks is None:

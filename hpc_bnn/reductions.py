@@ -108,6 +108,7 @@ class Moments:
         squares = squares + self._count * (own_mean - self.mean).square()
         comm.sum_(squares, "sample")
         self.epistemic = squares / self.num_samples
+        self._added = None  # of a field it is as large as three members
 
     @property
     def total(self) -> Tensor:
@@ -140,6 +141,8 @@ class TargetShares:
     ----------
     span : range
         Flat targets of this rank; empty if there are fewer than ranks.
+    num_own : int
+        Samples of this rank, c.
     """
 
     def __init__(self, comm: GridComm, num_samples: int, shape: torch.Size, *, whole: bool = False):
@@ -153,32 +156,40 @@ class TargetShares:
         ]
         self._counts = [len(span) for span in self._spans]
         self._rows = [len(share(num_samples, size, n)) for n in range(size)]
-        self._num_own, self.span = self._rows[index], self._spans[index]
+        self.num_own, self.span = self._rows[index], self._spans[index]
 
-    def collect(self, chunks: list[Tensor]) -> Tensor:
-        """Return the members [K, n] of all samples from chunks [c, B, ...] of this rank's, in their order.
+    @property
+    def examples(self) -> slice:
+        """The examples of which this rank has any targets."""
+        return slice(self.span.start // self.width, -(-self.span.stop // self.width))
 
-        Collective over ``sample_comm``: one exchange of the numbers of this rank's samples. The list is emptied on the way, so
-        that of what the rank has, what it sends, and what comes, never more than two are held at once.
+    @property
+    def own(self) -> slice:
+        """Its targets among the flat targets of `examples`."""
+        start = self.span.start % self.width
+        return slice(start, start + len(self.span))
+
+    def buffer(self, like: Tensor) -> Tensor:
+        """Return memory [c B T] for the samples of this rank, in the order in which it is sent; `put_` fills it. Local."""
+        return like.new_empty(self.num_own * self.shape.numel())
+
+    def put_(self, buffer: Tensor, row: int, chunk: Tensor) -> None:
+        """Write members [c, B, ...] into a `buffer`, from the ``row``-th sample of this rank on. Local."""
+        chunk = chunk.flatten(1)
+        for block, span in zip(self._blocks(buffer), self._spans):
+            block[row : row + len(chunk)] = chunk[:, span.start : span.stop]
+
+    def collect(self, buffer: Tensor) -> Tensor:
+        """Return the members [K, n] of all samples, from the full `buffer` of each rank.
+
+        Collective over ``sample_comm``: one exchange of the numbers of this rank's samples.
         """
-        flat = chunks.pop().reshape(-1) if self._num_own == 1 and len(self._spans) > 1 else self._pack_(chunks)
-        return self.comm.all_to_all(flat, self._counts, "sample", self._rows).view(self.num_samples, len(self.span))
-
-    def _pack_(self, chunks: list[Tensor]) -> Tensor:
-        like = chunks[0]
-        flat = like.new_empty(self._num_own * self.shape.numel())
-        blocks, row = self._blocks(flat), 0
-        while chunks:
-            chunk = chunks.pop(0).flatten(1)
-            for block, span in zip(blocks, self._spans):
-                block[row : row + len(chunk)] = chunk[:, span.start : span.stop]
-            row += len(chunk)
-        return flat
+        return self.comm.all_to_all(buffer, self._counts, "sample", self._rows).view(self.num_samples, len(self.span))
 
     def _blocks(self, flat: Tensor) -> list[Tensor]:
         """Return [c, n] of the samples of this rank for each rank of the group, as views."""
-        parts = flat.split([self._num_own * count for count in self._counts])
-        return [part.view(self._num_own, count) for part, count in zip(parts, self._counts)]
+        parts = flat.split([self.num_own * count for count in self._counts])
+        return [part.view(self.num_own, count) for part, count in zip(parts, self._counts)]
 
     def give_back(self, members: Tensor) -> list[Tensor]:
         """Return [c, n] for the samples of this rank and the targets of each rank, from [K, n] on each rank.
@@ -186,6 +197,14 @@ class TargetShares:
         Collective over ``sample_comm``: one exchange of K n numbers. `rows` makes whole members of them.
         """
         return self._blocks(self.comm.all_to_all(members.view(-1), self._rows, "sample", self._counts))
+
+    def of(self, whole: Tensor) -> Tensor:
+        """Return numbers [n] of this rank's targets from those of all, which broadcast to [B, ...]. Local."""
+        return whole.expand(self.shape).reshape(-1)[self.span.start : self.span.stop]
+
+    def join(self, own: Tensor) -> Tensor:
+        """Return numbers [B, ...] of all targets from those [n] of each rank. Collective over ``sample_comm``: one gather."""
+        return self.comm.gather(own, "sample").view(self.shape)
 
     def rows(self, blocks: list[Tensor], start: int, stop: int) -> Tensor:
         """Return some members [stop - start, B, ...] of this rank's samples from what `give_back` returned. Local."""

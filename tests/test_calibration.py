@@ -158,7 +158,13 @@ def noise_of(kind, factor, rng, missing=0.0):
 def test_the_factor_of_the_noise_has_the_greatest_likelihood(kind):
     rng = np.random.default_rng(1)
     mixture, y, present = noise_of(kind, 2.5, rng, missing=0.2)
-    got = fit_noise_factors([(mixture, y, present)], 3, ONE)
+    channel = torch.arange(3)[:, None].expand(3, 150)
+
+    def part_of(places):
+        flat = [values[:, places].flatten() for values in (y, present, channel)]
+        return mixture.map(lambda c: c[:, :, places].flatten(1)), *flat
+
+    got = fit_noise_factors([part_of(slice(None))], 3, ONE)
     whole = [fit_noise_factors([], 3, ONE)]
     of = scipy.stats.norm.logpdf if kind is GaussianMixture else (lambda z: scipy.stats.t.logpdf(z, 5))
     loc, scale = (c.numpy() for c in mixture.components)
@@ -171,10 +177,7 @@ def test_the_factor_of_the_noise_has_the_greatest_likelihood(kind):
         least = minimize_scalar(nll, bounds=(-2, 3), method="bounded", options={"xatol": 1e-9})
         assert math.log(got[t].item()) == pytest.approx(least.x, abs=1e-6) and 1.8 < got[t] < 3.3
     assert torch.equal(whole[0], torch.ones(3).double())  # no targets tell nothing
-    parts = [
-        (mixture.map(lambda c, part=part: c[:, :, part]), y[:, part], present[:, part])
-        for part in (slice(40), slice(40, None))
-    ]
+    parts = [part_of(places) for places in (slice(40), slice(40, None))]
     torch.testing.assert_close(fit_noise_factors(parts, 3, ONE), got, rtol=1e-12, atol=0)
     s = torch.zeros((), dtype=torch.float64, requires_grad=True)
     at = torch.where(present, y, 0)

@@ -124,9 +124,10 @@ def test_rehearsed_memory_is_that_of_the_real_evaluation(arguments, sample_size,
     config, manifest = make_evaluated(*arguments)
     grid = Grid(sample_size, sample_size, 0)
     rehearsed = rehearse(config, manifest, grid)
-    comm = imagined_comm(grid, config, num_gathered=config.num_test_samples)
+    comm = imagined_comm(grid, config)
     with LiveMemory() as memory:
         experiment = Experiment(config, comm, manifest)
+        experiment.posterior.begin_()  # makes what stays
         likelihood, begun = experiment.likelihood, memory.live_bytes
         dataset = ImaginedDataset(manifest, torch.float32, manifest.num_examples("test"), likelihood)
         shown = shown_examples(likelihood, comm, dataset)

@@ -23,15 +23,12 @@ class Collective:
 
 
 class SimulatedTensors(TensorTransport):
-    """Adds messages to a list and does not send them: sums are this rank's values, gathered tensors copies of its own.
-
-    Where the other ranks have fewer rows than this one, ``num_gathered`` is the number of all rows.
-    """
+    """Adds messages to a list and does not send them: sums are this rank's values, what comes from others copies of its own."""
 
     name = "simulated"
 
-    def __init__(self, grid: Grid, collectives: list[Collective], num_gathered: int | None = None):
-        self._grid, self.collectives, self._num_gathered = grid, collectives, num_gathered
+    def __init__(self, grid: Grid, collectives: list[Collective]):
+        self._grid, self.collectives = grid, collectives
 
     def reduce_(self, flat: torch.Tensor, axis: Axis, operation: str) -> None:
         self.collectives.append(Collective("all-reduce", axis, flat.nbytes))
@@ -44,8 +41,7 @@ class SimulatedTensors(TensorTransport):
         pass  # at the start only
 
     def gather(self, tensor: torch.Tensor, axis: Axis, lengths: Sequence[int] | None = None) -> torch.Tensor:
-        extent = self._grid.extents[axis]
-        num_rows = sum(lengths) if lengths is not None else self._num_gathered or extent * len(tensor)
+        num_rows = sum(lengths) if lengths is not None else self._grid.extents[axis] * len(tensor)
         gathered = tensor[torch.arange(num_rows, device=tensor.device) % max(len(tensor), 1)]
         self.collectives.append(Collective("all-gather", axis, gathered.nbytes))
         return gathered

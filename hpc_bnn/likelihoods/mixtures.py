@@ -21,7 +21,7 @@ class Mixture:
         self.components = components
         self.num_components = len(components[0])
 
-    def _of(self, *components: Tensor) -> Mixture:
+    def of(self, *components: Tensor) -> Mixture:
         """Return a mixture of the same kind."""
         return type(self)(*components)
 
@@ -31,10 +31,16 @@ class Mixture:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Mixture:
         """Return the mixture whose components are what a function makes of these."""
-        return self._of(*map(function, self.components))
+        return self.of(*map(function, self.components))
 
     def in_units(self, mean: Tensor, std: Tensor) -> Mixture:
         """Return the mixture of ``std * y + mean``, where they broadcast to [n, targets, ...]."""
+        mixture = self.of(*(component.clone() for component in self.components))
+        mixture.in_units_(mean, std)
+        return mixture
+
+    def in_units_(self, mean: Tensor, std: Tensor) -> None:
+        """Become the mixture of ``std * y + mean``, in place, so that no second one is in memory."""
         raise NotImplementedError(f"{type(self).__name__} does not hold for shifted and rescaled targets")
 
     def cdf(self, z: Tensor) -> Tensor:
@@ -47,8 +53,8 @@ class Mixture:
         They are P(Y < y) and P(Y <= y), the nonrandomised PIT (Czado, Gneiting, Held, Predictive model assessment for
         count data, 2009): the same for a continuous distribution.
         """
-        value = self.cdf(y)
-        return value, value
+        low, high = self._by_chunks(lambda part, y: part._pit(y), y)
+        return low, high
 
     def quantile(self, level: float) -> Tensor:
         """Return the quantile of a level between 0 and 1, [n, targets, ...]."""
@@ -72,13 +78,17 @@ class Mixture:
         flat += [field.expand(shape).flatten()[None] for field in fields]
         num = len(self.components)
         blocks = [
-            function(self._of(*block[:num]), *(field[0] for field in block[num:]))
+            function(self.of(*block[:num]), *(field[0] for field in block[num:]))
             for block in zip(*(tensor.split(max(size // self.num_components, 1), dim=1) for tensor in flat))
         ]
         return tuple(torch.cat(columns).view(shape) for columns in zip(*blocks))
 
     def _quantile(self, level: float) -> Tensor:
         raise NotImplementedError
+
+    def _pit(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        value = self.cdf(y)
+        return value, value
 
     def _distances(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return E|Y - y|, the sum of E|Y_i - Y_j'| over ordered pairs of components, and that of the pairs i = j."""
@@ -97,13 +107,13 @@ class Members(Mixture):
     quantiles are those of this rule (Hyndman and Fan, 1996, type 6; not beyond the members).
     """
 
-    def in_units(self, mean: Tensor, std: Tensor) -> Members:
-        return Members(self.components[0] * std + mean)
+    def in_units_(self, mean: Tensor, std: Tensor) -> None:
+        self.components[0].mul_(std).add_(mean)
 
     def cdf(self, z: Tensor) -> Tensor:
         return (self.components[0] <= z).to(z).mean(0)
 
-    def pit(self, y: Tensor) -> tuple[Tensor, Tensor]:
+    def _pit(self, y: Tensor) -> tuple[Tensor, Tensor]:
         members, num_ranks = self.components[0], self.num_components + 1
         return (members < y).sum(0) / num_ranks, ((members <= y).sum(0) + 1) / num_ranks
 
@@ -124,9 +134,10 @@ class Members(Mixture):
 class GaussianMixture(Mixture):
     """Components of a mean and a standard deviation."""
 
-    def in_units(self, mean: Tensor, std: Tensor) -> Mixture:
+    def in_units_(self, mean: Tensor, std: Tensor) -> None:
         loc, scale = self.components
-        return self._of(loc * std + mean, scale * std)
+        loc.mul_(std).add_(mean)
+        scale.mul_(std)
 
     def cdf(self, z: Tensor) -> Tensor:
         loc, scale = self.components
@@ -135,7 +146,7 @@ class GaussianMixture(Mixture):
     def rescaled(self, factor: Tensor) -> Mixture:
         """Return the mixture with the scales of the components times a factor, which broadcasts to [n, targets, ...]."""
         loc, scale = self.components
-        return self._of(loc, scale * factor)
+        return self.of(loc, scale * factor)
 
     def log_densities(self, y: Tensor) -> Tensor:
         """Return the log density of each component at y, [K, n, targets, ...]."""
@@ -195,7 +206,7 @@ class StudentTMixture(GaussianMixture):
         super().__init__(loc, scale)
         self.df = df
 
-    def _of(self, *components: Tensor) -> Mixture:
+    def of(self, *components: Tensor) -> Mixture:
         return StudentTMixture(*components, df=self.df)
 
     def _standard_cdf(self, z: Tensor) -> Tensor:
@@ -256,7 +267,7 @@ class PoissonMixture(Mixture):
         above = torch.special.gammaincc(z.floor().clamp_min(0).expand_as(rate) + 1, rate)
         return torch.where(z < 0, 0.0, above)
 
-    def pit(self, y: Tensor) -> tuple[Tensor, Tensor]:
+    def _pit(self, y: Tensor) -> tuple[Tensor, Tensor]:
         return self.cdf(y - 1), self.cdf(y)
 
     def _range(self) -> tuple[Tensor, Tensor]:
@@ -294,7 +305,7 @@ class BernoulliMixture(Mixture):
         none = 1 - self.components[0].mean(0)
         return torch.where(z < 0, 0, torch.where(z < 1, none, 1))
 
-    def pit(self, y: Tensor) -> tuple[Tensor, Tensor]:
+    def _pit(self, y: Tensor) -> tuple[Tensor, Tensor]:
         none = 1 - self.components[0].mean(0)
         return torch.where(y <= 0, 0, none), self.cdf(y)
 

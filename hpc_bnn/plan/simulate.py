@@ -78,15 +78,10 @@ class Rehearsal:
 
 
 def imagined_comm(
-    grid: Grid,
-    config: Config,
-    device: torch.device | str = "cpu",
-    *,
-    collectives: list[Collective] | None = None,
-    num_gathered: int | None = None,
+    grid: Grid, config: Config, device: torch.device | str = "cpu", *, collectives: list[Collective] | None = None
 ) -> GridComm:
     """Return rank 0 of a grid as a config wants it; what it would send is added to ``collectives``. Local."""
-    tensors = SimulatedTensors(grid, [] if collectives is None else collectives, num_gathered)
+    tensors = SimulatedTensors(grid, [] if collectives is None else collectives)
     return GridComm(grid, device, config.grid.reduction, config.grid.compression, tensors=tensors)
 
 
@@ -230,7 +225,7 @@ class ImaginedDataset(Source):
 
 
 class Outputs(nn.Module):
-    """A network of one weight that takes no memory: its outputs differ by point and sample."""
+    """A network of one weight that takes no memory but that of its outputs, which differ by point and sample."""
 
     def __init__(self, in_shape, num_outputs: int, target_shape=()):
         super().__init__()
@@ -241,7 +236,7 @@ class Outputs(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.look()
         pattern = torch.linspace(-1, 1, math.prod(self.form), dtype=x.dtype).view(self.form)
-        return (self.scale * pattern).expand(len(x), *self.form)
+        return (self.scale * pattern).expand(len(x), *self.form).contiguous()
 
 
 def evaluation_bytes(
@@ -261,7 +256,7 @@ def evaluation_bytes(
     extent = max(2, math.ceil(wanted ** (1 / max(len(places), 1))))
     few_places = tuple(min(place, extent) for place in places)
     config, small = _in_small(config, manifest, few_places)
-    comm = imagined_comm(grid, config, num_gathered=num_samples)
+    comm = imagined_comm(grid, config)
     with _default_dtype(config):
         experiment = Experiment(config, comm, small)
     likelihood = experiment.likelihood

@@ -20,7 +20,7 @@ from ..likelihoods import Likelihood
 from ..likelihoods.mixtures import GaussianMixture, Mixture
 from ..posteriors import Posterior
 from .evaluation import See, predict_dataset
-from .predictive import ClassPredictive, Predictive, examples_of, is_of_classes
+from .predictive import ClassPredictive, Predictive, Share, ValuePredictive, examples_of, is_of_classes
 
 TEMPERATURES = 0.05, 20.0
 """Least and greatest temperature."""
@@ -80,7 +80,7 @@ class Calibration:
         return conformal_rank(self.num_examples, self.level) > self.num_examples
 
     def columns_of(self, predictive: Predictive) -> dict[str, Tensor]:
-        """Return what the calibration says of examples. Local.
+        """Return what the calibration says of examples. Local; of numbers as `interval_of`.
 
         Classes: ``calibrated_probabilities`` [B, C] of `applied`, and ``in_set`` [B, C] (int8), 1 for a class in the set.
         Numbers: ``lower``, ``upper`` [B, T, ...], ends of the interval in units of y; it is empty where lower is above upper;
@@ -91,12 +91,18 @@ class Calibration:
             scores = set_scores(predictive.probabilities, self.score, self.penalty, self.free_rank)
             in_set = scores <= self.thresholds.to(scores)
             return {"calibrated_probabilities": after.probabilities, "in_set": in_set.to(torch.int8)}
-        (low, high), limits = ends_of(predictive, self.level), self.thresholds.to(predictive.mean)
-        columns = {"lower": low - limits, "upper": high + limits}
+        columns = dict(zip(("lower", "upper"), self.interval_of(predictive)))
         return columns if self.noise_factors is None else columns | {"calibrated_std": after.variance.sqrt()}
 
+    def interval_of(self, predictive: Any) -> tuple[Tensor, Tensor]:
+        """Return the ends [B, T, ...] of the interval of numbers (units of y). Local or collective as `ends_of`."""
+        (low, high), limits = ends_of(predictive, self.level), self.thresholds.to(predictive.mean)
+        return low - limits, high + limits
+
     def applied(self, predictive: Any, y: Tensor | None = None, present: Tensor | None = None) -> Any:
-        """Return a predictive of examples after the calibration. Local.
+        """Return a predictive of examples after the calibration.
+
+        Local; for numbers with y and a `Share` collective over ``sample_comm``: a sum of [K, B] numbers.
 
         Classes get probabilities of the temperature, or of vector scaling; the mutual information stays. For numbers the
         aleatoric standard deviation is multiplied by the ``noise_factors``, in the moments, the mixture, and the log density of
@@ -111,19 +117,29 @@ class Calibration:
         if self.noise_factors is None:
             return predictive
         factors = self.noise_factors.to(predictive.mean).view(-1, *(1,) * (predictive.mean.ndim - 2))
-        mixture = predictive.mixture and predictive.mixture.rescaled(factors)
-        log_prob = None
-        if mixture is not None and y is not None:
-            of_targets = mixture.log_densities(y)
-            of_targets = of_targets if present is None else torch.where(present, of_targets, 0)
-            log_prob = of_targets.flatten(2).sum(2).logsumexp(0) - math.log(mixture.num_components)
-        variance = predictive.aleatoric_variance * factors.square()
-        return replace(predictive, aleatoric_variance=variance, mixture=mixture, log_prob=log_prob)
+        after = replace(
+            predictive,
+            aleatoric_variance=predictive.aleatoric_variance * factors.square(),
+            mixture=predictive.mixture and predictive.mixture.rescaled(factors),
+            share=predictive.share and predictive.share.rescaled(factors),
+            log_prob=None,
+        )
+        there = present if present is not None or y is None else torch.ones_like(y, dtype=torch.bool)
+        if y is None or (after.mixture is None and after.share is None):
+            return after
+        if after.share is not None:
+            of_samples = after.share.log_probs(y, there)
+        else:
+            of_samples = torch.where(there, after.mixture.log_densities(y), 0).flatten(2).sum(2)
+        return replace(after, log_prob=of_samples.logsumexp(0) - math.log(len(of_samples)))
 
 
 def ends_of(predictive: Any, level: float) -> tuple[Tensor, Tensor]:
-    """Return the ends of the central interval of the mixture over samples, [B, T, ...] each (units of y). Local."""
-    return predictive.mixture.quantile((1 - level) / 2), predictive.mixture.quantile((1 + level) / 2)
+    """Return the ends of the central interval of the mixture over samples, [B, T, ...] each (units of y).
+
+    Local or collective as `ValuePredictive.quantile`.
+    """
+    return predictive.quantile((1 - level) / 2), predictive.quantile((1 + level) / 2)
 
 
 def tempered(probabilities: Tensor, temperature: float) -> Tensor:
@@ -233,7 +249,7 @@ def fit_vector(log_p: Tensor, y: Tensor, temperature: float, comm: GridComm) -> 
     return trial.view(2, num_classes).cpu()
 
 
-def fit_noise_factors(parts: Sequence[tuple[Any, Tensor, Tensor]], num_targets: int, comm: GridComm) -> Tensor:
+def fit_noise_factors(parts: Sequence[tuple[Any, Tensor, Tensor, Tensor]], num_targets: int, comm: GridComm) -> Tensor:
     """Return the factors [T] of the scales with the greatest likelihood, on the CPU.
 
     Collective over the world: one sum of 26 T numbers, 50 of T. The likelihood is that of each target by itself, of its mixture
@@ -242,24 +258,26 @@ def fit_noise_factors(parts: Sequence[tuple[Any, Tensor, Tensor]], num_targets: 
 
     Parameters
     ----------
-    parts : sequence of (GaussianMixture, Tensor, Tensor)
-        Components [K, T, m] of m targets of each channel that no other rank has, the targets [T, m], and whether each is there.
+    parts : sequence of (GaussianMixture, Tensor, Tensor, Tensor)
+        Components [K, m] of m targets that no other rank has, the targets [m], whether each is there, and its channel.
     """
 
     def sums(log_factor: Tensor) -> tuple[Tensor, Tensor]:
         """Return log-likelihood and slope [T]."""
         value, slope = log_factor.new_zeros(2, num_targets)
-        for mixture, y, present in parts:
-            rescaled = mixture.rescaled(log_factor.exp().expand(num_targets)[:, None])
+        for mixture, y, present, channel in parts:
+            rescaled = mixture.rescaled(log_factor.exp().expand(num_targets)[channel])
             of_components = rescaled.log_densities(y)
             of_targets = (of_components.softmax(0) * rescaled.slopes(y)).sum(0)
-            value += torch.where(present, of_components.logsumexp(0), 0).sum(1)
-            slope += torch.where(present, of_targets, 0).sum(1)
+            value.index_add_(0, channel, torch.where(present, of_components.logsumexp(0), 0))
+            slope.index_add_(0, channel, torch.where(present, of_targets, 0))
         return value, slope
 
     ends = [math.log(factor) for factor in NOISE_FACTORS]
     nodes = torch.linspace(ends[0], ends[1], 25, dtype=torch.float64, device=comm.device)
-    count = sum((present.double().sum(1) for _, _, present in parts), nodes.new_zeros(num_targets))
+    count = nodes.new_zeros(num_targets)
+    for _, _, present, channel in parts:
+        count.index_add_(0, channel, present.to(count))
     found = torch.stack([*(sums(node)[0] for node in nodes), count])
     comm.sum_(found)
     best = found[:-1].argmax(0)
@@ -359,7 +377,7 @@ def calibrate_dataset(
         raise ConfigError(Fault("likelihood.name", type(likelihood).__name__, rule, "Use another likelihood"))
     check_methods(likelihood, scaling, score, penalty, free_rank)
     fault: DataError | None = None
-    noise: list[tuple[Any, Tensor, Tensor]] = []
+    noise: list[tuple[Any, Tensor, Tensor, Tensor]] = []
     num_components = (
         len(dataset if examples is None else examples)
         * likelihood.num_targets
@@ -370,13 +388,17 @@ def calibrate_dataset(
     scores = [torch.zeros(0, *(() if of_classes else (likelihood.num_targets, *places)), dtype=torch.float64)]
     logs = [torch.zeros(0, likelihood.num_classes or 0, dtype=torch.float64, device=comm.device)]
     classes = [torch.zeros(0, dtype=torch.int64, device=comm.device)]
-    options |= {"keep_members": not of_classes, "examples": examples}
+    options |= {"keep_share": not of_classes, "examples": examples}
     for block in predict_dataset(posterior, likelihood, comm, dataset, **options):
         if see:
             see(block.examples, block.predictive, block.y)
+        ends = () if of_classes else ends_of(block.predictive, level)
         misfits, mine = ~likelihood.fits(block.y), comm.grid.share(len(block.examples), "sample")
         if misfits.any():  # the ranks of a sample group still have blocks to predict together
             fault = likelihood.fault_of(block.y[misfits][0].item())
+        share = block.predictive.share if isinstance(block.predictive, ValuePredictive) else None
+        if fault is None and share is not None and share.shares.span and isinstance(share.mixture, GaussianMixture):
+            noise.append(_thinned(share, block.y, likelihood.present(block.y), block.examples, stride))
         if fault is not None or not mine:
             continue
         part, y = examples_of(block.predictive, mine.start, mine.stop), block.y[mine.start : mine.stop]
@@ -388,11 +410,8 @@ def calibrate_dataset(
             logs.append(log_of(p))
             classes.append(y)
         else:
-            low, high = ends_of(part, level)
+            low, high = (end[mine.start : mine.stop] for end in ends)
             values = torch.maximum(low - y, y - high)
-            if isinstance(part.mixture, GaussianMixture):
-                there = torch.ones_like(y, dtype=torch.bool) if present is None else present
-                noise.append(_thinned(part.mixture, y, there, block.examples[mine.start : mine.stop], stride))
         if not (values if isinstance(part, ClassPredictive) or present is None else values[present]).isfinite().all():
             fault = DataError("the network predicts what is no finite number. Look at its training")
         scores.append(values.double().cpu())
@@ -418,19 +437,20 @@ def calibrate_dataset(
 
 
 def _thinned(
-    mixture: Mixture, y: Tensor, present: Tensor, examples: Tensor, stride: int
-) -> tuple[Mixture, Tensor, Tensor]:
-    """Return [K, T, m], [T, m] and [T, m] of [K, b, T, ...] and [b, T, ...]: every ``stride``-th of the places of all examples.
+    share: Share, y: Tensor, present: Tensor | None, examples: Tensor, stride: int
+) -> tuple[Mixture, Tensor, Tensor, Tensor]:
+    """Return a part of `fit_noise_factors` of this rank's share: every ``stride``-th of the places of all examples.
 
-    Local. ``examples`` [b] are global indices, so that every grid takes the same ones.
+    Local. y [B, T, ...] are the targets of the block, ``examples`` [B] its global indices, so that every grid takes the same.
     """
-    places = torch.arange(y[0, 0].numel())
-    kept = ((places + examples[:, None]) % stride == 0).to(y.device)
-
-    def thin(values: Tensor) -> Tensor:
-        return values.reshape(*values.shape[:3], -1).transpose(1, 2)[:, :, kept]
-
-    return mixture.map(thin), thin(y[None])[0], thin(present[None])[0]
+    shares = share.shares
+    flat = torch.arange(shares.span.start, shares.span.stop)
+    example, target = flat // shares.width, flat % shares.width
+    num_places = shares.width // shares.shape[1]
+    kept = ((target % num_places + examples[example]) % stride == 0).to(y.device)
+    there = torch.ones_like(y, dtype=torch.bool) if present is None else present
+    y, there = (shares.of(values)[kept] for values in (y, there))
+    return share.mixture.map(lambda c: c[:, kept]), y, there, (target // num_places).to(y.device)[kept]
 
 
 def check_methods(likelihood: Likelihood, scaling: str, score: str, penalty: float, free_rank: int) -> None:

@@ -34,6 +34,7 @@ from .metrics import (
 from .predictive import (
     ClassPredictive,
     Predictive,
+    Share,
     ValuePredictive,
     examples_of,
     is_of_classes,
@@ -89,6 +90,7 @@ def predict_dataset(
     num_samples: int,
     keep_members: bool = False,
     keep_log_probs: bool = False,
+    keep_share: bool = False,
     with_targets: bool = True,
     examples: Tensor | None = None,
     **options: Any,
@@ -96,19 +98,19 @@ def predict_dataset(
     """Yield the predictive of a data set in blocks of bounded size: each data group takes its range of the examples.
 
     Collective over ``sample_comm``; data groups may have different numbers of blocks. Each block is one pass over
-    the samples. ``examples`` [n] are those to predict, all by default; ``keep_log_probs`` is for numbers. ``**options`` are ``seed``, ``batch_size`` and
-    ``chunk_size`` of `predict_classes`.
+    the samples. ``examples`` [n] are those to predict, all by default; ``keep_log_probs`` and ``keep_share`` are for numbers (`predict_values`).
+    ``**options`` are ``seed``, ``batch_size`` and ``chunk_size`` of `predict_classes`.
     """
     wanted = torch.arange(len(dataset)) if examples is None else examples
     mine = wanted[comm.grid.local_examples(len(wanted))]
-    size = block_size(likelihood, dataset, num_samples, keep_members)
+    size = block_size(likelihood, dataset, num_samples, keep_members or keep_share)
     options |= {"num_samples": num_samples, "keep_members": keep_members}
     for numbers in mine.split(size) if len(mine) else ():
         x, y, *weights = dataset.fetch(numbers)
         if is_of_classes(likelihood):
             predictive = predict_classes(posterior, likelihood, comm, x, **options)
         else:
-            options["keep_log_probs"] = keep_log_probs
+            options |= {"keep_log_probs": keep_log_probs, "keep_share": keep_share}
             predictive = predict_values(posterior, likelihood, comm, x, y if with_targets else None, **options)
             if dataset.target_scale:
                 predictive = predictive.in_units(*dataset.target_scale, likelihood.present(y) if with_targets else None)
@@ -159,8 +161,8 @@ def evaluate_dataset(
     missing or have the weight 0. A missing target adds nothing to any metric, and is not counted; the nll is a mean over examples
     that have one. Where examples have weights, metrics are weighted means.
     Examples are read in blocks of bounded size; every block is one pass over the samples.
-    The ranks of a sample group divide the work on its scores. All ranks then sum sums and counts over the world,
-    never means.
+    The ranks of a sample group divide the work on its scores: of numbers each has the members of all samples for its share of the
+    targets, and none has all. All ranks then sum sums and counts over the world, never means.
 
     Parameters
     ----------
@@ -220,29 +222,46 @@ def score_dataset(
     Collective over ``sample_comm``.
     """
     scores = _SCORES[is_of_classes(likelihood)](likelihood, dataset, num_samples, groups, references, calibration)
-    options |= {"num_samples": num_samples, "keep_members": likelihood.has_mixture}
+    options |= {"num_samples": num_samples, "keep_share": likelihood.has_mixture}
     for block in predict_dataset(posterior, likelihood, comm, dataset, **options):
         misfits = ~likelihood.fits(block.y)
         if misfits.any():  # the ranks of a sample group still have blocks to predict together
             scores.fault = likelihood.fault_of(block.y[misfits][0].item())
             continue
-        mine = comm.grid.share(len(block.examples), "sample")
-        if mine:
-            span = slice(mine.start, mine.stop)
-            predictive, y = examples_of(block.predictive, mine.start, mine.stop), block.y[span]
+
+        def targets_of(rows: slice) -> tuple[Tensor, Tensor | None]:
+            """Return targets and their weights, of some examples of the block."""
+            y = block.y[rows]  # noqa: B023
             present, weights = likelihood.present(y), None
-            if block.weights is not None:
-                weights = block.weights[span].double().view(-1, *(1,) * (y.ndim - 1)).expand(y.shape)
+            if block.weights is not None:  # noqa: B023
+                weights = block.weights[rows].double().view(-1, *(1,) * (y.ndim - 1)).expand(y.shape)  # noqa: B023
             if present is not None:
                 y = torch.where(present, y, 0)
                 weights = present.double() if weights is None else present * weights
+            return y, weights
+
+        predictive, ends = block.predictive, None
+        if calibration is not None and isinstance(predictive, ValuePredictive):  # all ranks: each has a share
+            y, weights = targets_of(slice(None))
+            ends = calibration.interval_of(predictive)
+            predictive = calibration.applied(predictive, y.double(), None if weights is None else weights > 0)
+        mine = comm.grid.share(len(block.examples), "sample")
+        if mine:
+            span = slice(mine.start, mine.stop)
+            y, weights = targets_of(span)
             forecasts = {}
             if "persistence" in references:
                 forecasts["persistence"] = persistence(dataset, rows_of(block.x, span), y.double())
             if climatology is not None:
                 forecasts["climatology"] = climatology.mean.expand_as(y)
+            part = examples_of(predictive, mine.start, mine.stop)
             of_examples = None if block.weights is None else block.weights[span]
-            scores.add(block.examples[span], predictive, y, forecasts, climatology, weights, of_examples)
+            interval = None if ends is None else (ends[0][span], ends[1][span])
+            scores.add(block.examples[span], part, y, forecasts, climatology, weights, of_examples, interval)
+        share = predictive.share if isinstance(predictive, ValuePredictive) else None
+        if share is not None and share.shares.span:
+            rows = share.shares.examples
+            scores.add_share(block.examples[rows], share, *targets_of(rows))
         if see:
             see(block.examples, block.predictive, block.y)
     return scores
@@ -376,10 +395,18 @@ class _Scores:
         climatology: Climatology | None,
         weights: Tensor | None,
         of_examples: Tensor | None,
+        interval: tuple[Tensor, Tensor] | None,
     ) -> None:
         """Add examples that no other rank adds, and what others forecast of them. Local.
 
         ``weights`` are those of each target, like y: 0 where it is missing; ``of_examples`` [B] those of the examples.
+        """
+        raise NotImplementedError
+
+    def add_share(self, examples: Tensor, share: Share, y: Tensor, weights: Tensor | None) -> None:
+        """Add what the distributions of all samples say of this rank's share of the targets of some examples. Local.
+
+        ``y`` [b, ...] and ``weights``, like y, are of all targets of the examples [b] of which this rank has any.
         """
         raise NotImplementedError
 
@@ -500,6 +527,7 @@ class _ClassScores(_Scores):
         climatology: Climatology | None,
         weights: Tensor | None,
         of_examples: Tensor | None,
+        interval: tuple[Tensor, Tensor] | None,
     ) -> None:
         y, sets = y.long()[:, None], {}
         if self._calibration is not None:
@@ -588,14 +616,14 @@ class _ValueScores(_Scores):
         climatology: Climatology | None,
         weights: Tensor | None,
         of_examples: Tensor | None,
+        interval: tuple[Tensor, Tensor] | None,
     ) -> None:
         y, intervals = y.double(), {}
-        if self._calibration is not None:
-            low, high = (self._calibration.columns_of(predictive)[name] for name in ("lower", "upper"))
+        if interval is not None:
+            low, high = interval
             inside = (low <= y) & (y <= high)
             intervals = {"interval_coverage": (inside,), "interval_width": ((high - low).clamp_min(0),)}
-            predictive = self._calibration.applied(predictive, y, None if weights is None else weights > 0)
-        mixture, error = predictive.mixture, predictive.mean - y
+        error = predictive.mean - y
         # The variance that the squared error of the mean has if y is like one more sample (Fortin et al., 2014)
         count = self._num_samples
         factor = (count + 1) / (count - 1) if count > 1 else 0.0
@@ -604,12 +632,6 @@ class _ValueScores(_Scores):
         values |= intervals
         if predictive.log_prob is not None:
             values["nll"] = (-predictive.log_prob,)
-        if mixture is not None:
-            values |= dict(zip(("crps", "fair_crps"), ((score,) for score in mixture.crps(y))))
-            values["pit"] = mixture.pit(y)
-            for name, level in INTERVALS.items():
-                low, high = (mixture.quantile(end) for end in ((1 - level) / 2, (1 + level) / 2))
-                values[f"width_{name}"] = (high - low,)
         for name, forecast in forecasts.items():
             error = forecast - y
             values[f"{name}/rmse"] = (error.square(),)
@@ -622,6 +644,27 @@ class _ValueScores(_Scores):
         columns[self.total_uncertainty] = (std * of_targets).flatten(1).sum(1)  # in the units and weights of the loss
         of_targets = of_targets if weights is None else of_targets * weights
         self.add_columns(examples, columns, values["mae"][0], of_targets, of_examples)
+
+    def add_share(self, examples: Tensor, share: Share, y: Tensor, weights: Tensor | None) -> None:
+        mixture, y, own = share.mixture, y.double(), share.shares.own
+        if own.stop - own.start < y.numel():  # others have the rest: it gets the weight 0
+            mine = torch.zeros_like(y).flatten()
+            mine[own] = 1.0 if weights is None else weights.flatten()[own]
+            weights = mine.view_as(y)
+
+        def add(name: str, *values: Tensor) -> None:
+            whole = [torch.zeros_like(y).flatten() for _ in values]
+            for number, value in zip(whole, values):
+                number[own] = value
+            self.update(examples, {name: tuple(number.view_as(y) for number in whole)}, weights)
+
+        of_own = y.flatten()[own]
+        for name, score in zip(("crps", "fair_crps"), mixture.crps(of_own)):
+            add(name, score)
+        add("pit", *mixture.pit(of_own))
+        for name, level in INTERVALS.items():
+            low, high = (mixture.quantile(end) for end in ((1 - level) / 2, (1 + level) / 2))
+            add(f"width_{name}", high - low)
 
     def compute_of(self, metrics: dict[str, Any]) -> dict[str, float]:
         values = super().compute_of(metrics)

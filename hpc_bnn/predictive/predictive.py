@@ -11,11 +11,11 @@ from torch import Tensor
 
 from ..comm import GridComm
 from ..likelihoods import Categorical, Likelihood
-from ..likelihoods.mixtures import Mixture
+from ..likelihoods.mixtures import GaussianMixture, Mixture
 from ..noise import Key, Stream
 from ..posteriors import Posterior
 from ..posteriors.sample_loop import SampleLoop
-from ..reductions import LogMeanExp, Moments
+from ..reductions import LogMeanExp, Moments, TargetShares
 from ..trees import Inputs, num_rows
 from ..views import SharedView
 
@@ -45,6 +45,34 @@ class ClassPredictive:
 
 
 @dataclass(frozen=True)
+class Share:
+    """The distributions of all samples, of one rank's share of the targets of some examples."""
+
+    mixture: Mixture
+    """Of n targets, [K, n]."""
+    shares: TargetShares
+    """Which these are."""
+
+    def rescaled(self, factors: Tensor) -> Share:
+        """Return the share with the scales of Gaussian components times factors, which broadcast to [B, T, ...]. Local."""
+        assert isinstance(self.mixture, GaussianMixture), "others have no scale"
+        return replace(self, mixture=self.mixture.rescaled(self.shares.of(factors)))
+
+    def log_probs(self, y: Tensor, present: Tensor) -> Tensor:
+        """Return the log densities [K, B] of y by each sample, over the targets that are present; all are [B, T, ...].
+
+        Of Gaussian components. Collective over ``sample_comm``: a sum of K B numbers.
+        """
+        assert isinstance(self.mixture, GaussianMixture), "others have no scale"
+        of_targets = torch.where(self.shares.of(present), self.mixture.log_densities(self.shares.of(y)), 0)
+        span = self.shares.span
+        example = torch.arange(span.start, span.stop, device=y.device) // self.shares.width
+        found = of_targets.new_zeros(self.shares.num_samples, len(y)).index_add_(1, example, of_targets)
+        self.shares.comm.sum_(found, "sample")
+        return found
+
+
+@dataclass(frozen=True)
 class ValuePredictive:
     """Predictive of numbers over all samples of the job; B examples, targets [T, ...].
 
@@ -66,6 +94,18 @@ class ValuePredictive:
     """[B, K, T, ...] mean of each sample, where they were asked for."""
     log_probs: Tensor | None = None
     """[B, K] log p(y | x, w_s) of each sample (nats), where they were asked for, y was given and has a density."""
+    share: Share | None = None
+    """The samples' distributions of the targets of this rank, where they were asked for and the likelihood has them."""
+
+    def quantile(self, level: float) -> Tensor:
+        """Return the quantile [B, T, ...] of a level between 0 and 1, of the mixture over samples (units of y).
+
+        Local with `mixture`; with `share` collective over ``sample_comm``: a gather of one number for each target.
+        """
+        if self.mixture is not None:
+            return self.mixture.quantile(level)
+        assert self.share is not None, "one of them was asked for"
+        return self.share.shares.join(self.share.mixture.quantile(level))
 
     @property
     def variance(self) -> Tensor:
@@ -76,7 +116,7 @@ class ValuePredictive:
         """Return the predictive of ``std * y + mean`` from that of y; they broadcast to [B, T, ...].
 
         Of examples, targets and further dims, not of samples: std [T] is that of each target. ``present`` says which targets
-        of the log-likelihoods are not missing; None: all.
+        of the log-likelihoods are not missing; None: all. The new one takes over the memory of `share`, which changes.
         """
         mean, std = (torch.as_tensor(number).to(self.mean) for number in (mean, std))
         mean, std = (t.view((1,) * (self.mean.ndim - t.ndim) + t.shape) for t in (mean, std))
@@ -87,6 +127,8 @@ class ValuePredictive:
         log_std = log_std.sum(tuple(range(1, self.mean.ndim)))
         if log_prob is not None:
             log_prob = log_prob - log_std
+        if self.share is not None:
+            self.share.mixture.in_units_(self.share.shares.of(mean), self.share.shares.of(std))
         return ValuePredictive(
             self.mean * std + mean,
             self.aleatoric_variance * square,
@@ -95,6 +137,7 @@ class ValuePredictive:
             self.mixture and self.mixture.in_units(mean, std),
             None if self.members is None else self.members * std[:, None] + mean[:, None],
             None if log_probs is None else log_probs - log_std[:, None],
+            self.share,
         )
 
 
@@ -102,8 +145,10 @@ Predictive = ClassPredictive | ValuePredictive
 
 
 def examples_of(predictive: Predictive, start: int, stop: int) -> Predictive:
-    """Return the predictive of some of its examples. Local."""
+    """Return the predictive of some of its examples, without a share of their targets. Local."""
     values = {field.name: getattr(predictive, field.name) for field in fields(predictive)}
+    if "share" in values:
+        values["share"] = None
     for name, value in values.items():
         if value is not None:
             values[name] = value.rows(start, stop) if isinstance(value, Mixture) else value[start:stop]
@@ -182,6 +227,33 @@ def predict_classes(
     return ClassPredictive(mean, (square - mean.square()).clamp_min(0).sqrt(), entropy.squeeze(1), members)
 
 
+class _Divided:
+    """The mixture over samples, by targets: `add` the samples of this rank one after another, then `exchange`."""
+
+    def __init__(self, comm: GridComm, num_samples: int):
+        self._comm, self._num_samples, self._num_added = comm, num_samples, 0
+        self._buffers: list[Tensor] = []
+
+    def add(self, mixture: Mixture) -> None:
+        """Add the components [c, B, T, ...] of some samples. Local."""
+        if not self._buffers:
+            self._shares = TargetShares(self._comm, self._num_samples, mixture.components[0].shape[1:])
+            self._buffers = [self._shares.buffer(component) for component in mixture.components]
+            self._like = mixture.of(*(component.new_empty(0) for component in mixture.components))
+        for buffer, component in zip(self._buffers, mixture.components):
+            self._shares.put_(buffer, self._num_added, component)
+        self._num_added += mixture.num_components
+
+    def exchange(self) -> Share | None:
+        """Return this rank's share, None if nothing was added. Collective over ``sample_comm``: one exchange a component."""
+        if not self._buffers:
+            return None
+        components = []
+        while self._buffers:
+            components.append(self._shares.collect(self._buffers.pop(0)))
+        return Share(self._like.of(*components), self._shares)
+
+
 @torch.no_grad()
 def predict_values(
     posterior: Posterior,
@@ -196,11 +268,13 @@ def predict_values(
     chunk_size: int = 1,
     keep_members: bool = False,
     keep_log_probs: bool = False,
+    keep_share: bool = False,
 ) -> ValuePredictive:
     """Return the predictive of this rank's examples over the samples of all ranks of its sample group.
 
     Collective over ``sample_comm``: two sums, of 2 and 1 numbers per target; with targets y a maximum and a sum of
-    B numbers more; a gather of the outputs of all samples to keep the members, of [K, B] to keep the log-densities.
+    B numbers more; a gather of the outputs of all samples to keep the members, of [K, B] to keep the log-densities; an exchange
+    of one or two numbers for each target of this rank's samples to keep a share.
 
     Parameters
     ----------
@@ -209,12 +283,14 @@ def predict_values(
     num_samples, seed, batch_size, chunk_size
         As for `predict_classes`.
     keep_members : bool
-        Whether the distribution of each sample is kept as well: for quantiles, PIT and CRPS.
+        Whether the distribution of each sample is kept as well, on each rank: for quantiles, PIT and CRPS.
     keep_log_probs : bool
         Whether the log-density of each sample is kept as well.
+    keep_share : bool
+        Whether each rank keeps the distributions of all samples for its share of the targets, 1 / S of the memory.
     """
     moments, density = Moments(num_samples), LogMeanExp(num_samples)
-    kept, log_probs = [], []
+    kept, log_probs, divided = [], [], _Divided(comm, num_samples)
     for samples, members in member_outputs(posterior, comm, x, num_samples, seed, batch_size, chunk_size):
         form, outputs = (len(samples), num_rows(x)), members.flatten(0, 1)
         mean_and_variance = torch.stack([likelihood.mean(outputs), likelihood.variance(outputs)], dim=1)
@@ -225,10 +301,14 @@ def predict_values(
             density.add(log_prob)
             log_probs += [log_prob] if keep_log_probs else []
         kept += [members] if keep_members else []
+        if keep_share and (mixture := likelihood.mixture(members)) is not None:
+            divided.add(mixture)
+        del members, outputs, mean_and_variance  # of a field each takes as much memory as all else here
+    share = divided.exchange()  # first: it needs the most memory
     moments.exchange(comm)
     density.exchange(comm)
     assert moments.mean is not None, "each rank of a sample group adds one chunk or more"
-    predictive = ValuePredictive(moments.mean, moments.aleatoric, moments.epistemic, density.log_mean)
+    predictive = ValuePredictive(moments.mean, moments.aleatoric, moments.epistemic, density.log_mean, share=share)
     if log_probs:
         predictive = replace(predictive, log_probs=comm.gather(torch.cat(log_probs), "sample").T)
     if not keep_members:

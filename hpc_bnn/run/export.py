@@ -99,7 +99,7 @@ def predict_run(
         comm,
         dataset,
         **experiment.test_samples,
-        keep_members=needs_members(quantiles, with_members, calibration),
+        **what_is_kept(experiment.likelihood, quantiles, with_members, calibration),
         with_targets=False,
     )
     dtype = np.float64 if experiment.is_wide else np.float32
@@ -277,15 +277,20 @@ def check_levels(quantiles: Sequence[float], likelihood: Likelihood, flag: str) 
     return quantiles if likelihood.num_classes or likelihood.has_mixture else ()
 
 
-def needs_members(quantiles: Sequence[float], with_members: bool, calibration: Calibration | None) -> bool:
-    """Whether `columns_of` needs what each sample predicts. Local."""
-    return with_members or len(quantiles) > 0 or (calibration is not None and calibration.temperature is None)
+def what_is_kept(
+    likelihood: Likelihood, quantiles: Sequence[float], with_members: bool, calibration: Calibration | None
+) -> dict[str, Any]:
+    """Return the options of `predict_dataset` for what `columns_of` needs of each sample. Local."""
+    needs_all = len(quantiles) > 0 or (calibration is not None and calibration.temperature is None)
+    if likelihood.num_classes is not None:
+        return {"keep_members": with_members or needs_all}
+    return {"keep_members": with_members, "keep_share": needs_all and not with_members}
 
 
 def columns_of(
     predictive: Predictive, quantiles: Sequence[float], with_members: bool, calibration: Calibration | None = None
 ) -> dict[str, Tensor]:
-    """Return the rows [B, ...] of each dataset. Local."""
+    """Return the rows [B, ...] of each dataset. Local; quantiles of numbers as `ValuePredictive.quantile`."""
     if isinstance(predictive, ClassPredictive):
         columns = {
             "probabilities": predictive.probabilities,
@@ -303,20 +308,19 @@ def columns_of(
         }
     if calibration is not None:
         columns |= calibration.columns_of(predictive)
-    if quantiles or with_members:
-        members = predictive.members
-        assert members is not None, "predict_run asks for them"
-        if with_members:
-            columns["members"] = members
-        if quantiles and isinstance(predictive, ClassPredictive):
-            levels = torch.tensor(quantiles, dtype=torch.float64, device=members.device)
-            columns["quantiles"] = members.quantile(levels, dim=1).movedim(0, 1)
-        if quantiles and isinstance(predictive, ValuePredictive) and predictive.mixture is not None:
-            columns["quantiles"] = torch.stack([predictive.mixture.quantile(level) for level in quantiles], 1)
-            if "calibrated_std" in columns:
-                assert calibration is not None
-                mixture = calibration.applied(predictive).mixture
-                columns["calibrated_quantiles"] = torch.stack([mixture.quantile(level) for level in quantiles], 1)
+    if with_members:
+        assert predictive.members is not None, "they were asked for"
+        columns["members"] = predictive.members
+    if quantiles and isinstance(predictive, ValuePredictive):
+        columns["quantiles"] = torch.stack([predictive.quantile(level) for level in quantiles], 1)
+        if "calibrated_std" in columns:
+            assert calibration is not None
+            after = calibration.applied(predictive)
+            columns["calibrated_quantiles"] = torch.stack([after.quantile(level) for level in quantiles], 1)
+    elif quantiles:
+        assert predictive.members is not None, "they were asked for"
+        levels = torch.tensor(quantiles, dtype=torch.float64, device=predictive.members.device)
+        columns["quantiles"] = predictive.members.quantile(levels, dim=1).movedim(0, 1)
     return columns
 
 

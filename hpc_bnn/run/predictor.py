@@ -21,7 +21,7 @@ from ..grid import Grid
 from ..predictive import check_up, predict_dataset
 from .calibrate import read_calibration
 from .experiment import Experiment, read_config
-from .export import check_levels, columns_of, needs_members
+from .export import check_levels, columns_of, what_is_kept
 from .model_file import POSTERIOR, export_model, read_posterior
 from .plain_network import PlainNetwork, What, plain_network
 
@@ -140,7 +140,7 @@ class Predictor:
         calibration = read_calibration(experiment, options["num_samples"]) if calibrated else None
         blocks = predict_dataset(
             self.posterior, self.likelihood, experiment.comm, source,
-            keep_members=needs_members(quantiles, members, calibration), with_targets=False, **options,
+            **what_is_kept(self.likelihood, quantiles, members, calibration), with_targets=False, **options,
         )  # fmt: skip
         parts: dict[str, list[np.ndarray]] = {}
         with tqdm(total=len(source), unit="example", disable=not progress) as bar:
