@@ -1,6 +1,5 @@
 """Every config of configs/: it is sound, its network is as large as it says, and so is the command that makes its shards."""
 
-import dataclasses
 import importlib
 import math
 import os
@@ -59,13 +58,15 @@ def test_the_evaluation_of_the_swin_of_full_size_fits_into_80_gb(is_on_gpu):
     # By `hpc-bnn plan`, which rehearses the network for minutes
     resident, forward = 8.00e9, 1.15e9
 
-    def needed(num_test_samples):
-        other = dataclasses.replace(config, num_test_samples=num_test_samples)
-        grid = Grid(64, config.grid.sample_size, 0)
-        return evaluation_bytes(other, manifest, grid, resident, forward, is_on_gpu=is_on_gpu)
+    def above(sample_size):
+        grid = Grid(64, sample_size, 0)
+        return evaluation_bytes(config, manifest, grid, resident, forward, is_on_gpu=is_on_gpu) - resident
 
-    assert needed(config.num_test_samples) <= 80e9 < needed(config.num_test_samples + config.grid.sample_size)
-    assert needed(64) > 140e9
+    assert config.num_test_samples == 64 and resident + above(config.grid.sample_size) <= 32e9
+    one_member = 8 * math.prod(field.shape)
+    for sample_size in (1, 2, 4):
+        assert above(sample_size) <= 2.5 * 64 * one_member / sample_size + one_member + forward
+    assert above(4) < 0.5 * above(1)
 
 
 @pytest.mark.parametrize(("precision", "deterministic"), [("ieee", False), ("tf32", True)])
