@@ -28,8 +28,8 @@ TEMPERATURES = 0.05, 20.0
 NOISE_FACTORS = 0.05, 20.0
 """Least and greatest factor of the noise scale."""
 
-NOISE_NUMBERS = 2**24
-"""Components of targets by which the noise scale is refitted, in the whole job: 256 MiB. Of more, a part of the targets."""
+NOISE_NUMBERS = 2**22
+"""Components of targets by which the noise scale is refitted, in the whole job: 64 MiB, seconds. Of more, a part of the targets."""
 
 MAX_VECTOR_CLASSES = 1000
 """Classes of vector scaling, whose Newton steps sum the square of twice as many numbers."""
@@ -252,7 +252,7 @@ def fit_vector(log_p: Tensor, y: Tensor, temperature: float, comm: GridComm) -> 
 def fit_noise_factors(parts: Sequence[tuple[Any, Tensor, Tensor, Tensor]], num_targets: int, comm: GridComm) -> Tensor:
     """Return the factors [T] of the scales with the greatest likelihood, on the CPU.
 
-    Collective over the world: one sum of 26 T numbers, 50 of T. The likelihood is that of each target by itself, of its mixture
+    Collective over the world: one sum of 26 T numbers, 40 of T. The likelihood is that of each target by itself, of its mixture
     over the samples whose scales are multiplied by the factor of its channel. The greatest of 25 values tells where to look;
     there the slope is halved in on (in the logarithm of the factor).
 
@@ -262,29 +262,28 @@ def fit_noise_factors(parts: Sequence[tuple[Any, Tensor, Tensor, Tensor]], num_t
         Components [K, m] of m targets that no other rank has, the targets [m], whether each is there, and its channel.
     """
 
-    def sums(log_factor: Tensor) -> tuple[Tensor, Tensor]:
-        """Return log-likelihood and slope [T]."""
-        value, slope = log_factor.new_zeros(2, num_targets)
+    def total(log_factor: Tensor, is_slope: bool) -> Tensor:
+        """Return the log-likelihood, or its slope, [T]."""
+        found = log_factor.new_zeros(num_targets)
         for mixture, y, present, channel in parts:
             rescaled = mixture.rescaled(log_factor.exp().expand(num_targets)[channel])
-            of_components = rescaled.log_densities(y)
-            of_targets = (of_components.softmax(0) * rescaled.slopes(y)).sum(0)
-            value.index_add_(0, channel, torch.where(present, of_components.logsumexp(0), 0))
-            slope.index_add_(0, channel, torch.where(present, of_targets, 0))
-        return value, slope
+            logs = rescaled.log_densities(y)
+            of_targets = (logs.softmax(0) * rescaled.slopes(y)).sum(0) if is_slope else logs.logsumexp(0)
+            found.index_add_(0, channel, torch.where(present, of_targets, 0))
+        return found
 
     ends = [math.log(factor) for factor in NOISE_FACTORS]
     nodes = torch.linspace(ends[0], ends[1], 25, dtype=torch.float64, device=comm.device)
     count = nodes.new_zeros(num_targets)
     for _, _, present, channel in parts:
         count.index_add_(0, channel, present.to(count))
-    found = torch.stack([*(sums(node)[0] for node in nodes), count])
+    found = torch.stack([*(total(node, False) for node in nodes), count])
     comm.sum_(found)
     best = found[:-1].argmax(0)
     low, high = nodes[(best - 1).clamp_min(0)], nodes[(best + 1).clamp_max(len(nodes) - 1)]
-    for _ in range(50):  # the same on all ranks: none waits for another
+    for _ in range(40):  # to 1e-12; the same on all ranks: none waits for another
         middle = (low + high) / 2
-        slope = sums(middle)[1]
+        slope = total(middle, True)
         comm.sum_(slope)
         low, high = torch.where(slope > 0, middle, low), torch.where(slope > 0, high, middle)
     return torch.where(found[-1] > 0, ((low + high) / 2).exp(), 1).cpu()
