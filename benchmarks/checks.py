@@ -24,7 +24,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import hpc_bnn
 from hpc_bnn import comm as comm_module
@@ -125,7 +125,7 @@ def measure_steps(comm: hpc_bnn.GridComm, name: str, options: argparse.Namespace
             step(x[mine], y[mine], batch)
         return (time.perf_counter() - start) / STEPS, (comm.traffic.num_collectives - before) / STEPS
 
-    def turn(x: Tensor = x) -> list[tuple[float, float]]:
+    def turn() -> list[tuple[float, float]]:
         return [block(True, True), block(False, True), block(False, False)]
 
     turn()

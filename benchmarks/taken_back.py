@@ -29,9 +29,10 @@ class Mend(NamedTuple):
     """As docs/cases.md calls them."""
     file: str
     old: str
-    new: str
     test: str
     """FILE -k EXPRESSION; in tests/mpi it runs on ``ranks``."""
+    new: str = "if False:"
+    """In the place of ``old``; by default the condition of what holds the mend."""
     ranks: int = 0
     also: tuple[str, str] | None = None
     """A second replacement, where two mechanisms hold a mend."""
@@ -45,110 +46,119 @@ NET, AFTER, EQUALITY = "test_network.py -k ", "test_after_wrap.py -k ", "hpc_bnn
 MENDS = {
     "change in place": Mend(
         "8", LOOK, "return (not clone.is_inference() and clone._version > 0) or not _alike(clone, original, 0.0)",
-        "return False", NET + "changed_in_place_is_copied",
+        NET + "changed_in_place_is_copied", new="return False",
     ),
     "DataParallel by name": Mend(
-        "11", "hpc_bnn/posteriors/select.py", "        if found:\n            rule = \"it spreads", "        if False:\n            rule = \"it spreads",
-        "test_weights.py -k sums_gradients_is_refused",
+        "11", "hpc_bnn/posteriors/select.py", '        if found:\n            rule = "it spreads',
+        "test_weights.py -k sums_gradients_is_refused", new='        if False:\n            rule = "it spreads',
     ),
     "one value per channel": Mend(
-        "10", "hpc_bnn/posteriors/batch_norm.py", "and count <= 1:", "and count <= 0:",
-        "test_families.py -k one_value_per_channel",
+        "10", "hpc_bnn/posteriors/batch_norm.py", "and count <= 1:",
+        "test_families.py -k one_value_per_channel", new="and count <= 0:",
     ),
     "targets of a step": Mend(
-        "12, 28", "hpc_bnn/training/data_term.py", "misfits = ~self._likelihood.fits(y)", "misfits = ~self._likelihood.fits(y) & False",
-        "test_evaluate.py -k targets_are_checked",
+        "12, 28", "hpc_bnn/training/data_term.py", "misfits = ~self._likelihood.fits(y)",
+        "test_evaluate.py -k targets_are_checked", new="misfits = ~self._likelihood.fits(y) & False",
     ),
     "targets of an evaluation": Mend(
-        "12, 28", "hpc_bnn/predictive/evaluation.py", "misfits = ~likelihood.fits(block.y)", "misfits = ~likelihood.fits(block.y) & False",
-        "test_evaluate.py -k that_nothing_has",
+        "12, 28", "hpc_bnn/predictive/evaluation.py", "misfits = ~likelihood.fits(block.y)",
+        "test_evaluate.py -k that_nothing_has", new="misfits = ~likelihood.fits(block.y) & False",
     ),
     "cache of casts": Mend(
-        "40", NETWORK, "cache_enabled=False)", "cache_enabled=True)", NET + "users_autocast",
-        also=("        torch.clear_autocast_cache()  # the casts of the former weights\n", ""),
+        "40", NETWORK, "cache_enabled=False)",
+        NET + "users_autocast", new="cache_enabled=True)", also=("        torch.clear_autocast_cache()  # the casts of the former weights\n", ""),
     ),
     "moved after the wrap": Mend(
-        "42", NETWORK, "elif (parameter.dtype, parameter.device) != (view.dtype, view.device):", "elif False:",
+        "42", NETWORK, "if (parameter.dtype, parameter.device) != (view.dtype, view.device):",
         AFTER + "what_cannot_be_followed",
     ),
     "new head": Mend(
-        "43", NETWORK, "if parameter.requires_grad and id(parameter) not in trainable:", "if False:",
+        "43", NETWORK, "if parameter.requires_grad and id(parameter) not in trainable:",
         AFTER + "what_cannot_be_followed",
     ),
     "frozen after the wrap": Mend(
-        "4 of 24.3", NETWORK, "if not all([p.requires_grad for p in self.parameters.values()]):", "if False:",
+        "4 of 24.3", NETWORK, "if not all([p.requires_grad for p in self.parameters.values()]):",
         AFTER + "what_cannot_be_followed",
     ),
     "weight decay": Mend(
-        "44", UPDATERS, 'is_decay = "weight_decay" in key and not isinstance(value, bool) and value', "is_decay = False",
-        NET + "weight_decay_on_weights_with_a_prior",
+        "44", UPDATERS, 'is_decay = "weight_decay" in key and not isinstance(value, bool) and value',
+        NET + "weight_decay_on_weights_with_a_prior", new="is_decay = False",
     ),
-    "ascent": Mend("44", UPDATERS, 'if group.get("maximize"):', "if False:", NET + "cannot_train_the_posterior"),
+    "ascent": Mend(
+        "44", UPDATERS, 'if group.get("maximize"):',
+        NET + "cannot_train_the_posterior",
+    ),
     "closure": Mend(
-        "29", UPDATERS, "if closure is not None and closure.default is inspect.Parameter.empty:", "if False:",
+        "29", UPDATERS, "if closure is not None and closure.default is inspect.Parameter.empty:",
         AFTER + "wants_a_closure",
     ),
     "optimizer of the network": Mend(
-        "B2", UPDATERS, "if of_network or not {id(p) for p in self.posterior.buffer.updated()} & updated:", "if False:",
+        "B2", UPDATERS, "if of_network or not {id(p) for p in self.posterior.buffer.updated()} & updated:",
         NET + "cannot_train_the_posterior",
     ),
-    "no gradients": Mend("45", STEP, "        if not torch.is_grad_enabled():\n", "        if False:\n", NET + "without_gradients"),
+    "no gradients": Mend(
+        "45", STEP, "if not torch.is_grad_enabled():",
+        NET + "without_gradients",
+    ),
     "tables of weights": Mend(
-        "46", NETWORK, "derived = [layer for layer in self._deriving if not layer.training]", "derived = []",
-        NET + "table_derived",
+        "46", NETWORK, "derived = [layer for layer in self._deriving if not layer.training]",
+        NET + "table_derived", new="derived = []",
     ),
     "batch against walk": Mend(
-        "51", "hpc_bnn/training/batch_trial.py", "        if problem is not None:\n            self._loop.fall_back", "        if False:\n            self._loop.fall_back",
-        NET + "gives_another_gradient_walks",
+        "51", "hpc_bnn/training/batch_trial.py", "        if problem is not None:\n            self._loop.fall_back",
+        NET + "gives_another_gradient_walks", new="        if False:\n            self._loop.fall_back",
     ),
     "flags win": Mend(
-        "B5", "hpc_bnn/cli/commands.py", "return [words[0], *files, *flags, *run_dirs]", "return list(words)",
-        "test_cli.py -k flag_wins",
+        "B5", "hpc_bnn/cli/commands.py", "return [words[0], *files, *flags, *run_dirs]",
+        "test_cli.py -k flag_wins", new="return list(words)",
     ),
     "bytes of an example": Mend(
-        "F11", FILES, "    if is_changed.any():\n", "    if False:\n", "test_data.py -k every_flipped_byte",
+        "F11", FILES, "if is_changed.any():",
+        "test_data.py -k every_flipped_byte",
     ),
     "links of HDF5": Mend(
-        "F11", FILES, "if not isinstance(file.get(name, getlink=True), h5py.HardLink):", "if False:",
+        "F11", FILES, "if not isinstance(file.get(name, getlink=True), h5py.HardLink):",
         "test_data.py -k lie_elsewhere",
     ),
     "external storage": Mend(
-        "F11", FILES, "if dataset.external or dataset.is_virtual:", "if False:", "test_data.py -k lie_elsewhere",
+        "F11", FILES, "if dataset.external or dataset.is_virtual:",
+        "test_data.py -k lie_elsewhere",
     ),
     "plain names": Mend(
-        "F4", "hpc_bnn/data/manifest.py", "are_plain = all(isinstance(file, str) and SHARD.fullmatch(file) for file in files)", "are_plain = True",
-        "test_data.py -k plain_name",
+        "F4", "hpc_bnn/data/manifest.py", "are_plain = all(isinstance(file, str) and SHARD.fullmatch(file) for file in files)",
+        "test_data.py -k plain_name", new="are_plain = True",
     ),
     "half a row": Mend(
-        "F8", "hpc_bnn/safe_files/__init__.py", 'if length and os.pread(descriptor, 1, length - 1) != b"\\n":', "if False:",
+        "F8", "hpc_bnn/safe_files/__init__.py", 'if length and os.pread(descriptor, 1, length - 1) != b"\\n":',
         "test_safe_files.py -k half_a_row",
     ),
     "bytes of a note": Mend(
-        "F14", CHECKPOINT, "if digest is not None and digest != _digest_of(content):", "if False:", "test_checkpoint.py -k every_bit_of_a_note",
+        "F14", CHECKPOINT, "if digest is not None and digest != _digest_of(content):",
+        "test_checkpoint.py -k every_bit_of_a_note",
     ),
     "bytes of a checkpoint": Mend(
-        "F6", CHECKPOINT, "if len(content) != note.num_bytes or hashlib.sha256(content).hexdigest() != note.sha256:", "if False:",
+        "F6", CHECKPOINT, "if len(content) != note.num_bytes or hashlib.sha256(content).hexdigest() != note.sha256:",
         "test_checkpoint.py -k damaged_checkpoint_is_used",
     ),
     "metric that is no number": Mend(
-        "F21", CHECKPOINT, "metric = metric if metric is not None and math.isfinite(metric) else None", "metric = metric",
-        "test_checkpoint.py -k newest_and_the_best",
+        "F21", CHECKPOINT, "metric = metric if metric is not None and math.isfinite(metric) else None",
+        "test_checkpoint.py -k newest_and_the_best", new="metric = metric",
     ),
     "sum of the batch": Mend(
-        "B3, F18", EQUALITY, "if is_equal and tally[Tally.NUM_EXAMPLES] == self._global_batch_size and", "if is_equal and",
-        "mpi/test_equality.py -k wrong_global_batch_size", 2,
+        "B3, F18", EQUALITY, "if is_equal and tally[Tally.NUM_EXAMPLES] == self._global_batch_size and",
+        "mpi/test_equality.py -k wrong_global_batch_size", new="if is_equal and", ranks=2,
     ),
     "settings of ranks": Mend(
-        "F3", EQUALITY, "is_equal = tally[Tally.SETTINGS] == tally[Tally.BATCH]", "is_equal = tally[Tally.BATCH]",
-        "mpi/test_equality.py -k other_settings", 2,
+        "F3", EQUALITY, "is_equal = tally[Tally.SETTINGS] == tally[Tally.BATCH]",
+        "mpi/test_equality.py -k other_settings", new="is_equal = tally[Tally.BATCH]", ranks=2,
     ),
     "examples of a sample group": Mend(
-        "B1", EQUALITY, "== tally[Tally.BATCH] == tally[Tally.BATCH_TOO] == 0", "== 0",
-        "mpi/test_equality.py -k other_examples", 2,
+        "B1", EQUALITY, "== tally[Tally.BATCH] == tally[Tally.BATCH_TOO] == 0",
+        "mpi/test_equality.py -k other_examples", new="== 0", ranks=2,
     ),
     "replicas": Mend(
-        "B1", EQUALITY, "                if not torch.equal(first, piece):\n", "                if False:\n",
-        "mpi/test_equality.py -k replicas_that_differ", 2,
+        "B1", EQUALITY, "if not torch.equal(first, piece):",
+        "mpi/test_equality.py -k replicas_that_differ", ranks=2,
     ),
 }  # fmt: skip
 
