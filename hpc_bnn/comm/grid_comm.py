@@ -308,7 +308,7 @@ class GridComm:
         Parameters
         ----------
         flat : Tensor
-            [n], of a floating-point dtype; without numbers on a rank that has none to send.
+            [n], without numbers on a rank that has none to send.
         counts, rows : sequence of int
             Of each rank, the same on all of them; 0 is allowed. ``rows`` are 1 each by default.
         axis : {"sample", "data"}
@@ -367,7 +367,7 @@ class GridComm:
 
         Tensors come out on the CPU, as copies. They travel in pieces: the other ranks need little memory besides.
 
-        Collective over ``sample_comm``, ``data_comm`` or the world, by ``axis``; it costs nothing over one rank.
+        Collective over ``sample_comm`` or ``data_comm``, by ``axis``; it costs nothing over one rank.
         """
         size = self._extents[axis]
         if size == 1:
@@ -385,7 +385,7 @@ class GridComm:
             for place, span in byte_spans(mine, start, stop):
                 sent[place] = span.to(self.device)
             counts = [len(sent), *[0] * (size - 1)]
-            received = self._carry(sent, axis, self.tensors.all_to_all, counts, axis)
+            received = self.all_to_all(sent, counts, axis)
             for tensors, content in zip(theirs, received.cpu().split(len(sent))):
                 for place, span in byte_spans(tensors, start, stop):
                     span.copy_(content[place])
