@@ -53,9 +53,23 @@ def receive(connection: socket.socket, size: int) -> bytes:
     while len(content) < size:
         part = connection.recv(size - len(content))
         if not part:
-            os._exit(1)
+            raise ConnectionError("who is at the other end is gone")
         content += part
     return content
+
+
+def request_at(connection: socket.socket) -> tuple[dict, array.array]:
+    """Return what `ask` sends: a request and its streams."""
+    header, ancillary, _, _ = connection.recvmsg(8, socket.CMSG_SPACE(12))
+    if not ancillary:
+        raise ConnectionError("who asked is gone")
+    streams = array.array("i", ancillary[0][2])
+    try:
+        return json.loads(receive(connection, int.from_bytes(header, "big"))), streams
+    except ConnectionError:
+        for stream in streams:
+            os.close(stream)
+        raise
 
 
 def serve(path: str) -> list[str]:
@@ -84,9 +98,11 @@ def serve(path: str) -> list[str]:
             os._exit(0)
         if listener in ready:
             connection, _ = listener.accept()
-            header, ancillary, _, _ = connection.recvmsg(8, socket.CMSG_SPACE(12))
-            streams = array.array("i", ancillary[0][2])
-            request = json.loads(receive(connection, int.from_bytes(header, "big")))
+            try:
+                request, streams = request_at(connection)
+            except ConnectionError:  # killed while it asked: others are served on
+                connection.close()
+                continue
             pid = os.fork()
             if pid == 0:
                 for kept_here in (listener, connection, *asking):
@@ -96,7 +112,8 @@ def serve(path: str) -> list[str]:
                 return become(request, streams)
             for stream in streams:
                 os.close(stream)
-            connection.sendall(pid.to_bytes(8, "big"))
+            with contextlib.suppress(OSError):  # who asked is gone
+                connection.sendall(pid.to_bytes(8, "big"))
             kept[os.pidfd_open(pid)] = pid, connection
 
 
@@ -125,7 +142,10 @@ def end() -> None:
 
 
 if __name__ == "__main__" and sys.argv[1] == "run":
-    ask(sys.argv[2])
+    try:
+        ask(sys.argv[2])
+    except ConnectionError:  # the tests have ended
+        os._exit(1)
 elif __name__ == "__main__":
     import gc
     import runpy
