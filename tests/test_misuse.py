@@ -291,11 +291,11 @@ def test_a_state_with_another_number_of_groups_is_refused():
     groups = [{"params": [posterior.loc, posterior.log_scale]}, {"params": [posterior.points], "lr": 0.5}]
     step = make_step(posterior, torch.optim.Adam(groups))
     step(*batch(), 6)
-    state = step.updater.gather_state()
+    state = step.gather_state()
     other = make_step(posterior)
     assert isinstance(other.updater, Updater)
     with pytest.raises(ConfigError, match=r"2 groups.*1"):
-        other.updater.load_state(state)
+        other.load_state_dict(state)
 
 
 def test_a_checkpoint_of_another_run_is_not_overwritten(tmp_path):

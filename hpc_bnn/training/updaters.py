@@ -10,12 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..comm import GridComm
 from ..errors import ConfigError, Fault
-from ..grid import Grid
 from ..posteriors import Posterior
 from ..posteriors.select import shortened
-from .places import Leaf, Places, outline_of
+from .places import Leaf, Places
 from .reducer import Reducer, rows_of
 
 ELEMENTWISE = ("Adam", "AdamW", "SGD", "RMSprop", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam", "Rprop", "ASGD")
@@ -188,16 +186,11 @@ class Updater:
         options = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
         return {"state": state, "groups": options}
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Take over what `gather_state` returned, on this or another grid, with as many groups of parameters. Local."""
-        outline, tensors = outline_of(state)
-        places = Places(outline, self.posterior.buffer.flat.device)
-        end = self.begin_load(outline, places)
-        places.fill_(GridComm(Grid()), tensors)
-        end()
-
     def begin_load(self, state: dict[str, Any], places: Places) -> Callable[[], None]:
-        """Find places for what `gather_state` returned, of which this is the outline; return what takes it over. Local."""
+        """Find places for what `gather_state` returned, on this or another grid, of which this is the outline. Local.
+
+        Return what takes it over once they are filled. The optimizer must have as many groups of parameters.
+        """
         num_theirs, num_mine = len(state["groups"]), len(self.optimizer.param_groups)
         if num_theirs != num_mine:
             rule = f"the checkpoint has {num_theirs} groups of parameters, and this optimizer has {num_mine}"
