@@ -34,7 +34,8 @@ from hpc_bnn.predictive.calibration import (
     tempered,
     vector_scaled,
 )
-from hpc_bnn.predictive.predictive import ClassPredictive, ValuePredictive
+from hpc_bnn.predictive.predictive import ClassPredictive, Share, ValuePredictive
+from hpc_bnn.reductions import TargetShares
 
 ONE = GridComm(Grid())
 
@@ -397,9 +398,9 @@ def test_the_density_after_the_calibration_is_that_of_the_rescaled_mixture():
     mixture, y, present = mixture.map(lambda c: c.movedim(2, 1)), y.T, present.T
     zeros, factors = torch.zeros_like(y), torch.tensor([0.5, 1.0, 3.0], dtype=torch.float64)
     found = Calibration(INTERVALS, 0.9, 9, torch.zeros(3), noise_factors=factors)
-    got = found.applied(
-        ValuePredictive(zeros, zeros + 4, zeros + 9, mixture=mixture), torch.where(present, y, 0), present
-    )
+    share = Share(mixture.map(lambda c: c.flatten(1)), TargetShares(ONE, 4, y.shape))
+    predictive = ValuePredictive(zeros, zeros + 4, zeros + 9, share=share)
+    got = found.applied(predictive, torch.where(present, y, 0), present)
     normal = torch.distributions.Normal(mixture.components[0], mixture.components[1] * factors)
     expected = torch.where(present, normal.log_prob(torch.where(present, y, 0)), 0).sum(2).logsumexp(0) - math.log(4)
     torch.testing.assert_close(got.log_prob, expected, rtol=1e-10, atol=1e-10)

@@ -35,7 +35,7 @@ class Mixture:
 
     def in_units(self, mean: Tensor, std: Tensor) -> Mixture:
         """Return the mixture of ``std * y + mean``, where they broadcast to [n, targets, ...]."""
-        mixture = self.of(*(component.clone() for component in self.components))
+        mixture = self.map(Tensor.clone)
         mixture.in_units_(mean, std)
         return mixture
 

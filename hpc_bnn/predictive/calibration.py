@@ -79,20 +79,29 @@ class Calibration:
         """Whether n is too small for the level."""
         return conformal_rank(self.num_examples, self.level) > self.num_examples
 
-    def columns_of(self, predictive: Predictive) -> dict[str, Tensor]:
+    def columns_of(self, predictive: Predictive, quantiles: Sequence[float] = ()) -> dict[str, Tensor]:
         """Return what the calibration says of examples. Local; of numbers as `interval_of`.
 
         Classes: ``calibrated_probabilities`` [B, C] of `applied`, and ``in_set`` [B, C] (int8), 1 for a class in the set.
         Numbers: ``lower``, ``upper`` [B, T, ...], ends of the interval in units of y; it is empty where lower is above upper;
-        with ``noise_factors`` also ``calibrated_std`` of `applied`.
+        with ``noise_factors`` also ``calibrated_std`` and, for the levels that are given, ``calibrated_quantiles``
+        [B, levels, T, ...] of `applied`.
         """
         after = self.applied(predictive)
         if isinstance(predictive, ClassPredictive):
-            scores = set_scores(predictive.probabilities, self.score, self.penalty, self.free_rank)
-            in_set = scores <= self.thresholds.to(scores)
-            return {"calibrated_probabilities": after.probabilities, "in_set": in_set.to(torch.int8)}
+            in_set = self.set_of(predictive).to(torch.int8)
+            return {"calibrated_probabilities": after.probabilities, "in_set": in_set}
         columns = dict(zip(("lower", "upper"), self.interval_of(predictive)))
-        return columns if self.noise_factors is None else columns | {"calibrated_std": after.variance.sqrt()}
+        if self.noise_factors is not None:
+            columns["calibrated_std"] = after.variance.sqrt()
+            if quantiles:
+                columns["calibrated_quantiles"] = torch.stack([after.quantile(level) for level in quantiles], 1)
+        return columns
+
+    def set_of(self, predictive: ClassPredictive) -> Tensor:
+        """Return whether each class [B, C] is in the set of its example. Local."""
+        scores = set_scores(predictive.probabilities, self.score, self.penalty, self.free_rank)
+        return scores <= self.thresholds.to(scores)
 
     def interval_of(self, predictive: Any) -> tuple[Tensor, Tensor]:
         """Return the ends [B, T, ...] of the interval of numbers (units of y). Local or collective as `ends_of`."""
@@ -102,11 +111,11 @@ class Calibration:
     def applied(self, predictive: Any, y: Tensor | None = None, present: Tensor | None = None) -> Any:
         """Return a predictive of examples after the calibration.
 
-        Local; for numbers with y and a `Share` collective over ``sample_comm``: a sum of [K, B] numbers.
+        Local; for numbers with y collective over ``sample_comm``: a sum of [K, B] numbers.
 
         Classes get probabilities of the temperature, or of vector scaling; the mutual information stays. For numbers the
-        aleatoric standard deviation is multiplied by the ``noise_factors``, in the moments, the mixture, and the log density of
-        y [B, T, ...] (units of y), where y is given; ``present`` [B, T, ...] says which targets are not missing.
+        aleatoric standard deviation is multiplied by the ``noise_factors``, in the moments, the mixture, and with a `Share` in the
+        log density of y [B, T, ...] (units of y), where y is given; ``present`` [B, T, ...] says which targets are not missing.
         """
         if isinstance(predictive, ClassPredictive):
             p, temperature = predictive.probabilities, self.temperature
@@ -124,13 +133,9 @@ class Calibration:
             share=predictive.share and predictive.share.rescaled(factors),
             log_prob=None,
         )
-        there = present if present is not None or y is None else torch.ones_like(y, dtype=torch.bool)
-        if y is None or (after.mixture is None and after.share is None):
+        if y is None or after.share is None:
             return after
-        if after.share is not None:
-            of_samples = after.share.log_probs(y, there)
-        else:
-            of_samples = torch.where(there, after.mixture.log_densities(y), 0).flatten(2).sum(2)
+        of_samples = after.share.log_probs(y, present)
         return replace(after, log_prob=of_samples.logsumexp(0) - math.log(len(of_samples)))
 
 

@@ -228,27 +228,15 @@ def score_dataset(
         if misfits.any():  # the ranks of a sample group still have blocks to predict together
             scores.fault = likelihood.fault_of(block.y[misfits][0].item())
             continue
-
-        def targets_of(rows: slice) -> tuple[Tensor, Tensor | None]:
-            """Return targets and their weights, of some examples of the block."""
-            y = block.y[rows]  # noqa: B023
-            present, weights = likelihood.present(y), None
-            if block.weights is not None:  # noqa: B023
-                weights = block.weights[rows].double().view(-1, *(1,) * (y.ndim - 1)).expand(y.shape)  # noqa: B023
-            if present is not None:
-                y = torch.where(present, y, 0)
-                weights = present.double() if weights is None else present * weights
-            return y, weights
-
         predictive, ends = block.predictive, None
         if calibration is not None and isinstance(predictive, ValuePredictive):  # all ranks: each has a share
-            y, weights = targets_of(slice(None))
+            y, weights = _targets_of(block, likelihood, slice(None))
             ends = calibration.interval_of(predictive)
             predictive = calibration.applied(predictive, y.double(), None if weights is None else weights > 0)
         mine = comm.grid.share(len(block.examples), "sample")
         if mine:
             span = slice(mine.start, mine.stop)
-            y, weights = targets_of(span)
+            y, weights = _targets_of(block, likelihood, span)
             forecasts = {}
             if "persistence" in references:
                 forecasts["persistence"] = persistence(dataset, rows_of(block.x, span), y.double())
@@ -261,10 +249,22 @@ def score_dataset(
         share = predictive.share if isinstance(predictive, ValuePredictive) else None
         if share is not None and share.shares.span:
             rows = share.shares.examples
-            scores.add_share(block.examples[rows], share, *targets_of(rows))
+            scores.add_share(block.examples[rows], share, *_targets_of(block, likelihood, rows))
         if see:
             see(block.examples, block.predictive, block.y)
     return scores
+
+
+def _targets_of(block: Block, likelihood: Likelihood, rows: slice) -> tuple[Tensor, Tensor | None]:
+    """Return targets [b, ...] of some examples of a block, 0 where one is missing, and their weights, None for all 1. Local."""
+    y = block.y[rows]
+    present, weights = likelihood.present(y), None
+    if block.weights is not None:
+        weights = block.weights[rows].double().view(-1, *(1,) * (y.ndim - 1)).expand(y.shape)
+    if present is not None:
+        y = torch.where(present, y, 0)
+        weights = present.double() if weights is None else present * weights
+    return y, weights
 
 
 UNCERTAINTIES = {True: ("entropy", "mutual_information"), False: ("std", "epistemic_std")}
@@ -531,7 +531,7 @@ class _ClassScores(_Scores):
     ) -> None:
         y, sets = y.long()[:, None], {}
         if self._calibration is not None:
-            in_set = self._calibration.columns_of(predictive)["in_set"].double()
+            in_set = self._calibration.set_of(predictive).double()
             sets = {"set_coverage": (in_set.gather(1, y),), "set_size": (in_set.sum(1, keepdim=True),)}
             predictive = self._calibration.applied(predictive)
         p, columns = predictive.probabilities, uncertainties_of(predictive)

@@ -58,13 +58,14 @@ class Share:
         assert isinstance(self.mixture, GaussianMixture), "others have no scale"
         return replace(self, mixture=self.mixture.rescaled(self.shares.of(factors)))
 
-    def log_probs(self, y: Tensor, present: Tensor) -> Tensor:
-        """Return the log densities [K, B] of y by each sample, over the targets that are present; all are [B, T, ...].
+    def log_probs(self, y: Tensor, present: Tensor | None = None) -> Tensor:
+        """Return the log densities [K, B] of y [B, T, ...] by each sample, over the targets that are ``present``; None: all.
 
         Of Gaussian components. Collective over ``sample_comm``: a sum of K B numbers.
         """
         assert isinstance(self.mixture, GaussianMixture), "others have no scale"
-        of_targets = torch.where(self.shares.of(present), self.mixture.log_densities(self.shares.of(y)), 0)
+        of_targets = self.mixture.log_densities(self.shares.of(y))
+        of_targets = of_targets if present is None else torch.where(self.shares.of(present), of_targets, 0)
         span = self.shares.span
         example = torch.arange(span.start, span.stop, device=y.device) // self.shares.width
         found = of_targets.new_zeros(self.shares.num_samples, len(y)).index_add_(1, example, of_targets)
@@ -239,7 +240,7 @@ class _Divided:
         if not self._buffers:
             self._shares = TargetShares(self._comm, self._num_samples, mixture.components[0].shape[1:])
             self._buffers = [self._shares.buffer(component) for component in mixture.components]
-            self._like = mixture.of(*(component.new_empty(0) for component in mixture.components))
+            self._like = mixture.map(lambda component: component.new_empty(0))
         for buffer, component in zip(self._buffers, mixture.components):
             self._shares.put_(buffer, self._num_added, component)
         self._num_added += mixture.num_components

@@ -307,16 +307,12 @@ def columns_of(
             "epistemic_std": predictive.epistemic_variance.sqrt(),
         }
     if calibration is not None:
-        columns |= calibration.columns_of(predictive)
+        columns |= calibration.columns_of(predictive, quantiles)
     if with_members:
         assert predictive.members is not None, "they were asked for"
         columns["members"] = predictive.members
     if quantiles and isinstance(predictive, ValuePredictive):
         columns["quantiles"] = torch.stack([predictive.quantile(level) for level in quantiles], 1)
-        if "calibrated_std" in columns:
-            assert calibration is not None
-            after = calibration.applied(predictive)
-            columns["calibrated_quantiles"] = torch.stack([after.quantile(level) for level in quantiles], 1)
     elif quantiles:
         assert predictive.members is not None, "they were asked for"
         levels = torch.tensor(quantiles, dtype=torch.float64, device=predictive.members.device)
