@@ -444,9 +444,10 @@ class _Score(Gathered):
         return (weights / weights.mean()).flatten()
 
 
-def _num_at_once(members: Tensor) -> int:
-    """Return how many numbers are worked on at once: temporary memory is a small part of members [K, n]. Local."""
-    return max(CHUNK_ELEMENTS["cuda" if members.is_cuda else "cpu"], members.numel() // 64)
+def _targets_at_once(members: Tensor, num_parts: int) -> int:
+    """Return how many targets of members [K, n] are worked on at once: few, but in no more parts than these. Local."""
+    numbers = max(CHUNK_ELEMENTS["cuda" if members.is_cuda else "cpu"], members.numel() // num_parts)
+    return max(1, numbers // len(members))
 
 
 class Crps(_Score):
@@ -490,7 +491,9 @@ class Crps(_Score):
     def evaluate_(self, members: Tensor, y: Tensor, shares: TargetShares) -> Tensor:
         losses, y = members.new_zeros(len(y)), y.flatten(1)
         weights = self.location_weights(shares.shape[1:], members) / shares.width
-        for examples, targets, part in shares.parts(members, max(1, _num_at_once(members) // len(members))):
+        for examples, targets, part in shares.parts(
+            members, _targets_at_once(members, 64)
+        ):  # a sort needs 13 times a part
             score, gradient = self._of_targets(part, y[examples, targets])
             losses[examples] += score @ weights[targets]
             torch.mul(gradient, weights[targets], out=part)
@@ -542,8 +545,12 @@ class Energy(_Score):
         return loss, of_y / num_samples, factor * between
 
     def score(self, members: Tensor, y: Tensor) -> Tensor:
-        weights = self.location_weights(y.shape[1:], members)
-        return self._of_examples_(members.flatten(2).clone(), y.flatten(1), weights)
+        members, weights, y = members.flatten(2), self.location_weights(y.shape[1:], members), y.flatten(1)
+        loss = members.new_zeros(len(y))
+        for rows, difference in _differences(members):
+            from_y = members[rows] - y
+            loss = loss + self._scores(from_y.square() @ weights, difference.square() @ weights)[0]
+        return loss
 
     def _of_examples_(self, members: Tensor, y: Tensor, weights: Tensor) -> Tensor:
         """Return the scores [B] of members [K, B, T], and overwrite these with the derivative."""
@@ -561,7 +568,7 @@ class Energy(_Score):
     def evaluate_(self, members: Tensor, y: Tensor, shares: TargetShares) -> Tensor:
         num_samples, y = len(members), y.flatten(1)
         losses, weights = members.new_zeros(len(y)), self.location_weights(shares.shape[1:], members)
-        most = max(1, _num_at_once(members) // num_samples)
+        most = _targets_at_once(members, 16)  # it needs three times a part, and goes K times over it
         if shares.whole:
             for examples, _, part in shares.parts(members, most):
                 losses[examples] = self._of_examples_(part, y[examples], weights)

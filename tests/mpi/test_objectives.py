@@ -30,6 +30,7 @@ from hpc_bnn import (
     testing,
 )
 from hpc_bnn.errors import ConfigError
+from hpc_bnn.likelihoods.mixtures import CHUNK_ELEMENTS
 from hpc_bnn.noise import Key, Stream
 from hpc_bnn.reductions import LogMeanExp, Moments
 
@@ -134,6 +135,21 @@ def test_loss_and_gradient_equal_the_definition(comm, case):
     needs_pairs = getattr(objective, "fairness", 0) > 0
     counts = (16, 5, "one per rank") if comm.grid.sample_size > 1 or not needs_pairs else (16, 5)
     testing.check_objective(comm, objective, definition, likelihood=likelihood, num_samples=counts)
+
+
+@pytest.mark.parametrize("case", ["crps_of_many", "energy_of_many", "energy_0.95_1.0"])
+def test_small_parts_of_the_targets_give_the_same(comm, case, monkeypatch):
+    """Parts end within examples and at the ends of shares, and pairs of members are taken singly."""
+    monkeypatch.setitem(CHUNK_ELEMENTS, "cpu", 16)
+    objective, likelihood, definition = CASES[case]
+    options = {"num_samples": (5,), "chunk_sizes": (5,), "dtypes": (torch.float64,)}
+    testing.check_objective(comm, objective, definition, likelihood=likelihood, **options)
+
+
+@pytest.mark.parametrize("score", [Crps(), Energy()], ids=lambda score: score.name)
+def test_a_score_can_be_a_part_of_an_own_objective(score):
+    x = torch.randn(4, 2, 3, generator=Key(0, Stream.NOISE).generator(), dtype=torch.float64)
+    assert torch.autograd.gradcheck(score.score, (x.requires_grad_(), torch.zeros(2, 3, dtype=torch.float64)))
 
 
 @pytest.mark.parametrize("wrong", ["loss", "gradient", "nan", "per rank"])
