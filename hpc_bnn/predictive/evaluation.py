@@ -170,7 +170,7 @@ def evaluate_dataset(
         The data set.
     see : callable, optional
         Called with the global indices [B], the predictive, and the targets of every block of this rank; numbers in
-        units of y.
+        units of y, with `ValuePredictive.share` and without `mixture` and `members`.
     groups : sequence of Group
         Parts of the data set that have metrics of their own (`find_groups`).
     references : sequence of {"persistence", "climatology"}

@@ -409,7 +409,7 @@ def test_metrics_count_the_present_targets_on_every_grid(comm, directory, name):
     some = found[0][0][1].curves["channels"]
     assert some["name"] == ["0", "2", "3"] and len(some["rmse"]) == len(curves["channels"]["rmse"]) - 1 == 3
     if name == "gaussian":
-        cdf = predictive.share.mixture.cdf(targets.flatten()).view_as(targets)[keep]
+        cdf = predictive.share.mixture.cdf(targets.flatten()).view_as(targets)[keep]  # one process has all targets
         spans = weights.expand(targets.shape)[keep]
         for level in (0.5, 0.9):
             inside = (cdf >= (1 - level) / 2) & (cdf < (1 + level) / 2)
@@ -464,7 +464,6 @@ def test_calibration_is_that_of_the_present_targets(comm):
         )
         assert alone.num_examples == keep.sum()
         assert found.thresholds[t].item() == pytest.approx(alone.thresholds[t].item(), rel=1e-12)
-        assert found.noise_factors[t].item() == pytest.approx(alone.noise_factors[t].item(), rel=1e-10)
     assert found.num_examples == (~y.isnan()).sum(0).min()
     classes = torch.from_numpy(rng.integers(0, 3, 60))
     keep = torch.from_numpy(rng.random(60) < 0.7)
