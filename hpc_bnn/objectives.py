@@ -491,9 +491,8 @@ class Crps(_Score):
     def evaluate_(self, members: Tensor, y: Tensor, shares: TargetShares) -> Tensor:
         losses, y = members.new_zeros(len(y)), y.flatten(1)
         weights = self.location_weights(shares.shape[1:], members) / shares.width
-        for examples, targets, part in shares.parts(
-            members, _targets_at_once(members, 64)
-        ):  # a sort needs 13 times a part
+        most = _targets_at_once(members, 64)  # a sort needs 13 times a part
+        for examples, targets, part in shares.parts(members, most):
             score, gradient = self._of_targets(part, y[examples, targets])
             losses[examples] += score @ weights[targets]
             torch.mul(gradient, weights[targets], out=part)
