@@ -103,9 +103,9 @@ class CountingTensors(MpiTensors):
         self.collectives.append(Collective("all-gather", axis, gathered.nbytes))
         return gathered
 
-    def reduce_scatter(self, rows, axis):
-        self.collectives.append(Collective("reduce-scatter", axis, rows.nbytes))
-        return super().reduce_scatter(rows, axis)
+    def all_to_all(self, flat, counts, axis, rows):
+        self.collectives.append(Collective("reduce-scatter", axis, flat.nbytes))
+        return super().all_to_all(flat, counts, axis, rows)
 
 
 def sent_between_nodes(collectives: list[Collective], grid: Grid) -> float:

@@ -60,10 +60,10 @@ class GridConfig:
     sample_size: int | SampleSize = 1
     """Ranks along the sample axis; must divide the number of ranks of the job. auto: hpc_bnn measures the grids at
     the start, as `hpc-bnn plan` does. max: as many as there are samples for."""
-    reduction: Reduction = "axes"
+    reduction: Reduction = "auto"
     """Sum gradients over the sample group and then the data group (axes), or over all ranks at once (world), or so that
     each rank of a sample group sums its share of them over the data group (shares), which sends fewer bytes between nodes.
-    auto: shares on several nodes."""
+    auto: shares on several nodes, for sums of 1 MiB and more; otherwise axes."""
     compression: Compression = "none"
     """Send gradients in half the bytes, rounded to 11 bits (scaled float16) or 8 bits (bfloat16); results on two
     grids then agree only to that rounding."""

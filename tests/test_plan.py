@@ -77,6 +77,19 @@ def test_rehearsed_memory_is_that_of_the_real_step(manifest, changes):
     assert rehearsed.parameter_bytes == step.posterior.buffer.flat.nbytes
 
 
+@pytest.mark.parametrize("changes", [{}, {"grid__reduction": "axes"}, {"model__arguments": {"hidden": [8]}}], ids=str)
+def test_a_gradient_goes_by_shares_where_the_grid_is_on_several_nodes(manifest, changes):
+    """By default, and where it is large."""
+    config = make_config(**{"model__arguments": {"hidden": [1000, 100]}} | changes)
+    operations = {
+        per_node: [c.operation for c in rehearse(config, manifest, Grid(4, 2, 0), ranks_per_node=per_node).collectives]
+        for per_node in (None, 4, 2)
+    }
+    assert operations[None] == operations[4] == ["all-reduce"] * 2
+    by_shares = ["reduce-scatter", "all-reduce", "all-gather"]
+    assert operations[2] == (by_shares if not changes else ["all-reduce"] * 2)
+
+
 def make_evaluated(likelihood, num_samples, shape=(3, 4, 8), num_examples=120, objective="elbo"):
     """Return config and manifest of targets of a shape, an int for so many classes."""
     is_class = isinstance(shape, int)

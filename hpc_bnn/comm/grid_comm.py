@@ -56,11 +56,11 @@ class GridComm:
         Place of this rank.
     device : torch.device
         Device of this rank.
-    reduction : {"axes", "world", "shares", "auto"}
-        How `sum_` over the world goes: over the sample group and then over the data group; or at once; or each rank of a
+    reduction : {"auto", "axes", "shares", "world"}
+        How `sum_` over the world goes. axes: over the sample group and then over the data group. shares: each rank of a
         sample group sums its share of the numbers over the data group, and the group then exchanges the shares, so that
-        each number crosses between nodes once per data group, not once per rank. auto: shares where the ranks of the job
-        are on several nodes and a sum has `LEAST_SHARED_BYTES`, otherwise axes.
+        each number crosses between nodes once per data group, not once per rank. world: at once. auto: shares where the
+        ranks of the job are on several nodes, a sum has `LEAST_SHARED_BYTES` and the library an all-to-all, otherwise axes.
     compression : {"none", "fp16", "bf16"}
         What `sum_` and `reduce_scatter_` send where they are asked to compress.
     tensors : TensorTransport, optional
@@ -78,7 +78,7 @@ class GridComm:
         self,
         grid: Grid,
         device: torch.device | str = "cpu",
-        reduction: Reduction = "axes",
+        reduction: Reduction = "auto",
         compression: Compression = "none",
         *,
         tensors: TensorTransport | None = None,
@@ -239,14 +239,18 @@ class GridComm:
             if compressed and self.compression != "none":
                 encoded = [encode(chunk, self.compression) for chunk in chunks]
                 packed = torch.cat(encoded)
-                received = self._carry(packed, axis, self.tensors.all_to_all, [len(chunk) for chunk in encoded], axis)
+                received = self._exchange(packed, [len(chunk) for chunk in encoded], axis)
                 contents = received.view(len(chunks), -1)
                 total = torch.zeros_like(chunks[index])
                 for content in contents:
                     total += decode(content, self.compression, flats[0].dtype)
             else:
                 packed = pad_sequence(chunks, batch_first=True)  # of one length, as the libraries want them
-                total = self._carry(packed, axis, self.tensors.reduce_scatter, axis)[:length]
+                if self._carrier_has("reduce_scatter"):
+                    total = self._carry(packed, axis, self.tensors.reduce_scatter, axis)[:length]
+                else:
+                    rows = self._exchange(packed.view(-1), [packed.shape[1]] * len(packed), axis)
+                    total = rows.view_as(packed).sum(0)[:length]
             for (number, spans), part in zip(bucket, total.split([len(s[index]) for _, s in bucket])):
                 flats[number][spans[index].start : spans[index].stop] = part
         return [flat[s[index].start : s[index].stop] for flat, s in zip(flats, shares)]
@@ -314,16 +318,11 @@ class GridComm:
         axis : {"sample", "data"}
             Over which ranks.
         """
-        rows, index = [1] * len(counts) if rows is None else list(rows), self.grid.indices[axis]
-        if not self._routes[axis] or sum(rows) * sum(counts) == 0:
+        if not self._routes[axis] or sum(counts) * (len(counts) if rows is None else sum(rows)) == 0:
             return flat
-        if type(self.tensors).all_to_all is TensorTransport.all_to_all:
-            of_ranks = self.gather(flat, axis).split([num_rows * sum(counts) for num_rows in rows])
-            start, stop = sum(counts[:index]), sum(counts[: index + 1])
-            return torch.cat([part[n * start : n * stop] for n, part in zip(rows, of_ranks)])
         is_half = flat.dtype in (torch.bfloat16, torch.float16)
         wide = flat.detach().float() if is_half else flat.detach()
-        return self._carry(wide.contiguous(), axis, self.tensors.all_to_all, list(counts), axis, rows).to(flat.dtype)
+        return self._exchange(wide.contiguous(), counts, axis, rows).to(flat.dtype)
 
     def broadcast_(self, tensors: torch.Tensor | Sequence[torch.Tensor], root: int = 0, axis: Axis = "world") -> None:
         """Overwrite tensors with those of the rank with index ``root`` along an axis.
@@ -547,12 +546,29 @@ class GridComm:
         else:
             self._reduce_all_(tensors, axis, "sum")
 
+    def _carrier_has(self, collective: str) -> bool:
+        """Whether the `TensorTransport` defines a collective that it may leave to others. Local."""
+        return getattr(type(self.tensors), collective) is not getattr(TensorTransport, collective)
+
+    def _exchange(
+        self, flat: torch.Tensor, counts: Sequence[int], axis: Axis, rows: Sequence[int] | None = None
+    ) -> torch.Tensor:
+        """Do what `all_to_all` does, with a tensor in one piece that a library can carry. Collective over the axis."""
+        counts, rows = list(counts), [1] * len(counts) if rows is None else list(rows)
+        if self._carrier_has("all_to_all"):
+            return self._carry(flat, axis, self.tensors.all_to_all, counts, axis, rows)
+        lengths, index = [num_rows * sum(counts) for num_rows in rows], self.grid.indices[axis]
+        of_ranks = self._carry(flat, axis, self.tensors.gather, axis, lengths).split(lengths)
+        start, stop = sum(counts[:index]), sum(counts[: index + 1])
+        return torch.cat([part[n * start : n * stop] for n, part in zip(rows, of_ranks)])
+
     def _goes_by_shares(self, flat: torch.Tensor) -> bool:
         """Whether a sum over the world goes by shares: the same on all ranks. Local."""
         if flat.dtype not in (torch.float32, torch.float64) or flat.numel() == 0:
             return False
-        is_large = self.local_size < self.grid.world_size and flat.nbytes >= LEAST_SHARED_BYTES
-        return self._reduction == "shares" or is_large
+        is_far = self.local_size < self.grid.world_size and flat.nbytes >= LEAST_SHARED_BYTES
+        # By gathers instead of exchanges the shares would be more bytes, not fewer
+        return self._reduction == "shares" or (is_far and self._carrier_has("all_to_all"))
 
     def _sum_compressed_(self, tensors, axis: Axis) -> None:
         for step in self._routes[axis]:

@@ -112,10 +112,7 @@ class HorovodTensors(TensorTransport):
         name = f"hpc_bnn.reduce_scatter.{axis}.{rows.dtype}.{rows.numel()}"
         return self._hvd.reducescatter(rows, name=name, op=self._hvd.Sum, process_set=self._sets[axis]).view(-1)
 
-    def all_to_all(
-        self, flat: torch.Tensor, counts: list[int], axis: Axis, rows: Sequence[int] | None = None
-    ) -> torch.Tensor:
-        rows = rows or [1] * len(counts)
+    def all_to_all(self, flat: torch.Tensor, counts: list[int], axis: Axis, rows: list[int]) -> torch.Tensor:
         name = f"hpc_bnn.all_to_all.{axis}.{flat.dtype}.{sum(rows)}.{sum(counts)}"
         splits = torch.tensor(counts, dtype=torch.int32) * rows[self._grid.indices[axis]]
         return self._hvd.alltoall(flat, splits, name=name, process_set=self._sets[axis])[0]

@@ -26,7 +26,7 @@ PROBE_SECONDS = 120.0
 class MpiTensors(TensorTransport):
     """Tensors by the MPI of the launcher (mpi4py); sums do not go on while this rank computes.
 
-    `reduce_scatter` is that of the base: Open MPI 5's own took three times as long as Horovod's (docs/collectives.md).
+    It has no `reduce_scatter`: Open MPI 5's own took three times as long as Horovod's (docs/collectives.md).
     """
 
     name = "mpi"
@@ -72,11 +72,8 @@ class MpiTensors(TensorTransport):
                     piece.copy_(content.view_as(piece))
         return gathered
 
-    def all_to_all(
-        self, flat: torch.Tensor, counts: list[int], axis: Axis, rows: Sequence[int] | None = None
-    ) -> torch.Tensor:
+    def all_to_all(self, flat: torch.Tensor, counts: list[int], axis: Axis, rows: list[int]) -> torch.Tensor:
         size, index = len(counts), self._grid.indices[axis]
-        rows = rows or [1] * size
         pieces = flat.split([rows[index] * count for count in counts])
         received = flat.new_empty(sum(rows) * counts[index])
         parts = received.split([num_rows * counts[index] for num_rows in rows])

@@ -50,11 +50,9 @@ class SimulatedTensors(TensorTransport):
         self.collectives.append(Collective("reduce-scatter", axis, rows.nbytes))
         return rows[self._grid.indices[axis]]
 
-    def all_to_all(
-        self, flat: torch.Tensor, counts: list[int], axis: Axis, rows: Sequence[int] | None = None
-    ) -> torch.Tensor:
+    def all_to_all(self, flat: torch.Tensor, counts: list[int], axis: Axis, rows: list[int]) -> torch.Tensor:
         self.collectives.append(Collective("reduce-scatter", axis, flat.nbytes))  # as many bytes, sent in the same way
-        index, rows = self._grid.indices[axis], rows or [1] * len(counts)
+        index = self._grid.indices[axis]
         own = flat.split([rows[index] * count for count in counts])[index]
         received = flat.new_zeros(sum(rows) * counts[index])
         for part in received.split(max(len(own), 1)):

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 def connect(
     sample_size: int = 1,
     device: str = "auto",
-    reduction: Reduction = "axes",
+    reduction: Reduction = "auto",
     compression: Compression = "none",
     *,
     backend: str | type[TensorTransport] = "auto",
@@ -54,7 +54,7 @@ def connect(
     device : {"auto", "cpu", "cuda", "cuda:N"}
         ``auto`` and ``cuda`` give each rank of a node its own GPU, by its rank on the node; ``auto`` uses the CPU if
         there is no GPU.
-    reduction : {"axes", "world", "shares", "auto"}
+    reduction : {"auto", "axes", "shares", "world"}
         See `GridComm`.
     compression : {"none", "fp16", "bf16"}
         Number format for the sum of the gradient; other sums are never compressed.

@@ -45,7 +45,7 @@ _OPERATIONS = {"sum": "SUM", "max": "MAX"}
 class TorchTensors(TensorTransport):
     """Tensors by torch.distributed, which MPI, torchrun or the user's framework has started.
 
-    `reduce_scatter` is that of the base: Gloo has none.
+    It has no `reduce_scatter`, as Gloo has none.
     """
 
     name = "torch"
@@ -102,10 +102,8 @@ class TorchTensors(TensorTransport):
             gathered = torch.cat([part[:count] for part, count in zip(gathered.split(longest), lengths)])
         return gathered
 
-    def all_to_all(
-        self, flat: torch.Tensor, counts: list[int], axis: Axis, rows: Sequence[int] | None = None
-    ) -> torch.Tensor:
-        index, rows = self._grid.indices[axis], rows or [1] * len(counts)
+    def all_to_all(self, flat: torch.Tensor, counts: list[int], axis: Axis, rows: list[int]) -> torch.Tensor:
+        index = self._grid.indices[axis]
         sent, taken = [rows[index] * count for count in counts], [num_rows * counts[index] for num_rows in rows]
         received = flat.new_empty(sum(taken))
         dist.all_to_all_single(received, flat, taken, sent, group=self.group(axis))

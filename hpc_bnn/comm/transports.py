@@ -72,18 +72,16 @@ class TensorTransport:
     def reduce_scatter(self, rows: torch.Tensor, axis: Axis) -> torch.Tensor:
         """Return the sum [n] over an axis of the row of [ranks, n] that is this rank's. Collective over the axis.
 
-        Here each rank sums its row from all others, in their order.
+        Where a class does not define this, `GridComm` exchanges the rows, and each rank sums its own in their order.
         """
-        return self.all_to_all(rows.view(-1), [rows.shape[1]] * len(rows), axis).view_as(rows).sum(0)
+        raise NotImplementedError
 
-    def all_to_all(
-        self, flat: torch.Tensor, counts: list[int], axis: Axis, rows: Sequence[int] | None = None
-    ) -> torch.Tensor:
+    def all_to_all(self, flat: torch.Tensor, counts: list[int], axis: Axis, rows: list[int]) -> torch.Tensor:
         """Send to each rank of an axis its piece of [n], and return the pieces that came here. Collective over the axis.
 
-        They come one after another, by rank. Rank j gets ``counts[j]`` numbers of each row that another rank has. ``rows`` are
-        those of all ranks, 1 each by default: the piece of rank i for rank j has ``rows[i] * counts[j]`` numbers. Some of them
-        may be 0, and n then, too. `GridComm.all_to_all` gathers instead where a class does not define this.
+        They come one after another, by rank. Rank j gets ``counts[j]`` numbers of each row that another rank has, and rank i has
+        ``rows[i]`` of them: the piece of rank i for rank j has ``rows[i] * counts[j]`` numbers. Some of them may be 0, and n
+        then, too. `GridComm` gathers instead where a class does not define this.
         """
         raise NotImplementedError
 

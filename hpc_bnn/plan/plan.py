@@ -149,7 +149,7 @@ def make_plan(
         grid = Grid(machine.num_ranks, sample_size, 0)
         is_on_gpu, fitting = device.startswith("cuda"), None
         with ranks.agree(f"rehearsing the grid {grid}"):
-            rehearsal = rehearse(config, manifest, grid, is_on_gpu=is_on_gpu)
+            rehearsal = rehearse(config, manifest, grid, is_on_gpu=is_on_gpu, ranks_per_node=machine.ranks_per_node)
             is_free = config.posterior.family != "ensemble"  # whose members are the test samples
             if rehearsal.peak_bytes <= machine.memory_bytes < rehearsal.evaluation_bytes and is_free:
                 fitting = fitting_test_samples(config, manifest, grid, rehearsal, machine.memory_bytes, is_on_gpu)

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..comm import GridComm
+from ..comm import GridComm, ObjectTransport
 from ..comm.installed import first_line
 from ..comm.simulated import Collective, SimulatedTensors
 from ..config import Config, ModelConfig, PosteriorConfig
@@ -78,11 +78,20 @@ class Rehearsal:
 
 
 def imagined_comm(
-    grid: Grid, config: Config, device: torch.device | str = "cpu", *, collectives: list[Collective] | None = None
+    grid: Grid,
+    config: Config,
+    device: torch.device | str = "cpu",
+    *,
+    collectives: list[Collective] | None = None,
+    ranks_per_node: int | None = None,
 ) -> GridComm:
-    """Return rank 0 of a grid as a config wants it; what it would send is added to ``collectives``. Local."""
-    tensors = SimulatedTensors(grid, [] if collectives is None else collectives)
-    return GridComm(grid, device, config.grid.reduction, config.grid.compression, tensors=tensors)
+    """Return rank 0 of a grid as a config wants it; what it would send is added to ``collectives``. Local.
+
+    ``ranks_per_node`` None: all are on one node.
+    """
+    tensors, objects = SimulatedTensors(grid, [] if collectives is None else collectives), ObjectTransport()
+    objects.local_size = min(ranks_per_node or grid.world_size, grid.world_size)
+    return GridComm(grid, device, config.grid.reduction, config.grid.compression, tensors=tensors, objects=objects)
 
 
 class LiveMemory(TorchDispatchMode):
@@ -143,13 +152,15 @@ def _batch_of(
     return inputs_of(found), found["y"]
 
 
-def rehearse(config: Config, manifest: Manifest, grid: Grid, *, is_on_gpu: bool = False) -> Rehearsal:
+def rehearse(
+    config: Config, manifest: Manifest, grid: Grid, *, is_on_gpu: bool = False, ranks_per_node: int | None = None
+) -> Rehearsal:
     """Return memory, FLOPs and collectives of a step on a rank of a grid. Local; it does not need that memory.
 
     `DataError` where the control flow of the network depends on numbers: it reads the content of a tensor.
     """
     collectives: list[Collective] = []
-    comm = imagined_comm(grid, config, collectives=collectives)
+    comm = imagined_comm(grid, config, collectives=collectives, ranks_per_node=ranks_per_node)
     with _default_dtype(config), FakeTensorMode(), LiveMemory() as memory:
         step, arguments = share_of(config, manifest, comm)
         posterior = step.posterior

@@ -106,13 +106,17 @@ class Counting(BASE):
 
 
 def test_a_carrier_without_an_all_to_all_gathers(sample_size):
-    pieces, trees = [], []
+    pieces, trees, sums = [], [], []
     for backend in (LIBRARY, Counting):
-        comm = connect(sample_size, "cpu", backend=backend)
+        comm = connect(sample_size, "cpu", "shares", "bf16", backend=backend)
         rows, counts = range(sample_size), range(1, 4 * sample_size, 4)
         own = torch.arange(float(rows[comm.grid.sample_index] * sum(counts))) + 1000 * comm.grid.rank
         pieces.append(comm.all_to_all(own, counts, "sample", rows))
         trees.append([tree["own"].tolist() for tree in comm.gather_trees({"own": own}, "sample")])
+        sums.append([torch.arange(10.0) * (comm.grid.rank + 1) for _ in range(2)])
+        comm.sum_(sums[-1][0])
+        comm.sum_(sums[-1][1], compressed=True)
+    assert torch.equal(*(torch.stack(of_carrier) for of_carrier in sums))
     assert trees[0] == trees[1] and len(trees[0]) == sample_size * comm.grid.is_first("sample")
     assert torch.equal(*pieces) and (comm.tensors.num_bytes > 0 if sample_size > 1 and own.numel() else True)
 

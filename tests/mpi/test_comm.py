@@ -144,6 +144,17 @@ def relative_error(got, exact):
     return ((got - exact).norm() / exact.norm()).item()
 
 
+@pytest.mark.parametrize("compression", ["fp16", "bf16"])
+@pytest.mark.parametrize("size", [1e-30, 1e-36, 1e-40, 0.0])
+def test_the_smallest_numbers_are_compressed_to_numbers(sample_size, compression, size):
+    comm = comm_module.connect(sample_size, "cpu", "axes", compression)
+    flat = torch.tensor([size, 0.0, -size] * 20)
+    comm.sum_(flat, compressed=True)
+    torch.testing.assert_close(
+        flat, comm.grid.world_size * torch.tensor([size, 0.0, -size] * 20), rtol=0.02, atol=1e-29
+    )
+
+
 def test_a_compressed_nan_is_not_lost(sample_size):
     comm = comm_module.connect(sample_size, "cpu", "axes", "fp16")
     for bad in (float("nan"), float("inf")):
