@@ -53,8 +53,6 @@ class Features:
     antithetic: bool = False
     batch_norm: bool = False
     """Whether the module has BatchNorm layers in training mode."""
-    dropout: bool = False
-    """Whether the module has dropout layers in training mode with p > 0."""
     batched: bool = False
     """Whether samples are evaluated several at once."""
     micro_batches: bool = False
@@ -98,14 +96,10 @@ TABLE = (
             f"{_NOISY} folds its gradients in after the backward pass", "Leave it out, or use reparameterisation"),
     Refusal("grid.overlap", lambda c, f: f.overlap and f.batch_norm,
             "BatchNorm makes sums of its own in the backward pass", "Leave it out, or use GroupNorm or LayerNorm"),
-    Refusal("chunk_size", lambda c, f: f.batched and not c.has_random_weights,
-            "there are no random weights to stack", "Use chunk_size 1"),
     Refusal("chunk_size", lambda c, f: f.batched and _is_noisy(f),
             f"{_NOISY} evaluates samples one after another", "Use chunk_size 1"),
     Refusal("chunk_size", lambda c, f: f.batched and f.batch_norm,
             "BatchNorm in training mode takes its statistics of one sample", "Use chunk_size 1"),
-    Refusal("chunk_size", lambda c, f: f.batched and f.dropout,
-            "dropout in training mode has a mask for each sample", "Use chunk_size 1"),
     Refusal("micro_batch_size", lambda c, f: f.micro_batches and f.batch_norm,
             "BatchNorm takes its statistics of the whole batch", "Leave it out, or use GroupNorm or LayerNorm"),
 )  # fmt: skip

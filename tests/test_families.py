@@ -9,6 +9,7 @@ import pytest
 import torch
 from stepping import complete, keyed
 from torch import nn
+from torch.nn import functional as F
 
 from hpc_bnn import Categorical, Grid, GridComm, VariationalStep, predict_classes
 from hpc_bnn.errors import ConfigError
@@ -146,7 +147,7 @@ def test_antithetic_pairs_mirror_each_other_in_any_order():
 def drop(net, sample):
     """Return what makes a module meet the masks of a sample."""
     network = Network(net, dict(net.named_parameters()), [])
-    network.dropout.begin_sample(keyed(sample))
+    network.dropout.begin_samples(keyed(sample))
     return network.running()
 
 
@@ -167,6 +168,20 @@ def test_masks_belong_to_the_sample_and_the_layer():
         assert set(first.unique().tolist()) == {0.0, 2.0}
         net.eval()
         assert torch.equal(net[0](x), x)
+
+
+def test_calls_of_a_loop_share_a_mask_and_have_their_own_rates():
+    class Rates(nn.Module):
+        def forward(self, x):
+            return torch.stack([F.dropout(x, p, self.training) for p in (0.2, 0.2, 0.6, 0.0, 1.0)])
+
+    net = Rates()
+    with drop(net, 0):
+        low, again, high, none, nothing = net(torch.ones(3, 200, dtype=torch.float64))
+        assert net(torch.ones(0, 200)).shape == (5, 0, 200) and net(torch.ones(3, 0)).shape == (5, 3, 0)
+    assert torch.equal(low, again) and none.eq(1).all() and nothing.eq(0).all()
+    assert low.unique().tolist() == [0, 1.25] and high.unique().tolist() == [0, 2.5]
+    assert (low[high > 0] > 0).all() and (low[high == 0] > 0).any()  # of the same numbers
 
 
 def test_dropout_keeps_the_mean():
@@ -341,6 +356,42 @@ def test_every_chunk_size_gives_the_same_step(chunk_size):
     got, other = gradient(make_net(), chunk_size)
     assert got == pytest.approx(expected, rel=1e-12)
     torch.testing.assert_close(other, loc, rtol=1e-12, atol=1e-14)
+
+
+class Dropping(nn.Module):
+    """Drops numbers and channels by layers, weights of attention, and by torch's function in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.numbers, self.head = nn.Linear(3, 8), nn.Dropout(0.3), nn.Linear(8, 2)
+        self.channels = nn.Dropout1d(0.3)
+
+    def forward(self, x):
+        x = self.channels(self.numbers(self.embed(x).tanh()).view(-1, 2, 4))
+        x = F.scaled_dot_product_attention(x, x, x, dropout_p=0.2 * self.training)
+        return self.head(F.dropout(x.flatten(1), 0.5, self.training, inplace=True))
+
+
+@pytest.mark.parametrize("family", [MCDropout, MeanFieldGaussian, DeterministicNetwork])
+def test_a_chunk_has_the_masks_of_its_samples(family, caplog):
+    def run(chunk_size):
+        with Key(0, Stream.INIT).global_generator():
+            posterior = family(Dropping().double())
+        optimizer = torch.optim.SGD(posterior.parameters(), lr=0.1)
+        step = VariationalStep(
+            posterior, Categorical(2), optimizer, GridComm(Grid()),
+            num_samples=7, num_train_examples=20, chunk_size=chunk_size, batching="vmap",
+        )  # fmt: skip
+        x, y = inputs(6, 3), torch.arange(6) % 2
+        nelbos = [step(x, y, 6).nelbo for _ in range(2)]
+        found = predict_classes(posterior, Categorical(2), GridComm(Grid()), x, num_samples=7, chunk_size=chunk_size)
+        return torch.tensor(nelbos), *(p.detach() for p in posterior.parameters()), found.probabilities
+
+    expected = run(1)
+    for chunk_size in (2, 7):
+        for got, wanted in zip(run(chunk_size), expected):
+            torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-14)
+    assert "one after another" not in caplog.text
 
 
 def test_module_that_cannot_be_batched_falls_back_and_says_so_once(caplog):

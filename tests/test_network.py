@@ -407,6 +407,39 @@ def test_samples_differ_under_a_users_autocast(inner, ours, chunk_size):
     assert terms[0] == pytest.approx(terms[1], rel=0.05)
 
 
+class InFull(nn.Module):
+    """A module that switches the autocast of others off."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        with torch.autocast("cpu", enabled=False):
+            return self.net(x)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4])
+@pytest.mark.parametrize("objective", [hpc_bnn.Crps(), hpc_bnn.Energy(), hpc_bnn.NegativeElbo()])
+@pytest.mark.parametrize("family", [posteriors.LowRankGaussian, posteriors.MeanFieldGaussian, posteriors.MCDropout])
+def test_a_users_autocast_is_for_the_network_alone(family, objective, chunk_size):
+    """Draws, scores, gradients and KL have the bits that they have without it."""
+    found = []
+    for outer in (False, True):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.2), nn.Tanh(), nn.Linear(8, 3))
+        posterior = family(InFull(net))
+        step = VariationalStep(
+            posterior, hpc_bnn.Gaussian(3, scale=0.5) if objective.name == "elbo" else hpc_bnn.Implicit(3),
+            torch.optim.SGD(posterior.parameters(), lr=0.1), COMM,
+            num_samples=4, num_train_examples=100, objective=objective, chunk_size=chunk_size,
+        )  # fmt: skip
+        with torch.autocast("cpu", torch.bfloat16, enabled=outer):
+            results = [step(X.float(), X[:, :3].float(), 8) for _ in range(2)]
+        found.append((*(r.nelbo for r in results), *(r.kl for r in results), posterior.buffer.flat.clone()))
+    assert found[0][:-1] == found[1][:-1] and torch.equal(found[0][-1], found[1][-1])
+
+
 def changed_by(edit):
     net = mlp(nn.Tanh())
     step = make(net)

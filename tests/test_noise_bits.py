@@ -56,6 +56,15 @@ def equal(a, b):
     return torch.equal(a.view(torch.int32), b.view(torch.int32))
 
 
+@every
+def test_a_sample_that_a_clock_adds_is_no_part_of_the_key(name):
+    table, size = tight((1, 0, 40), (9, 3, 7))
+    draws = [
+        all_draws(FOUND[name], table, size, words=words) for words in (WORDS, torch.cat([WORDS, torch.ones(1).long()]))
+    ]
+    assert all(map(equal, *draws))
+
+
 def all_draws(implementation, table, size, sample=6, antithetic=True, words=WORDS, rows=3):
     """Return what each method makes of a table, where nothing else is written: a list of tensors."""
     seed = torch.Generator().manual_seed(0)

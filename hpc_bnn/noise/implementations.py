@@ -165,7 +165,7 @@ def _runs(table: Tensor) -> Iterator[tuple[list[int], int, int, slice]]:
 
 
 def _unsigned(words: Tensor) -> tuple[int, int]:
-    prefix, step = (word & (1 << 64) - 1 for word in words.tolist())
+    prefix, step = (word & (1 << 64) - 1 for word in words[:2].tolist())
     return prefix, step
 
 

@@ -130,6 +130,14 @@ class Key:
         """
         return self._numbers(operators.bits, count, torch.int32, device, rows, first)
 
+    def bits_of_samples(self, num_samples: int, count: int, device: torch.device | str = "cpu") -> Tensor:
+        """Return the first ``count`` numbers, as `bits`, of this sample and those that follow it: [num_samples, count] int32."""
+        words = (self.stream, len(self.path), *self.path)
+        out = torch.empty(num_samples, count, dtype=torch.int32, device=device)
+        named = self._segment(words[-1], 0, count, torch.device(device))
+        operators.bits(*named, self._words(words[:-1], device), self.sample, False, out)
+        return out
+
     def normal(
         self,
         count: int,

@@ -40,9 +40,10 @@ class DropoutMasks:
         The dropout layers.
     switched_off : list of str
         Recurrent and attention layers, whose dropout cannot be keyed and is switched off.
-    always, is_batched : bool
-        Whether layers drop in evaluation too (MC dropout); and whether several samples are evaluated at once, which would
-        share a mask.
+    always : bool
+        Whether layers drop in evaluation too (MC dropout).
+    num_samples, row : int, Tensor or None
+        How many samples are evaluated at once; and, within such a call, [1] int64 under ``torch.vmap``, the place of a sample.
     shapes, batch_dims : dict or None, dict
         During a look: shapes of the inputs that were dropped, by the number of the mask; and dims that belong to the batch,
         by the number of the mask and that of the dims.
@@ -51,11 +52,13 @@ class DropoutMasks:
     def __init__(self, module: nn.Module):
         self.layers = [layer for layer in module.modules() if isinstance(layer, _KEYED)]
         self.switched_off: list[str] = []
-        self.always = self.is_batched = False
+        self.always = False
+        self.row: Tensor | None = None
         self._numbers: dict[nn.Module, int] = {layer: number for number, layer in enumerate(self.layers)}
         self._modules: dict[nn.Module, int] = {}
         self._key: Key | None = None
-        self._masks: dict[tuple[int, torch.Size], Tensor] = {}
+        self.num_samples = 1
+        self._masks: dict[tuple[int, torch.Size, float], Tensor] = {}
         self.shapes: Shapes | None = None
         self.batch_dims: BatchDims = {}
 
@@ -74,10 +77,13 @@ class DropoutMasks:
                 self.switched_off.append(f"{name} ({type(layer).__name__})".strip())
                 layer.dropout = 0.0
 
-    def begin_sample(self, key: Key | None) -> None:
-        """Forget the masks; draw new ones when they are needed. None: nothing is dropped. Local."""
+    def begin_samples(self, key: Key | None, num_samples: int = 1) -> None:
+        """Forget the masks; draw new ones when they are needed. None: nothing is dropped. Local.
+
+        ``key`` is that of the first of samples that follow each other; several are evaluated at once.
+        """
         self._masks.clear()
-        self._key = key
+        self._key, self.num_samples = key, num_samples
 
     def handle(
         self, drops_channels: bool, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
@@ -88,8 +94,6 @@ class DropoutMasks:
             return NotImplemented
         if (key := self._key) is None:
             return input
-        if self.is_batched:
-            raise NotImplementedError("dropout in training mode")
         layer, place = called
         number = self._numbers.get(layer)
         if number is None:
@@ -128,26 +132,28 @@ class DropoutMasks:
         shape = torch.Size(
             1 if dim in batch_dims or (drops_channels and dim > 1) else size for dim, size in enumerate(x.shape)
         )
-        if (number, shape) not in self._masks:
+        if (number, shape, p) not in self._masks:
             # Unsigned words of 32 bits against p: a float would round them
-            bits = key.child(Stream.MASK, number, shape.numel()).bits(shape.numel(), x.device).view(shape)
+            of_layer = key.child(Stream.MASK, number, shape.numel())
+            bits = of_layer.bits_of_samples(self.num_samples, shape.numel(), x.device).view(self.num_samples, *shape)
             keep = (bits.long() & 0xFFFFFFFF) >= math.ceil(p * 2**32)
-            self._masks[number, shape] = keep.to(x.dtype) / (1 - p) if p < 1 else keep.to(x.dtype)
-        return self._masks[number, shape].to(x.dtype)
+            self._masks[number, shape, p] = keep.to(x.dtype) / (1 - p) if p < 1 else keep.to(x.dtype)
+        masks = self._masks[number, shape, p]
+        return (masks[0] if self.row is None else masks.index_select(0, self.row)[0]).to(x.dtype)
 
     def drawn(self) -> dict[nn.Module, Tensor]:
         """Return the masks of the sample drawn last, one of each layer that has asked for it. Local.
 
         `ConfigError` where a mask belongs to no layer, or a layer has several.
         """
-        found = [number for number, _ in self._masks]
+        found = [number for number, _, _ in self._masks]
         if unfit := [n for n in found if n >= len(self.layers) or found.count(n) > 1]:
             of_layer = unfit[0] < len(self.layers)
             rule = (
                 "one of its dropout layers has masks of several shapes" if of_layer else "its forward calls F.dropout"
             )
             raise ConfigError(Fault("model", type(self).__name__, rule, "Use one nn.Dropout for each place that drops"))
-        return {self.layers[number]: mask for (number, _), mask in self._masks.items()}
+        return {self.layers[number]: masks[0] for (number, _, _), masks in self._masks.items()}
 
     def asked(self, layer: nn.Module, shapes: Shapes) -> bool:
         """Whether a dropout layer has asked for a mask in a look. Local."""

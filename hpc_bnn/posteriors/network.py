@@ -89,7 +89,7 @@ class Network:
 
     def _attend(self, *arguments, **options) -> object:
         """Take the place of ``F.scaled_dot_product_attention``. Local."""
-        result = attend(*arguments, **options) if self.dropout.is_batched else NotImplemented
+        result = attend(*arguments, **options) if self.dropout.row is not None else NotImplemented
         return self.dropout.attend(*arguments, **options) if result is NotImplemented else result
 
     # --- weights ------------------------------------------------------------------------------------
@@ -230,7 +230,7 @@ class Network:
         """Begin a sample: its dropout masks; and what passes of other samples have left in the module is forgotten. Local."""
         self.show_(draw=True)
         self._put_attributes_back()
-        self.dropout.begin_sample(key)
+        self.dropout.begin_samples(key)
         self.batch_norms.begin_sample()
 
     def _put_attributes_back(self) -> None:
@@ -287,23 +287,25 @@ class Network:
         return picked(outputs, self.output, type(self.module).__name__)
 
     def batched(self, weights: dict[str, Tensor], x: Inputs, is_shared: bool, autocast_dtype=None) -> Tensor:
-        """Return the outputs [c, B, ...] of c samples at once, by ``torch.vmap``. Local.
+        """Return the outputs [c, B, ...] of the samples of `draw_batch_` at once, by ``torch.vmap``. Local.
 
         The random weights are [c, *shape] by name; the inputs are [B, ...] where all samples share them, otherwise
         [c, B, ...].
         """
+        rows = torch.arange(self.dropout.num_samples, device=device_of(x))[:, None]
 
-        def forward(weights: dict[str, Tensor], inputs: Inputs) -> Tensor:
+        def forward(weights: dict[str, Tensor], inputs: Inputs, row: Tensor) -> Tensor:
+            self.dropout.row = row
             named = {self._names[name]: weight for name, weight in self._as_weights(weights).items()}
             return self._picked(torch.func.functional_call(self.module, named, *as_arguments(inputs)))
 
-        self.batch_norms.is_batched = self.dropout.is_batched = True
+        self.batch_norms.is_batched = True
         try:
             with self.interception.active(), _casting(device_of(x).type, autocast_dtype), BatchedLinear():
                 x = map_tensors(Tensor.clone, x) if self._changes_input else x
-                return torch.vmap(forward, (0, None if is_shared else 0))(weights, x)
+                return torch.vmap(forward, (0, None if is_shared else 0, 0))(weights, x, rows)
         finally:
-            self.batch_norms.is_batched = self.dropout.is_batched = False
+            self.batch_norms.is_batched, self.dropout.row = False, None
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -423,6 +425,12 @@ def _set_modes(modes: list[tuple[nn.Module, bool]]) -> None:
 @functools.cache
 def _has_own_modes(kind: type[nn.Module]) -> bool:
     return kind.train is not nn.Module.train or kind.eval is not nn.Module.eval
+
+
+def exactly(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """Compute in the dtype of tensors on this device, whatever autocast the user has: it is for the network. Local."""
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
 
 
 def _casting(device_type: str, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:

@@ -20,7 +20,7 @@ from .draws import RedrawnDraw
 from .families.base import Family, Scalars, Slot, check_slots
 from .layout import FlatLayout
 from .memory import SlotMemory
-from .network import Network, Output
+from .network import Network, Output, exactly
 from .select import Rule, divide_weights
 
 __all__ = ["Posterior"]
@@ -134,7 +134,6 @@ class Posterior(SlotMemory):
             estimator=self.estimator,
             antithetic=self.antithetic,
             batch_norm=is_training and bool(self.network.batch_norms.layers),
-            dropout=is_training and any(layer.p > 0 for layer in self.network.dropout.layers),
             **more,
         )
 
@@ -197,6 +196,14 @@ class Posterior(SlotMemory):
         self.network.begin_sample(key)
         self.sampler.draw_(key)
 
+    def draw_batch_(self, samples: Sequence[int], key: Key) -> dict[str, Tensor]:
+        """Return the random weights of some samples by name, [len(samples), *shape], for `Network.batched`. Local.
+
+        The samples follow each other; ``key`` is that of any of them.
+        """
+        self.network.dropout.begin_samples(key.of(samples[0]), len(samples))
+        return self.sampler.draw_batch_(samples, key)
+
     @torch.no_grad()
     def fold_(self, prior_share: float = 0.0, kl_weight: float | Tensor = 0.0) -> None:
         """Fold the weight gradients of the samples drawn last into the gradient buffer. Local.
@@ -222,7 +229,8 @@ class Posterior(SlotMemory):
     @torch.no_grad()
     def finish_(self, scalars: Scalars) -> None:
         """Complete the gradient of the data term, after the sum over the job, and attach it to the parameters. Local."""
-        self.family_.finish_(self.buffer.grads, self.buffer.values, self.sampler.work, scalars)
+        with exactly(self.buffer.flat):
+            self.family_.finish_(self.buffer.grads, self.buffer.values, self.sampler.work, scalars)
         self.buffer.attach_gradients_()  # before the KL: it writes into the same memory
         if self.network.batch_norms.layers and self.module.training:
             self.network.batch_norms.update_running_(self.buffer.statistics)
@@ -231,7 +239,8 @@ class Posterior(SlotMemory):
     def add_kl_(self, scalars: Scalars) -> Tensor:
         """Add the gradient of the KL and return the KL (nats), once on each rank after the sum. Local."""
         cross_entropy = self.buffer.tally[Tally.CROSS_ENTROPY].clone()
-        return self.family_.kl_(self.buffer.grads, self.buffer.values, self.sampler.work, scalars, cross_entropy)
+        with exactly(self.buffer.flat):
+            return self.family_.kl_(self.buffer.grads, self.buffer.values, self.sampler.work, scalars, cross_entropy)
 
     @torch.no_grad()
     def after_update_(self, scalars: Scalars, key: Key) -> None:
@@ -241,7 +250,8 @@ class Posterior(SlotMemory):
         draw = RedrawnDraw(self.random, self.network.weights)
         samples = [0] if self.is_replicated else self.samples  # ranks that hold the same slots draw the same
         draw.begin_(key.child(Stream.UPDATE), samples)
-        self.family_.after_update_(self.buffer.grads, self.buffer.values, samples, draw, scalars)
+        with exactly(self.buffer.flat):
+            self.family_.after_update_(self.buffer.grads, self.buffer.values, samples, draw, scalars)
 
     @torch.no_grad()
     def kl(self) -> Tensor:
@@ -249,8 +259,9 @@ class Posterior(SlotMemory):
         if self.capabilities.kl in ("Monte Carlo", "point"):
             raise NotImplementedError(f"a {self.capabilities.kl} KL exists for the samples of a step only")
         flat, values, work = self.buffer.flat, self.buffer.values, {}
-        self.family_.begin_(values, work)
-        return self.family_.kl_(None, values, work, Scalars.on(flat.device), flat.new_zeros(()))
+        with exactly(flat):
+            self.family_.begin_(values, work)
+            return self.family_.kl_(None, values, work, Scalars.on(flat.device), flat.new_zeros(()))
 
     # --- predictives --------------------------------------------------------------------------------
 
@@ -275,7 +286,7 @@ class Posterior(SlotMemory):
         if not self.is_replicated:
             raise NotImplementedError(f"a {self.family} has no mean network")
         self.check_()
-        self.network.dropout.begin_sample(None)
+        self.network.dropout.begin_samples(None)
         if self.num_weights:
             mean, rest = self.family_.mean(self.buffer.values), self.buffer.values.get(self.family_.rest_slot)
             if rest is None or mean.data_ptr() != rest.data_ptr():

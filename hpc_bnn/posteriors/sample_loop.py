@@ -105,7 +105,7 @@ class SampleLoop:
         posterior = self.posterior
         for refusal in capabilities.refusals(posterior.capabilities, posterior.features(batched=True)):
             raise NotImplementedError(refusal.reason)
-        weights = posterior.sampler.draw_batch_(samples, key)
+        weights = posterior.draw_batch_(samples, key)
         is_shared = len({x.number(sample) for sample in samples}) == 1
         outputs = []
         for part in self._parts(x):

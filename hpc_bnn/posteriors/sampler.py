@@ -16,7 +16,7 @@ from .estimators import ESTIMATORS, Estimator
 from .families.base import Family, Slots
 from .gradients import BatchGradient, ListGradient, SlotViews, WeightGradient
 from .layout import Block, take_gradients
-from .network import Network
+from .network import Network, exactly
 
 
 class Sampler:
@@ -81,7 +81,8 @@ class Sampler:
     def begin_(self) -> None:
         """Look at the slots as they are now. Local."""
         former = dict(self.work)
-        self.family.begin_(self.buffer.values, self.work)
+        with exactly(self._weights):
+            self.family.begin_(self.buffer.values, self.work)
         # Blocks and estimators keep views of the work: they would go on reading a tensor that has been replaced
         if replaced := [name for name, tensor in former.items() if self.work.get(name) is not tensor]:
             rule = f"its begin_ replaces {', '.join(replaced)} of the work"
@@ -114,6 +115,8 @@ class Sampler:
         """Return the random weights of some samples by name, [len(samples), *shape]: leaves that want a gradient. Local."""
         self.forget_()
         self._drawn = list(samples)
+        if not len(self.random):
+            return {}
         self._draw.begin_(key, samples)
         self._batch = self._weights.new_empty(len(samples), self.random.num_elements)
         self._sample_(self._batch)
@@ -127,7 +130,8 @@ class Sampler:
     def _sample_(self, out: Tensor) -> None:
         is_predictive = self.network.batch_norms.is_evaluating
         sample_ = self.family.predict_ if is_predictive else self.family.sample_
-        sample_(self._of_samples()[0], self.work, self._drawn, self._draw, out)
+        with exactly(out):
+            sample_(self._of_samples()[0], self.work, self._drawn, self._draw, out)
 
     def _of_samples(self) -> tuple[Slots, Slots]:
         """Return slots and gradients, cut to the rows of the samples drawn last where they belong to samples. Local."""
@@ -177,12 +181,13 @@ class Sampler:
             self._pull_back_(ListGradient(gradients, views), block)
 
     def _pull_back_(self, g: WeightGradient, block: Block | None = None) -> None:
+        draw, work = self._draw, self.work
         if block is None or len(self._blocks) == 1:
             slots, grads = self._of_samples()
-            self.family.pull_back_(grads, slots, self.work, self._drawn, g, self._draw)
         else:
-            slots, grads, work, _ = self._cut(block)
-            self.family.pull_back_(grads, slots, work, self._drawn, g, self._draw.cut(block))
+            (slots, grads, work, _), draw = self._cut(block), draw.cut(block)
+        with exactly(self._weights):
+            self.family.pull_back_(grads, slots, work, self._drawn, g, draw)
 
     # --- blocks, whose gradients are complete before the backward pass ends -----------------------------
 
