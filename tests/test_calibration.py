@@ -1,5 +1,6 @@
 """Temperature, sets and intervals: against their definitions, their promise, and what they refuse."""
 
+import itertools
 import json
 import math
 import shutil
@@ -14,17 +15,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import minimize, minimize_scalar
 from scipy.special import logsumexp
+from torch import nn
 
 import hpc_bnn
-from hpc_bnn import Grid, GridComm, ShardDataset, write_shards
+from hpc_bnn import Categorical, Grid, GridComm, MeanFieldGaussian, ShardDataset, predict_classes, write_shards
 from hpc_bnn.cli.commands import main
 from hpc_bnn.errors import ConfigError, DataError
 from hpc_bnn.likelihoods.mixtures import GaussianMixture, StudentTMixture
+from hpc_bnn.noise import Key, Stream
 from hpc_bnn.predictive import calibration as module
 from hpc_bnn.predictive.calibration import (
     INTERVALS,
     SETS,
     Calibration,
+    calibrate_dataset,
     conformal_rank,
     conformal_thresholds,
     fit_noise_factors,
@@ -34,6 +38,7 @@ from hpc_bnn.predictive.calibration import (
     tempered,
     vector_scaled,
 )
+from hpc_bnn.predictive.evaluation import evaluate_dataset
 from hpc_bnn.predictive.predictive import ClassPredictive, Share, ValuePredictive
 from hpc_bnn.reductions import TargetShares
 
@@ -390,6 +395,82 @@ def test_the_other_methods_in_predictions_and_in_an_evaluation(kind, run, tmp_pa
     plain = json.loads((tmp_path / "plain.json").read_text())
     assert not plain["calibrated"] and not {"set_size", "interval_width"} & plain["metrics"].keys()
     assert plain["metrics"]["nll"] > metrics["nll"]
+
+
+def test_each_point_of_a_field_has_a_set_of_its_own(tmp_path, monkeypatch):
+    """As `numbers` have thresholds; the temperature is that of all points. One point never has a class."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(40, 6)), rng.integers(0, 3, (40, 2, 3))
+    y[:, 1, 1] = y[:7, 0, 2] = -1
+    write_shards(tmp_path, {"train": (x, y)}, name="toy", source="here", licence="none", num_classes=3, ignore_index=-1)
+    likelihood, data = Categorical(3, ignore_index=-1), ShardDataset(tmp_path, "train", dtype=torch.float64)
+    with Key(0, Stream.INIT).global_generator():
+        net = nn.Sequential(nn.Linear(6, 18), nn.Unflatten(1, (3, 2, 3))).double()
+    posterior = MeanFieldGaussian(net, init_std=0.3)
+    options = {"level": 0.8, "num_samples": 4, "scaling": "vector", "score": "aps"}
+    found = calibrate_dataset(posterior, likelihood, ONE, data, **options)
+    p = predict_classes(posterior, likelihood, ONE, data.fetch(slice(None))[0], num_samples=4).probabilities
+    y = torch.from_numpy(y)
+    for row, column in itertools.product(range(2), range(3)):
+        there = y[:, row, column] >= 0
+        scores = set_scores(p[there, :, row, column], "aps").gather(1, y[there, row, column][:, None])[:, 0]
+        rank = conformal_rank(len(scores), 0.8)
+        expected = scores.sort().values[rank - 1] if len(scores) else torch.tensor(math.inf)
+        assert found.thresholds[row, column].item() == pytest.approx(expected.item(), rel=1e-12)
+    assert (found.num_examples, found.thresholds.shape) == (33, (2, 3)) and not found.holds_everything
+    log_p, classes = p.movedim(1, -1)[y >= 0].log(), y[y >= 0]
+    assert found.temperature == pytest.approx(fit_temperature(log_p, classes, ONE), rel=1e-9)
+    torch.testing.assert_close(found.vector, fit_vector(log_p, classes, found.temperature, ONE), rtol=1e-9, atol=1e-12)
+    columns = found.columns_of(ClassPredictive(p, p, p.sum(1)))
+    assert columns["in_set"].shape == p.shape and columns["in_set"][:, :, 1, 1].all()
+    one = vector_scaled(p[:, :, 0, 1], found.vector)
+    torch.testing.assert_close(columns["calibrated_probabilities"][:, :, 0, 1], one, rtol=1e-12, atol=0)
+    metrics = evaluate_dataset(posterior, likelihood, ONE, data, num_samples=4, calibration=found).metrics
+    inside = columns["in_set"].gather(1, y.clamp_min(0)[:, None])[:, 0][y >= 0].double().mean().item()
+    assert metrics["set_coverage"] == pytest.approx(inside, rel=1e-12) and inside >= 0.8
+    monkeypatch.setattr(module, "FITTED_NUMBERS", 240)  # of 720: every third point
+    fewer = calibrate_dataset(posterior, likelihood, ONE, data, **options)
+    assert fewer.temperature != found.temperature and torch.equal(fewer.thresholds, found.thresholds)
+
+
+def test_an_interval_of_a_point_without_numbers_has_no_end(tmp_path):
+    """Land in a field of the sea: null in the file, and nothing of it counts."""
+    rng = np.random.default_rng(0)
+    x, y = (rng.normal(size=(40, *shape)).astype(np.float32) for shape in ((6,), (2, 2, 3)))
+    y[:, 1, 0, 0] = math.nan
+    facts = {"name": "toy", "source": "here", "licence": "none", "missing_targets": True}
+    splits = dict.fromkeys(("train", "test", "calibration"), (x, y))
+    write_shards(tmp_path / "shards", splits, **facts)
+    words = ["--data.shards", tmp_path / "shards", "--run_dir", tmp_path / "run", "--num_epochs", 1]
+    words += [
+        "--model.name",
+        f"{__name__}.Fields",
+        "--global_batch_size",
+        20,
+        "--num_samples",
+        2,
+        "--num_test_samples",
+        3,
+    ]
+    assert main(["train", *map(str, words)]) == main(["calibrate", str(tmp_path / "run"), "--level", "0.8"]) == 0
+    found = json.loads((tmp_path / "run/calibration.json").read_text())
+    assert found["thresholds"][1][0][0] is None and found["num_examples"] == 40
+    new, _ = predicted(tmp_path / "run", tmp_path / "p.h5", "--calibration", "true")
+    assert np.isinf(new["upper"][:, 1, 0, 0]).all() and np.isfinite(new["upper"]).sum() == 40 * 11
+    assert main(["evaluate", str(tmp_path / "run"), "--calibration", "true", "--references", "climatology"]) == 0
+    metrics = json.loads((tmp_path / "run/evaluation.json").read_text())["metrics"]
+    assert metrics["interval_coverage"] >= 0.8 and math.isfinite(metrics["interval_width"])
+    assert math.isfinite(metrics["crps_skill/climatology"])
+
+
+class Fields(nn.Module):
+    def __init__(self, in_shape, num_outputs, places=()):
+        super().__init__()
+        self.form = (num_outputs, *places)
+        self.linear = nn.Linear(in_shape[0], math.prod(self.form))
+
+    def forward(self, x):
+        return self.linear(x).unflatten(1, self.form)
 
 
 def test_the_density_after_the_calibration_is_that_of_the_rescaled_mixture():

@@ -253,6 +253,16 @@ def test_targets_are_checked_in_every_batch(kind, batch, micro_batch_size):
         step(x[:10], y[:10], 10)  # a caller may go on without the example
 
 
+def test_a_batch_that_was_overwritten_after_a_misfit_is_said(monkeypatch):
+    """On a GPU the host sees two steps later that a target was none; then no rank may find it in its tensors."""
+    posterior = MeanFieldGaussian(nn.Linear(2, 3))
+    optimizer = torch.optim.Adam(posterior.parameters())
+    step = VariationalStep(posterior, Categorical(3), optimizer, GridComm(Grid()), num_samples=2, num_train_examples=40)
+    monkeypatch.setattr(step.comm, "gather_objects", lambda found: [None])
+    with pytest.raises(DataError, match=r"a target or a weight of step 0 cannot be\. The batch has been overwritten"):
+        step(torch.randn(3, 2), torch.tensor([0, 1, 7]), 3)
+
+
 @pytest.mark.parametrize("weighted", [False, True])
 def test_metrics_of_numbers_equal_the_references_on_gathered_predictions(tmp_path, weighted):
     """scoringrules, torchmetrics and numpy on the components of all samples, in units of y, by channel and together."""

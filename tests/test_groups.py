@@ -252,6 +252,19 @@ def test_skill_against_persistence_and_climatology(shards):
     assert alone["persistence/crps"] == pytest.approx((np.abs(error) * weights).mean() / weights.mean(), rel=1e-6)
 
 
+@pytest.mark.parametrize(("window", "horizon"), [(6, 3), (3, 3), (2, 3)])
+def test_persistence_of_a_series_is_its_newest_row(tmp_path, window, horizon):
+    rng = np.random.default_rng(0)
+    x, y = (rng.normal(size=(20, *shape)).astype(np.float32) for shape in ((2, window), (1, horizon)))
+    details = {"window": window, "horizon": horizon, "persistence": [1]}
+    write_shards(tmp_path, {"train": (x, y)}, details=details, **FACTS)
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.LazyLinear(2 * horizon), torch.nn.Unflatten(1, (2, horizon)))
+    net(torch.zeros(1, 2, window))
+    dataset, options = ShardDataset(tmp_path, "train"), {"num_samples": 2, "references": ["persistence"]}
+    found = evaluate_dataset(MeanFieldGaussian(net), Gaussian(1), GridComm(Grid()), dataset, **options).metrics
+    assert found["persistence/rmse"] == pytest.approx(np.sqrt(np.square(x[:, 1:, -1:] - y).mean()), rel=1e-5)
+
+
 # --- from files to predictions ------------------------------------------------------------------------------
 
 

@@ -28,8 +28,9 @@ TEMPERATURES = 0.05, 20.0
 NOISE_FACTORS = 0.05, 20.0
 """Least and greatest factor of the noise scale."""
 
-NOISE_NUMBERS = 2**22
-"""Components of targets by which the noise scale is refitted, in the whole job: 64 MiB, seconds. Of more, a part of the targets."""
+FITTED_NUMBERS = 2**22
+"""Components of targets by which the noise scale is refitted, and probabilities of points of fields by which those of classes are
+scaled, in the whole job: 64 MiB, seconds. Of more, a part of the targets."""
 
 MAX_VECTOR_CLASSES = 1000
 """Classes of vector scaling, whose Newton steps sum the square of twice as many numbers."""
@@ -56,11 +57,12 @@ class Calibration:
     level: float
     """Probability that the target is inside, above 0 and below 1."""
     num_examples: int
-    """n, of the calibration: examples whose target is not missing, of several targets the fewest that one has."""
+    """n, of the calibration: examples whose target is not missing, of several targets the fewest that one has, if it has any."""
     thresholds: Tensor
-    """[] of the scores of classes, without unit; [T, ...] of those of each target, in units of y, on the CPU.
+    """[...] of the scores of classes, without unit, of each point of a field; [T, ...] of those of each target, in units of y,
+    on the CPU.
 
-    Infinite where n is too small for the level: every set and interval holds everything.
+    Infinite where n is too small for the level, or a target was missing in all examples: the set or interval holds everything.
     """
     temperature: float | None = None
     """Of the class probabilities; None for numbers."""
@@ -82,7 +84,7 @@ class Calibration:
     def columns_of(self, predictive: Predictive, quantiles: Sequence[float] = ()) -> dict[str, Tensor]:
         """Return what the calibration says of examples. Local; of numbers as `interval_of`.
 
-        Classes: ``calibrated_probabilities`` [B, C] of `applied`, and ``in_set`` [B, C] (int8), 1 for a class in the set.
+        Classes: ``calibrated_probabilities`` [B, C, ...] of `applied`, and ``in_set`` [B, C, ...] (int8), 1 for a class in the set.
         Numbers: ``lower``, ``upper`` [B, T, ...], ends of the interval in units of y; it is empty where lower is above upper;
         with ``noise_factors`` also ``calibrated_std`` and, for the levels that are given, ``calibrated_quantiles``
         [B, levels, T, ...] of `applied`.
@@ -91,7 +93,8 @@ class Calibration:
         if isinstance(predictive, ClassPredictive):
             in_set = self.set_of(predictive).to(torch.int8)
             return {"calibrated_probabilities": after.probabilities, "in_set": in_set}
-        columns = dict(zip(("lower", "upper"), self.interval_of(predictive)))
+        lower, upper = self.interval_of(predictive)
+        columns = {"lower": lower, "upper": upper}
         if self.noise_factors is not None:
             columns["calibrated_std"] = after.variance.sqrt()
             if quantiles:
@@ -99,7 +102,7 @@ class Calibration:
         return columns
 
     def set_of(self, predictive: ClassPredictive) -> Tensor:
-        """Return whether each class [B, C] is in the set of its example. Local."""
+        """Return whether each class [B, C, ...] is in the set of its example, or point. Local."""
         scores = set_scores(predictive.probabilities, self.score, self.penalty, self.free_rank)
         return scores <= self.thresholds.to(scores)
 
@@ -148,17 +151,18 @@ def ends_of(predictive: Any, level: float) -> tuple[Tensor, Tensor]:
 
 
 def tempered(probabilities: Tensor, temperature: float) -> Tensor:
-    """Return class probabilities [B, C], ``p^(1/T)`` over their sum: flatter for T above 1 (Guo et al., 2017). Local."""
+    """Return class probabilities [B, C, ...], ``p^(1/T)`` over their sum: flatter for T above 1 (Guo et al., 2017). Local."""
     return (log_of(probabilities) / temperature).softmax(1)
 
 
 def vector_scaled(probabilities: Tensor, vector: Tensor) -> Tensor:
-    """Return class probabilities [B, C], ``p^w e^b`` over their sum with w, b = ``vector`` [2, C] (Guo et al., 2017). Local."""
-    return (log_of(probabilities) * vector[0] + vector[1]).softmax(1)
+    """Return class probabilities [B, C, ...], ``p^w e^b`` over their sum; w, b = ``vector`` [2, C] (Guo et al., 2017). Local."""
+    factors, summands = vector.view(2, -1, *(1,) * (probabilities.ndim - 2))
+    return (log_of(probabilities) * factors + summands).softmax(1)
 
 
 def set_scores(p: Tensor, score: SetScore, penalty: float = 0.0, free_rank: int = 0) -> Tensor:
-    """Return the conformal score of each class [B, C]: a set holds those of the least scores. Local.
+    """Return the conformal score of each class, as p [B, C, ...]: a set holds those of the least scores. Local.
 
     "threshold": ``1 - p`` (Sadinle, Lei, Wasserman, Least Ambiguous Set-Valued Classifiers, JASA 2019). "aps": minus the
     probability of the classes that are less likely, which orders as the probability down to the class does (Romano, Sesia, Candès,
@@ -170,9 +174,10 @@ def set_scores(p: Tensor, score: SetScore, penalty: float = 0.0, free_rank: int 
         return 1 - p
     ordered, order = p.sort(dim=1, descending=True, stable=True)
     after = ordered.flip(1).cumsum(1).flip(1)[:, 1:]  # summed from the least on: no digits are lost
-    of_rank = -torch.nn.functional.pad(after, (0, 1))
+    of_rank = -torch.cat([after, torch.zeros_like(p[:, :1])], 1)
     if score == "raps":
-        of_rank = of_rank + penalty * (torch.arange(1, p.shape[1] + 1).to(p) - free_rank).clamp_min(0)
+        ranks = torch.arange(1, p.shape[1] + 1).to(p).view(-1, *(1,) * (p.ndim - 2))
+        of_rank = of_rank + penalty * (ranks - free_rank).clamp_min(0)
     return torch.empty_like(p).scatter_(1, order, of_rank)
 
 
@@ -300,7 +305,7 @@ def conformal_rank(num_examples: int, level: float) -> int:
 
 
 def conformal_thresholds(scores: Tensor, level: float, num_examples: int, comm: GridComm) -> Tensor:
-    """Return the score with `conformal_rank` among those of all examples, [T, ...] on the CPU; infinite where n is too small.
+    """Return the score with `conformal_rank` among those of all examples, [...] on the CPU; infinite where n is too small, or 0.
 
     Collective over the world: a gather of each `GATHERED_NUMBERS` scores. Equal scores count as often as they occur; the order
     of the examples does not matter, so every grid finds the same one.
@@ -308,9 +313,9 @@ def conformal_thresholds(scores: Tensor, level: float, num_examples: int, comm: 
     Parameters
     ----------
     scores : Tensor
-        [m, T, ...] of examples that no other rank has, NaN where a target is missing; m may be 0.
+        [m, ...] of examples that no other rank has, NaN where a target is missing; m may be 0.
     num_examples : int
-        n, of all ranks; of several targets the fewest scores that one has.
+        n, of all ranks; of several targets the fewest scores that one has, if it has any.
     """
     shape = scores.shape[1:]
     if conformal_rank(num_examples, level) > num_examples:
@@ -322,7 +327,8 @@ def conformal_thresholds(scores: Tensor, level: float, num_examples: int, comm: 
         rank_of = {count: conformal_rank(count, level) for count in set(counts)}
         rank = torch.tensor([rank_of[count] for count in counts], device=part.device).view(part.shape[1:])
         found.append(ordered.gather(0, rank[None] - 1)[0].view(-1).cpu())
-    return torch.cat(found).view(shape)
+    thresholds = torch.cat(found).view(shape)
+    return torch.where(thresholds.isnan(), math.inf, thresholds)
 
 
 def calibrate_dataset(
@@ -345,8 +351,8 @@ def calibrate_dataset(
     Collective over the world. The ranks of a sample group divide the work on the scores of a block. A missing target has no score.
 
     Classes have a score of `set_scores`, of the mean probabilities: their set holds each class whose score is at most the
-    threshold. The probabilities are not tempered there, because the temperature is found by the same examples, and the scores must
-    not depend on them. Numbers have, for each target, the score ``max(low - y, y - high)`` of the central interval of the mixture;
+    threshold, that of its point in a field. The probabilities are not tempered there, because the temperature is found by the same
+    examples, and the scores must not depend on them; the points of all fields share it. Numbers have, for each target, the score ``max(low - y, y - high)`` of the central interval of the mixture;
     the interval is widened by the threshold at both ends, or narrowed (Romano, Patterson, Candès, Conformalized Quantile
     Regression, NeurIPS 2019). Likelihoods with a scale also have `fit_noise_factors`.
 
@@ -368,28 +374,24 @@ def calibrate_dataset(
     Raises
     ------
     ConfigError
-        The level is none, or the predictive has neither one class per example nor quantiles, or what is asked for is none or does
-        not fit the targets.
+        The level is none, or the predictive has neither classes nor quantiles, or what is asked for is none or does not fit the
+        targets.
     DataError
         On all ranks: a target lies outside the support of the likelihood or is missing in all examples, or the network predicts
         what is no number.
     """
     above_and_below(0, 1, "Try 0.9").check("--level", level)
     of_classes, places = is_of_classes(likelihood), dataset.manifest.places
-    if places if of_classes else not likelihood.has_mixture:
-        rule = "calibration needs one class per example, or numbers with quantiles"
+    if not of_classes and not likelihood.has_mixture:
+        rule = "calibration needs classes, or numbers with quantiles"
         raise ConfigError(Fault("likelihood.name", type(likelihood).__name__, rule, "Use another likelihood"))
     check_methods(likelihood, scaling, score, penalty, free_rank)
     fault: DataError | None = None
     noise: list[tuple[Any, Tensor, Tensor, Tensor]] = []
-    num_components = (
-        len(dataset if examples is None else examples)
-        * likelihood.num_targets
-        * math.prod(places)
-        * options["num_samples"]
-    )
-    stride = -(-num_components // NOISE_NUMBERS)
-    scores = [torch.zeros(0, *(() if of_classes else (likelihood.num_targets, *places)), dtype=torch.float64)]
+    num_points = len(dataset if examples is None else examples) * math.prod(places)
+    of_point = likelihood.num_classes or likelihood.num_targets * options["num_samples"]
+    stride = -(-num_points * of_point // FITTED_NUMBERS) if places or not of_classes else 1
+    scores = [torch.zeros(0, *(() if of_classes else (likelihood.num_targets,)), *places, dtype=torch.float64)]
     logs = [torch.zeros(0, likelihood.num_classes or 0, dtype=torch.float64, device=comm.device)]
     classes = [torch.zeros(0, dtype=torch.int64, device=comm.device)]
     options |= {"keep_share": not of_classes, "examples": examples}
@@ -408,15 +410,19 @@ def calibrate_dataset(
         part, y = examples_of(block.predictive, mine.start, mine.stop), block.y[mine.start : mine.stop]
         present = likelihood.present(y)
         if isinstance(part, ClassPredictive):
-            rows = slice(None) if present is None else present
-            p, y = part.probabilities[rows], y.long()[rows]
+            p, there = part.probabilities, torch.ones_like(y, dtype=torch.bool) if present is None else present
+            y = torch.where(there, y.long(), 0)
             values = set_scores(p, score, penalty, free_rank).gather(1, y[:, None])[:, 0]
-            logs.append(log_of(p))
-            classes.append(y)
+            values = torch.where(there, values, math.nan)
+            point = torch.arange(y[:1].numel(), device=y.device).view(y.shape[1:])
+            numbers = block.examples[mine.start : mine.stop].to(y.device).view(-1, *(1,) * (y.ndim - 1))
+            kept = there & ((point + numbers) % stride == 0)
+            logs.append(log_of(p.movedim(1, -1)[kept]))
+            classes.append(y[kept])
         else:
             low, high = (end[mine.start : mine.stop] for end in ends)
             values = torch.maximum(low - y, y - high)
-        if not (values if isinstance(part, ClassPredictive) or present is None else values[present]).isfinite().all():
+        if not (values if present is None else values[present]).isfinite().all():
             fault = DataError("the network predicts what is no finite number. Look at its training")
         scores.append(values.double().cpu())
     with comm.agree("calibrating"):
@@ -425,9 +431,10 @@ def calibrate_dataset(
     of_all = torch.cat(scores)
     counts = torch.cat([(~of_all.isnan()).sum(0).double().view(-1), torch.tensor([float(len(noise))])]).to(comm.device)
     comm.sum_(counts)
-    num_examples, has_noise = int(counts[:-1].min()), bool(counts[-1] > 0)
-    if num_examples == 0:
+    of_targets, has_noise = counts[:-1].view(1 if of_classes else likelihood.num_targets, -1), bool(counts[-1] > 0)
+    if not of_targets.any(1).all():
         raise DataError("a target is missing in all examples of the calibration. Use others")
+    num_examples = int(of_targets[of_targets > 0].min())  # a point of a field may have no target at all
     found = Calibration(
         SETS if of_classes else INTERVALS, level, num_examples, conformal_thresholds(of_all, level, num_examples, comm)
     )

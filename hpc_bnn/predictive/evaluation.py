@@ -619,10 +619,15 @@ class _ValueScores(_Scores):
         interval: tuple[Tensor, Tensor] | None,
     ) -> None:
         y, intervals = y.double(), {}
+
+        def counted(value: Tensor) -> Tensor:
+            """Return a value that need not be finite where nothing is known: of land in a field of the sea."""
+            return value if weights is None else torch.where(weights > 0, value, 0)
+
         if interval is not None:
             low, high = interval
-            inside = (low <= y) & (y <= high)
-            intervals = {"interval_coverage": (inside,), "interval_width": ((high - low).clamp_min(0),)}
+            inside, width = (low <= y) & (y <= high), counted((high - low).clamp_min(0))
+            intervals = {"interval_coverage": (inside,), "interval_width": (width,)}
         error = predictive.mean - y
         # The variance that the squared error of the mean has if y is like one more sample (Fortin et al., 2014)
         count = self._num_samples
@@ -633,11 +638,11 @@ class _ValueScores(_Scores):
         if predictive.log_prob is not None:
             values["nll"] = (-predictive.log_prob,)
         for name, forecast in forecasts.items():
-            error = forecast - y
+            error = counted(forecast - y)
             values[f"{name}/rmse"] = (error.square(),)
-            values[f"{name}/crps"] = (
-                climatology.crps(y) if climatology is not None and name == "climatology" else error.abs(),
-            )
+            values[f"{name}/crps"] = (error.abs(),)
+        if climatology is not None:
+            values["climatology/crps"] = (counted(climatology.crps(y)),)
         self.update(examples, values, weights)
         of_targets, std = self._weights.to(y).expand(y.shape), predictive.variance.sqrt()
         columns = uncertainties_of(predictive, self._unit)

@@ -179,7 +179,7 @@ def persistence(dataset: Source, x: Any, like: Tensor) -> Tensor:
         rule = "the shards do not say which inputs are the newest values of the targets"
         raise ConfigError(Fault("--references", "persistence", rule, "Prepare them again, or leave it out"))
     known = x.double() if scale is None else x.double() * scale[1] + scale[0]
-    if known.shape[2:] != like.shape[2:]:  # [B, channels, window] of series
+    if dataset.manifest.details.get("horizon") is not None:  # [B, channels, window] of a series
         known = known[..., -1:]
     columns = [known[:, [n]] if n is not None else torch.full_like(known[:, :1], math.nan) for n in said]
     return torch.cat(columns, 1).expand_as(like)
@@ -214,5 +214,5 @@ class Climatology:
         """Return the CRPS [B, T, ...] of targets (units of y); of a normal distribution: Gneiting and Raftery (2007)."""
         std = self.std.clamp_min(torch.finfo(y.dtype).tiny)
         z = (y - self.mean) / std
-        normal = torch.distributions.Normal(torch.zeros_like(z), 1.0)
+        normal = torch.distributions.Normal(torch.zeros_like(z), 1.0, validate_args=False)  # NaN where nothing is known
         return std * (z * (2 * normal.cdf(z) - 1) + 2 * normal.log_prob(z).exp() - 1 / math.sqrt(math.pi))

@@ -6,6 +6,7 @@ import json
 import math
 from typing import Any, get_args
 
+import numpy as np
 import torch
 
 from .. import __version__
@@ -106,7 +107,7 @@ def calibrate_run(
         "sets": found.score,
         "raps": [found.penalty, found.free_rank],
         "noise_factors": None if found.noise_factors is None else found.noise_factors.tolist(),
-        "thresholds": None if found.holds_everything else found.thresholds.tolist(),
+        "thresholds": None if found.holds_everything else _listed(found.thresholds),
         "hpc_bnn": __version__,
     }
     with comm.agree(f"writing {path}"):
@@ -206,13 +207,17 @@ def _parsed(experiment: Experiment, content: dict[str, Any]) -> Calibration:
     """Return the calibration that a file holds; `ValueError`, `TypeError` or `KeyError` where it is none. Local."""
     likelihood = experiment.likelihood
     of_classes = likelihood.num_classes is not None
-    method, shape = (SETS, ()) if of_classes else (INTERVALS, (likelihood.num_targets, *experiment.manifest.places))
+    method, shape = (SETS, ()) if of_classes else (INTERVALS, (likelihood.num_targets,))
+    shape += experiment.manifest.places
     level, temperature, thresholds = content["level"], content["temperature"], content["thresholds"]
     if content["format"] == 1:
         content = content | {"vector": None, "sets": "threshold", "raps": [0.0, 0], "noise_factors": None}
     limits = torch.full(shape, math.inf, dtype=torch.float64)
     if thresholds is not None:
-        limits = torch.tensor(thresholds, dtype=torch.float64)
+        if (numbers := np.array(thresholds)).dtype.kind == "U":
+            raise ValueError("thresholds are words")
+        limits = torch.as_tensor(numbers.astype(np.float64))  # null is NaN
+        limits = torch.where(limits.isnan(), math.inf, limits)
     vector, noise = (
         None if content[name] is None else torch.tensor(content[name], dtype=torch.float64)
         for name in ("vector", "noise_factors")
@@ -232,7 +237,7 @@ def _parsed(experiment: Experiment, content: dict[str, Any]) -> Calibration:
         or (
             not of_classes and noise.shape == (likelihood.num_targets,) and bool((noise.isfinite() & (noise > 0)).all())
         ),
-        "thresholds": limits.shape == shape and (thresholds is None or bool(limits.isfinite().all())),
+        "thresholds": limits.shape == shape and (thresholds is None or bool(limits.isfinite().any())),
     }
     found = Calibration(
         method, level, content["num_examples"], limits, temperature, vector, content["sets"], penalty, free_rank, noise
@@ -242,6 +247,13 @@ def _parsed(experiment: Experiment, content: dict[str, Any]) -> Calibration:
     if found.holds_everything != (thresholds is None):
         raise ValueError("thresholds do not fit num_examples")
     return found
+
+
+def _listed(thresholds: torch.Tensor) -> Any:
+    """Return thresholds as JSON has them, null where one is infinite. Local."""
+    found = thresholds.numpy().astype(object)
+    found[np.isinf(thresholds.numpy())] = None
+    return found.tolist()
 
 
 def _say(found: Calibration) -> None:

@@ -180,7 +180,7 @@ class VariationalStep(StepState):
         views: StepViews = "shared",
         weights: Tensor | None = None,
     ) -> StepResult:
-        """Make one step. Collective over the world: one sum over each axis of extent above 1.
+        """Make one step. Collective over the world: the gradient is summed as ``reduction`` of `GridComm` says.
 
         An objective that couples the samples adds what its docstring says over the sample axis; a module with
         BatchNorm three small sums over the data axis per layer and sample (five with two passes). A deep
@@ -377,6 +377,11 @@ class VariationalStep(StepState):
             mine = next(((is_weight, found[0].item()) for is_weight, found in misfits if len(found)), None)
             wrong = {rank: found for rank, found in enumerate(self.comm.gather_objects(mine)) if found is not None}
             where = f" on rank {', '.join(map(str, wrong))} in step {self.num_steps}"
+            if not wrong:  # the tensors have been written anew since: on a GPU the host looks two steps later
+                raise DataError(
+                    f"a target or a weight of step {self.num_steps} cannot be. The batch has been overwritten since: give each "
+                    "step tensors of its own, or check the data"
+                )
             is_weight, value = next(iter(wrong.values()))
             if is_weight:
                 raise DataError(f"a weight is {value:g}{where}: weights of examples are finite, and 0 or more")

@@ -22,11 +22,15 @@ from hpc_bnn.predictive.evaluation import evaluate_dataset
 from hpc_bnn.run.calibrate import calibrate_run, read_calibration
 from hpc_bnn.run.export import predict_run
 
+FIELD = "field of classes"
+SHAPES = {"categorical": (), FIELD: (2, 3)}
+"""Of the thresholds; of numbers (4, 2, 3)."""
+
 
 def write(comm, directory, name):
     with comm.agree("writing"):
         if comm.grid.rank == 0:
-            write_field_shards(directory / "shards", LIKELIHOODS[name])
+            write_field_shards(directory / "shards", LIKELIHOODS[name], of_classes=name == FIELD)
 
 
 def assert_equal(got, expected):
@@ -38,13 +42,13 @@ def assert_equal(got, expected):
     torch.testing.assert_close(got.thresholds, expected.thresholds, rtol=1e-7, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["categorical", "gaussian", "poisson", "implicit"])
+@pytest.mark.parametrize("name", ["categorical", FIELD, "gaussian", "poisson", "implicit"])
 def test_the_calibration_of_any_grid_is_that_of_one_process(comm, directory, monkeypatch, name):
     """Of uneven shares, of several blocks, of fewer examples than ranks, of targets that are gathered in parts."""
     write(comm, directory, name)
     monkeypatch.setattr(hpc_bnn.predictive.evaluation, "BLOCK_BYTES", 300 if name == "categorical" else 6000)
     monkeypatch.setattr(hpc_bnn.predictive.calibration, "GATHERED_NUMBERS", 100)
-    monkeypatch.setattr(hpc_bnn.predictive.calibration, "NOISE_NUMBERS", 900)  # of 23 x 24 x 5: every fourth
+    monkeypatch.setattr(hpc_bnn.predictive.calibration, "FITTED_NUMBERS", 150 if name == FIELD else 900)  # a part
     cases = [
         ("train", 0.7, None),
         ("train", 0.5, torch.tensor([1, 2, 3, 8, 22])),
@@ -52,20 +56,21 @@ def test_the_calibration_of_any_grid_is_that_of_one_process(comm, directory, mon
         ("few", 0.9, None),
     ]
     with Key(0, Stream.INIT).global_generator():
-        posterior, likelihood = MeanFieldGaussian(ToField(LIKELIHOODS[name]), init_std=0.3), LIKELIHOODS[name]
+        likelihood = LIKELIHOODS[name]
+        posterior = MeanFieldGaussian(ToField(likelihood, name == FIELD), init_std=0.3)
     found = []
     for split, level, examples in cases:
         options = {"dtype": torch.float64, "normalises_targets": likelihood.is_equivariant}
         data = ShardDataset(directory / "shards", split, **options)
         for one in (comm, GridComm(Grid())):
             options = {"level": level, "examples": examples, "num_samples": 5}
-            options |= {"scaling": "vector", "score": "raps"} if name == "categorical" else {}
+            options |= {"scaling": "vector", "score": "raps"} if name in SHAPES else {}
             found.append(calibrate_dataset(posterior, likelihood, one, data, **options))
     for (_, level, _), got, expected in zip(cases, found[::2], found[1::2]):
         assert_equal(got, expected)
         assert got.holds_everything == (level == 0.9) == bool(got.thresholds.isinf().all())
-        assert got.thresholds.shape == (() if name == "categorical" else (4, 2, 3))
-        assert (got.vector is None) == (name != "categorical")
+        assert got.thresholds.shape == SHAPES.get(name, (4, 2, 3))
+        assert (got.vector is None) == (name not in SHAPES)
         assert (got.noise_factors is None) == (name != "gaussian")
     # One example of the calibration is on the edge of its set or interval, where rounding decides
     calibration = replace(found[1], thresholds=found[1].thresholds + 1e-6)
