@@ -330,7 +330,7 @@ class Gathered(Objective):
         losses = members.new_zeros(len(y))
         for examples, _, part in shares.parts(members, len(shares.span)):
             with torch.enable_grad():
-                leaf = part.detach().unflatten(2, shares.shape[1:]).requires_grad_()
+                leaf = part.detach().reshape(*part.shape[:2], *shares.shape[1:]).requires_grad_()
                 loss = self.function(leaf, y[examples])
                 if loss.shape != leaf.shape[1:2]:
                     rule = f"the function must give one loss per example, {list(leaf.shape[1:2])}, and gave {list(loss.shape)}"
@@ -338,7 +338,7 @@ class Gathered(Objective):
                     raise ConfigError(Fault("objective.name", self.name, rule, remedy))
                 (gradient,) = torch.autograd.grad(loss.sum(), leaf)
             losses[examples] = loss.detach().to(losses.dtype)
-            part.copy_(gradient.flatten(2))
+            part.copy_(gradient.reshape(part.shape))
         return losses
 
 
@@ -368,7 +368,8 @@ class _Members(Coupling):
         if self.objective.of == "mean":  # [B] becomes [B, 1]: a difference never broadcasts
             y = y if self.present is None else torch.where(self.present, y, 0)
             y = y.view(shape).to(members.dtype)
-        losses = self.objective.evaluate_(members, y, shares)
+        with torch.autocast(members.device.type, enabled=False):  # of the user's, for the network
+            losses = self.objective.evaluate_(members, y, shares)
         self._part = self.weigh(losses).sum()
         self._blocks = shares.give_back(members)
 

@@ -22,7 +22,9 @@ def map_leaves(tree: Any, kind: type, function: Callable[[Any], Any]) -> Any:
         return {key: map_leaves(value, kind, function) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):
         parts = [map_leaves(value, kind, function) for value in tree]
-        return parts if isinstance(tree, list) else tuple(parts)
+        if isinstance(tree, list):
+            return parts
+        return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)  # a namedtuple stays one
     return tree
 
 

@@ -1,5 +1,6 @@
 """What a network takes and returns: trees of tensors; parts of a batch; classes of a user by their import path."""
 
+import collections
 from types import SimpleNamespace
 
 import pytest
@@ -92,6 +93,28 @@ def test_inputs_may_be_trees(inputs, chunk_size):
     got = predict_classes(step.posterior, step.likelihood, COMM, inputs, **options)
     expected = predict_classes(posterior, step.likelihood, COMM, torch.cat([X, MORE], 1), num_samples=6)
     torch.testing.assert_close(got.probabilities, expected.probabilities, rtol=1e-12, atol=1e-14)
+
+
+def test_a_namedtuple_among_the_inputs_stays_one():
+    Pair = collections.namedtuple("Pair", ["x", "more"])
+
+    class Named(nn.Module):
+        def __init__(self, net):
+            super().__init__()
+            self.net = net
+
+        def forward(self, pair):
+            return self.net(pair.x, pair.more)
+
+    for options in ({}, {"chunk_size": 3}, {"micro_batch_size": 4}):
+        with Key(0, Stream.INIT).global_generator():
+            posterior = MeanFieldGaussian(Named(Net()).double(), init_std=0.2)
+        step = VariationalStep(
+            posterior, Categorical(3), torch.optim.SGD(posterior.parameters(), lr=0.1), COMM,
+            num_samples=5, num_train_examples=40, **options,
+        )  # fmt: skip
+        got, expected = (one({"pair": Pair(X, MORE)} if one is step else (X, MORE), Y, 11) for one in (step, make()))
+        assert got.nelbo == pytest.approx(expected.nelbo, rel=1e-12)
 
 
 def test_tensors_of_different_lengths_are_refused():

@@ -40,6 +40,17 @@ def definition_of(thing: object) -> str:
     return f"{type(thing).__qualname__}({', '.join(plain)})"
 
 
+def tensors_beside(posterior: Posterior) -> list[tuple[str, Tensor]]:
+    """Return tensors of a family and its prior, such as the means of the latter, which no slot holds; with names. Local."""
+    owners = [posterior.family_, getattr(posterior.family_, "prior", None)]
+    found = [
+        (f"{type(owner).__name__}.{name}", value)
+        for owner in owners
+        for name, value in getattr(owner, "__dict__", {}).items()
+    ]
+    return [(name, value) for name, value in found if isinstance(value, Tensor)]
+
+
 class Comparison:
     """Compares what ranks must have in common, by numbers that travel with the sum of a step.
 
@@ -68,13 +79,20 @@ class Comparison:
     def make_replicas_equal_(self, posterior: Posterior) -> None:
         """Overwrite what all ranks, or those of a data group, must share with that of the first, and say what differed.
 
-        Parameters and values of the posterior, and the buffers of its module. Once; collective over the world.
+        Parameters and values of the posterior, tensors of its family and prior, frozen weights and buffers of its module.
+        Once; collective over the world.
         """
         comm, buffer, differing = self._comm, posterior.buffer, []
         if self._has_replicas or comm.grid.world_size == 1 or not self.looks:
             return
         self._has_replicas = True
-        for name, tensor in [*buffer.values.items(), *posterior.module.named_buffers()]:
+        frozen = [(name, p.detach()) for name, p in posterior.module.named_parameters() if not p.requires_grad]
+        for name, tensor in [
+            *buffer.values.items(),
+            *tensors_beside(posterior),
+            *frozen,
+            *posterior.module.named_buffers(),
+        ]:
             for piece in _pieces(tensor):
                 first = piece.clone()
                 comm.broadcast_(first, 0, "data" if name in buffer.owned else "world")

@@ -20,7 +20,7 @@ OVERLAP_BLOCKS = 16
 
 
 class Reducer:
-    """Sums over the ranks what a step has accumulated. One sum over each axis, unless it is set otherwise.
+    """Sums over the ranks what a step has accumulated, as ``reduction`` of `GridComm` says, unless it is set otherwise.
 
     Rows that belong to samples are summed over the data axis, all else over the world. With ``comm.compression`` the
     gradient is sent in half the bytes, statistics and scalars never.

@@ -240,10 +240,10 @@ class Updater:
     def _join(self, parameter: nn.Parameter, state: dict[str, dict[str, Any]], places: Places) -> dict[str, Any]:
         """Return memory for the state of a parameter, to which that of its weights goes."""
         slot = self._slot_of(parameter)
-        parts = [state[name] for name in self._names(parameter) if name in state]
-        values: dict[str, Any] = dict(parts[0]) if parts else {}
+        of_weights = {name: state[name] for name in self._names(parameter) if name in state}
+        values: dict[str, Any] = dict(next(iter(of_weights.values()), {}))
         for key, value in values.items():
-            if slot is None or not isinstance(value, Leaf):
+            if slot is None or not self._is_by_number(key, slot, of_weights):
                 values[key] = places.new(value)
                 continue
             values[key], parts = self._own(slot)
@@ -259,6 +259,14 @@ class Updater:
                 for first, view in spans:
                     places.add(leaf, view, first)
         return values
+
+    def _is_by_number(self, key: str, slot: str, of_weights: dict[str, dict[str, Any]]) -> bool:
+        """Whether a state has a number for each number of the weights: then it is 0-dim for weights that are, as counters are."""
+        found = [state[key] for state in of_weights.values() if key in state]
+        if any(isinstance(value, Leaf) for value in found):
+            return True
+        weights = self.posterior.buffer.named({slot: self.posterior.buffer.values[slot]}).values()
+        return key != "step" and all(isinstance(v, Tensor) for v in found) and all(w.ndim == 0 for w in weights)
 
 
 class DividedUpdater(Updater):
@@ -290,8 +298,10 @@ class DividedUpdater(Updater):
 
     def clip_(self, max_norm: float) -> None:
         """See `Updater.clip_`. Collective over ``sample_comm``: one number."""
-        shares = list(self.reducer.own_share(self.posterior.buffer.grads).values())
-        zero = torch.zeros((), dtype=torch.float64, device=shares[0].device)
+        grads = self.posterior.buffer.grads
+        trained = {name: grads[name] for name, p in self.posterior.named_parameters() if p.requires_grad}
+        shares = list(self.reducer.own_share(trained).values())
+        zero = torch.zeros((), dtype=torch.float64, device=self.posterior.buffer.flat.device)
         square = sum((torch.linalg.vector_norm(share.double()).square() for share in shares), zero)
         self.comm.sum_(square, "sample")
         factor = (max_norm / (square.sqrt() + 1e-6)).clamp(max=1)

@@ -197,6 +197,26 @@ def test_replicas_that_differ_at_the_start_become_equal_and_that_is_said(comm, f
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("prior", [hpc_bnn.GaussianPrior(mean="initial"), hpc_bnn.LaplacePrior(0.5, mean="initial")])
+def test_priors_and_frozen_weights_of_other_seeds_become_equal(comm, prior):
+    """What belongs to no slot, and still decides the loss: a prior around the initial weights, layers without gradients."""
+    posteriors = []
+    for seed in (0, int(is_odd(comm))):
+        torch.manual_seed(seed)
+        net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+        net[0].requires_grad_(False)
+        posterior = hpc_bnn.MeanFieldGaussian(net, prior=prior)
+        step = hpc_bnn.VariationalStep(
+            posterior, hpc_bnn.Categorical(3), torch.optim.SGD(posterior.parameters(), lr=0.1), comm,
+            num_samples=4, num_train_examples=100,
+        )  # fmt: skip
+        for _ in range(2):
+            step(*parts(comm), NUM_EXAMPLES)
+        comm.check_replicas([*posterior.parameters(), *posterior.module.parameters()], "the network")
+        posteriors.append(posterior)
+    assert comm.grid.world_size == 1 or torch.equal(posteriors[0].buffer.flat, posteriors[1].buffer.flat)
+
+
 def test_ranks_that_ask_for_other_grids_are_an_error(comm):
     if comm.grid.world_size == 1:
         pytest.skip("one rank")

@@ -121,10 +121,13 @@ MANY = torch.linspace(0.5, 1.5, 300, dtype=torch.float64)
 CASES["crps_of_many"] = (Crps(0.95, MANY), Implicit(300), crps(0.95, MANY))
 CASES["energy_of_many"] = (Energy(0.95, 1.0, MANY), Implicit(300), energy(0.95, 1.0, MANY))
 CASES["own"] = (Gathered(log_cosh), Gaussian(2, scale=1.0), lambda f, y: log_cosh(f, y).mean())
+OF_DENSITIES = Gathered(lambda log_prob, y: math.log(len(log_prob)) - log_prob.logsumexp(0), of="log_prob")
+CASES["own_of_densities"] = (OF_DENSITIES, Gaussian(2), log_predictive(Gaussian(2)))
+CASES["own_of_classes"] = (OF_DENSITIES, Categorical(3), log_predictive(Categorical(3)))
 
 
 QUICK = {"elbo_categorical", "log_predictive_gaussian_heteroscedastic", "moment_matched_gaussian_learned"}
-QUICK |= {"log_predictive_student_t", "crps_0.95", "energy_0.95_1.0", "energy_of_many", "own"}
+QUICK |= {"log_predictive_student_t", "crps_0.95", "energy_0.95_1.0", "energy_of_many", "own", "own_of_densities"}
 
 
 @pytest.mark.parametrize(

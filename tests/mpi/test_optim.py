@@ -31,6 +31,9 @@ NUM_SAMPLES = 5
 FAMILIES = {
     "mean_field": lambda comm: MeanFieldGaussian(make_net(), init_std=0.1),
     "with_points": lambda comm: MeanFieldGaussian(make_net(), init_std=0.1, deterministic=["2.*"]),
+    "scalar_first": lambda comm: MeanFieldGaussian(Scaled(), init_std=0.1),
+    "scalars": lambda comm: MeanFieldGaussian(Scaled(), init_std=0.1, deterministic=["factor", "shift"]),
+    "frozen_scale": lambda comm: frozen(MeanFieldGaussian(make_net(), init_std=0.1)),
     "low_rank": lambda comm: LowRankGaussian(make_net(), init_std=0.1, rank=2),
     "mc_dropout": lambda comm: MCDropout(make_net(dropout=0.2)),
     "deterministic": lambda comm: DeterministicNetwork(make_net()),
@@ -40,6 +43,23 @@ FAMILIES = {
 
 def make_module():
     return nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 3)).double()
+
+
+class Scaled(nn.Module):
+    """A network whose first weights have no dims, as temperatures and gates have none."""
+
+    def __init__(self):
+        super().__init__()
+        self.factor, self.shift = (nn.Parameter(torch.tensor(v, dtype=torch.float64)) for v in (1.5, 0.1))
+        self.net = make_net()
+
+    def forward(self, x):
+        return self.factor * self.net(x) + self.shift * x[:, :3]
+
+
+def frozen(posterior):
+    posterior.log_scale.requires_grad_(False)
+    return posterior
 
 
 def make_net(dropout=0.0):
