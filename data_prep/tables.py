@@ -121,7 +121,9 @@ def read_table(options: argparse.Namespace, form: Format, texts: tuple[str, ...]
     if len(table) == 0:
         raise DataError(f"--source {path}: it has no rows below the header. Give --no-header if it has none")
     for name in table.select_dtypes(["object", "string"]):
-        table[name] = table[name].str.strip()
+        values = table[name].map(lambda value: value.strip() if isinstance(value, str) else value)
+        has_truths = set(map(type, values.dropna())) == {bool}  # true and false beside empty fields
+        table[name] = values.astype(float) if has_truths else values
     return _without_nameless(path, table, form).replace([np.inf, -np.inf], np.nan)
 
 

@@ -356,7 +356,7 @@ def open_source(options: argparse.Namespace) -> tuple[Fields, list[Channel], lis
 def find_segments(times: np.ndarray) -> tuple[np.ndarray, Any]:
     """Return the number of the stretch without a gap that each time lies in [times], and the median step.
 
-    A gap is a step of more than 1.5 times the median, so that months of 28 to 31 days are none.
+    A gap is a step of more than 1.5 times the median, or less than that part of it, so that months of 28 to 31 days are none.
     """
     steps = np.diff(times)
     if steps.dtype == object:  # datetimes of a calendar that NumPy does not know
@@ -366,7 +366,7 @@ def find_segments(times: np.ndarray) -> tuple[np.ndarray, Any]:
             "--source: the times must be two or more, and increase. Remove what is there twice, and sort the rest"
         )
     median = np.sort(steps)[len(steps) // 2]
-    return np.cumsum(np.concatenate([[0], steps > 1.5 * median])).astype(int), median
+    return np.cumsum(np.concatenate([[0], (steps > 1.5 * median) | (1.5 * steps < median)])).astype(int), median
 
 
 def find_complete(fields: Fields, channels: list[Channel], comm: GridComm) -> np.ndarray:

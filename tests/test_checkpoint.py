@@ -506,6 +506,22 @@ def test_the_validation_split_judges_and_the_test_split_stays_unseen(three_split
     assert other_best == best and [row["train/nelbo"] for row in others] == [row["train/nelbo"] for row in rows]
 
 
+def test_a_run_that_goes_on_by_another_metric_counts_anew(three_splits, tmp_path):
+    """The best NLL is no number to compare an error with; the same metric goes on as if nothing had been."""
+    flags = ("--early_stopping.patience", 3, "--checkpoint.metric")
+    train_on(three_splits / "noise", tmp_path / "a", "--max_steps", 32, *flags, "validation/nll")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    places = {}
+    for name, metric in (("a", "validation/nll"), ("b", "validation/brier")):
+        again = ("--num_epochs", 30, "--resume", "true", *flags, metric)
+        rows, _ = train_on(three_splits / "noise", tmp_path / name, *again)
+        judged = [row[metric] for row in rows if metric in row][0 if name == "a" else 4 :]
+        places[name] = CheckpointStore(tmp_path / name / "checkpoints").load_newest()["place"]
+        assert places[name]["metric_name"] == metric
+        assert places[name]["best_metric"] == min(judged) and judged[-4] == min(judged)
+    assert places["a"]["epoch"] != places["b"]["epoch"]
+
+
 @pytest.mark.parametrize(
     "flags, judge",
     [
@@ -692,6 +708,6 @@ def test_a_run_that_waits_for_no_step_gives_the_same_and_goes_on_to_the_same(dig
 def test_a_metric_that_is_not_a_number_is_neither_the_best_nor_a_failure():
     progress, seen = _Progress(), []
     for metric in (math.nan, 1.0, 0.5, math.nan, 0.6, math.inf, None, 0.2):
-        progress.judge(metric, min_change=0.0)
+        progress.judge("test/nll", metric, min_change=0.0)
         seen.append((progress.best_metric, progress.num_without_improvement))
     assert seen == [(None, 0), (1.0, 0), (0.5, 0), (0.5, 0), (0.5, 1), (0.5, 1), (0.5, 1), (0.2, 0)]

@@ -16,13 +16,14 @@ from conftest import REPOSITORY, stored
 from torch import nn
 
 import hpc_bnn
-from hpc_bnn import Grid, GridComm
+from hpc_bnn import Grid, GridComm, write_shards
 from hpc_bnn.cli.commands import main
 from hpc_bnn.config import Config
 from hpc_bnn.data.manifest import ArraySpec, Manifest, Statistics
 from hpc_bnn.errors import ConfigError, DataError
 from hpc_bnn.models import MLP
 from hpc_bnn.run import Experiment, Predictor
+from hpc_bnn.run.plain_network import example_inputs
 
 
 def needs(*packages):
@@ -159,6 +160,18 @@ def test_a_plain_network_predicts_what_the_posterior_predicts(case):
             parameter.add_(1.0)
     np.testing.assert_allclose(plain(before)[0], mean, rtol=0, atol=0)
     assert np.abs(predictor.predict(x)[name] - found[name]).max() > 1e-3
+
+
+def test_weights_of_examples_are_no_inputs(tmp_path):
+    rng = np.random.default_rng(0)
+    x, y, weights = rng.normal(size=(40, 6)).astype("f4"), rng.normal(size=(40, 1)).astype("f4"), rng.random(40)
+    write_shards(tmp_path / "s", {"train": (x, y, weights), "test": (x, y, weights)}, name="w", source="h", licence="n")
+    words = ["--data.shards", tmp_path / "s", "--run_dir", tmp_path / "run", "--num_epochs", 1, "--num_samples", 2]
+    assert main(["train", *map(str, words), "--num_test_samples", "3", "--model.arguments", "{hidden: [4]}"]) == 0
+    predictor = hpc_bnn.load(tmp_path / "run")
+    mean = predictor.predict(x)["mean"]
+    np.testing.assert_allclose(predictor.as_module("samples")(torch.from_numpy(x))[0], mean, rtol=1e-5, atol=1e-6)
+    assert list(example_inputs(predictor.experiment.manifest)) == ["x"]
 
 
 def test_the_mean_is_the_network_with_the_mean_of_the_weights():

@@ -119,7 +119,7 @@ def test_built_from_a_config(name, num_classes, shape, kind):
     assert likelihood.num_targets == (shape[0] if shape else 1)
 
 
-@pytest.mark.parametrize("name, num_classes", [("gaussian", 3), ("categorical", None)])
+@pytest.mark.parametrize("name, num_classes", [("gaussian", 3), ("categorical", None), ("bernoulli", 2)])
 def test_classes_and_numbers_are_not_mixed_up(name, num_classes):
     with pytest.raises(ConfigError, match=r"^likelihood "):
         build_likelihood(LikelihoodConfig(name), num_classes, (2,))

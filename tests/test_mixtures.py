@@ -1,5 +1,7 @@
 """Mixtures over the samples, against scoringrules, scipy, and the definition by brute force."""
 
+import math
+
 import numpy as np
 import pytest
 import scipy.integrate
@@ -7,6 +9,7 @@ import scipy.stats
 import scoringrules
 import torch
 
+from hpc_bnn.likelihoods import mixtures as module
 from hpc_bnn.likelihoods.mixtures import BernoulliMixture, GaussianMixture, Members, PoissonMixture, StudentTMixture
 
 K, N, T = 7, 5, 3
@@ -83,6 +86,23 @@ def test_crps_equals_scoringrules():
     rates, counts = np.exp(loc[:1] + 2), np.round(np.exp(y + 1))
     one, _ = PoissonMixture(*tensors(rates)).crps(*tensors(counts))
     np.testing.assert_allclose(one, scoringrules.crps_poisson(counts, rates[0]), rtol=1e-8)
+
+
+def test_crps_of_counts_of_any_size(monkeypatch):
+    """Of very many counts by the formula of normal distributions; neither they nor rates that are no numbers take long."""
+    rates = np.exp(np.random.default_rng(0).normal(7, 0.2, (K, 40, 1)))
+    y = np.round(rates.mean(0)) + np.arange(-20, 20)[:, None] * 20
+    mixture = PoissonMixture(*tensors(rates))
+    exact = mixture.crps(*tensors(y))
+    monkeypatch.setattr(module, "MAX_COUNTS", 100)
+    for got, expected in zip(mixture.crps(*tensors(y)), exact):
+        np.testing.assert_allclose(got, expected, rtol=1e-4)
+        assert not torch.equal(got, expected)
+    rates, y = np.array([[3e8], [150.0], [7.0]]), np.array([1000.0])
+    distances = np.abs(rates - rates.T[:, None]).sum() / 9
+    got = PoissonMixture(*tensors(rates)).crps(*tensors(y))[0]
+    np.testing.assert_allclose(got, np.abs(rates - y).mean() - distances / 2, rtol=1e-4)
+    assert PoissonMixture(torch.tensor([[3.0], [math.inf]])).crps(torch.ones(1))[0].isnan()
 
 
 @pytest.mark.parametrize(("narrow", "tolerance"), [(0.3, 1e-6), (0.1, 1e-3), (0.01, 0.03)])

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -17,6 +18,7 @@ from conftest import stored
 import hpc_bnn
 from hpc_bnn import ShardDataset, write_shards
 from hpc_bnn.cli.commands import main
+from hpc_bnn.data import Manifest
 from hpc_bnn.errors import ConfigError, DataError
 from hpc_bnn.run import export
 
@@ -237,6 +239,35 @@ def test_classes_that_are_foreign_can_be_predicted_and_not_evaluated(digits_run,
     assert main(["evaluate", str(digits_run), *ood]) == 0
     metrics = json.loads((digits_run / "evaluation.json").read_text())["metrics"]
     assert metrics["ood_auroc/entropy"] > 0.8  # noise is not a digit
+
+
+@pytest.mark.parametrize("name", ["classes", "changes", "lead", "lead_seconds", "step_seconds", "step_months"])
+def test_targets_that_mean_something_else_are_not_evaluated(digits, digits_run, tmp_path, name, capsys):
+    """The same shapes, such as of another lead time: a prediction says nothing of them, and an evaluation would be wrong."""
+    shutil.copytree(digits_run, tmp_path / "run")
+    data, run = Manifest.read(digits), Manifest.read(tmp_path / "run")
+    for manifest, value, directory in ((data, ["b", "a"], tmp_path / "other"), (run, ["a", "b"], tmp_path / "run")):
+        directory.mkdir(exist_ok=True)
+        changed = replace(manifest, details=manifest.details | {name: value})
+        (directory / "manifest.json").write_text(changed.to_json())
+    for file in digits.glob("*.h5"):
+        (tmp_path / "other" / file.name).symlink_to(file)
+    words = [str(tmp_path / "run"), "--data.shards", str(tmp_path / "other")]
+    for command in ("evaluate", "calibrate"):
+        assert main([command, *words, *(["--split", "test", "--half", "true"] if command == "calibrate" else [])]) == 1
+        assert f"trained with {name} ['a', 'b'], and the data have ['b', 'a']" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (3,), (2, 3)])
+def test_a_truth_of_another_kind_is_left_out(digits_run, tmp_path, shape, caplog):
+    x = np.random.default_rng(0).integers(0, 17, (20, 1, 8, 8)).astype(np.uint8)
+    y, facts = np.zeros((20, *shape), np.float32), {"name": "foreign", "source": "test", "licence": "none"}
+    write_shards(tmp_path / "foreign", {"train": (x, y)}, **facts)
+    words = ["--split", "train", "--shards", str(tmp_path / "foreign"), "--output", str(tmp_path / "p.h5")]
+    assert main(["predict", str(digits_run), *words]) == 0
+    assert "predicts classes, and the targets of foreign are numbers: the truth is left out" in caplog.text
+    with h5py.File(tmp_path / "p.h5") as file:
+        assert "y" not in file and len(file["class"]) == 20
 
 
 def test_a_full_disk_is_said_and_leaves_nothing(digits_run, tmp_path):

@@ -152,6 +152,15 @@ def test_several_files_are_joined_and_turned(tmp_path):
     assert manifest.source == "late.nc, early.nc, wind.nc"
 
 
+@pytest.mark.parametrize("steps", [[6] * 20 + [1] * 8, [1] * 20 + [6] * 8, [6] * 9 + [3] * 2 + [6] * 9])
+def test_steps_of_another_length_are_gaps(steps):
+    """Files of six hours and of one, as an archive has them: an hour is no lead of six."""
+    segments, step = weather.find_segments(np.cumsum([0, *steps]).astype("datetime64[h]"))
+    usual = max(set(steps), key=steps.count)
+    assert step == np.timedelta64(usual, "h")
+    assert np.diff(segments).tolist() == [int(length != usual) for length in steps]
+
+
 def test_no_example_reaches_over_a_gap(tmp_path):
     source = write_fields(tmp_path / "gap.nc", fields(np.delete(TIMES, [10, 11])))
     flags = ("--validation-fraction", 0, "--test-fraction", 0, "--targets", "t@500", "--lead", 3)

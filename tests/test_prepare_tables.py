@@ -450,6 +450,18 @@ def test_rows_with_missing_values(tmp_path, caplog):
     assert sum(len(y) for _, y in splits.values()) == 150
 
 
+def test_true_and_false_beside_empty_fields_are_numbers(tmp_path):
+    source = tmp_path / "t.csv"
+    rows = [f"{row},{('TRUE', 'FALSE', '')[row % 3]},{('True', 'False')[row % 2]}" for row in range(60)]
+    source.write_text("\n".join(["y,smoker,member", *rows]))
+    flags = ("--target", "y", "--missing", "drop", "--seed", 0)
+    _, splits = prepare(tabular, source, tmp_path / "out", *flags)
+    x, y = (np.concatenate([split[number] for split in splits.values()]) for number in range(2))
+    rows = np.round(y[:, 0]).astype(int)
+    assert len(rows) == 40 and not (rows % 3 == 2).any()
+    np.testing.assert_array_equal(x, np.stack([rows % 3 == 0, rows % 2 == 0], 1))
+
+
 @pytest.mark.parametrize(
     "flags, kind, message",
     [

@@ -19,6 +19,8 @@ from matplotlib.image import imread
 from hpc_bnn import write_shards
 from hpc_bnn.cli.commands import main
 from hpc_bnn.run import plots
+from hpc_bnn.run.plots import LABELS
+from hpc_bnn.run.report import IDEALS, NO_BEST, _best
 
 REPOSITORY = Path(__file__).parent.parent
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -142,6 +144,27 @@ def test_runs_side_by_side(runs, tmp_path):
     assert page.row("z500")[header.index("rmse")] == f"{rmse[1]:.4g}"
     text = (tmp_path / "all.html").read_text()
     assert text.count('class="best"') >= 3
+
+
+def test_each_metric_has_a_direction():
+    """The best run of a metric is known for all that a run writes."""
+    lower = [
+        "nll",
+        "brier",
+        "ece",
+        "adaptive_ece",
+        "classwise_ece",
+        "aurc",
+        "rmse",
+        "mae",
+        "crps",
+        "fair_crps",
+        "set_size",
+        "calibration_error",
+    ]
+    named = {*lower, *IDEALS, *NO_BEST}
+    assert {name for name in LABELS if not name.startswith("ood_")} == named
+    assert _best("mean_iou", [0.5, 0.7]) == _best("spread_skill", [2.0, 1.1]) == _best("nll", [0.5, 0.1]) == {1}
 
 
 def test_names_cannot_break_the_page_and_the_default_place_is_shared(runs, tmp_path):

@@ -35,8 +35,9 @@ def build_likelihood(
         return likelihood
     if num_classes is not None and name == "categorical":
         return Categorical(num_classes, ignore_index=ignore_index)
-    if name == "categorical" or (num_classes is not None and (name, num_classes) != ("bernoulli", 2)):
-        kind = "numbers" if num_classes is None else f"{num_classes} classes"
+    is_binary = (name, num_classes, target_shape) == ("bernoulli", 2, ())
+    if name == "categorical" or (num_classes is not None and not is_binary):
+        kind = "numbers" if num_classes is None else f"{'fields of ' * bool(target_shape)}{num_classes} classes"
         raise ConfigError(Fault("likelihood.name", name, f"the targets of these data are {kind}", "Leave it at auto"))
     if ignore_index is not None:
         raise ConfigError(Fault("likelihood.name", name, "classes of these data are missing", "Use categorical"))

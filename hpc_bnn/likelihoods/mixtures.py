@@ -256,6 +256,10 @@ NODES_PER_UNIT = 32
 # --- counts and yes-no targets -----------------------------------------------------------------------------
 
 
+MAX_COUNTS = 2**12
+"""Counts that a predictive may span before its CRPS is that of normal distributions: their error is below 1e-5 of it then."""
+
+
 class PoissonMixture(Mixture):
     """Components of a rate."""
 
@@ -285,17 +289,29 @@ class PoissonMixture(Mixture):
         return high
 
     def _distances(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        low, high = self._range()
-        distance = (low - y).clamp_min(0) + (y - high - 1).clamp_min(0)
-        pairs, own = torch.zeros_like(y), torch.zeros_like(y)
-        for offset in range(int((high - low).max()) + 1 if y.numel() else 0):
-            k = low + offset
-            of_components = self._cdfs(k)
-            below, is_inside = of_components.mean(0), k <= high
-            distance += torch.where(is_inside, torch.where(k < y, below, 1 - below), 0)
-            pairs += 2 * below * (1 - below)
-            own += 2 * (of_components * (1 - of_components)).sum(0)
-        return distance, pairs * self.num_components**2, own
+        # E|Y_i - y| and E|Y_i - Y_i'| in closed form (Wei, Held, Calibration tests for count data, TEST 2014); for the pairs the sum
+        # of 2 F (1 - F), or for very many counts, where it would take as long as they are many, the formula of normal distributions
+        (rate,) = self.components
+        count = y.floor().clamp_min(0)
+        mass = (torch.xlogy(count, rate) - rate - torch.lgamma(count + 1)).exp()
+        distance = torch.where(y < 0, rate - y, (y - rate) * (2 * self._cdfs(y) - 1) + 2 * rate * mass)
+        own = 2 * rate * (torch.special.i0e(2 * rate) + torch.special.i1e(2 * rate))
+        pairs, (low, high) = torch.zeros_like(y), self._range()
+        is_wide = ~(high - low <= MAX_COUNTS)  # or no number
+        narrow, low = self.of(rate[:, ~is_wide]), low[~is_wide]
+        of_narrow = torch.zeros_like(low)
+        for offset in range(int((high[~is_wide] - low).max()) + 1 if low.numel() else 0):
+            below = narrow.cdf(low + offset)
+            of_narrow += 2 * below * (1 - below)
+        pairs[~is_wide] = of_narrow * self.num_components**2
+        if is_wide.any():
+            rate = rate[:, is_wide]
+            of_wide = own[:, is_wide].sum(0)
+            for shift in range(1, self.num_components):
+                std = (rate[shift:] + rate[:-shift]).sqrt()
+                of_wide += 2 * _mean_distance(rate[shift:] - rate[:-shift], std).sum(0)
+            pairs[is_wide] = of_wide
+        return distance.mean(0), pairs, own.sum(0)
 
 
 class BernoulliMixture(Mixture):

@@ -254,10 +254,17 @@ class Experiment:
         return found | {"mean_network": metrics}
 
     def check_classes(self, dataset: Source, rule: str) -> None:
-        """Raise `DataError` where the classes of a data set are not the trained ones. Local."""
+        """Raise `DataError` where the targets of a data set are other classes than the trained ones, or other numbers. Local."""
         mine, theirs = self.manifest.num_classes, dataset.manifest.num_classes
         if mine != theirs:
             raise DataError(f"the network is for {mine or 'no'} classes, and the data have {theirs or 'none'}: {rule}")
+        ours, of_data = self.manifest.details, dataset.manifest.details
+        by_time = "lead_seconds" if "lead_seconds" in ours and "lead_seconds" in of_data else "lead"
+        for name in ("classes", "changes", "step_seconds", "step_months", by_time):
+            if name in ours and name in of_data and ours[name] != of_data[name]:
+                raise DataError(
+                    f"the network was trained with {name} {ours[name]}, and the data have {of_data[name]}: {rule}"
+                )
 
     def check_identity(self, done: str) -> None:
         """Raise `DataError` where the directory is now that of another run than was evaluated or calibrated. Local: the writer."""

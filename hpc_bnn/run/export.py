@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .. import __version__
 from ..comm import GridComm
+from ..data import Source
 from ..data.manifest import sha256_of_file
 from ..errors import ConfigError, DataError, Fault, above_and_below
 from ..grid import share
@@ -27,7 +28,7 @@ from ..predictive import Calibration, ClassPredictive, Predictive, ValuePredicti
 from ..safe_files import Disk, is_plain, publish
 from .calibrate import read_calibration
 from .csv_table import write_csv
-from .experiment import Experiment
+from .experiment import Experiment, logger
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -107,7 +108,7 @@ def predict_run(
         "run_dir": str(experiment.run_dir),
         "run": experiment.checkpoints.identity or "",
         "num_steps": experiment.num_steps,
-        "shards": experiment.config.data.shards,
+        "shards": experiment.config.data.dataset or experiment.config.data.shards,
         "split": split,
         "num_samples": experiment.config.num_test_samples,
         "seed": experiment.config.seed,
@@ -125,6 +126,7 @@ def predict_run(
         attributes |= {} if calibration.temperature is None else {"calibration_sets": calibration.score}
         if calibration.noise_factors is not None:
             attributes["noise_factors"] = calibration.noise_factors.numpy()
+    with_truth = with_truth and has_truth(experiment, dataset)
     rows = dims_of_rows(experiment, quantiles, with_members, with_truth, calibration)
     with comm.agree(f"reading the coordinates of {split}"):
         beside = dataset.coordinates(range(len(dataset))) if comm.grid.is_first("world") else {}
@@ -217,6 +219,21 @@ def _lead_times(experiment: Experiment, rows: dict[str, tuple[Dim, ...]]) -> Bes
     if seconds.ndim and seconds.shape != (dims.get("channel"),):
         return {}
     return {"lead_time": (("channel",) * seconds.ndim, seconds)}
+
+
+def has_truth(experiment: Experiment, dataset: Source) -> bool:
+    """Whether the targets of a data set are of the kind that the network predicts; if not, rank 0 says it. Local."""
+    mine, theirs = experiment.manifest, dataset.manifest
+    kinds = [(m.num_classes is None, m.arrays["y"].shape) for m in (mine, theirs)]
+    if kinds[0] != kinds[1] and experiment.is_writer:
+        what = ["numbers" if is_number else "classes" for is_number, _ in kinds]
+        logger.warning(
+            "the network predicts %s, and the targets of %s are %s: the truth is left out",
+            what[0],
+            theirs.name,
+            what[1],
+        )
+    return kinds[0] == kinds[1]
 
 
 def dims_of_rows(

@@ -48,7 +48,7 @@ class PlainNetwork(nn.Module):
         manifest = experiment.manifest
         self.networks, self.has_std = nn.ModuleList(networks), has_std
         self.likelihood, self._output = copy.deepcopy(experiment.likelihood), experiment.posterior.network.output
-        self._names = [name for name in manifest.arrays if name != "y"]
+        self._names = list(manifest.inputs)
         self._dtype, self._result = experiment.dtype, torch.float64 if experiment.is_wide else torch.float32
         normalise = experiment.normalisation
         for name, numbers in (normalise.working | {"y": normalise.scales.get("y", ())}).items():
@@ -199,9 +199,7 @@ def own_network(plain: PlainNetwork) -> nn.Module:
 def example_inputs(manifest: Manifest) -> dict[str, Tensor]:
     """Return inputs [2, ...] of two made-up examples, by name, as they would be in the shards. Local."""
     found = {}
-    for name, spec in manifest.arrays.items():
-        if name == "y":
-            continue
+    for name, spec in manifest.inputs.items():
         dtype, ramp = torch_dtype(spec.dtype), torch.linspace(-1, 1, 2 * math.prod(spec.shape), dtype=torch.float64)
         ramp = ramp.view(2, *spec.shape)
         if name in manifest.statistics:

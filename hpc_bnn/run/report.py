@@ -28,7 +28,14 @@ from . import plots
 
 logger = logging.getLogger(__name__)
 
-IDEALS = {"accuracy": 1.0, "spread_skill": 1.0, "coverage_50": 0.5, "coverage_90": 0.9, "coverage_95": 0.95}
+IDEALS = {
+    "accuracy": 1.0,
+    "mean_iou": 1.0,
+    "spread_skill": 1.0,
+    "coverage_50": 0.5,
+    "coverage_90": 0.9,
+    "coverage_95": 0.95,
+}
 """The best value of a metric, if it is not the lowest."""
 
 NO_BEST = ("width_50", "width_90", "width_95", "set_coverage", "interval_coverage", "interval_width")
@@ -241,7 +248,7 @@ def _facts(record: RunRecord) -> dict[str, str]:
             facts["foreign data"] = tested["data"]["foreign"]
     facts["global batch"] = f"{config['global_batch_size']} examples"
     facts["network"] = config["model"]["name"]
-    facts["shards"] = config["data"]["shards"]
+    facts["shards"] = config["data"].get("dataset") or config["data"]["shards"]
     if summary:
         grid, sent = summary["grid"], summary["communication"]
         facts["random weights"] = f"{summary['posterior']['num_random_weights']:,}"

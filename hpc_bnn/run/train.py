@@ -264,7 +264,7 @@ class Run(Experiment):
             row |= _prefixed(judged, self._judge)
             tested = judged if self._judge == "test" else None
             if is_whole and is_planned:
-                place.judge(row.get(self._metric_name), self.config.early_stopping.min_change)
+                place.judge(self._metric_name, row.get(self._metric_name), self.config.early_stopping.min_change)
         if self._is_over() and tested is None:
             tested = self.evaluate(self.test_set)
             row |= _prefixed(tested)
@@ -487,6 +487,8 @@ class _Progress:
     """Of rank 0 in the steps of the epoch, waiting for others included."""
     run_seconds: float = 0.0
     """Time in the run (seconds)."""
+    metric_name: str | None = None
+    """Of the best metric; None: it is that of the run."""
     best_metric: float | None = None
     num_without_improvement: int = 0
     """Evaluations since the best one."""
@@ -527,8 +529,11 @@ class _Progress:
         self.num_batches = self.num_examples = self.num_collectives = self.num_bytes = 0
         self.nelbo_sum = self.data_sum = self.seconds = self.communication_seconds = 0.0
 
-    def judge(self, metric: float | None, min_change: float) -> None:
-        """Take in the metric of an evaluation, less is better."""
+    def judge(self, name: str, metric: float | None, min_change: float) -> None:
+        """Take in the metric of an evaluation, less is better; a run that goes on by another metric begins to count anew."""
+        if self.metric_name not in (None, name):
+            self.best_metric, self.num_without_improvement = None, 0
+        self.metric_name = name
         if metric is None or not math.isfinite(metric):
             return
         if self.best_metric is None or metric < self.best_metric - min_change:
