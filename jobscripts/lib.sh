@@ -148,7 +148,7 @@ hpc_bnn_choose_launcher() {
         srun)
             # A rank that fails ends the job: at once by PMIx and mpi4py, a minute after the first one that left otherwise. Not
             # --kill-on-bad-exit=1: where all ranks leave with code 75 it kills those that are last, and the job's code is 143.
-            # Block placement keeps a sample group inside a node.
+            # Block placement keeps a sample group inside a node, where its size divides the ranks of one.
             hpc_bnn_launch_line=(srun --kill-on-bad-exit=0 --wait=60 --distribution=block)
             if [ -z "$mpi" ] && srun --mpi=list 2>&1 | grep -qw pmix; then mpi=pmix; fi
             if [ "${mpi:-site}" != site ]; then hpc_bnn_launch_line+=("--mpi=$mpi"); fi

@@ -16,7 +16,7 @@ README = (REPOSITORY / "README.md").read_text()
 FIRST_STEPS = (REPOSITORY / "docs/first_steps.md").read_text()
 BLOCKS = re.findall(r"```sh\n(.*?)```", README + FIRST_STEPS, flags=re.DOTALL)
 NOT_RUN = ("make ", "sbatch ", "srun ")
-"""Commands that are only parsed here: the tests themselves, and those that need a Slurm."""
+"""Commands that are not run here: the tests themselves, and those that need a Slurm."""
 
 
 WITH_FEW_EPOCHS = "--run_dir runs/one"
@@ -83,7 +83,15 @@ def run_block(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: " ".join(block.split())[:50])
+OF_README = [block for block in BLOCKS if block in README]
+"""The other ones are slow."""
+
+
+@pytest.mark.parametrize(
+    "block",
+    [pytest.param(block, marks=[] if block in OF_README else pytest.mark.slow) for block in BLOCKS],
+    ids=[" ".join(block.split())[:50] for block in BLOCKS],
+)
 def test_commands(block, run_block):
     for line in block.splitlines():
         if line.startswith("make "):
