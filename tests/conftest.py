@@ -255,24 +255,55 @@ class FailuresAtOnce:
             self.reporter.write_line(f"FAILED {report.nodeid} ({report.when}): {reason[:300]}", red=True)
 
 
-LONG = ("test_mpi.py", "test_readme.py", "test_checkpoint.py", "test_doctor.py", "test_cli.py")
-"""Files that take long come first, so that two workers end together. A file stays in one piece: its fixtures are dear."""
+LONG = (
+    "test_mpi.py",
+    "test_readme.py",
+    "test_slurm.py",
+    "test_torchrun.py",
+    "test_checkpoint.py",
+    "test_doctor.py",
+    "test_cli.py",
+)
+"""Files that take long come first, so that two workers end together. A file stays in one piece: its fixtures are dear. Those of
+Slurm and torchrun wait more than they compute: beside the jobs of the other worker."""
 OF_RANKS = ("test_mpi.py", "test_readme.py")
 """Files that start jobs of up to four ranks: one worker takes them all. Two such jobs at once would take 1.7 times the
 CPU time of one after the other on two cores."""
-LAST = ("test_torchrun.py", "test_slurm.py")
-"""Files that wait more than they compute: for the worker that is free first."""
+SLOW = {
+    "test_checkpoint.py": "interrupted_anywhere signal_stops_with signal_while_libraries",
+    "test_cli.py": "output_that_takes_nothing regression_from missing_shards_are_prepared without_horovod",
+    "test_comm.py": "foreign_launcher trial_of_an_mpi",
+    "test_configs.py": "swin_of_full_size",
+    "test_data.py": "every_flipped_byte mnist_from_its_files every_corruption orders_of_epochs",
+    "test_estimators.py": "unbiased_and_of_less_variance",
+    "test_export.py": "bit_for_bit_what_its_run",
+    "test_families.py": "memory_does_not_grow low_rank_samples_have",
+    "test_faults.py": "killed suspended_does_not_count error_at_a_file_operation",
+    "test_groups.py": "command_writes_groups",
+    "test_missing.py": "numbers_from_shards",
+    "test_mpi.py": "suite_on_ranks[3-torch] suite_on_ranks[4-torch] suite_on_ranks[4-mpi] shared_memory_that_is_too_small sixteen_ranks",
+    "test_notebook.py": "notebook_runs",
+    "test_plan.py": "rehearsed_memory_is_that_of_the_real_evaluation a_grid_fits_only memory_grows",
+    "test_predict.py": "full_disk",
+    "test_prepare_arrays.py": "60000_images",
+    "test_prepare_trains.py": "epoch_on_the_shards full_disk",
+    "test_report.py": "junk_in_the_files a_browser",
+    "test_sources.py": "netcdf_store",
+    "test_torchrun.py": "layout_law_without error_on_which signals_and_exit_codes rank_that_fails",
+}
+"""Words in the names of tests that take five seconds and more, and whose subject a quicker one touches as well."""
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     def rank(item):
         name = item.path.name
-        return LONG.index(name) if name in LONG else len(LONG) + (1 + LAST.index(name) if name in LAST else 0)
+        return LONG.index(name) if name in LONG else len(LONG)
 
     items.sort(key=rank)  # stable: within a file as it is written
     for item in items:
-        if item.path.name == "test_slurm.py" and "cluster" in item.fixturenames:
+        of_cluster = item.path.name == "test_slurm.py" and "cluster" in item.fixturenames
+        if of_cluster or any(word in item.name for word in SLOW.get(item.path.name, "").split()):
             item.add_marker(pytest.mark.slow)
     if config.pluginmanager.hasplugin("timeout"):
         for item in items:
