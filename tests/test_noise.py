@@ -171,8 +171,8 @@ def test_masks_compare_integers():
         def child(self, *path):
             return self
 
-        def bits(self, count, device="cpu"):
-            return torch.tensor([0, 1, -1, -(2**31)], dtype=torch.int32)
+        def bits_of_samples(self, num_samples, count, device="cpu"):
+            return torch.tensor([[0, 1, -1, -(2**31)]], dtype=torch.int32)
 
     for p in (2**-32, 1.5 * 2**-32, 0.5, 1 - 2**-33, 1.0):
         mask = DropoutMasks(nn.Dropout(p))._mask(Words(0, Stream.NOISE), 0, p, torch.empty(1, 4), False)

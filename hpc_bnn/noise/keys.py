@@ -132,11 +132,13 @@ class Key:
 
     def bits_of_samples(self, num_samples: int, count: int, device: torch.device | str = "cpu") -> Tensor:
         """Return the first ``count`` numbers, as `bits`, of this sample and those that follow it: [num_samples, count] int32."""
-        words = (self.stream, len(self.path), *self.path)
-        out = torch.empty(num_samples, count, dtype=torch.int32, device=device)
-        named = self._segment(words[-1], 0, count, torch.device(device))
-        operators.bits(*named, self._words(words[:-1], device), self.sample, False, out)
-        return out
+        return self._of_samples(operators.bits, num_samples, count, torch.int32, device, False)
+
+    def normal_of_samples(
+        self, num_samples: int, count: int, device: torch.device | str = "cpu", antithetic: bool = False
+    ) -> Tensor:
+        """Return the first ``count`` numbers, as `normal`, of this sample and those that follow it: [num_samples, count] float32."""
+        return self._of_samples(operators.draw, num_samples, count, torch.float32, device, antithetic)
 
     def normal(
         self,
@@ -179,6 +181,13 @@ class Key:
         out = torch.empty(1, named[0].shape[1] * count, dtype=dtype, device=device)
         draw(*named, self._words(hashed, device), self.sample, antithetic, out)
         return out[0] if rows is None else out.view(len(rows), count)
+
+    def _of_samples(self, draw, num_samples, count, dtype, device, antithetic) -> Tensor:
+        words = (self.stream, len(self.path), *self.path)
+        out = torch.empty(num_samples, count, dtype=dtype, device=device)
+        named = self._segment(words[-1], 0, count, torch.device(device))
+        draw(*named, self._words(words[:-1], device), self.sample, antithetic, out)
+        return out
 
     def _segment(self, *named: Any) -> tuple[Tensor, Tensor]:
         def make() -> tuple[Tensor, Tensor]:

@@ -70,9 +70,8 @@ class Draw:
     def normal(self, path: Sequence[int], count: int) -> Tensor:
         """Return further normal numbers [c, count] of these samples, named by a path."""
         key = self._key.child(Stream.FACTOR, len(path), *path)  # two words or more: one is the number of a weight
-        device, antithetic = self._like.device, self._antithetic
-        rows = [key.of(sample).normal(count, device, antithetic=antithetic) for sample in self._samples]
-        return torch.stack(rows).to(self._like.dtype)
+        first, device = key.of(self._samples[0]), self._like.device
+        return first.normal_of_samples(len(self._samples), count, device, self._antithetic).to(self._like.dtype)
 
     def cut(self, block: Block) -> Draw:
         """Return the draw of a block of weights."""
