@@ -12,6 +12,7 @@ from ..errors import HpcBnnError
 from ..noise import Key
 from ..posteriors.sample_loop import SampleLoop
 from ..views import SharedView
+from .data_term import backward
 
 FLOOR = {torch.float64: 1e-9, torch.float32: 1e-3}
 """Differences of gradients, as a part of their norm, that are never more than rounding."""
@@ -92,7 +93,7 @@ class BatchTrial:
             for some in [samples] if is_batch else [[sample] for sample in samples]:
                 outputs = self._loop.batch(some, x, key) if is_batch else self._loop.walk(some[0], x, key)
                 statistic = self._statistic(outputs, y)
-                statistic.backward(torch.ones_like(statistic))
+                backward(statistic, torch.ones_like(statistic))
                 posterior.fold_()
         posterior.network.allow_writes()
         return {name: gradient.clone() for name, gradient in posterior.buffer.named(posterior.buffer.grads).items()}

@@ -16,7 +16,7 @@ from ..posteriors import Posterior, Tally
 from ..trees import Inputs, map_leaves, map_tensors, stack, tensors_of
 from ..views import SharedView
 from .capture import Fixed, Recorder, has_hooks
-from .data_term import DataTerm
+from .data_term import DataTerm, backward
 from .latch import Latch
 
 
@@ -226,7 +226,7 @@ class CapturedDataTerm(DataTerm):
 
     def _differentiating_again(self, memory: _Memory) -> None:
         for span, statistic in self._statistics(memory):
-            statistic.backward(memory.of_all("gradient", statistic)[span])
+            backward(statistic, memory.of_all("gradient", statistic)[span])
             self._posterior.fold_(*self._kl)
 
     def _going_forward(self, memory: _Memory) -> None:
@@ -237,7 +237,7 @@ class CapturedDataTerm(DataTerm):
         memory.of_all("seen", memory.statistic).copy_(memory.statistic.detach())
 
     def _going_backward(self, memory: _Memory) -> None:
-        memory.statistic.backward(memory.of_all("gradient", memory.statistic))
+        backward(memory.statistic, memory.of_all("gradient", memory.statistic))
         self._posterior.fold_(*self._kl)
 
     # --- objectives that couple the samples ------------------------------------------------------------

@@ -14,6 +14,7 @@ from ..likelihoods import Likelihood
 from ..noise import Key, from_host
 from ..objectives import Coupling, Objective
 from ..posteriors import Tally
+from ..posteriors.network import exactly
 from ..posteriors.sample_loop import SampleLoop
 from ..views import SharedView
 from .reducer import Reducer
@@ -22,6 +23,12 @@ logger = logging.getLogger(__name__)
 
 Use = Callable[[Sequence[int], Tensor], None]
 """``use(samples, statistic [c, B, ...])``: what becomes of the samples that were evaluated."""
+
+
+def backward(statistic: Tensor, gradient: Tensor) -> None:
+    """Go through the backward pass of a network, in the dtypes of its forward pass: the user's autocast is for that one. Local."""
+    with exactly(statistic):
+        statistic.backward(gradient)
 
 
 class _BackwardError(Exception):
@@ -190,7 +197,7 @@ class DataTerm:
             is_last = samples[-1] == last
             with reducer.last_backward() if is_last else contextlib.nullcontext():
                 try:
-                    statistic.backward(gradient)
+                    backward(statistic, gradient)
                 except Exception as error:
                     if len(samples) == 1 or (is_last and reducer.in_blocks):  # its sums have begun
                         raise
