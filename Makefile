@@ -23,7 +23,7 @@ quickstart: setup ## Train a Bayesian network on real data on 4 ranks (2 x 2) an
 	    --grid.sample_size 2 --backend $(BACKEND) --run_dir $(RUN_DIR)
 	$(ACTIVATE); python -m hpc_bnn report $(RUN_DIR)
 
-test: setup ## Run the quick tests, serial and on 1, 2 and 4 MPI ranks (on a slow machine set HPC_BNN_TEST_PATIENCE=3)
+test: setup ## Run the quick tests, serial and on 1 and 4 MPI ranks (on a slow machine set HPC_BNN_TEST_PATIENCE=3)
 	$(ACTIVATE); $(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
 test-all: setup ## Run all tests: the quick tests of `make test` and the slow ones
