@@ -303,6 +303,31 @@ def _do_not_sync(name: str, layer: nn.SyncBatchNorm) -> None:
     layer.forward = types.MethodType(_BatchNorm.forward, layer)
 
 
+def _moments(channels: Tensor, sum_over_data: SumOverData) -> tuple[Tensor, Tensor, Tensor]:
+    """Return mean [C] and variance [C] of channels [C, n], and their count [], over the global batch: two sums."""
+    # Shifted by the first sum's mean: two passes, as E[x^2] - E[x]^2 loses digits.
+    first = torch.cat([channels.sum(1), channels.new_full((1,), channels.shape[1])])
+    sum_over_data(first)
+    count = first[-1]
+    mean = first[:-1] / count
+    variance = (channels - mean[:, None]).square().sum(1)
+    sum_over_data(variance)
+    return mean, variance / count, count
+
+
+def _moments_in_one_sum(channels: Tensor, sum_over_data: SumOverData) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the same by one sum, of float32: each rank goes around its own mean, and float64 has the digits of the rest."""
+    count = channels.shape[1]
+    own = channels.sum(1) / max(count, 1)
+    squares, own = (channels - own[:, None]).square().sum(1).double(), own.double()
+    sums = torch.cat([count * own, squares + count * own.square(), own.new_full((1,), count)])
+    sum_over_data(sums)
+    total, squares, number = sums.split([len(own), len(own), 1])
+    mean = total / number
+    variance = (squares / number - mean.square()).clamp_min(0)
+    return mean.to(channels), variance.to(channels), number[0].to(channels)
+
+
 class _Normalise(torch.autograd.Function):
     """(x - mean) / std over the global batch, with its exact adjoint.
 
@@ -315,15 +340,8 @@ class _Normalise(torch.autograd.Function):
         channels = x.transpose(0, 1).reshape(x.shape[1], -1)  # [C, n]
         if channels.dtype in (torch.float16, torch.bfloat16):
             channels = channels.float()
-        num_channels = len(channels)
-        # Shifted by the first sum's mean: two passes, as E[x^2] - E[x]^2 loses digits.
-        first = torch.cat([channels.sum(1), channels.new_full((1,), channels.shape[1])])
-        sum_over_data(first)
-        count = first[-1]
-        mean = first[:num_channels] / count
-        variance = (channels - mean[:, None]).square().sum(1)
-        sum_over_data(variance)
-        variance = variance / count
+        is_alone = sum_over_data is of_one_rank or channels.dtype == torch.float64
+        mean, variance, count = (_moments if is_alone else _moments_in_one_sum)(channels, sum_over_data)
         inverse_std = (variance + eps).rsqrt()
         form = (1, -1) + (1,) * (x.ndim - 2)
         wide = x.to(channels.dtype)  # 16 bits are too few for a difference

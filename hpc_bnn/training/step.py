@@ -23,6 +23,7 @@ from ..likelihoods import Likelihood
 from ..noise import Key, Stream
 from ..objectives import NegativeElbo, Objective
 from ..posteriors import Posterior, Tally
+from ..posteriors.batch_norm import of_one_rank
 from ..posteriors.families import Family, Scalars
 from ..posteriors.sample_loop import SampleLoop
 from ..trees import Inputs
@@ -183,7 +184,7 @@ class VariationalStep(StepState):
         """Make one step. Collective over the world: the gradient is summed as ``reduction`` of `GridComm` says.
 
         An objective that couples the samples adds what its docstring says over the sample axis; a module with
-        BatchNorm three small sums over the data axis per layer and sample (five with two passes). A deep
+        BatchNorm two small sums over the data axis per layer and sample (three with two passes; in float64 three and five). A deep
         ensemble sums its gradient over the data axis only, and a few scalars over both.
 
         Parameters
@@ -277,7 +278,8 @@ class VariationalStep(StepState):
         posterior.sampler.switch_(True, first_example)
         self.comparison.add_(x, given, given_weights)
         try:
-            with posterior.network.running(lambda tensor: comm.sum_(tensor, "data")):
+            is_alone = comm.grid.data_size == 1
+            with posterior.network.running(of_one_rank if is_alone else lambda tensor: comm.sum_(tensor, "data")):
                 # One coupling for each micro-batch: objectives couple samples, not examples
                 coupling = self.objective.begin(y, samples, self.num_samples)
                 coupling.present, coupling.weights = self.likelihood.present(y), weights

@@ -47,6 +47,35 @@ def test_parameters_after_five_steps_equal_those_of_one_process(comm, dtype, num
     comm.check_replicas(list(step.posterior.parameters()), "parameters")
 
 
+@pytest.mark.parametrize(("mean", "tolerance"), [(0.0, 1e-5), (3e3, 2e-3)])
+def test_batch_norm_takes_two_sums_per_layer_and_sample(comm, mean, tolerance):
+    """One forward, one backward; in float32 with the digits of two passes: those that a mean of float32 leaves."""
+    x = mean + torch.randn(13, 6, generator=torch.Generator().manual_seed(0))
+    y = torch.arange(13) % 3
+    found = []
+    for one in (comm, GridComm(Grid())):
+        with Key(0, Stream.INIT).global_generator():
+            net = nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3))
+        posterior = MeanFieldGaussian(net, init_std=0.05)
+        optimizer = torch.optim.SGD(posterior.parameters(), lr=0.1)
+        step = VariationalStep(posterior, Categorical(3), optimizer, one, num_samples=4, num_train_examples=13)
+        mine = one.grid.local_examples(13)
+        results = [step(x[mine], y[mine], 13) for _ in range(3)]
+        before = one.traffic.num_collectives
+        step(x[mine], y[mine], 13)
+        taken = one.traffic.num_collectives - before
+        axes = (one.grid.sample_size > 1) + (one.grid.data_size > 1)
+        samples = len(one.grid.local_samples(4))
+        # the inputs of the first layer need no gradient
+        assert taken == axes + (3 * samples if one.grid.data_size > 1 else 0)
+        found.append(
+            (results[-1].nelbo, torch.cat([b.flatten().float() for b in net.buffers()]), posterior.buffer.flat)
+        )
+    assert found[0][0] == pytest.approx(found[1][0], rel=tolerance)
+    for got, expected in zip(found[0][1:], found[1][1:]):
+        torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+
+
 def test_a_broken_layout_law_names_the_parameter_the_step_and_the_grids(comm, monkeypatch):
     """Broken on purpose: from the second step on, one bias is moved."""
     _, expected = train_alone()
