@@ -270,8 +270,10 @@ OF_RANKS = ("test_mpi.py", "test_readme.py")
 """Files that start jobs of up to four ranks: one worker takes them all. Two such jobs at once would take 1.7 times the
 CPU time of one after the other on two cores."""
 SLOW = {
+    "test_after_wrap.py": "contexts_of_torch",
+    "test_calibration.py": "another_format",
     "test_capture.py": "bits_of_plain_ones",
-    "test_checkpoint.py": "interrupted_anywhere signal_stops_with signal_while_libraries",
+    "test_checkpoint.py": "interrupted_anywhere by_time waits_for_no_step signal_stops_with signal_while_libraries",
     "test_cli.py": "output_that_takes_nothing regression_from missing_shards_are_prepared without_horovod",
     "test_comm.py": "foreign_launcher trial_of_an_mpi",
     "test_configs.py": "swin_of_full_size",
@@ -283,16 +285,16 @@ SLOW = {
     "test_frozen.py": "numbers_of_20_steps",
     "test_groups.py": "command_writes_groups",
     "test_missing.py": "numbers_from_shards",
-    "test_mpi.py": "[2-mpi] [3-torch] [4-torch] [4-mpi] shared_memory_that_is_too_small sixteen_ranks layout_law",
+    "test_mpi.py": "[2-mpi] [3-torch] [4-torch] [4-mpi] shared_memory_that_is_too_small sixteen_ranks layout_law all_libraries",
     "test_notebook.py": "notebook_runs",
-    "test_plan.py": "rehearsed_memory_is_that_of_the_real_evaluation a_grid_fits_only memory_grows",
+    "test_plan.py": "rehearsed_memory a_grid_fits_only memory_grows",
     "test_predict.py": "full_disk",
     "test_prepare_arrays.py": "60000_images",
     "test_prepare_trains.py": "epoch_on_the_shards full_disk",
     "test_readme.py": "same_numbers_on_every_grid",
     "test_report.py": "junk_in_the_files a_browser",
     "test_sources.py": "netcdf_store",
-    "test_torchrun.py": "layout_law_without error_on_which signals_and_exit_codes rank_that_fails",
+    "test_torchrun.py": "layout_law_without error_on_which signals_and_exit_codes rank_that_fails objects_and_shared",
 }
 """Words in the names of tests that take five seconds and more, and whose subject a quicker one touches as well."""
 
