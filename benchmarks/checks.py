@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
 """What the comparisons of ranks cost: seconds of a start, microseconds of a step, collectives.
 
-    mpirun -np 4 python -m mpi4py benchmarks/checks.py --output OUT [--sample-size 2] [--backend auto] [--blocks 40]
+    mpirun -np 4 python -m mpi4py benchmarks/checks.py --output OUT [--sample-size 2] [--backend auto] [--steps 50]
 
 - A start: the seconds that a rank spends in comparisons until the first update of a run of configs/digits.yaml (settings, config,
   shards, code and replicas), beside the seconds from the connected grid to that update. Ranks wait for each other there, so this is
   an upper bound.
-- A step of an MLP and of a ViT: as it is; without comparisons of ranks; and without the look at module and optimizer as well. The
-  three take turns in blocks of steps; the numbers are medians over the blocks of the differences within a turn.
+- A step of an MLP and of a ViT (median), and the time that rank 0 spends in it in comparisons of ranks, and in the look at module and
+  optimizer: means over the steps. None of them waits for another rank: what they compare travels with the sum of the step.
 - Collectives of a step with and without comparisons.
 
 Rank 0 writes OUT/checks.json and prints the table.
@@ -35,8 +35,6 @@ from hpc_bnn.run import Run
 from hpc_bnn.training.equality import Comparison
 
 ROOT = Path(__file__).resolve().parents[1]
-STEPS = 5
-"""Of a block."""
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
     "MLP 504-512-512-10, batch 128": (lambda: MLP((504,), 10, (512, 512)), (504,), 128),
     "ViT dim 64, depth 4, batch 16": (
@@ -115,27 +113,27 @@ def measure_steps(comm: hpc_bnn.GridComm, name: str, options: argparse.Namespace
     generator = torch.Generator().manual_seed(1)
     x, y = torch.randn(batch, *shape, generator=generator), torch.randint(0, 10, (batch,), generator=generator)
     mine = comm.grid.local_examples(batch)
-    look = step._check
 
-    def block(compares: bool, looks: bool) -> tuple[float, float]:
-        step.comparison.looks, step._check = compares, look if looks else lambda: None  # type: ignore[method-assign]
-        comm.barrier()
-        before, start = comm.traffic.num_collectives, time.perf_counter()
-        for _ in range(STEPS):
+    def run(count: int) -> float:
+        """Return the collectives of a step."""
+        before = comm.traffic.num_collectives
+        for _ in range(count):
             step(x[mine], y[mine], batch)
-        return (time.perf_counter() - start) / STEPS, (comm.traffic.num_collectives - before) / STEPS
+        return (comm.traffic.num_collectives - before) / count
 
-    def turn() -> list[tuple[float, float]]:
-        return [block(True, True), block(False, True), block(False, False)]
-
-    turn()
-    turns = [turn() for _ in range(options.blocks)]
+    run(3)
+    with timed((hpc_bnn.VariationalStep, "__call__")) as steps:
+        num_collectives = run(options.steps)
+    compared = [(Comparison, name) for name in ("begin_", "add_", "numbers", "fill_", "check")]
+    with timed(*compared) as comparing, timed((hpc_bnn.VariationalStep, "_check")) as looking:
+        run(options.steps)
+    step.comparison.looks = False
     return {
-        "a step": median(t[0][0] for t in turns) * 1e6,
-        "comparisons": median(t[0][0] - t[1][0] for t in turns) * 1e6,
-        "look at module and optimizer": median(t[1][0] - t[2][0] for t in turns) * 1e6,
-        "collectives": turns[0][0][1],
-        "collectives without comparisons": turns[0][1][1],
+        "a step": median(steps) * 1e6,
+        "comparisons": sum(comparing) / options.steps * 1e6,
+        "look at module and optimizer": sum(looking) / options.steps * 1e6,
+        "collectives": num_collectives,
+        "collectives without comparisons": run(3),
     }
 
 
@@ -156,5 +154,5 @@ if __name__ == "__main__":
     parser.add_argument("--shards", type=Path, default=ROOT / "data/digits", help="of data_prep/digits.py")
     parser.add_argument("--sample-size", type=int, default=2)
     parser.add_argument("--backend", default="auto")
-    parser.add_argument("--blocks", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=50)
     main(parser.parse_args())
