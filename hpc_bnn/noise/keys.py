@@ -132,13 +132,13 @@ class Key:
 
     def bits_of_samples(self, num_samples: int, count: int, device: torch.device | str = "cpu") -> Tensor:
         """Return the first ``count`` numbers, as `bits`, of this sample and those that follow it: [num_samples, count] int32."""
-        return self._of_samples(operators.bits, num_samples, count, torch.int32, device, False)
+        return self._numbers(operators.bits, count, torch.int32, device, num_samples=num_samples)
 
     def normal_of_samples(
         self, num_samples: int, count: int, device: torch.device | str = "cpu", antithetic: bool = False
     ) -> Tensor:
         """Return the first ``count`` numbers, as `normal`, of this sample and those that follow it: [num_samples, count] float32."""
-        return self._of_samples(operators.draw, num_samples, count, torch.float32, device, antithetic)
+        return self._numbers(operators.draw, count, torch.float32, device, None, 0, antithetic, num_samples)
 
     def normal(
         self,
@@ -172,22 +172,19 @@ class Key:
         """Return a new generator of torch, on the CPU, for numbers that no grid cuts: initial weights, synthetic data."""
         return torch.Generator().manual_seed(self._seed_of_torch())
 
-    def _numbers(self, draw, count, dtype, device, rows, first, antithetic=False) -> Tensor:
+    def _numbers(
+        self, draw, count, dtype, device, rows=None, first=0, antithetic=False, num_samples: int | None = None
+    ) -> Tensor:
         words = (self.stream, len(self.path), *self.path)
         if rows is None:
             hashed, named = words[:-1], self._segment(words[-1], first, count, torch.device(device))
         else:
             hashed, named = words, of_rows(rows, count, first)
-        out = torch.empty(1, named[0].shape[1] * count, dtype=dtype, device=device)
+        out = torch.empty(num_samples or 1, named[0].shape[1] * count, dtype=dtype, device=device)
         draw(*named, self._words(hashed, device), self.sample, antithetic, out)
-        return out[0] if rows is None else out.view(len(rows), count)
-
-    def _of_samples(self, draw, num_samples, count, dtype, device, antithetic) -> Tensor:
-        words = (self.stream, len(self.path), *self.path)
-        out = torch.empty(num_samples, count, dtype=dtype, device=device)
-        named = self._segment(words[-1], 0, count, torch.device(device))
-        draw(*named, self._words(words[:-1], device), self.sample, antithetic, out)
-        return out
+        if rows is not None:
+            return out.view(len(rows), count)
+        return out[0] if num_samples is None else out
 
     def _segment(self, *named: Any) -> tuple[Tensor, Tensor]:
         def make() -> tuple[Tensor, Tensor]:
