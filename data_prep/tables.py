@@ -121,9 +121,8 @@ def read_table(options: argparse.Namespace, form: Format, texts: tuple[str, ...]
     if len(table) == 0:
         raise DataError(f"--source {path}: it has no rows below the header. Give --no-header if it has none")
     for name in table.select_dtypes(["object", "string"]):
-        values = table[name].map(lambda value: value.strip() if isinstance(value, str) else value)
-        has_truths = set(map(type, values.dropna())) == {bool}  # true and false beside empty fields
-        table[name] = values.astype(float) if has_truths else values
+        has_truths = pandas.api.types.infer_dtype(table[name], skipna=True) == "boolean"  # beside empty fields
+        table[name] = table[name].astype(float) if has_truths else table[name].str.strip()
     return _without_nameless(path, table, form).replace([np.inf, -np.inf], np.nan)
 
 
