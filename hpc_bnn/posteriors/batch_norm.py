@@ -340,8 +340,8 @@ class _Normalise(torch.autograd.Function):
         channels = x.transpose(0, 1).reshape(x.shape[1], -1)  # [C, n]
         if channels.dtype in (torch.float16, torch.bfloat16):
             channels = channels.float()
-        is_alone = sum_over_data is of_one_rank or channels.dtype == torch.float64
-        mean, variance, count = (_moments if is_alone else _moments_in_one_sum)(channels, sum_over_data)
+        is_exact = sum_over_data is of_one_rank or channels.dtype == torch.float64
+        mean, variance, count = (_moments if is_exact else _moments_in_one_sum)(channels, sum_over_data)
         inverse_std = (variance + eps).rsqrt()
         form = (1, -1) + (1,) * (x.ndim - 2)
         wide = x.to(channels.dtype)  # 16 bits are too few for a difference

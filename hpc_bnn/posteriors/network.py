@@ -287,7 +287,7 @@ class Network:
         return picked(outputs, self.output, type(self.module).__name__)
 
     def batched(self, weights: dict[str, Tensor], x: Inputs, is_shared: bool, autocast_dtype=None) -> Tensor:
-        """Return the outputs [c, B, ...] of the samples of `draw_batch_` at once, by ``torch.vmap``. Local.
+        """Return the outputs [c, B, ...] of the samples of `Posterior.draw_batch_` at once, by ``torch.vmap``. Local.
 
         The random weights are [c, *shape] by name; the inputs are [B, ...] where all samples share them, otherwise
         [c, B, ...].

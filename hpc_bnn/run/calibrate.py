@@ -71,7 +71,7 @@ def calibrate_run(
             check_can_write(path, "the RUN_DIR of a copy of the run")
     has_judged = _check_split(experiment, split, half)
     dataset = experiment.open(split)
-    experiment.check_classes(dataset, "they are no calibration")
+    experiment.check_targets(dataset, "they are no calibration")
     examples = None
     if half:
         order = EpochOrder(len(dataset), config.seed, 0, stream=Stream.HALF)

@@ -223,7 +223,7 @@ class Experiment:
 
         ``by`` and ``regions`` as for `find_groups`, ``references`` and ``calibration`` as for `evaluate_dataset`.
         """
-        self.check_classes(dataset, "they can be predicted (hpc-bnn predict), not evaluated")
+        self.check_targets(dataset, "they can be predicted (hpc-bnn predict), not evaluated")
         shown = shown_examples(self.likelihood, self.comm, dataset)
 
         def see(*block: Any) -> None:
@@ -253,7 +253,7 @@ class Experiment:
         metrics = evaluate_dataset(mean, self.likelihood, self.comm, dataset, see=mark, **options).metrics
         return found | {"mean_network": metrics}
 
-    def check_classes(self, dataset: Source, rule: str) -> None:
+    def check_targets(self, dataset: Source, rule: str) -> None:
         """Raise `DataError` where the targets of a data set are other classes than the trained ones, or other numbers. Local."""
         mine, theirs = self.manifest.num_classes, dataset.manifest.num_classes
         if mine != theirs:
