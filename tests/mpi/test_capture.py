@@ -40,14 +40,14 @@ def run(comm, objective, chunk_size, capture):
 
 @computed_once
 def run_alone(objective):
-    return run(GridComm(Grid()), objective, 1, "off")
+    return run(GridComm(Grid()), objective, 1, "off")[1]
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("chunk_size", [1, 3])
 def test_captured_steps_keep_the_layout_law(comm, objective, chunk_size):
     step, results = run(comm, objective, chunk_size, "on")
-    assert_layout_law(results, run_alone(objective)[1])
+    assert_layout_law(results, run_alone(objective))
     assert step.recorder.num_captures >= 3 and not step.recorder.said
     x, y = make_problem(torch.float64)
     mine = comm.grid.local_examples(NUM_EXAMPLES)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from reference import by_one
 from test_evaluate import LIKELIHOODS, write_field_shards
 from test_predict import make_experiment
 
@@ -15,15 +16,16 @@ def test_the_check_up_of_any_grid_is_that_of_one_process(comm, directory, family
     with comm.agree("writing"):
         if comm.grid.rank == 0:
             write_field_shards(directory / "shards", LIKELIHOODS[name])
-    found = []
-    for one in (comm, GridComm(Grid())):
+
+    def check_up(one):
         experiment = make_experiment(one, directory, family=family)
         if family == "ensemble":  # members that differ more than at their start, by their keys
             members = experiment.posterior.members
             for row, sample in zip(members.data, experiment.posterior.samples):
                 row += torch.randn(row.shape, generator=Key(sample, Stream.INIT).generator(), dtype=row.dtype)
-        found.append(experiment.check_up(experiment.open("train")))
-    got, expected = found
+        return experiment.check_up(experiment.open("train"))
+
+    got, expected = check_up(comm), by_one(lambda: check_up(GridComm(Grid())))
     assert got["notes"] == expected["notes"] and got["snr"] == expected["snr"] and got.keys() == expected.keys()
     assert got["tensors"].keys() == expected["tensors"].keys()
     columns = [(got["tensors"][column], values) for column, values in expected["tensors"].items()]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from reference import computed_once
+from reference import by_one, computed_once
 
 from hpc_bnn import Grid, GridComm
 from hpc_bnn.errors import ConfigError
@@ -93,10 +93,15 @@ def test_the_state_of_this_grid_is_that_of_one_process_and_goes_on_anywhere(comm
         for key, value in values.items():
             assert_near(found[name][key], value, (name, key))
     state = comm.gather_objects(state)[0]  # a copy, as from a file
-    for other, grid in [(k, g) for f, k in families_and_kinds() if f == family for g in (comm, GridComm(Grid()))]:
-        model = problem.end_of(*resumed(state, other, grid, family))
-        for name, value in model.items():
-            assert_near(value.tolist(), end[name].tolist(), (other, name))
+    kinds = [kind for of, kind in families_and_kinds() if of == family]
+
+    def go_on(grid):
+        return {other: problem.end_of(*resumed(state, other, grid, family)) for other in kinds}
+
+    for models in (by_one(lambda: go_on(GridComm(Grid()))), go_on(comm)):
+        for other, model in models.items():
+            for name, value in model.items():
+                assert_near(value.tolist(), end[name].tolist(), (other, name))
 
 
 @pytest.mark.parametrize(

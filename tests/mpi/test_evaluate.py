@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from reference import make_problem, make_step
+from reference import by_one, make_problem, make_step
 from torch import nn
 
 from hpc_bnn import (
@@ -40,7 +40,7 @@ def test_metrics_equal_those_of_one_process(comm, tmp_path_factory, num_examples
     dataset = ShardDataset(directory, "train", dtype=torch.float64)
     step = make_step(GridComm(Grid()))
     arguments = step.posterior, Categorical(3)
-    expected = evaluate_dataset(*arguments, GridComm(Grid()), dataset, num_samples=6).metrics
+    expected = by_one(lambda: evaluate_dataset(*arguments, GridComm(Grid()), dataset, num_samples=6).metrics)
     seen = []
     got = evaluate_dataset(
         *arguments, comm, dataset, num_samples=6, see=lambda examples, *_: seen.extend(examples.tolist())
@@ -110,18 +110,20 @@ def test_all_metrics_curves_and_uncertainties_equal_those_of_one_process(comm, t
             write_field_shards(directory, likelihood, of_classes=of_classes)
     with Key(0, Stream.INIT).global_generator():
         posterior = MeanFieldGaussian(ToField(likelihood, of_classes), init_std=0.3)
-    results = []
-    for one in (GridComm(Grid()), comm):
+    regions = {} if likelihood.num_classes and not of_classes else {"part": np.eye(2, 3)}
+
+    def evaluate(one):
         data = ShardDataset(directory, "train", dtype=torch.float64, normalises_targets=likelihood.is_equivariant)
         foreign = ShardDataset(directory, "foreign", dtype=torch.float64)
-        regions = {} if likelihood.num_classes and not of_classes else {"part": np.eye(2, 3)}
         options = {} if likelihood.num_classes else {"references": ["climatology"]}
         options |= {"groups": find_groups(one, data, ["kind"], regions), "num_samples": 5}
         evaluation = evaluate_dataset(posterior, likelihood, one, data, **options)
         outside = uncertainties_of_dataset(posterior, likelihood, one, foreign, num_samples=5)
         detected = out_of_distribution_metrics(evaluation.uncertainties, outside)
-        results.append((evaluation, outside, detected))
-    (expected, expected_outside, expected_detected), (got, outside, detected) = results
+        return evaluation, outside, detected
+
+    expected, expected_outside, expected_detected = by_one(lambda: evaluate(GridComm(Grid())))
+    got, outside, detected = evaluate(comm)
     tolerance = 1e-8  # of quantiles, which are found by iteration; of what is a sum 1e-10
     for metric, value in expected.metrics.items():
         assert got.metrics[metric] == pytest.approx(value, rel=tolerance if "width" in metric else 1e-10), metric

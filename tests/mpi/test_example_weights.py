@@ -12,7 +12,7 @@ from torch import nn
 sys.path.append(str(Path(__file__).parents[1]))
 
 from graphs import InterpretedGraph
-from reference import Results, assert_layout_law, computed_once, relative_difference
+from reference import Results, assert_layout_law, by_one, computed_once, relative_difference
 
 from hpc_bnn import (
     Categorical,
@@ -118,7 +118,7 @@ def train(comm, case, way):
 
 @computed_once
 def train_alone(case):
-    return train(ONE, case, "walking")
+    return train(ONE, case, "walking")[1]
 
 
 PAIRS = {f"{case}, {way}" for m, case in enumerate(CASES) for n, way in enumerate(WAYS) if (m + n) % 4 == 0}
@@ -132,7 +132,7 @@ QUICK = {"elbo, captured", "log_predictive, captured", "crps, captured chunks", 
 def test_the_layout_law_holds_with_weights(comm, pair):
     case, way = pair.split(", ")
     step, results = train(comm, case, way)
-    assert_layout_law(results, train_alone(case)[1])
+    assert_layout_law(results, train_alone(case))
     if "captured" in way:
         assert step.recorder.num_captures >= 3 and not step.recorder.said
 
@@ -261,11 +261,14 @@ def test_metrics_are_those_of_examples_that_come_as_often_as_their_weight(comm, 
     make_shards(directory, kind, comm)
     with Key(0, Stream.INIT).global_generator():
         net = Field() if kind == "field" else nn.Linear(6, likelihood.num_outputs)
-    posterior, found = MeanFieldGaussian(net.double(), init_std=0.3), []
-    for one, name in ((ONE, "repeated"), (comm, "weighted")):
+    posterior = MeanFieldGaussian(net.double(), init_std=0.3)
+
+    def evaluate(one, name):
         scaling = ShardDataset(directory / "weighted", "train").manifest  # of the inputs
         data = ShardDataset(directory / name, "train", dtype=torch.float64, scaling=scaling)
-        found.append(evaluate_dataset(posterior, likelihood, one, data, num_samples=5))
+        return evaluate_dataset(posterior, likelihood, one, data, num_samples=5)
+
+    found = by_one(lambda: evaluate(ONE, "repeated")), evaluate(comm, "weighted")
     expected, got = (evaluation.metrics for evaluation in found)
     assert got.keys() == expected.keys() and len(got) >= 5
     adaptive = [metrics.pop("adaptive_ece", 0.0) for metrics in (expected, got)]

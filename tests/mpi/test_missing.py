@@ -15,7 +15,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 
 from graphs import InterpretedGraph
 from reference import Results as Run
-from reference import assert_layout_law, computed_once
+from reference import assert_layout_law, by_one, computed_once
 
 from hpc_bnn import (
     Bernoulli,
@@ -252,7 +252,7 @@ def train(comm, case, *, kind="lacking", missing_targets=True, **options):
 
 @computed_once
 def train_alone(case, **options):
-    return train(GridComm(Grid()), case, **options)
+    return train(GridComm(Grid()), case, **options)[1]
 
 
 WAYS = {
@@ -274,7 +274,7 @@ QUICK_PAIRS |= {"crps, micro-batches", "energy, captured", "classes, micro-batch
 def test_the_layout_law_holds_where_targets_are_missing(comm, pair):
     case, way = pair.split(", ")
     step, results = train(comm, case, **WAYS[way])
-    expected = train_alone(case)[1]
+    expected = train_alone(case)
     assert_layout_law(results, expected)
     assert expected[1].data_term == expected[4].data_term == 0.0  # nothing is present; N stays, and with it the KL
     assert all(math.isfinite(result.nelbo) for result in results)
@@ -367,76 +367,94 @@ def test_metrics_count_the_present_targets_on_every_grid(comm, directory, name):
     assert manifest.digest == comm.broadcast_object(manifest.digest)
     with Key(0, Stream.INIT).global_generator():
         posterior = MeanFieldGaussian(ToField(likelihood), init_std=0.3)
-    normalises = likelihood.is_equivariant
-    found = []
-    for one in (GridComm(Grid()), comm):
+
+    def evaluate(one):
         seen = []
         evaluations = [
             evaluate_dataset(
-                posterior, likelihood, one,
-                ShardDataset(directory, split, dtype=torch.float64, normalises_targets=normalises), num_samples=5,
-                see=lambda *block: seen.append(block),  # noqa: B023
+                posterior, likelihood, one, open_split(directory, split, likelihood), num_samples=5,
+                see=lambda *block: seen.append(block),
             )
             for split in ("train", "some")
         ]  # fmt: skip
-        found.append((evaluations, seen))
-        data = ShardDataset(directory, "nothing", dtype=torch.float64, normalises_targets=normalises)
         with pytest.raises(DataError, match="all targets of this split of toy are missing"):
-            evaluate_dataset(posterior, likelihood, one, data, num_samples=5)
-    for expected, got in zip(*(evaluations for evaluations, _ in found)):
+            evaluate_dataset(posterior, likelihood, one, open_split(directory, "nothing", likelihood), num_samples=5)
+        return evaluations, seen
+
+    def evaluate_alone():
+        evaluations, seen = evaluate(GridComm(Grid()))
+        _, predictive, targets = seen[0]
+        compare = compare_classes if likelihood.num_classes else compare_numbers
+        compare(evaluations, predictive, targets, y, has_cdf=name == "gaussian")
+        if likelihood.has_density and not likelihood.num_classes:
+            assert evaluations[0].metrics["nll"] == pytest.approx(
+                nll_of_each(posterior, likelihood, directory), rel=1e-9
+            )
+        return evaluations
+
+    for expected, got in zip(by_one(evaluate_alone), evaluate(comm)[0], strict=True):
         assert got.metrics == pytest.approx(expected.metrics, rel=1e-8)
         assert got.curves.keys() == expected.curves.keys()
-    metrics, curves, blocks = found[0][0][0].metrics, found[0][0][0].curves, found[0][1]
-    _, predictive, targets = blocks[0]
-    if likelihood.num_classes:
-        p, truth = predictive.probabilities.movedim(1, -1)[targets != 255], targets[targets != 255].long()
-        assert metrics["accuracy"] == pytest.approx((p.argmax(1) == truth).double().mean().item(), rel=1e-12)
-        assert metrics["nll"] == pytest.approx(F.nll_loss(p.log(), truth).item(), rel=1e-12)
-        squares = (p - F.one_hot(truth, 3)).square().sum(1).mean().item()
-        assert metrics["brier"] == pytest.approx(squares, rel=1e-12)
-        overlaps = [
-            ((p.argmax(1) == c) & (truth == c)).sum() / ((p.argmax(1) == c) | (truth == c)).sum() for c in range(3)
-        ]
-        assert metrics["mean_iou"] == pytest.approx(float(torch.stack(overlaps).double().mean()), rel=1e-6)
-        assert sum(curves["reliability"]["count"]) == len(truth)
-        return
+
+
+def open_split(directory, split, likelihood):
+    return ShardDataset(directory, split, dtype=torch.float64, normalises_targets=likelihood.is_equivariant)
+
+
+def compare_classes(evaluations, predictive, targets, *_, **__):
+    metrics, curves = evaluations[0].metrics, evaluations[0].curves
+    p, truth = predictive.probabilities.movedim(1, -1)[targets != 255], targets[targets != 255].long()
+    assert metrics["accuracy"] == pytest.approx((p.argmax(1) == truth).double().mean().item(), rel=1e-12)
+    assert metrics["nll"] == pytest.approx(F.nll_loss(p.log(), truth).item(), rel=1e-12)
+    squares = (p - F.one_hot(truth, 3)).square().sum(1).mean().item()
+    assert metrics["brier"] == pytest.approx(squares, rel=1e-12)
+    overlaps = [((p.argmax(1) == c) & (truth == c)).sum() / ((p.argmax(1) == c) | (truth == c)).sum() for c in range(3)]
+    assert metrics["mean_iou"] == pytest.approx(float(torch.stack(overlaps).double().mean()), rel=1e-6)
+    assert sum(curves["reliability"]["count"]) == len(truth)
+
+
+def compare_numbers(evaluations, predictive, targets, y, has_cdf):
+    metrics, curves = evaluations[0].metrics, evaluations[0].curves
     np.testing.assert_array_equal(np.isnan(targets.numpy()), np.isnan(y))
     weights = torch.tensor([[0.5], [1.5]]).expand(4, 2, 3).double()
     keep = ~targets.isnan()
+    spans = weights.expand(targets.shape)[keep]
     error = (predictive.mean - targets)[keep].square()
-    expected = ((error * weights.expand(targets.shape)[keep]).sum() / weights.expand(targets.shape)[keep].sum()).sqrt()
-    assert metrics["rmse"] == pytest.approx(expected.item(), rel=1e-12)
-    some = found[0][0][1].curves["channels"]
+    assert metrics["rmse"] == pytest.approx(((error * spans).sum() / spans.sum()).sqrt().item(), rel=1e-12)
+    some = evaluations[1].curves["channels"]
     assert some["name"] == ["0", "2", "3"] and len(some["rmse"]) == len(curves["channels"]["rmse"]) - 1 == 3
-    if name == "gaussian":
+    if has_cdf:
         cdf = predictive.share.mixture.cdf(targets.flatten()).view_as(targets)[keep]  # one process has all targets
-        spans = weights.expand(targets.shape)[keep]
         for level in (0.5, 0.9):
             inside = (cdf >= (1 - level) / 2) & (cdf < (1 + level) / 2)
             covered = (inside * spans).sum() / spans.sum()
             assert metrics[f"coverage_{100 * level:.0f}"] == pytest.approx(covered.item(), rel=1e-12)
     assert sum(curves["pit"]) == pytest.approx(1)
-    if likelihood.has_density:  # one target after another: all others missing
-        data = ShardDataset(directory, "train", dtype=torch.float64, normalises_targets=normalises)
-        inputs, stored = data.fetch(slice(None))
-        posterior.begin_()
-        of_samples = []
-        for sample in range(5):
-            posterior.draw_(Key(0, Stream.PREDICTION, sample=sample))
-            rows = []
-            for b, row in enumerate(stored):
-                f = posterior.network(inputs[b : b + 1]).detach()
-                plain = type(likelihood)(1, **({"df": 5.0} if name == "student_t" else {}))
-                parts = f.unflatten(1, (-1, 4))  # [1, locations and scales, channels, ...]
-                terms = [
-                    plain.log_prob(parts[:, :, c, i, j], row[c, i, j].view(1, 1)) - scale_of(data, c)
-                    for c, i, j in (~row.isnan()).nonzero().tolist()
-                ]
-                rows.append(torch.cat(terms).sum() if terms else torch.zeros((), dtype=torch.float64))
-            of_samples.append(torch.stack(rows))
-        total = torch.logsumexp(torch.stack(of_samples), 0) - math.log(5)
-        has_one = keep.flatten(1).any(1)
-        assert not has_one.all() and metrics["nll"] == pytest.approx(-total[has_one].mean().item(), rel=1e-9)
+
+
+def nll_of_each(posterior, likelihood, directory):
+    """By one target after another, as if all others were missing."""
+    data = open_split(directory, "train", likelihood)
+    inputs, stored = data.fetch(slice(None))
+    plain = type(likelihood)(1, **({"df": 5.0} if isinstance(likelihood, StudentT) else {}))
+    posterior.begin_()
+    of_samples = []
+    for sample in range(5):
+        posterior.draw_(Key(0, Stream.PREDICTION, sample=sample))
+        rows = []
+        for b, row in enumerate(stored):
+            f = posterior.network(inputs[b : b + 1]).detach()
+            parts = f.unflatten(1, (-1, 4))  # [1, locations and scales, channels, ...]
+            terms = [
+                plain.log_prob(parts[:, :, c, i, j], row[c, i, j].view(1, 1)) - scale_of(data, c)
+                for c, i, j in (~row.isnan()).nonzero().tolist()
+            ]
+            rows.append(torch.cat(terms).sum() if terms else torch.zeros((), dtype=torch.float64))
+        of_samples.append(torch.stack(rows))
+    total = torch.logsumexp(torch.stack(of_samples), 0) - math.log(5)
+    has_one = ~stored.isnan().flatten(1).all(1)
+    assert not has_one.all()
+    return -total[has_one].mean().item()
 
 
 def scale_of(data, channel):
