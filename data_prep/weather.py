@@ -151,6 +151,9 @@ class Fields:
         values, *others = (version.set_dims(order).values for version in versions)
         for other in others:
             values = np.where(np.isnan(values), other, values)
+        least, largest = valid_bounds(array)
+        is_valid = (values >= least) & (values <= largest)
+        values = values if (is_valid | np.isnan(values)).all() else np.where(is_valid, values, np.nan)
         low, high = np.nanmin(values, initial=0), np.nanmax(values, initial=0)
         if max(-low, high) > LARGEST:
             raise DataError(
@@ -160,6 +163,21 @@ class Fields:
         for value in {float(low), float(high)} & MARKS:
             say_mark(str(array.name), value)
         return values
+
+
+def valid_bounds(array: xarray.DataArray) -> tuple[float, float]:
+    """Return the least and the largest value that are none of the missing ones, by the attributes of a file (CF, 2.5.1)."""
+    attributes, packing = array.attrs, array.encoding
+    given = np.ravel(
+        attributes.get("valid_range", (attributes.get("valid_min", -np.inf), attributes.get("valid_max", np.inf)))
+    )
+    if given.dtype.kind not in "iuf" or len(given) != 2:
+        raise DataError(f"--source: {array.name} has the valid_range {given.tolist()}: two numbers are needed. Mend it")
+    scale, offset = packing.get("scale_factor", 1.0), packing.get("add_offset", 0.0)
+    if (scale, offset) == (1.0, 0.0) or np.dtype(packing.get("dtype", "f8")).kind == "f":
+        return tuple(given.astype(array.dtype if array.dtype.kind == "f" else np.float64).tolist())
+    a, b = sorted(given.astype(np.float64) * scale + offset)  # of packed numbers
+    return a - abs(scale) / 2, b + abs(scale) / 2
 
 
 @functools.cache
@@ -249,6 +267,9 @@ def join(datasets: list[xarray.Dataset], dims: dict[str, str]) -> Fields:
                 f"--source: a file has the dims {', '.join(map(str, dataset.sizes))} only. "
                 f"All files must have {', '.join(sorted(needed))}"
             )
+        for dim in (dims["latitude"], dims["longitude"]):
+            if dim not in dataset.coords:  # xarray would count
+                raise DataError(f"--source: a file has no variable {dim}, which says the degrees of its dim. Add it")
         latitudes = dataset[dims["latitude"]].values
         if latitudes[0] < latitudes[-1]:
             dataset = dataset.isel({dims["latitude"]: slice(None, None, -1)})

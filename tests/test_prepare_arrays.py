@@ -1,5 +1,6 @@
 """data_prep/weather.py, data_prep/arrays.py and data_prep/cifar10.py."""
 
+import contextlib
 import hashlib
 import io
 import itertools
@@ -310,6 +311,30 @@ def test_a_fill_value_that_is_not_declared_is_no_weather(tmp_path, fill):
     declared["t"].attrs["missing_value"] = np.float32(fill)
     with pytest.raises(DataError, match="lacks values"):
         prepare(weather, tmp_path / "p", "--source", write_fields(tmp_path / "b.nc", declared), *ALL)
+
+
+@pytest.mark.parametrize("packing", [{}, {"dtype": "i2", "scale_factor": 0.01, "add_offset": 280.0}, {"dtype": "i2"}])
+@pytest.mark.parametrize("names", [["valid_range"], ["valid_min", "valid_max"], ["valid_max"]])
+def test_what_a_file_calls_not_valid_is_missing(tmp_path, names, packing):
+    """The ends are valid, also where rounding moves them; the attributes are packed as the values are (CF)."""
+    raw, wrong = np.clip(np.round(100 * NOISE), -150, 150), np.full(1, 151)
+    bounds = {"valid_range": [-150, 150], "valid_min": -150, "valid_max": 150}
+    stored_as = np.int16 if packing else np.float32
+    for number, values in enumerate((raw, np.where(NOISE > 2, wrong, raw))):
+        source = tmp_path / f"{number}.nc"
+        dataset = one_field(values.astype(stored_as), "K")
+        dataset["t"].attrs |= {name: np.array(bounds[name], stored_as) for name in names}
+        dataset["t"].attrs |= {name: packing[name] for name in packing.keys() - {"dtype"}}
+        source = write_fields(source, dataset)
+        with pytest.raises(DataError, match="lacks values") if number else contextlib.nullcontext():
+            prepare(weather, tmp_path / f"o{number}", "--source", source, *ALL)
+
+
+@pytest.mark.parametrize("axis", ["lat", "lon"])
+def test_a_grid_without_degrees_is_refused(tmp_path, axis):
+    source = write_fields(tmp_path / "a.nc", one_field(NOISE, "K").drop_vars(axis))
+    with pytest.raises(DataError, match=f"no variable {axis}"):
+        prepare(weather, tmp_path / "o", "--source", source, *ALL)
 
 
 @pytest.mark.parametrize("mark", [-9999.0, -999.0, 9999.0])
