@@ -191,6 +191,20 @@ def test_groups_that_are_none_are_named(shards, by, regions, words):
     assert re.search(words, raised.value.on_command_line())
 
 
+@pytest.mark.parametrize("by", ["hour", "month", "season"])
+@pytest.mark.parametrize("text", ["20240115", "15-01-2024", "24-01-15", "2024-13-01T00:00", "2024-01-15T24:00", "noon"])
+def test_times_of_another_form_are_no_groups(tmp_path, text, by):
+    """Characters at the same places would be."""
+    texts = {split: ["2024-01-15T06:00:00"] * (number - 1) + [text] for split, number in NUM.items()}
+    make_shards(tmp_path, {split: {"time": values} for split, values in texts.items()})
+    data = ShardDataset(tmp_path, "test")
+    if (text, by) in [("2024-13-01T00:00", "hour"), ("2024-01-15T24:00", "month"), ("2024-01-15T24:00", "season")]:
+        find_groups(GridComm(Grid()), data, [by])  # it has that part
+        return
+    with pytest.raises(ConfigError, match=f"a time is '{text}', which has no {by}"):
+        find_groups(GridComm(Grid()), data, [by])
+
+
 @pytest.mark.parametrize(
     "text", ["alps", "alps=1,2,3", "alps=50,40,0,5", "alps=0,100,0,5", "=1,2,3,4", "alps=a,b,c,d", "a=nan,1,2,3"]
 )

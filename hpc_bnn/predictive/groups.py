@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,9 @@ from ..data import Source
 from ..errors import ConfigError, DataError, Fault
 
 SEASONS = ("DJF", "MAM", "JJA", "SON")
-OF_TIME = ("season", "month", "hour")
-"""Groups by the coordinate ``time`` of the examples."""
+_MONTH = re.compile(r"\d{4}-(0[1-9]|1[0-2])(-\d\d)?($|[T ])")
+OF_TIME = {"season": _MONTH, "month": _MONTH, "hour": re.compile(r"\d{4}-\d\d-\d\d[T ]([01]\d|2[0-3])(\D|$)")}
+"""Groups by the coordinate ``time`` of the examples, and the times that have one."""
 MAX_GROUPS = 1000
 REFERENCES = ("persistence", "climatology")
 """Forecasts that skill is measured against."""
@@ -89,11 +91,11 @@ def _look_up(dataset: Source, name: str) -> tuple[list[str], np.ndarray]:
     values = there[needed]
     if name in OF_TIME:
         texts = values.astype(str)  # 2019-03-01T06:00:00: also of calendars that NumPy does not know
-        try:
-            values = np.array([int(t[11:13]) if name == "hour" else int(t[5:7]) for t in texts], np.int32)
-        except ValueError as error:
-            rule = f"a time is '{texts[0]}', which has no {name}"
-            raise ConfigError(Fault("--by", name, rule, "Write times as 2019-03-01T06:00:00")) from error
+        other = next((text for text in texts if not OF_TIME[name].match(text)), None)
+        if other is not None:
+            rule = f"a time is '{other}', which has no {name}"
+            raise ConfigError(Fault("--by", name, rule, "Write times as 2019-03-01T06:00:00"))
+        values = np.array([int(text[11:13] if name == "hour" else text[5:7]) for text in texts], np.int32)
         if name == "season":
             values = values % 12 // 3
     found, codes = np.unique(values, return_inverse=True)
