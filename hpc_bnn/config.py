@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
+import yaml
+
 from .capabilities import FAMILIES, Features, check_features
 from .errors import ConfigError, Fault, Rule, above_and_below, at_least, check_all, number, positive
 
@@ -451,6 +453,30 @@ def config_of_run(run_dir: str | Path) -> Path:
         remedy = "Name the <run_dir> of hpc-bnn train"
         raise ConfigError(Fault("RUN_DIR", run_dir, f"it holds no run (no {path.name})", remedy))
     return path
+
+
+def read_tree(path: str | Path) -> dict[str, Any]:
+    """Return the content of a config file; `ConfigError` where it cannot be read, or holds no fields. Local."""
+    remedy = "Mend it, or put back a copy"
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(Fault("--config", path, f"it cannot be read ({error.strerror})", remedy)) from error
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ConfigError(Fault("--config", path, f"it is no YAML in UTF-8 ({error})", remedy)) from error
+    if not isinstance(tree, dict):
+        raise ConfigError(Fault("--config", path, f"it holds no fields, but {tree!r:.40}", remedy))
+    _check_groups(tree)
+    return tree
+
+
+def _check_groups(tree: dict[str, Any], prefix: str = "") -> None:
+    for name, value in tree.items():
+        if f"{prefix}{name}" in NAMES - FIELDS.keys() and value is not None:  # jsonargparse fails at what is no mapping
+            if not isinstance(value, dict):
+                remedy = "Write them below it, or leave it out"
+                raise ConfigError(Fault(f"{prefix}{name}", value, "it is a group of fields", remedy))
+            _check_groups(value, f"{prefix}{name}.")
 
 
 def _from_dict(kind: Any, tree: Mapping[str, Any], prefix: str) -> Any:

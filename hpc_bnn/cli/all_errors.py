@@ -15,7 +15,7 @@ from typing import Any
 import jsonargparse
 import yaml
 
-from ..config import FIELDS, NAMES, Config, words_of
+from ..config import FIELDS, NAMES, Config, read_tree, words_of
 from ..errors import ConfigError, Fault
 
 
@@ -47,7 +47,7 @@ def faults_of(words: Sequence[str], known: set[str]) -> tuple[list[Fault], dict[
     """
     of_users = tuple(f"{name}." for name, field in FIELDS.items() if typing.get_origin(field.type) is dict)
     faults, values = [], {}
-    for name, value in _settings(words):
+    for name, value, _ in settings(words):
         if name.startswith(of_users):  # arguments of a user's class: anything
             continue
         if name not in FIELDS and f"--{name}" not in known:
@@ -99,8 +99,11 @@ def _fits(name: str, value: Any) -> bool:
     return True
 
 
-def _settings(words: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    """Yield (dotted name, value) of the fields that files and flags set, in their order."""
+def settings(words: Sequence[str]) -> Iterator[tuple[str, Any, bool]]:
+    """Yield (dotted name, value, whether by a flag) of what files and flags set, in their order. Local.
+
+    `ConfigError` where a config file holds no fields: jsonargparse fails at some of them in words of its own.
+    """
     words = list(words)
     while words:
         word = words.pop(0)
@@ -111,10 +114,9 @@ def _settings(words: Sequence[str]) -> Iterator[tuple[str, Any]]:
             text = words.pop(0) if words and not words[0].startswith("--") else None
         if name == "config":
             path = Path(text or "")
-            content = _load(path.read_text(encoding="utf-8")) if path.is_file() else None
-            yield from _leaves(content) if isinstance(content, dict) else ()
+            yield from ((*leaf, False) for leaf in _leaves(read_tree(path) if path.is_file() else {}))
         else:
-            yield from _leaves({name: _load(text)})
+            yield from ((*leaf, True) for leaf in _leaves({name: _load(text)}))
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -19,7 +19,7 @@ from ..config import Backend, Config, Scaling, SetScore, config_of_run
 from ..errors import ConfigError, DataError, Fault, HpcBnnError, check_all
 from ..grid import Grid, check, grids, sample_sizes
 from ..safe_files import check_can_write, write_atomically
-from .all_errors import Parser, check_together, refuse_nulls
+from .all_errors import Parser, check_together, refuse_nulls, settings
 
 if TYPE_CHECKING:
     from ..run import Experiment
@@ -78,6 +78,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def work() -> int:
         words = in_order(sys.argv[1:] if arguments is None else arguments)
         given = {word.split("=")[0] for word in words}
+        given |= {
+            f"--{name}" for name, _, is_flag in settings(words[1:]) if is_flag
+        }  # of --data '{shards: DIR}' as well
         parser = build_parser(words)
         try:
             parsed = parser.parse_args(words)

@@ -20,12 +20,11 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-import yaml
 from torch import nn
 
 from ..comm import GridComm, StallWatch, connect
 from ..comm.launcher import without_launcher
-from ..config import Config, DataConfig, Score, config_of_run, flatten
+from ..config import Config, DataConfig, Score, config_of_run, flatten, read_tree
 from ..data import Manifest, ShardDataset, Source, as_source
 from ..data.dataset import Normalisation, check_alike, check_same_manifest, has_large_mean
 from ..data.manifest import MANIFEST
@@ -468,7 +467,7 @@ def judging_split(config: Config, manifest: Manifest) -> str:
 
 def read_config(run_dir: str | os.PathLike) -> Config:
     """Return the config of a run, without flags; `ConfigError` where there is none. Local."""
-    return Config.from_dict(yaml.safe_load(config_of_run(Path(run_dir)).read_text()))
+    return Config.from_dict(read_tree(config_of_run(Path(run_dir))))
 
 
 NETWORK = ("model.", "posterior.", "likelihood.", "objective.name")
