@@ -1,7 +1,9 @@
 """``hpc-bnn predict`` and ``evaluate`` on runs that were trained here."""
 
 import json
+import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +21,7 @@ import hpc_bnn
 from hpc_bnn import ShardDataset, write_shards
 from hpc_bnn.cli.commands import main
 from hpc_bnn.data import Manifest
+from hpc_bnn.data.manifest import ArraySpec
 from hpc_bnn.errors import ConfigError, DataError
 from hpc_bnn.run import export
 
@@ -242,11 +245,12 @@ def test_classes_that_are_foreign_can_be_predicted_and_not_evaluated(digits_run,
 
 
 @pytest.mark.parametrize("name", ["classes", "changes", "lead", "lead_seconds", "step_seconds", "step_months"])
-def test_targets_that_mean_something_else_are_not_evaluated(digits, digits_run, tmp_path, name, capsys):
-    """The same shapes, such as of another lead time: a prediction says nothing of them, and an evaluation would be wrong."""
+def test_targets_that_mean_something_else_are_not_evaluated(digits, digits_run, tmp_path, name, capsys, caplog):
+    """The same shapes, such as of another lead time: an evaluation would be wrong, and a prediction comes without them."""
     shutil.copytree(digits_run, tmp_path / "run")
     data, run = Manifest.read(digits), Manifest.read(tmp_path / "run")
-    for manifest, value, directory in ((data, ["b", "a"], tmp_path / "other"), (run, ["a", "b"], tmp_path / "run")):
+    ours, theirs = (3600.0, 7200.0) if name == "lead_seconds" else (["a", "b"], ["b", "a"])
+    for manifest, value, directory in ((data, theirs, tmp_path / "other"), (run, ours, tmp_path / "run")):
         directory.mkdir(exist_ok=True)
         changed = replace(manifest, details=manifest.details | {name: value})
         (directory / "manifest.json").write_text(changed.to_json())
@@ -255,7 +259,34 @@ def test_targets_that_mean_something_else_are_not_evaluated(digits, digits_run, 
     words = [str(tmp_path / "run"), "--data.shards", str(tmp_path / "other")]
     for command in ("evaluate", "calibrate"):
         assert main([command, *words, *(["--split", "test", "--half", "true"] if command == "calibrate" else [])]) == 1
-        assert f"trained with {name} ['a', 'b'], and the data have ['b', 'a']" in capsys.readouterr().err
+        assert f"trained with {name} {ours}, and the data have {theirs}" in capsys.readouterr().err
+    words = [str(tmp_path / "run"), "--shards", str(tmp_path / "other"), "--output", str(tmp_path / "p.h5")]
+    assert main(["predict", *words]) == 0 and "the truth of digits is left out" in caplog.text
+    assert "y" not in h5py.File(tmp_path / "p.h5")
+
+
+@pytest.mark.parametrize("change", ["units", "kind"])
+def test_inputs_in_other_units_or_of_another_kind_are_refused(digits, digits_run, tmp_path, change, capsys):
+    """The same shapes and channels: bytes and fractions of pixels, K and degC."""
+    shutil.copytree(digits_run, tmp_path / "run")
+    found = Manifest.read(digits)
+    other = replace(found, details=found.details | {"units": {"t": "degC", "z": "m"}})
+    if change == "kind":
+        spec = found.arrays["x"]
+        arrays = {**found.arrays, "x": ArraySpec(spec.shape, "float32", spec.channels)}
+        other = replace(found, arrays=arrays)
+    mine = replace(found, details=found.details | {"units": {"t": "K", "z": "m"}})
+    for manifest, directory in ((other, tmp_path / "other"), (mine, tmp_path / "run")):
+        directory.mkdir(exist_ok=True)
+        (directory / "manifest.json").write_text(manifest.to_json())
+    for file in digits.glob("*.h5"):
+        (tmp_path / "other" / file.name).symlink_to(file)
+    said = "t is in 'degC', and the network was trained on it in 'K'" if change == "units" else "x is float32, and the"
+    for command in ("evaluate", "predict"):
+        flag = "--data.shards" if command == "evaluate" else "--shards"
+        words = [command, str(tmp_path / "run"), flag, str(tmp_path / "other")]
+        assert main([*words, *(["--output", str(tmp_path / "p.h5")] if command == "predict" else [])]) == 1
+        assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (3,), (2, 3)])
@@ -265,7 +296,7 @@ def test_a_truth_of_another_kind_is_left_out(digits_run, tmp_path, shape, caplog
     write_shards(tmp_path / "foreign", {"train": (x, y)}, **facts)
     words = ["--split", "train", "--shards", str(tmp_path / "foreign"), "--output", str(tmp_path / "p.h5")]
     assert main(["predict", str(digits_run), *words]) == 0
-    assert "predicts classes, and the targets of foreign are numbers: the truth is left out" in caplog.text
+    assert "for 10 classes, and the data have none: the truth of foreign is left out" in caplog.text
     with h5py.File(tmp_path / "p.h5") as file:
         assert "y" not in file and len(file["class"]) == 20
 
@@ -379,11 +410,118 @@ def test_a_run_is_loaded_where_its_data_are_not(numbers_run, numbers, tmp_path):
         (lambda x: {"image": x}, "the network has the inputs x"),
         (lambda x: x + 0.25, "the training data are uint8"),
         (lambda x: x.astype(int) - 1, "the training data are uint8"),
+        (lambda x: x.astype(np.uint16) + 256, "the training data are uint8"),
+        (lambda x: np.where(x > 9, np.nan, x), "the training data are uint8"),
+        (lambda x: x.astype(str), "the training data are uint8"),
     ],
 )
 def test_inputs_of_another_form_are_refused(digits_run, digits, change, named):
     with pytest.raises(ConfigError, match=named):
         hpc_bnn.load(digits_run).predict(change(stored(digits)))
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"num_samples": 2.5}, "num_samples"),
+        ({"num_samples": "a"}, "num_samples"),
+        ({"num_samples": 0}, "num_samples"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"batch_size": 2.5}, "batch_size"),
+        ({"quantiles": [0.0]}, "quantiles"),
+    ],
+)
+def test_arguments_of_a_prediction_are_checked(numbers_run, numbers, options, named):
+    with pytest.raises(ConfigError, match=f"^{named} "):
+        hpc_bnn.load(numbers_run).predict(stored(numbers / "here"), **options)
+    with pytest.raises(ConfigError, match="which last: must be best or newest"):
+        hpc_bnn.load(numbers_run, "last")
+
+
+@pytest.mark.parametrize("levels", [np.array([0.1, 0.9]), torch.tensor([0.1, 0.9]), (0.1, 0.9), np.float64(0.1)])
+def test_levels_come_as_numbers_of_any_kind(numbers_run, numbers, levels):
+    predictor, x = hpc_bnn.load(numbers_run), stored(numbers / "here")[:5]
+    found, expected = (predictor.predict(x, quantiles=q)["quantiles"] for q in (levels, np.ravel(levels).tolist()))
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_a_table_is_read_by_the_names_of_its_columns(tmp_path):
+    """Where the training data have names; numbers of columns are none."""
+    pandas = pytest.importorskip("pandas")
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(40, 2)) * [1, 100]
+    facts = {"name": "table", "source": "test", "licence": "none", "channels": {"x": ["u", "v"]}}
+    write_shards(tmp_path / "shards", {"train": (x, x[:, :1]), "test": (x[:9], x[:9, :1])}, **facts)
+    words = [
+        "train",
+        "--data.shards",
+        str(tmp_path / "shards"),
+        "--run_dir",
+        str(tmp_path / "run"),
+        "--num_epochs",
+        "1",
+    ]
+    assert main([*words, "--num_samples", "1", "--num_test_samples", "2"]) == 0
+    predictor = hpc_bnn.load(tmp_path / "run")
+    expected = predictor.predict(x)["mean"]
+    table = pandas.DataFrame(x, columns=["u", "v"])
+    for found in (table, table[["v", "u"]], pandas.DataFrame(x)):
+        np.testing.assert_array_equal(predictor.predict(found)["mean"], expected)
+    for columns in (["u", "w"], ["v", "v"]):
+        with pytest.raises(ConfigError, match="the network was trained on u, v"):
+            predictor.predict(pandas.DataFrame(x, columns=columns))
+    with pytest.raises(ConfigError, match="no array"):
+        predictor.predict([[1.0, 2.0], [3.0]])
+
+
+def test_a_class_that_is_missing_is_none_in_files(tmp_path):
+    """Neither an empty cell nor what xarray masks is a class."""
+    pandas, xarray = pytest.importorskip("pandas"), pytest.importorskip("xarray")
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(30, 2)), rng.integers(0, 3, 30).astype(np.uint8)
+    y[:9:2] = 255
+    facts = {"name": "toy", "source": "test", "licence": "none", "num_classes": 3, "ignore_index": 255}
+    write_shards(tmp_path / "shards", {"train": (x, y), "test": (x[:9], y[:9])}, **facts)
+    words = [
+        "train",
+        "--data.shards",
+        str(tmp_path / "shards"),
+        "--run_dir",
+        str(tmp_path / "run"),
+        "--num_epochs",
+        "1",
+    ]
+    assert main([*words, "--num_samples", "1", "--num_test_samples", "2"]) == 0
+    for name in ("p.h5", "p.csv"):
+        assert main(["predict", str(tmp_path / "run"), "--output", str(tmp_path / name)]) == 0
+    found = pandas.read_csv(tmp_path / "p.csv")["y"].to_numpy()
+    expected = np.where(y[:9] == 255, np.nan, y[:9])
+    np.testing.assert_array_equal(found, expected)
+    with xarray.open_dataset(tmp_path / "p.h5") as file:
+        np.testing.assert_array_equal(file["y"], expected)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_inputs_that_are_no_finite_numbers_of_the_training_are_refused(numbers_run, numbers, value):
+    x = stored(numbers / "here").astype(np.float64)
+    predictor, x[3, 1] = hpc_bnn.load(numbers_run), value
+    with pytest.raises(ConfigError, match="without NaN and infinity"):
+        predictor.predict(x)
+    found = predictor.predict(torch.from_numpy(stored(numbers / "here")).bfloat16())["mean"]
+    np.testing.assert_allclose(found, predictor.predict(stored(numbers / "here"))["mean"], rtol=0.05)
+
+
+@pytest.mark.parametrize("content", [b"", b"- a", b"a: [", b"model: 3", b"checkpoint: [1]", b"run_dir: caf\xe9", b"3"])
+def test_a_config_that_holds_no_fields_is_said(digits_run, tmp_path, content, capsys):
+    """Whoever reads it: a run's own, and one that a flag names."""
+    shutil.copytree(digits_run, tmp_path / "run")
+    (tmp_path / "run/config.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"holds no fields|no YAML in UTF-8|a group of fields"):
+        hpc_bnn.load(tmp_path / "run")
+    for words in (["evaluate", str(tmp_path / "run")], ["train", "--config", str(tmp_path / "run/config.yaml")]):
+        assert main(words) == 2
+        said = capsys.readouterr().err
+        assert re.search("holds no fields|no YAML in UTF-8|a group of fields", said) and "Traceback" not in said
 
 
 def test_what_is_no_run_or_no_checkpoint_is_said(digits_run, digits, tmp_path):

@@ -180,7 +180,7 @@ def check_same_manifest(comm: GridComm, manifest: Manifest) -> None:
 
 
 def check_alike(scaling: Manifest, manifest: Manifest, directory: str | os.PathLike) -> None:
-    """Raise `DataError` if the examples have another shape than those that a network was trained on. Local."""
+    """Raise `DataError` if the examples are not of the shape, kind and units that a network was trained on. Local."""
     if manifest.inputs.keys() != scaling.inputs.keys():
         theirs, ours = (", ".join(m.inputs) for m in (manifest, scaling))
         raise DataError(
@@ -195,6 +195,20 @@ def check_alike(scaling: Manifest, manifest: Manifest, directory: str | os.PathL
                 f"{directory}: {name} is {list(spec.shape)} {list(spec.channels)} per example, and the network was "
                 f"trained on {list(expected.shape)} {list(expected.channels)}. Prepare the shards in the same way"
             )
+        kinds = [np.dtype(of.dtype).kind in "iub" for of in (spec, expected)]
+        if name != "y" and kinds[0] != kinds[1]:  # bytes of pixels, and the same pixels from 0 to 1
+            raise DataError(
+                f"{directory}: {name} is {spec.dtype}, and the network was trained on {expected.dtype}. Prepare the shards "
+                "in the same way: whole numbers and fractions are seldom in the same units"
+            )
+    theirs, ours = (m.details.get("units") for m in (manifest, scaling))
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        for name in theirs.keys() & ours.keys():
+            if theirs[name] != ours[name]:
+                raise DataError(
+                    f"{directory}: {name} is in '{theirs[name]}', and the network was trained on it in '{ours[name]}'. "
+                    "Prepare the shards in the same units"
+                )
 
 
 class Normalisation:

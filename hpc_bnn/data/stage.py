@@ -188,6 +188,8 @@ def verify_shards(directory: str | os.PathLike, progress: Callable[[Iterable], I
         manifest = Manifest.read(directory)
     except DataError as error:
         return [str(error)]
+    if (directory / "config.yaml").exists():
+        return [f"{directory} is the directory of a run. Name the shards that it was trained on, or its predictions"]
     owners = {shard.sha256: shard.file for shard in manifest.shards}
     problems = []
     for shard in progress(manifest.shards):

@@ -84,5 +84,5 @@ def _columns(dataset: Any, start: int) -> list[list[str]]:
         values = values.view("datetime64[us]")
         whole = values.astype("datetime64[s]")
         values = whole if (whole == values).all() else values
-    flat = values.reshape(len(values), -1).T
-    return [["" if value != value else str(value) for value in column] for column in flat]
+    flat, missing = values.reshape(len(values), -1).T, dataset.attrs.get("_FillValue")
+    return [["" if value != value or value == missing else str(value) for value in column] for column in flat]

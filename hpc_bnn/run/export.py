@@ -20,7 +20,7 @@ from torch import Tensor
 from .. import __version__
 from ..comm import GridComm
 from ..data import Source
-from ..data.manifest import sha256_of_file
+from ..data.manifest import Manifest, sha256_of_file
 from ..errors import ConfigError, DataError, Fault, above_and_below
 from ..grid import share
 from ..likelihoods import Likelihood
@@ -127,11 +127,12 @@ def predict_run(
         if calibration.noise_factors is not None:
             attributes["noise_factors"] = calibration.noise_factors.numpy()
     with_truth = with_truth and has_truth(experiment, dataset)
-    rows = dims_of_rows(experiment, quantiles, with_members, with_truth, calibration)
+    rows = dims_of_rows(experiment, dataset.manifest, quantiles, with_members, with_truth, calibration)
     with comm.agree(f"reading the coordinates of {split}"):
         beside = dataset.coordinates(range(len(dataset))) if comm.grid.is_first("world") else {}
     beside = {name: ((_EXAMPLE,), values) for name, values in beside.items()} | _lead_times(experiment, rows)
-    with experiment.watch, _Output(path, comm, len(dataset), rows, beside, dtype, attributes) as file:
+    ignored = getattr(experiment.likelihood, "ignore_index", None)
+    with experiment.watch, _Output(path, comm, len(dataset), rows, beside, dtype, attributes, ignored) as file:
         for block in blocks:
             experiment.watch.mark()
             columns = columns_of(block.predictive, quantiles, with_members, calibration)
@@ -147,7 +148,7 @@ def _predict_table(experiment: Experiment, split: str, path: Path, **options: An
     """Write predictions as CSV. Collective over the world."""
     comm = experiment.comm
     with comm.agree(f"opening {path}"):
-        if places := _dims_of_places(experiment):
+        if places := _dims_of_places(experiment, experiment.manifest):
             rule = f"the targets have the dims {', '.join(dim.name for dim in places)}, and a table has one row per example"
             raise ConfigError(Fault("--output", path, rule, "Name a file that ends in .h5"))
         if comm.grid.is_first("world") and os.path.lexists(path):
@@ -222,37 +223,34 @@ def _lead_times(experiment: Experiment, rows: dict[str, tuple[Dim, ...]]) -> Bes
 
 
 def has_truth(experiment: Experiment, dataset: Source) -> bool:
-    """Whether the targets of a data set are of the kind that the network predicts; if not, rank 0 says it. Local."""
-    mine, theirs = experiment.manifest, dataset.manifest
-    kinds = [(m.num_classes is None, m.arrays["y"].shape) for m in (mine, theirs)]
-    if kinds[0] != kinds[1] and experiment.is_writer:
-        what = ["numbers" if is_number else "classes" for is_number, _ in kinds]
-        logger.warning(
-            "the network predicts %s, and the targets of %s are %s: the truth is left out",
-            what[0],
-            theirs.name,
-            what[1],
-        )
-    return kinds[0] == kinds[1]
+    """Whether the targets of a data set are what the network predicts; if not, rank 0 says it. Local."""
+    try:
+        experiment.check_targets(dataset, f"the truth of {dataset.manifest.name} is left out")
+    except DataError as error:
+        if experiment.is_writer:
+            logger.warning("%s", error)
+        return False
+    return True
 
 
 def dims_of_rows(
     experiment: Experiment,
+    manifest: Manifest,
     quantiles: Sequence[float],
     with_members: bool,
     with_truth: bool,
     calibration: Calibration | None = None,
 ) -> dict[str, tuple[Dim, ...]]:
-    """Return the dimensions of a row of each dataset of `predict_run`. Local."""
+    """Return the dimensions of a row of each dataset of `predict_run`; the manifest is of the data that are predicted. Local."""
     likelihood, rows = experiment.likelihood, {}
     if likelihood.num_classes is not None:
         classes = experiment.manifest.details.get("classes", [])
         named = classes if len(classes) == likelihood.num_classes else range(likelihood.num_classes)
-        truth = _dims_of_places(experiment)
+        truth = _dims_of_places(experiment, manifest)
         one = (Dim("category", named), *truth)
         rows |= {"probabilities": one, "std": one} | dict.fromkeys(("class", "entropy", "mutual_information"), truth)
     else:
-        one = truth = _dims_of_targets(experiment)
+        one = truth = _dims_of_targets(experiment, manifest)
         rows |= dict.fromkeys(("mean", "std", "aleatoric_std", "epistemic_std"), one)
     if calibration is not None:
         rows |= dict.fromkeys(("lower", "upper") if "mean" in rows else ("calibrated_probabilities", "in_set"), one)
@@ -265,18 +263,18 @@ def dims_of_rows(
     return rows | ({"y": truth} if with_truth else {})
 
 
-def _dims_of_targets(experiment: Experiment) -> tuple[Dim, ...]:
+def _dims_of_targets(experiment: Experiment, manifest: Manifest) -> tuple[Dim, ...]:
     """Return the dimensions of a target, with the coordinates that the preparation has noted."""
     spec = experiment.manifest.arrays["y"]
     first = experiment.likelihood.num_targets
     is_named = len(spec.channels) == first
     channels = Dim("channel", spec.channels) if is_named else Dim("target", range(first))
-    return channels, *_dims_of_places(experiment)
+    return channels, *_dims_of_places(experiment, manifest)
 
 
-def _dims_of_places(experiment: Experiment) -> tuple[Dim, ...]:
-    """Return the dimensions of the points of a target, with the coordinates that the preparation has noted."""
-    others, details = list(experiment.manifest.places), experiment.manifest.details
+def _dims_of_places(experiment: Experiment, manifest: Manifest) -> tuple[Dim, ...]:
+    """Return the dimensions of the points of a target, with the coordinates that the preparation of the data has noted."""
+    others, details = list(experiment.manifest.places), manifest.details
     latitudes, longitudes = details.get("latitudes", ()), details.get("longitudes", ())
     if others and others == [len(latitudes), len(longitudes)]:
         return Dim("latitude", latitudes, "degrees_north"), Dim("longitude", longitudes, "degrees_east")
@@ -287,8 +285,9 @@ def _dims_of_places(experiment: Experiment) -> tuple[Dim, ...]:
     return tuple(Dim(f"dim_{place}", range(extent)) for place, extent in enumerate(others, 1))
 
 
-def check_levels(quantiles: Sequence[float], likelihood: Likelihood, flag: str) -> Sequence[float]:
+def check_levels(quantiles: Any, likelihood: Likelihood, flag: str) -> Sequence[float]:
     """Return the levels of the quantiles that a predictive has; `ConfigError` where one is none. Local."""
+    quantiles = np.ravel(np.asarray(quantiles, np.float64)).tolist()
     for level in quantiles:
         above_and_below(0, 1, "Try 0.05").check(flag, level)
     return quantiles if likelihood.num_classes or likelihood.has_mixture else ()
@@ -352,8 +351,10 @@ class _Output:
         beside: Beside,
         dtype: type,
         attributes: dict[str, object],
+        ignored: int | None = None,
     ):
         self.path, self.comm, self.num_rows, self.attributes, self._beside = path, comm, num_rows, attributes, beside
+        self._ignored = ignored
         dtypes, self._dims = {"class": np.int64, "y": np.int64, "in_set": np.int8} if "class" in rows else {}, rows
         self._rows = {
             name: (tuple(len(dim.values) for dim in dims), np.dtype(dtypes.get(name, dtype)))
@@ -417,6 +418,8 @@ class _Output:
                     if dim.units:
                         scales[dim.name].attrs["units"] = dim.units
                 datasets[name].dims[place].attach_scale(scales[dim.name])
+            if name == "y" and self._ignored is not None:
+                datasets[name].attrs["_FillValue"] = datasets[name].dtype.type(self._ignored)
             if self._beside:
                 datasets[name].attrs["coordinates"] = " ".join(self._beside)
         for name, (dims, values) in self._beside.items():

@@ -97,7 +97,7 @@ def to_arviz(
             log_prob = block.predictive.log_probs
         parts["log_prob"] += [] if log_prob is None else [log_prob.cpu().numpy()]
     found = {name: np.concatenate(part) for name, part in parts.items() if part}
-    rows, of_sample = dims_of_rows(experiment, (), True, True), ("chain", "draw", "example")
+    rows, of_sample = dims_of_rows(experiment, source.manifest, (), True, True), ("chain", "draw", "example")
 
     def dataset(name: str, values: np.ndarray, dims: tuple[str, ...]) -> xarray.Dataset:
         known = {dim.name: list(dim.values) for dim in (*rows["members"][1:], *rows["y"])}

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import operator
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -29,7 +32,10 @@ Arrays = Any
 """An array or tensor [N, ...], or what `numpy.asarray` takes."""
 
 
-def load(run_dir: str | os.PathLike, which: Literal["best", "newest"] = "best", *, device: str = "auto") -> Predictor:
+Which = Literal["best", "newest"]
+
+
+def load(run_dir: str | os.PathLike, which: Which = "best", *, device: str = "auto") -> Predictor:
     """Return a predictor with the parameters of a run's checkpoint. Local; needs neither MPI nor the data of the run.
 
     Parameters
@@ -44,7 +50,7 @@ def load(run_dir: str | os.PathLike, which: Literal["best", "newest"] = "best", 
     Raises
     ------
     ConfigError
-        ``run_dir`` is no run, or one of a newer hpc_bnn; or safetensors is not installed.
+        ``run_dir`` is no run, or one of a newer hpc_bnn; or ``which`` is another word; or safetensors is not installed.
     DataError
         It has no such checkpoint; or the file is damaged, or not one of ``hpc-bnn export``.
 
@@ -54,6 +60,8 @@ def load(run_dir: str | os.PathLike, which: Literal["best", "newest"] = "best", 
     >>> prediction = predictor.predict(images)  # doctest: +SKIP
     >>> prediction["class"], prediction["mutual_information"]  # doctest: +SKIP
     """
+    if which not in get_args(Which):
+        raise ConfigError(Fault("which", which, f"must be {' or '.join(get_args(Which))}", "Leave it out for the best"))
     comm, path = GridComm(Grid(), choose_device(device, 0, num_visible_gpus())), Path(run_dir)
     if path.suffix == POSTERIOR and not path.is_dir():
         return Predictor(read_posterior(path, comm))
@@ -136,7 +144,8 @@ class Predictor:
         experiment = self.experiment
         quantiles = check_levels(quantiles, self.likelihood, "quantiles")
         source = self.source(x)
-        options: dict[str, Any] = samples_of(experiment, num_samples) | {"batch_size": batch_size}
+        options: dict[str, Any] = samples_of(experiment, num_samples)
+        options["batch_size"] = whole("batch_size", batch_size, "Try 1024")
         calibration = read_calibration(experiment, options["num_samples"]) if calibrated else None
         blocks = predict_dataset(
             self.posterior, self.likelihood, experiment.comm, source,
@@ -220,19 +229,30 @@ class Predictor:
 
 
 def samples_of(experiment: Experiment, num_samples: int | None) -> dict[str, Any]:
-    """Return `Experiment.test_samples` with another number, where there is one; `ConfigError` where it is below 1. Local."""
+    """Return `Experiment.test_samples` with another number, where there is one; `ConfigError` where it is none. Local."""
     options = experiment.test_samples
-    options["num_samples"] = options["num_samples"] if num_samples is None else num_samples
-    if options["num_samples"] < 1:
-        raise ConfigError(Fault("num_samples", num_samples, "must be 1 or more", "Leave it out"))
+    if num_samples is not None:
+        options["num_samples"] = whole("num_samples", num_samples, "Leave it out")
     return options
+
+
+def whole(name: str, value: Any, remedy: str) -> int:
+    """Return a number of samples or examples; `ConfigError` where it is no whole one, or below 1. Local."""
+    with contextlib.suppress(TypeError):
+        if operator.index(value) >= 1:
+            return operator.index(value)
+    raise ConfigError(Fault(name, value, "must be a whole number, 1 or more", remedy))
 
 
 class _Examples(Source):
     """Examples of the user in memory, normalised as those of the training; without y their targets do not exist."""
 
     def __init__(self, experiment: Experiment, x: Arrays | Mapping[str, Arrays], y: Arrays | None = None):
-        self.manifest, self._scaling = experiment.manifest, experiment.manifest
+        self._scaling = experiment.manifest
+        arrays = {name: spec for name, spec in experiment.manifest.arrays.items() if name != "weights"}
+        self.manifest = (
+            replace(experiment.manifest, arrays=arrays) if experiment.manifest.has_weights else self._scaling
+        )
         self.on(experiment.comm.device, experiment.dtype)
         specs, target = self.manifest.inputs, self.manifest.arrays["y"]
         named = dict(x) if isinstance(x, Mapping) else {"x": x}
@@ -262,18 +282,40 @@ class _Examples(Source):
         return y if self.target_scale is None else y * self.target_scale[1] + self.target_scale[0]
 
     @property
+    def input_scale(self) -> tuple[Tensor, Tensor] | None:
+        return self._normalise.scales.get("x")
+
+    @property
     def target_scale(self) -> tuple[Tensor, Tensor] | None:
         return self._normalise.scales.get("y")
 
 
 def _as_stored(name: str, given: Arrays, spec: ArraySpec) -> np.ndarray:
-    """Return an input [N, ...] in the shape and dtype of the shards; `ConfigError` where it is none."""
-    array = given.detach().cpu().numpy() if isinstance(given, Tensor) else np.asarray(given)
+    """Return an array [N, ...] in the shape and dtype of the shards; `ConfigError` where it is none."""
+    if isinstance(given, Tensor):
+        given = given.detach().cpu()
+        given = given.float() if given.dtype == torch.bfloat16 else given  # NumPy has none
+    try:
+        array = np.asarray(given)
+    except ValueError as error:
+        raise ConfigError(Fault(name, "of several lengths", f"it is no array ({error})", "Give arrays")) from error
+    named = [str(column) for column in getattr(given, "columns", ())]
+    if named and array.shape[1:] == tuple(spec.shape) and not all(column.isdecimal() for column in named):  # a table
+        if sorted(named) != sorted(spec.channels or named):
+            rule = f"the network was trained on {', '.join(spec.channels)}"
+            raise ConfigError(Fault(name, ", ".join(named), rule, "Name the columns so, or give an array"))
+        array = array[:, [named.index(channel) for channel in spec.channels or named]]
     if array.shape[1:] != tuple(spec.shape) or array.ndim == 0:
         rule = f"an example of the training is {list(spec.shape)}, so it must be [N, {', '.join(map(str, spec.shape))}]"
         raise ConfigError(Fault(name, f"of shape {list(array.shape)}", rule, "Reshape it; one example is x[None]"))
-    stored = array.astype(spec.dtype)
-    if not np.can_cast(array.dtype, spec.dtype, "same_kind") and not np.array_equal(stored, array):
-        rule = f"the training data are {spec.dtype}, and some of these numbers are not"
+    try:
+        with np.errstate(invalid="ignore", over="ignore"):
+            stored = array.astype(spec.dtype)
+        is_whole = stored.dtype.kind in "iub" or not np.can_cast(array.dtype, spec.dtype, "same_kind")
+        fits = np.array_equal(stored, array) if is_whole else name == "y" or bool(np.isfinite(stored).all())
+    except (TypeError, ValueError):  # words
+        fits = False
+    if not fits:
+        rule = f"the training data are {spec.dtype} without NaN and infinity, and some of these values are not"
         raise ConfigError(Fault(name, f"of dtype {array.dtype}", rule, "Give them in the units and form of the shards"))
     return stored
