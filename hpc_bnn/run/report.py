@@ -160,6 +160,7 @@ def write_report(run_dirs: Sequence[str | Path], output: str | Path | None = Non
             "metrics.jsonl, summary.json, evaluation.json. Put back copies, or move the changed file elsewhere"
         ) from error
     with GridComm(Grid()).agree(f"writing {output}"):  # this rank alone
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(Path(output), page)
     return Path(output)
 
