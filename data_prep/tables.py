@@ -50,7 +50,20 @@ MISSING = {
 }
 """Words that stand for a missing value: "?", "--" (which argparse does not take), and those of pandas."""
 
-NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|[+-]?inf(inity)?", re.IGNORECASE)
+
+def _number_with(decimal: str, thousands: str | None) -> re.Pattern[str]:
+    """Return the pattern of a number in these signs; thousands are groups of three digits, or have no sign."""
+    digits = r"\d+" if thousands is None else rf"(\d{{1,3}}({_sign(thousands)}\d{{3}})+|\d+)"
+    point = re.escape(decimal)
+    return re.compile(rf"[+-]?({digits}({point}\d*)?|{point}\d+)(e[+-]?\d+)?|[+-]?inf(inity)?", re.IGNORECASE)
+
+
+def _sign(thousands: str) -> str:
+    """Return the pattern of a sign between thousands: a blank is any blank, narrow and unbroken ones too."""
+    return r"\s" if thousands.isspace() else re.escape(thousands)
+
+
+NUMBER = _number_with(".", None)
 NUMBER_IN_DISGUISE = re.compile(r"[+-]?[\d.,'\s\u00a0\u202f]*\d[\d.,'\s\u00a0\u202f]*%?")
 GROUPS = re.compile(r"[+-]?[1-9]\d{0,2}([.,])\d{3}")
 """A group of thousands, or a number with three decimals."""
@@ -110,7 +123,7 @@ def read_table(options: argparse.Namespace, form: Format, texts: tuple[str, ...]
             warnings.simplefilter("error", too_long)
             table = pandas.read_csv(
                 path, sep=SEPARATORS[form.separator], encoding=form.encoding, decimal=form.decimal,
-                thousands=form.thousands, skiprows=options.skip_lines, header=0 if form.header else None, names=names,
+                skiprows=options.skip_lines, header=0 if form.header else None, names=names,
                 index_col=False, skipinitialspace=True, na_values=["?", "--", *options.missing_words],
                 dtype=dict.fromkeys(texts, str), low_memory=False, **exact,
             )  # fmt: skip
@@ -123,7 +136,20 @@ def read_table(options: argparse.Namespace, form: Format, texts: tuple[str, ...]
     for name in table.select_dtypes(["object", "string"]):
         has_truths = pandas.api.types.infer_dtype(table[name], skipna=True) == "boolean"  # beside empty fields
         table[name] = table[name].astype(float) if has_truths else table[name].str.strip()
+        if name not in texts and not has_truths:
+            table[name] = _as_numbers(table[name], form)
     return _without_nameless(path, table, form).replace([np.inf, -np.inf], np.nan)
+
+
+def _as_numbers(column, form: Format):
+    """Return a column of texts as numbers where each field is one in the signs of the table, otherwise as it is."""
+    import pandas
+
+    if not all(map(_number_with(form.decimal, form.thousands).fullmatch, column.dropna())):
+        return column
+    sign = _sign(form.thousands or "\0")
+    plain = column.map(lambda field: re.sub(sign, "", field).replace(form.decimal, "."), na_action="ignore")
+    return pandas.to_numeric(plain)
 
 
 def _without_nameless(path: Path, table, form: Format):
@@ -158,7 +184,7 @@ def check_words(column, remedy: str) -> None:
     words = column.dropna()
     is_number = pandas.to_numeric(words, errors="coerce").notna()
     where = f"--source: column '{column.name}' holds"
-    if is_number.any():
+    if is_number.any() and not is_number.all():
         word = words[~is_number]
         raise DataError(
             f"{where} numbers, and '{word.iloc[0]}' in data row {word.index[0] + 1}, which is none ({len(word)} such "
@@ -208,7 +234,7 @@ def find_format(options: argparse.Namespace) -> Format:
         rule = f"its first line, '{lines[0].strip()}', looks like a comment"
         raise _unreadable(path, rule, "Give --skip-lines, the number of such lines, or remove the #")
     decimal, thousands = _guess_signs(options, separator, table)
-    number = _NumberIn(decimal, thousands, {*MISSING, *options.missing_words})
+    number = _NumberIn(_number_with(decimal, thousands), {*MISSING, *options.missing_words})
     header = _guess_header(path, table, number) if options.header is None else options.header
     ends_empty = all(len(row) == width and not row[-1] for row in table)
     names = tuple(_names(path, table[0])) if header else tuple(map(str, range(len(table[0]) - ends_empty)))
@@ -289,7 +315,7 @@ def _guess_separator(path: Path, rows: dict[str, list[list[str]]]) -> str:
         return "semicolon"  # the commas are those of numbers
     if signs:
         word = signs[0]
-        several = re.compile(rf"({NUMBER.pattern})(\s+({NUMBER.pattern}))+")
+        several = re.compile(rf"({NUMBER.pattern})(\s+({NUMBER.pattern}))+", re.IGNORECASE)
         if "whitespace" in even and any(several.fullmatch(field) for row in rows[word] for field in row):
             return "whitespace"  # such as a tab before the last field, and blanks elsewhere
         return word
@@ -356,13 +382,11 @@ def _guess_signs(options: argparse.Namespace, separator: str, table: list[list[s
 class _NumberIn:
     """Tells numbers from words, as they are written in a table."""
 
-    decimal: str
-    thousands: str | None
+    pattern: re.Pattern[str]
     missing: set[str]
 
     def __call__(self, field: str) -> bool:
-        plain = field.replace(self.thousands or "\0", "").replace(self.decimal, ".")
-        return NUMBER.fullmatch(plain) is not None
+        return self.pattern.fullmatch(field) is not None
 
 
 def _guess_header(path: Path, table: list[list[str]], number: _NumberIn) -> bool:

@@ -215,6 +215,38 @@ def test_numbers_that_are_read_as_words_are_no_categories(form):
     tables.check_words(pandas.Series(["A1", "B2", "12a", "x-1"] * 5, name="a"), "")
 
 
+IN_GROUPS = ["{:,.2f}", "{:,.1f}", "{:,.0f}", "{:+,.2f}"]
+
+
+@pytest.mark.parametrize("form", IN_GROUPS)
+@pytest.mark.parametrize(
+    "decimal, thousands", [(".", ","), (",", "."), (".", "'"), (",", " "), (",", "\xa0"), (",", "\u202f")]
+)
+def test_a_sign_of_thousands_stands_between_groups_of_three_digits_alone(tmp_path, decimal, thousands, form):
+    numbers = np.round(np.random.default_rng(0).normal(size=40) * 1e5, 2)
+    signs = str.maketrans(".,", decimal + thousands)
+    rows = [form.format(v).translate(signs) for v in numbers]
+    others = {  # what is no number in these signs
+        "date": [f"0{row % 9 + 1}{thousands}02{thousands}2024" for row in range(40)],
+        "code": [f"{row}{thousands}1" for row in range(40)],
+        "address": [thousands.join(["192", "168", "1", str(row)]) for row in range(40)],
+        "name": [f"a{thousands}123" for row in range(40)],
+    }
+    path = tmp_path / "t.csv"
+    path.write_text(
+        "\n".join([";".join(["a", *others, "b"]), *map(";".join, zip(rows, *others.values(), map(str, range(40))))])
+    )
+    given = " " if thousands.isspace() else thousands
+    table = read(path, "--thousands", given, "--decimal", decimal, "--header")
+    expected = [float(form.format(v).replace(",", "")) for v in numbers]
+    assert table["a"].tolist() == expected and table["b"].tolist() == list(range(40))
+    for name, texts in others.items():
+        assert table[name].tolist() == texts
+        if name != "name":
+            with pytest.raises(DataError, match=f"'{name}' holds .* looks like a number"):
+                tables.check_words(table[name], "")
+
+
 # --- times ---------------------------------------------------------------------------------------------
 
 START = {
