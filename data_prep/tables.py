@@ -11,6 +11,7 @@ import logging
 import re
 import warnings
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,6 +83,8 @@ class Format:
     """Whether the first row holds the names of the columns."""
     width: int
     """Fields in a row."""
+    num_seen: int
+    """Rows that this was found from."""
     names: tuple[str, ...]
     """Of the columns; fewer than the fields where each row ends with a separator."""
 
@@ -115,22 +118,7 @@ def read_table(options: argparse.Namespace, form: Format, texts: tuple[str, ...]
     except ImportError as error:
         raise DataError("tables are read by pandas: pip install 'hpc_bnn[data]'") from error
     path = options.source
-    names = [*form.names, *(f"\0{number}" for number in range(len(form.names), form.width))]
-    too_long = pandas.errors.ParserWarning  # rows of more fields than the first
-    exact = {} if int(pandas.__version__.partition(".")[0]) >= 3 else {"float_precision": "round_trip"}
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", too_long)
-            table = pandas.read_csv(
-                path, sep=SEPARATORS[form.separator], encoding=form.encoding, decimal=form.decimal,
-                skiprows=options.skip_lines, header=0 if form.header else None, names=names,
-                index_col=False, skipinitialspace=True, na_values=["?", "--", *options.missing_words],
-                dtype=dict.fromkeys(texts, str), low_memory=False, **exact,
-            )  # fmt: skip
-    except (OSError, ValueError, LookupError, too_long) as error:
-        raise _unreadable(
-            path, str(error), "Say how it is written by --separator, --encoding or --skip-lines"
-        ) from error
+    table = _read_csv(options, form, dtype=dict.fromkeys(texts, str))
     if len(table) == 0:
         raise DataError(f"--source {path}: it has no rows below the header. Give --no-header if it has none")
     for name in table.select_dtypes(["object", "string"]):
@@ -138,7 +126,35 @@ def read_table(options: argparse.Namespace, form: Format, texts: tuple[str, ...]
         table[name] = table[name].astype(float) if has_truths else table[name].str.strip()
         if name not in texts and not has_truths:
             table[name] = _as_numbers(table[name], form)
+    if options.thousands is None and len(table) >= form.num_seen:
+        # the rows that were seen told nothing of the sign
+        whole = [n for n in table.select_dtypes("float") if (table[n].iloc[: form.num_seen].dropna() % 1 == 0).all()]
+        for _, column in _read_csv(options, form, usecols=whole, dtype=str).items() if whole else ():
+            _check_groups(path, column.dropna().str.strip(), form.decimal, form.separator)
     return _without_nameless(path, table, form).replace([np.inf, -np.inf], np.nan)
+
+
+def _read_csv(options: argparse.Namespace, form: Format, **how):
+    """Return what pandas reads; ``how`` goes to it."""
+    import pandas
+
+    path = options.source
+    names = [*form.names, *(f"\0{number}" for number in range(len(form.names), form.width))]
+    too_long = pandas.errors.ParserWarning  # rows of more fields than the first
+    exact = {} if int(pandas.__version__.partition(".")[0]) >= 3 else {"float_precision": "round_trip"}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", too_long)
+            return pandas.read_csv(
+                path, sep=SEPARATORS[form.separator], encoding=form.encoding, decimal=form.decimal,
+                skiprows=options.skip_lines, header=0 if form.header else None, names=names,
+                index_col=False, skipinitialspace=True, na_values=["?", "--", *options.missing_words],
+                low_memory=False, **exact, **how,
+            )  # fmt: skip
+    except (OSError, ValueError, LookupError, too_long) as error:
+        raise _unreadable(
+            path, str(error), "Say how it is written by --separator, --encoding or --skip-lines"
+        ) from error
 
 
 def _as_numbers(column, form: Format):
@@ -238,7 +254,7 @@ def find_format(options: argparse.Namespace) -> Format:
     header = _guess_header(path, table, number) if options.header is None else options.header
     ends_empty = all(len(row) == width and not row[-1] for row in table)
     names = tuple(_names(path, table[0])) if header else tuple(map(str, range(len(table[0]) - ends_empty)))
-    found = Format(encoding, separator, decimal, thousands, header, width, names)
+    found = Format(encoding, separator, decimal, thousands, header, width, len(table), names)
     guesses = {
         "separator": f"the separator {separator}",
         "decimal": f"numbers with '{decimal}'" + (f" and '{thousands}' between thousands" if thousands else ""),
@@ -366,16 +382,21 @@ def _guess_signs(options: argparse.Namespace, separator: str, table: list[list[s
         rule = f"it holds '{with_comma}' and '{with_point}'"
         raise _unreadable(options.source, rule, "Give the sign of --decimal, and that between --thousands or none")
     if decimal is None:
-        decimal = "," if with_comma and given != "," else "."
+        decimal = "," if given == "." or (with_comma and given != ",") else "."
     for column in columns if thousands is None else ():
-        # 950, 1.234: thousands. Decimals would be 950.000, or not always three
-        marked = {field for field in column if decimal in field}
-        whole = [field for field in column if re.fullmatch(r"[+-]?\d{1,3}", field)]
-        is_grouped = all((match := GROUPS.fullmatch(field)) and match[1] == decimal for field in marked)
-        if is_grouped and len(marked) > 1 and (whole or decimal == "," or separator == "semicolon"):
-            rule = f"'{min(marked)}' may be a number with decimals, or of thousands"
-            raise _unreadable(options.source, rule, f"Give --thousands '{decimal}', or --thousands none")
+        _check_groups(options.source, column, decimal, separator)
     return decimal, given
+
+
+def _check_groups(path: Path, column: Iterable[str], decimal: str, separator: str) -> None:
+    """Raise `DataError` where the sign of decimals in a column may be that of thousands."""
+    # 950, 1.234: thousands. Decimals would be 950.000, or not always three
+    marked = {field for field in column if decimal in field}
+    whole = any(re.fullmatch(r"[+-]?\d{1,3}", field) for field in column)
+    is_grouped = len(marked) > 0 and all(map(GROUPS.fullmatch, marked))
+    if is_grouped and (decimal == "," or separator == "semicolon" or (whole and len(marked) > 1)):
+        rule = f"'{min(marked)}' may be a number with decimals, or of thousands"
+        raise _unreadable(path, rule, f"Give --thousands '{decimal}', or --thousands none")
 
 
 @dataclass(frozen=True)

@@ -215,6 +215,20 @@ def test_numbers_that_are_read_as_words_are_no_categories(form):
     tables.check_words(pandas.Series(["A1", "B2", "12a", "x-1"] * 5, name="a"), "")
 
 
+@pytest.mark.parametrize("mark", ["1{}234", "-1{}000", "900{}125"])
+@pytest.mark.parametrize("separator, decimal, row", [("\t", ",", 3), (";", ",", 3), (";", ".", 3), (";", ".", 1500)])
+def test_one_field_that_may_be_of_thousands_is_asked_for_wherever_it_stands(tmp_path, separator, decimal, row, mark):
+    field, path = mark.format(decimal), tmp_path / "t.txt"
+    rows = [f"{field if number == row else 100 + number % 800}{separator}{number % 7}" for number in range(1600)]
+    path.write_text("\n".join([f"a{separator}b", *rows]))
+    with pytest.raises(DataError, match=f"'{field}' may be a number with decimals, or of thousands.*--thousands none"):
+        read(path)
+    values = [read(path, "--thousands", sign)["a"][row] for sign in (decimal, "none")]
+    assert values == [float(field.replace(decimal, sign)) for sign in ("", ".")]
+    path.write_text("\n".join([f"a{separator}b", *rows, f"0{decimal}5{separator}1"]))  # all are decimals
+    assert row == 3 or read(path)["a"][row] == values[1]
+
+
 IN_GROUPS = ["{:,.2f}", "{:,.1f}", "{:,.0f}", "{:+,.2f}"]
 
 
