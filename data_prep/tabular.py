@@ -40,11 +40,12 @@ SPLITS = ("train", "validation", "test")
 # --- the table -----------------------------------------------------------------------------------------
 
 
-def choose_columns(options: argparse.Namespace, columns: list[str]) -> tuple[list[str], list[str]]:
-    """Return the names of the targets and of the features."""
+def choose_columns(options: argparse.Namespace, columns: list[str]) -> tuple[list[str], list[str], list[str]]:
+    """Return the names of the targets, of the features and of the coordinates."""
+    beside = list(dict.fromkeys(tables.find_column("--coordinates", name, columns) for name in options.coordinates))
     targets = list(dict.fromkeys(tables.find_column("--target", name, columns) for name in options.target))
     if options.features is None:
-        features = [name for name in columns if name not in targets and name not in options.coordinates]
+        features = [name for name in columns if name not in targets and name not in beside]
     else:
         features = list(dict.fromkeys(tables.find_column("--features", name, columns) for name in options.features))
     for name in targets:
@@ -53,7 +54,7 @@ def choose_columns(options: argparse.Namespace, columns: list[str]) -> tuple[lis
     common.check("--target", " ".join(options.target), len(features) > 0, rule, "Look at --separator")
     rule = "a class is one column"
     common.check("--target", " ".join(targets), len(targets) == 1 or not options.classes, rule, "Choose one")
-    return targets, features
+    return targets, features, beside
 
 
 def complete_rows(table, missing: str) -> np.ndarray:
@@ -185,8 +186,7 @@ def prepare(options: argparse.Namespace, comm: GridComm) -> None:
     with comm.agree(f"reading {options.source}"):
         sums = common.checksums(*(path for path in (options.source, options.split_file) if path is not None))
         table = tables.read_table(options, tables.find_format(options))
-        targets, features = choose_columns(options, list(table.columns))
-        beside = [tables.find_column("--coordinates", name, list(table.columns)) for name in options.coordinates]
+        targets, features, beside = choose_columns(options, list(table.columns))
         named = {re.sub(r"\W", "_", name): table[name].to_numpy() for name in beside} | {
             "row": np.arange(1, len(table) + 1)
         }

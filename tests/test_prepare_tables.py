@@ -16,7 +16,7 @@ import timeseries
 from preparation import check_statistics, shared, start, stored
 from sklearn.datasets import load_diabetes, load_iris, load_wine
 
-from hpc_bnn.data import Manifest, verify_shards
+from hpc_bnn.data import Manifest, ShardDataset, verify_shards
 from hpc_bnn.errors import ConfigError, DataError
 
 
@@ -548,3 +548,24 @@ def test_decimal_commas_and_other_encodings(tmp_path):
     assert splits["train"][0].tolist() == [[0.5], [2.5], [1.0], [4.0]]
     assert splits["train"][1].tolist() == [[1.5], [-0.25], [2.0], [3.0]]
     assert manifest.arrays["x"].channels == ("größe",)
+
+
+# --- coordinates of a table ----------------------------------------------------------------------------
+
+
+def coordinates_of(tmp_path, header, rows, *flags):
+    """Write a table and prepare it; return the names of the channels and the coordinates of the rows, in their order."""
+    source = write_rows(tmp_path / "c.csv", header, rows)
+    manifest, _ = prepare(tabular, source, tmp_path / "out", "--target", header[-1], *flags)
+    parts = [ShardDataset(tmp_path / "out", split) for split in manifest.splits]
+    found = [part.coordinates(range(len(part))) for part in parts]
+    joined = {name: np.concatenate([one[name] for one in found]) for name in found[0]}
+    order = np.argsort(joined["row"])
+    return manifest.arrays["x"].channels, {name: values[order] for name, values in joined.items()}
+
+
+@pytest.mark.parametrize("given", ["place", "0", "-3"])
+def test_a_coordinate_is_no_feature_however_it_is_given(tmp_path, given):
+    rows = [(row + 100, row % 7, row / 2) for row in range(40)]
+    channels, found = coordinates_of(tmp_path, ["place", "a", "b"], rows, "--coordinates", given)
+    assert channels == ("a",) and found["place"].tolist() == [row[0] for row in rows]
