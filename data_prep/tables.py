@@ -11,7 +11,7 @@ import logging
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,14 +111,16 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def read_table(options: argparse.Namespace, form: Format, texts: tuple[str, ...] = ()):
-    """Return the source as a table of pandas, with texts as names of the columns; those in ``texts`` hold texts."""
+def read_table(
+    options: argparse.Namespace, form: Format, texts: Collection[str] = (), only: Collection[str] | None = None
+):
+    """Return the source, or ``only`` some columns, as a table of pandas; columns in ``texts`` hold texts as they stand."""
     try:
         import pandas
     except ImportError as error:
         raise DataError("tables are read by pandas: pip install 'hpc_bnn[data]'") from error
     path = options.source
-    table = _read_csv(options, form, dtype=dict.fromkeys(texts, str))
+    table = _read_csv(options, form, usecols=only, dtype=dict.fromkeys(texts, str))
     if len(table) == 0:
         raise DataError(f"--source {path}: it has no rows below the header. Give --no-header if it has none")
     for name in table.select_dtypes(["object", "string"]):

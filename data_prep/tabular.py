@@ -57,8 +57,33 @@ def choose_columns(options: argparse.Namespace, columns: list[str]) -> tuple[lis
     return targets, features, beside
 
 
-def complete_rows(table, missing: str) -> np.ndarray:
+def name_coordinates(columns: list[str]) -> list[str]:
+    """Return the names under which coordinates are written; `ConfigError` where two are the same."""
+    names = [re.sub(r"\W", "_", column) for column in columns]
+    for number, (name, column) in enumerate(zip(names, columns)):
+        rule = f"it is written as '{name}', which is the name of another coordinate or of the number of the row"
+        is_new = name not in ["row", *names[:number]]
+        common.check("--coordinates", column, is_new, rule, "Rename the column in the file, or leave it out")
+    return names
+
+
+def encode_coordinate(texts) -> np.ndarray:
+    """Return texts [rows] as they stand, or as numbers where nothing of any text is lost by it."""
+    for kind in (np.int64, np.float64):
+        try:
+            numbers = texts.to_numpy(object).astype(kind)
+        except (ValueError, OverflowError):  # words, and whole numbers above 2**63
+            continue
+        if all(map(str.__eq__, map(str, numbers.tolist()), texts)):
+            return numbers
+    return texts.to_numpy(object)
+
+
+def complete_rows(parts: list, missing: str) -> np.ndarray:
     """Return whether a row [rows] has all its values; `DataError` where one has not and ``missing`` is "error"."""
+    import pandas
+
+    table = pandas.concat(parts, axis=1)
     is_missing = table.isna().to_numpy()
     if missing == "error" and is_missing.any():
         row, column = np.argwhere(is_missing)[0]
@@ -185,15 +210,17 @@ def encode_numbers(table) -> np.ndarray:
 def prepare(options: argparse.Namespace, comm: GridComm) -> None:
     with comm.agree(f"reading {options.source}"):
         sums = common.checksums(*(path for path in (options.source, options.split_file) if path is not None))
-        table = tables.read_table(options, tables.find_format(options))
+        form = tables.find_format(options)
+        table = tables.read_table(options, form)
         targets, features, beside = choose_columns(options, list(table.columns))
-        named = {re.sub(r"\W", "_", name): table[name].to_numpy() for name in beside} | {
-            "row": np.arange(1, len(table) + 1)
-        }
+        names = name_coordinates(beside)
+        texts = tables.read_table(options, form, beside, beside)[beside] if beside else table[[]]
         table = table[targets + features]
-        kept = complete_rows(table, options.missing)
+        kept = complete_rows([table, texts], options.missing)
+        named = {name: encode_coordinate(texts[column][kept]) for name, column in zip(names, beside)}
+        named["row"] = np.flatnonzero(kept) + 1
         parts, table = choose_rows(options, kept), table[kept]
-        coordinates = {name: {n: column[kept][part] for n, column in named.items()} for name, part in parts.items()}
+        coordinates = {name: {n: values[part] for n, values in named.items()} for name, part in parts.items()}
         if options.classes:
             y, classes = encode_classes(table[targets[0]])
             check_classes(targets[0], y, classes, parts)

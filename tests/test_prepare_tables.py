@@ -569,3 +569,33 @@ def test_a_coordinate_is_no_feature_however_it_is_given(tmp_path, given):
     rows = [(row + 100, row % 7, row / 2) for row in range(40)]
     channels, found = coordinates_of(tmp_path, ["place", "a", "b"], rows, "--coordinates", given)
     assert channels == ("a",) and found["place"].tolist() == [row[0] for row in rows]
+
+
+@pytest.mark.parametrize(
+    "form", ["{}", "{:05d}", "A {}", "12345678901234560{:02d}", "{}.5", "{}.50", "+{}", "-0", "1e{}"]
+)
+@pytest.mark.parametrize("is_feature", [False, True])
+def test_coordinates_stand_as_in_the_file(tmp_path, form, is_feature):
+    texts = [form.format(row % 29 + 1) for row in range(60)]
+    rows = [(text, "" if row == 30 else row / 4, row % 5, row) for row, text in enumerate(texts)]
+    features = ["a", "place"] if is_feature and len(form) < 7 and form != "A {}" else ["a"]
+    flags = ("--coordinates", "place", "--missing", "drop", "--features", *features)
+    _, found = coordinates_of(tmp_path, ["place", "a", "c", "b"], rows, *flags)
+    assert found["place"].astype(str).tolist() == texts[:30] + texts[31:]
+    assert found["row"].tolist() == [*range(1, 31), *range(32, 61)]
+    assert found["place"].dtype.kind == {"{}": "i", "12345678901234560{:02d}": "i", "{}.5": "f"}.get(form, "U")
+
+
+@pytest.mark.parametrize("missing", ["", "NA", "?"])
+def test_a_missing_coordinate_is_no_place_of_its_own(tmp_path, missing):
+    rows = [(missing if row == 3 else f"A{row}", row % 7, row) for row in range(40)]
+    with pytest.raises(DataError, match=r"'place' has no value in data row 4 .* --missing drop"):
+        coordinates_of(tmp_path, ["place", "a", "b"], rows, "--coordinates", "place")
+    _, found = coordinates_of(tmp_path, ["place", "a", "b"], rows, "--coordinates", "place", "--missing", "drop")
+    assert found["place"].tolist() == [f"A{row}" for row in range(40) if row != 3]
+
+
+@pytest.mark.parametrize("names", [["row", "c"], ["a b", "a_b"], ["a-b", "a.b"], ["c", "row"]])
+def test_coordinates_of_one_name_are_refused(tmp_path, names):
+    with pytest.raises(ConfigError, match=r"--coordinates .*Rename the column"):
+        coordinates_of(tmp_path, [*names, "x", "y"], [range(4)] * 40, "--coordinates", *names)
