@@ -124,10 +124,15 @@ def read_table(
     if len(table) == 0:
         raise DataError(f"--source {path}: it has no rows below the header. Give --no-header if it has none")
     for name in table.select_dtypes(["object", "string"]):
-        has_truths = pandas.api.types.infer_dtype(table[name], skipna=True) == "boolean"  # beside empty fields
-        table[name] = table[name].astype(float) if has_truths else table[name].str.strip()
-        if name not in texts and not has_truths:
-            table[name] = _as_numbers(table[name], form)
+        if pandas.api.types.infer_dtype(table[name], skipna=True) == "boolean":  # beside empty fields
+            table[name] = table[name].astype(float)
+            continue
+        column = table[name].str.strip()
+        column = column.mask(column.isin(MISSING.union(options.missing_words)))
+        table[name] = column if name in texts else _as_numbers(column, form)
+    marks = pandas.to_numeric(pandas.Series(options.missing_words, dtype=object), errors="coerce").dropna()
+    for name in table.select_dtypes("number") if len(marks) else ():
+        table[name] = table[name].mask(table[name].isin(marks))  # pandas overlooks those before a blank
     if options.thousands is None and len(table) >= form.num_seen:
         # the rows that were seen told nothing of the sign
         whole = [n for n in table.select_dtypes("float") if (table[n].iloc[: form.num_seen].dropna() % 1 == 0).all()]

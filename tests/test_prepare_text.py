@@ -207,6 +207,27 @@ def test_marks_of_missing_values_are_asked_for_or_said(tmp_path, mark, caplog):
                 tables.check_words(column, "")
 
 
+@pytest.mark.parametrize("blank", [" ", "  ", "\t", "\xa0"])
+@pytest.mark.parametrize(
+    "kind, mark", [(kind, m) for kind in ("numbers", "words") for m in ("NA", "?", "null", "n/e", "-9999")]
+)
+def test_a_blank_after_a_field_hides_no_missing_value(tmp_path, kind, mark, blank):
+    fields = [str(row / 4) if kind == "numbers" else "uvw"[row % 3] for row in range(40)]
+    fields[3] = fields[17] = mark
+    path = tmp_path / "t.csv"
+    path.write_text(
+        "\n".join(
+            ["a,c,b", *(f"{field}{blank},{mark if row == 5 else row}{blank},{row}" for row, field in enumerate(fields))]
+        )
+    )
+    table = read(path, "--header", "--separator", "comma", f"--missing-words={mark}")
+    for name, missing in {"a": [3, 17], "c": [5]}.items():
+        assert np.flatnonzero(table[name].isna()).tolist() == missing
+    whole = table["a"].dropna().tolist()
+    assert whole == [type(whole[0])(field) for field in fields if field != mark]
+    assert table["c"].dropna().tolist() == [row for row in range(40) if row != 5]
+
+
 @pytest.mark.parametrize("form", ["{}%", "{},5", "1'{:03d}", "{} {}", "1\u202f{:03d}"])
 def test_numbers_that_are_read_as_words_are_no_categories(form):
     column = pandas.Series([form.format(10 + row % 3, row) for row in range(20)], name="a")
