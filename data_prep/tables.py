@@ -123,6 +123,9 @@ def read_table(
     table = _read_csv(options, form, usecols=only, dtype=dict.fromkeys(texts, str))
     if len(table) == 0:
         raise DataError(f"--source {path}: it has no rows below the header. Give --no-header if it has none")
+    large = [name for name in table if _is_large(table[name])]
+    for name, column in _read_csv(options, form, usecols=large, dtype=str).items() if large else ():
+        table[name] = column
     for name in table.select_dtypes(["object", "string"]):
         if pandas.api.types.infer_dtype(table[name], skipna=True) == "boolean":  # beside empty fields
             table[name] = table[name].astype(float)
@@ -172,7 +175,20 @@ def _as_numbers(column, form: Format):
         return column
     sign = _sign(form.thousands or "\0")
     plain = column.map(lambda field: re.sub(sign, "", field).replace(form.decimal, "."), na_action="ignore")
-    return pandas.to_numeric(plain)
+    return column if any(map(_is_rounded, plain.dropna())) else pandas.to_numeric(plain)
+
+
+def _is_large(column) -> bool:
+    """Whether a column holds numbers that float64 may round."""
+    import pandas
+
+    is_object = column.dtype == object and pandas.api.types.infer_dtype(column, skipna=True) == "integer"
+    return is_object or bool(column.dtype.kind in "iuf" and not column.dropna().between(-(2**53), 2**53).all())
+
+
+def _is_rounded(text: str) -> bool:
+    """Whether a text is a whole number that float64 would round."""
+    return len(text) > 15 and re.fullmatch(r"[+-]?\d+", text) is not None and int(text) != float(text)
 
 
 def _without_nameless(path: Path, table, form: Format):
@@ -207,6 +223,12 @@ def check_words(column, remedy: str) -> None:
     words = column.dropna()
     is_number = pandas.to_numeric(words, errors="coerce").notna()
     where = f"--source: column '{column.name}' holds"
+    rounded = words[words.astype(str).map(_is_rounded)]
+    if is_number.all() and len(rounded):
+        raise DataError(
+            f"{where} '{rounded.iloc[0]}' in data row {rounded.index[0] + 1}, a whole number above 2**53, which float64 would "
+            f"round. Leave out the column; tabular.py keeps it by --coordinates '{column.name}'{remedy}"
+        )
     if is_number.any() and not is_number.all():
         word = words[~is_number]
         raise DataError(

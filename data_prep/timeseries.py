@@ -213,17 +213,15 @@ def parse_numbers(column, times: np.ndarray) -> np.ndarray:
     """Return a column as numbers [rows], nan where it is empty."""
     import pandas
 
-    numbers = pandas.to_numeric(column, errors="coerce")
-    words = numbers.isna() & column.notna()
-    if words.any():
+    if not pandas.api.types.is_numeric_dtype(column):
         tables.check_words(column, "")
-        row = int(words.argmax())
+        row = int(column.notna().argmax())
         raise DataError(
             f"--source: column '{column.name}' holds '{column[row]}' at {iso(times[row])}, which is no number. "
             "Choose columns of numbers"
         )
-    tables.say_outliers(numbers)
-    return numbers.to_numpy(np.float64)
+    tables.say_outliers(column)
+    return column.to_numpy(np.float64)
 
 
 def calendar(times: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray]:

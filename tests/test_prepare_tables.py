@@ -572,7 +572,8 @@ def test_a_coordinate_is_no_feature_however_it_is_given(tmp_path, given):
 
 
 @pytest.mark.parametrize(
-    "form", ["{}", "{:05d}", "A {}", "12345678901234560{:02d}", "{}.5", "{}.50", "+{}", "-0", "1e{}"]
+    "form",
+    ["{}", "{:05d}", "A {}", "12345678901234560{:02d}", "99999999999999999999{}", "{}.5", "{}.50", "+{}", "-0", "1e{}"],
 )
 @pytest.mark.parametrize("is_feature", [False, True])
 def test_coordinates_stand_as_in_the_file(tmp_path, form, is_feature):
@@ -599,3 +600,35 @@ def test_a_missing_coordinate_is_no_place_of_its_own(tmp_path, missing):
 def test_coordinates_of_one_name_are_refused(tmp_path, names):
     with pytest.raises(ConfigError, match=r"--coordinates .*Rename the column"):
         coordinates_of(tmp_path, [*names, "x", "y"], [range(4)] * 40, "--coordinates", *names)
+
+
+# --- large whole numbers -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first", [2**53, 2**62, 2**63, 2**64, 10**25, -(2**62)])
+@pytest.mark.parametrize("has_gap", [False, True])
+def test_whole_numbers_that_float64_would_round_are_refused_or_kept(tmp_path, first, has_gap):
+    names = [str(first + 1 + 2 * (row % 3)) for row in range(60)]
+    ids = ["" if has_gap and row == 7 else name for row, name in enumerate(names)]
+    source = write_rows(tmp_path / "t.csv", ["id", "a", "b"], [(name, row % 7, row) for row, name in enumerate(ids)])
+    flags = ("--missing", "drop", "--force")
+    for target, features in (("b", ("id", "a")), ("id", ("a", "b"))):
+        with pytest.raises(DataError, match=r"'id' holds '-?\d+' in data row 1, .* above 2\*\*53.*--coordinates 'id'"):
+            prepare(tabular, source, tmp_path / "out", "--target", target, "--features", *features, *flags)
+    manifest, _ = prepare(tabular, source, tmp_path / "out", "--target", "b", "--categories", "id", *flags)
+    assert manifest.arrays["x"].channels == (*(f"id={name}" for name in sorted(set(names))), "a")
+    manifest, _ = prepare(tabular, source, tmp_path / "out", "--target", "id", "--classes", *flags)
+    assert set(manifest.details["classes"]) == set(names)
+    times = [(f"{time:%Y-%m-%d %H:%M}", name) for time, name in zip(HOURS, names)]
+    source = write_rows(tmp_path / "s.csv", ["time", "id"], times)
+    with pytest.raises(DataError, match=r"above 2\*\*53"):
+        prepare(timeseries, source, tmp_path / "out", "--targets", "id", "--window", 2, "--horizon", 1)
+
+
+@pytest.mark.parametrize("form", ["{}", "{}e20", "{}.5", "{}00000000000000000", "-{}e300"])
+def test_other_large_numbers_are_numbers(tmp_path, form):
+    texts = [form.format(row + 1) for row in range(30)]
+    source = write_rows(tmp_path / "t.csv", ["a", "b"], [(text, row) for row, text in enumerate(texts)])
+    options = tabular.make_parser().parse_args(["--source", str(source), "--output", "o", "--target", "b"])
+    table = tabular.tables.read_table(options, tabular.tables.find_format(options))
+    assert table["a"].tolist() == [float(text) for text in texts]
