@@ -51,12 +51,16 @@ MISSING = {
 }
 """Words that stand for a missing value: "?", "--" (which argparse does not take), and those of pandas."""
 
+MINUS = "\u2212"
+"""The minus of typesetters."""
+
 
 def _number_with(decimal: str, thousands: str | None) -> re.Pattern[str]:
     """Return the pattern of a number in these signs; thousands are groups of three digits, or have no sign."""
     digits = r"\d+" if thousands is None else rf"(\d{{1,3}}({_sign(thousands)}\d{{3}})+|\d+)"
     point = re.escape(decimal)
-    return re.compile(rf"[+-]?({digits}({point}\d*)?|{point}\d+)(e[+-]?\d+)?|[+-]?inf(inity)?", re.IGNORECASE)
+    number = rf"({digits}({point}\d*)?|{point}\d+)(e[+\-{MINUS}]?\d+)?|inf(inity)?"
+    return re.compile(rf"[+\-{MINUS}]?({number})", re.IGNORECASE)
 
 
 def _sign(thousands: str) -> str:
@@ -65,8 +69,10 @@ def _sign(thousands: str) -> str:
 
 
 NUMBER = _number_with(".", None)
-NUMBER_IN_DISGUISE = re.compile(r"[+-]?[\d.,'\s\u00a0\u202f]*\d[\d.,'\s\u00a0\u202f]*%?")
-GROUPS = re.compile(r"[+-]?[1-9]\d{0,2}([.,])\d{3}")
+DIGITS = re.compile(rf"[+\-{MINUS}]?[\d.,'\s]*\d[\d.,'\s]*([eEdD][+\-{MINUS}]?\d+)?%?")
+NUMBER_IN_DISGUISE = re.compile(rf"\W*{DIGITS.pattern}(\W\D*)?|\W*\d+[.,]\d+\D+")
+"""Such as $1.00, 1.00D+01, 1 000, (1.00), 1.0-, 5 kg and 1.0kg; not A1, 12a or 18-25."""
+GROUPS = re.compile(rf"[+\-{MINUS}]?[1-9]\d{{0,2}}[.,]\d{{3}}")
 """A group of thousands, or a number with three decimals."""
 
 
@@ -174,7 +180,9 @@ def _as_numbers(column, form: Format):
     if not all(map(_number_with(form.decimal, form.thousands).fullmatch, column.dropna())):
         return column
     sign = _sign(form.thousands or "\0")
-    plain = column.map(lambda field: re.sub(sign, "", field).replace(form.decimal, "."), na_action="ignore")
+    plain = column.map(
+        lambda field: re.sub(sign, "", field).replace(form.decimal, ".").replace(MINUS, "-"), na_action="ignore"
+    )
     return column if any(map(_is_rounded, plain.dropna())) else pandas.to_numeric(plain)
 
 
@@ -218,10 +226,8 @@ def find_column(flag: str, given: str, columns: list[str]) -> str:
 
 def check_words(column, remedy: str) -> None:
     """Raise `DataError` where a column of words of pandas holds numbers as well, or numbers that were not read as such."""
-    import pandas
-
     words = column.dropna()
-    is_number = pandas.to_numeric(words, errors="coerce").notna()
+    is_number = words.astype(str).map(lambda word: NUMBER.fullmatch(word) is not None)
     where = f"--source: column '{column.name}' holds"
     rounded = words[words.astype(str).map(_is_rounded)]
     if is_number.all() and len(rounded):
@@ -233,15 +239,18 @@ def check_words(column, remedy: str) -> None:
         word = words[~is_number]
         raise DataError(
             f"{where} numbers, and '{word.iloc[0]}' in data row {word.index[0] + 1}, which is none ({len(word)} such "
-            f"values in all). If it stands for a missing value give --missing-words='{word.iloc[0]}', if it is the name of the "
+            f"values in all). If it is one, say how by --decimal and --thousands, or remove its signs; if it stands for a missing value give --missing-words='{word.iloc[0]}', if it is the name of the "
             f"column --header{remedy}"
         )
-    hidden = words[words.astype(str).map(lambda word: NUMBER_IN_DISGUISE.fullmatch(word) is not None)]
+    looks_so = words.astype(str).map(lambda word: NUMBER_IN_DISGUISE.fullmatch(word) is not None)
+    hidden, others = words[looks_so], words[~looks_so]
     if len(hidden) > len(words) / 2:
+        other = next(iter(others), None)
+        marks = "" if other is None else f"; if '{other}' stands for a missing value give --missing-words='{other}'"
         raise DataError(
             f"{where} '{hidden.iloc[0]}' in data row {hidden.index[0] + 1}, which looks like a number, or several, and was "
             "read as a word. Say how numbers are written by --decimal and --thousands, and what divides the fields by "
-            f"--separator; remove signs such as %{remedy}"
+            f"--separator; remove signs such as % and units from the file, or leave out the column{marks}{remedy}"
         )
 
 
@@ -355,7 +364,7 @@ def _guess_separator(path: Path, rows: dict[str, list[list[str]]]) -> str:
     signs = [word for word in even if word != "whitespace"]
     if len(signs) > 1:
         fields = [field for row in rows["semicolon"] for field in row] if set(signs) == {"semicolon", "comma"} else [""]
-        if not all("," not in field or NUMBER_IN_DISGUISE.fullmatch(field) for field in fields) or fields == [""]:
+        if not all("," not in field or DIGITS.fullmatch(field) for field in fields) or fields == [""]:
             raise _unreadable(path, f"{' and '.join(signs)} divide each line evenly", remedy)
         return "semicolon"  # the commas are those of numbers
     if signs:
@@ -397,16 +406,17 @@ def _guess_signs(options: argparse.Namespace, separator: str, table: list[list[s
     if decimal is not None and thousands is not None:
         return decimal, given
     columns = list(zip(*(row for row in table[1:] if len(row) == len(table[0])))) or [()]
-    fields = [field for column in columns for field in column]
+    fields = [re.sub(rf"e[+\-{MINUS}]?\d+$", "", field, flags=re.I) for column in columns for field in column]
 
     def some(pattern: str) -> str | None:
         return next((field for field in fields if re.fullmatch(pattern, field)), None)
 
-    group = r"[+-]?\d{1,3}"
+    group = rf"[+\-{MINUS}]?\d{{1,3}}"
     for point, comma in ((".", ","), (",", ".")):
         if some(rf"{group}(\{comma}\d{{3}})+\{point}\d+|{group}(\{comma}\d{{3}}){{2,}}") and decimal in (None, point):
             return point, comma if thousands is None else given
-    with_comma, with_point = some(r"[+-]?\d+,\d+"), some(r"[+-]?\d*\.\d+")
+    digits = rf"({group}(['\s]\d{{3}})+|[+\-{MINUS}]?\d*)"
+    with_comma, with_point = some(rf"{digits},\d+"), some(rf"{digits}\.\d+")
     if decimal is None and with_comma and with_point:
         rule = f"it holds '{with_comma}' and '{with_point}'"
         raise _unreadable(options.source, rule, "Give the sign of --decimal, and that between --thousands or none")

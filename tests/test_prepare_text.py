@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import re
 
 import numpy as np
 import pandas
@@ -228,12 +229,62 @@ def test_a_blank_after_a_field_hides_no_missing_value(tmp_path, kind, mark, blan
     assert table["c"].dropna().tolist() == [row for row in range(40) if row != 5]
 
 
-@pytest.mark.parametrize("form", ["{}%", "{},5", "1'{:03d}", "{} {}", "1\u202f{:03d}"])
+DISGUISES = [
+    "{}%",
+    "{},5",
+    "1'{:03d}",
+    "{0} {1}",
+    "1\u202f{:03d}",
+    "${}.00",
+    "{}.0 €",
+    "€ {}",
+    "{}.0 kg",
+    "{}.5kg",
+    "{}.50D+01",
+    "({}.00)",
+    "{}.0-",
+    "<{}.0",
+    ">= {}",
+    "~{}",
+    "{} °C",
+    "{}°",
+    "-{} m/s",
+    "1.{:03d}.000",
+]
+
+
+@pytest.mark.parametrize("form", DISGUISES)
 def test_numbers_that_are_read_as_words_are_no_categories(form):
     column = pandas.Series([form.format(10 + row % 3, row) for row in range(20)], name="a")
-    with pytest.raises(DataError, match="looks like a number, or several"):
-        tables.check_words(column, "")
-    tables.check_words(pandas.Series(["A1", "B2", "12a", "x-1"] * 5, name="a"), "")
+    table, parts = column.to_frame(), {"train": np.arange(20)}
+    with pytest.raises(
+        DataError, match=f"'{re.escape(column[0])}' in .* looks like a number, or several.*--categories 'a'"
+    ):
+        tabular.encode_features(table, parts, lambda name: False)
+    x, names = tabular.encode_features(table, parts, lambda name: True)  # the remedy
+    assert names == [f"a={word}" for word in sorted(set(column))] and x.sum() == 20
+    marked = column.where(np.arange(20) != 4, "n/e")
+    with pytest.raises(DataError, match=r"looks like a number.*--missing-words='n/e'"):
+        tables.check_words(marked, "")
+
+
+@pytest.mark.parametrize(
+    "words", ["A1 B2 12a x-1", "18-25 26-35 36-50", "<=50K >50K", "1st 2nd 3rd", "4x4 2WD", "Room+1 Room+2"]
+)
+def test_words_with_digits_are_words(words):
+    tables.check_words(pandas.Series([word.replace("+", " ") for word in words.split()] * 5, name="a"), "")
+
+
+@pytest.mark.parametrize("form", ["{:.2e}", "{:.2E}", "{:.1f}", "{:.0f}.", "{:+.2e}"])
+@pytest.mark.parametrize("decimal", [".", ","])
+@pytest.mark.parametrize("minus", ["-", "\u2212"])
+def test_exponents_and_the_minus_of_typesetters_are_those_of_numbers(tmp_path, form, decimal, minus):
+    numbers = [form.format(v) for v in np.random.default_rng(0).normal(size=40) * 1e-3 + np.arange(-20, 20)]
+    rows = [f"{text.replace('.', decimal).replace('-', minus)};{row}" for row, text in enumerate(numbers)]
+    path = tmp_path / "t.csv"
+    path.write_text("\n".join(["a;b", *rows]), encoding="utf-8")
+    flags = ("--decimal", decimal) if form == "{:.0f}." else ()  # 5, has no digits behind
+    assert read(path, *flags)["a"].tolist() == list(map(float, numbers))
 
 
 @pytest.mark.parametrize("mark", ["1{}234", "-1{}000", "900{}125"])
