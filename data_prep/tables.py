@@ -27,6 +27,8 @@ BYTE_ORDER_MARKS = {
     codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
 }  # fmt: skip
+SEPARATOR_LINE = re.compile(r'"?sep=(.)"?\s*', re.IGNORECASE)
+"""First line that Excel reads."""
 NO_TEXT = (b"PK", b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"PAR1", b"\xd0\xcf\x11\xe0", b"\x89HDF")
 """How archives, spreadsheets and other binary files begin."""
 NUM_BYTES, NUM_ROWS = 2**20, 1000
@@ -91,6 +93,8 @@ class Format:
     """Fields in a row."""
     num_seen: int
     """Rows that this was found from."""
+    num_skipped: int
+    """Lines above the table."""
     names: tuple[str, ...]
     """Of the columns; fewer than the fields where each row ends with a separator."""
 
@@ -163,7 +167,7 @@ def _read_csv(options: argparse.Namespace, form: Format, **how):
             warnings.simplefilter("error", too_long)
             return pandas.read_csv(
                 path, sep=SEPARATORS[form.separator], encoding=form.encoding, decimal=form.decimal,
-                skiprows=options.skip_lines, header=0 if form.header else None, names=names,
+                skiprows=form.num_skipped, header=0 if form.header else None, names=names,
                 index_col=False, skipinitialspace=True, na_values=["?", "--", *options.missing_words],
                 low_memory=False, **exact, **how,
             )  # fmt: skip
@@ -275,10 +279,16 @@ def find_format(options: argparse.Namespace) -> Format:
     path = options.source
     encoding, text, is_whole = _decode(path, options.encoding)
     lines = list(io.StringIO(text, newline=None))[options.skip_lines :]
+    said = SEPARATOR_LINE.fullmatch(lines[0]) if lines else None
+    stated = said and next((word for word, sign in SEPARATORS.items() if sign == said[1]), None)
+    lines = lines[1:] if stated else lines
+    num_skipped = options.skip_lines + bool(stated)
     if not "".join(lines).strip():
         raise _unreadable(path, "it is empty", "Look at --skip-lines")
-    separator = options.separator or _guess_separator(
-        path, {word: _rows_of(lines, word, is_whole) for word in SEPARATORS}
+    separator = (
+        options.separator
+        or stated
+        or _guess_separator(path, {word: _rows_of(lines, word, is_whole) for word in SEPARATORS})
     )
     table = _rows_of(lines, separator, is_whole, strict=False)
     width = max(map(len, table))
@@ -292,9 +302,10 @@ def find_format(options: argparse.Namespace) -> Format:
     header = _guess_header(path, table, number) if options.header is None else options.header
     ends_empty = all(len(row) == width and not row[-1] for row in table)
     names = tuple(_names(path, table[0])) if header else tuple(map(str, range(len(table[0]) - ends_empty)))
-    found = Format(encoding, separator, decimal, thousands, header, width, len(table), names)
+    found = Format(encoding, separator, decimal, thousands, header, width, len(table), num_skipped, names)
     guesses = {
-        "separator": f"the separator {separator}",
+        "separator": f"the separator {separator}"
+        + (f", as its first line says, '{said[0].strip()}'" if stated else ""),
         "decimal": f"numbers with '{decimal}'" + (f" and '{thousands}' between thousands" if thousands else ""),
         "encoding": encoding.removesuffix("-sig"),
         "header": f"the first line {'has the names of the columns' if header else 'is data'}",

@@ -164,6 +164,17 @@ def test_what_is_guessed_is_said(tmp_path, caplog):
     assert not caplog.text
 
 
+@pytest.mark.parametrize("separator", ["tab", "semicolon", "comma"])
+@pytest.mark.parametrize("line, skipped", [("sep={}", 0), ('"sep={}"', 0), ("SEP={}", 0), ("a note\nsep={}", 1)])
+def test_the_first_line_may_say_the_separator(tmp_path, caplog, separator, line, skipped):
+    sign = SIGNS[separator]
+    path = tmp_path / "t.csv"
+    path.write_text("\n".join([line.format(sign), *(sign.join(row) for row in (["a b", '"c;,d"'], *[["1", "2"]] * 9))]))
+    with caplog.at_level(logging.INFO):
+        table = read(path, "--skip-lines", skipped, "--header")
+    assert table.shape == (9, 2) and f"the separator {separator}, as its first line says" in caplog.text
+
+
 @pytest.mark.parametrize(
     "text, words",
     [
