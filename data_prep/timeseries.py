@@ -136,7 +136,7 @@ def parse_times(texts, options: argparse.Namespace) -> np.ndarray:
     texts, given = texts.astype(str).str.strip(), options.time_format
     flag = f"--time {texts.name}"
     parts = texts.str.split(INTERVAL, expand=True, regex=True)
-    if parts.shape[1] == 2 and parts.notna().all(axis=None):
+    if parts.shape[1] == 2 and parts.notna().all(axis=None) and not fits_some(texts, given):
         logger.info("%s: '%s' and so on are intervals: their beginnings are taken", flag, texts.iloc[0])
         texts = parts[0]
         given = re.split(INTERVAL, given)[0]
@@ -172,6 +172,16 @@ def parse_times(texts, options: argparse.Namespace) -> np.ndarray:
             "it goes back an hour in autumn: give --time-zone, such as Europe/Berlin"
         )
     return times
+
+
+def fits_some(texts, form: str) -> bool:
+    """Whether some whole texts are times of a format."""
+    import pandas
+
+    try:
+        return bool(pandas.to_datetime(texts, errors="coerce", format=form, utc=True).notna().any())
+    except (ValueError, re.error):  # no format, such as one of an interval: it has the hour twice
+        return False
 
 
 def localise(flag: str, times, zone: str):

@@ -431,6 +431,19 @@ def test_of_intervals_the_beginnings_are_taken(tmp_path, form, caplog):
         np.testing.assert_array_equal(found.times, truth.to_numpy().astype(found.times.dtype))
 
 
+@pytest.mark.parametrize("form", ["%d.%m.%Y - %H:%M", "%H:%M  -  %Y-%m-%d", "%Y - %j %H:%M"])
+def test_a_format_that_holds_a_dash_is_no_interval(tmp_path, form, caplog):
+    truth = pandas.date_range("2024-01-01", periods=50, freq="h")
+    texts = list(truth.strftime(form))
+    with caplog.at_level(logging.INFO):
+        found, _ = series(tmp_path / "s.csv", texts, "--time-format", form)
+    assert "intervals" not in caplog.text
+    np.testing.assert_array_equal(found.times, truth.to_numpy().astype(found.times.dtype))
+    texts[20] = texts[20][:-1] + "x"
+    with pytest.raises(DataError, match=r"'.*x' in data row 21 is no time"):
+        series(tmp_path / "s.csv", texts, "--time-format", form)
+
+
 def test_offsets_and_zones_exclude_each_other(tmp_path):
     truth = pandas.date_range("2024-10-26", periods=72, freq="h", tz="Europe/Berlin")
     texts = [time.isoformat() for time in truth]
