@@ -103,8 +103,9 @@ class Series:
 def read_series(options: argparse.Namespace) -> Series:
     """Return the targets, the features and the calendar of the source."""
     form = tables.find_format(options)
-    columns = list(form.names)
-    time = columns[0] if options.time is None else options.time
+    time = form.names[0] if options.time is None else options.time
+    table = tables.read_table(options, form, (time,))
+    columns = list(table)
     asked = {"--time": [time], "--targets": options.targets, "--features": options.features}
     if options.features == ["all"]:
         del asked["--features"]
@@ -113,7 +114,6 @@ def read_series(options: argparse.Namespace) -> Series:
             common.check(flag, name, name in columns, "no such column", f"Choose of {', '.join(columns)}")
             fits = flag == "--time" or name != time
             common.check(flag, name, fits, "it is the time column", "--calendar makes inputs of it")
-    table = tables.read_table(options, form, (time,))
     times = parse_times(table[time], options)
     features, targets = options.features, list(dict.fromkeys(options.targets))
     if features == ["all"]:

@@ -632,3 +632,19 @@ def test_other_large_numbers_are_numbers(tmp_path, form):
     options = tabular.make_parser().parse_args(["--source", str(source), "--output", "o", "--target", "b"])
     table = tabular.tables.read_table(options, tabular.tables.find_format(options))
     assert table["a"].tolist() == [float(text) for text in texts]
+
+
+@pytest.mark.parametrize(
+    "flag, field",
+    [
+        *((flag, field) for flag in ("--targets", "--features") for field in ("", "NA", "row")),
+        ("--time", ""),
+        ("--time", "?"),
+    ],
+)
+def test_a_column_that_is_left_out_is_no_column_to_choose(tmp_path, flag, field):
+    rows = [(f"{time:%Y-%m-%d %H:%M}", row, field.replace("row", str(row))) for row, time in enumerate(HOURS)]
+    source = write_rows(tmp_path / "s.csv", ["time", "load", ""], rows)
+    flags = ("--targets", "load", "--window", 2, "--horizon", 1, flag, "column 2")
+    with pytest.raises(ConfigError, match=r"column 2: no such column. Choose of time, load$"):
+        prepare(timeseries, source, tmp_path / "out", *flags)
