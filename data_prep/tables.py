@@ -22,7 +22,7 @@ from hpc_bnn.errors import DataError
 
 logger = logging.getLogger(__name__)  # on the first rank alone
 
-SEPARATORS = {"tab": "\t", "semicolon": ";", "comma": ",", "whitespace": r"\s+"}
+SEPARATORS = {"tab": "\t", "semicolon": ";", "comma": ",", "pipe": "|", "whitespace": r"\s+"}
 BYTE_ORDER_MARKS = {
     codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
@@ -169,7 +169,7 @@ def _read_csv(options: argparse.Namespace, form: Format, **how):
                 path, sep=SEPARATORS[form.separator], encoding=form.encoding, decimal=form.decimal,
                 skiprows=form.num_skipped, header=0 if form.header else None, names=names,
                 index_col=False, skipinitialspace=True, na_values=["?", "--", *options.missing_words],
-                low_memory=False, **exact, **how,
+                compression=None, low_memory=False, **exact, **how,
             )  # fmt: skip
     except (OSError, ValueError, LookupError, too_long) as error:
         raise _unreadable(
@@ -253,8 +253,8 @@ def check_words(column, remedy: str) -> None:
         marks = "" if other is None else f"; if '{other}' stands for a missing value give --missing-words='{other}'"
         raise DataError(
             f"{where} '{hidden.iloc[0]}' in data row {hidden.index[0] + 1}, which looks like a number, or several, and was "
-            "read as a word. Say how numbers are written by --decimal and --thousands, and what divides the fields by "
-            f"--separator; remove signs such as % and units from the file, or leave out the column{marks}{remedy}"
+            "read as a word. Say how all numbers are written by --decimal and --thousands, and what divides the fields "
+            f"by --separator; remove signs such as % and units from the file, or leave out the column{marks}{remedy}"
         )
 
 
@@ -330,8 +330,9 @@ def _decode(path: Path, given: str | None) -> tuple[str, str, bool]:
             raise _unreadable(path, "it is an archive or a spreadsheet, no text", "Unpack it, or export it as CSV")
         mark = next((name for mark, name in BYTE_ORDER_MARKS.items() if content.startswith(mark)), "utf-8")
         encoding = given or mark
-        if codecs.lookup(encoding).name == "utf-8":
-            encoding = "utf-8-sig" if mark == "utf-8-sig" else encoding
+        "".encode(encoding)  # LookupError where it is no encoding of text, such as hex
+        if mark != "utf-8" and codecs.lookup(encoding).name.startswith(mark.removesuffix("-sig")):
+            encoding = mark  # utf-16-le keeps the mark in the first name
         text = codecs.getincrementaldecoder(encoding)().decode(content, final=is_whole)
     except OSError as error:
         raise _unreadable(path, str(error), "Name a file") from error

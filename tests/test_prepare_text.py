@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hpc_bnn.errors import ConfigError, DataError, HpcBnnError
 
 ROWS = 30
-SIGNS = {"tab": "\t", "semicolon": ";", "comma": ",", "whitespace": "  "}
+SIGNS = {"tab": "\t", "semicolon": ";", "comma": ",", "pipe": "|", "whitespace": "  "}
 
 
 def read(path, *flags, script=tabular, required=("--target", "-1")):
@@ -342,6 +342,30 @@ def test_a_sign_of_thousands_stands_between_groups_of_three_digits_alone(tmp_pat
         if name != "name":
             with pytest.raises(DataError, match=f"'{name}' holds .* looks like a number"):
                 tables.check_words(table[name], "")
+
+
+# --- files ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", ["gz", "bz2", "zip", "xz", "zst", "tar", "tar.gz"])
+def test_text_is_text_whatever_its_file_is_called(tmp_path, suffix):
+    path = tmp_path / f"t.csv.{suffix}"
+    path.write_text("a,b\n1,2\n3,4\n")
+    assert read(path).values.tolist() == [[1, 2], [3, 4]]
+
+
+@pytest.mark.parametrize("encoding", ["hex", "base64", "rot13", "zlib", "bz2", "uu", "quopri", "nothing", "undefined"])
+def test_what_is_no_encoding_of_text_is_said(tmp_path, encoding):
+    (tmp_path / "t.csv").write_text("a,b\n1,2\n3,4\n")
+    with pytest.raises(DataError, match="Give its --encoding, such as cp1252"):
+        read(tmp_path / "t.csv", "--encoding", encoding)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf8", "utf-16-le", "UTF-16LE", "utf-16-be", "utf-32-le", "utf-32-be"])
+def test_a_byte_order_mark_is_no_part_of_the_first_name(tmp_path, encoding):
+    (tmp_path / "t.csv").write_bytes("\ufeffa,b\n1,2\n3,4\n".encode(encoding))
+    assert list(read(tmp_path / "t.csv", "--encoding", encoding)) == ["a", "b"]
+    assert list(read(tmp_path / "t.csv")) == ["a", "b"]
 
 
 # --- times ---------------------------------------------------------------------------------------------
