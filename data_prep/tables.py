@@ -124,7 +124,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def read_table(
     options: argparse.Namespace, form: Format, texts: Collection[str] = (), only: Collection[str] | None = None
 ):
-    """Return the source, or ``only`` some columns, as a table of pandas; columns in ``texts`` hold texts as they stand."""
+    """Return the source, or ``only`` some columns, as a table of pandas; columns in ``texts`` stay as they stand."""
     try:
         import pandas
     except ImportError as error:
@@ -236,15 +236,15 @@ def check_words(column, remedy: str) -> None:
     rounded = words[words.astype(str).map(_is_rounded)]
     if is_number.all() and len(rounded):
         raise DataError(
-            f"{where} '{rounded.iloc[0]}' in data row {rounded.index[0] + 1}, a whole number above 2**53, which float64 would "
-            f"round. Leave out the column; tabular.py keeps it by --coordinates '{column.name}'{remedy}"
+            f"{where} '{rounded.iloc[0]}' in data row {rounded.index[0] + 1}, a whole number above 2**53, which "
+            f"float64 would round. Leave out the column; tabular.py keeps it by --coordinates '{column.name}'{remedy}"
         )
     if is_number.any() and not is_number.all():
         word = words[~is_number]
         raise DataError(
             f"{where} numbers, and '{word.iloc[0]}' in data row {word.index[0] + 1}, which is none ({len(word)} such "
-            f"values in all). If it is one, say how by --decimal and --thousands, or remove its signs; if it stands for a missing value give --missing-words='{word.iloc[0]}', if it is the name of the "
-            f"column --header{remedy}"
+            "values in all). If it is one, say how by --decimal and --thousands, or remove its signs; if it stands for "
+            f"a missing value give --missing-words='{word.iloc[0]}', if it is the name of the column --header{remedy}"
         )
     looks_so = words.astype(str).map(lambda word: NUMBER_IN_DISGUISE.fullmatch(word) is not None)
     hidden, others = words[looks_so], words[~looks_so]
@@ -252,9 +252,10 @@ def check_words(column, remedy: str) -> None:
         other = next(iter(others), None)
         marks = "" if other is None else f"; if '{other}' stands for a missing value give --missing-words='{other}'"
         raise DataError(
-            f"{where} '{hidden.iloc[0]}' in data row {hidden.index[0] + 1}, which looks like a number, or several, and was "
-            "read as a word. Say how all numbers are written by --decimal and --thousands, and what divides the fields "
-            f"by --separator; remove signs such as % and units from the file, or leave out the column{marks}{remedy}"
+            f"{where} '{hidden.iloc[0]}' in data row {hidden.index[0] + 1}, which looks like a number, or several, and "
+            "was read as a word. Say how all numbers are written by --decimal and --thousands, and what divides the "
+            "fields by --separator; remove signs such as % and units from the file, or leave out the column"
+            f"{marks}{remedy}"
         )
 
 

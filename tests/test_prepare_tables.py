@@ -554,7 +554,7 @@ def test_decimal_commas_and_other_encodings(tmp_path):
 
 
 def coordinates_of(tmp_path, header, rows, *flags):
-    """Write a table and prepare it; return the names of the channels and the coordinates of the rows, in their order."""
+    """Write a table and prepare it; return the names of the channels, and the coordinates of the rows in order."""
     source = write_rows(tmp_path / "c.csv", header, rows)
     manifest, _ = prepare(tabular, source, tmp_path / "out", "--target", header[-1], *flags)
     parts = [ShardDataset(tmp_path / "out", split) for split in manifest.splits]
