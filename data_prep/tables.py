@@ -135,7 +135,8 @@ def read_table(
         raise DataError(f"--source {path}: it has no rows below the header. Give --no-header if it has none")
     large = [name for name in table if _is_large(table[name])]
     for name, column in _read_csv(options, form, usecols=large, dtype=str).items() if large else ():
-        table[name] = column
+        if table[name].dtype == object or any(map(_is_rounded, column.dropna())):
+            table[name] = column
     for name in table.select_dtypes(["object", "string"]):
         if pandas.api.types.infer_dtype(table[name], skipna=True) == "boolean":  # beside empty fields
             table[name] = table[name].astype(float)
@@ -200,7 +201,7 @@ def _is_large(column) -> bool:
 
 def _is_rounded(text: str) -> bool:
     """Whether a text is a whole number that float64 would round."""
-    return len(text) > 15 and re.fullmatch(r"[+-]?\d+", text) is not None and int(text) != float(text)
+    return len(text) > 15 and re.fullmatch(r"\s*[+-]?\d+\s*", text) is not None and int(text) != float(text)
 
 
 def _without_nameless(path: Path, table, form: Format):
