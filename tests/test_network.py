@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import hpc_bnn
 from hpc_bnn import Categorical, Grid, GridComm, VariationalStep, posteriors, predict_classes
 from hpc_bnn.errors import ConfigError
+from hpc_bnn.posteriors import batch_norm as batch_norms
 
 COMM, CLASSES = GridComm(Grid()), Categorical(3)
 X = torch.randn(8, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -1169,6 +1170,19 @@ def test_a_network_that_differentiates_in_its_forward_pass():
 
     step = make(seeded(Forces), lr=0.1)
     assert step(X, Y, 8).nelbo != step(X, Y, 8).nelbo and members(step).std(1).max() > 0
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (4, 2, 3)])
+def test_batch_norm_has_a_second_derivative_on_one_rank_and_an_error_on_more(shape):
+    x = torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+    def loss(x, sum_over_data=batch_norms.of_one_rank):
+        return batch_norms._Normalise.apply(x, 1e-5, sum_over_data)[0].sin()
+
+    assert torch.autograd.gradgradcheck(loss, x)
+    torch.autograd.grad(loss(x, lambda tensor: None).sum(), x)
+    with pytest.raises(ConfigError, match="differentiates through it"):
+        torch.autograd.grad(loss(x, lambda tensor: None).sum(), x, create_graph=True)
 
 
 def helper(x, training):

@@ -197,7 +197,7 @@ class BatchNorms:
             raise NotImplementedError("BatchNorm in training mode")
         if self.is_evaluating:
             raise self._fault_of(self.layers[number], "it normalises by the batch in evaluation mode, too")
-        y, mean, variance, count = _Normalise.apply(input, eps, self.sum_over_data)
+        y, mean, variance, count, _ = _Normalise.apply(input, eps, self.sum_over_data)
         # Read only where this rank has at most one value, and not in a look, which sums over no ranks
         if self.reads_counts and self.shapes is None and input.numel() <= input.shape[1] and count <= 1:
             self._put_counters_back()
@@ -332,7 +332,8 @@ class _Normalise(torch.autograd.Function):
     """(x - mean) / std over the global batch, with its exact adjoint.
 
     Ioffe and Szegedy, Batch Normalization, 2015. Both directions sum over the data axis themselves; no
-    library's backward of a collective is involved.
+    library's backward of a collective is involved. The backward pass is made of outputs, so that autograd differentiates
+    it once more on one rank.
     """
 
     @staticmethod
@@ -349,15 +350,24 @@ class _Normalise(torch.autograd.Function):
         ctx.save_for_backward(y, inverse_std, count)
         ctx.sum_over_data = sum_over_data
         ctx.mark_non_differentiable(mean, variance, count)
-        return y, mean, variance, count
+        ctx.set_materialize_grads(False)
+        return y, mean, variance, count, inverse_std
 
     @staticmethod
-    def backward(ctx, grad: Tensor, *_):
+    def backward(ctx, grad: Tensor | None, *others: Tensor | None):
         y, inverse_std, count = ctx.saved_tensors
+        if torch.is_grad_enabled() and ctx.sum_over_data is not of_one_rank:
+            rule = "the network differentiates through it (create_graph=True), and its sums over the data axis have no slope"
+            remedy = "Set <grid.data_size> to 1, or use GroupNorm"
+            raise ConfigError(Fault("model", "BatchNorm", rule, remedy))
+        grad = torch.zeros_like(y) if grad is None else grad
         over = [dim for dim in range(y.ndim) if dim != 1]
         wide = grad.to(inverse_std.dtype)
         sums = torch.stack([wide.sum(over), (wide * y).sum(over)])  # [2, C]
         ctx.sum_over_data(sums)
         form = (1, -1) + (1,) * (y.ndim - 2)
         mean_grad, mean_grad_y = ((s / count).view(form).to(y.dtype) for s in sums)
-        return (grad - mean_grad - y * mean_grad_y) * inverse_std.view(form).to(y.dtype), None, None
+        x_grad = (grad - mean_grad - y * mean_grad_y) * inverse_std.view(form).to(y.dtype)
+        if (std_grad := others[-1]) is not None:  # of a second derivative
+            x_grad = x_grad - y * (std_grad * inverse_std.square() / count).view(form).to(y.dtype)
+        return x_grad, None, None
