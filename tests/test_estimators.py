@@ -8,8 +8,9 @@ import torch
 from stepping import complete
 from torch import nn
 from torch.func import functional_call, grad, vmap
+from torch.nn import functional as F
 
-from hpc_bnn import Grid
+from hpc_bnn import Gaussian, Grid, GridComm, VariationalStep
 from hpc_bnn.errors import ConfigError
 from hpc_bnn.noise import Key, Stream
 from hpc_bnn.posteriors import LowRankGaussian, MeanFieldGaussian, StudentTPrior
@@ -241,3 +242,89 @@ def test_layers_that_are_called_by_name(estimator):
         outputs.append(posterior.buffer.gradient.clone())
     assert torch.equal(outputs[0], outputs[2]) and torch.equal(outputs[1], outputs[3])
     assert (outputs[0] != 0).any() and outputs[1].norm() > 0
+
+
+class Used(nn.Module):
+    """Uses its layer in a way of which only its first call is the estimator's."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way, self.first, self.last = way, nn.Linear(3, 4), nn.Linear(4, 2)
+        if way == "tied convolution":
+            self.first = nn.Conv1d(1, 4, 2)
+        elif way == "complex":
+            self.first = nn.Linear(3, 4, dtype=torch.complex128)
+
+    def forward(self, x):
+        if self.way == "sequence first":  # of as many tokens as examples
+            return self.last(self.first(x.expand(len(x), *x.shape)).tanh().mean(0))
+        if self.way == "tied convolution":
+            h = F.conv_transpose1d(self.first(x[:, None]), self.first.weight).mean(1)
+            return self.last(torch.cat([h, h[:, :1]], 1))
+        y = self.first(x.to(self.first.weight.dtype)).abs()
+        if self.way == "tied":
+            y = y + F.linear(y @ self.first.weight, self.first.weight)
+        if self.way == "twice in training" and self.training:
+            y = y + self.first(-x)
+        return self.last(y)
+
+
+@pytest.mark.parametrize("estimator", ["local", "flipout"])
+@pytest.mark.parametrize("way", ["tied", "tied convolution", "twice in training", "sequence first", "complex"])
+def test_a_layer_is_left_out_where_its_noise_would_not_be_that_of_the_weights(way, estimator):
+    posterior = MeanFieldGaussian(Used(way).double(), estimator=estimator)
+    before = posterior.loc.detach().clone()
+    posterior.sampler.prepare_(inputs("mlp"))
+    assert posterior.sampler.noisy.layers == [posterior.module.last] and torch.equal(posterior.loc, before)
+    assert "first.weight, first.bias" in posterior.network.notes[0] and "last" not in posterior.network.notes[0]
+
+
+def test_a_network_that_differentiates_in_its_forward_pass_has_noise_per_example():
+    class Slope(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+
+        def forward(self, x):
+            with torch.enable_grad():
+                x = x.detach().requires_grad_()
+                return torch.autograd.grad(self.net(x).sum(), x, create_graph=torch.is_grad_enabled())[0]
+
+    posterior = MeanFieldGaussian(Slope().double(), estimator="local")
+    posterior.sampler.prepare_(inputs("mlp"))
+    assert len(posterior.sampler.noisy.layers) == 2
+
+
+def set_forward(net):
+    net[0].forward = lambda input: input.sum(1, keepdim=True).expand(-1, 3)
+
+
+@pytest.mark.parametrize("estimator", ["local", "flipout"])
+@pytest.mark.parametrize("edit", [set_forward, lambda net: net.append(net[0]), lambda net: net.eval()])
+def test_the_layers_are_looked_for_anew_after_an_edit_and_in_another_mode(edit, estimator):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), Twice(nn.Linear(3, 3))).double()
+    posterior = MeanFieldGaussian(net, estimator=estimator)
+    optimizer = torch.optim.SGD(posterior.parameters(), lr=0.0)
+    step = VariationalStep(
+        posterior, Gaussian(3, 1.0), optimizer, GridComm(Grid()), num_samples=2, num_train_examples=8
+    )
+    x, noisy = inputs("mlp"), posterior.sampler.noisy
+    step(x, x, 8)
+    assert noisy.layers == [net[0], net[2].layer]
+    edit(net)
+    forwards = [layer.__dict__.get("forward") for layer in net]
+    step(x, x, 8)
+    assert noisy.layers == [net[0] if not net.training else net[2].layer]
+    assert [layer.__dict__.get("forward") for layer in net] == forwards
+
+
+class Twice(nn.Module):
+    """Calls its layer a second time in evaluation mode."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x) if self.training else self.layer(self.layer(x))

@@ -117,7 +117,7 @@ class Looker:
         try:
             with network.interception.watching(set(network.layers)) as unseen:
                 norms.begin()
-                inputs, count = map_tensors(Tensor.clone, x), num_rows(x)
+                inputs = map_tensors(Tensor.clone, x)
                 with self._subclasses_that_run() as ran:
                     first = self._one(samples[0], inputs, wants_gradient=torch.is_grad_enabled())
                 self._refuse_what_is_not_intercepted(unseen, ran, first)
@@ -135,8 +135,7 @@ class Looker:
                 unused = self._unused(x, first, samples[0])
                 if first.normalised or first.dropped:
                     with contextlib.suppress(Exception):  # some modules want all of their examples
-                        half = map_tensors(lambda t: t[: count // 2].clone() if count > 1 else torch.cat([t, t]), x)
-                        part = self._one(samples[0], half)
+                        part = self._one(samples[0], other_number(x))
                         norms.batch_dims |= batch_dims(first.normalised, part.normalised)
                         dropout.batch_dims |= batch_dims(first.dropped, part.dropped)
                     norms.check_calls(first.normalised)
@@ -145,7 +144,7 @@ class Looker:
             norms.sum_over_data = sum_over_data
             network.allow_writes()
         tolerance = 1e-6 if first.outputs.device.type == "cpu" else 2e-2  # elsewhere kernels may be chosen anew
-        is_repeatable = _alike(first.outputs, again.outputs, tolerance)
+        is_repeatable = is_alike(first.outputs, again.outputs, tolerance)
         leaves = first.changed["attribute"] or first.changed["generator"] or self._own_buffers(first)
         return Look(
             type(network.module).__name__,
@@ -235,9 +234,9 @@ class Looker:
             _, behind, again = [self._one(s, map_tensors(Tensor.clone, x), stays=True).outputs for s in order]
         finally:
             self._put_back()
-        if _alike(alone.outputs, behind, 1e-6):
+        if is_alike(alone.outputs, behind, 1e-6):
             return []
-        if _alike(first.outputs, again, 1e-6):
+        if is_alike(first.outputs, again, 1e-6):
             rule = "its forward pass keeps it from one sample of the weights for all others"
             remedy = "Compute it in each forward pass in training mode, or freeze the weights that it is made of"
             raise ConfigError(Fault("model", shortened(left), rule, remedy))
@@ -329,10 +328,16 @@ class Looker:
 
 def _is_written(clone: Tensor, original: Tensor) -> bool:
     """Whether a clone of inputs was changed in place."""
-    return (not clone.is_inference() and clone._version > 0) or not _alike(clone, original, 0.0)
+    return (not clone.is_inference() and clone._version > 0) or not is_alike(clone, original, 0.0)
 
 
-def _alike(a: Tensor, b: Tensor, tolerance: float) -> bool:
+def other_number(x: Inputs) -> Inputs:
+    """Return copies of half of the examples, or of one twice."""
+    count = num_rows(x)
+    return map_tensors(lambda t: t[: count // 2].clone() if count > 1 else torch.cat([t, t]), x)
+
+
+def is_alike(a: Tensor, b: Tensor, tolerance: float) -> bool:
     """Whether two tensors are equal up to a part of their norm; NaN is like NaN."""
     if a.shape != b.shape:
         return False

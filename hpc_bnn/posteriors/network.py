@@ -202,6 +202,10 @@ class Network:
                 faults.append((name, "this BatchNorm layer came into the network after the posterior was made"))
         if faults:
             raise _changed([name for name, _ in faults], faults[0][1])
+        self.look_again()
+
+    def look_again(self) -> None:
+        """Leave the module once more, which wants another look. Local."""
         self._looked_at.clear()
         self.batches = None
         self.leave()

@@ -75,6 +75,9 @@ class SampleLoop:
             first = samples[0]
             few = (first, first + 1) if posterior.is_replicated else samples[:2]  # outputs of two have to differ
             inputs = self._parts(x)[0].of(first)
+            posterior.sampler.switch_(False)  # a look changes the drawn weights, and not the means
+            if not posterior.network.batch_norms.is_evaluating:
+                posterior.sampler.prepare_(inputs)
             look = posterior.network.look(inputs, lambda s: posterior.draw_(key.of(s)), few, self.autocast_dtype)
         posterior.network.say(logger, grid, look)
 

@@ -62,11 +62,10 @@ class Sampler:
         self.forget_()
 
     def prepare_(self, x: Inputs) -> None:
-        """Look at how the module treats inputs like x, before the first step. Local."""
-        if self.noisy is not None and not self.noisy.is_attached:
+        """Look at how the module treats inputs like x, before the first step and after changes of the module. Local."""
+        if self.noisy is not None and self.noisy.is_due:
             self.forget_()
             self.begin_()
-            self.network.show_(draw=True)
             self.noisy.attach_(self.buffer.values["loc"], self.work["scale"], x)
 
     def switch_(self, on: bool, first_example: int | Tensor = 0) -> None:
