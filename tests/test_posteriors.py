@@ -6,9 +6,10 @@ from stepping import complete, keyed, noise_of
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 
+from hpc_bnn import Gaussian, Grid, GridComm, VariationalStep
 from hpc_bnn.errors import ConfigError
 from hpc_bnn.noise import Key, Stream
-from hpc_bnn.posteriors import FlatLayout, GaussianPrior, MeanFieldGaussian
+from hpc_bnn.posteriors import FlatLayout, GaussianPrior, LowRankGaussian, MeanFieldGaussian
 
 
 def make_net(dtype=torch.float64):
@@ -140,6 +141,40 @@ def test_unused_and_frozen_weights():
     gradients = posterior.random.views(posterior.loc.grad)
     assert "0.bias" not in gradients and torch.equal(net[0].bias, frozen)
     assert gradients["spare.weight"].abs().max() == 0 and gradients["0.weight"].abs().max() > 0
+
+
+@pytest.mark.parametrize("rule", ["norm", "0.*", nn.LayerNorm])
+@pytest.mark.parametrize("kind", [MeanFieldGaussian, LowRankGaussian])
+def test_a_lone_rule_is_one_rule(kind, rule):
+    net = nn.Sequential(nn.LayerNorm(3), nn.Linear(3, 2))
+    assert list(kind(net, deterministic=rule).random) == ["1.weight", "1.bias"]
+
+
+@pytest.mark.parametrize("kind", [MeanFieldGaussian, LowRankGaussian])
+def test_a_weight_without_dims_is_batched(kind):
+    """A gate or a temperature: in a batch of samples it is [c]."""
+
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate, self.layer = nn.Parameter(torch.tensor(0.5)), nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.gate * self.layer(x)
+
+    gradients = []
+    for chunk_size in (1, 2):
+        torch.manual_seed(0)
+        posterior = kind(Gated().double())
+        optimizer = torch.optim.SGD(posterior.parameters(), lr=0.1)
+        step = VariationalStep(
+            posterior, Gaussian(2, 1.0), optimizer, GridComm(Grid()), num_samples=2, num_train_examples=4,
+            chunk_size=chunk_size,
+        )  # fmt: skip
+        step(torch.ones(4, 3).double(), torch.ones(4, 2).double(), 4)
+        gradients.append(posterior.buffer.gradient.clone())
+        assert step.loop.why_not is None
+    assert torch.allclose(*gradients, rtol=1e-12)
 
 
 def test_state_goes_round_and_misfits_are_named():

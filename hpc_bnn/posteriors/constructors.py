@@ -38,7 +38,7 @@ class MeanFieldGaussian(Posterior):
         Instead: standard deviation as this fraction of the weight's magnitude, the scale of MOPED
         (Krishnan et al., Specifying Weight Priors in Bayesian Deep Neural Networks with Empirical Bayes,
         2020); at least 1e-6 of the largest weight.
-    deterministic : sequence of str or module class
+    deterministic : str or module class, or sequence of them
         Weights that stay points (`split_weights`); by default those of normalisation layers and embeddings.
     **options
         Of `Posterior`: ``estimator``, ``antithetic``, ``output``, ``keeps_noise``.
@@ -56,7 +56,7 @@ class MeanFieldGaussian(Posterior):
         prior: Prior = GaussianPrior(),
         init_std: float = 0.01,
         init_std_relative: float | None = None,
-        deterministic: Sequence[Rule] = ("norm", "embedding"),
+        deterministic: Rule | Sequence[Rule] = ("norm", "embedding"),
         **options: Any,
     ):
         family = MeanField(prior, init_std, init_std_relative)
@@ -89,7 +89,7 @@ class LowRankGaussian(Posterior):
         prior: Prior = GaussianPrior(),
         init_std: float = 0.01,
         init_std_relative: float | None = None,
-        deterministic: Sequence[Rule] = ("norm", "embedding"),
+        deterministic: Rule | Sequence[Rule] = ("norm", "embedding"),
         **options: Any,
     ):
         family = LowRank(rank, prior, init_std, init_std_relative)

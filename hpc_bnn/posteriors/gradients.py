@@ -100,9 +100,9 @@ class BatchGradient:
     def numbers(self) -> Tensor:
         """[c, P]."""
         if len(self.gradients) == 1 and self.gradients[0] is not None:
-            return self.gradients[0].flatten(1)
+            return self.gradients[0].reshape(self.num_samples, -1)
         whole = [torch.zeros_like(w) if g is None else g for g, w in zip(self.gradients, self._weights)]
-        return torch.cat([gradient.flatten(1) for gradient in whole], 1)
+        return torch.cat([gradient.reshape(len(gradient), -1) for gradient in whole], 1)  # of 0-dim weights [c]
 
     def add_to(self, slot: Tensor) -> None:
         slot.add_(self.numbers.sum(0))

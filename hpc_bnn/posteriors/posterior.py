@@ -52,7 +52,7 @@ class Posterior(SlotMemory):
     ----------
     module, family : nn.Module, Family
         Any module, already on its device and in its dtype, and what q(w) is.
-    deterministic : sequence of str or module class
+    deterministic : str or module class, or sequence of them
         Weights that stay points: "norm", "embedding", name patterns, classes of layers (`split_weights`).
     estimator : {"reparameterisation", "local", "flipout"}
         How the gradient is estimated (`hpc_bnn.posteriors.estimators`): one draw of the weights per sample, or noise per
@@ -90,7 +90,7 @@ class Posterior(SlotMemory):
         module: nn.Module,
         family: Family,
         *,
-        deterministic: Sequence[Rule] = (),
+        deterministic: Rule | Sequence[Rule] = (),
         estimator: str = "reparameterisation",
         antithetic: bool = False,
         samples: Sequence[int] = (0,),

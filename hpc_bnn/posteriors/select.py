@@ -160,9 +160,10 @@ def split_weights(
 
 
 def divide_weights(
-    module: nn.Module, deterministic: Sequence[Rule], capabilities: Capabilities
+    module: nn.Module, deterministic: Rule | Sequence[Rule], capabilities: Capabilities
 ) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
     """Return random weights and points, as `split_weights` does, for a family with these capabilities. Local."""
+    deterministic = [deterministic] if isinstance(deterministic, (str, type)) else deterministic
     random, point = split_weights(module, deterministic if capabilities.owner == "all" else ())
     name = type(module).__name__
     if not capabilities.has_random_weights:
