@@ -138,6 +138,16 @@ def test_outputs_that_are_not_picked_are_an_error_with_the_remedy(name, output):
         make(WRAPS[name][0], output)(X, Y, 11)
 
 
+def test_a_place_in_a_tensor_is_an_error_in_either_mode():
+    with pytest.raises(ConfigError, match="the place would be an example"):
+        make(output=0)(X, Y, 11)
+    step = make(output=0)
+    step.posterior.module.wrap = lambda y: (y, y / 2) if step.posterior.module.training else y
+    step(X, Y, 11)
+    with pytest.raises(ConfigError, match="the place would be an example"):
+        predict_classes(step.posterior, step.likelihood, COMM, X, num_samples=4)
+
+
 # --- parts of a batch -----------------------------------------------------------------------------------
 
 

@@ -383,6 +383,12 @@ def picked(outputs: Any, pick: Output, network: str) -> Tensor:
     remedy = (
         "Say which tensor the likelihood gets: <model.output> logits (a key or attribute), 0 (a place), or a function"
     )
+    if isinstance(pick, int) and isinstance(outputs, Tensor):
+        rule = f"{network} returns a tensor (in this mode), in which the place would be an example"
+        remedy = (
+            "Leave <model.output> out. Where it returns a tuple in one mode only, give a function that tells them apart"
+        )
+        raise ConfigError(Fault("model.output", pick, rule, remedy))
     try:
         if callable(pick):
             outputs = pick(outputs)
