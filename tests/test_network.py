@@ -1172,6 +1172,17 @@ def test_a_network_that_differentiates_in_its_forward_pass():
     assert step(X, Y, 8).nelbo != step(X, Y, 8).nelbo and members(step).std(1).max() > 0
 
 
+@pytest.mark.parametrize("way", [lambda net: net, copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
+def test_a_network_with_sync_batch_norm_is_wrapped_again(way):
+    net = mlp(nn.SyncBatchNorm(8))
+    first = make(net)(X, Y, 8).data_term
+    second = make(way(net))
+    assert second(X, Y, 8).data_term == pytest.approx(first, rel=0.5)
+    net[1].forward = lambda x: x
+    with pytest.raises(ConfigError, match="sums over all ranks by itself"):
+        make(net)
+
+
 @pytest.mark.parametrize("shape", [(5, 3), (4, 2, 3)])
 def test_batch_norm_has_a_second_derivative_on_one_rank_and_an_error_on_more(shape):
     x = torch.randn(*shape, dtype=torch.float64, requires_grad=True)

@@ -297,7 +297,8 @@ def _check(layer: Any) -> None:
 
 def _do_not_sync(name: str, layer: nn.SyncBatchNorm) -> None:
     """Let SyncBatchNorm call ``F.batch_norm``; `ConfigError` where it has another forward."""
-    if type(layer) is not nn.SyncBatchNorm or "forward" in layer.__dict__:
+    forward = getattr(layer.forward, "__func__", None)
+    if type(layer) is not nn.SyncBatchNorm or forward not in (nn.SyncBatchNorm.forward, _BatchNorm.forward):
         rule, what = "it sums over all ranks by itself, over those of other samples as well", type(layer).__name__
         raise ConfigError(Fault("model", f"{name} ({what})", rule, "Use the class without Sync: hpc_bnn sums"))
     layer.forward = types.MethodType(_BatchNorm.forward, layer)
