@@ -329,7 +329,8 @@ class Attention(nn.Module):
     def forward(self, x):
         x = torch.stack([x[:, :3], x[:, 3:], x[:, :3] + 1], 1)  # [B, 3, 3]
         q, k, v = self.qkv(x).view(len(x), 3, 3, 2, 4).permute(2, 0, 3, 1, 4)
-        mask = torch.zeros(3, 3).to(q).tril() if self.options.get("attn_mask") else None
+        mask = self.options.get("attn_mask")
+        mask = torch.zeros(3, 3).to(q).tril() if mask is True else mask
         options = self.options | {"attn_mask": mask, "dropout_p": self.drop.p if self.training else 0.0}
         y = F.scaled_dot_product_attention(q, k, v, **options)
         return self.head(y.transpose(1, 2).flatten(2).mean(1))
@@ -347,6 +348,18 @@ def test_dropout_within_attention_is_keyed(options, caplog):
 def _mean_of_halves(make_step):
     """Data term of the batch from those of its halves: the same masks for both."""
     return (make_step()(X[:4], Y[:4], 4).data_term + make_step()(X[4:], Y[4:], 4).data_term) / 2
+
+
+@pytest.mark.parametrize("is_bool", [True, False])
+def test_attention_with_dropout_gives_0_where_a_query_may_see_no_key(is_bool):
+    mask = torch.ones(3, 3, dtype=torch.bool).tril().index_fill(0, torch.tensor(1), False)
+    mask = mask if is_bool else torch.zeros(3, 3).double().masked_fill(~mask, float("-inf"))
+    found = []
+    for p in (0.0, 1e-12):
+        step = make(seeded(lambda p=p: Attention(p, attn_mask=mask)), init_std=1e-9)
+        result = step(X, Y, 8)
+        found.append([torch.tensor(result.data_term), step.posterior.buffer.gradient])
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("num_examples", [8, 6, 1])  # 6: as many as there are numbers of an example

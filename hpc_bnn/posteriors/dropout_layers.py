@@ -122,10 +122,13 @@ class DropoutMasks:
         scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
         if is_causal:
             attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-        if attn_mask is not None:
-            is_bool = attn_mask.dtype == torch.bool
-            scores = scores.masked_fill(~attn_mask, float("-inf")) if is_bool else scores + attn_mask
-        return self.handle(False, scores.softmax(-1), dropout_p) @ value
+        if attn_mask is None:
+            return self.handle(False, scores.softmax(-1), dropout_p) @ value
+        is_bool = attn_mask.dtype == torch.bool
+        scores = scores.masked_fill(~attn_mask, float("-inf")) if is_bool else scores + attn_mask
+        is_empty = (scores == float("-inf")).all(-1, keepdim=True)  # torch gives 0 where a query may see no key
+        shares = scores.masked_fill(is_empty, 0.0).softmax(-1).masked_fill(is_empty, 0.0)
+        return self.handle(False, shares, dropout_p) @ value
 
     def _mask(self, key: Key, number: int, p: float, x: Tensor, drops_channels: bool) -> Tensor:
         batch_dims = self.batch_dims.get((number, x.ndim), [0])
