@@ -190,6 +190,23 @@ def test_state_goes_round_and_misfits_are_named():
     assert all(name in str(caught.value) for name in ("0.weight.loc", "2.bias.loc", "other"))
 
 
+def test_buffers_that_are_not_persistent_are_no_part_of_the_state():
+    def make(length):
+        net = make_net()
+        net.register_buffer("kept", torch.ones(2))
+        if length:
+            net[0].register_buffer("table", torch.full((length,), float(length)), persistent=False)
+        return MeanFieldGaussian(net)
+
+    state = make(3).state_dict()
+    assert "kept" in state and "0.table" not in state
+    for length in (0, 3, 5):
+        make(length).load_state_dict(state)
+    older = state | {"0.table": torch.zeros(3)}
+    (target := make(5)).load_state_dict(older)
+    assert target.module[0].table.tolist() == [5.0] * 5
+
+
 def test_layout_starts_on_vector_boundaries():
     layout = FlatLayout({"bias": torch.Size([3]), "weight": torch.Size([4, 8]), "more": torch.Size([16])})
     assert list(layout) == ["weight", "more", "bias"]

@@ -90,12 +90,19 @@ class SlotMemory:
         yield from self.buffer.weight_parameters().values()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the slots by the names of the module's weights, and its buffers. Local.
+        """Return the slots by the names of the module's weights, and its persistent buffers. Local.
 
         A point weight keeps its name; a random weight ``NAME`` is there as ``NAME.loc``,
         ``NAME.log_scale`` and so on, by family. The tensors are views.
         """
-        return self.buffer.named(self.buffer.values) | dict(self.module.named_buffers())
+        left = self._not_kept()
+        buffers = {name: buffer for name, buffer in self.module.named_buffers() if name not in left}
+        return self.buffer.named(self.buffer.values) | buffers
+
+    def _not_kept(self) -> set[str]:
+        """Return the names of buffers that the module leaves out of its state (persistent=False)."""
+        layers = self.module.named_modules()
+        return {f"{prefix}.{key}".strip(".") for prefix, m in layers for key in m._non_persistent_buffers_set}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -119,6 +126,8 @@ class SlotMemory:
             rule = "it is the state of a plain network, without the other slots of a posterior"
             remedy = "Load it into the network, which is the mean: posterior.module.load_state_dict(state)"
             raise ConfigError(Fault("state", self.family, rule, remedy))
+        left = self._not_kept()  # older states hold them
+        state = {name: tensor for name, tensor in state.items() if name not in left}
         if not self.is_replicated:
             state = {name: tensor for name, tensor in state.items() if name in mine}
         rule = "this weight is only in the checkpoint or only in the model"
