@@ -10,6 +10,7 @@ from torch import nn
 from hpc_bnn import (
     Bernoulli,
     Categorical,
+    DeterministicNetwork,
     Gaussian,
     Grid,
     GridComm,
@@ -94,6 +95,45 @@ def test_a_learned_scale_is_a_point_and_finds_the_noise(dtype):
     # the standard error of a scale from n examples is scale / sqrt(2 n)
     learned = posterior.state_dict()["log_scale"].exp().item()
     assert abs(learned - y.std().item()) < 4 * 0.3 / math.sqrt(2 * 400)
+
+
+class Located(nn.Module):
+    """Two inputs; returns what ``wrap`` makes of the locations."""
+
+    def __init__(self, wrap):
+        super().__init__()
+        self.layer, self.wrap = nn.Bilinear(2, 2, 1), wrap
+
+    def forward(self, a, b):
+        return self.wrap(self.layer(a, b))
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize(
+    "wrap, output",
+    [
+        (lambda y: y, None),
+        (lambda y: y[:, 0], None),
+        (lambda y: {"mu": y, "features": y.expand(-1, 4), "loss": y.sum()}, "mu"),
+        (lambda y: (None, [y]), lambda found: found[1][0]),
+    ],
+)
+def test_a_learned_scale_goes_round_any_network(wrap, output, named):
+    torch.manual_seed(0)
+    likelihood, net = Gaussian(1, "learned", init_scale=0.5), Located(wrap).double()
+    posterior = DeterministicNetwork(likelihood.wrap(net), output=output)
+    x, y = torch.randn(2, 5, 2, dtype=torch.float64), torch.randn(5, 1, dtype=torch.float64)
+    expected = -D.Normal(net.layer(*x), 0.5).log_prob(y).mean().item()
+    optimizer = torch.optim.SGD(posterior.parameters(), lr=0.0)
+    step = VariationalStep(posterior, likelihood, optimizer, GridComm(Grid()), num_samples=1, num_train_examples=5)
+    x = {"a": x[0], "b": x[1]} if named else (x[0], x[1])
+    assert step(x, y, 5).data_term == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_learned_scale_of_other_targets_is_an_error_with_the_remedy():
+    likelihood = Gaussian(2, "learned")
+    with pytest.raises(ConfigError, match="gives 2 on dim 1"):
+        likelihood.mean(likelihood.wrap(nn.Linear(3, 5))(torch.ones(4, 3)))
 
 
 @pytest.mark.parametrize("make", [lambda: Gaussian(2, scale=0.0), lambda: StudentT(2, df=-1.0), lambda: Gaussian(0)])

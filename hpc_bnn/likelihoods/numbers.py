@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..config import LikelihoodScale, check_field
 from ..errors import ConfigError, Fault
+from ..trees import map_tensors
 from .base import Likelihood, sum_targets
 from .mixtures import GaussianMixture, Members, Mixture, PoissonMixture, StudentTMixture, student_t_log_norm
 
@@ -90,7 +92,8 @@ class LocationScale(Likelihood):
                 remedy = (
                     f"Let the network have {number}, or give a number for <likelihood.scale>, as in Gaussian(1, 0.1)"
                 )
-                remedy = "Wrap the network with likelihood.wrap" if self.scale == "learned" else remedy
+                if self.scale == "learned":
+                    remedy = f"Wrap, with likelihood.wrap, a network that gives {self.num_targets} on dim 1: a tensor, dict or tuple"
                 raise ConfigError(Fault("likelihood.scale", self.scale, rule, remedy))
             log_scale = outputs[:, self.num_targets :]
             if self.min_scale:
@@ -188,7 +191,7 @@ class Implicit(Likelihood):
 
 
 class LearnedScale(nn.Module):
-    """A network that gives [B, num_targets, ...], with one learned scale per target, the same for all inputs.
+    """A network that gives [B, num_targets, ...], or dicts, lists and tuples with it; one learned scale per target.
 
     The scale is a point weight with every posterior (maximum likelihood of the second kind).
     """
@@ -202,7 +205,13 @@ class LearnedScale(nn.Module):
         log_scale = like.new_full((num_targets,), math.log(init_scale), dtype=like.dtype.to_real())
         self.log_scale = nn.Parameter(log_scale)
 
-    def forward(self, x: Tensor) -> Tensor:  # -> [B, 2 num_targets, ...]
-        loc = self.network(x)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return map_tensors(self._scaled, self.network(*args, **kwargs))
+
+    def _scaled(self, loc: Tensor) -> Tensor:  # -> [B, 2 num_targets, ...]
+        """Append the scales to each tensor that may be the locations: the posterior picks one (``output=``)."""
+        loc = loc[:, None] if loc.ndim == 1 and len(self.log_scale) == 1 else loc
+        if loc.shape[1:2] != self.log_scale.shape:
+            return loc
         log_scale = self.log_scale.view(-1, *(1,) * (loc.ndim - 2)).expand_as(loc)
         return torch.cat([loc, log_scale], dim=1)
