@@ -15,6 +15,7 @@ from hpc_bnn import Categorical, Grid, GridComm, VariationalStep, predict_classe
 from hpc_bnn.errors import ConfigError
 from hpc_bnn.noise import Key, Stream
 from hpc_bnn.posteriors import (
+    DeepEnsemble,
     DeterministicNetwork,
     GaussianPrior,
     LowRankGaussian,
@@ -439,3 +440,20 @@ def test_compiled_modules_give_the_same_step(backend):
     got, other = gradient(torch.compile(make_net(), backend=backend), 1)
     assert got == pytest.approx(expected, rel=1e-10)
     torch.testing.assert_close(other, loc, rtol=1e-10, atol=1e-12)
+
+
+NET = nn.Linear(3, 2)
+
+
+def seeding():
+    torch.manual_seed(3)
+    return nn.Linear(3, 2)
+
+
+@pytest.mark.parametrize("members", [range(3), range(1)])
+@pytest.mark.parametrize(
+    "make_module, are_equal", [(seeding, True), (lambda: NET, True), (lambda: nn.Linear(3, 2), False)]
+)
+def test_members_that_start_from_equal_weights_are_said(make_module, are_equal, members):
+    ensemble = DeepEnsemble(make_module, 3, members)
+    assert any("equal weights" in note for note in ensemble.network.notes) is are_equal

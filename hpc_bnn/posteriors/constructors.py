@@ -164,10 +164,12 @@ class DeepEnsemble(Posterior):
         prior_std: float = 1.0,
         output: Output = None,
     ):
-        modules = []
-        for member in members:
+
+        def make(member: int) -> nn.Module:
             with Key(seed, Stream.INIT, sample=member).global_generator():
-                modules.append(make_module())
+                return make_module()
+
+        modules = [make(member) for member in members]
         fixed = _fixed_tensors(modules[0])
         order = FlatLayout.of(split_weights(modules[0], ())[0])
         for module in modules:
@@ -177,7 +179,15 @@ class DeepEnsemble(Posterior):
                 remedy = "Make those the same for all members, or trainable"
                 raise ConfigError(Fault("model", type(module).__name__, rule, remedy))
         weights = torch.stack([order.flatten(split_weights(module, ())[0]) for module in modules])
+        others = weights[1:]
+        if len(members) == 1 < num_members and members[0] == 0:  # who says what there is to say
+            others = order.flatten(split_weights(make(1), ())[0])[None]
         super().__init__(modules[0], Ensemble(num_members, prior_std), samples=members, weights=weights, output=output)
+        if any(torch.equal(weights[0], other) for other in others):
+            self.network.notes.append(
+                "members of the ensemble start from equal weights: without dropout or views of their own they stay equal for "
+                "ever. Let make_module make a new network from torch's global generator, and neither seed nor load weights"
+            )
 
 
 class DeterministicNetwork(Posterior):
