@@ -350,6 +350,40 @@ def _mean_of_halves(make_step):
     return (make_step()(X[:4], Y[:4], 4).data_term + make_step()(X[4:], Y[4:], 4).data_term) / 2
 
 
+class OnlyInTraining(nn.Module):
+    """Its dropout is asked for in training only, and, where it is so, another one in both modes."""
+
+    def __init__(self, way, more):
+        super().__init__()
+        self.way, self.drop, self.last = way, nn.Dropout(0.5), nn.Linear(6, 3)
+        self.more = nn.Dropout(0.5) if more else nn.Identity()
+
+    def forward(self, x):
+        if self.way == "attention":
+            x = x[:, None, None]
+            x = F.scaled_dot_product_attention(x, x, x, dropout_p=self.drop.p if self.training else 0.0)[:, 0, 0]
+        elif self.training:
+            x = self.drop(x) if self.way == "layer" else F.dropout(x)
+        return self.last(self.more(x))
+
+
+@pytest.mark.parametrize("more", [False, True])
+@pytest.mark.parametrize("way", ["attention", "layer", "function"])
+def test_dropout_that_is_asked_for_in_training_only_is_missed_in_a_predictive(way, more, caplog):
+    step = make(seeded(lambda: OnlyInTraining(way, more)), posteriors.MCDropout)
+    step(X, Y, 8)
+    if not more:
+        with pytest.raises(ConfigError, match="all samples of the predictive would be equal"):
+            members(step)
+    else:
+        assert members(step).std(1).max() > 0 and "not in evaluation mode" in caplog.text
+        assert (": drop" if way == "layer" else "OnlyInTraining") in ": " + caplog.messages[-1]
+    caplog.clear()
+    step = make(seeded(lambda: nn.Sequential(nn.Dropout(), nn.Linear(6, 3))), posteriors.MCDropout)
+    step(X, Y, 8), members(step)
+    assert not caplog.text
+
+
 @pytest.mark.parametrize("is_bool", [True, False])
 def test_attention_with_dropout_gives_0_where_a_query_may_see_no_key(is_bool):
     mask = torch.ones(3, 3, dtype=torch.bool).tril().index_fill(0, torch.tensor(1), False)

@@ -47,6 +47,8 @@ class DropoutMasks:
     shapes, batch_dims : dict or None, dict
         During a look: shapes of the inputs that were dropped, by the number of the mask; and dims that belong to the batch,
         by the number of the mask and that of the dims.
+    in_training : set of int
+        Numbers of the masks that looks in training mode have seen.
     """
 
     def __init__(self, module: nn.Module):
@@ -61,6 +63,7 @@ class DropoutMasks:
         self._masks: dict[tuple[int, torch.Size, float], Tensor] = {}
         self.shapes: Shapes | None = None
         self.batch_dims: BatchDims = {}
+        self.in_training: set[int] = set()
 
     def find(self, module: nn.Module) -> None:
         """Give a number to each layer that has none, and switch off the dropout that cannot be keyed. Local.
@@ -157,6 +160,12 @@ class DropoutMasks:
             )
             raise ConfigError(Fault("model", type(self).__name__, rule, "Use one nn.Dropout for each place that drops"))
         return {self.layers[number]: masks[0] for (number, _, _), masks in self._masks.items()}
+
+    def layer_of(self, number: int) -> nn.Module:
+        """Return the layer in whose method a mask was asked for. Local."""
+        if number < _FIRST_CALL:
+            return self.layers[number]
+        return list(self._modules)[(number - _FIRST_CALL) // _LINES]
 
     def asked(self, layer: nn.Module, shapes: Shapes) -> bool:
         """Whether a dropout layer has asked for a mask in a look. Local."""

@@ -36,6 +36,12 @@ class _Pass(NamedTuple):
     dropped: Shapes
 
 
+_IN_BOTH_MODES = (
+    "Call nn.Dropout or torch.nn.functional.dropout in both modes (hpc_bnn drops in both), and give "
+    "scaled_dot_product_attention its dropout_p in both"
+)
+
+
 @dataclass(frozen=True)
 class Look:
     """What a look at a module has found."""
@@ -50,6 +56,7 @@ class Look:
     carried: Sequence[str]  # attributes and buffers by which one sample changes the outputs of the next
     unreached: Sequence[str]  # random weights that no gradient reaches
     unused: Sequence[str]  # those of them on which the outputs do not depend either
+    undropped: Sequence[str]  # layers that ask for dropout in training, and not where it should drop in a predictive
     is_replayable: bool  # whether its operations alone do what it does: it leaves nothing, and draws nothing
 
     def warnings(self, world_size: int) -> list[str]:
@@ -72,6 +79,11 @@ class Look:
                 f"the forward pass of {self.name} keeps something of one sample for the next, in {shortened(self.carried)}: "
                 "samples are not independent, and the result depends on their order and on the process grid. Begin each "
                 "forward pass anew, or take no part of the state that depends on weights"
+            )
+        if self.undropped:
+            found.append(
+                f"{shortened(self.undropped)} of {self.name} ask for dropout in training, and not in evaluation mode: it is "
+                f"left out of the predictive. {_IN_BOTH_MODES}"
             )
         for names, what in (
             (self.unused, "the outputs do not depend on them"),
@@ -157,8 +169,25 @@ class Looker:
             carried,
             [name for name in first.unreached if name not in unused],
             unused,
+            self._undropped(first),
             is_repeatable and not leaves,
         )
+
+    def _undropped(self, first: _Pass) -> list[str]:
+        """Return the names of layers whose masks of training a predictive leaves out. Local.
+
+        `ConfigError` where it has none at all.
+        """
+        network, dropout = self._network, self._network.dropout
+        if not network.batch_norms.is_evaluating:
+            dropout.in_training |= first.dropped.keys() if network.module.training else set()
+            return []
+        if dropout.always and not first.dropped:
+            rule = "it asks for no dropout in evaluation mode: all samples of the predictive would be equal"
+            raise ConfigError(Fault("model", type(network.module).__name__, rule, _IN_BOTH_MODES))
+        names = {layer: name or type(layer).__name__ for name, layer in network.module.named_modules()}
+        missing = dropout.in_training - first.dropped.keys() if dropout.always else set()
+        return list(dict.fromkeys(names[layer] for layer in map(dropout.layer_of, sorted(missing)) if layer in names))
 
     def _put_back(self) -> dict[str, list[str]]:
         with self._network.nothing_derived():
