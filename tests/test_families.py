@@ -9,6 +9,7 @@ import pytest
 import torch
 from stepping import complete, keyed
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from hpc_bnn import Categorical, Grid, GridComm, VariationalStep, predict_classes
@@ -457,3 +458,10 @@ def seeding():
 def test_members_that_start_from_equal_weights_are_said(make_module, are_equal, members):
     ensemble = DeepEnsemble(make_module, 3, members)
     assert any("equal weights" in note for note in ensemble.network.notes) is are_equal
+
+
+@pytest.mark.parametrize("members", [range(3), range(1)])
+def test_an_ensemble_is_made_without_numbers(members):
+    """As `hpc-bnn plan` makes it."""
+    with FakeTensorMode():
+        assert DeepEnsemble(lambda: nn.Linear(3, 2), 3, members).network.notes == []

@@ -179,8 +179,9 @@ class DeepEnsemble(Posterior):
                 remedy = "Make those the same for all members, or trainable"
                 raise ConfigError(Fault("model", type(module).__name__, rule, remedy))
         weights = torch.stack([order.flatten(split_weights(module, ())[0]) for module in modules])
-        others = weights[1:]
-        if len(members) == 1 < num_members and members[0] == 0:  # who says what there is to say
+        has_numbers = type(weights) is Tensor and not weights.is_meta  # not in a rehearsal
+        others = weights[1:] if has_numbers else ()
+        if has_numbers and len(members) == 1 < num_members and members[0] == 0:  # who says what there is to say
             others = order.flatten(split_weights(make(1), ())[0])[None]
         super().__init__(modules[0], Ensemble(num_members, prior_std), samples=members, weights=weights, output=output)
         if any(torch.equal(weights[0], other) for other in others):
