@@ -65,6 +65,27 @@ def test_categorical_equals_torch_distributions(place):
     torch.testing.assert_close(Categorical(3).probabilities(f), distribution.probs.movedim(-1, 1))
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32])
+@pytest.mark.parametrize("ignore_index", [None, -56, 300])  # as uint8, -56 is 200
+def test_classes_of_any_whole_number_dtype_are_compared_whole(dtype, ignore_index):
+    y = torch.tensor([0, 100] if dtype == torch.int8 else [0, 200]).to(dtype)
+    likelihood, f = Categorical(300, ignore_index=ignore_index), torch.randn(2, 300, dtype=torch.float64)
+    assert likelihood.fits(y).all()
+    assert ignore_index is None or likelihood.present(y).all()
+    assert torch.equal(likelihood.log_prob(f, y), Categorical(300).log_prob(f, y.long()))
+    if dtype.is_signed:
+        assert not Categorical(100, ignore_index=255).fits(torch.tensor(-1, dtype=dtype)).any()
+    terms = []
+    for targets in (y, y.long()):
+        with Key(0, Stream.INIT).global_generator():
+            posterior = MeanFieldGaussian(nn.Linear(4, 300))
+        optimizer = torch.optim.SGD(posterior.parameters(), lr=0.1)
+        options = {"num_samples": 1, "num_train_examples": 2}
+        step = VariationalStep(posterior, likelihood, optimizer, GridComm(Grid()), **options)
+        terms.append(step(torch.zeros(2, 4), targets, 2).data_term)
+    assert terms[0] == terms[1] > 0
+
+
 def test_targets_without_a_dim_are_one_target_and_no_shape_is_broadcast():
     f, y = outputs_and_targets(2, 1)
     assert torch.equal(Gaussian(1).log_prob(f, y), Gaussian(1).log_prob(f, y[:, 0]))

@@ -11,6 +11,11 @@ from .base import Likelihood, sum_targets
 from .mixtures import BernoulliMixture, Mixture
 
 
+def _wide(y: Tensor) -> Tensor:
+    """Return targets of which classes are compared in 64 bits: 8 hold neither 300 nor -100."""
+    return y if y.is_floating_point() else y.long()
+
+
 class Categorical(Likelihood):
     """C = ``num_classes`` classes with softmax probabilities; one class per example or per point of a field.
 
@@ -35,19 +40,20 @@ class Categorical(Likelihood):
         self.support = f"classes 0 to {num_classes - 1} of a whole-number dtype (y.long()), or their probabilities, which add up to 1"
 
     def fits(self, y: Tensor) -> Tensor:
+        y = _wide(y)
         fits = (y >= 0) & (y <= (1 if y.is_floating_point() else self.num_outputs - 1))
         if y.is_floating_point() and y.ndim > 1:
             fits &= (y.sum(1, keepdim=True) - 1).abs() < 1e-2  # bfloat16 has 8 bits
         return self.or_missing(fits, y)
 
     def present(self, y: Tensor) -> Tensor | None:
-        return None if self.ignore_index is None or y.is_floating_point() else y != self.ignore_index
+        return None if self.ignore_index is None or y.is_floating_point() else _wide(y) != self.ignore_index
 
     def only_present(self, outputs: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         present = self.present(y)
         if present is None:
             return outputs, y, None
-        return torch.where(present.unsqueeze(1), outputs, 0), torch.where(present, y, 0), present
+        return torch.where(present.unsqueeze(1), outputs, 0), torch.where(present, _wide(y), 0), present
 
     def log_prob(self, outputs: Tensor, y: Tensor) -> Tensor:
         """Return log p(y | outputs), [B], from logits [B, C, ...] and classes [B, ...] of a whole-number dtype.

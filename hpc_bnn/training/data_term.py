@@ -86,7 +86,7 @@ class DataTerm:
     def usable(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """Return targets that index no other memory, and which lie outside of the support. Local."""
         misfits = ~self._likelihood.fits(y)
-        return y if y.is_floating_point() else y.masked_fill(misfits, 0), misfits
+        return y if y.is_floating_point() else torch.where(misfits, y.new_zeros(()), y), misfits
 
     @property
     def _tally(self) -> Tensor:
