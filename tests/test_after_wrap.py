@@ -445,7 +445,7 @@ def test_a_second_update_of_a_step_is_none(name):
         posterior = with_points(posteriors.MeanFieldGaussian)
         optimizer = getattr(torch.optim, name)(posterior.parameters(), lr=1e-3)
         for group in optimizer.param_groups:
-            group["weight_decay"] = 0.0
+            group |= {key: 0.0 for key in ("weight_decay", "lambd") if key in group}
         torch.manual_seed(0)
         step = make_step(posterior, optimizer=optimizer)
         posterior.load_state_dict({k: torch.full_like(v, 0.1) for k, v in posterior.state_dict().items()})

@@ -15,8 +15,10 @@ from torch.utils.checkpoint import checkpoint
 
 import hpc_bnn
 from hpc_bnn import Categorical, Grid, GridComm, VariationalStep, posteriors, predict_classes
+from hpc_bnn.config import OptimizerConfig
 from hpc_bnn.errors import ConfigError
 from hpc_bnn.posteriors import batch_norm as batch_norms
+from hpc_bnn.training.optim import optimizer_maker
 
 COMM, CLASSES = GridComm(Grid()), Categorical(3)
 X = torch.randn(8, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -987,13 +989,15 @@ def test_weight_decay_on_weights_with_a_prior_is_an_error(family):
     for optimizer in (
         torch.optim.AdamW(posterior.parameters()),  # its default is 0.01
         torch.optim.SGD(posterior.weight_parameters(), lr=0.1, weight_decay=1e-4),
+        torch.optim.ASGD(posterior.parameters()),  # its default is 0.0001
     ):
-        with pytest.raises(ConfigError, match=r"weight_decay 0\.0.*prior.*Set weight_decay to 0.*prior_std"):
+        with pytest.raises(ConfigError, match=r"(weight_decay 0\.0|lambd 0\.0).*prior.*Set (.*) to 0.*prior_std"):
             VariationalStep(posterior, CLASSES, optimizer, COMM, **options)
     step = VariationalStep(
         posterior, CLASSES, torch.optim.AdamW(posterior.parameters(), weight_decay=0.0), COMM, **options
     )
     step(X, Y, 8)
+    assert optimizer_maker(OptimizerConfig(name="ASGD"))(posterior.parameters()).param_groups[0]["lambd"] == 0
     step.optimizer.optimizer.param_groups[0]["weight_decay"] = 0.1  # later
     with pytest.raises(ConfigError, match="weight_decay"):
         step(X, Y, 8)

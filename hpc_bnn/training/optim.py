@@ -114,8 +114,8 @@ def optimizer_maker(config: OptimizerConfig) -> Callable[[Iterable[nn.Parameter]
     # The prior is the decay of the weights: an optimizer's own would pull the scales as well.
     kind = import_object("optimizer.name", _path(config))
     arguments = config.arguments
-    if "weight_decay" in inspect.signature(kind).parameters:
-        arguments = {"weight_decay": 0.0, **arguments}
+    names = inspect.signature(kind).parameters.keys() & {"weight_decay", "lambd"}
+    arguments = dict.fromkeys(names, 0.0) | arguments
     can_fuse = kind in FUSED and not arguments.keys() & {"fused", "foreach", "differentiable", "capturable"}
 
     def make(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:

@@ -50,7 +50,7 @@ class Updater:
             if group.get("maximize"):
                 raise ConfigError(Fault("maximize", True, "the objective is minimised", "Leave it out"))
             for key, value in group.items():
-                is_decay = "weight_decay" in key and not isinstance(value, bool) and value
+                is_decay = ("weight_decay" in key or key == "lambd") and not isinstance(value, bool) and value
                 if is_decay and any(map(self._has_prior, group["params"])):
                     rule = (
                         "the prior is what decays the weights of a posterior, and a decay of the optimizer would shrink them "
