@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hpc_bnn import MeanFieldGaussian
+from hpc_bnn.errors import ConfigError
 from hpc_bnn.noise import Clock, Key, Stream, operators
 from hpc_bnn.noise.keys import derive_seed
 from hpc_bnn.noise.philox import mix64, philox4x32
@@ -209,6 +210,16 @@ def test_operators_are_those_of_torch():
 
 
 # --- what torch itself draws: initial weights -----------------------------------------------------------
+
+
+def test_seeds_are_whole_numbers_of_any_type_and_of_64_bits():
+    for same in (np.int64(12), np.uint64(12), 12):
+        assert torch.equal(draw(same, Stream.MASK, 0, 0), draw(12, Stream.MASK, 0, 0))
+        assert derive_seed(same, Stream.MASK) == derive_seed(12, Stream.MASK)
+    for seed in (0.5, None, "a", 2**64):
+        for use in (lambda seed: draw(seed, Stream.MASK, 0, 0), lambda seed: Key(seed, Stream.INIT).generator()):
+            with pytest.raises(ConfigError, match=r"seed .*whole number"):
+                use(seed)
 
 
 @given(seed=st.integers(0, 2**63), step=st.integers(0, 10**7))

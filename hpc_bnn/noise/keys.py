@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import functools
+import operator
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import ConfigError, Fault
 from . import operators
 from .philox import MASK64, mix64
 from .segments import Segments, from_host, of_rows
@@ -60,7 +62,7 @@ def _mix32(x: int) -> int:
 
 @functools.lru_cache(4096)
 def _hash(seed: int, words: Sequence[int]) -> int:
-    return functools.reduce(lambda k, word: mix64(k ^ (word & MASK64)), words, mix64(seed & MASK64))
+    return functools.reduce(lambda k, word: mix64(k ^ (word & MASK64)), words, mix64(_word(seed)))
 
 
 class Clock:
@@ -211,8 +213,19 @@ def derive_seed(seed: int, stream: int, step: int = 0, index: int = 0) -> int:
     bijection of ``index`` below 2^32: the samples of one step never share their noise. Two keys of different steps
     coincide with probability 2^-32.
     """
-    key = mix64(mix64(mix64(seed & MASK64) ^ stream) ^ step)
+    key = mix64(mix64(mix64(_word(seed)) ^ stream) ^ step)
     return _mix32(_mix32((index ^ key) & 0xFFFFFFFF) ^ (key >> 32))
+
+
+def _word(seed: int) -> int:
+    """Return a seed as 64 bits, of any type that counts."""
+    try:
+        whole = operator.index(seed)
+    except TypeError:
+        whole = 1 << 64
+    if not -(1 << 63) <= whole <= MASK64:
+        raise ConfigError(Fault("seed", repr(seed), "must be a whole number of 64 bits", "Try 0"))
+    return whole & MASK64
 
 
 def _signed(x: int) -> int:
