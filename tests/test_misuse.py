@@ -283,6 +283,21 @@ def test_clipping_reaches_slots_beside_rows_of_samples():
     assert posterior.buffer.grads["shared"].norm() <= 0.5
 
 
+def test_clipping_does_not_count_what_nobody_updates():
+    updates = []
+    for max_norm in (0.5, None):
+        posterior = MeanFieldGaussian(make_net())
+        weights = list(posterior.weight_parameters())
+        for weight in weights[1:]:
+            weight.requires_grad_(False)
+        step = make_step(posterior, torch.optim.SGD(weights, lr=1.0), max_gradient_norm=max_norm)
+        former = weights[0].detach().clone()
+        step(*batch(), 6)
+        updates.append((weights[0].detach() - former).norm())
+    torch.testing.assert_close(updates[0], updates[1].clamp(max=0.5), rtol=1e-3, atol=0)
+    assert updates[0] > 0
+
+
 # --- checkpoints ----------------------------------------------------------------------------------------
 
 

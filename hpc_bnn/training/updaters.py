@@ -102,6 +102,11 @@ class Updater:
     def clip_(self, max_norm: float) -> None:
         """Scale the gradient of the job (of each row that belongs to a sample) down to a norm of at most ``max_norm``. Local."""
         buffer = self.posterior.buffer
+        for slot, gradient in buffer.grads.items():  # nobody updates what is frozen
+            frozen = [name for name, p in buffer.by_weight(slot).items() if not p.requires_grad]
+            views = buffer.named({slot: gradient}) if frozen else {}
+            for name in frozen:
+                views[name].zero_()
         for name in buffer.owned & buffer.grads.keys():
             norms = torch.linalg.vector_norm(buffer.grads[name], dim=-1, keepdim=True)
             buffer.grads[name].mul_((max_norm / (norms + 1e-6)).clamp(max=1))
