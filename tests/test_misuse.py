@@ -219,6 +219,22 @@ def test_a_prediction_between_the_parts_of_a_step_is_an_error():
         step.reduce_()
 
 
+@pytest.mark.parametrize("estimator", ["reparameterisation", "local", "flipout"])
+def test_a_backward_pass_of_the_user_between_micro_batches_adds_nothing(estimator):
+    (x, y), locs = batch(), []
+    for is_astray in (False, True):
+        posterior = MeanFieldGaussian(make_net(), estimator=estimator, deterministic=["4.bias"])
+        step = make_step(posterior)
+        step.accumulate_(x[:3], y[:3], 6, is_last=False)
+        if is_astray:
+            posterior.module(x).sum().backward()
+        step.accumulate_(x[3:], y[3:], 6)
+        step.reduce_()
+        step.update_()
+        locs += [torch.cat([posterior.loc.detach(), posterior.points.detach()])]
+    assert torch.equal(*locs)
+
+
 def test_a_step_that_was_given_up_leaves_no_sums_of_blocks_behind(monkeypatch):
     monkeypatch.setattr("hpc_bnn.training.reducer.OVERLAP_BYTES", 8)
     monkeypatch.setattr("hpc_bnn.training.reducer.OVERLAP_BLOCKS", 10**6)

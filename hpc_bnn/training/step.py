@@ -269,6 +269,8 @@ class VariationalStep(StepState):
         self._targets = [*([] if is_first else self._targets), (y, weights)]
         if is_first:
             self._begin(x, y, samples, global_batch_size)
+        else:
+            posterior.sampler.forget_()  # what a backward pass of the user has left in the weights
         kl = self._prior_share * is_last, self.kl_weight(self.num_steps) / self.num_train_examples
         given, y = y, self.data_term.begin_(x, y, kl, is_first)
         given_weights, weights = weights, self.data_term.weights_(weights)
