@@ -292,6 +292,42 @@ class Mixed(Chain):
         pass
 
 
+@pytest.mark.parametrize("by_weight", [False, True])
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda p: p.register_hook(lambda g: g * 0),
+        lambda p: p.register_post_accumulate_grad_hook(lambda p: None),
+        lambda p: p.square().sum().backward(),
+    ],
+)
+def test_what_torch_would_do_with_gradients_of_a_posterior_is_an_error_with_the_way(use, by_weight):
+    posterior = MeanFieldGaussian(make_net())
+    parameters = list(posterior.weight_parameters() if by_weight else posterior.parameters())
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    step = make_step(posterior, optimizer)
+    step(*batch(), 6)
+    use(parameters[0])
+    with pytest.raises(ConfigError, match=r"max_gradient_norm.*register_step_pre_hook"):
+        step(*batch(), 6)
+    if parameters[0].grad is not None:  # the remedies
+        optimizer.zero_grad()
+        optimizer.register_step_pre_hook(lambda *_: (parameters[0].grad.zero_(), None)[1])
+        former = parameters[0].detach().clone()
+        step(*batch(), 6)
+        assert torch.equal(parameters[0], former)
+
+
+def test_an_update_that_failed_can_be_made_again():
+    posterior = MeanFieldGaussian(make_net())
+    step = make_step(posterior)
+    hook = step.optimizer.optimizer.register_step_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        step(*batch(), 6)
+    hook.remove()
+    step(*batch(), 6)
+
+
 def test_clipping_reaches_slots_beside_rows_of_samples():
     posterior = Posterior(make_net(), Mixed(), samples=[0, 1])
     step = make_step(posterior, torch.optim.SGD(posterior.parameters(), lr=0.0), max_gradient_norm=0.5)

@@ -310,7 +310,10 @@ class VariationalStep(StepState):
             raise ConfigError(Fault("VariationalStep", what, rule, "Finish the step first"))
 
     def reduce_(self) -> None:
-        """Sum gradient, statistics of BatchNorm and scalars over the job. Collective over the world."""
+        """Sum gradient, statistics of BatchNorm and scalars over the job. Collective over the world.
+
+        The parameters get their gradients in `update_` only: between the two ``clip_grad_norm_`` would find none.
+        """
         self._expect(("accumulated",), "reduce_", "accumulate_(..., is_last=True)")
         posterior, tally = self.posterior, self.posterior.buffer.tally
         self.reducer.start_()

@@ -26,6 +26,7 @@ _NOT_FIXED = ("lr", "initial_lr", "params")
 """Options of a group that a captured update reads anew, or whose parts count one by one."""
 
 _OF_POSTERIOR = "Make it with posterior.parameters()"
+_CHANGE_GRADIENTS = "Clip with <optimizer.max_gradient_norm>; else change gradients in optimizer.register_step_pre_hook"
 
 
 class Updater:
@@ -61,8 +62,17 @@ class Updater:
                         "prior (posterior.points) may decay in a group of their own"
                     )
                     raise ConfigError(Fault("optimizer.arguments", f"{key} {value}", rule, remedy))
+        buffer = self.posterior.buffer
+        ours = buffer.updated()
+        if any([p._backward_hooks or p._post_accumulate_grad_hooks for p in ours]):
+            rule = "its gradient does not come through autograd, so that no hook of it runs"
+            raise ConfigError(Fault("posterior", "with hooks on its parameters", rule, _CHANGE_GRADIENTS))
+        if any([p.grad is not None and p.grad._base is not buffer.reduced for p in ours]):
+            rule = "a step writes the gradients itself, and these would be lost"
+            remedy = f"Call optimizer.zero_grad() before it. A penalty of the weights is a prior. {_CHANGE_GRADIENTS}"
+            raise ConfigError(Fault("posterior", "with gradients of its parameters", rule, remedy))
         updated = [id(p) for group in groups for p in group["params"]]
-        now = updated, [(id(p), p.requires_grad) for p in self.posterior.buffer.updated()]
+        now = updated, [(id(p), p.requires_grad) for p in ours]
         if now != self._checked:
             closure = inspect.signature(self.optimizer.step).parameters.get("closure")
             if closure is not None and closure.default is inspect.Parameter.empty:
