@@ -5,7 +5,16 @@ import torch
 from stepping import keyed
 from torch import nn
 
-from hpc_bnn import Categorical, Grid, GridComm, MeanFieldGaussian, OverlappingOptimizer, VariationalStep
+from hpc_bnn import (
+    Categorical,
+    Gaussian,
+    Grid,
+    GridComm,
+    MeanFieldGaussian,
+    NegativeElbo,
+    OverlappingOptimizer,
+    VariationalStep,
+)
 from hpc_bnn.capabilities import Capabilities
 from hpc_bnn.comm import TensorTransport
 from hpc_bnn.errors import ConfigError, DataError
@@ -316,6 +325,69 @@ def test_what_torch_would_do_with_gradients_of_a_posterior_is_an_error_with_the_
         former = parameters[0].detach().clone()
         step(*batch(), 6)
         assert torch.equal(parameters[0], former)
+
+
+class LearnedNoise(Gaussian):
+    def __init__(self, at):
+        super().__init__(3, 1.0)
+        setattr(self, at, {"of": [nn.Parameter(torch.zeros(()))], "in": nn.Linear(1, 1)}[at])
+
+
+class LearnedObjective(NegativeElbo):
+    def __init__(self):
+        self.factor = torch.ones((), requires_grad=True)
+
+
+@pytest.mark.parametrize("likelihood, objective", [("of", None), ("in", None), (None, LearnedObjective())])
+def test_what_is_not_in_the_network_is_not_trained_in_silence(likelihood, objective):
+    likelihood = Categorical(3) if likelihood is None else LearnedNoise(likelihood)
+    posterior, options = MeanFieldGaussian(make_net()), {"num_samples": 2, "num_train_examples": 10}
+    optimizer = torch.optim.SGD(posterior.parameters(), lr=0.1)
+    with pytest.raises(ConfigError, match=r"wants a gradient.*wrap.*requires_grad_"):
+        VariationalStep(posterior, likelihood, optimizer, GridComm(Grid()), objective=objective, **options)
+
+
+def test_a_likelihood_may_hold_what_its_wrap_puts_into_the_network():
+    likelihood, net = LearnedNoise("in"), nn.Sequential(make_net())
+    getattr(likelihood, "in").double()
+    net.add_module("noise", nn.Identity())
+    net.noise.held = getattr(likelihood, "in")
+    posterior = MeanFieldGaussian(net, deterministic=["noise.*"])
+    optimizer = torch.optim.SGD(posterior.parameters(), lr=0.1)
+    VariationalStep(posterior, likelihood, optimizer, GridComm(Grid()), num_samples=2, num_train_examples=10)
+
+
+def test_parameters_that_are_not_the_posteriors_need_an_optimizer_of_their_own():
+    posterior, other = MeanFieldGaussian(make_net()), nn.Parameter(torch.zeros(3))
+    with pytest.raises(ConfigError, match=r"1 of its parameters.*not the posterior's.*into the network"):
+        make_step(posterior, torch.optim.SGD([*posterior.parameters(), other], lr=0.1))
+    step = make_step(posterior)
+    step(*batch(), 6)
+    step.optimizer.optimizer.add_param_group({"params": [other]})
+    with pytest.raises(ConfigError, match="not the posterior's"):
+        step(*batch(), 6)
+
+
+@pytest.mark.parametrize("views", ["shared", "own"])
+@pytest.mark.parametrize("of", ["x", "in x", "parameter", "y", "weights"])
+def test_a_batch_with_a_graph_is_refused(of, views):
+    x, y = batch()
+    y, weights = y.double()[:, None].expand(6, 3) * 1.0, torch.ones(6, dtype=torch.float64)
+    made = nn.Linear(4, 4).double()(x)
+    posterior = MeanFieldGaussian(make_net())
+    options = {"num_samples": 2, "num_train_examples": 10}
+    optimizer = torch.optim.SGD(posterior.parameters(), lr=0.1)
+    step = VariationalStep(posterior, Gaussian(3, 1.0), optimizer, GridComm(Grid()), **options)
+    given = {"x": x, "y": y, "weights": weights} | {
+        "x": {"x": made},
+        "in x": {"x": [made]},
+        "parameter": {"x": nn.Parameter(x)},
+        "y": {"y": made[:, :3]},
+        "weights": {"weights": made[:, 0].square()},
+    }[of]
+    with pytest.raises(ConfigError, match=r"with a graph.*detach\(\)"):
+        step(given["x"], given["y"], 6, views=views, weights=given["weights"])
+    step(x.requires_grad_(), y, 6, views=views, weights=weights)  # as for a forward pass that differentiates by x
 
 
 def test_an_update_that_failed_can_be_made_again():

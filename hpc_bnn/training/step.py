@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..comm import GridComm
 from ..config import Auto, Batching, Capture, check_field
@@ -26,7 +26,7 @@ from ..posteriors import Posterior, Tally
 from ..posteriors.batch_norm import of_one_rank
 from ..posteriors.families import Family, Scalars
 from ..posteriors.sample_loop import SampleLoop
-from ..trees import Inputs
+from ..trees import Inputs, map_leaves, tensors_of
 from ..views import OwnView, SharedView
 from .batch_trial import BatchTrial
 from .capture import Fixed, Recorder
@@ -125,6 +125,7 @@ class VariationalStep(StepState):
             remedy = "Wrap a function of all members: hpc_bnn.Gathered(function)"
             raise ConfigError(Fault("objective", objective, "must be an hpc_bnn.objectives.Objective", remedy))
         objective.check(likelihood, num_samples)
+        _check_learned(posterior, likelihood=likelihood, objective=objective)
         self.posterior, self.likelihood, self.comm = posterior, likelihood, comm
         is_of_job = isinstance(optimizer, JobOptimizer)
         self.optimizer = optimizer if is_of_job else JobOptimizer.of(optimizer, posterior, comm)
@@ -231,7 +232,7 @@ class VariationalStep(StepState):
     ) -> None:
         """Begin a step and accumulate this rank's examples, in micro-batches where they are set. Collective as `accumulate_`."""
         self._phase = "idle"  # of a step that was given up
-        x = x if isinstance(x, SharedView) else SharedView(x)
+        x = _as_view(x)
         _check_rows(x, y, weights)
         for span, part in x.parts(self.micro_batch_size):
             of_part, is_last = None if weights is None else weights[span], span.stop == len(x)
@@ -253,7 +254,7 @@ class VariationalStep(StepState):
         """
         posterior, comm = self.posterior, self.comm
         self._check()
-        x = x if isinstance(x, SharedView) else SharedView(x)
+        x = x if isinstance(x, SharedView) else _as_view(x)
         _check_rows(x, y, weights)
         if x.num_samples not in (None, self.num_samples):
             rule, remedy = f"the views are made for {x.num_samples} samples", "Make them for as many"
@@ -603,8 +604,40 @@ class VariationalStep(StepState):
         self.updater.check()
 
 
+def _check_learned(posterior: Posterior, **parts: Any) -> None:
+    """Raise `ConfigError` where likelihood or objective hold what wants a gradient and is not in the network. Local."""
+    in_network = {id(p) for p in posterior.module.parameters()}
+    for name, part in parts.items():
+        for key, value in vars(part).items():
+            modules: list[nn.Module] = []
+            map_leaves(value, nn.Module, modules.append)
+            held = [*tensors_of(value), *(p for module in modules for p in module.parameters())]
+            if any(t.requires_grad and id(t) not in in_network for t in held):
+                rule = "only what the network holds is trained, and this wants a gradient"
+                remedy = (
+                    "Let wrap() of the likelihood put it into the network (Gaussian(scale='learned') does), or call "
+                    "requires_grad_(False)"
+                )
+                raise ConfigError(Fault(name, f"{type(part).__name__}.{key}", rule, remedy))
+
+
+_DETACH = "Call detach() on it; what made it trains as a part of the network"
+
+
+def _as_view(x: Inputs | SharedView) -> SharedView:
+    """Return inputs as a view; `ConfigError` where they have a graph. A leaf may want a gradient, as that of a PINN. Local."""
+    view = x if isinstance(x, SharedView) else SharedView(x)
+    tensors = tensors_of(view.before_views if view.num_samples is not None else view.of(0))
+    if any([t.requires_grad and (not t.is_leaf or isinstance(t, nn.Parameter)) for t in tensors]):
+        raise ConfigError(Fault("x", "with a graph", "a step trains the weights of the posterior only", _DETACH))
+    return view
+
+
 def _check_rows(x: SharedView, y: Tensor, weights: Tensor | None) -> None:
     """Raise `ConfigError` where inputs, targets and weights are of different numbers of examples. Local."""
+    for name, tensor in (("y", y), ("weights", weights)):
+        if tensor is not None and tensor.requires_grad:
+            raise ConfigError(Fault(name, "with a graph", "a step trains the weights of the posterior only", _DETACH))
     if weights is not None and not (weights.shape == (len(x),) and weights.is_floating_point()):
         rule = f"x has {len(x)} examples, and weights are one floating-point number for each"
         raise ConfigError(Fault("weights", f"{list(weights.shape)} of {weights.dtype}", rule, "Give weights [B]"))

@@ -91,10 +91,15 @@ class Updater:
 
     def _check_parameters(self, updated: set[int]) -> None:
         of_network = {id(p) for p in self.posterior.module.parameters()} & updated
-        if of_network or not {id(p) for p in self.posterior.buffer.updated()} & updated:
+        ours = {id(p) for p in self.posterior.buffer.updated()}
+        if of_network or not ours & updated:
             rule = f"it updates {len(of_network)} parameters of the network itself, which each draw writes anew"
             rule = rule if of_network else "it updates none of the posterior's parameters"
             raise ConfigError(Fault("optimizer", type(self.optimizer).__name__, rule, _OF_POSTERIOR))
+        if foreign := updated - ours:
+            rule = f"{len(foreign)} of its parameters are not the posterior's: no rank sums their gradients or sets them to 0"
+            remedy = "Put them into the network before the posterior is made, or give them an optimizer of their own"
+            raise ConfigError(Fault("optimizer", type(self.optimizer).__name__, rule, remedy))
         buffer = self.posterior.buffer
         for slot, parameter in buffer.parameters.items():
             weights = buffer.by_weight(slot)
