@@ -78,6 +78,58 @@ def test_non_finite_input_stops_before_the_update(poison):
     assert torch.equal(step.posterior.loc, before) and step.num_steps == 0
 
 
+@pytest.mark.parametrize("capture", ["off", "on"])
+@pytest.mark.parametrize("network", ["plain", "BatchNorm"])
+def test_a_kl_that_is_not_finite_changes_nothing(capture, network):
+    step = make_step(dtype=torch.float32, capture=capture)
+    if network == "BatchNorm":
+        net = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3))
+        posterior = MeanFieldGaussian(net)
+        optimizer = torch.optim.SGD(posterior.parameters(), lr=0.1)
+        options = {"num_samples": 3, "num_train_examples": 50, "capture": capture}
+        step = VariationalStep(posterior, Categorical(3), optimizer, GridComm(Grid()), **options)
+    x, y = batch(torch.float32)
+    for _ in range(4):
+        step(x, y, len(x))
+    step.settle()
+    *_, scales = (value for name, value in step.posterior.state_dict().items() if name.endswith("bias.log_scale"))
+    with torch.no_grad():
+        scales[0] = 50.0  # draws are finite, and their squares are not
+    before = [step.posterior.buffer.flat.clone(), step.num_steps]
+    buffers = [value.clone() for value in step.posterior.module.buffers()]
+    with pytest.raises(NonFiniteError, match=r"step 4: the KL is inf.*not updated"):
+        step(x, y, len(x))
+        step.settle()
+    assert torch.equal(step.posterior.buffer.flat, before[0]) and step.num_steps == before[1]
+    if capture == "on":
+        assert all(map(torch.equal, step.posterior.module.buffers(), buffers))
+    with torch.no_grad():
+        scales[0] = -3.0
+    step(x, y, len(x))
+    step.settle()
+
+
+@pytest.mark.parametrize("number", [0, -5, math.nan, math.inf, None, "100"])
+def test_numbers_of_training_examples_are_checked(number):
+    step = make_step()
+    with pytest.raises(ConfigError, match=r"num_train_examples .*must be at least 1"):
+        VariationalStep(
+            step.posterior, Categorical(3), torch.optim.SGD(step.posterior.parameters(), lr=0.1), GridComm(Grid()),
+            num_samples=3, num_train_examples=number,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("kl_weight", [math.nan, -1.0, None, "1"])
+def test_what_a_schedule_of_the_kl_gives_is_checked(kl_weight):
+    step = make_step(kl_weight=lambda num_steps: kl_weight if num_steps else 1.0)
+    x, y = batch()
+    step(x, y, len(x))
+    before = step.posterior.loc.detach().clone()
+    with pytest.raises(ConfigError, match=r"kl_weight .*0 or more"):
+        step(x, y, len(x))
+    assert torch.equal(step.posterior.loc, before)
+
+
 def test_training_lowers_the_objective():
     step = make_step(num_samples=8)
     x, y = batch()

@@ -184,10 +184,11 @@ class Latch:
         self._tally[Tally.NUM_BROKEN] = self.is_broken_here
         self._tally[Tally.NUM_STOPS :] = self._known
 
-    def look_(self) -> None:
-        """Take in whether the step is sound, after the sum over the job; it stays unsound. Local."""
+    def look_(self, kl: Tensor) -> None:
+        """Take in whether the step is sound, after the sum over the job, and the KL finite; it stays unsound. Local."""
         zeros = self._tally[Tally.NUM_BROKEN :].clone()
-        zeros[Tally.NUM_STOPS - Tally.NUM_BROKEN] = zeros[Tally.NUM_CHECKPOINTS - Tally.NUM_BROKEN] = 0
+        zeros[Tally.NUM_STOPS - Tally.NUM_BROKEN] = kl - kl
+        zeros[Tally.NUM_CHECKPOINTS - Tally.NUM_BROKEN] = 0
         zeros[Tally.NUM_EXAMPLES - Tally.NUM_BROKEN] -= self.num_examples
         self.is_sound.logical_and_((zeros == 0).all())
         self.found_inf.copy_(self.is_sound.logical_not())

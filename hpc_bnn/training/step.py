@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import socket
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from ..comm import GridComm
 from ..config import Auto, Batching, Capture, check_field
-from ..errors import ConfigError, DataError, Fault, NonFiniteError
+from ..errors import ConfigError, DataError, Fault, NonFiniteError, at_least
 from ..likelihoods import Likelihood
 from ..noise import Key, Stream
 from ..objectives import NegativeElbo, Objective
@@ -118,8 +119,7 @@ class VariationalStep(StepState):
         check_field("micro_batch_size", micro_batch_size)
         check_field("capture", capture)
         check_field("optimizer.max_gradient_norm", max_gradient_norm)
-        if not callable(kl_weight):
-            check_field("kl_weight", kl_weight)
+        at_least(1, "Give the size of the training set").check("num_train_examples", num_train_examples)
         objective = objective or NegativeElbo()
         if not isinstance(objective, Objective):
             remedy = "Wrap a function of all members: hpc_bnn.Gathered(function)"
@@ -130,7 +130,7 @@ class VariationalStep(StepState):
         is_of_job = isinstance(optimizer, JobOptimizer)
         self.optimizer = optimizer if is_of_job else JobOptimizer.of(optimizer, posterior, comm)
         self.num_samples, self.num_train_examples, self.seed = num_samples, num_train_examples, seed
-        self.kl_weight = kl_weight if callable(kl_weight) else lambda num_steps: kl_weight
+        self.kl_weight = _checked_weight(kl_weight)
         self.objective, self.max_gradient_norm = objective, max_gradient_norm
         self.num_steps, self.micro_batch_size = 0, micro_batch_size
         self.wants_stop = self.wants_checkpoint = self._is_prepared = self._has_agreed = False
@@ -208,7 +208,7 @@ class VariationalStep(StepState):
         Raises
         ------
         NonFiniteError
-            On all ranks, before the update, when the loss or a gradient of any rank is not finite.
+            On all ranks, before the update, when the loss, the KL or a gradient of any rank is not finite.
         DataError
             On all ranks, before the update, when a target of any rank lies outside the support of the likelihood, or a weight
             is negative or not finite.
@@ -360,6 +360,7 @@ class VariationalStep(StepState):
         # function of replicated numbers and enters once, then the norm of both together.
         posterior.finish_(self.scalars)
         kl = posterior.add_kl_(self.scalars).item()
+        self._check_kl(kl)
         if self.max_gradient_norm is not None:
             self.updater.clip_(self.max_gradient_norm)
         self.updater.update_()
@@ -403,6 +404,14 @@ class VariationalStep(StepState):
             )
         comparison.check(tally)
 
+    def _check_kl(self, kl: float) -> None:
+        if not math.isfinite(kl):
+            self.posterior.buffer.take_gradients_away_()
+            raise NonFiniteError(
+                f"step {self.num_steps}: the KL is {kl}. The parameters were not updated. Look at them (scales of "
+                "exp(log_scale) may be infinite), at the prior, and at the learning rate"
+            )
+
     # --- without a wait for the device ------------------------------------------------------------------
 
     @property
@@ -424,6 +433,7 @@ class VariationalStep(StepState):
                 self._forget_pending()
                 self.num_steps = num_steps  # the parameters are those of that step
                 self._check_sound(found.tally, found.is_broken_here, *evidence)
+                self._check_kl(found.kl)
 
     def _forget_pending(self) -> None:
         if self.recorder is not None:
@@ -484,10 +494,10 @@ class VariationalStep(StepState):
         def body() -> None:
             if completes:
                 self._captured.completing_(self.reducer.local_checksum)
-            latch.look_()
             with latch.keeping(norms.running()):
                 posterior.finish_(self.scalars)
-            kl = posterior.add_kl_(self.scalars)
+                kl = posterior.add_kl_(self.scalars)
+                latch.look_(kl)
             if self.max_gradient_norm is not None:
                 self.updater.clip_(self.max_gradient_norm)
             self.updater.update_latched_(latch.found_inf, latch.rates)
@@ -550,6 +560,12 @@ class VariationalStep(StepState):
             rates, numbers = self.updater.rates(), self._numbers(len(x))
             self._latch.give_(self.num_steps, samples.start, kl_weight, global_batch_size, rates, numbers)
         grid = self.comm.grid
+        if self.num_steps == 0 and grid.is_first("world") and global_batch_size > self.num_train_examples:
+            logger.warning(
+                "a batch of %d examples, and num_train_examples is %g: the smaller it is the more the KL counts",
+                global_batch_size,
+                self.num_train_examples,
+            )
         if self.num_steps == 0 and grid.is_first("world") and global_batch_size < grid.data_size:
             logger.warning(
                 "a batch of %d examples for %d data groups: the others have nothing to do. Use a larger "
@@ -602,6 +618,19 @@ class VariationalStep(StepState):
             self._check_features()
         self.posterior.network.check_trainable()
         self.updater.check()
+
+
+def _checked_weight(kl_weight: float | Callable[[int], float]) -> Callable[[int], float]:
+    """Return a function of the steps made so far that gives numbers of 0 or more, or raises `ConfigError`. Local."""
+
+    def weight(num_steps: int) -> float:
+        now = kl_weight(num_steps) if callable(kl_weight) else kl_weight
+        check_field("kl_weight", now)
+        return now
+
+    if not callable(kl_weight):
+        weight(0)
+    return weight
 
 
 def _check_learned(posterior: Posterior, **parts: Any) -> None:
