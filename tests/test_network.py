@@ -1283,3 +1283,70 @@ def test_a_norm_that_comes_in_later_is_an_error():
     net[1] = nn.BatchNorm1d(8, affine=False).double()
     with pytest.raises(ConfigError, match="1: this BatchNorm layer came into the network"):
         step(X, Y, 8)
+
+
+# --- a batch after an edit -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "hook", [lambda w: w.register_hook(lambda g: g * 0), lambda w: w.register_post_accumulate_grad_hook(_no_gradient)]
+)
+@pytest.mark.parametrize("chunk_size", [1, 4])
+def test_hooks_on_a_weight_run_in_each_step_from_then_on(hook, chunk_size):
+    step = make(mlp(), chunk_size=chunk_size, lr=0.1)
+    step(X, Y, 8)
+    weight = step.posterior.module[0].weight
+    hook(weight)
+    former = weight.detach().clone()
+    step(X, Y, 8)
+    assert (weight - former).abs().max() < 1e-6  # the KL of 10**9 examples
+    assert not step.loop.can_batch or chunk_size == 1
+
+
+def _no_gradient(weight):
+    weight.grad = torch.zeros_like(weight)
+
+
+class HoldsAWeight(nn.Module):
+    """In training mode it reads a weight that a batch cannot replace."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 3)
+        self.held = [self.a.weight]
+
+    def forward(self, x):
+        x = torch.tanh(self.a(x))
+        return self.b(torch.tanh(x @ self.held[0]) if self.training else x)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4])
+def test_a_batch_proves_itself_again_in_another_mode(chunk_size):
+    torch.manual_seed(0)
+    step = make(HoldsAWeight().double(), chunk_size=chunk_size, init_std=0.5)
+    step.posterior.module.eval()
+    step(X, Y, 8)
+    assert step.loop.can_batch
+    step.posterior.module.train()
+    step(X, Y, 8)
+    assert step.loop.can_batch == (chunk_size == 1)
+
+
+def test_a_batch_proves_itself_again_after_an_edit():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    step = make(net, chunk_size=4, init_std=0.5)
+    step(X, Y, 8)
+    assert step.loop.can_batch
+    net[1] = Reads([net[0].weight])
+    step(X, Y, 8)
+    assert not step.loop.can_batch
+
+
+class Reads(nn.Module):
+    def __init__(self, held):
+        super().__init__()
+        self.held = held
+
+    def forward(self, x):
+        return torch.tanh(x @ self.held[0])

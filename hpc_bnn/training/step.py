@@ -27,6 +27,7 @@ from ..posteriors import Posterior, Tally
 from ..posteriors.batch_norm import of_one_rank
 from ..posteriors.families import Family, Scalars
 from ..posteriors.sample_loop import SampleLoop
+from ..posteriors.sampler import Sampler
 from ..trees import Inputs, map_leaves, tensors_of
 from ..views import OwnView, SharedView
 from .batch_trial import BatchTrial
@@ -540,6 +541,9 @@ class VariationalStep(StepState):
         self.comparison.make_replicas_equal_(posterior)
         self.reducer.begin_()  # waits for sums that write into the buffer, before it is emptied
         posterior.prepare_()  # it notices changed layers, which ask for another look
+        self._trial.is_done &= not posterior.network.needs_look()
+        if self.loop.can_batch and self.loop.chunk_size > 1 and _has_hooks(posterior.network.drawn_parameters()):
+            self.loop.fall_back(RuntimeError("a weight has hooks, which a batch would not run"))
         if len(x) and (not self._is_prepared or posterior.network.needs_look() or self._trial.is_due(samples)):
             posterior.read_slots_()
             if not self._is_prepared:
@@ -618,6 +622,13 @@ class VariationalStep(StepState):
             self._check_features()
         self.posterior.network.check_trainable()
         self.updater.check()
+
+
+def _has_hooks(weights: Sequence[nn.Parameter]) -> bool:
+    """Whether a user has put hooks on the gradients of weights; those of blocks (`Sampler.divide_`) are ours. Local."""
+    after = [w._post_accumulate_grad_hooks for w in weights]
+    hooks = [hook for of in after if of for hook in of.values()]
+    return any([w._backward_hooks for w in weights]) or any(hook.__module__ != Sampler.__module__ for hook in hooks)
 
 
 def _checked_weight(kl_weight: float | Callable[[int], float]) -> Callable[[int], float]:
