@@ -1,8 +1,10 @@
-"""Nested dicts, lists and tuples of tensors: inputs of a network, states of an optimizer. Local."""
+"""Nested mappings, lists, tuples and dataclasses of tensors: inputs of a network, states of an optimizer. Local."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,20 +13,27 @@ from torch import Tensor
 from .errors import ConfigError, Fault
 
 Inputs = Any
-"""A tensor [B, ...], or nested dicts, lists and tuples of them with the same B."""
+"""A tensor [B, ...], or nested mappings, lists, tuples and dataclasses of them with the same B."""
 
 
 def map_leaves(tree: Any, kind: type, function: Callable[[Any], Any]) -> Any:
     """Apply a function to the leaves of a kind; others stay as they are."""
     if isinstance(tree, kind):
         return function(tree)
-    if isinstance(tree, dict):
+    if isinstance(tree, Mapping):
         return {key: map_leaves(value, kind, function) for key, value in tree.items()}
-    if isinstance(tree, (list, tuple)):
+    if isinstance(tree, (list, tuple)) and not isinstance(tree, torch.Size):
         parts = [map_leaves(value, kind, function) for value in tree]
         if isinstance(tree, list):
             return parts
         return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)  # a namedtuple stays one
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        twin = copy.copy(tree)
+        for field in dataclasses.fields(tree):
+            if hasattr(tree, field.name):
+                # Not by `replace`, which checks and computes anew what a class has made of its fields
+                object.__setattr__(twin, field.name, map_leaves(getattr(tree, field.name), kind, function))
+        return twin
     return tree
 
 
@@ -49,7 +58,7 @@ def num_rows(tree: Inputs) -> int:
     """Return the common length of dim 0; `ConfigError` where there is no tensor, or the lengths differ."""
     lengths = {len(tensor) if tensor.ndim else -1 for tensor in tensors_of(tree)}
     if not lengths:
-        rule = "must be a tensor, or a dict, list or tuple of tensors"
+        rule = "must be a tensor, or a dict, list, tuple or dataclass of tensors"
         raise ConfigError(Fault("x", f"of type {type(tree).__name__}", rule, "Give torch.as_tensor(x)"))
     if len(lengths) != 1 or -1 in lengths:
         rule = "all tensors of the inputs need the same extent of dim 0, the examples"
@@ -63,9 +72,9 @@ def rows_of(tree: Inputs, span: slice) -> Inputs:
 
 
 def as_arguments(tree: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return what a module is called with: ``net(**x)`` for a dict, ``net(*x)`` for a list or tuple, or ``net(x)``."""
-    if isinstance(tree, dict):
-        return (), tree
+    """Return what a module is called with: ``net(**x)`` for a mapping, ``net(*x)`` for a list or tuple, or ``net(x)``."""
+    if isinstance(tree, Mapping):
+        return (), dict(tree)
     return (tuple(tree), {}) if isinstance(tree, (list, tuple)) else ((tree,), {})
 
 

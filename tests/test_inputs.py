@@ -1,6 +1,8 @@
 """What a network takes and returns: trees of tensors; parts of a batch; classes of a user by their import path."""
 
 import collections
+import dataclasses
+import types
 from types import SimpleNamespace
 
 import pytest
@@ -95,15 +97,32 @@ def test_inputs_may_be_trees(inputs, chunk_size):
     torch.testing.assert_close(got.probabilities, expected.probabilities, rtol=1e-12, atol=1e-14)
 
 
-def test_a_namedtuple_among_the_inputs_stays_one():
-    Pair = collections.namedtuple("Pair", ["x", "more"])
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    x: torch.Tensor
+    more: torch.Tensor
+    size: torch.Size = dataclasses.field(default_factory=lambda: torch.Size([4]))
 
+
+@dataclasses.dataclass(slots=True)
+class Derived:
+    x: torch.Tensor
+    more: torch.Tensor
+    twice: torch.Tensor = dataclasses.field(init=False)
+
+    def __post_init__(self):
+        self.twice = 2 * self.x
+
+
+@pytest.mark.parametrize("pair", [collections.namedtuple("Pair", ["x", "more"]), Frozen, Derived])
+def test_a_namedtuple_or_dataclass_among_the_inputs_stays_one(pair):
     class Named(nn.Module):
         def __init__(self, net):
             super().__init__()
             self.net = net
 
         def forward(self, pair):
+            assert not isinstance(pair, Frozen) or isinstance(pair.size, torch.Size)
             return self.net(pair.x, pair.more)
 
     for options in ({}, {"chunk_size": 3}, {"micro_batch_size": 4}):
@@ -113,8 +132,34 @@ def test_a_namedtuple_among_the_inputs_stays_one():
             posterior, Categorical(3), torch.optim.SGD(posterior.parameters(), lr=0.1), COMM,
             num_samples=5, num_train_examples=40, **options,
         )  # fmt: skip
-        got, expected = (one({"pair": Pair(X, MORE)} if one is step else (X, MORE), Y, 11) for one in (step, make()))
+        got, expected = (one({"pair": pair(X, MORE)} if one is step else (X, MORE), Y, 11) for one in (step, make()))
         assert got.nelbo == pytest.approx(expected.nelbo, rel=1e-12)
+
+
+def test_changes_in_place_in_a_dataclass_do_not_reach_the_next_sample():
+    class Shifts(Net):
+        def forward(self, pair):
+            pair.more.add_(1)
+            return super().forward(pair.x, pair.more)
+
+    terms = []
+    for given in (Frozen(X, MORE.clone()), (X, MORE.clone())):
+        with Key(0, Stream.INIT).global_generator():
+            net = Shifts().double() if isinstance(given, Frozen) else Net().double()
+        posterior = MeanFieldGaussian(net, init_std=0.2)
+        optimizer = torch.optim.SGD(posterior.parameters(), lr=0.1)
+        step = VariationalStep(posterior, Categorical(3), optimizer, COMM, num_samples=5, num_train_examples=40)
+        x = [given] if isinstance(given, Frozen) else (X, MORE + 1)
+        terms.append(step(x, Y, 11).data_term)
+        assert not isinstance(given, Frozen) or torch.equal(given.more, MORE)
+    assert terms[0] == pytest.approx(terms[1], rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", [collections.UserDict, types.MappingProxyType])
+def test_a_mapping_is_what_a_dict_is(kind):
+    for options in ({}, {"chunk_size": 3}, {"micro_batch_size": 4}):
+        got, expected = (make(**options)(x, Y, 11).nelbo for x in (kind({"x": X, "more": MORE}), (X, MORE)))
+        assert got == expected
 
 
 def test_tensors_of_different_lengths_are_refused():
