@@ -1,5 +1,7 @@
 """What a user can get wrong with a family, a posterior, a step or a checkpoint: it is followed, or it is an error."""
 
+import re
+
 import pytest
 import torch
 from stepping import keyed
@@ -388,6 +390,46 @@ def test_a_batch_with_a_graph_is_refused(of, views):
     with pytest.raises(ConfigError, match=r"with a graph.*detach\(\)"):
         step(given["x"], given["y"], 6, views=views, weights=given["weights"])
     step(x.requires_grad_(), y, 6, views=views, weights=weights)  # as for a forward pass that differentiates by x
+
+
+@pytest.mark.parametrize(
+    "name, value, remedy",
+    [
+        ("posterior", make_net(), "MeanFieldGaussian"),
+        ("likelihood", nn.CrossEntropyLoss(), "Categorical"),
+        ("optimizer", None, "posterior.parameters()"),
+        ("comm", None, "connect()"),
+        ("num_samples", 2.0, "whole number"),
+        ("num_samples", None, "whole number"),
+        ("num_samples", 0, "whole number"),
+    ],
+)
+def test_what_a_step_is_made_of_is_checked(name, value, remedy):
+    posterior = MeanFieldGaussian(make_net())
+    given = {
+        "posterior": posterior, "likelihood": Categorical(3), "comm": GridComm(Grid()), "num_samples": 2,
+        "optimizer": torch.optim.SGD(posterior.parameters(), lr=0.1), "num_train_examples": 10, name: value,
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match=rf"^{name} (?s:.*){re.escape(remedy)}"):
+        VariationalStep(**given)
+
+
+@pytest.mark.parametrize("name", ["y", "weights"])
+@pytest.mark.parametrize("kind", [lambda t: t.numpy(), lambda t: t.tolist(), lambda t: {"a": t}, lambda t: None])
+def test_targets_and_weights_are_tensors(name, kind):
+    x, y = batch()
+    given = {"y": y, "weights": torch.ones(6)}
+    given[name] = kind(given[name])
+    if given["weights"] is None:
+        return
+    with pytest.raises(ConfigError, match=rf"^{name} of type .*torch.as_tensor\({name}\)"):
+        make_step(MeanFieldGaussian(make_net()))(x, global_batch_size=6, **given)
+
+
+@pytest.mark.parametrize("count", [0, -6, 6.0, None, "6"])
+def test_the_size_of_a_batch_is_a_whole_number(count):
+    with pytest.raises(ConfigError, match=r"^global_batch_size .*whole number"):
+        make_step(MeanFieldGaussian(make_net()))(*batch(), count)
 
 
 def test_an_update_that_failed_can_be_made_again():

@@ -12,6 +12,7 @@ import math
 import socket
 from collections import deque
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any, Literal, get_args
 
 import torch
@@ -40,7 +41,7 @@ from .optim import JobOptimizer
 from .places import Places
 from .reducer import Reducer
 from .state import StepState
-from .updaters import Updater
+from .updaters import OF_POSTERIOR, Updater
 
 __all__ = ["StepResult", "VariationalStep"]
 
@@ -113,6 +114,16 @@ class VariationalStep(StepState):
         micro_batch_size: int | None = None,
         capture: Capture = "auto",
     ):
+        for name, value, kind, remedy in (
+            ("posterior", posterior, Posterior, "Make it of the network: hpc_bnn.MeanFieldGaussian(net)"),
+            ("likelihood", likelihood, Likelihood, "Use one of hpc_bnn, as Categorical(num_classes) for classes"),
+            ("optimizer", optimizer, (torch.optim.Optimizer, JobOptimizer), OF_POSTERIOR),
+            ("comm", comm, GridComm, "Give what hpc_bnn.connect() returns"),
+        ):
+            if not isinstance(value, kind):
+                rule = f"it is a {type(value).__name__}, which a step cannot use in this place"
+                raise ConfigError(Fault(name, "of another kind", rule, remedy))
+        _check_count("num_samples", num_samples, "Try 8")
         comm.grid.check_num_samples(num_samples)
         posterior.check_num_samples(num_samples, comm.grid.local_samples(num_samples))
         check_field("chunk_size", chunk_size)
@@ -537,6 +548,7 @@ class VariationalStep(StepState):
     def _begin(self, x: SharedView, y: Tensor, samples: range, global_batch_size: int) -> None:
         """Check and try, once each, what can be on a batch, and begin the step. Local, but for the first step."""
         posterior = self.posterior
+        _check_count("global_batch_size", global_batch_size, "Count the examples of the step in the whole job")
         self._settle(LAG - 1)
         self.comparison.make_replicas_equal_(posterior)
         self.reducer.begin_()  # waits for sums that write into the buffer, before it is emptied
@@ -661,6 +673,11 @@ def _check_learned(posterior: Posterior, **parts: Any) -> None:
                 raise ConfigError(Fault(name, f"{type(part).__name__}.{key}", rule, remedy))
 
 
+def _check_count(name: str, value: object, remedy: str) -> None:
+    if not isinstance(value, Integral) or value < 1:
+        raise ConfigError(Fault(name, repr(value), "must be a whole number of at least 1", remedy))
+
+
 _DETACH = "Call detach() on it; what made it trains as a part of the network"
 
 
@@ -675,8 +692,11 @@ def _as_view(x: Inputs | SharedView) -> SharedView:
 
 def _check_rows(x: SharedView, y: Tensor, weights: Tensor | None) -> None:
     """Raise `ConfigError` where inputs, targets and weights are of different numbers of examples. Local."""
-    for name, tensor in (("y", y), ("weights", weights)):
-        if tensor is not None and tensor.requires_grad:
+    for name, tensor in (("y", y), *([] if weights is None else [("weights", weights)])):
+        if not isinstance(tensor, Tensor):
+            rule = "must be a tensor with one entry for each example on dim 0"
+            raise ConfigError(Fault(name, f"of type {type(tensor).__name__}", rule, f"Give torch.as_tensor({name})"))
+        if tensor.requires_grad:
             raise ConfigError(Fault(name, "with a graph", "a step trains the weights of the posterior only", _DETACH))
     if weights is not None and not (weights.shape == (len(x),) and weights.is_floating_point()):
         rule = f"x has {len(x)} examples, and weights are one floating-point number for each"

@@ -25,7 +25,7 @@ FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 _NOT_FIXED = ("lr", "initial_lr", "params")
 """Options of a group that a captured update reads anew, or whose parts count one by one."""
 
-_OF_POSTERIOR = "Make it with posterior.parameters()"
+OF_POSTERIOR = "Make it with posterior.parameters()"
 _CHANGE_GRADIENTS = "Clip with <optimizer.max_gradient_norm>; else change gradients in optimizer.register_step_pre_hook"
 
 
@@ -95,7 +95,7 @@ class Updater:
         if of_network or not ours & updated:
             rule = f"it updates {len(of_network)} parameters of the network itself, which each draw writes anew"
             rule = rule if of_network else "it updates none of the posterior's parameters"
-            raise ConfigError(Fault("optimizer", type(self.optimizer).__name__, rule, _OF_POSTERIOR))
+            raise ConfigError(Fault("optimizer", type(self.optimizer).__name__, rule, OF_POSTERIOR))
         if foreign := updated - ours:
             rule = f"{len(foreign)} of its parameters are not the posterior's: no rank sums their gradients or sets them to 0"
             remedy = "Put them into the network before the posterior is made, or give them an optimizer of their own"
@@ -106,10 +106,10 @@ class Updater:
             left = [name for name, p in weights.items() if id(p) not in updated and p.requires_grad]
             if id(parameter) in updated and len(left) < len(weights):
                 rule = f"it updates posterior.{slot} twice: whole, and weight by weight"
-                raise ConfigError(Fault("optimizer", type(self.optimizer).__name__, rule, _OF_POSTERIOR))
+                raise ConfigError(Fault("optimizer", type(self.optimizer).__name__, rule, OF_POSTERIOR))
             if id(parameter) not in updated and parameter.requires_grad and (left or not weights):
                 rule = f"it does not update posterior.{slot}" + (f" ({shortened(left)})" if weights else "")
-                remedy = f"{_OF_POSTERIOR}, or freeze what is to stay: posterior.{slot}.requires_grad_(False)"
+                remedy = f"{OF_POSTERIOR}, or freeze what is to stay: posterior.{slot}.requires_grad_(False)"
                 raise ConfigError(Fault("optimizer", type(self.optimizer).__name__, rule, remedy))
 
     # --- a step -------------------------------------------------------------------------------------
