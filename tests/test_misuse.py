@@ -432,6 +432,16 @@ def test_the_size_of_a_batch_is_a_whole_number(count):
         make_step(MeanFieldGaussian(make_net()))(*batch(), count)
 
 
+def test_float16_is_refused_and_said(caplog):
+    posterior = MeanFieldGaussian(make_net().float())
+    with pytest.raises(ConfigError, match=r"autocast_dtype torch.float16.*bfloat16"):
+        make_step(posterior, autocast_dtype=torch.float16)
+    x, y = batch()
+    with torch.autocast("cpu", torch.float16):
+        make_step(posterior)(x.float(), y, 6)
+    assert caplog.text.count("torch.bfloat16") == 1
+
+
 def test_an_update_that_failed_can_be_made_again():
     posterior = MeanFieldGaussian(make_net())
     step = make_step(posterior)

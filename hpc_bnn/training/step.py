@@ -50,6 +50,8 @@ logger = logging.getLogger(__name__)
 LAG = 2
 """Steps that are launched before the numbers of the first of them are read."""
 
+_UNDERFLOW = "gradients below 6e-8 become 0 in it, and a step does not scale the loss"
+
 StepViews = Literal["shared", "own"]
 """Whether the ranks of a sample group have the same inputs of an example, or each its own view of it."""
 
@@ -126,6 +128,8 @@ class VariationalStep(StepState):
         _check_count("num_samples", num_samples, "Try 8")
         comm.grid.check_num_samples(num_samples)
         posterior.check_num_samples(num_samples, comm.grid.local_samples(num_samples))
+        if autocast_dtype == torch.float16:
+            raise ConfigError(Fault("autocast_dtype", autocast_dtype, _UNDERFLOW, "Use torch.bfloat16"))
         check_field("chunk_size", chunk_size)
         check_field("batching", batching)
         check_field("micro_batch_size", micro_batch_size)
@@ -575,19 +579,26 @@ class VariationalStep(StepState):
             self._captured.num_steps = self.num_steps
             rates, numbers = self.updater.rates(), self._numbers(len(x))
             self._latch.give_(self.num_steps, samples.start, kl_weight, global_batch_size, rates, numbers)
-        grid = self.comm.grid
-        if self.num_steps == 0 and grid.is_first("world") and global_batch_size > self.num_train_examples:
+        if self.num_steps == 0 and self.comm.grid.is_first("world"):
+            self._warn(global_batch_size)
+
+    def _warn(self, global_batch_size: int) -> None:
+        """Say before the first step what is allowed, and seldom meant. Local."""
+        kind, num_groups = self.posterior.buffer.flat.device.type, self.comm.grid.data_size
+        if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16:
+            logger.warning("torch.autocast to float16 is in force: %s. Use torch.bfloat16", _UNDERFLOW)
+        if global_batch_size > self.num_train_examples:
             logger.warning(
                 "a batch of %d examples, and num_train_examples is %g: the smaller it is the more the KL counts",
                 global_batch_size,
                 self.num_train_examples,
             )
-        if self.num_steps == 0 and grid.is_first("world") and global_batch_size < grid.data_size:
+        if global_batch_size < num_groups:
             logger.warning(
                 "a batch of %d examples for %d data groups: the others have nothing to do. Use a larger "
                 "global_batch_size or sample_size",
                 global_batch_size,
-                grid.data_size,
+                num_groups,
             )
 
     def _settings(self) -> dict[str, Any]:
