@@ -147,7 +147,6 @@ def measure_gradients(num_samples: int, num_epochs: int) -> list[dict]:
                     "loss": losses[m] if is_finite else None,
                     "angle_degrees": math.degrees(math.acos(1.0 if m == num_samples else cosine)) if is_finite else None,
                 })  # fmt: skip
-            step.objective = hpc_bnn.NegativeElbo() if name == "digits" else hpc_bnn.Crps()
     return rows
 
 

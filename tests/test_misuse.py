@@ -38,7 +38,7 @@ def batch(count=6):
     return x, torch.arange(count) % 3
 
 
-def make_step(posterior, optimizer=None, num_samples=2, **options):
+def make_step(posterior, optimizer=None, num_samples=2, num_train_examples=10, **options):
     optimizer = optimizer or torch.optim.SGD(posterior.parameters(), lr=0.1)
     return VariationalStep(
         posterior,
@@ -46,7 +46,7 @@ def make_step(posterior, optimizer=None, num_samples=2, **options):
         optimizer,
         GridComm(Grid()),
         num_samples=num_samples,
-        num_train_examples=10,
+        num_train_examples=num_train_examples,
         **options,
     )
 
@@ -440,6 +440,43 @@ def test_float16_is_refused_and_said(caplog):
     with torch.autocast("cpu", torch.float16):
         make_step(posterior)(x.float(), y, 6)
     assert caplog.text.count("torch.bfloat16") == 1
+
+
+@pytest.mark.parametrize("name", ["likelihood", "num_samples", "objective", "seed"])
+def test_what_a_step_reads_once_cannot_be_set_later(name):
+    step = make_step(MeanFieldGaussian(make_net()))
+    with pytest.raises(ConfigError, match=rf"^{name} .*Make a new VariationalStep"):
+        setattr(step, name, getattr(step, name))
+
+
+@pytest.mark.parametrize(
+    "name, wrong, value", [("kl_weight", -1.0, 0.0), ("max_gradient_norm", 0.0, 1e-3), ("num_train_examples", 0, 1000)]
+)
+@pytest.mark.parametrize("capture", ["off", "on"])
+def test_what_is_set_later_is_checked_and_followed(name, wrong, value, capture):
+    locs = []
+    for options in ({}, {name: value}):
+        step = make_step(MeanFieldGaussian(make_net()), capture=capture, **options)
+        setattr(step, name, value)
+        for _ in range(3):
+            step(*batch(), 6)
+        step.settle()
+        locs.append(step.posterior.loc.detach().clone())
+        with pytest.raises(ConfigError, match=name):
+            setattr(step, name, wrong)
+    assert torch.equal(*locs)
+
+
+def test_an_optimizer_may_be_replaced():
+    posterior = MeanFieldGaussian(make_net())
+    step = make_step(posterior)
+    step(*batch(), 6)
+    step.optimizer = torch.optim.SGD(posterior.parameters(), lr=0.0)
+    former = posterior.loc.detach().clone()
+    step(*batch(), 6)
+    assert torch.equal(posterior.loc, former)
+    with pytest.raises(ConfigError, match=r"^optimizer of another kind.*posterior.parameters\(\)"):
+        step.optimizer = nn.Linear(1, 1)
 
 
 def test_an_update_that_failed_can_be_made_again():

@@ -50,6 +50,8 @@ logger = logging.getLogger(__name__)
 LAG = 2
 """Steps that are launched before the numbers of the first of them are read."""
 
+_READ_ONCE = "likelihood", "num_samples", "objective", "seed"
+
 _UNDERFLOW = "gradients below 6e-8 become 0 in it, and a step does not scale the loss"
 
 StepViews = Literal["shared", "own"]
@@ -119,12 +121,9 @@ class VariationalStep(StepState):
         for name, value, kind, remedy in (
             ("posterior", posterior, Posterior, "Make it of the network: hpc_bnn.MeanFieldGaussian(net)"),
             ("likelihood", likelihood, Likelihood, "Use one of hpc_bnn, as Categorical(num_classes) for classes"),
-            ("optimizer", optimizer, (torch.optim.Optimizer, JobOptimizer), OF_POSTERIOR),
             ("comm", comm, GridComm, "Give what hpc_bnn.connect() returns"),
         ):
-            if not isinstance(value, kind):
-                rule = f"it is a {type(value).__name__}, which a step cannot use in this place"
-                raise ConfigError(Fault(name, "of another kind", rule, remedy))
+            _check_kind(name, value, kind, remedy)
         _check_count("num_samples", num_samples, "Try 8")
         comm.grid.check_num_samples(num_samples)
         posterior.check_num_samples(num_samples, comm.grid.local_samples(num_samples))
@@ -134,8 +133,6 @@ class VariationalStep(StepState):
         check_field("batching", batching)
         check_field("micro_batch_size", micro_batch_size)
         check_field("capture", capture)
-        check_field("optimizer.max_gradient_norm", max_gradient_norm)
-        at_least(1, "Give the size of the training set").check("num_train_examples", num_train_examples)
         objective = objective or NegativeElbo()
         if not isinstance(objective, Objective):
             remedy = "Wrap a function of all members: hpc_bnn.Gathered(function)"
@@ -143,10 +140,9 @@ class VariationalStep(StepState):
         objective.check(likelihood, num_samples)
         _check_learned(posterior, likelihood=likelihood, objective=objective)
         self.posterior, self.likelihood, self.comm = posterior, likelihood, comm
-        is_of_job = isinstance(optimizer, JobOptimizer)
-        self.optimizer = optimizer if is_of_job else JobOptimizer.of(optimizer, posterior, comm)
+        self.optimizer: Any = optimizer  # a JobOptimizer (`__setattr__`)
         self.num_samples, self.num_train_examples, self.seed = num_samples, num_train_examples, seed
-        self.kl_weight = _checked_weight(kl_weight)
+        self.kl_weight: Any = kl_weight  # a function
         self.objective, self.max_gradient_norm = objective, max_gradient_norm
         self.num_steps, self.micro_batch_size = 0, micro_batch_size
         self.wants_stop = self.wants_checkpoint = self._is_prepared = self._has_agreed = False
@@ -173,6 +169,21 @@ class VariationalStep(StepState):
             self.scalars, options = self._latch.scalars, {"seed": seed, "num_samples": num_samples}
             self._captured = CapturedDataTerm(*given, recorder=self.recorder, latch=self._latch, **options)
         self.scalars.num_samples.fill_(num_samples)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Check a new value as that of the constructor, or refuse one that comes too late."""
+        if name in _READ_ONCE and name in vars(self):
+            raise ConfigError(Fault(name, value, "a step reads it when it is made", "Make a new VariationalStep"))
+        if name == "kl_weight":
+            value = _checked_weight(value)
+        elif name == "optimizer" and not isinstance(value, JobOptimizer):
+            _check_kind(name, value, torch.optim.Optimizer, OF_POSTERIOR)
+            value = JobOptimizer.of(value, self.posterior, self.comm)
+        elif name == "max_gradient_norm":
+            check_field("optimizer.max_gradient_norm", value)
+        elif name == "num_train_examples":
+            at_least(1, "Give the size of the training set").check(name, value)
+        super().__setattr__(name, value)
 
     @property
     def reducer(self) -> Reducer:
@@ -682,6 +693,12 @@ def _check_learned(posterior: Posterior, **parts: Any) -> None:
                     "requires_grad_(False)"
                 )
                 raise ConfigError(Fault(name, f"{type(part).__name__}.{key}", rule, remedy))
+
+
+def _check_kind(name: str, value: object, kind: type, remedy: str) -> None:
+    if not isinstance(value, kind):
+        rule = f"it is a {type(value).__name__}, which a step cannot use in this place"
+        raise ConfigError(Fault(name, "of another kind", rule, remedy))
 
 
 def _check_count(name: str, value: object, remedy: str) -> None:
