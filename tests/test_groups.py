@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import re
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -173,6 +174,28 @@ def test_regions_are_parts_of_the_field(shards):
     assert {name: values[0] for name, values in again["metrics"].items()} == {
         n: v[0] for n, v in table["metrics"].items()
     }
+
+
+@pytest.mark.parametrize("step", [0.01, 0.1, 0.25, 1.0])
+@pytest.mark.parametrize("make", [np.float64, np.float32])
+@pytest.mark.parametrize("first", [-180, 0])
+def test_the_edges_of_a_box_belong_to_it(step, make, first):
+    """Of grids that hold their decimals to rounding only, from either end and over the meridian; of one point, too."""
+    longitudes = make(np.arange(round(360 / step)) * step + first).astype(float)
+    latitudes = make(60 - np.arange(21) * step).astype(float)
+    manifest = SimpleNamespace(places=(21, len(longitudes)), details={"latitudes": latitudes, "longitudes": longitudes})
+    dataset = SimpleNamespace(manifest=manifest)
+
+    def size(data, *box):
+        return len(find_groups(GridComm(Grid()), data, regions={"box": box})[0].places)
+
+    for n in range(-180, 180, 41):
+        south, west = round(60 - (7 + n % 13) * step, 2), round(n * step, 2)
+        box = south, round(south + 7 * step, 2), west, round(west + 12 * step, 2)
+        assert size(dataset, *box) == 8 * 13, box
+    assert size(dataset, -90, 90, -180, 180) == size(dataset, -90, 90, 0, 360) == 21 * len(longitudes)
+    point = SimpleNamespace(places=(1, 1), details={"latitudes": make([60.1]), "longitudes": make([5.1])})
+    assert size(SimpleNamespace(manifest=point), 60.1, 60.1, 5.1, 5.1) == 1
 
 
 @pytest.mark.parametrize(

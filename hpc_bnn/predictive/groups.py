@@ -126,8 +126,11 @@ def _region(dataset: Source, name: str, given: Any) -> Group:
             rule = f"the targets have {list(places)} points, and no latitudes and longitudes"
             raise ConfigError(Fault("--regions", name, rule, "Give a mask of these points"))
         south, north, west, east = map(float, given)
-        in_longitude = (axes[1] - west) % 360 <= ((east - west) % 360 if abs(east - west) < 360 else 360)
-        mask = ((axes[0] >= south) & (axes[0] <= north))[:, None] & in_longitude
+        # Grids in float32 miss their decimals by 1e-5 degrees
+        slack = [1e-2 * np.abs(np.diff(axis)).min(initial=1e-2) for axis in axes]
+        width = (east - west) % 360 if abs(east - west) < 360 else 360
+        in_longitude = (axes[1] - west + slack[1]) % 360 <= width + 2 * slack[1]
+        mask = ((axes[0] >= south - slack[0]) & (axes[0] <= north + slack[0]))[:, None] & in_longitude
     else:
         mask = np.asarray(given)
         if mask.shape != tuple(places):
