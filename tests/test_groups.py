@@ -3,12 +3,14 @@
 import csv
 import hashlib
 import json
+import math
 import re
 from types import SimpleNamespace
 
 import h5py
 import numpy as np
 import pytest
+import scoringrules
 import torch
 import weather
 from scipy import stats
@@ -19,6 +21,8 @@ from hpc_bnn.data import verify_shards
 from hpc_bnn.data.files import SplitFiles
 from hpc_bnn.errors import ConfigError, DataError
 from hpc_bnn.predictive import evaluate_dataset, find_groups, parse_regions
+from hpc_bnn.predictive.evaluation import _skill
+from hpc_bnn.predictive.groups import Climatology
 
 FACTS = {"name": "made", "source": "test", "licence": "none"}
 NUM = {"train": 40, "test": 23}
@@ -287,6 +291,20 @@ def test_skill_against_persistence_and_climatology(shards):
         np.sqrt((np.square(error) * weights).mean() / weights.mean()), rel=1e-6
     )
     assert alone["persistence/crps"] == pytest.approx((np.abs(error) * weights).mean() / weights.mean(), rel=1e-6)
+
+
+@pytest.mark.parametrize("std", [0.0, 1e-320, 1e-300, 1e-12, 1.0])
+def test_climatology_of_a_target_that_is_nearly_constant(std):
+    """A point forecast has its absolute error as CRPS."""
+    y = torch.tensor([[3.0, -2e5, 1e30, 1.0]], dtype=torch.float64)
+    climatology = Climatology(torch.ones(4, dtype=torch.float64), torch.full((4,), std, dtype=torch.float64))
+    expected = (y - 1).abs() if std < 1 else torch.from_numpy(scoringrules.crps_normal(y.numpy(), 1.0, std))
+    torch.testing.assert_close(climatology.crps(y), expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("theirs", [math.inf, math.nan, 0.0])
+def test_there_is_no_skill_against_what_is_no_score(theirs):
+    assert math.isnan(_skill(0.3, theirs)) and _skill(0.3, 0.5) == pytest.approx(0.4)
 
 
 @pytest.mark.parametrize(("window", "horizon"), [(6, 3), (3, 3), (2, 3)])

@@ -709,7 +709,7 @@ class _ValueScores(_Scores):
 
 
 def _skill(ours: float, theirs: float) -> float:
-    return 1 - ours / theirs if theirs else math.nan
+    return 1 - ours / theirs if 0 < theirs < math.inf else math.nan
 
 
 _SCORES: dict[bool, Callable[..., _Scores]] = {True: _ClassScores, False: _ValueScores}

@@ -217,7 +217,8 @@ class Climatology:
 
     def crps(self, y: Tensor) -> Tensor:
         """Return the CRPS [B, T, ...] of targets (units of y); of a normal distribution: Gneiting and Raftery (2007)."""
-        std = self.std.clamp_min(torch.finfo(y.dtype).tiny)
-        z = (y - self.mean) / std
+        difference = y - self.mean
+        z = difference / self.std.clamp_min(torch.finfo(y.dtype).tiny)  # infinite where it says a point
         normal = torch.distributions.Normal(torch.zeros_like(z), 1.0, validate_args=False)  # NaN where nothing is known
-        return std * (z * (2 * normal.cdf(z) - 1) + 2 * normal.log_prob(z).exp() - 1 / math.sqrt(math.pi))
+        spread = 2 * normal.log_prob(z).exp() - 1 / math.sqrt(math.pi)
+        return difference * (2 * normal.cdf(z) - 1) + self.std * spread
