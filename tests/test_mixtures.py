@@ -122,6 +122,22 @@ def test_pairs_of_student_t_against_scipy_where_components_are_narrow(narrow, to
     assert got.item() == pytest.approx(expected, rel=tolerance)
 
 
+@pytest.mark.parametrize("df", [1.01, 1.2, 1.49, 2.5, 30.0])
+def test_crps_of_student_t_with_tails_of_any_length(df):
+    """Of one sample against scoringrules; of several, of other scales too, against the integral of the definition."""
+    loc, scale, y = draw(2)
+    one, _ = StudentTMixture(*tensors(loc[:1], scale[:1]), df=df).crps(*tensors(y))
+    np.testing.assert_allclose(one, scoringrules.crps_t(y, df, loc[0], scale[0]), rtol=1e-9)
+    loc, scale, y = loc[:, 0, 0], 0.5 + scale[:, 0, 0], y[0, 0]
+    u = np.linspace(-35, 60, 5001)
+    expected, steps = 0.0, np.exp(u)[:, None]
+    for sign in (-1, 1):  # beyond y the distribution function squared, or what is left of it
+        beyond = scipy.stats.t(df).sf((sign * (y - loc) + steps) / scale).mean(1)
+        expected += (beyond**2 * np.exp(u)).sum() * (u[1] - u[0])
+    got, _ = StudentTMixture(*tensors(loc[:, None], scale[:, None]), df=df).crps(*tensors([y]))
+    assert got.item() == pytest.approx(expected, rel=1e-6)
+
+
 def test_pit_is_uniform_where_the_mixture_is_right(case):
     """Mean and second moment of the PIT of draws from the mixture; thresholds in standard errors."""
     mixture, _, components = case

@@ -227,7 +227,8 @@ class StudentTMixture(GaussianMixture):
 
     def _distances(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # E|Y_i - y| and E|Y_i - Y_i'| in closed form (Jordan, Krueger, Lerch, Evaluating probabilistic forecasts with
-        # scoringRules, 2019); for the pairs the integral of 2 F (1 - F), by sinh-sinh quadrature (Takahasi, Mori, 1974)
+        # scoringRules, 2019). Pairs: 2 F (1 - F) is the mean of 2 F_i (1 - F_i), whose integrals these are, plus twice the variance
+        # of the F_i, whose tails are short for any df: by sinh-sinh quadrature (Takahasi, Mori, 1974)
         df, (loc, scale) = self.df, self.components
         if df <= 1:
             infinite = torch.full_like(y, math.inf)
@@ -238,19 +239,19 @@ class StudentTMixture(GaussianMixture):
         log_beta = [math.lgamma(0.5) + math.lgamma(b) - math.lgamma(b + 0.5) for b in (df - 0.5, df / 2)]
         own = 4 * math.sqrt(df) / (df - 1) * math.exp(log_beta[0] - 2 * log_beta[1]) * scale.sum(0)
         centre, width = loc.mean(0), loc.std(0, correction=0) + scale.mean(0)
-        pairs = torch.zeros_like(own)
+        pairs = own / self.num_components
         for node in range(-7 * NODES_PER_UNIT // 2, 7 * NODES_PER_UNIT // 2 + 1):
             u = node / NODES_PER_UNIT
             inner = math.pi / 2 * math.sinh(u)
             weight = math.pi / 2 * math.cosh(u) * math.cosh(inner) / NODES_PER_UNIT
-            below = self.cdf(centre + math.sinh(inner) * width)
-            pairs += 2 * weight * width * below * (1 - below)
+            below = self._standard_cdf((centre + math.sinh(inner) * width - loc) / scale)
+            pairs += 2 * weight * width * below.var(0, correction=0)
         return (scale * distance).mean(0), pairs * self.num_components**2, own
 
 
 NODES_PER_UNIT = 32
-"""Density of the nodes of the quadrature. Relative error of the CRPS, measured: below 1e-6 where the scales are at least
-0.3 of the spread of the locations, below 1e-3 at 0.1, below 0.03 at 0.01."""
+"""Density of the nodes of the quadrature. Relative error of the CRPS, measured for df from 1.01 to 30: below 1e-6 where the scales
+are at least 0.2 of the spread of the locations plus the mean scale, below 1e-3 at 0.05, below 0.03 at 0.01."""
 
 
 # --- counts and yes-no targets -----------------------------------------------------------------------------
@@ -282,11 +283,14 @@ class PoissonMixture(Mixture):
 
     def _quantile(self, level: float) -> Tensor:
         low, high = self._range()  # the quantile is the least k with F(k) >= level
-        while bool((low < high).any()):
+        is_open = low < high
+        while bool(is_open.any()):
             middle = ((low + high) / 2).floor()
             is_enough = self.cdf(middle) >= level
-            low, high = torch.where(is_enough, low, middle + 1), torch.where(is_enough, middle, high)
-        return high
+            above, below = torch.where(is_enough, low, middle + 1), torch.where(is_enough, middle, high)
+            is_open = (above < below) & ((above > low) | (below < high))  # above 2^53 no number lies between them
+            low, high = above, below
+        return torch.where(low.isnan(), low, high)  # NaN where a rate is no number
 
     def _distances(self, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # E|Y_i - y| and E|Y_i - Y_i'| in closed form (Wei, Held, Calibration tests for count data, TEST 2014); for the pairs the sum
