@@ -105,6 +105,19 @@ def test_crps_of_counts_of_any_size(monkeypatch):
     assert PoissonMixture(torch.tensor([[3.0], [math.inf]])).crps(torch.ones(1))[0].isnan()
 
 
+@pytest.mark.parametrize("rate", [1e6, 1e15, 1e16, 1e17, 1e18, 1e30])
+def test_quantiles_of_counts_of_any_size(rate):
+    """Above 2^53 they are numbers of float64 next to the quantile; the median of the larger rate's lower tail."""
+    for level in (0.05, 0.5, 0.9):
+        got = PoissonMixture(torch.full((2, 1), rate, dtype=torch.float64)).quantile(level)
+        expected = rate + scipy.stats.norm.ppf(level) * math.sqrt(rate)
+        assert got.item() == pytest.approx(expected, abs=0.02 * math.sqrt(rate) + 4 * np.spacing(rate))
+    for lost in (math.inf, math.nan):
+        rates = torch.tensor([[lost, 3.0], [rate, 3.0]], dtype=torch.float64)
+        lost, sound = PoissonMixture(rates).quantile(0.5).tolist()
+        assert math.isnan(lost) and sound == 3
+
+
 @pytest.mark.parametrize(("narrow", "tolerance"), [(0.3, 1e-6), (0.1, 1e-3), (0.01, 0.03)])
 def test_pairs_of_student_t_against_scipy_where_components_are_narrow(narrow, tolerance):
     loc = np.linspace(-1, 1, K)[:, None, None]
