@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import shutil
+from dataclasses import replace
 from fractions import Fraction
 
 import h5py
@@ -252,6 +253,44 @@ def test_intervals_too_narrow_and_too_wide_cover_as_often_as_promised(factor):
         assert_covers(of_target, level, n)
 
 
+@pytest.mark.parametrize("score", ["threshold", "aps", "raps"])
+@pytest.mark.parametrize("scale", [1e-9, 1.0])
+def test_a_class_whose_score_is_the_threshold_is_in_the_set(score, scale):
+    """Also where the probabilities are rounded otherwise, as in another batch, and where they are small."""
+    p = torch.from_numpy(np.random.default_rng(0).dirichlet(np.ones(6), 50)) * scale
+    p[:, 0] += 1 - p.sum(1)
+    scores = set_scores(p, score, 0.1, 1)
+    rounded = p * (1 + 3e-7 * torch.linspace(-1, 1, 300, dtype=torch.float64).view(50, 6))
+    for c in range(6):
+        for n, threshold in enumerate(scores[:, c]):
+            found = Calibration(SETS, 0.8, 9, threshold, 1.0, score=score, penalty=0.1, free_rank=1)
+            one = rounded[n : n + 1]
+            in_set = found.set_of(ClassPredictive(one, one, one[:, 0]))[0]
+            assert in_set[c]
+            # Others only where their probability is the same to rounding
+            new = in_set & (scores[n] > threshold)
+            assert not new.any() or (p[n, new] / p[n, c] - 1).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(("middle", "std", "threshold"), [(280.0, 1e-3, 0.5), (0.0, 1.0, -0.7), (-3e5, 10.0, 0.0)])
+def test_a_number_whose_score_is_the_threshold_is_in_the_interval(middle, std, threshold):
+    """Also where the prediction is rounded otherwise, and where the ends are written in float32."""
+    rng = np.random.default_rng(0)
+    loc = torch.from_numpy(middle + std * rng.normal(size=(200, 1)))
+    width = std * scipy.stats.norm.ppf(0.9)
+    found = Calibration(INTERVALS, 0.8, 9, torch.tensor([threshold * std], dtype=torch.float64))
+    y = [loc - width - threshold * std, loc + width + threshold * std]
+    rounded = (loc * (1 + 2e-7 * torch.from_numpy(rng.uniform(-1, 1, loc.shape)))).float().double()
+    mixture = GaussianMixture(rounded[None], torch.full_like(rounded, std)[None])
+    lower, upper = found.interval_of(ValuePredictive(rounded, rounded, rounded, mixture=mixture))
+    assert (lower.float() <= y[0].float()).all() and (y[1].float() <= upper.float()).all()
+    exact = 2 * (width + threshold * std)
+    assert ((upper - lower) - exact).max() < 1e-4 * std + 2e-5 * abs(middle)
+    everything = replace(found, thresholds=torch.tensor([math.inf]))
+    lower, upper = everything.interval_of(ValuePredictive(rounded, rounded, rounded, mixture=mixture))
+    assert (lower == -math.inf).all() and (upper == math.inf).all()
+
+
 # --- runs ----------------------------------------------------------------------------------------------
 
 
@@ -343,8 +382,9 @@ def test_a_calibrated_prediction_is_what_the_definition_gives(kind, run, tmp_pat
         score = np.maximum(seen["quantiles"][:, 0] - y, y - seen["quantiles"][:, 1])
         thresholds = np.sort(score, axis=0)[rank]
         np.testing.assert_allclose(found["thresholds"], thresholds, rtol=1e-3, atol=1e-4)
-        np.testing.assert_allclose(new["lower"], new["quantiles"][:, 0] - found["thresholds"], rtol=1e-9)
-        np.testing.assert_allclose(new["upper"], new["quantiles"][:, 1] + found["thresholds"], rtol=1e-9)
+        tie = module.TIES * (np.abs(new["quantiles"]).sum(1) + np.abs(found["thresholds"]))
+        np.testing.assert_allclose(new["lower"], new["quantiles"][:, 0] - found["thresholds"] - tie, rtol=1e-9)
+        np.testing.assert_allclose(new["upper"], new["quantiles"][:, 1] + found["thresholds"] + tie, rtol=1e-9)
         inside = (new["lower"] <= new["y"]) & (new["y"] <= new["upper"])
         assert (inside.mean(0) > 0.8 - 4 * math.sqrt(0.16 * (1 / 59 + 1 / 101))).all()
     assert attributes["calibration_level"] == 0.8 and attributes["calibration_num_examples"] == 59

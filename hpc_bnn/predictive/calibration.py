@@ -38,6 +38,10 @@ MAX_VECTOR_CLASSES = 1000
 GATHERED_NUMBERS = 2**22
 """Scores that are gathered at once: 32 MiB on each rank."""
 
+TIES = 2.0**-18
+"""32 units in the last place of float32, relative: what scores may differ by in batches of other shapes. Sets and intervals are
+wider by it, so that they hold targets whose score is the threshold."""
+
 SETS, INTERVALS = "temperature, split conformal sets", "conformalised quantile regression"
 """Names of the methods, for classes and for numbers."""
 
@@ -103,13 +107,14 @@ class Calibration:
 
     def set_of(self, predictive: ClassPredictive) -> Tensor:
         """Return whether each class [B, C, ...] is in the set of its example, or point. Local."""
-        scores = set_scores(predictive.probabilities, self.score, self.penalty, self.free_rank)
+        scores = set_scores(predictive.probabilities * (1 + TIES), self.score, self.penalty, self.free_rank)
         return scores <= self.thresholds.to(scores)
 
     def interval_of(self, predictive: Any) -> tuple[Tensor, Tensor]:
         """Return the ends [B, T, ...] of the interval of numbers (units of y). Local or collective as `ends_of`."""
         (low, high), limits = ends_of(predictive, self.level), self.thresholds.to(predictive.mean)
-        return low - limits, high + limits
+        tie = TIES * (low.abs() + high.abs() + limits.abs())
+        return low - limits - tie, high + limits + tie
 
     def applied(self, predictive: Any, y: Tensor | None = None, present: Tensor | None = None) -> Any:
         """Return a predictive of examples after the calibration.
