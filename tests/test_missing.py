@@ -335,3 +335,26 @@ def test_groups_and_climatology_know_the_present_targets_alone(tmp_path, weighte
     climatology = Climatology.of(comm, data)
     np.testing.assert_allclose(climatology.mean, np.nanmean(y, 0), rtol=1e-12)
     np.testing.assert_allclose(climatology.std, np.nanstd(y, 0), rtol=1e-9)
+
+
+@pytest.mark.parametrize("of_classes", [False, True])
+def test_a_group_lacks_only_what_is_missing_in_it(tmp_path, of_classes):
+    """One group has all, one lacks a channel, one has nothing: what is not known is null in JSON."""
+    x, station = np.random.default_rng(0).normal(size=(30, 4)).astype(np.float32), np.arange(30) % 3
+    y, facts = x[:, :2].astype(np.float64), {"missing_targets": True}
+    y[station == 1, 1] = y[station == 2] = np.nan
+    likelihood = Gaussian(2, missing_targets=True)
+    if of_classes:
+        y, facts = np.where(station == 2, -1, np.arange(30) % 2), {"num_classes": 2, "ignore_index": -1}
+        likelihood = Categorical(2, ignore_index=-1)
+    write_shards(tmp_path, {"train": (x, y)}, coordinates={"train": {"station": station}}, **facts, **FACTS)
+    data, comm = ShardDataset(tmp_path, "train", normalises_targets=False), GridComm(Grid())
+    posterior = hpc_bnn.MeanFieldGaussian(nn.Linear(4, 2 if of_classes else 4), init_std=0.3)
+    arguments = {"num_samples": 3, "groups": find_groups(comm, data, ["station"])}
+    found = evaluate_dataset(posterior, likelihood, comm, data, **arguments)
+    table = json.loads(json.dumps(found.groups, allow_nan=False))["station"]
+    assert all(values[2] is None and values[0] is not None for values in table["metrics"].values())
+    assert of_classes or {"rmse", "crps", "spread_skill"} <= table["channels"].keys()
+    for full, part, nothing in table["channels"].values():
+        assert None not in full and part[0] is not None and part[1] is None and nothing is None
+    assert of_classes or found.curves["channels"]["rmse"][1] > 0

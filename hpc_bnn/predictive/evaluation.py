@@ -139,7 +139,7 @@ class Evaluation:
     """[N] uncertainties of each example, in the order of the data set: see `uncertainties_of`; and "weight", where they have one."""
     groups: dict[str, Any]
     """Of each grouping its labels ("name") and, by metric, a number of each group ("metrics"), None where it is not finite; of
-    numbers also those of each channel ("channels"), and the histogram of the PIT ("pit")."""
+    numbers also those of each channel ("channels"), None where the group has none, and the histogram of the PIT ("pit")."""
 
 
 def evaluate_dataset(
@@ -477,14 +477,17 @@ class _Scores:
             channels = [self.by_channel(self.parts[n]) for n in numbers]
             found[grouping] = {
                 "name": [self.groups[n].label for n in numbers],
-                "metrics": {name: [row.get(name) for row in whole] for name in {k: 0 for row in whole for k in row}},
+                "metrics": {
+                    name: [_known(row.get(name)) for row in whole] for name in {k: 0 for row in whole for k in row}
+                },
                 "channels": {
                     name: [row.get(name) for row in channels] for name in {k: 0 for row in channels for k in row}
                 },
             }
         return found
 
-    def by_channel(self, metrics: dict[str, Any]) -> dict[str, list[float]]:
+    def by_channel(self, metrics: dict[str, Any]) -> dict[str, list[float | None]]:
+        """Return metrics of which any channel has one, None for those that have none. Local."""
         return {}
 
 
@@ -680,14 +683,12 @@ class _ValueScores(_Scores):
             values[f"{name}_skill/{reference}"] = _skill(values[name], values[f"{reference}/{name}"])
         return {name: value for name, value in values.items() if math.isfinite(value) or name == "nll"}
 
-    def by_channel(self, metrics: dict[str, Any], counts: Sequence[float] | None = None) -> dict[str, list[float]]:
+    def by_channel(self, metrics: dict[str, Any]) -> dict[str, list[float | None]]:
         means = {n: metric.by_channel() for n, metric in metrics.items() if isinstance(metric, ChannelMean)}
         means["spread_skill"] = [s / r if r else math.nan for s, r in zip(means.pop("spread"), means["rmse"])]
         for name, reference in itertools.product(("rmse", "crps"), self._references):
             means[f"{name}_skill/{reference}"] = list(map(_skill, means[name], means[f"{reference}/{name}"]))
-        if counts is not None:
-            means = {name: [v for v, count in zip(values, counts) if count] for name, values in means.items()}
-        return {name: values for name, values in means.items() if all(map(math.isfinite, values))}
+        return {name: list(map(_known, v)) for name, v in means.items() if any(map(math.isfinite, v))}
 
     def by_group(self) -> dict[str, Any]:
         found = super().by_group()
@@ -703,9 +704,15 @@ class _ValueScores(_Scores):
         names = list(self._names) or [str(number) for number in range(self._likelihood.num_targets)]
         counts = metrics["rmse"].sums[1].tolist()  # a channel without a target has no metrics
         names = [name for name, count in zip(names, counts) if count]
-        means = self.by_channel(metrics, counts)
+        found = self.by_channel(metrics).items()
+        means = {name: [v for v, count in zip(values, counts) if count] for name, values in found}
+        means = {name: values for name, values in means.items() if None not in values}
         pit = {"pit": metrics["pit"].curve()} if self._likelihood.has_mixture else {}
         return {**pit, "channels": {"name": names, **means}, **super().curves()}
+
+
+def _known(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _skill(ours: float, theirs: float) -> float:
