@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +22,8 @@ from ..likelihoods.mixtures import GaussianMixture, Mixture
 from ..posteriors import Posterior
 from .evaluation import See, predict_dataset
 from .predictive import ClassPredictive, Predictive, Share, ValuePredictive, examples_of, is_of_classes
+
+logger = logging.getLogger(__name__)
 
 TEMPERATURES = 0.05, 20.0
 """Least and greatest temperature."""
@@ -61,12 +64,12 @@ class Calibration:
     level: float
     """Probability that the target is inside, above 0 and below 1."""
     num_examples: int
-    """n, of the calibration: examples whose target is not missing, of several targets the fewest that one has, if it has any."""
+    """n, of the calibration: examples whose target is not missing; of several targets the fewest that one with enough has."""
     thresholds: Tensor
     """[...] of the scores of classes, without unit, of each point of a field; [T, ...] of those of each target, in units of y,
     on the CPU.
 
-    Infinite where n is too small for the level, or a target was missing in all examples: the set or interval holds everything.
+    Infinite for a target that has too few examples for the level, or none: its set or interval holds everything.
     """
     temperature: float | None = None
     """Of the class probabilities; None for numbers."""
@@ -82,7 +85,7 @@ class Calibration:
 
     @property
     def holds_everything(self) -> bool:
-        """Whether n is too small for the level."""
+        """Whether n is too small for the level, of all targets."""
         return conformal_rank(self.num_examples, self.level) > self.num_examples
 
     def columns_of(self, predictive: Predictive, quantiles: Sequence[float] = ()) -> dict[str, Tensor]:
@@ -310,7 +313,7 @@ def conformal_rank(num_examples: int, level: float) -> int:
 
 
 def conformal_thresholds(scores: Tensor, level: float, num_examples: int, comm: GridComm) -> Tensor:
-    """Return the score with `conformal_rank` among those of all examples, [...] on the CPU; infinite where n is too small, or 0.
+    """Return the score with `conformal_rank` among those of all examples, [...] on the CPU; infinite where those of a target are too few.
 
     Collective over the world: a gather of each `GATHERED_NUMBERS` scores. Equal scores count as often as they occur; the order
     of the examples does not matter, so every grid finds the same one.
@@ -320,7 +323,7 @@ def conformal_thresholds(scores: Tensor, level: float, num_examples: int, comm: 
     scores : Tensor
         [m, ...] of examples that no other rank has, NaN where a target is missing; m may be 0.
     num_examples : int
-        n, of all ranks; of several targets the fewest scores that one has, if it has any.
+        n, of all ranks: as `Calibration.num_examples`.
     """
     shape = scores.shape[1:]
     if conformal_rank(num_examples, level) > num_examples:
@@ -382,7 +385,7 @@ def calibrate_dataset(
         The level is none, or the predictive has neither classes nor quantiles, or what is asked for is none or does not fit the
         targets.
     DataError
-        On all ranks: a target lies outside the support of the likelihood or is missing in all examples, or the network predicts
+        On all ranks: a target lies outside the support of the likelihood, or all are missing, or the network predicts
         what is no number.
     """
     above_and_below(0, 1, "Try 0.9").check("--level", level)
@@ -437,9 +440,17 @@ def calibrate_dataset(
     counts = torch.cat([(~of_all.isnan()).sum(0).double().view(-1), torch.tensor([float(len(noise))])]).to(comm.device)
     comm.sum_(counts)
     of_targets, has_noise = counts[:-1].view(1 if of_classes else likelihood.num_targets, -1), bool(counts[-1] > 0)
-    if not of_targets.any(1).all():
-        raise DataError("a target is missing in all examples of the calibration. Use others")
-    num_examples = int(of_targets[of_targets > 0].min())  # a point of a field may have no target at all
+    numbers = [int(count) for count in of_targets.unique().tolist()]  # from the least; a point of a field may have none
+    if numbers[-1] == 0:
+        raise DataError("all targets are missing in all examples of the calibration. Use others")
+    num_examples = next((n for n in numbers if conformal_rank(n, level) <= n), numbers[-1])
+    is_known = (of_targets > 0) | ~of_targets.any(1, keepdim=True)  # not land in a field of the sea
+    too_few = int((is_known & (of_targets < num_examples)).sum())
+    if too_few and comm.grid.is_first("world"):
+        of = f"{too_few} of {of_targets.numel()}"
+        logger.warning(
+            "%s targets have too few examples for the level %g: their sets or intervals hold everything", of, level
+        )
     found = Calibration(
         SETS if of_classes else INTERVALS, level, num_examples, conformal_thresholds(of_all, level, num_examples, comm)
     )

@@ -500,7 +500,12 @@ def test_calibration_is_that_of_the_present_targets(comm):
     assert pair[0].temperature == pytest.approx(pair[2].temperature, rel=1e-9)
     assert pair[1] == pytest.approx(pair[3], rel=1e-12) and "adaptive_ece" in pair[1]
     assert conformal_rank(int(keep.sum()), 0.8) <= keep.sum()
-    with pytest.raises(DataError, match="missing in all examples"):
-        y[:, 2] = math.nan
-        source = TensorSource(x, y).on("cpu", torch.float64)
-        calibrate_dataset(MeanFieldGaussian(nets[0]), likelihood, comm, source, level=0.8, num_samples=2)
+    y[:, 1], y[3:, 2] = math.nan, math.nan  # none, and too few: the others keep their thresholds
+    options, posterior = {"level": 0.8, "num_samples": 5}, MeanFieldGaussian(nets[0], init_std=0.3)
+    source = TensorSource(x, y).on("cpu", torch.float64)
+    fewer = calibrate_dataset(posterior, likelihood, comm, source, **options)
+    assert fewer.thresholds.isinf().tolist() == [False, True, True, False] and not fewer.holds_everything
+    torch.testing.assert_close(fewer.thresholds[[0, 3]], found.thresholds[[0, 3]])
+    with pytest.raises(DataError, match="all targets are missing in all examples"):
+        source = TensorSource(x, y * math.nan).on("cpu", torch.float64)
+        calibrate_dataset(posterior, likelihood, comm, source, **options)
