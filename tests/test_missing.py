@@ -333,8 +333,36 @@ def test_groups_and_climatology_know_the_present_targets_alone(tmp_path, weighte
     assert alone == pytest.approx(of_group, rel=1e-8)  # quantiles are found by iteration
     assert found["metrics"]["rmse"][2] is None and found["pit"][2] is None
     climatology = Climatology.of(comm, data)
-    np.testing.assert_allclose(climatology.mean, np.nanmean(y, 0), rtol=1e-12)
-    np.testing.assert_allclose(climatology.std, np.nanstd(y, 0), rtol=1e-9)
+    count = ~np.isnan(y) * (of_examples[0] if weighted else np.ones(60))[:, None]
+    mean = np.nansum(count * y, 0) / count.sum(0)
+    np.testing.assert_allclose(climatology.mean, mean, rtol=1e-7)  # weights are float32
+    np.testing.assert_allclose(
+        climatology.std, np.sqrt(np.nansum(count * (y - mean) ** 2, 0) / count.sum(0)), rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_uncertainty_of_selective_prediction_is_that_of_the_present_targets(tmp_path, weighted):
+    """As its loss is; against a sum over examples, whose rows have one, the other or both targets."""
+    x, y = numbers(60, 0)
+    y[:, 1] /= 100  # the other would outweigh it
+    facts = {"missing_targets": True, "normalise_targets": False, "target_weights": [1.0, 3.0], **FACTS}
+    of_examples = (np.arange(60) % 4 / 2.0,) if weighted else ()
+    write_shards(tmp_path, {"train": (x, y, *of_examples)}, **facts)
+    data, likelihood = ShardDataset(tmp_path, "train", dtype=torch.float64), Gaussian(2, missing_targets=True)
+    posterior = hpc_bnn.MeanFieldGaussian(nn.Linear(4, 4).double(), init_std=0.3)
+    blocks = []
+    found = evaluate_dataset(
+        posterior, likelihood, GridComm(Grid()), data, num_samples=4, see=lambda *block: blocks.append(block)
+    )
+    (_, predictive, _), there = blocks[0], ~np.isnan(y)
+    w = there * np.array([1.0, 3.0])
+    keep = w.any(1) & ((of_examples[0] if weighted else np.ones(60)) > 0)
+    w, of = w[keep], (of_examples[0] if weighted else np.ones(60))[keep]
+    std, loss = predictive.variance.sqrt().numpy()[keep], np.abs(predictive.mean.numpy() - np.nan_to_num(y))[keep]
+    std, loss, of = (std * w).sum(1) / w.sum(1), (loss * w).sum(1) / w.sum(1), of * w.sum(1)
+    risks = [np.average(loss[std <= limit], weights=of[std <= limit]) for limit in std]
+    assert found.metrics["aurc"] == pytest.approx(np.average(risks, weights=of), rel=1e-6)
 
 
 @pytest.mark.parametrize("of_classes", [False, True])

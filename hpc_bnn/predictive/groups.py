@@ -192,7 +192,7 @@ def persistence(dataset: Source, x: Any, like: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Climatology:
-    """The normal distribution of each target, [T, ...] float64 in units of y, over the examples of a data set."""
+    """The normal distribution of each target, [T, ...] float64 in units of y, over the examples of a data set with their weights."""
 
     mean: Tensor
     std: Tensor
@@ -205,11 +205,12 @@ class Climatology:
         mine = comm.grid.local_examples(len(dataset))
         middle = dataset.target_scale[0][0] if dataset.target_scale else 0.0  # squares of what is left lose no digits
         for numbers in torch.arange(len(dataset))[mine].split(block_size):
-            y = dataset.in_units(dataset.fetch(numbers)[1]).double().view(len(numbers), *shape) - middle
-            count = torch.ones_like(y)
+            _, y, *weights = dataset.fetch(numbers)
+            y = dataset.in_units(y).double().view(len(numbers), *shape) - middle
+            count = weights[0].to(y).view(-1, *(1,) * len(shape)).expand(y.shape) if weights else torch.ones_like(y)
             if dataset.manifest.missing_targets:
-                count, y = (~y.isnan()).double(), y.nan_to_num(0.0)
-            sums += torch.stack([count.sum(0), y.sum(0), y.square().sum(0)])
+                count, y = count * ~y.isnan(), y.nan_to_num(0.0)
+            sums += torch.stack([count.sum(0), (count * y).sum(0), (count * y.square()).sum(0)])
         comm.sum_([sums], axis="data")
         count, total, squares = sums
         mean = total / count
