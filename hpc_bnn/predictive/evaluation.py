@@ -439,10 +439,12 @@ class _Scores:
     def add_columns(
         self, examples: Tensor, columns: dict[str, Tensor], losses: Tensor, weights: Tensor, of_examples: Tensor | None
     ) -> None:
-        """Add columns [B] by name, the mean loss of each example, and weights; losses [B, ...] of its targets have weights. Local."""
+        """Add columns by name, the loss, and weights: [B], or [B, ...] of targets as the losses, of which the mean counts. Local."""
         weight = weights.expand(losses.shape).flatten(1).sum(1)
-        loss = (losses * weights).flatten(1).sum(1) / weight.clamp_min(torch.finfo(torch.float64).tiny)
-        columns = columns | {"loss": loss, "weight": weight}
+        whole = weight.clamp_min(torch.finfo(torch.float64).tiny)
+        for name, values in (columns | {"loss": losses}).items():
+            columns[name] = (values * weights).flatten(1).sum(1) / whole if values.ndim > 1 else values
+        columns["weight"] = weight
         self._columns.add(examples, columns if of_examples is None else columns | {"example_weight": of_examples})
 
     def risk_coverage(self, group: Group = ALL) -> tuple[Tensor, Tensor]:
@@ -647,9 +649,9 @@ class _ValueScores(_Scores):
         if climatology is not None:
             values["climatology/crps"] = (counted(climatology.crps(y)),)
         self.update(examples, values, weights)
-        of_targets, std = self._weights.to(y).expand(y.shape), predictive.variance.sqrt()
+        of_targets = self._weights.to(y).expand(y.shape)
         columns = uncertainties_of(predictive, self._unit)
-        columns[self.total_uncertainty] = (std * of_targets).flatten(1).sum(1)  # in the units and weights of the loss
+        columns[self.total_uncertainty] = predictive.variance.sqrt()  # in the units and weights of the loss
         of_targets = of_targets if weights is None else of_targets * weights
         self.add_columns(examples, columns, values["mae"][0], of_targets, of_examples)
 
