@@ -264,7 +264,7 @@ LONG = (
     "test_doctor.py",
     "test_cli.py",
 )
-"""Files that take long come first, so that two workers end together. A file stays in one piece: its fixtures are dear. Those of
+"""Files that take long come first, so that the workers end together. A file stays in one piece: its fixtures are dear. Those of
 Slurm and torchrun wait more than they compute: beside the jobs of the other worker."""
 OF_RANKS = ("test_mpi.py", "test_readme.py")
 """Files that start jobs of up to four ranks: one worker takes them all. Two such jobs at once would take 1.7 times the
@@ -318,7 +318,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """With ``-n 2``: a file per worker, and those of OF_RANKS together, in our order."""
+    """With ``-n 3``: a file per worker, and those of OF_RANKS together, in our order."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):
