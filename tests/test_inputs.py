@@ -66,6 +66,34 @@ WRAPS = {
 }
 
 
+class Graph(nn.Module):
+    """One convolution over the neighbours of each node (Kipf and Welling, 2017)."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, x, neighbours):
+        return neighbours @ self.linear(x)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+@pytest.mark.parametrize("chunk_size", [1, 3])
+@pytest.mark.parametrize("form", ["to_sparse", "to_sparse_csr"])
+def test_inputs_may_be_sparse(form, chunk_size):
+    neighbours = (torch.arange(121).view(11, 11) % 5 == 0).double()
+    terms = []
+    for matrix in (neighbours, getattr(neighbours, form)()):
+        with Key(0, Stream.INIT).global_generator():
+            posterior = MeanFieldGaussian(Graph().double(), init_std=0.2)
+        step = VariationalStep(
+            posterior, Categorical(3), torch.optim.SGD(posterior.parameters(), lr=0.1), COMM,
+            num_samples=3, num_train_examples=11, chunk_size=chunk_size,
+        )  # fmt: skip
+        terms.append([step((X, matrix), Y, 11).data_term for _ in range(2)])
+    assert terms[0] == pytest.approx(terms[1], rel=1e-12) and terms[0][0] != terms[0][1]
+
+
 @pytest.mark.parametrize("inputs", [{"x": X, "more": MORE}, (X, MORE), [X, MORE]], ids=["dict", "tuple", "list"])
 @pytest.mark.parametrize("chunk_size", [1, 3])
 def test_inputs_may_be_trees(inputs, chunk_size):

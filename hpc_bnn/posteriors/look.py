@@ -366,10 +366,19 @@ def other_number(x: Inputs) -> Inputs:
     return map_tensors(lambda t: t[: count // 2].clone() if count > 1 else torch.cat([t, t]), x)
 
 
+def _parts_of(sparse: Tensor) -> tuple[Tensor, ...]:
+    if sparse.layout == torch.sparse_coo:
+        sparse = sparse.coalesce()
+        return sparse.indices(), sparse.values()
+    return sparse.crow_indices(), sparse.col_indices(), sparse.values()
+
+
 def is_alike(a: Tensor, b: Tensor, tolerance: float) -> bool:
     """Whether two tensors are equal up to a part of their norm; NaN is like NaN."""
-    if a.shape != b.shape:
+    if a.shape != b.shape or a.layout != b.layout:
         return False
+    if a.layout != torch.strided:
+        return all(is_alike(*parts, tolerance) for parts in zip(_parts_of(a), _parts_of(b)))
     if torch.equal(a, b):
         return True
     a, b = (t.double().nan_to_num() for t in (a, b))
