@@ -103,7 +103,7 @@ for group, size in ((dist.group.WORLD, 2), (halves[rank in (0, 2)], 2), (dist.gr
     assert shared.array.tolist() == comm.gather_objects(rank, "node")
     tree = comm.broadcast_tree({{"x": torch.full((3,), rank)}}, 1)
     assert tree["x"].tolist() == [dist.get_process_group_ranks(group)[1]] * 3
-    assert_layout_law(train(comm)[1], train_alone()[1])
+    assert_layout_law(train(comm)[1], train_alone())
     comm.close()
 only_of_some = dist.new_group([0, 1])
 try:

@@ -97,7 +97,7 @@ SETTINGS = {
     "the learning rate": lambda step: step.optimizer.optimizer.param_groups[0].update(lr=0.5),
     "num_train_examples": lambda step: setattr(step, "num_train_examples", 99),
     "the number of steps": lambda step: setattr(step, "num_steps", 7),
-    "seed": lambda step: setattr(step, "seed", 1),
+    "seed": lambda step: vars(step).update(seed=1),
 }
 
 
