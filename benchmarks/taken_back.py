@@ -45,7 +45,7 @@ FILES, STEP, CHECKPOINT = (f"hpc_bnn/{path}.py" for path in ("data/files", "trai
 NET, AFTER, EQUALITY = "test_network.py -k ", "test_after_wrap.py -k ", "hpc_bnn/training/equality.py"
 MENDS = {
     "change in place": Mend(
-        "8", LOOK, "return (not clone.is_inference() and clone._version > 0) or not _alike(clone, original, 0.0)",
+        "8", LOOK, "return (not clone.is_inference() and clone._version > 0) or not is_alike(clone, original, 0.0)",
         NET + "changed_in_place_is_copied", new="return False",
     ),
     "DataParallel by name": Mend(
@@ -81,7 +81,7 @@ MENDS = {
         AFTER + "what_cannot_be_followed",
     ),
     "weight decay": Mend(
-        "44", UPDATERS, 'is_decay = "weight_decay" in key and not isinstance(value, bool) and value',
+        "44", UPDATERS, 'is_decay = ("weight_decay" in key or key == "lambd") and not isinstance(value, bool) and value',
         NET + "weight_decay_on_weights_with_a_prior", new="is_decay = False",
     ),
     "ascent": Mend(
@@ -93,7 +93,7 @@ MENDS = {
         AFTER + "wants_a_closure",
     ),
     "optimizer of the network": Mend(
-        "B2", UPDATERS, "if of_network or not {id(p) for p in self.posterior.buffer.updated()} & updated:",
+        "B2", UPDATERS, "if of_network or not ours & updated:",
         NET + "cannot_train_the_posterior",
     ),
     "no gradients": Mend(
