@@ -445,7 +445,8 @@ def run(case: Case, comm, directory: Path) -> Tensors:
     )  # fmt: skip
     batches = _batches(case, comm, x, y, directory)
     results = [step(*batch) for batch in itertools.islice(batches, NUM_STEPS)]
-    end = {name: tensor.detach().clone() for name, tensor in posterior.state_dict().items()}
+    state = posterior.state_dict() | dict(posterior.module.named_buffers())  # those that are not persistent, too
+    end = {name: tensor.detach().clone() for name, tensor in state.items()}
     for name in ("nelbo", "kl"):
         end[f"course.{name}"] = torch.tensor([float(getattr(r, name)) for r in results], dtype=torch.float64)
     end |= _predict(case, posterior, likelihood, comm, x, y)
