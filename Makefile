@@ -7,8 +7,7 @@ BACKEND ?= auto
 # The bytecode of hpc_bnn and of the tests is kept: otherwise each of a hundred processes compiles all of it again
 unexport PYTHONDONTWRITEBYTECODE
 # Prints a line when a test ends, and the longest tests at the end; -u: also into a pipe
-# Three workers on two cores: tests of launchers and of Slurm wait more than they compute
-PYTEST = python -u -m pytest tests -v -n 3 --durations 40
+PYTEST = python -u -m pytest tests -v -n 2 --durations 40
 
 .PHONY: help setup quickstart test test-all gpu-check lint clean
 

@@ -318,7 +318,7 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """With ``-n 3``: a file per worker, and those of OF_RANKS together, in our order."""
+    """With ``-n 2``: a file per worker, and those of OF_RANKS together, in our order."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):
