@@ -142,6 +142,8 @@ def import_object(field: str, path: str) -> Any:
     """Return what ``package.module.name`` stands for, or raise a `ConfigError` that names the field."""
     module_path, _, name = path.rpartition(".")
     try:
+        if path.startswith("."):
+            raise ImportError("it is relative to no package")
         return getattr(importlib.import_module(module_path), name)
     except (ImportError, AttributeError, ValueError) as error:
         rule = f"it cannot be imported ({error})"

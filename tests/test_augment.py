@@ -223,6 +223,7 @@ def test_transforms_by_name_and_import_path():
         ({"name": "noise", "std": "large"}, ["std: large", "positive and finite"]),
         ({"name": "mask"}, ["mask", "series [channels, length]", "[1, 8, 8]"]),
         ({"name": "hpc_bnn.nowhere.Thing"}, ["hpc_bnn.nowhere.Thing", "cannot be imported"]),
+        *(({"name": name}, [name, "cannot be imported"]) for name in ("../../x", ".Thing", "..", "a..b", "1.2")),
     ],
 )
 def test_wrong_transforms_are_named(entry, words):
