@@ -445,6 +445,12 @@ def test_levels_come_as_numbers_of_any_kind(numbers_run, numbers, levels):
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
+def train_an_epoch(directory):
+    """Train on DIRECTORY/shards into DIRECTORY/run."""
+    words = ["train", "--data.shards", str(directory / "shards"), "--run_dir", str(directory / "run")]
+    assert main([*words, "--num_epochs", "1", "--num_samples", "1", "--num_test_samples", "2"]) == 0
+
+
 def test_a_table_is_read_by_the_names_of_its_columns(tmp_path):
     """Where the training data have names; numbers of columns are none."""
     pandas = pytest.importorskip("pandas")
@@ -452,16 +458,7 @@ def test_a_table_is_read_by_the_names_of_its_columns(tmp_path):
     x = rng.normal(size=(40, 2)) * [1, 100]
     facts = {"name": "table", "source": "test", "licence": "none", "channels": {"x": ["u", "v"]}}
     write_shards(tmp_path / "shards", {"train": (x, x[:, :1]), "test": (x[:9], x[:9, :1])}, **facts)
-    words = [
-        "train",
-        "--data.shards",
-        str(tmp_path / "shards"),
-        "--run_dir",
-        str(tmp_path / "run"),
-        "--num_epochs",
-        "1",
-    ]
-    assert main([*words, "--num_samples", "1", "--num_test_samples", "2"]) == 0
+    train_an_epoch(tmp_path)
     predictor = hpc_bnn.load(tmp_path / "run")
     expected = predictor.predict(x)["mean"]
     table = pandas.DataFrame(x, columns=["u", "v"])
@@ -482,16 +479,7 @@ def test_a_class_that_is_missing_is_none_in_files(tmp_path):
     y[:9:2] = 255
     facts = {"name": "toy", "source": "test", "licence": "none", "num_classes": 3, "ignore_index": 255}
     write_shards(tmp_path / "shards", {"train": (x, y), "test": (x[:9], y[:9])}, **facts)
-    words = [
-        "train",
-        "--data.shards",
-        str(tmp_path / "shards"),
-        "--run_dir",
-        str(tmp_path / "run"),
-        "--num_epochs",
-        "1",
-    ]
-    assert main([*words, "--num_samples", "1", "--num_test_samples", "2"]) == 0
+    train_an_epoch(tmp_path)
     for name in ("p.h5", "p.csv"):
         assert main(["predict", str(tmp_path / "run"), "--output", str(tmp_path / name)]) == 0
     found = pandas.read_csv(tmp_path / "p.csv")["y"].to_numpy()
