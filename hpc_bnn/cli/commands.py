@@ -77,10 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def work() -> int:
         words = in_order(sys.argv[1:] if arguments is None else arguments)
-        given = {word.split("=")[0] for word in words}
-        given |= {
+        given = {
             f"--{name}" for name, _, is_flag in settings(words[1:]) if is_flag
-        }  # of --data '{shards: DIR}' as well
+        }  # --data '{shards: D}' gives --data.shards
         parser = build_parser(words)
         try:
             parsed = parser.parse_args(words)
