@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 _NAME = re.compile(r"<([a-z_.]+)>")
@@ -131,6 +131,11 @@ def at_least(least: int, remedy: str, text: str = "") -> Rule:
     """Return the rule of a finite number that has a least value."""
     text = text or (f"at least {least}" if least else "0 or more")
     return number(lambda value: least <= value < math.inf, text, remedy)
+
+
+def count(remedy: str) -> Rule:
+    """Return the rule of a whole number of things, of any type that counts (NumPy's, too)."""
+    return Rule(lambda value: isinstance(value, Integral) and int(value) >= 1, "a whole number from 1 on", remedy)
 
 
 def above_and_below(low: float, high: float, remedy: str) -> Rule:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..config import AugmentationConfig, ViewKind, check_field, check_groups
-from ..errors import ConfigError, Fault, Rule, at_least, import_object, number, positive
+from ..errors import ConfigError, Fault, Rule, at_least, count, import_object, number, positive
 from ..grid import share
 from ..noise import Key, Stream
 from ..views import Views
@@ -66,7 +66,7 @@ class Crop:
     num_dims, moves = 3, True
 
     def __init__(self, padding: int = 4):
-        _check("padding", padding, Rule(lambda n: isinstance(n, int) and n >= 1, "a whole number from 1 on", "Try 4"))
+        _check("padding", padding, count("Try 4"))
         self.padding = padding
 
     def __call__(self, x: Tensor, random: ExampleRandom) -> Tensor:

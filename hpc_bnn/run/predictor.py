@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import operator
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -19,7 +17,7 @@ from ..comm import GridComm, choose_device
 from ..comm.devices import num_visible_gpus
 from ..data import Source
 from ..data.manifest import ArraySpec, inputs_of
-from ..errors import ConfigError, Fault
+from ..errors import ConfigError, Fault, count
 from ..grid import Grid
 from ..predictive import check_up, predict_dataset
 from .calibrate import read_calibration
@@ -145,7 +143,8 @@ class Predictor:
         quantiles = check_levels(quantiles, self.likelihood, "quantiles")
         source = self.source(x)
         options: dict[str, Any] = samples_of(experiment, num_samples)
-        options["batch_size"] = whole("batch_size", batch_size, "Try 1024")
+        count("Try 1024").check("batch_size", batch_size)
+        options["batch_size"] = batch_size
         calibration = read_calibration(experiment, options["num_samples"]) if calibrated else None
         blocks = predict_dataset(
             self.posterior, self.likelihood, experiment.comm, source,
@@ -232,16 +231,9 @@ def samples_of(experiment: Experiment, num_samples: int | None) -> dict[str, Any
     """Return `Experiment.test_samples` with another number, where there is one; `ConfigError` where it is none. Local."""
     options = experiment.test_samples
     if num_samples is not None:
-        options["num_samples"] = whole("num_samples", num_samples, "Leave it out")
+        count("Leave it out").check("num_samples", num_samples)
+        options["num_samples"] = num_samples
     return options
-
-
-def whole(name: str, value: Any, remedy: str) -> int:
-    """Return a number of samples or examples; `ConfigError` where it is no whole one, or below 1. Local."""
-    with contextlib.suppress(TypeError):
-        if operator.index(value) >= 1:
-            return operator.index(value)
-    raise ConfigError(Fault(name, value, "must be a whole number, 1 or more", remedy))
 
 
 class _Examples(Source):

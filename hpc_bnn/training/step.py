@@ -12,7 +12,6 @@ import math
 import socket
 from collections import deque
 from collections.abc import Callable, Sequence
-from numbers import Integral
 from typing import Any, Literal, get_args
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 from ..comm import GridComm
 from ..config import Auto, Batching, Capture, check_field
-from ..errors import ConfigError, DataError, Fault, NonFiniteError, at_least
+from ..errors import ConfigError, DataError, Fault, NonFiniteError, at_least, count
 from ..likelihoods import Likelihood
 from ..noise import Key, Stream
 from ..objectives import NegativeElbo, Objective
@@ -124,7 +123,7 @@ class VariationalStep(StepState):
             ("comm", comm, GridComm, "Give what hpc_bnn.connect() returns"),
         ):
             _check_kind(name, value, kind, remedy)
-        _check_count("num_samples", num_samples, "Try 8")
+        count("Try 8").check("num_samples", num_samples)
         comm.grid.check_num_samples(num_samples)
         posterior.check_num_samples(num_samples, comm.grid.local_samples(num_samples))
         if autocast_dtype == torch.float16:
@@ -563,7 +562,7 @@ class VariationalStep(StepState):
     def _begin(self, x: SharedView, y: Tensor, samples: range, global_batch_size: int) -> None:
         """Check and try, once each, what can be on a batch, and begin the step. Local, but for the first step."""
         posterior = self.posterior
-        _check_count("global_batch_size", global_batch_size, "Count the examples of the step in the whole job")
+        count("Count the examples of the step in the whole job").check("global_batch_size", global_batch_size)
         self._settle(LAG - 1)
         self.comparison.make_replicas_equal_(posterior)
         self.reducer.begin_()  # waits for sums that write into the buffer, before it is emptied
@@ -699,11 +698,6 @@ def _check_kind(name: str, value: object, kind: type, remedy: str) -> None:
     if not isinstance(value, kind):
         rule = f"it is a {type(value).__name__}, which a step cannot use in this place"
         raise ConfigError(Fault(name, "of another kind", rule, remedy))
-
-
-def _check_count(name: str, value: object, remedy: str) -> None:
-    if not isinstance(value, Integral) or value < 1:
-        raise ConfigError(Fault(name, repr(value), "must be a whole number of at least 1", remedy))
 
 
 _DETACH = "Call detach() on it; what made it trains as a part of the network"
