@@ -65,6 +65,9 @@ from hpc_bnn.data import ShardDataset, stage_shards, unstage_shards, verify_shar
 from hpc_bnn.data.manifest import sha256_of_json
 from hpc_bnn.errors import HpcBnnError
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from prepared import start as start_prepared
+
 Counts = collections.Counter
 
 
@@ -432,38 +435,31 @@ def campaign_of_fuzz(options: argparse.Namespace, place: Path) -> Counts:
 # --- killed ranks ---------------------------------------------------------------------------------------
 
 
-def ranks_of(job: subprocess.Popen) -> list[psutil.Process]:
-    """Return the processes of the ranks of a running job."""
-    try:
-        children = psutil.Process(job.pid).children(recursive=True)
-        return [child for child in children if "hpc_bnn" in child.cmdline()]
-    except psutil.NoSuchProcess:
-        return []
-
-
 def campaign_of_ranks(options: argparse.Namespace, place: Path) -> Counts:
     """Kill a random rank at a random time, resume until the end, and compare; each library by itself."""
     counts: Counts = Counts()
     rng = random.Random(options.seed)
+    server, python = start_prepared()  # ranks are its children: the imports would take most of the time
     for backend in options.backends:
 
         def command(run_dir: Path, backend: str = backend) -> list[str]:
             flags = ["--num_epochs", str(options.num_epochs), "--checkpoint.keep_last", "2", "--resume", "true"]
-            job = ["mpirun", "-np", str(options.num_ranks), sys.executable, "-m", "mpi4py", "-m", "hpc_bnn"]
+            job = ["mpirun", "-np", str(options.num_ranks), *python, "-m", "mpi4py", "-m", "hpc_bnn"]
             return [*job, *words(place / "data", run_dir, *flags, "--backend", backend, "--grid.sample_size", "2")]
 
-        whole = place / f"whole-{backend}"
+        whole, begun = place / f"whole-{backend}", time.monotonic()
         subprocess.run(command(whole), check=True, capture_output=True)
+        length = time.monotonic() - begun
         expected, seconds, num_kills, num_runs = result(whole), [], 0, 0
-        while num_kills < options.trials:
+        end_of_time = time.monotonic() + options.max_seconds
+        while num_kills < options.trials and time.monotonic() < end_of_time:
             run_dir, code, num_runs = place / f"{backend}-{num_runs}", None, num_runs + 1
             while code != 0:
                 job = subprocess.Popen(command(run_dir), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-                first = options.first_kill if rng.random() < 0.8 else 0
-                end = time.monotonic() + rng.uniform(first, options.max_wait)
+                end = time.monotonic() + rng.uniform(0, length)
                 while job.poll() is None and time.monotonic() < end:
                     time.sleep(0.02)
-                ranks = ranks_of(job)
+                ranks = psutil.Process(server.pid).children()
                 if job.poll() is None and ranks and num_kills < options.trials:
                     killed_at = time.monotonic()
                     os.kill(rng.choice(ranks).pid, signal.SIGKILL)
@@ -508,8 +504,6 @@ def main() -> None:
     parser.add_argument("--backends", nargs="+", default=["horovod", "torch", "mpi"])
     parser.add_argument("--num-ranks", type=int, default=2)
     parser.add_argument("--num-epochs", type=int, default=300, help="of ranks: length of the run")
-    parser.add_argument("--first-kill", type=float, default=4.0, help="earliest of most kills after the start (s)")
-    parser.add_argument("--max-wait", type=float, default=12.0, help="latest kill after the start (s)")
     parser.add_argument(
         "--max-seconds", type=float, default=1e9, help="for each kind of trials; what is done is counted"
     )

@@ -11,13 +11,13 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import h5py
 import hypothesis
 import numpy as np
 import pytest
+from prepared import start
 
 from hpc_bnn.run.plots import write_plots
 
@@ -168,12 +168,8 @@ def python(variables=()) -> list[str]:
 
 @functools.cache
 def prepared(*place) -> list[str]:
-    """Return the command of a Python whose imports are done; a place is a command that starts others there (nsenter)."""
-    program, path = str(REPOSITORY / "tests/prepared.py"), f"{tempfile.mkdtemp(prefix='hpc-bnn-')}/socket"
-    command, pipe = [*place, sys.executable, program, "serve", path], subprocess.PIPE
-    server = subprocess.Popen(command, stdin=pipe, stdout=pipe, env=launch_environment())  # it ends with this process
-    assert server.stdout.readline(), "the server of prepared processes did not start; above it says why"
-    return [sys.executable, "-S", "-E", program, "run", path]
+    """Return the command of a Python whose imports are done, at a place. Its server ends with this process."""
+    return start(*place, env=launch_environment())[1]
 
 
 def write_program(path: Path, script: str) -> None:
@@ -221,6 +217,8 @@ def launch_environment() -> dict[str, str]:
     output = subprocess.run(["sh", "-c", script], cwd=REPOSITORY, capture_output=True, check=True).stdout
     environment = dict(entry.split("=", 1) for entry in output.decode().split("\0") if "=" in entry)
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    # Jobs run beside other tests, and the two nodes of test_slurm.py share their cores, which hpc_bnn cannot know
+    environment["OMPI_MCA_threads_pthreads_yield_strategy"] = "nanosleep"
     return environment
 
 

@@ -17,10 +17,24 @@ import select
 import shutil
 import signal
 import socket
+import subprocess
 import sys
+import tempfile
 import threading
 
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT)
+
+
+def start(*place: str, **options) -> tuple[subprocess.Popen, list[str]]:
+    """Start a server; return it and the command that stands for its ``python``. It ends when its stdin is closed.
+
+    A place is a command that starts others there (nsenter).
+    """
+    path, pipe = f"{tempfile.mkdtemp(prefix='hpc-bnn-')}/socket", subprocess.PIPE
+    command = [*place, sys.executable, __file__, "serve", path]
+    server = subprocess.Popen(command, stdin=pipe, stdout=pipe, **options)
+    assert server.stdout.readline(), "the server of prepared processes did not start; above it says why"
+    return server, [sys.executable, "-S", "-E", __file__, "run", path]
 
 
 def ask(path: str) -> None:

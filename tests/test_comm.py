@@ -8,7 +8,7 @@ import torch
 from conftest import JOB_SECONDS, patience
 
 from hpc_bnn import Grid, GridComm
-from hpc_bnn.comm import choose_device, mpi_tensors, packing
+from hpc_bnn.comm import choose_device, mpi, mpi_tensors, packing
 from hpc_bnn.comm.horovod import why_not_grid
 from hpc_bnn.comm.launcher import without_launcher
 from hpc_bnn.comm.packing import packed_buckets
@@ -126,6 +126,18 @@ def test_a_process_that_is_no_rank_keeps_the_settings_of_the_user():
     ranks = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "SLURM_PROCID", "TORCHELASTIC_RUN_ID", "OMPI_MCA_ess", "PALS_RANKID")
     users = ("PATH", "OMPI_MCA_pml", "OMPI_ALLOW_RUN_AS_ROOT", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
     assert set(without_launcher(dict.fromkeys((*ranks, *users), "1"))) == set(users)
+
+
+@pytest.mark.parametrize(("num_cores", "yields", "sleeps"), [(8, None, None), (4, "1", None), (2, "1", "nanosleep")])
+def test_ranks_that_share_cores_wait_asleep(monkeypatch, num_cores, yields, sleeps):
+    """Four ranks; what a user has set stays."""
+    ways = ("OMPI_MCA_mpi_yield_when_idle", "OMPI_MCA_threads_pthreads_yield_strategy")
+    ranks = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_LOCAL_SIZE": "4"}
+    monkeypatch.setattr("os.cpu_count", lambda: num_cores)
+    for users in ({}, dict.fromkeys(ways, "as told")):
+        monkeypatch.setattr("os.environ", ranks | users)
+        mpi._be_gentle_when_oversubscribed()
+        assert [mpi.os.environ.get(way) for way in ways] == (list(users.values()) or [yields, sleeps])
 
 
 def test_foreign_launcher_is_recognised():
