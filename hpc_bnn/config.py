@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import operator
 import typing
 from collections.abc import Iterator, Mapping
@@ -153,7 +154,7 @@ class PosteriorConfig:
     """Prior of each weight; the KL has a closed form for the first two, otherwise it is a Monte Carlo estimate."""
     prior_std: PriorScale = _ruled(1.0, positive("Try 0.1"))
     """Scale of the prior (units of the weight), or fan_in: 1/sqrt(fan-in) of each weight matrix."""
-    prior_mean: PriorMean = 0.0
+    prior_mean: PriorMean = _ruled(0.0, number(math.isfinite, "a finite number or initial", "Try 0.0"))
     """Mean of a Gaussian or Laplace prior (units of the weight); initial: the weights at the start."""
     prior_df: float = _ruled(3.0, positive("Try 3.0"))
     """Degrees of freedom of a Student-t prior."""

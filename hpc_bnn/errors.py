@@ -114,7 +114,16 @@ class Rule(NamedTuple):
         """Raise `ConfigError` unless a value fits."""
         if not self.fits(value):
             shown = value if str(value).strip() else repr(value)
+            if not isinstance(value, (Real, str, list, tuple, dict, type(None))):
+                shown = f"{str(value).splitlines()[-1]} (a {type(value).__name__})"
             raise ConfigError(Fault(field, shown, f"must be {self.text}", self.remedy, argument))
+
+
+def check_kind(field: str, value: object, kind: type | tuple[type, ...], remedy: str) -> None:
+    """Raise `ConfigError` unless a value is an object of a kind."""
+    if not isinstance(value, kind):
+        rule = f"it is a {type(value).__name__}, which cannot be used in this place"
+        raise ConfigError(Fault(field, "of another kind", rule, remedy))
 
 
 def number(fits: Callable[[Any], bool], text: str, remedy: str) -> Rule:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from .errors import ConfigError, Fault
 
@@ -18,6 +19,10 @@ Inputs = Any
 
 def map_leaves(tree: Any, kind: type, function: Callable[[Any], Any]) -> Any:
     """Apply a function to the leaves of a kind; others stay as they are."""
+    if isinstance(tree, (PackedSequence, Tensor)) and (isinstance(tree, PackedSequence) or tree.is_nested):
+        rule = "its examples are no rows, which ranks and micro-batches divide"
+        remedy = "Give padded tensors [B, T, ...] (and lengths), and pack them in forward: pack_padded_sequence, nested_tensor"
+        raise ConfigError(Fault("x", f"of type {type(tree).__name__}", rule, remedy))
     if isinstance(tree, kind):
         return function(tree)
     if isinstance(tree, Mapping):

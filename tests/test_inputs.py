@@ -190,9 +190,36 @@ def test_a_mapping_is_what_a_dict_is(kind):
         assert got == expected
 
 
+@pytest.mark.parametrize(
+    "layer",
+    [nn.Linear(4, 3), nn.Sequential(nn.Unflatten(1, (1, 4)), nn.Conv1d(1, 3, 4)), nn.GRUCell(4, 3), nn.LayerNorm(4)],
+)
+def test_inputs_of_another_precision_than_the_weights_are_refused(layer):
+    net = nn.Sequential(layer, nn.Flatten()).float()
+    posterior = MeanFieldGaussian(net, deterministic=())
+    with pytest.raises(
+        ConfigError, match=r"torch.float64: the weights of Sequential are of torch.float32.*x.to\(torch.fl"
+    ):
+        predict_classes(posterior, Categorical(3), COMM, X, num_samples=2)
+
+
 def test_tensors_of_different_lengths_are_refused():
     with pytest.raises(ConfigError, match=r"^x \[5, 11\]: all tensors .* same extent of dim 0"):
         make()({"x": X, "more": MORE[:5]}, Y, 11)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize(
+    "pack",
+    [
+        lambda x: torch.nested.nested_tensor(list(x)),
+        lambda x: {"x": nn.utils.rnn.pack_padded_sequence(x, [4] * 6 + [2] * 5, batch_first=True)},
+    ],
+    ids=["nested", "packed"],
+)
+def test_inputs_whose_examples_are_no_rows_are_refused(pack):
+    with pytest.raises(ConfigError, match=r"^x of type .*no rows.*padded tensors.*in forward"):
+        make()(pack(X), Y, 11)
 
 
 @pytest.mark.parametrize("name", WRAPS)

@@ -23,7 +23,7 @@ from hpc_bnn.errors import ConfigError, DataError
 from hpc_bnn.noise import Key, Stream
 from hpc_bnn.posteriors import DeepEnsemble, Family, GaussianPrior, Posterior, Slot
 from hpc_bnn.posteriors.families import MeanField, Scalars
-from hpc_bnn.predictive import predict_classes
+from hpc_bnn.predictive import predict_classes, predict_values
 from hpc_bnn.run.checkpoint import SECTIONS, CheckpointStore
 from hpc_bnn.training.updaters import Updater
 
@@ -412,6 +412,44 @@ def test_what_a_step_is_made_of_is_checked(name, value, remedy):
     }  # fmt: skip
     with pytest.raises(ConfigError, match=rf"^{name} (?s:.*){re.escape(remedy)}"):
         VariationalStep(**given)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: MeanFieldGaussian(make_net), "model of another kind.*nn.Module"),
+        (lambda: MeanFieldGaussian(MeanFieldGaussian(make_net())), "model of another kind.*nn.Module"),
+        (lambda: MeanFieldGaussian(make_net(), prior=1.0), r"prior of another kind.*GaussianPrior\(0.1\)"),
+        (lambda: MeanFieldGaussian(make_net(), prior=GaussianPrior), r"prior of another kind.*GaussianPrior\(0.1\)"),
+        (lambda: MeanFieldGaussian(make_net(), deterministic=None), "deterministic of another kind.*for none"),
+        (lambda: MeanFieldGaussian(make_net(), deterministic=[nn.Tanh()]), "deterministic of another kind.*classes"),
+        (lambda: DeepEnsemble(make_net(), 2, range(2)), r"make_module of another kind.*lambda: Net\(\)"),
+        (lambda: DeepEnsemble([make_net()], 2, range(2)), r"make_module of another kind.*lambda: Net\(\)"),
+        (lambda: DeepEnsemble(make_net, 2, 2), "members of another kind.*local_samples"),
+        (lambda: DeepEnsemble(make_net, 2, range(1, 3)), r"members \[1, 2\]: .*0 to 1.*local_samples"),
+        (lambda: DeepEnsemble(make_net, 2, []), r"members \[\]: .*one or more.*local_samples"),
+        (lambda: DeepEnsemble(iter([make_net(), nn.Linear(4, 3)]).__next__, 2, range(2)), "differ in the names or shapes"),
+    ],
+)  # fmt: skip
+def test_what_a_posterior_is_made_of_is_checked(make, message):
+    with pytest.raises(ConfigError, match=f"^(model Sequential: members )?{message}"):
+        make()
+
+
+@pytest.mark.parametrize(
+    "predict, likelihood, posterior, num_samples, message",
+    [
+        (predict_classes, Categorical(3), make_net(), 4, "posterior of another kind.*MeanFieldGaussian"),
+        (predict_classes, Categorical(3), None, 0, "num_samples 0: must be a whole number"),
+        (predict_values, Gaussian(3, 1.0), None, 2.5, "num_samples 2.5: must be a whole number"),
+        (predict_classes, Gaussian(3, 1.0), None, 4, "likelihood Gaussian: .*predict_values"),
+        (predict_values, Categorical(3), None, 4, "likelihood Categorical: .*predict_classes"),
+    ],
+)
+def test_what_a_predictive_is_made_of_is_checked(predict, likelihood, posterior, num_samples, message):
+    posterior = posterior or MeanFieldGaussian(make_net())
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        predict(posterior, likelihood, GridComm(Grid()), batch()[0], num_samples=num_samples)
 
 
 @pytest.mark.parametrize("name", ["y", "weights"])

@@ -127,5 +127,10 @@ def test_senseless_scales_are_refused(kind):
     for value in (0, -1.0, math.nan, math.inf, "wide"):
         with pytest.raises(ConfigError, match=f"^{name} {value}: must be positive and finite"):
             kind(**{name: value})
+    with pytest.raises(ConfigError, match=rf"^{name} tensor\(1.\) \(a Tensor\): must be"):
+        kind(**{name: torch.tensor(1.0)})
+    for mean in (math.nan, "intial", torch.zeros(3)) if kind in (GaussianPrior, LaplacePrior) else ():
+        with pytest.raises(ConfigError, match=r"^mean (?s:.*): must be a finite number or initial"):
+            kind(mean=mean)
     with pytest.raises(ConfigError, match="fraction"):
         ScaleMixturePrior(fraction=1.0)

@@ -44,7 +44,6 @@ ELSEWHERE = {
     "augmentation.num_groups": "check_groups, with num_samples",
     "optimizer.warmup_epochs": "Config, with num_epochs",
     "seed": "any",
-    "posterior.prior_mean": "any",
     "early_stopping.min_change": "any",
 }
 """Numbers without a rule of their own."""

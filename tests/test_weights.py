@@ -129,6 +129,7 @@ REFUSED = {
     "one layer in 16 bits": (lambda: nn.Sequential(mlp(), nn.Linear(3, 3).bfloat16()), "1.weight, 1.bias: .*bfloat16"),
     "two dtypes": (lambda: nn.Sequential(mlp(), nn.Linear(3, 3)), r"2 kinds.*0\.2\.bias.*1\.bias"),
     "two devices": (lambda: nn.Sequential(mlp(), nn.Linear(3, 3).double().to("meta")), "2 kinds.*meta"),
+    "meta": (lambda: mlp().to("meta"), r"device meta, without numbers.*to_empty"),
     "expanded": (expanded, "0.bias: numbers of it share memory"),
     "tied by data": (tied_by_data, "1.weight: it shares the memory of 0.weight"),
     "bias tied by data": (lambda: tied_by_data("bias"), "1.bias: it shares the memory of 0.bias"),
@@ -345,6 +346,27 @@ def test_what_one_sample_keeps_for_the_next_is_refused_or_said(kind, chunk_size,
     assert step.posterior.module.calls == 4
     said = "keeps something of one sample for the next" in caplog.text
     assert said is (kind in ("attribute", "buffer"))
+
+
+class Observes(nn.Module):
+    """Has a buffer that is empty before the first batch, as an observer of torch's quantisation."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+        self.register_buffer("most", torch.zeros(0))
+
+    def forward(self, x):
+        self.most.resize_(6).copy_(x.amax(0))
+        return self.layer(x)
+
+
+def test_a_buffer_that_gets_its_shape_in_the_first_pass_is_put_back():
+    step = make_step(seeded(Observes))
+    members(step)
+    assert step.posterior.module.most.shape == (0,)
+    step(X, Y, 8)
+    assert torch.equal(step.posterior.module.most, X.amax(0))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from ..errors import ConfigError, Fault
+from ..errors import ConfigError, Fault, check_kind, count
 from ..noise import Key, Stream
 from .families import Dropout, Ensemble, LowRank, MeanField, Point
 from .layout import FlatLayout
@@ -169,9 +169,22 @@ class DeepEnsemble(Posterior):
             with Key(seed, Stream.INIT, sample=member).global_generator():
                 return make_module()
 
+        if isinstance(make_module, nn.Module) or not callable(make_module):
+            rule = f"it is a {type(make_module).__name__}, and each member needs a network of its own"
+            raise ConfigError(Fault("make_module", "of another kind", rule, "Give what makes it: lambda: Net()"))
+        count("Try 4").check("num_members", num_members)
+        remedy = "Give comm.grid.local_samples(num_members)"
+        check_kind("members", members, Sequence, remedy)
+        if not members or not 0 <= min(members) <= max(members) < num_members:
+            rule = f"there must be one or more, of 0 to {num_members - 1}"
+            raise ConfigError(Fault("members", list(members), rule, remedy))
         modules = [make(member) for member in members]
         fixed = _fixed_tensors(modules[0])
         order = FlatLayout.of(split_weights(modules[0], ())[0])
+        shapes = [{name: p.shape for name, p in module.named_parameters()} for module in modules]
+        if any(other != shapes[0] for other in shapes):
+            rule, remedy = "members differ in the names or shapes of their weights", "Make the same network each time"
+            raise ConfigError(Fault("model", type(modules[0]).__name__, rule, remedy))
         for module in modules:
             theirs = _fixed_tensors(module)
             if any(not torch.equal(fixed[name], theirs[name]) for name in fixed):

@@ -279,6 +279,12 @@ class Network:
             try:
                 outputs = self.module(*arguments, **named)
             except RuntimeError as error:
+                dtype = next(iter(self.parameters.values())).dtype.to_real()
+                others = {str(t.dtype) for t in tensors_of(x) if t.is_floating_point() and t.dtype != dtype}
+                if others and "type" in str(error):
+                    rule = f"the weights of {type(self.module).__name__} are of {dtype}"
+                    remedy = f"Give x.to({dtype}), or convert the network before the posterior is made"
+                    raise ConfigError(Fault("inputs of the network", ", ".join(others), rule, remedy)) from error
                 if "'indices'" not in str(error):  # of F.embedding
                     raise
                 kinds = ", ".join(sorted({str(tensor.dtype) for tensor in tensors_of(x)}))

@@ -139,7 +139,7 @@ class GaussianPrior(Prior):
     """
 
     closed_form = True
-    checked = (("std", "posterior.prior_std"),)
+    checked = (("std", "posterior.prior_std"), ("mean", "posterior.prior_mean"))
     std: Bindable = 1.0
     mean: Bindable = 0.0
 
@@ -184,7 +184,7 @@ class LaplacePrior(Prior):
     """
 
     closed_form = True
-    checked = (("scale", "posterior.prior_std"),)
+    checked = (("scale", "posterior.prior_std"), ("mean", "posterior.prior_mean"))
     scale: Bindable = 1.0
     mean: Bindable = 0.0
 

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import UninitializedTensorMixin  # pyright: ignore[reportAttributeAccessIssue]
 
 from ..capabilities import Capabilities
-from ..errors import ConfigError, Fault
+from ..errors import ConfigError, Fault, check_kind
 from .layout import addresses
 
 KINDS: dict[str, tuple[type[nn.Module], ...]] = {
@@ -30,6 +30,7 @@ _OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
 
 def check_layers(module: nn.Module) -> None:
     """Raise `ConfigError` where a layer spreads examples or sums gradients over devices or ranks by itself. Local."""
+    check_kind("model", module, nn.Module, "Give the network itself, an nn.Module")
     for name, layer in module.named_modules():
         found = [kind.__name__ for kind in type(layer).__mro__ if kind.__name__ in _SUMS_BY_ITSELF]
         if found:
@@ -53,6 +54,9 @@ def _check_weights(module: nn.Module) -> None:
     if len(kinds) > 1:
         rule = f"its trainable weights are of {len(kinds)} kinds, such as {kinds}; exactly 1 is needed"
         remedy = "Convert the real weights: net.float(), net.to(device)"
+        raise ConfigError(Fault("model", type(module).__name__, rule, remedy))
+    if any(t.is_meta and type(t.data) is Tensor for _, t in tensors if t.requires_grad):
+        rule, remedy = "its weights are on the device meta, without numbers", "Use net.to_empty(device=...), load some"
         raise ConfigError(Fault("model", type(module).__name__, rule, remedy))
 
 
@@ -163,7 +167,10 @@ def divide_weights(
     module: nn.Module, deterministic: Rule | Sequence[Rule], capabilities: Capabilities
 ) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
     """Return random weights and points, as `split_weights` does, for a family with these capabilities. Local."""
-    deterministic = [deterministic] if isinstance(deterministic, (str, type)) else deterministic
+    deterministic = [deterministic] if isinstance(deterministic, (str, type, nn.Module, type(None))) else deterministic
+    for rule in deterministic:
+        remedy = 'Give names (patterns as "head.*"), "norm", "embedding" or classes of layers; () for none'
+        check_kind("posterior.deterministic", rule, (str, type), remedy)
     random, point = split_weights(module, deterministic if capabilities.owner == "all" else ())
     name = type(module).__name__
     if not capabilities.has_random_weights:

@@ -139,6 +139,8 @@ def _keeping_items(value, keys: list | None, items: list[Restore]) -> Restore:
 
 @torch.no_grad()
 def _write(value: Tensor, former: Tensor) -> None:
+    if value.shape != former.shape:  # of an observer that is empty before its first batch
+        value.resize_(former.shape)
     value.detach().copy_(former)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..comm import GridComm
+from ..errors import ConfigError, Fault, check_kind, count
 from ..likelihoods import Categorical, Likelihood
 from ..likelihoods.mixtures import GaussianMixture, Mixture
 from ..noise import Key, Stream
@@ -168,6 +169,8 @@ def member_outputs(
 
     A rank without samples (fewer than ranks of the sample axis) yields once, with c = 0, to give the shape.
     """
+    check_kind("posterior", posterior, Posterior, "Make it of the network: hpc_bnn.MeanFieldGaussian(net)")
+    count("Try 64").check("num_samples", num_samples)
     key, views, is_first = Key(seed, Stream.PREDICTION), SharedView(x), comm.grid.is_first("world")
     mine = comm.grid.local_samples(num_samples)
     posterior.check_num_samples(num_samples, mine)
@@ -176,8 +179,8 @@ def member_outputs(
         loop.look(mine or range(1), views, key, comm.grid)
         loop.prove(mine, views, key)
         for samples, outputs in loop(mine or range(1), views, key):
-            count = min(len(samples), len(mine))
-            yield range(samples[0], samples[0] + count), outputs[:count].double()
+            number = min(len(samples), len(mine))
+            yield range(samples[0], samples[0] + number), outputs[:number].double()
 
 
 @torch.no_grad()
@@ -214,6 +217,9 @@ def predict_classes(
         Whether the probabilities of each sample are kept as well.
     """
     num_classes = likelihood.num_classes
+    if num_classes is None:
+        rule = "its targets are numbers, which have no probabilities of classes"
+        raise ConfigError(Fault("likelihood", type(likelihood).__name__, rule, "Use predict_values"))
     sums: Tensor | float = 0.0  # of p, p^2, entropy; in float64, because the variance is a small difference
     kept = []
     for _, outputs in member_outputs(posterior, comm, x, num_samples, seed, batch_size, chunk_size):
@@ -290,6 +296,9 @@ def predict_values(
     keep_share : bool
         Whether each rank keeps the distributions of all samples for its share of the targets, 1 / S of the memory.
     """
+    if is_of_classes(likelihood):
+        rule = "its targets are classes, which have no mean"
+        raise ConfigError(Fault("likelihood", type(likelihood).__name__, rule, "Use predict_classes"))
     moments, density = Moments(num_samples), LogMeanExp(num_samples)
     kept, log_probs, divided = [], [], _Divided(comm, num_samples)
     for samples, members in member_outputs(posterior, comm, x, num_samples, seed, batch_size, chunk_size):

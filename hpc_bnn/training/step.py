@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..comm import GridComm
 from ..config import Auto, Batching, Capture, check_field
-from ..errors import ConfigError, DataError, Fault, NonFiniteError, at_least, count
+from ..errors import ConfigError, DataError, Fault, NonFiniteError, at_least, check_kind, count
 from ..likelihoods import Likelihood
 from ..noise import Key, Stream
 from ..objectives import NegativeElbo, Objective
@@ -122,7 +122,7 @@ class VariationalStep(StepState):
             ("likelihood", likelihood, Likelihood, "Use one of hpc_bnn, as Categorical(num_classes) for classes"),
             ("comm", comm, GridComm, "Give what hpc_bnn.connect() returns"),
         ):
-            _check_kind(name, value, kind, remedy)
+            check_kind(name, value, kind, remedy)
         count("Try 8").check("num_samples", num_samples)
         comm.grid.check_num_samples(num_samples)
         posterior.check_num_samples(num_samples, comm.grid.local_samples(num_samples))
@@ -176,7 +176,7 @@ class VariationalStep(StepState):
         if name == "kl_weight":
             value = _checked_weight(value)
         elif name == "optimizer" and not isinstance(value, JobOptimizer):
-            _check_kind(name, value, torch.optim.Optimizer, OF_POSTERIOR)
+            check_kind(name, value, torch.optim.Optimizer, OF_POSTERIOR)
             value = JobOptimizer.of(value, self.posterior, self.comm)
         elif name == "max_gradient_norm":
             check_field("optimizer.max_gradient_norm", value)
@@ -692,12 +692,6 @@ def _check_learned(posterior: Posterior, **parts: Any) -> None:
                     "requires_grad_(False)"
                 )
                 raise ConfigError(Fault(name, f"{type(part).__name__}.{key}", rule, remedy))
-
-
-def _check_kind(name: str, value: object, kind: type, remedy: str) -> None:
-    if not isinstance(value, kind):
-        rule = f"it is a {type(value).__name__}, which a step cannot use in this place"
-        raise ConfigError(Fault(name, "of another kind", rule, remedy))
 
 
 _DETACH = "Call detach() on it; what made it trains as a part of the network"

@@ -8,6 +8,7 @@ import torch
 
 from ...capabilities import FAMILIES
 from ...config import check_field
+from ...errors import check_kind
 from ..priors import GaussianPrior, Prior, gaussian_entropy
 from .base import Family, Slot
 
@@ -23,6 +24,7 @@ class MeanField(Family):
     rest_slot = "loc"
 
     def __init__(self, prior: Prior = GaussianPrior(), init_std: float = 0.01, init_std_relative: float | None = None):
+        check_kind("prior", prior, Prior, "Give one of hpc_bnn, as GaussianPrior(0.1)")
         check_field("posterior.init_std", init_std)
         check_field("posterior.init_std_relative", init_std_relative)
         self.prior, self.init_std, self.init_std_relative = prior, init_std, init_std_relative
