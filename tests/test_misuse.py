@@ -9,6 +9,7 @@ from torch import nn
 
 from hpc_bnn import (
     Categorical,
+    Gathered,
     Gaussian,
     Grid,
     GridComm,
@@ -347,6 +348,55 @@ def test_what_is_not_in_the_network_is_not_trained_in_silence(likelihood, object
     optimizer = torch.optim.SGD(posterior.parameters(), lr=0.1)
     with pytest.raises(ConfigError, match=r"wants a gradient.*wrap.*requires_grad_"):
         VariationalStep(posterior, likelihood, optimizer, GridComm(Grid()), objective=objective, **options)
+
+
+TEMPERATURE = nn.Parameter(torch.ones(()))
+
+
+def of_closure(temperature=None):
+    temperature = nn.Linear(3, 3) if temperature is None else temperature
+    return Gathered(lambda statistics, y: -(temperature(statistics)).mean(0), of="log_prob")
+
+
+@pytest.mark.parametrize(
+    "objective", [of_closure(), Gathered(lambda statistics, y: -(TEMPERATURE * statistics).mean(0), of="log_prob")]
+)
+def test_what_a_function_reads_around_it_is_not_trained_in_silence(objective):
+    with pytest.raises(ConfigError, match=r"Gathered.function: .*wants a gradient"):
+        make_step(MeanFieldGaussian(make_net()), objective=objective)
+    make_step(MeanFieldGaussian(make_net()), objective=of_closure(torch.abs))(*batch(), 6)
+
+
+class LearnedPrior(GaussianPrior):
+    checked = ()
+
+
+def test_a_prior_is_not_trained_in_silence():
+    scale = nn.Parameter(torch.ones(()).double())
+    with pytest.raises(ConfigError, match=r"LearnedPrior.std: a prior is not trained.*requires_grad_\(False\)"):
+        make_step(MeanFieldGaussian(make_net(), prior=LearnedPrior(scale)))
+    make_step(MeanFieldGaussian(make_net(), prior=LearnedPrior(scale.requires_grad_(False))))(*batch(), 6)
+
+
+class Hides(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.hidden = make_net(), [nn.Linear(3, 3).double()]
+
+    def forward(self, x):
+        return self.hidden[0](self.first(x.clone().requires_grad_()))  # a leaf that is no parameter may want one
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2])
+@pytest.mark.parametrize("way", ["list", "output"])
+def test_a_parameter_outside_of_the_network_that_enters_its_outputs_is_an_error(way, chunk_size):
+    net, head = Hides() if way == "list" else make_net(), nn.Linear(3, 3).double()
+    step = make_step(MeanFieldGaussian(net, output=head if way == "output" else None), chunk_size=chunk_size)
+    with pytest.raises(ConfigError, match=r"^model .* outside of it .*ModuleList.*requires_grad_\(False\)"):
+        step(*batch(), 6)
+    for layer in (head, *getattr(net, "hidden", ())):
+        layer.requires_grad_(False)
+    step(*batch(), 6)
 
 
 def test_a_likelihood_may_hold_what_its_wrap_puts_into_the_network():

@@ -216,6 +216,8 @@ class Looker:
                 network.parameters[name].detach().mul_(scale).add_(0.01 * (scale - 1))
             versions = network.versions()
             outputs = network(inputs, self._autocast_dtype)
+            if wants_gradient:
+                self._refuse_foreign(outputs)
             unreached = self._unreached(outputs) if wants_gradient else []
             outputs = outputs.detach().clone()
             pairs = zip(network.drawn, versions, network.versions())
@@ -226,6 +228,25 @@ class Looker:
         finally:
             network.put_memory_back()
             norms.shapes = dropout.shapes = None
+
+    def _refuse_foreign(self, outputs: Tensor) -> None:
+        """Raise `ConfigError` where outputs have a gradient for parameters that the module does not hold. Local."""
+        ours = {id(p) for p in self._network.module.parameters()}
+        seen, nodes = set(), [outputs.grad_fn]
+        while nodes:
+            node = nodes.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            nodes += [following for following, _ in node.next_functions]
+            leaf = getattr(node, "variable", None)  # of a leaf of the graph
+            if isinstance(leaf, nn.Parameter) and leaf.requires_grad and id(leaf) not in ours:
+                rule = f"a parameter {list(leaf.shape)} outside of it enters its outputs and wants a gradient: it would not be trained"
+                remedy = (
+                    "Let the network hold it before the posterior is made (nn.ModuleList for a list, a layer for a head), or call "
+                    "requires_grad_(False)"
+                )
+                raise ConfigError(Fault("model", type(self._network.module).__name__, rule, remedy))
 
     def _unreached(self, outputs: Tensor) -> list[str]:
         """Return the drawn weights that no gradient reaches, none where autograd cannot tell; all weights if all. Local."""

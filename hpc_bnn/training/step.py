@@ -7,6 +7,8 @@ enters once, after the sum.
 from __future__ import annotations
 
 import copy
+import dis
+import inspect
 import logging
 import math
 import socket
@@ -137,7 +139,8 @@ class VariationalStep(StepState):
             remedy = "Wrap a function of all members: hpc_bnn.Gathered(function)"
             raise ConfigError(Fault("objective", objective, "must be an hpc_bnn.objectives.Objective", remedy))
         objective.check(likelihood, num_samples)
-        _check_learned(posterior, likelihood=likelihood, objective=objective)
+        prior = getattr(posterior.family_, "prior", None)
+        _check_learned(posterior, likelihood=likelihood, objective=objective, prior=prior)
         self.posterior, self.likelihood, self.comm = posterior, likelihood, comm
         self.optimizer: Any = optimizer  # a JobOptimizer (`__setattr__`)
         self.num_samples, self.num_train_examples, self.seed = num_samples, num_train_examples, seed
@@ -678,20 +681,30 @@ def _checked_weight(kl_weight: float | Callable[[int], float]) -> Callable[[int]
 
 
 def _check_learned(posterior: Posterior, **parts: Any) -> None:
-    """Raise `ConfigError` where likelihood or objective hold what wants a gradient and is not in the network. Local."""
+    """Raise `ConfigError` where what a step is made of holds what wants a gradient and is not in the network. Local."""
     in_network = {id(p) for p in posterior.module.parameters()}
     for name, part in parts.items():
-        for key, value in vars(part).items():
+        for key, value in getattr(part, "__dict__", {}).items():
             modules: list[nn.Module] = []
+            value = _read_by(value) if inspect.isfunction(value) else value
             map_leaves(value, nn.Module, modules.append)
             held = [*tensors_of(value), *(p for module in modules for p in module.parameters())]
-            if any(t.requires_grad and id(t) not in in_network for t in held):
+            if any(t.requires_grad and (name == "prior" or id(t) not in in_network) for t in held):
                 rule = "only what the network holds is trained, and this wants a gradient"
                 remedy = (
                     "Let wrap() of the likelihood put it into the network (Gaussian(scale='learned') does), or call "
                     "requires_grad_(False)"
                 )
+                if name == "prior":
+                    rule, remedy = "a prior is not trained, and this wants a gradient", "Call requires_grad_(False)"
                 raise ConfigError(Fault(name, f"{type(part).__name__}.{key}", rule, remedy))
+
+
+def _read_by(function: Any) -> list[Tensor | nn.Module]:
+    """Return tensors and modules that a function has from around it. Local."""
+    names = [code.argval for code in dis.get_instructions(function) if code.opname == "LOAD_GLOBAL"]
+    found = [*map(function.__globals__.get, names), *inspect.getclosurevars(function).nonlocals.values()]
+    return [value for value in found if isinstance(value, (Tensor, nn.Module))]
 
 
 _DETACH = "Call detach() on it; what made it trains as a part of the network"
