@@ -1115,6 +1115,7 @@ def test_a_step_is_copied_with_its_optimizer():
     step = make(mlp(nn.BatchNorm1d(8)), lr=0.5)
     step(X, Y, 8)
     twin = copy.deepcopy(step)
+    assert twin.data_term._reducer() is twin.reducer is not step.reducer
     assert [twin(X, Y, 8) for _ in range(3)] == [step(X, Y, 8) for _ in range(3)]
     assert torch.equal(twin.posterior.buffer.flat, step.posterior.buffer.flat)
     shallow = copy.copy(step.posterior)

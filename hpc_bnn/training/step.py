@@ -150,7 +150,7 @@ class VariationalStep(StepState):
         self.wants_stop = self.wants_checkpoint = self._is_prepared = self._has_agreed = False
         size, speaks = 1 if chunk_size == "auto" else chunk_size, comm.grid.is_first("world")
         self.loop = SampleLoop(posterior, size, batching, autocast_dtype, speaks)
-        given = self.loop, objective, likelihood, comm, lambda: self.reducer
+        given = self.loop, objective, likelihood, comm, self._reducer
         self.data_term = self._plain_data_term = DataTerm(*given)
         self._trial = BatchTrial(self.loop, self.data_term.statistic)
         # Of a sample in what depends on the sample alone: it counts once in the job
@@ -191,6 +191,9 @@ class VariationalStep(StepState):
     def reducer(self) -> Reducer:
         """What sums over the job."""
         return self.optimizer.reducer
+
+    def _reducer(self) -> Reducer:  # a method: a copy of the step has its own
+        return self.reducer
 
     @property
     def updater(self) -> Updater:
