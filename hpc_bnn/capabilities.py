@@ -56,6 +56,12 @@ class Features:
     batched: bool = False
     """Whether samples are evaluated several at once."""
     micro_batches: bool = False
+    data_axis: bool = False
+    """Whether several ranks have examples."""
+    counts_ids: bool = False
+    """Whether an embedding divides gradients by how often the batch has an id."""
+    bounds_norms: bool = False
+    """Whether an embedding whose weights are points rescales the rows that the batch has."""
 
 
 class Refusal(NamedTuple):
@@ -68,6 +74,7 @@ class Refusal(NamedTuple):
 
 
 _NOISY = "noise per example"
+_ONE_GROUP = "Leave it out, or make <grid.sample_size> the number of ranks"
 TABLE = (
     Refusal("objective.name", lambda c, f: f.couples and c.owner == "sample",
             "the members of an ensemble train alone", "Use elbo, or another family"),
@@ -102,6 +109,12 @@ TABLE = (
             "BatchNorm in training mode takes its statistics of one sample", "Use chunk_size 1"),
     Refusal("micro_batch_size", lambda c, f: f.micro_batches and f.batch_norm,
             "BatchNorm takes its statistics of the whole batch", "Leave it out, or use GroupNorm or LayerNorm"),
+    Refusal("micro_batch_size", lambda c, f: f.micro_batches and f.counts_ids,
+            "scale_grad_by_freq of an embedding counts ids in the whole batch", "Leave one of the two out"),
+    Refusal("model", lambda c, f: f.data_axis and f.counts_ids,
+            "scale_grad_by_freq of an embedding counts ids in the whole batch, and ranks have parts of it", _ONE_GROUP),
+    Refusal("model", lambda c, f: f.data_axis and f.bounds_norms,
+            "max_norm of an embedding rescales its rows on the ranks whose examples have them, and replicas drift", _ONE_GROUP),
 )  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """Which weights a posterior takes, which are points, and what a look and a proof find out about them and about shapes."""
 
+import contextlib
 import itertools
 
 import pytest
@@ -367,6 +368,69 @@ def test_a_buffer_that_gets_its_shape_in_the_first_pass_is_put_back():
     assert step.posterior.module.most.shape == (0,)
     step(X, Y, 8)
     assert torch.equal(step.posterior.module.most, X.amax(0))
+
+
+class OfBatch(nn.Module):
+    def __init__(self, how):
+        super().__init__()
+        self.layer, self.how, self.last = nn.Linear(6, 6), how, nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.last(self.how(self.layer(x)))
+
+
+class Attends(nn.TransformerEncoderLayer):
+    def forward(self, x):
+        return super().forward(x.unsqueeze(0)).squeeze(0)  # with the sequence first each example sees itself alone
+
+
+OF_BATCH = {
+    "centred": (lambda: OfBatch(lambda x: x - x.mean(0)), True),
+    "scaled": (lambda: OfBatch(lambda x: x / x.norm()), True),
+    "attention over the batch": (lambda: OfBatch(Attends(6, 2, 8, 0.1, batch_first=True)), True),
+    "attention": (lambda: OfBatch(Attends(6, 2, 8, 0.1)), False),
+    "itself": (lambda: OfBatch(lambda x: x - x.mean(1, keepdim=True)), False),
+    "dropout": (lambda: OfBatch(nn.Dropout(0.5)), False),
+    "BatchNorm": (lambda: OfBatch(nn.BatchNorm1d(6)), False),
+}
+
+
+@pytest.mark.parametrize("num_examples", [2, 7])
+@pytest.mark.parametrize("predicts", [False, True])
+@pytest.mark.parametrize("name", OF_BATCH)
+def test_outputs_that_depend_on_the_examples_beside_them_are_said(name, predicts, num_examples, caplog):
+    make_net, is_said = OF_BATCH[name]
+    step, x = make_step(seeded(make_net), init_std=0.3), X[:num_examples]
+    if predicts:
+        predict_classes(step.posterior, CLASSES, COMM, x, num_samples=2)
+    else:
+        step(x, Y[:num_examples], num_examples)
+    assert ("depend on the examples beside it" in caplog.text) is is_said
+
+
+class Bag(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.table, self.head = nn.Embedding(9, 4, **options), nn.Linear(4, 3)
+
+    def forward(self, ids):
+        return self.head(self.table(ids).sum(1))
+
+
+@pytest.mark.parametrize("option", [{"scale_grad_by_freq": True}, {"max_norm": 1.0}, {"padding_idx": 0}, {}])
+@pytest.mark.parametrize("deterministic", ["embedding", ()])
+def test_what_an_embedding_does_by_batch_or_to_single_rows_is_refused_or_said(option, deterministic, caplog):
+    step = make_step(seeded(lambda: Bag(**option)), deterministic=deterministic)
+    step(torch.arange(16).view(8, 2) % 9, Y, 8)
+    assert ("row of padding_idx" in caplog.text) is ("padding_idx" in option and deterministic == ())
+    is_by_count = "scale_grad_by_freq" in option
+    for feature in ("micro_batches", "data_axis"):
+        moves_rows = feature == "data_axis" and "max_norm" in option and deterministic == "embedding"
+        context = contextlib.nullcontext()
+        if is_by_count or moves_rows:
+            context = pytest.raises(ConfigError, match="whole batch.*Leave" if is_by_count else "replicas drift.*Leave")
+        with context:
+            step.posterior.check_features(**{feature: True})
 
 
 @pytest.mark.parametrize(

@@ -359,7 +359,7 @@ class _Normalise(torch.autograd.Function):
         y, inverse_std, count = ctx.saved_tensors
         if torch.is_grad_enabled() and ctx.sum_over_data is not of_one_rank:
             rule = "the network differentiates through it (create_graph=True), and its sums over the data axis have no slope"
-            remedy = "Set <grid.data_size> to 1, or use GroupNorm"
+            remedy = "Make <grid.sample_size> the number of ranks, or use GroupNorm"
             raise ConfigError(Fault("model", "BatchNorm", rule, remedy))
         grad = torch.zeros_like(y) if grad is None else grad
         over = [dim for dim in range(y.ndim) if dim != 1]

@@ -57,6 +57,7 @@ class Look:
     unreached: Sequence[str]  # random weights that no gradient reaches
     unused: Sequence[str]  # those of them on which the outputs do not depend either
     undropped: Sequence[str]  # layers that ask for dropout in training, and not where it should drop in a predictive
+    is_of_batch: bool  # whether the outputs of an example depend on the examples beside it
     is_replayable: bool  # whether its operations alone do what it does: it leaves nothing, and draws nothing
 
     def warnings(self, world_size: int) -> list[str]:
@@ -79,6 +80,12 @@ class Look:
                 f"the forward pass of {self.name} keeps something of one sample for the next, in {shortened(self.carried)}: "
                 "samples are not independent, and the result depends on their order and on the process grid. Begin each "
                 "forward pass anew, or take no part of the state that depends on weights"
+            )
+        if self.is_of_batch:
+            found.append(
+                f"the outputs of {self.name} for an example depend on the examples beside it: the result depends on the process grid, "
+                "on micro-batches and on the batch size of a prediction. Compute what it computes over the batch (dim 0) of each example "
+                "alone, or use nn.BatchNorm1d, whose statistics are those of the global batch"
             )
         if self.undropped:
             found.append(
@@ -151,6 +158,7 @@ class Looker:
                         norms.batch_dims |= batch_dims(first.normalised, part.normalised)
                         dropout.batch_dims |= batch_dims(first.dropped, part.dropped)
                     norms.check_calls(first.normalised)
+                is_of_batch = self._is_of_batch(x, first, samples[0])
         finally:
             self._put_back()
             norms.sum_over_data = sum_over_data
@@ -170,6 +178,7 @@ class Looker:
             [name for name in first.unreached if name not in unused],
             unused,
             self._undropped(first),
+            is_repeatable and is_of_batch,
             is_repeatable and not leaves,
         )
 
@@ -269,6 +278,20 @@ class Looker:
             return []
         other = self._one(sample, map_tensors(Tensor.clone, x), scale=-1.5, only=first.unreached)
         return list(first.unreached) if torch.equal(first.outputs, other.outputs) else []
+
+    def _is_of_batch(self, x: Inputs, first: _Pass, sample: int) -> bool:
+        """Whether outputs of half of the examples are others than with the rest beside them; False beside BatchNorm. Local."""
+        norms = self._network.batch_norms
+        if not any(layer.training and norms.has_called(layer) for layer in norms.layers):
+            with contextlib.suppress(Exception):  # some modules want all of their examples
+                # The first pass did not yet know in which dims of a mask the examples are
+                whole = (self._one(sample, map_tensors(Tensor.clone, x)) if first.dropped else first).outputs
+                part = self._one(sample, other_number(x)).outputs
+                few = min(len(whole), len(part))
+                is_rough = self._autocast_dtype or whole.device.type != "cpu" or torch.is_autocast_enabled("cpu")
+                tolerance = 5e-2 if is_rough else 1e-9 if whole.dtype == torch.float64 else 1e-3
+                return whole.shape[1:] == part.shape[1:] and not is_alike(part[:few], whole[:few], tolerance)
+        return False
 
     def _carried(self, x: Inputs, first: _Pass, samples: Sequence[int]) -> list[str]:
         """Return what a pass leaves behind, where it changes the outputs of the next sample. Local.

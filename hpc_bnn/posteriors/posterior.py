@@ -21,7 +21,7 @@ from .families.base import Family, Scalars, Slot, check_slots
 from .layout import FlatLayout
 from .memory import SlotMemory
 from .network import Network, Output, exactly
-from .select import Rule, divide_weights
+from .select import KINDS, Rule, divide_weights, shortened
 
 __all__ = ["Posterior"]
 
@@ -108,6 +108,12 @@ class Posterior(SlotMemory):
         can = self.capabilities = family.capabilities
         random, point = divide_weights(module, deterministic, can)
         self.random, self.point = FlatLayout.of(random, module), FlatLayout.of(point)
+        tables: list[Any] = [layer for layer in module.modules() if isinstance(layer, KINDS["embedding"])]
+        names = {id(p): name for name, p in (random | point).items()}
+        trained = [(names[id(table.weight)], table) for table in tables if id(table.weight) in names]
+        padding = [name for name, table in trained if table.padding_idx is not None and name in random]
+        self._counts_ids = any(table.scale_grad_by_freq for _, table in trained)
+        self._bounds_norms = any(table.max_norm is not None and name in point for name, table in trained)
         self.network = Network(module, {**random, **point}, list(self.random), output)
         self.check_features()
         self.dtype = next(iter(self.network.parameters.values())).dtype.to_real()
@@ -118,6 +124,12 @@ class Posterior(SlotMemory):
         check_slots(family, slots, self.num_weights, len(self.samples), {"points", *dir(self)})
         if point:
             slots["points"] = Slot(self.point.flatten(point))
+        if padding and can.owner == "all":
+            self.network.notes.append(
+                f"{shortened(padding)}: torch keeps the row of padding_idx as it is, and here it is random as the others: each padded "
+                "place adds noise to the outputs, in the end that of the prior. Keep these weights points (deterministic "
+                '"embedding"), or multiply padded places by 0'
+            )
         self._lay_out_(slots)
 
     # --- what a user asks --------------------------------------------------------------------------
@@ -134,6 +146,8 @@ class Posterior(SlotMemory):
             estimator=self.estimator,
             antithetic=self.antithetic,
             batch_norm=is_training and bool(self.network.batch_norms.layers),
+            counts_ids=self._counts_ids,
+            bounds_norms=self._bounds_norms,
             **more,
         )
 

@@ -561,7 +561,7 @@ class VariationalStep(StepState):
         named = {"objective.name": self.objective.name, "micro_batch_size": self.micro_batch_size}
         self.posterior.check_features(
             named, couples=self.objective.couples, micro_batches=self.micro_batch_size is not None,
-            overlap=self.reducer.in_blocks, sharded=self.reducer.divided,
+            overlap=self.reducer.in_blocks, sharded=self.reducer.divided, data_axis=self.comm.grid.data_size > 1,
         )  # fmt: skip
         self._was_training = self.posterior.module.training
 

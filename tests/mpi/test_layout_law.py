@@ -2,6 +2,7 @@
 
 import importlib
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -240,6 +241,16 @@ def test_batch_norm_of_one_example_in_the_job_stops_all(comm):
         else:
             step(x[mine], y[mine], size)
     comm.check_replicas(list(posterior.parameters()), "parameters")
+
+
+@pytest.mark.parametrize("option", [{"scale_grad_by_freq": True}, {"max_norm": 1.0}])
+def test_an_embedding_that_looks_at_the_whole_batch_wants_one_data_group(comm, option):
+    net = nn.Sequential(nn.Embedding(9, 4, **option), nn.Flatten(), nn.Linear(8, 3)).double()
+    posterior = MeanFieldGaussian(net)
+    optimizer = torch.optim.SGD(posterior.parameters(), lr=0.1)
+    is_divided = comm.grid.data_size > 1
+    with pytest.raises(ConfigError, match="sample_size the number of ranks") if is_divided else nullcontext():
+        VariationalStep(posterior, Categorical(3), optimizer, comm, num_samples=16, num_train_examples=31)
 
 
 def test_nan_on_one_rank_stops_all_before_the_update(comm):
