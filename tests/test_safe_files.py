@@ -12,6 +12,7 @@ from conftest import patience
 from hpc_bnn.errors import ConfigError, DataError
 from hpc_bnn.safe_files import (
     append_line,
+    check_can_write,
     is_plain,
     locks,
     make_own_directory,
@@ -76,6 +77,31 @@ def test_a_temporary_name_differs_each_time_and_nothing_is_left(tmp_path):
     with pytest.raises(ZeroDivisionError), replacing(tmp_path / "file"):
         _ = 1 / 0
     assert len(seen) == 3 and [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_pipe_or_a_device_takes_the_content_and_is_not_replaced(tmp_path):
+    """`--output /dev/null` of root would make a file of it for the whole machine."""
+    os.mkfifo(pipe := tmp_path / "pipe")
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    check_can_write(pipe, "--output")
+    write_atomically(pipe, "text")
+    assert os.read(reader, 10) == b"text" and pipe.is_fifo() and os.listdir(tmp_path) == ["pipe"]
+    os.close(reader)
+    (link := tmp_path / "null").symlink_to(os.devnull)
+    check_can_write(link, "--output")
+    write_atomically(link, "text")
+    assert link.is_symlink()
+
+
+def test_a_name_in_dev_that_stands_for_a_file_is_refused(tmp_path, monkeypatch):
+    """Such as /dev/stdout of `hpc-bnn report RUN_DIR --output /dev/stdout > page.html`."""
+    (tmp_path / "stdout").symlink_to(tmp_path / "page.html")
+    monkeypatch.setattr("os.path.realpath", lambda path: "/dev" if path == tmp_path else str(path))
+    with pytest.raises(DataError, match="stands for a file: name that"):
+        check_can_write(tmp_path / "stdout", "--output")
+    with pytest.raises(OSError, match="stands for a file: name that"):
+        write_atomically(tmp_path / "stdout", "text")
+    assert (tmp_path / "stdout").is_symlink()
 
 
 def test_new_files_are_never_writable_by_every_user(tmp_path):

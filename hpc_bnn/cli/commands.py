@@ -103,6 +103,9 @@ def in_order(words: Sequence[str]) -> list[str]:
     files, flags, run_dirs, rest = [], [], [], list(words[1:])
     while rest:
         word = rest.pop(0)
+        if word == "--":  # names follow, which may begin with -
+            run_dirs += [f"./{name}" if name.startswith("-") else name for name in rest]
+            break
         name, equals, _ = word.partition("=")
         takes_value = not equals and name not in ("-h", "--help", "--print_config")
         if not word.startswith("-"):
@@ -111,7 +114,7 @@ def in_order(words: Sequence[str]) -> list[str]:
             value = [rest.pop(0)] if takes_value and rest and not rest[0].startswith("--") else []
             (files if name == "--config" else flags).extend([word, *value])
     if "run" in command.arguments and run_dirs:
-        files = ["--config", str(config_of_run(run_dirs[0])), *files]
+        files = [f"--config={config_of_run(run_dirs[0])}", *files]
     return [words[0], *files, *flags, *run_dirs]
 
 

@@ -165,14 +165,31 @@ def sync_directory(directory: Path) -> None:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file that fits into memory."""
+    """Write a file that fits into memory; a pipe or a device such as /dev/null takes the content, and is not replaced."""
+    content = content.encode() if isinstance(content, str) else content
+    if _is_device(path):
+        path.write_bytes(content)
+        return
     with replacing(path) as temporary:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        temporary.write_bytes(content)
+
+
+def _is_device(path: Path) -> bool:
+    """Whether a path names a pipe, a terminal or another device; `OSError` for a name in /dev that stands for a file."""
+    with contextlib.suppress(FileNotFoundError):
+        mode = os.stat(path).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            return True
+    if os.path.realpath(path.parent) == "/dev":  # such as /dev/stdout: nobody may put a file in its place
+        raise OSError(errno.EINVAL, "it is the name of a device, and stands for a file: name that", str(path))
+    return False
 
 
 def check_can_write(path: Path, flag: str) -> None:
     """Raise `DataError` where no file can be written in the place of a path, which a flag names. It is not touched."""
     try:
+        if _is_device(path):
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
