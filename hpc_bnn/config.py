@@ -460,7 +460,7 @@ def read_tree(path: str | Path) -> dict[str, Any]:
     """Return the content of a config file; `ConfigError` where it cannot be read, or holds no fields. Local."""
     remedy = "Mend it, or put back a copy"
     try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        tree = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)  # noqa: S506
     except OSError as error:
         raise ConfigError(Fault("--config", path, f"it cannot be read ({error.strerror})", remedy)) from error
     except (ValueError, RecursionError, yaml.YAMLError) as error:
@@ -469,6 +469,17 @@ def read_tree(path: str | Path) -> dict[str, Any]:
         raise ConfigError(Fault("--config", path, f"it holds no fields, but {tree!r:.40}", remedy))
     _check_groups(tree)
     return tree
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a field, or a group, that stands twice in a file: YAML would drop the first."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in getattr(node, "value", ()) if isinstance(key, yaml.ScalarNode)]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"'{twice}' stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def _check_groups(tree: dict[str, Any], prefix: str = "") -> None:

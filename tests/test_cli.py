@@ -1,6 +1,7 @@
 """The command line in one process."""
 
 import contextlib
+import functools
 import json
 import operator
 import os
@@ -432,6 +433,45 @@ def test_the_config_of_a_run_is_read_wherever_the_run_is_named(tmp_path, command
     config = config_of(parser.instantiate(parser.parse_args(ordered))[command])
     assert (config.num_epochs, config.seed) == (77, 3)
     assert config.kl_weight == (0.5 if "OTHER" in " ".join(words) else 0.25)
+
+
+@pytest.mark.parametrize("words", [["./-run"], ["--", "-run"], ["--seed", "3", "--", "-run"]], ids=" ".join)
+def test_a_run_may_have_a_name_that_begins_as_flags_do(tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "-run").mkdir()
+    (tmp_path / "-run/config.yaml").write_text("{num_epochs: 77}")
+    ordered = in_order(["evaluate", *words])
+    parser = build_parser(ordered)
+    found = parser.instantiate(parser.parse_args(ordered))["evaluate"]
+    assert (config_of(found).num_epochs, found.run) == (77, "./-run")
+
+
+@pytest.mark.parametrize(
+    ("text", "twice"),
+    [
+        ("optimizer: {name: SGD}\nseed: 1\noptimizer: {schedule: constant}\n", "optimizer"),
+        ("seed: 1\nseed: 2\n", "seed"),
+        ("optimizer:\n  arguments: {lr: 1, lr: 2}\n", "lr"),
+    ],
+    ids=["group", "field", "argument"],
+)
+def test_what_stands_twice_in_a_config_is_an_error(tmp_path, text, twice, capsys):
+    """YAML as PyYAML reads it drops the first without a word."""
+    (tmp_path / "config.yaml").write_text(text)
+    assert main(["train", "--config", str(tmp_path / "config.yaml")]) == 2
+    assert f"'{twice}' stands twice" in capsys.readouterr().err
+
+
+def test_a_config_may_use_anchors_and_merges(tmp_path):
+    (tmp_path / "config.yaml").write_text("model: {arguments: {a: &a {x: 1, y: 2}, b: {<<: *a, y: 3}}}")
+    found = config_of_words(["train", "--config", str(tmp_path / "config.yaml")])
+    assert found.model.arguments["b"] == {"x": 1, "y": 3}
+
+
+def test_a_config_is_utf_8_whatever_the_locale(tmp_path, monkeypatch):
+    (tmp_path / "config.yaml").write_text("run_dir: läufe/µ", encoding="utf-8")
+    monkeypatch.setattr("builtins.open", functools.partial(open, encoding="latin-1"))  # as with LANG=de_DE
+    assert config_of_words(["train", "--config", str(tmp_path / "config.yaml")]).run_dir == "läufe/µ"
 
 
 def test_a_resolved_config_does_not_say_whether_the_run_was_resumed(digits, tmp_path):

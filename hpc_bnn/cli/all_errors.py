@@ -28,6 +28,12 @@ class Parser(jsonargparse.ArgumentParser):
     def error(self, message: str, *args: Any, **kwargs: Any):
         raise ConfigError(f"{message}\nSee {self.prog} --help")
 
+    def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> jsonargparse.Namespace:
+        """Parse a config file, in UTF-8: jsonargparse would read it in the encoding of the locale."""
+        if args or not Path(path).is_file():  # a pipe
+            return super().parse_path(path, *args, **kwargs)
+        return self.parse_string(Path(path).read_text(encoding="utf-8"), path=Path(path).name, **kwargs)
+
 
 def refuse_nulls(options: jsonargparse.Namespace) -> None:
     """Raise `ConfigError` for each field, or group of fields, that is null and may not be: jsonargparse lets it pass. Local."""
