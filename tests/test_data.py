@@ -1,11 +1,13 @@
 """Shard directories and the order of examples."""
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
 import subprocess
 import threading
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -27,11 +29,12 @@ from hpc_bnn.data import (
     unstage_shards,
     verify_shards,
     write_shards,
+    writer,
 )
 from hpc_bnn.data.manifest import ShardFile, sha256_of_json
 from hpc_bnn.data.stage import in_turn
 from hpc_bnn.errors import ConfigError, DataError, RankError
-from hpc_bnn.safe_files.locks import Lock
+from hpc_bnn.safe_files.locks import LOCK, Lock
 
 FACTS = {"name": "toy", "source": "made by the test", "licence": "none"}
 
@@ -566,16 +569,58 @@ def test_missing_directory_names_the_remedy(tmp_path):
         Manifest.read(tmp_path / "nowhere")
 
 
-def test_interrupted_writing_leaves_no_manifest(shards, monkeypatch):
+def test_interrupted_writing_leaves_no_manifest(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise OSError("disk full")
 
     monkeypatch.setattr(h5py.Group, "create_dataset", fail)
     with pytest.raises(RankError, match="disk full"):
-        write_shards(shards, {"train": toy()}, **FACTS)
-    assert [path.name for path in shards.iterdir()] == [".preparation"]
+        write_shards(tmp_path, {"train": toy()}, **FACTS)
+    assert [path.name for path in tmp_path.iterdir()] == [".preparation"]
     with pytest.raises(DataError, match="interrupted"):
-        Manifest.read(shards)
+        Manifest.read(tmp_path)
+
+
+@pytest.mark.parametrize("key", [None, 1])
+def test_former_shards_stay_until_the_new_ones_are_complete(shards, key):
+    former = {path.name: path.read_bytes() for path in shards.iterdir()}
+    x, y = toy()
+    damaged = np.concatenate([x[:-1], np.full_like(x[-1:], np.nan)])
+    options = FACTS | {"examples_per_shard": 12, "key": key}
+    with pytest.raises(DataError, match="not finite"):
+        write_shards(shards, {"train": (damaged, y)}, **options)
+    assert {path.name: path.read_bytes() for path in shards.iterdir() if path.is_file()} == former
+    assert verify_shards(shards) == []
+    manifest = write_shards(shards, {"train": (x, y)}, **options)
+    assert verify_shards(shards) == [] and len(os.listdir(shards)) == 1 + len(manifest.shards)
+
+
+@pytest.mark.parametrize("key", [1, 2], ids=["the same", "another"])
+@pytest.mark.parametrize("after", range(6))
+def test_shards_that_are_replaced_are_so_after_a_kill_at_any_moment(shards, monkeypatch, after, key):
+    """The process ends before a file is renamed or removed; then a preparation runs again."""
+    x, y = toy()
+    options, calls = FACTS | {"examples_per_shard": 20}, itertools.count()
+
+    def stop(do):
+        def work(path, *arguments, **named):
+            return do(path, *arguments, **named) if Path(path).name == LOCK or next(calls) < after else 1 / 0
+
+        return work
+
+    def remove(directory, do=writer._remove_former):
+        patch.setattr(os, "replace", stop(os.replace))
+        patch.setattr(Path, "unlink", stop(Path.unlink))
+        return do(directory)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "_remove_former", remove)
+        with pytest.raises(RankError, match="ZeroDivisionError"):
+            write_shards(shards, {"train": (x, y)}, **options, key=1)
+    write_shards(shards, {"train": (x, y)}, **options, key=key)
+    expected = write_shards(shards.parent / "sound", {"train": (x, y)}, **options, key=key)
+    assert Manifest.read(shards) == expected
+    assert set(os.listdir(shards.parent / "sound")) <= set(os.listdir(shards))
 
 
 @pytest.mark.parametrize("window", [None, 1, 7, 64, 100])

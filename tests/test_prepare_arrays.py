@@ -688,7 +688,7 @@ def test_a_preparation_of_a_dataset_is_never_continued(module, tmp_path):
     my_squares.Squares.num_wrong = 1  # its content is wrong, and it fails in the last file
     with pytest.raises(HpcBnnError, match="the disk is gone"):
         prepare(arrays, tmp_path / "a", *flags)
-    assert (tmp_path / "a" / "train-00000.h5").exists()
+    assert (tmp_path / "a/.preparation/train-00000.h5").exists()
     my_squares.Squares.num_wrong = 0
     _, splits = prepare(arrays, tmp_path / "a", *flags)
     assert splits["train"][0][:, 0, 0].tolist() == list(range(20))
@@ -699,10 +699,11 @@ def test_a_preparation_of_files_is_continued(tmp_path):
     flags = ("--train", spec, "--examples-per-shard", 5)
     with pytest.raises(DataError, match="train, example 19: y holds a value that is not finite"):
         prepare(arrays, tmp_path / "a", *flags)
-    first = (tmp_path / "a" / "train-00000.h5").stat()
+    written = tmp_path / "a/.preparation/train-00000.h5"
+    first = written.stat()
     with pytest.raises(DataError, match="not finite"):
         prepare(arrays, tmp_path / "a", *flags)
-    assert (tmp_path / "a" / "train-00000.h5").stat().st_mtime_ns == first.st_mtime_ns
+    assert written.stat().st_mtime_ns == first.st_mtime_ns
     save(tmp_path, y=np.zeros(20))
     prepare(arrays, tmp_path / "a", *flags)
     assert (tmp_path / "a" / "train-00000.h5").stat().st_mtime_ns != first.st_mtime_ns  # another source

@@ -1,7 +1,8 @@
 """Writing shard directories: atomic, resumable, in parallel over the ranks of a job.
 
-A file is written under a temporary name, synced and renamed, and only then recorded in ``.preparation/``; the manifest
-comes last. So a directory with a manifest is complete, and a half-written file is never taken for a whole one.
+A file is written to ``.preparation/`` under a temporary name, synced and renamed, and only then recorded there. When all
+are complete, they take the place of former shards, and the manifest comes last. So a directory with a manifest is
+complete, a half-written file is never taken for a whole one, and a preparation that fails loses nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +24,15 @@ import numpy as np
 from ..comm import GridComm
 from ..errors import DataError, at_least
 from ..grid import Grid
-from ..safe_files import Disk, read_bytes, refuse_world_writable, remove_leftovers, replacing, write_atomically
+from ..safe_files import (
+    Disk,
+    read_bytes,
+    refuse_world_writable,
+    remove_leftovers,
+    replacing,
+    sync_directory,
+    write_atomically,
+)
 from ..safe_files.locks import Lock
 from .manifest import (
     COORDINATE,
@@ -94,8 +103,8 @@ def write_shards(
     Parameters
     ----------
     directory : path
-        Created if it is missing; on a file system that all ranks can read. A former preparation in it is removed, or
-        continued if it has the same ``key``.
+        Created if it is missing; on a file system that all ranks can read. Former shards in it are replaced when all new
+        ones are complete. An interrupted preparation in it is removed, or continued if it has the same ``key``.
     splits : dict of str to (x, y), (x, y, weights) or Examples
         Inputs [n, channels, ...], or a dict of several by name, and targets [n, ...] of each split, the same on each
         rank. One input is normalised; of several, those with a floating-point dtype are, and whole numbers stay whole.
@@ -197,9 +206,17 @@ def write_shards(
             missing_targets=missing_targets,
             ignore_index=ignore_index,
         )
-        with comm.agree(f"writing {directory / MANIFEST}"):
+        with comm.agree(f"replacing what is in {directory}"):
             if comm.grid.is_first("world"):
                 manifest.check()
+                _remove_former(directory)
+        with comm.agree(f"naming the files of {directory}"):
+            for task in tasks[comm.grid.rank :: comm.grid.world_size]:  # each rank its own: NFS shows them to it at once
+                with contextlib.suppress(FileNotFoundError):  # an interrupted preparation has done this
+                    os.replace(directory / PREPARATION / task.file, directory / task.file)
+            sync_directory(directory)
+        with comm.agree(f"writing {directory / MANIFEST}"):
+            if comm.grid.is_first("world"):
                 write_atomically(directory / MANIFEST, manifest.to_json())
                 shutil.rmtree(directory / PREPARATION)
         return manifest
@@ -347,25 +364,31 @@ def _check_missing(missing_targets: bool, ignore_index: int | None, num_classes:
 
 def _open(directory: Path, plan: dict) -> None:
     """Make the directory ready: keep an interrupted preparation of the same plan, remove any other."""
-    remove_leftovers(directory, OURS)
+    notes = directory / PREPARATION / "plan.json"
+    for place in (directory, notes.parent):
+        remove_leftovers(place, OURS)
     # The plan alone says what the files hold, in this format
     plan = json.loads(json.dumps(plan | {"digest": sha256_of_json(plan)}))
-    notes = directory / PREPARATION / "plan.json"
     former = None
     with contextlib.suppress(ValueError):
         former = json.loads(read_bytes(notes, "the plan") or b"")
-    is_there = read_bytes(directory / MANIFEST, "the manifest") is not None
-    if plan["key"] is not None and former == plan and not is_there:
+    if plan["key"] is not None and former == plan:
         return
-    doomed = [STAGED, MANIFEST]  # without its mark nothing takes the files for staged ones
-    with contextlib.suppress(DataError):
-        doomed += [shard.file for shard in Manifest.read(directory).shards]
-    doomed += [path.name.removesuffix(".json") for path in notes.parent.glob("*.h5.json")]
-    for file in doomed:
-        (directory / file).unlink(missing_ok=True)
+    if read_bytes(directory / MANIFEST, "the manifest") is None:  # some of its files may have their names already
+        for path in notes.parent.glob("*.h5.json"):
+            (directory / path.name.removesuffix(".json")).unlink(missing_ok=True)
     shutil.rmtree(notes.parent, ignore_errors=True)
     notes.parent.mkdir()
     write_atomically(notes, json.dumps(plan))
+
+
+def _remove_former(directory: Path) -> None:
+    """Remove the shards that complete new ones are for."""
+    doomed = [STAGED, MANIFEST]  # without its mark nothing takes the files for staged ones
+    with contextlib.suppress(DataError):
+        doomed += [shard.file for shard in Manifest.read(directory).shards]
+    for file in doomed:
+        (directory / file).unlink(missing_ok=True)
 
 
 # --- one file ------------------------------------------------------------------------------------------
@@ -381,11 +404,11 @@ def _finish(
     missing: float | None,
 ) -> dict[str, Any]:
     """Write a file unless a former preparation has finished it; return its record. ``missing`` stands for no target."""
-    path, notes = directory / task.file, directory / PREPARATION / f"{task.file}.json"
+    path, notes = directory / PREPARATION / task.file, directory / PREPARATION / f"{task.file}.json"
     with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
         record, digest = json.loads(read_bytes(notes, "the record") or b"")
         is_sound = digest == sha256_of_json(record) and record["file"]["file"] == task.file
-        if is_sound and sha256_of_file(path) == record["file"]["sha256"]:
+        if is_sound and sha256_of_file(path if path.exists() else directory / task.file) == record["file"]["sha256"]:
             return record
     rows = task.rows
     read = named_arrays(*task.examples.read(rows.start, rows.stop))

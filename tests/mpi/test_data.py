@@ -172,8 +172,8 @@ def test_an_interrupted_preparation_goes_on_where_it_stopped(world, job_dir):
         write(fails_at=20)
     comm.barrier()
     if world.rank == 0:  # a note without its file, and half a file of a killed process
-        (job_dir / "resumed/train-00001.h5").unlink()
-        (job_dir / "resumed/.train-00006.h5.99").write_bytes(b"half")
+        (job_dir / "resumed/.preparation/train-00001.h5").unlink()
+        (job_dir / "resumed/.preparation/.train-00006.h5.99").write_bytes(b"half")
         assert not (job_dir / "resumed/manifest.json").exists()
     assert write() == [4, 20, 24, 28]
     assert verify_shards(job_dir / "resumed") == []
