@@ -55,6 +55,8 @@ LARGEST = 1e18
 NUM_LOOKED_AT = 8
 """Times by which a dtype is chosen."""
 NEEDED = ("time", "latitude", "longitude")
+OF_TIME = (VERSION, "year", "month", "season", "day", "hour")
+"""Numbers beside the fields of a file that may be others in a file of later times; so may what is in units of time."""
 COPERNICUS = "free to use with attribution: contains modified Copernicus Climate Change Service information"
 KNOWN = {  # SHA-256: (name, source, licence)
     "fbb09d889699b29f99a3ff29972c32db9e95b9bc780e59a90ea012a6ec3d4cd7": (
@@ -277,7 +279,7 @@ def join(datasets: list[xarray.Dataset], dims: dict[str, str]) -> Fields:
         for name, array in dataset.data_vars.items():
             if needed <= set(array.dims) and array.size > 0:
                 single = [dim for dim, n in array.sizes.items() if n == 1 and dim not in dims.values()]
-                arrays.setdefault(str(name), []).append(array.squeeze(single, drop=True))
+                arrays.setdefault(str(name), []).append(array.squeeze(single))
                 if VERSION in arrays[str(name)][-1].dims and VERSION not in dims.values():
                     logger.info("%s: where %s has several entries, the first that has a value is taken", name, VERSION)
     if not arrays:
@@ -313,10 +315,30 @@ def choose(flag: str, names: list[str], levels: list[float] | None, fields: Fiel
     return channels
 
 
+def places(array: xarray.DataArray, dims: dict[str, str]) -> dict[str, float]:
+    """Return what says by one number which field this is, such as its height, level or member."""
+    return {
+        str(name): float(axis.values.item())
+        for name, axis in array.coords.items()
+        if axis.size == 1
+        and axis.dtype.kind in "iuf"
+        and name not in {*OF_TIME, *(dims[role] for role in NEEDED)}
+        and not re.match(r"(s|sec|min|h|hr|d|(second|minute|hour|day|month|year)s?)\b", str(axis.attrs.get("units", "")))
+    }
+
+
 def check_alike(fields: Fields) -> None:
     """Raise `DataError` unless all variables have one grid, one time axis, the same members and no other dims."""
     for variable, arrays in fields.arrays.items():
+        first: dict[str, float] = {}
         for array in arrays:
+            for name, value in places(array, fields.dims).items():
+                if not np.isclose(value, first.setdefault(name, value), rtol=1e-6):
+                    raise DataError(
+                        f"--source: {variable} has {name} {first[name]:g} in one file and {value:g} in another: these are "
+                        f"different fields. Give the files of one, or join them along {name} first (xarray.concat), and say "
+                        "what it is by --level-dim or --member-dim"
+                    )
             if array.dtype.kind not in "iuf":
                 raise DataError(
                     f"--source: {variable} has dtype {array.dtype}, no numbers. Choose --variables without it"
@@ -331,12 +353,23 @@ def check_alike(fields: Fields) -> None:
                 dim, alike = fields.dims[role], variable if role == "level" else None
                 values = array[dim].values if dim in array.dims else np.empty(0)
                 if not alike_but_for_rounding(values, fields.coordinate(role, alike)):
-                    raise DataError(f"--source: {variable} has {dim} unlike other fields. Choose --variables alike")
+                    raise DataError(
+                        f"--source: {variable} has {dim} unlike other fields. Choose --variables and files alike"
+                    )
         units = sorted({str(array.attrs.get("units", "")) for array in arrays})
         if len(units) > 1:
             raise DataError(f"--source: {variable} has the units {' and '.join(units)} in different files. Convert one")
-        if not np.array_equal(fields.coordinate("time", variable), fields.coordinate("time")):
-            raise DataError(f"--source: {variable} has times unlike other fields. Give files of the same times")
+        times, others = fields.coordinate("time", variable), fields.coordinate("time")
+        if (times != times).any():
+            rule = f"entry {int((times != times).argmax()) + 1} of its times is missing"
+            raise DataError(f"--source: {variable}: {rule}. Write the time into the file, or leave out this field")
+        if not np.array_equal(times, others):
+            lacks = [text(time) for time in np.setxor1d(times, others)[:1]]
+            where = f", such as {lacks[0]}, which one of them lacks" if lacks else ""
+            raise DataError(
+                f"--source: {variable} has times unlike other fields{where}. Give files of the same times, or choose "
+                "--variables"
+            )
     axis = next(iter(fields.arrays.values()))[0][fields.dims["latitude"]]
     latitudes = fields.coordinate("latitude")
     if (
@@ -382,9 +415,14 @@ def find_segments(times: np.ndarray) -> tuple[np.ndarray, Any]:
     steps = np.diff(times)
     if steps.dtype == object:  # datetimes of a calendar that NumPy does not know
         steps = steps.astype("timedelta64[us]")
-    if len(steps) == 0 or not (steps > 0 * steps).all():
+    if len(steps) == 0:
+        raise DataError("--source: there is one time. Two or more are needed")
+    if not (is_later := steps > 0 * steps).all():
+        place = int(is_later.argmin())
+        before, after = text(times[place]), text(times[place + 1])
         raise DataError(
-            "--source: the times must be two or more, and increase. Remove what is there twice, and sort the rest"
+            f"--source: the times must increase, and {after} comes after {before}: a file is given twice, two files hold the "
+            "same times, or one is not sorted. Remove what is there twice, and sort the rest"
         )
     median = np.sort(steps)[len(steps) // 2]
     return np.cumsum(np.concatenate([[0], (steps > 1.5 * median) | (1.5 * steps < median)])).astype(int), median

@@ -256,12 +256,14 @@ def test_sources_that_cannot_be_used(tmp_path, monkeypatch):
     refuse("a.grib cannot be opened.*For GRIB install cfgrib", tmp_path / "a.grib")
     refuse("junk.nc cannot be opened.*Is it a NetCDF file, and whole", tmp_path / "junk.nc")
     refuse("nowhere.nc cannot be read", tmp_path / "nowhere.nc")
-    refuse("the times must be two or more, and increase", fields(TIMES[[0, 1, 1, 2]]))
-    refuse("the times must be two or more, and increase", fields(TIMES[:10]), fields(TIMES[5:]))
+    refuse("the times must increase, and .* comes after .*: a file is given twice", fields(TIMES[[0, 1, 1, 2]]))
+    refuse("the times must increase, and", fields(TIMES[:10]), fields(TIMES[5:]))
     refuse(r"t has the dims .*step.*Select one entry of step", fields().expand_dims(step=[1, 2]))
     refuse("t has lat unlike other fields", fields(TIMES[:9]), fields(TIMES[9:], lat=LATITUDES + 1))
     refuse("t has level unlike other fields", fields(TIMES[:9]), fields(TIMES[9:], (500, 925)))
-    refuse("u has times unlike other fields", fields(), fields(TIMES[1:]).rename(t="u"))
+    rule = "u has times unlike other fields, such as 2020-02-27T00:00:00, which one of them lacks"
+    refuse(rule, fields(), fields(TIMES[1:]).rename(t="u"))
+    refuse("t: entry 3 of its times is missing", fields(np.array([*TIMES[:2], np.datetime64("NaT"), *TIMES[3:]])))
     refuse("lat is not sorted, or not in degrees", fields(lat=LATITUDES * 10))
     refuse("no variable has the dims", fields().assign(t=fields()["t"][0, 0]))
     refuse("--longitude-dim .not given.: .*valid_time, level, lat, x", fields().rename(lon="x"), kind=ConfigError)
@@ -406,6 +408,36 @@ def test_grids_that_differ_by_rounding_are_one(tmp_path, how):
     c = write_fields(tmp_path / "c.nc", one_field(NOISE[20:], "K", TIMES[20:], latitudes + 0.25))
     with pytest.raises(DataError, match="t has lat unlike other fields"):
         prepare(weather, tmp_path / "p", "--source", a, c, *ALL)
+
+
+@pytest.mark.parametrize("is_dim", [False, True], ids=["number", "dim"])
+@pytest.mark.parametrize("name", ["height", "level", "number", "depth"])
+@pytest.mark.parametrize("times", [slice(20, 40), slice(0, 20)], ids=["later", "the same"])
+def test_files_of_several_heights_or_members_are_not_one_field(tmp_path, name, is_dim, times):
+    """They were joined along time without a word where the times did not overlap."""
+    paths = []
+    for number, part in enumerate((slice(0, 20), times)):
+        dataset = one_field(NOISE[part], "K", TIMES[part]).assign_coords({name: 10.0 * number})
+        dataset = dataset.expand_dims(name, axis=1) if is_dim else dataset
+        paths.append(write_fields(tmp_path / f"{number}.nc", dataset))
+    with pytest.raises(DataError, match=f"t has {name} 0 in one file and 10 in another: these are different fields"):
+        prepare(weather, tmp_path / "o", "--source", *paths, *ALL)
+    joined = xarray.concat([xarray.load_dataset(path).assign(time=TIMES[:20]) for path in paths], name, data_vars="all")
+    flags = ["--member-dim" if name == "number" else "--level-dim", name]
+    manifest, splits = prepare(weather, tmp_path / "p", "--source", write_fields(tmp_path / "j.nc", joined), *flags, *ALL)
+    assert len(splits["train"][0]) * len(manifest.arrays["x"].channels) == 19 * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "units"), [("step", "hours"), ("forecast_period", "days"), ("year", ""), ("expver", "1")]
+)
+def test_what_is_of_a_time_may_differ_between_files_of_later_times(tmp_path, name, units):
+    paths = []
+    for number, part in enumerate((slice(0, 20), slice(20, 40))):
+        dataset = one_field(NOISE[part], "K", TIMES[part]).assign_coords({name: ((), float(number), {"units": units})})
+        paths.append(write_fields(tmp_path / f"{number}.nc", dataset))
+    _, splits = prepare(weather, tmp_path / "o", "--source", *paths, *ALL)
+    assert len(splits["train"][0]) == 39
 
 
 def test_units_that_differ_between_files_are_no_units(tmp_path):
