@@ -72,8 +72,10 @@ def _sign(thousands: str) -> str:
 
 NUMBER = _number_with(".", None)
 DIGITS = re.compile(rf"[+\-{MINUS}]?[\d.,'\s]*\d[\d.,'\s]*([eEdD][+\-{MINUS}]?\d+)?%?")
-NUMBER_IN_DISGUISE = re.compile(rf"\W*{DIGITS.pattern}(\W\D*)?|\W*\d+[.,]\d+\D+")
-"""Such as $1.00, 1.00D+01, 1 000, (1.00), 1.0-, 5 kg and 1.0kg; not A1, 12a or 18-25."""
+NUMBER_IN_DISGUISE = re.compile(
+    rf"\W*{DIGITS.pattern}(\W\D*|\s+[^\W\d].*|\s*°.*)?|\W*\d+[.,]\d+\D+|[A-Z]{{1,3}}(\$\s*|(?<=[A-Z]{{3}})\s+){DIGITS.pattern}"
+)
+"""Such as $1.00, EUR 1.00, 1.00D+01, 1 000, (1.00), 1.0-, 5 kg, 5 W/m2, 5°30' and 1.0kg; not A1, 12a, 18-25 or Zone 3."""
 GROUPS = re.compile(rf"[+\-{MINUS}]?[1-9]\d{{0,2}}[.,]\d{{3}}")
 """A group of thousands, or a number with three decimals."""
 
@@ -186,9 +188,15 @@ def _as_numbers(column, form: Format):
         return column
     sign = _sign(form.thousands or "\0")
     plain = column.map(
-        lambda field: re.sub(sign, "", field).replace(form.decimal, ".").replace(MINUS, "-"), na_action="ignore"
+        lambda field: _in_ascii(re.sub(sign, "", field).replace(form.decimal, ".").replace(MINUS, "-")),
+        na_action="ignore",
     )
     return column if any(map(_is_rounded, plain.dropna())) else pandas.to_numeric(plain)
+
+
+def _in_ascii(number: str) -> str:
+    """Return a number with the digits of ASCII: those of other scripts, and wide ones, are digits, too."""
+    return number if number.isascii() else re.sub(r"\d", lambda digit: str(int(digit[0])), number)
 
 
 def _is_large(column) -> bool:

@@ -261,6 +261,13 @@ DISGUISES = [
     "{}°",
     "-{} m/s",
     "1.{:03d}.000",
+    "{} W/m2",
+    "{}.5 m s-1",
+    "{} ppm CO2",
+    "{}° 30'",
+    "EUR {}",
+    "CHF {}.50",
+    "US${}",
 ]
 
 
@@ -280,10 +287,30 @@ def test_numbers_that_are_read_as_words_are_no_categories(form):
 
 
 @pytest.mark.parametrize(
-    "words", ["A1 B2 12a x-1", "18-25 26-35 36-50", "<=50K >50K", "1st 2nd 3rd", "4x4 2WD", "Room+1 Room+2"]
+    "words",
+    [
+        "A1 B2 12a x-1",
+        "18-25 26-35 36-50",
+        "<=50K >50K",
+        "1st 2nd 3rd",
+        "4x4 2WD",
+        "Room+1 Room+2",
+        "ABC1 ABC2",
+        "Typ+1 Typ+2",
+    ],
 )
 def test_words_with_digits_are_words(words):
     tables.check_words(pandas.Series([word.replace("+", " ") for word in words.split()] * 5, name="a"), "")
+
+
+@pytest.mark.parametrize("zero", ["\u0660", "\uff10", "\u0966"], ids=["Arabic", "wide", "Devanagari"])
+def test_digits_of_other_scripts_are_digits(tmp_path, zero):
+    digits = str.maketrans("0123456789", "".join(chr(ord(zero) + digit) for digit in range(10)))
+    path = tmp_path / "t.csv"
+    path.write_text("\n".join(["a;b", *(f"-{row}.25;{row}".translate(digits) for row in range(40))]), encoding="utf-8")
+    table = read(path)
+    assert table["a"].tolist() == [-row - 0.25 if row else -0.25 for row in range(40)]
+    assert table["b"].tolist() == list(range(40))
 
 
 @pytest.mark.parametrize("form", ["{:.2e}", "{:.2E}", "{:.1f}", "{:.0f}.", "{:+.2e}"])
