@@ -20,6 +20,7 @@ such as the tokens of a text, for an embedding. y is written as classes int64 [n
 from __future__ import annotations
 
 import argparse
+import functools
 import io
 import logging
 import os
@@ -185,8 +186,18 @@ def arrange_inputs(flag: str, x: np.ndarray, options: argparse.Namespace) -> np.
         x = x[:, None]
     if x.dtype.kind not in "biuf":
         raise DataError(f"{flag}: x has dtype {x.dtype}: numbers are needed")
+    if x.ndim == 4 and x.shape[-1] in (1, 3, 4) and x.shape[1] not in (1, 3, 4):
+        say_channels(x.shape[1:])
     common.check("--ids", x.dtype, not options.ids or x.dtype.kind in "iu", "ids are whole numbers", "Leave it out")
     return x
+
+
+@functools.cache
+def say_channels(shape: tuple[int, ...]) -> None:
+    """Say, once, that inputs look like images with their channels last."""
+    logger.warning(
+        "x is %s, taken as %d channels of %d x %d: if the channels are last, give --channels-last", shape, *shape
+    )
 
 
 def arrange_targets(flag: str, y: np.ndarray, rows: np.ndarray, num_classes: int | None) -> np.ndarray:
@@ -248,6 +259,9 @@ def check_flags(options: argparse.Namespace) -> dict[str, float]:
         share, spec = shares[split], getattr(options, split)
         rule = f"--{split} {spec} is given, too"
         common.check(f"--{split}-fraction", share, share == 0 or spec is None, rule, "Give one of them")
+        same = spec is not None and spec == options.train and not (spec.endswith(".npz") and "{split}" in options.x)
+        rule = "these are the examples of --train: a network would be judged by what it was trained on"
+        common.check(f"--{split}", spec, not same, rule, f"Give others, --{split}-fraction, or keys with {{split}}")
     return shares
 
 

@@ -323,7 +323,9 @@ def places(array: xarray.DataArray, dims: dict[str, str]) -> dict[str, float]:
         if axis.size == 1
         and axis.dtype.kind in "iuf"
         and name not in {*OF_TIME, *(dims[role] for role in NEEDED)}
-        and not re.match(r"(s|sec|min|h|hr|d|(second|minute|hour|day|month|year)s?)\b", str(axis.attrs.get("units", "")))
+        and not re.match(
+            r"(s|sec|min|h|hr|d|(second|minute|hour|day|month|year)s?)\b", str(axis.attrs.get("units", ""))
+        )
     }
 
 

@@ -424,7 +424,9 @@ def test_files_of_several_heights_or_members_are_not_one_field(tmp_path, name, i
         prepare(weather, tmp_path / "o", "--source", *paths, *ALL)
     joined = xarray.concat([xarray.load_dataset(path).assign(time=TIMES[:20]) for path in paths], name, data_vars="all")
     flags = ["--member-dim" if name == "number" else "--level-dim", name]
-    manifest, splits = prepare(weather, tmp_path / "p", "--source", write_fields(tmp_path / "j.nc", joined), *flags, *ALL)
+    manifest, splits = prepare(
+        weather, tmp_path / "p", "--source", write_fields(tmp_path / "j.nc", joined), *flags, *ALL
+    )
     assert len(splits["train"][0]) * len(manifest.arrays["x"].channels) == 19 * 2
 
 
@@ -658,6 +660,17 @@ def test_pairs_of_npy_files_become_numbers(tmp_path):
     check_statistics(manifest, y=splits["train"][1])
 
 
+def test_images_with_their_channels_last_are_said(tmp_path, caplog):
+    caplog.set_level("WARNING")
+    for shape, flags in (((8, 8, 3), ("--channels-last",)), ((3, 8, 8), ()), ((8, 8, 6), ()), ((8, 8, 3), ())):
+        arrays.say_channels.cache_clear()
+        assert "channels" not in caplog.text
+        prepare(
+            arrays, tmp_path / "o", "--train", save(tmp_path, x=np.zeros((5, *shape)), y=np.zeros(5)), *flags, "--force"
+        )
+    assert caplog.text.count("taken as 8 channels of 8 x 3: if the channels are last, give --channels-last") == 1
+
+
 def test_npy_files_stay_on_disk(tmp_path):
     """An array of 1 GB with no blocks on disk: two examples are read without the rest."""
     np.lib.format.open_memmap(tmp_path / "x.npy", "w+", np.float32, (1000, 512, 512))
@@ -770,6 +783,11 @@ def test_arrays_that_cannot_be_used(module, tmp_path):
         ConfigError, r"--test-fraction 0\.5: --test .* is given, too",
         "--train", pair, "--test", pair, "--test-fraction", 0.5,
     )  # fmt: skip
+    trained = "these are the examples of --train: a network would be judged by what it was trained on"
+    refuse(ConfigError, f"--test .*: {trained}", "--train", pair, "--test", pair)
+    refuse(
+        ConfigError, f"--validation .*: {trained}", "--train", tmp_path / "a.npz", "--validation", tmp_path / "a.npz"
+    )
     refuse(ConfigError, r"--encoded o: --train .* is no \.npz file", "--train", pair, "--encoded", "o")
     np.savez(tmp_path / "a.npz", x=x, y=y, offsets=np.arange(7) * 9, bytes=np.zeros(54, np.uint8))
     npz = ("--train", tmp_path / "a.npz")
