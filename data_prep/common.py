@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from hpc_bnn.__main__ import code_of_output, guard_output
 from hpc_bnn.cli.commands import run_and_report
 from hpc_bnn.comm import GridComm, connect_for_files, finalize
 from hpc_bnn.data import Examples, Manifest, write_shards
@@ -235,6 +236,7 @@ def run(parser: argparse.ArgumentParser, prepare: Callable[[argparse.Namespace, 
         prepare(options, connect_for_files())
         return 0
 
+    guard_output()
     code = run_and_report(parser.prog, work)
     finalize()
-    sys.exit(code)
+    sys.exit(code_of_output(code))

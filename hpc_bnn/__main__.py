@@ -35,10 +35,25 @@ class Output:
             self.error, self.stream = self.error or error, Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
 
 
-if __name__ == "__main__":
+def guard_output() -> None:
+    """Let no output end the program: what is closed, full or without a reader loses what is printed."""
     while os.open(os.devnull, os.O_RDWR) <= 2:
         pass  # where stdout was closed at the start, a file of the run would get its number, and what a library prints
     sys.stdout, sys.stderr = Output(sys.stdout or os.fdopen(1, "w")), Output(sys.stderr or os.fdopen(2, "w"))
+
+
+def code_of_output(code: int) -> int:
+    """Return the exit code of a program that ends with ``code``, after its last output; 1 where some of it is lost, and say so."""
+    sys.stdout.flush()
+    error = getattr(sys.stdout, "error", None)
+    if error is not None and not isinstance(error, BrokenPipeError):  # `head` wanted no more
+        print(f"hpc-bnn: error: stdout: {error.strerror}. The rest of the output is lost", file=sys.stderr, flush=True)
+        code = code or 1
+    return code
+
+
+if __name__ == "__main__":
+    guard_output()
     if sys.argv[1:2] == ["train"]:
         signals.watch()  # before what takes long to import
 
@@ -66,11 +81,7 @@ def run() -> None:
         if module is not None:
             module.abort(signals.INTERRUPTED)
         os._exit(signals.INTERRUPTED)
-    sys.stdout.flush()
-    error = getattr(sys.stdout, "error", None)
-    if error is not None and not isinstance(error, BrokenPipeError):  # `head` wanted no more
-        print(f"hpc-bnn: error: stdout: {error.strerror}. The rest of the output is lost", file=sys.stderr, flush=True)
-        code = code or 1
+    code = code_of_output(code)
     gc.freeze()  # the end of the process would look through a million objects of imported modules for cycles: 2 s
     sys.exit(code)
 

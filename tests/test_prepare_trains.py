@@ -12,6 +12,7 @@ from torch import nn
 
 from hpc_bnn import Grid, GridComm
 from hpc_bnn.cli.commands import main
+from hpc_bnn.data import verify_shards
 
 
 class FieldNet(nn.Sequential):
@@ -130,3 +131,13 @@ def test_a_full_disk_ends_a_preparation_with_a_message(tmp_path):
     done = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1 and "writing shards" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "shards/manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("redirection", "code"), [(">&- 2>&- <&-", 0), ("> /dev/full", 1), ("| true", 0)], ids=["closed", "full", "gone"]
+)
+def test_an_output_that_takes_nothing_ends_no_preparation(tmp_path, redirection, code):
+    command = f"set -o pipefail; {sys.executable} {REPOSITORY}/data_prep/digits.py --output shards {redirection}"
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
+    assert verify_shards(tmp_path / "shards") == []
