@@ -266,6 +266,8 @@ def test_a_file_predicts_bit_for_bit_what_its_run_predicts(kind, x_of, digits_ru
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [str(len(expected)), str(hpc_bnn.load(run_dir).num_steps)]
     assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
+    (tmp_path / "new").touch()
+    assert path.stat().st_mode & 0o444 == (tmp_path / "new").stat().st_mode & 0o444  # as of any file of the user
     newest = hpc_bnn.load(run_dir, "newest")
     other = newest.export(tmp_path / "newest.safetensors")
     assert hpc_bnn.load(other).num_steps == newest.num_steps

@@ -106,6 +106,11 @@ def test_a_table_has_the_numbers_of_the_file(digits_run, numbers_run, tmp_path, 
         assert num_columns == table.shape[1] and sorted(tmp_path.glob(".*")) == []
     assert main(["predict", str(digits_run), "--output", str(tmp_path / "3.csv")]) == 2
     assert "it is there already" in capsys.readouterr().err
+    for name in ("3.parquet", "3.xlsx", "3.csv.gz", "3.TXT"):  # no HDF5 under the name of another format
+        assert main(["predict", str(digits_run), "--output", str(tmp_path / name)]) == 2
+        assert f"{name}: predictions are written as HDF5" in capsys.readouterr().err and not (tmp_path / name).exists()
+    assert main(["predict", str(digits_run), "--output", str(tmp_path / "4.CSV"), "--members", "true"]) == 0
+    assert (tmp_path / "4.CSV").read_text() == (tmp_path / "3.csv").read_text()
     assert "entropy [nats]" in (tmp_path / "3.csv").read_text().partition("\n")[0]
 
 

@@ -31,6 +31,10 @@ from .csv_table import write_csv
 from .experiment import Experiment, logger
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+OTHERS = (
+    ".tsv", ".txt", ".json", ".parquet", ".feather", ".xlsx", ".xls", ".npy", ".npz", ".pkl", ".zarr", ".gz", ".zip",
+)  # fmt: skip
+"""Suffixes of what predictions are not."""
 
 
 def predict_run(
@@ -83,7 +87,10 @@ def predict_run(
         Whether every sample is written, the targets, and what RUN_DIR/calibration.json says (`read_calibration`).
     """
     comm, path = experiment.comm, Path(output)
-    if path.suffix == ".csv":
+    if path.suffix.lower() in OTHERS:
+        rule = "predictions are written as HDF5, which netCDF-4 is, or as a table of text"
+        raise ConfigError(Fault("--output", path, rule, "Name it .h5, .nc or .csv", "output"))
+    if path.suffix.lower() == ".csv":
         options = {"with_members": with_members, "with_truth": with_truth, "calibrated": calibrated}
         return _predict_table(experiment, split, path, quantiles=quantiles, **options)
     quantiles = check_levels(quantiles, experiment.likelihood, "--quantiles")

@@ -151,8 +151,10 @@ def _write_posterior(experiment: Experiment, path: Path) -> None:
         "calibration": kept_calibration(experiment),
         "versions": {"hpc_bnn": __version__, "torch": torch.__version__},
     }
+    mode = path.stat().st_mode
     # One key: safetensors writes several in any order, and equal models give equal files
     save(tensors, path, {FORMAT: json.dumps(content | {"sha256": _digest(content, tensors)})})
+    path.chmod(mode)  # safetensors makes a file that nobody else may read, and this is made to be given away
 
 
 def _on_cpu(state: dict[str, Tensor]) -> dict[str, Tensor]:
