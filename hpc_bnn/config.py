@@ -460,7 +460,7 @@ def read_tree(path: str | Path) -> dict[str, Any]:
     """Return the content of a config file; `ConfigError` where it cannot be read, or holds no fields. Local."""
     remedy = "Mend it, or put back a copy"
     try:
-        tree = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)  # noqa: S506
+        tree = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise ConfigError(Fault("--config", path, f"it cannot be read ({error.strerror})", remedy)) from error
     except (ValueError, RecursionError, yaml.YAMLError) as error:

@@ -211,7 +211,8 @@ def write_shards(
                 manifest.check()
                 _remove_former(directory)
         with comm.agree(f"naming the files of {directory}"):
-            for task in tasks[comm.grid.rank :: comm.grid.world_size]:  # each rank its own: NFS shows them to it at once
+            # Each rank its own, which NFS shows to it at once
+            for task in tasks[comm.grid.rank :: comm.grid.world_size]:
                 with contextlib.suppress(FileNotFoundError):  # an interrupted preparation has done this
                     os.replace(directory / PREPARATION / task.file, directory / task.file)
             sync_directory(directory)
