@@ -272,22 +272,31 @@ def test_a_class_whose_score_is_the_threshold_is_in_the_set(score, scale):
             assert not new.any() or (p[n, new] / p[n, c] - 1).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("is_normalised", [False, True])
 @pytest.mark.parametrize(("middle", "std", "threshold"), [(280.0, 1e-3, 0.5), (0.0, 1.0, -0.7), (-3e5, 10.0, 0.0)])
-def test_a_number_whose_score_is_the_threshold_is_in_the_interval(middle, std, threshold):
-    """Also where the prediction is rounded otherwise, and where the ends are written in float32."""
+def test_a_number_whose_score_is_the_threshold_is_in_the_interval(middle, std, threshold, is_normalised):
+    """Also where the prediction is rounded otherwise, and where the ends are written in float32.
+
+    Intervals of normalised numbers are no wider where the numbers are large.
+    """
     rng = np.random.default_rng(0)
-    loc = torch.from_numpy(middle + std * rng.normal(size=(200, 1)))
+    z = torch.from_numpy(rng.normal(size=(200, 1)))
+    loc = middle + std * z
     width = std * scipy.stats.norm.ppf(0.9)
     found = Calibration(INTERVALS, 0.8, 9, torch.tensor([threshold * std], dtype=torch.float64))
     y = [loc - width - threshold * std, loc + width + threshold * std]
-    rounded = (loc * (1 + 2e-7 * torch.from_numpy(rng.uniform(-1, 1, loc.shape)))).float().double()
-    mixture = GaussianMixture(rounded[None], torch.full_like(rounded, std)[None])
-    lower, upper = found.interval_of(ValuePredictive(rounded, rounded, rounded, mixture=mixture))
+    noise = 1 + 2e-7 * torch.from_numpy(rng.uniform(-1, 1, loc.shape))
+    rounded = (noise * (z if is_normalised else loc)).float().double()
+    one = torch.ones_like(rounded)
+    mixture = GaussianMixture(rounded[None], (one if is_normalised else std * one)[None])
+    predictive = ValuePredictive(rounded, rounded, rounded, mixture=mixture)
+    predictive = predictive.in_units(torch.tensor([middle]), torch.tensor([std])) if is_normalised else predictive
+    lower, upper = found.interval_of(predictive)
     assert (lower.float() <= y[0].float()).all() and (y[1].float() <= upper.float()).all()
     exact = 2 * (width + threshold * std)
-    assert ((upper - lower) - exact).max() < 1e-4 * std + 2e-5 * abs(middle)
+    assert ((upper - lower) - exact).max() < 1e-4 * std + (0 if is_normalised else 2e-5 * abs(middle))
     everything = replace(found, thresholds=torch.tensor([math.inf]))
-    lower, upper = everything.interval_of(ValuePredictive(rounded, rounded, rounded, mixture=mixture))
+    lower, upper = everything.interval_of(predictive)
     assert (lower == -math.inf).all() and (upper == math.inf).all()
 
 
@@ -382,7 +391,8 @@ def test_a_calibrated_prediction_is_what_the_definition_gives(kind, run, tmp_pat
         score = np.maximum(seen["quantiles"][:, 0] - y, y - seen["quantiles"][:, 1])
         thresholds = np.sort(score, axis=0)[rank]
         np.testing.assert_allclose(found["thresholds"], thresholds, rtol=1e-3, atol=1e-4)
-        tie = module.TIES * (np.abs(new["quantiles"]).sum(1) + np.abs(found["thresholds"]))
+        middle = json.loads((run_dir / "manifest.json").read_text())["statistics"]["y"]["mean"]
+        tie = module.TIES * (np.abs(new["quantiles"] - middle).sum(1) + np.abs(found["thresholds"]))
         np.testing.assert_allclose(new["lower"], new["quantiles"][:, 0] - found["thresholds"] - tie, rtol=1e-9)
         np.testing.assert_allclose(new["upper"], new["quantiles"][:, 1] + found["thresholds"] + tie, rtol=1e-9)
         inside = (new["lower"] <= new["y"]) & (new["y"] <= new["upper"])

@@ -43,7 +43,7 @@ GATHERED_NUMBERS = 2**22
 
 TIES = 2.0**-18
 """32 units in the last place of float32, relative: what scores may differ by in batches of other shapes. Sets and intervals are
-wider by it, so that they hold targets whose score is the threshold."""
+wider by it, so that they hold targets whose score is the threshold; of numbers it is relative to `ValuePredictive.origin`."""
 
 SETS, INTERVALS = "temperature, split conformal sets", "conformalised quantile regression"
 """Names of the methods, for classes and for numbers."""
@@ -116,7 +116,8 @@ class Calibration:
     def interval_of(self, predictive: Any) -> tuple[Tensor, Tensor]:
         """Return the ends [B, T, ...] of the interval of numbers (units of y). Local or collective as `ends_of`."""
         (low, high), limits = ends_of(predictive, self.level), self.thresholds.to(predictive.mean)
-        tie = TIES * (low.abs() + high.abs() + limits.abs())
+        origin = 0 if predictive.origin is None else predictive.origin
+        tie = TIES * ((low - origin).abs() + (high - origin).abs() + limits.abs())
         return low - limits - tie, high + limits + tie
 
     def applied(self, predictive: Any, y: Tensor | None = None, present: Tensor | None = None) -> Any:

@@ -98,6 +98,8 @@ class ValuePredictive:
     """[B, K] log p(y | x, w_s) of each sample (nats), where they were asked for, y was given and has a density."""
     share: Share | None = None
     """The samples' distributions of the targets of this rank, where they were asked for and the likelihood has them."""
+    origin: Tensor | None = None
+    """[B, T, ...] what the number 0 of the network stands for (units of y): float32 rounds the distance from it. None: 0."""
 
     def quantile(self, level: float) -> Tensor:
         """Return the quantile [B, T, ...] of a level between 0 and 1, of the mixture over samples (units of y).
@@ -140,6 +142,7 @@ class ValuePredictive:
             None if self.members is None else self.members * std[:, None] + mean[:, None],
             None if log_probs is None else log_probs - log_std[:, None],
             self.share,
+            mean.expand_as(self.mean) if self.origin is None else self.origin * std + mean,
         )
 
 
