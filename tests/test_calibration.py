@@ -610,6 +610,13 @@ def test_methods_of_classes_are_refused_for_numbers(runs, run, capsys, monkeypat
     assert "--scaling vector: it takes at most 2 classes, and there are 3. Use temperature" in capsys.readouterr().err
 
 
+def test_a_calibration_that_is_judged_by_its_own_examples_is_said(run, caplog):
+    run_dir, words = run(), ["--calibration", "true", "--check_up", "false"]
+    for split, said in (("calibration", False), ("test", True)):
+        assert main(["calibrate", str(run_dir), "--split", split]) == main(["evaluate", str(run_dir), *words]) == 0
+        assert ("made with the split test: its coverage there is not that of new examples" in caplog.text) == said
+
+
 @pytest.mark.parametrize("options", [("--data.validation_split", "null"), ("--checkpoint.metric", "test/nll")])
 def test_the_test_split_is_refused_where_it_judged(options, shards, tmp_path, capsys):
     run_dir = train(shards / "classes", tmp_path / "run", *options)

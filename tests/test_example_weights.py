@@ -5,14 +5,28 @@ import json
 import h5py
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 import hpc_bnn
-from hpc_bnn import Examples, ShardDataset, write_shards
+from hpc_bnn import (
+    Categorical,
+    Examples,
+    Gaussian,
+    Grid,
+    GridComm,
+    MeanFieldGaussian,
+    ShardDataset,
+    TensorSource,
+    write_shards,
+)
 from hpc_bnn.cli.commands import main
 from hpc_bnn.config import AugmentationConfig
 from hpc_bnn.data.augment import build_augmentation
 from hpc_bnn.errors import ConfigError, DataError
+from hpc_bnn.predictive.calibration import calibrate_dataset
 
+ONE = GridComm(Grid())
 FACTS = {"name": "toy", "source": "made by the test", "licence": "none"}
 
 
@@ -50,6 +64,28 @@ def test_weights_from_shards_to_metrics(tmp_path):
     write_shards(tmp_path / "plain", {"train": splits["train"][:2], "test": splits["test"][:2]}, **FACTS)
     words = ["--data.shards", str(tmp_path / "plain"), "--output", str(tmp_path / "q.h5")]
     assert main(["predict", str(run), *words]) == 0
+
+
+@pytest.mark.parametrize("likelihood", [Categorical(3), Gaussian(2, missing_targets=True)], ids=["classes", "numbers"])
+def test_an_example_of_weight_0_is_none_of_those_of_a_calibration(likelihood):
+    """All others count once, whatever their weights."""
+    x, y, w = (torch.from_numpy(a) for a in examples(90, 0))
+    y = (y / torch.tensor([1.0, 1000.0])) if likelihood.num_classes is None else (3 * w).long()
+    if likelihood.num_classes is None:
+        y[::5, 0] = torch.nan
+    w[w < 0.4] = 0
+    source = [TensorSource(x.double(), y, likelihood.num_classes, weights=w)]
+    source += [TensorSource(x[w > 0].double(), y[w > 0], likelihood.num_classes)]
+    posterior = MeanFieldGaussian(nn.Linear(4, likelihood.num_outputs).double(), init_std=0.3)
+    options = {"level": 0.8, "num_samples": 4}
+    pair = [calibrate_dataset(posterior, likelihood, ONE, s.on("cpu", torch.float64), **options) for s in source]
+    assert pair[0].num_examples == pair[1].num_examples < 90 and pair[0].temperature == pair[1].temperature
+    for name in ("thresholds", "noise_factors"):
+        values = [getattr(found, name) for found in pair]
+        assert values == [None, None] or torch.allclose(*values, rtol=1e-12)
+    with pytest.raises(DataError, match="are missing, or their examples have the weight 0"):
+        nothing = TensorSource(x.double(), y, likelihood.num_classes, weights=0 * w).on("cpu", torch.float64)
+        calibrate_dataset(posterior, likelihood, ONE, nothing, **options)
 
 
 def test_an_input_may_be_called_weights(tmp_path):

@@ -271,8 +271,10 @@ def _evaluate(options: jsonargparse.Namespace, given: set[str]) -> int:
     from ..predictive import REFERENCES, out_of_distribution_metrics, parse_regions
     from ..run import read_calibration, read_or_prepare
 
-    experiment, ood = _open_run(options, given), {}
-    calibration = read_calibration(experiment, experiment.config.num_test_samples) if options.calibration else None
+    experiment, calibration, ood = _open_run(options, given), None, {}
+    if options.calibration:
+        num_samples, split = experiment.config.num_test_samples, experiment.config.data.test_split
+        calibration = read_calibration(experiment, num_samples, split)
     path = Path(options.output or experiment.run_dir / "evaluation.json")
     with experiment.comm.agree(f"writing {path}"):
         if experiment.is_writer:

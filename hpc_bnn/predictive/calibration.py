@@ -20,7 +20,7 @@ from ..errors import ConfigError, DataError, Fault, above_and_below, at_least
 from ..likelihoods import Likelihood
 from ..likelihoods.mixtures import GaussianMixture, Mixture
 from ..posteriors import Posterior
-from .evaluation import See, predict_dataset
+from .evaluation import Block, See, predict_dataset
 from .predictive import ClassPredictive, Predictive, Share, ValuePredictive, examples_of, is_of_classes
 
 logger = logging.getLogger(__name__)
@@ -357,7 +357,8 @@ def calibrate_dataset(
 ) -> Calibration:
     """Calibrate a posterior by a data set that the training has not seen, and that chose no checkpoint of it.
 
-    Collective over the world. The ranks of a sample group divide the work on the scores of a block. A missing target has no score.
+    Collective over the world. The ranks of a sample group divide the work on the scores of a block. A missing target has no score,
+    nor has an example of weight 0; all others count once, whatever their weights.
 
     Classes have a score of `set_scores`, of the mean probabilities: their set holds each class whose score is at most the
     threshold, that of its point in a field. The probabilities are not tempered there, because the temperature is found by the same
@@ -412,17 +413,16 @@ def calibrate_dataset(
         if misfits.any():  # the ranks of a sample group still have blocks to predict together
             fault = likelihood.fault_of(block.y[misfits][0].item())
         share = block.predictive.share if isinstance(block.predictive, ValuePredictive) else None
+        counts = _counts(block, likelihood)
         if fault is None and share is not None and share.shares.span and isinstance(share.mixture, GaussianMixture):
-            noise.append(_thinned(share, block.y, likelihood.present(block.y), block.examples, stride))
+            noise.append(_thinned(share, block.y, counts, block.examples, stride))
         if fault is not None or not mine:
             continue
         part, y = examples_of(block.predictive, mine.start, mine.stop), block.y[mine.start : mine.stop]
-        present = likelihood.present(y)
+        there = counts[mine.start : mine.stop]
         if isinstance(part, ClassPredictive):
-            p, there = part.probabilities, torch.ones_like(y, dtype=torch.bool) if present is None else present
-            y = torch.where(there, y.long(), 0)
+            p, y = part.probabilities, torch.where(there, y.long(), 0)
             values = set_scores(p, score, penalty, free_rank).gather(1, y[:, None])[:, 0]
-            values = torch.where(there, values, math.nan)
             point = torch.arange(y[:1].numel(), device=y.device).view(y.shape[1:])
             numbers = block.examples[mine.start : mine.stop].to(y.device).view(-1, *(1,) * (y.ndim - 1))
             kept = there & ((point + numbers) % stride == 0)
@@ -431,9 +431,9 @@ def calibrate_dataset(
         else:
             low, high = (end[mine.start : mine.stop] for end in ends)
             values = torch.maximum(low - y, y - high)
-        if not (values if present is None else values[present]).isfinite().all():
+        if not values[there].isfinite().all():
             fault = DataError("the network predicts what is no finite number. Look at its training")
-        scores.append(values.double().cpu())
+        scores.append(torch.where(there, values, math.nan).double().cpu())
     with comm.agree("calibrating"):
         if fault is not None:
             raise fault
@@ -443,7 +443,7 @@ def calibrate_dataset(
     of_targets, has_noise = counts[:-1].view(1 if of_classes else likelihood.num_targets, -1), bool(counts[-1] > 0)
     numbers = [int(count) for count in of_targets.unique().tolist()]  # from the least; a point of a field may have none
     if numbers[-1] == 0:
-        raise DataError("all targets are missing in all examples of the calibration. Use others")
+        raise DataError("all targets of the calibration are missing, or their examples have the weight 0. Use others")
     num_examples = next((n for n in numbers if conformal_rank(n, level) <= n), numbers[-1])
     is_known = (of_targets > 0) | ~of_targets.any(1, keepdim=True)  # not land in a field of the sea
     too_few = int((is_known & (of_targets < num_examples)).sum())
@@ -464,8 +464,15 @@ def calibrate_dataset(
     return replace(found, noise_factors=fit_noise_factors(noise, likelihood.num_targets, comm) if has_noise else None)
 
 
+def _counts(block: Block, likelihood: Likelihood) -> Tensor:
+    """Return for each target of a block, as y, whether it is there, in an example whose weight is not 0. Local."""
+    present = likelihood.present(block.y)
+    counts = torch.ones_like(block.y, dtype=torch.bool) if present is None else present
+    return counts if block.weights is None else counts & (block.weights > 0).view(-1, *(1,) * (block.y.ndim - 1))
+
+
 def _thinned(
-    share: Share, y: Tensor, present: Tensor | None, examples: Tensor, stride: int
+    share: Share, y: Tensor, there: Tensor, examples: Tensor, stride: int
 ) -> tuple[Mixture, Tensor, Tensor, Tensor]:
     """Return a part of `fit_noise_factors` of this rank's share: every ``stride``-th of the places of all examples.
 
@@ -476,7 +483,6 @@ def _thinned(
     example, target = flat // shares.width, flat % shares.width
     num_places = shares.width // shares.shape[1]
     kept = ((target % num_places + examples[example]) % stride == 0).to(y.device)
-    there = torch.ones_like(y, dtype=torch.bool) if present is None else present
     y, there = (shares.of(values)[kept] for values in (y, there))
     return share.mixture.map(lambda c: c[:, kept]), y, there, (target // num_places).to(y.device)[kept]
 

@@ -118,8 +118,10 @@ def calibrate_run(
     return found
 
 
-def read_calibration(experiment: Experiment, num_samples: int) -> Calibration:
+def read_calibration(experiment: Experiment, num_samples: int, evaluated: str | None = None) -> Calibration:
     """Return the calibration of a run, made with the checkpoint and the samples that predict now. Collective over the world.
+
+    ``evaluated`` is a split of the data of the config that it will be judged by: if it was made with that, rank 0 says it.
 
     Raises
     ------
@@ -150,6 +152,12 @@ def read_calibration(experiment: Experiment, num_samples: int) -> Calibration:
                     rule = f"{path} was made with {name} {origin[name]}, and this is {mine}"
                     remedy = "Use the same checkpoint (--which) and samples, or calibrate again"
                     raise ConfigError(Fault("--calibration", True, rule, remedy, "calibrated"))
+            data = experiment.config.data
+            if (evaluated, data.dataset or data.shards) == (content.get("split"), content.get("shards")):
+                logger.warning(
+                    "the calibration was made with the split %s: its coverage there is not that of new examples",
+                    evaluated,
+                )
     return comm.broadcast_object(found)
 
 
