@@ -15,6 +15,7 @@ import hpc_bnn
 from hpc_bnn import (
     Bernoulli,
     Categorical,
+    Examples,
     Gaussian,
     Grid,
     GridComm,
@@ -177,6 +178,37 @@ def test_inputs_are_never_missing(tmp_path):
     x[3, 1] = np.nan
     with pytest.raises(DataError, match=r"example 3: x holds a value that is not finite$"):
         write_shards(tmp_path, {"train": (x, y)}, missing_targets=True, **FACTS)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_what_a_numpy_array_masks_is_missing(tmp_path, streamed):
+    """What lies beneath a mask is no number: NaN where there is one, else an error."""
+
+    def splits(x, y):
+        return {"train": Examples(8, lambda start, stop: (x[start:stop], y[start:stop])) if streamed else (x, y)}
+
+    x, y = numbers(8, 0)
+    expected = write_shards(tmp_path / "nan", splits(x, y), missing_targets=True, **FACTS)
+    masked = np.ma.masked_equal(np.nan_to_num(y, nan=-9999), -9999)
+    found = write_shards(tmp_path / "masked", splits(x, masked), missing_targets=True, **FACTS)
+    assert found.statistics == expected.statistics and found.digest == expected.digest
+    with pytest.raises(DataError, match="example 0: x holds a value that is not finite"):
+        write_shards(tmp_path / "x", splits(np.ma.masked_greater(x, -99), y), missing_targets=True, **FACTS)
+    classes = np.ma.masked_equal([7, 0, 1, 7, 0, 1, 0, 1], 7)
+    with pytest.raises(
+        DataError, match=r"y is masked in \d places, and int64 has no NaN. Fill it, such as with y.filled"
+    ):
+        write_shards(tmp_path / "y", splits(x, classes), num_classes=2, ignore_index=-1, **FACTS)
+    stations = {"train": {"station": classes}}
+    with pytest.raises(DataError, match="station is masked in 2 places"):
+        write_shards(tmp_path / "station", splits(x, y), missing_targets=True, coordinates=stations, **FACTS)
+
+
+@pytest.mark.parametrize("ids", [True, "tokens", ["tokens"]], ids=str)
+def test_ids_are_names_of_inputs(tmp_path, ids):
+    x, y = numbers(8, 0)
+    with pytest.raises(DataError, match=r"ids are (True|tokens), and the inputs x: name some of them"):
+        write_shards(tmp_path, {"train": (x, y)}, missing_targets=True, ids=ids, **FACTS)
 
 
 def test_missing_classes_are_not_mixed(tmp_path):

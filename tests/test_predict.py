@@ -530,3 +530,7 @@ def test_what_is_no_run_or_no_checkpoint_is_said(digits_run, digits, tmp_path):
         hpc_bnn.load(tmp_path / "run")
     with pytest.raises(ConfigError, match="quantiles"):
         hpc_bnn.load(digits_run).predict(stored(digits), quantiles=[1.5])
+    x[3, 1] = -9999
+    for kind in (np.float64, np.int64):
+        with pytest.raises(ConfigError, match="without NaN and infinity"):
+            predictor.predict(np.ma.masked_equal(x.astype(kind), -9999))

@@ -394,7 +394,20 @@ def named_arrays(x: Any, y: Any, weights: Any = None) -> dict[str, Any]:
     )
     if not named or reserved & named.keys() or not all(map(str.isidentifier, named)):
         raise DataError(f"inputs are named {', '.join(named)}: use identifiers other than y and crc32, and two or more")
-    return named | {"y": y} | ({} if weights is None else {"weights": weights})
+    named = named | {"y": y} | ({} if weights is None else {"weights": weights})
+    return {name: without_mask(name, array) for name, array in named.items()}
+
+
+def without_mask(name: str, array: Any) -> Any:
+    """Return an array without the mask of a NumPy one: NaN where it was masked; `DataError` where whole numbers are. Local."""
+    if not np.ma.is_masked(array):
+        return array
+    if array.dtype.kind != "f":
+        raise DataError(
+            f"{name} is masked in {np.ma.count_masked(array)} places, and {array.dtype} has no NaN. Fill it, such as with "
+            f"{name}.filled(-1) and ignore_index=-1 for classes"
+        )
+    return array.filled(np.nan)
 
 
 def inputs_of(named: dict[str, Any]) -> Any:

@@ -53,6 +53,7 @@ from .manifest import (
     sha256_of_file,
     sha256_of_json,
     torch_dtype,
+    without_mask,
 )
 
 CHUNK_BYTES = 4 * 2**10
@@ -141,7 +142,7 @@ def write_shards(
     directory = Path(directory)
     sources = {split: _as_examples(examples) for split, examples in splits.items()}
     with comm.agree("looking at the first example"):
-        ids = tuple(ids)
+        ids = tuple(ids) if isinstance(ids, Iterable) and not isinstance(ids, str) else (ids,)
         arrays = _look(sources, train_split, channels or {}, num_classes, ids)
         if examples_per_shard is None:
             examples_per_shard = max(1, SHARD_BYTES // sum(spec.num_bytes for spec in arrays.values()))
@@ -260,7 +261,10 @@ def _as_examples(examples: tuple[Any, ...] | Examples) -> Examples:
 
 def _as_coordinates(given: dict[str, dict[str, Any]], sources: dict[str, Examples], arrays: dict[str, ArraySpec]):
     """Return the coordinates of every split in the form of the manifest: texts are as wide as the longest of all splits."""
-    found = {split: {name: np.asarray(values) for name, values in given.get(split, {}).items()} for split in sources}
+    found = {
+        split: {name: np.asarray(without_mask(name, values)) for name, values in given.get(split, {}).items()}
+        for split in sources
+    }
     names = [list(of_split) for of_split in found.values()]
     if given.keys() - sources.keys() or any(of_split != names[0] for of_split in names):
         raise DataError(f"coordinates are {given.keys()} with {names}: give all splits the same, in one order")
@@ -330,6 +334,8 @@ def _look(
     for name in _inputs(arrays):
         if _is_normalised(name, arrays[name], ids) and arrays[name].shape == ():
             raise DataError(f"an input {name} is a single number: give it a channel, {name} of shape [n, 1]")
+    if unknown := [str(name) for name in ids if name not in _inputs(arrays)]:
+        raise DataError(f"ids are {', '.join(unknown)}, and the inputs {', '.join(_inputs(arrays))}: name some of them")
     if num_classes is not None and np.dtype(arrays["y"].dtype).kind not in "iu":
         raise DataError(f"classes y have dtype {arrays['y'].dtype}: they must be whole numbers")
     if _has_weights(arrays) and (arrays["weights"].shape, np.dtype(arrays["weights"].dtype).kind) != ((), "f"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -296,6 +297,8 @@ def _as_stored(name: str, given: Arrays, spec: ArraySpec) -> np.ndarray:
         if sorted(named) != sorted(spec.channels or named):
             rule = f"the network was trained on {', '.join(spec.channels)}"
             raise ConfigError(Fault(name, ", ".join(named), rule, "Name the columns so, or give an array"))
+    if np.ma.is_masked(given):
+        given = given.astype(np.float64).filled(math.nan)
         array = array[:, [named.index(channel) for channel in spec.channels or named]]
     if array.shape[1:] != tuple(spec.shape) or array.ndim == 0:
         rule = f"an example of the training is {list(spec.shape)}, so it must be [N, {', '.join(map(str, spec.shape))}]"
