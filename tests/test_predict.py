@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from conftest import stored
+from torch import nn
 
 import hpc_bnn
 from hpc_bnn import ShardDataset, write_shards
@@ -450,10 +451,10 @@ def test_levels_come_as_numbers_of_any_kind(numbers_run, numbers, levels):
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
-def train_an_epoch(directory):
+def train_an_epoch(directory, *more):
     """Train on DIRECTORY/shards into DIRECTORY/run."""
     words = ["train", "--data.shards", str(directory / "shards"), "--run_dir", str(directory / "run")]
-    assert main([*words, "--num_epochs", "1", "--num_samples", "1", "--num_test_samples", "2"]) == 0
+    assert main([*words, "--num_epochs", "1", "--num_samples", "1", "--num_test_samples", "2", *more]) == 0
 
 
 def test_a_table_is_read_by_the_names_of_its_columns(tmp_path):
@@ -472,8 +473,46 @@ def test_a_table_is_read_by_the_names_of_its_columns(tmp_path):
     for columns in (["u", "w"], ["v", "v"]):
         with pytest.raises(ConfigError, match="the network was trained on u, v"):
             predictor.predict(pandas.DataFrame(x, columns=columns))
-    with pytest.raises(ConfigError, match="no array"):
-        predictor.predict([[1.0, 2.0], [3.0]])
+    for nothing in ([[1.0, 2.0], [3.0]], torch.from_numpy(x).to_sparse()):
+        with pytest.raises(ConfigError, match="no array"):
+            predictor.predict(nothing)
+    with pytest.raises(ConfigError, match="quantiles half: must be numbers"):
+        predictor.predict(x, quantiles="half")
+
+
+def test_an_array_with_coordinates_is_read_by_them(tmp_path):
+    """Of channels by their names; points of a grid must be those of the training, in their order."""
+    xarray = pytest.importorskip("xarray")
+    x = np.random.default_rng(0).normal(size=(20, 2, 3, 3))
+    degrees = {"latitudes": [50.0, 51.0, 52.0], "longitudes": [-1.0, 0.0, 1.0]}
+    facts = {"name": "grid", "source": "test", "licence": "none", "channels": {"x": ["u", "v"]}, "details": degrees}
+    write_shards(tmp_path / "shards", {"train": (x, x[:, :1]), "test": (x, x[:, :1])}, **facts)
+    train_an_epoch(tmp_path, "--model.name", f"{__name__}.Points", "--model.arguments", "{}")
+    predictor = hpc_bnn.load(tmp_path / "run")
+    places = {"channel": ["u", "v"], "lat": np.float32([50, 51, 52]), "lon": [359.0, 360.0, 361.0]}
+    field = xarray.DataArray(x, places, ("time", "channel", "lat", "lon"))
+    expected = predictor.predict(x)["mean"]
+    for found in (field, field[:, ::-1], field.drop_vars("channel"), field.assign_coords(channel=[1000.0, 850.0])):
+        np.testing.assert_array_equal(predictor.predict(found)["mean"], expected)
+    for found, what in (
+        (field[:, :, ::-1], "latitudes"),
+        (field.transpose("time", "channel", "lon", "lat"), "latitudes"),
+    ):
+        with pytest.raises(ConfigError, match=f"x of other {what}: its {what} are .* training 50 to 52"):
+            predictor.predict(found)
+    with pytest.raises(ConfigError, match="x of other longitudes"):
+        predictor.predict(field.roll(lon=1, roll_coords=True))
+    with pytest.raises(ConfigError, match="the network was trained on u, v"):
+        predictor.predict(field.assign_coords(channel=["u", "w"]))
+
+
+class Points(nn.Module):
+    def __init__(self, in_shape, num_outputs):
+        super().__init__()
+        self.linear = nn.Linear(in_shape[0], num_outputs)
+
+    def forward(self, x):
+        return self.linear(x.movedim(1, -1)).movedim(-1, 1)
 
 
 def test_a_class_that_is_missing_is_none_in_files(tmp_path):
@@ -500,6 +539,10 @@ def test_inputs_that_are_no_finite_numbers_of_the_training_are_refused(numbers_r
     predictor, x[3, 1] = hpc_bnn.load(numbers_run), value
     with pytest.raises(ConfigError, match="without NaN and infinity"):
         predictor.predict(x)
+    x[3, 1] = -9999
+    for kind in (np.float64, np.int64):
+        with pytest.raises(ConfigError, match="without NaN and infinity"):
+            predictor.predict(np.ma.masked_equal(x.astype(kind), -9999))
     found = predictor.predict(torch.from_numpy(stored(numbers / "here")).bfloat16())["mean"]
     np.testing.assert_allclose(found, predictor.predict(stored(numbers / "here"))["mean"], rtol=0.05)
 
@@ -530,7 +573,3 @@ def test_what_is_no_run_or_no_checkpoint_is_said(digits_run, digits, tmp_path):
         hpc_bnn.load(tmp_path / "run")
     with pytest.raises(ConfigError, match="quantiles"):
         hpc_bnn.load(digits_run).predict(stored(digits), quantiles=[1.5])
-    x[3, 1] = -9999
-    for kind in (np.float64, np.int64):
-        with pytest.raises(ConfigError, match="without NaN and infinity"):
-            predictor.predict(np.ma.masked_equal(x.astype(kind), -9999))

@@ -294,7 +294,10 @@ def _dims_of_places(experiment: Experiment, manifest: Manifest) -> tuple[Dim, ..
 
 def check_levels(quantiles: Any, likelihood: Likelihood, flag: str) -> Sequence[float]:
     """Return the levels of the quantiles that a predictive has; `ConfigError` where one is none. Local."""
-    quantiles = np.ravel(np.asarray(quantiles, np.float64)).tolist()
+    try:
+        quantiles = np.ravel(np.asarray(quantiles, np.float64)).tolist()
+    except (TypeError, ValueError) as error:
+        raise ConfigError(Fault(flag, quantiles, f"must be numbers ({error})", "Try [0.05, 0.95]")) from error
     for level in quantiles:
         above_and_below(0, 1, "Try 0.05").check(flag, level)
     return quantiles if likelihood.num_classes or likelihood.has_mixture else ()

@@ -252,8 +252,9 @@ class _Examples(Source):
         if named.keys() != specs.keys():
             rule = f"the network has the inputs {', '.join(specs)}"
             raise ConfigError(Fault("x", ", ".join(map(str, named)), rule, "Give a dict with an array for each"))
-        self._arrays = {name: _as_stored(name, named[name], spec) for name, spec in specs.items()}
-        self._arrays |= {} if y is None else {"y": _as_stored("y", y, target)}
+        details = self.manifest.details
+        self._arrays = {name: _as_stored(name, named[name], spec, details) for name, spec in specs.items()}
+        self._arrays |= {} if y is None else {"y": _as_stored("y", y, target, details)}
         lengths = {len(array) for array in self._arrays.values()}
         if len(lengths) != 1 or 0 in lengths:
             rule = "all arrays need as many examples, one or more, along their first dim"
@@ -283,23 +284,41 @@ class _Examples(Source):
         return self._normalise.scales.get("y")
 
 
-def _as_stored(name: str, given: Arrays, spec: ArraySpec) -> np.ndarray:
+def _names_along(given: Arrays, dim: int) -> Sequence[Any]:
+    """Return what stands for the places of a dim of a table or an xarray.DataArray; nothing of other arrays. Local."""
+    if dim == 1 and hasattr(given, "columns"):
+        return list(given.columns)
+    dims, coordinates = getattr(given, "dims", ()), getattr(given, "coords", {})
+    return list(coordinates[dims[dim]].values) if dim < len(dims) and dims[dim] in coordinates else ()
+
+
+def _as_stored(name: str, given: Arrays, spec: ArraySpec, details: Mapping[str, Any]) -> np.ndarray:
     """Return an array [N, ...] in the shape and dtype of the shards; `ConfigError` where it is none."""
     if isinstance(given, Tensor):
         given = given.detach().cpu()
         given = given.float() if given.dtype == torch.bfloat16 else given  # NumPy has none
-    try:
-        array = np.asarray(given)
-    except ValueError as error:
-        raise ConfigError(Fault(name, "of several lengths", f"it is no array ({error})", "Give arrays")) from error
-    named = [str(column) for column in getattr(given, "columns", ())]
-    if named and array.shape[1:] == tuple(spec.shape) and not all(column.isdecimal() for column in named):  # a table
-        if sorted(named) != sorted(spec.channels or named):
-            rule = f"the network was trained on {', '.join(spec.channels)}"
-            raise ConfigError(Fault(name, ", ".join(named), rule, "Name the columns so, or give an array"))
     if np.ma.is_masked(given):
         given = given.astype(np.float64).filled(math.nan)
-        array = array[:, [named.index(channel) for channel in spec.channels or named]]
+    try:
+        array = np.asarray(given)
+    except (ValueError, TypeError, RuntimeError) as error:  # of several lengths; sparse tensors
+        raise ConfigError(Fault(name, type(given).__name__, f"it is no array ({error})", "Give arrays")) from error
+    names, fits = _names_along(given, 1), array.shape[1:] == tuple(spec.shape)
+    named, numbers = list(map(str, names)), (int, float, np.number)
+    if fits and spec.channels and sorted(named) == sorted(spec.channels):
+        array = array[:, [named.index(channel) for channel in spec.channels]]
+    elif fits and spec.channels and not all(isinstance(n, numbers) or str(n).isdecimal() for n in names):
+        rule = f"the network was trained on {', '.join(spec.channels)}"
+        raise ConfigError(Fault(name, ", ".join(named), rule, "Name the columns so, or give an array"))
+    points = {axis: details.get(axis, ()) for axis in ("latitudes", "longitudes")}
+    if fits and tuple(spec.shape[-2:]) == tuple(map(len, points.values())):
+        for dim, (axis, ours) in enumerate(points.items(), array.ndim - 2):
+            theirs = np.asarray(_names_along(given, dim))
+            if theirs.dtype.kind in "iuf" and theirs.size and (abs((theirs - ours + 180) % 360 - 180) > 1e-3).any():
+                rule = (
+                    f"its {axis} are {theirs[0]:g} to {theirs[-1]:g}, those of the training {ours[0]:g} to {ours[-1]:g}"
+                )
+                raise ConfigError(Fault(name, f"of other {axis}", rule, "Select the same points, in the same order"))
     if array.shape[1:] != tuple(spec.shape) or array.ndim == 0:
         rule = f"an example of the training is {list(spec.shape)}, so it must be [N, {', '.join(map(str, spec.shape))}]"
         raise ConfigError(Fault(name, f"of shape {list(array.shape)}", rule, "Reshape it; one example is x[None]"))
