@@ -343,6 +343,16 @@ def test_missing_classes_are_blank_in_the_picture():
     assert found.isnan().equal(y == 255) and found.nan_to_num(255).equal(y.double())
 
 
+def test_missing_targets_do_not_count_where_the_variance_is_infinite():
+    """With two degrees of freedom all examples are as uncertain: what the network accepts is all of them, or none."""
+    x, y = (torch.from_numpy(a).double() for a in numbers(60, 0))
+    likelihood = StudentT(2, df=2.0, missing_targets=True)
+    source = TensorSource(x, y / torch.tensor([1.0, 1000.0])).on("cpu", torch.float64)
+    posterior = hpc_bnn.MeanFieldGaussian(nn.Linear(4, 4).double(), init_std=0.3)
+    metrics = evaluate_dataset(posterior, likelihood, GridComm(Grid()), source, num_samples=3).metrics
+    assert metrics["aurc"] == pytest.approx(metrics["mae"], rel=1e-12)
+
+
 @pytest.mark.parametrize("weighted", [False, True])
 def test_groups_and_climatology_know_the_present_targets_alone(tmp_path, weighted):
     """The metrics of a group are those of a data set of its examples; one group has no target."""

@@ -443,7 +443,9 @@ class _Scores:
         weight = weights.expand(losses.shape).flatten(1).sum(1)
         whole = weight.clamp_min(torch.finfo(torch.float64).tiny)
         for name, values in (columns | {"loss": losses}).items():
-            columns[name] = (values * weights).flatten(1).sum(1) / whole if values.ndim > 1 else values
+            if values.ndim > 1:  # what does not count may be infinite: the standard deviation of heavy tails
+                values = torch.where(weights > 0, values * weights, 0).flatten(1).sum(1) / whole
+            columns[name] = values
         columns["weight"] = weight
         self._columns.add(examples, columns if of_examples is None else columns | {"example_weight": of_examples})
 
