@@ -412,3 +412,50 @@ def test_numbers_for_an_embedding_name_the_flag_that_keeps_ids_whole(layer, chun
     with pytest.raises(ConfigError, match=words):
         predict_classes(posterior, Categorical(3), COMM, X, num_samples=2, chunk_size=chunk_size)
     step((4 * X.sigmoid()).long(), Y, 11)
+
+
+class Rows(nn.Module):
+    """A table that a user wrote."""
+
+    def __init__(self, num_rows, width):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(num_rows, width))
+
+    def forward(self, ids):
+        return self.table[ids]
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2])
+@pytest.mark.parametrize(
+    ("layer", "size"), [(nn.Embedding, "num_embeddings 5"), (nn.EmbeddingBag, "num_embeddings 5"), (Rows, "size 5")]
+)
+def test_ids_that_a_table_does_not_have_are_named(layer, size, chunk_size):
+    width = 3 if layer is nn.EmbeddingBag else 12
+    posterior = MeanFieldGaussian(nn.Sequential(layer(5, 3), nn.Flatten(), nn.Linear(width, 3)).double())
+    options = {"num_samples": 2, "chunk_size": chunk_size}
+    step = VariationalStep(
+        posterior,
+        Categorical(3),
+        torch.optim.SGD(posterior.parameters(), lr=0.1),
+        COMM,
+        num_train_examples=11,
+        **options,
+    )
+    ids = (4 * X.sigmoid()).long()
+    step(ids, Y, 11)
+    ids[3, 1] = 7
+    words = rf"inputs of the network 0 to 7: Sequential has no row for one of these ids \(.*{size}.*\). Give ids"
+    with pytest.raises(ConfigError, match=words):
+        step(ids, Y, 11)
+    with pytest.raises(ConfigError, match=words):
+        predict_classes(posterior, Categorical(3), COMM, ids, **options)
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(4, 3), nn.LayerNorm(4), nn.BatchNorm1d(4), nn.GELU(), nn.RNN(4, 3)])
+def test_whole_numbers_for_a_layer_of_floats_are_an_error_with_the_way(layer):
+    layers = [layer, nn.Linear(4, 3)] if not isinstance(layer, (nn.Linear, nn.RNN)) else [layer]
+    posterior = MeanFieldGaussian(nn.Sequential(*layers), output=0 if isinstance(layer, nn.RNN) else None)
+    with pytest.raises(
+        ConfigError, match=r"inputs of the network torch.uint8: Sequential takes floating.*x\.float\(\)"
+    ):
+        predict_classes(posterior, Categorical(3), COMM, (9 * X.sigmoid()).to(torch.uint8), num_samples=2)

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import itertools
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from operator import methodcaller
 from types import MappingProxyType
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
-from ..errors import ConfigError, Fault
+from ..errors import ConfigError, Fault, HpcBnnError
 from ..grid import Grid
 from ..noise import Key
 from ..trees import Inputs, as_arguments, device_of, map_tensors, tensors_of
@@ -31,6 +32,11 @@ from .traces import Traces
 
 Output = str | int | Callable[[Any], Tensor] | None
 """Key, attribute or place of the tensor of what a module returns, or a function that picks it; None: it is the tensor."""
+
+_WHOLE = re.compile(r"\b(Byte|unsigned char|Char|Short|Int|Long|Bool)\b|torch\.u?int|mixed dtype")
+"""What torch calls whole numbers, where a layer takes none."""
+_NO_ROW = re.compile("out of range in self|out of bounds for dimension 0|found idx to be|not in the valid range")
+"""What torch says of an id that a table, nn.Embedding or nn.EmbeddingBag does not have."""
 
 
 class Network:
@@ -278,20 +284,40 @@ class Network:
             arguments, named = as_arguments(map_tensors(Tensor.clone, x) if self._changes_input else x)
             try:
                 outputs = self.module(*arguments, **named)
-            except RuntimeError as error:
-                dtype = next(iter(self.parameters.values())).dtype.to_real()
-                others = {str(t.dtype) for t in tensors_of(x) if t.is_floating_point() and t.dtype != dtype}
-                if others and "type" in str(error):
-                    rule = f"the weights of {type(self.module).__name__} are of {dtype}"
-                    remedy = f"Give x.to({dtype}), or convert the network before the posterior is made"
-                    raise ConfigError(Fault("inputs of the network", ", ".join(others), rule, remedy)) from error
-                if "'indices'" not in str(error):  # of F.embedding
+            except (RuntimeError, IndexError, ValueError) as error:
+                if isinstance(error, HpcBnnError) or (fault := self._misfit(x, error)) is None:
                     raise
-                kinds = ", ".join(sorted({str(tensor.dtype) for tensor in tensors_of(x)}))
-                rule = f"an nn.Embedding of {type(self.module).__name__} takes whole numbers"
-                remedy = "Write the shards with --ids (data_prep/arrays.py) or write_shards(ids=...): ids then stay whole numbers"
-                raise ConfigError(Fault("inputs of the network", kinds, rule, remedy)) from error
+                raise ConfigError(fault) from error
             return self._picked(outputs)
+
+    def _misfit(self, x: Inputs, error: Exception) -> Fault | None:
+        """Return what the module cannot do with the dtypes or the whole numbers of its inputs; None for another error. Local."""
+        inputs, whose, said = tensors_of(x), type(self.module).__name__, str(error)
+        kinds = ", ".join(sorted({str(tensor.dtype) for tensor in inputs}))
+        ids = [tensor for tensor in inputs if not tensor.is_floating_point() and tensor.numel()]
+        dtype = next(iter(self.parameters.values())).dtype.to_real()
+        others = {str(t.dtype) for t in inputs if t.is_floating_point() and t.dtype != dtype}
+        if "'indices'" in said:  # of F.embedding
+            rule = f"an nn.Embedding of {whose} takes whole numbers"
+            remedy = "Write the shards with --ids (data_prep/arrays.py) or write_shards(ids=...): ids then stay whole numbers"
+        elif ids and _NO_ROW.search(said):
+            least, greatest = min(int(t.min()) for t in ids), max(int(t.max()) for t in ids)
+            kinds = f"{least} to {greatest}"
+            sizes = {m.num_embeddings for m in self.module.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
+            rows = f", num_embeddings {', '.join(map(str, sorted(sizes)))}" if sizes else ""
+            rule = f"{whose} has no row for one of these ids ({said}{rows})"
+            remedy = "Give ids from 0 to num_embeddings - 1, or train with more rows"
+        elif others and "type" in said:
+            rule, kinds = f"the weights of {whose} are of {dtype}", ", ".join(sorted(others))
+            remedy = f"Give x.to({dtype}), or convert the network before the posterior is made"
+        elif ids and _WHOLE.search(said):
+            rule, remedy = (
+                f"{whose} takes floating-point numbers ({said})",
+                "Give them as such: x.float(), or x.float() / 255",
+            )
+        else:
+            return None
+        return Fault("inputs of the network", kinds, rule, remedy)
 
     def _picked(self, outputs: Any) -> Tensor:
         return picked(outputs, self.output, type(self.module).__name__)
