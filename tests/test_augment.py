@@ -6,7 +6,8 @@ import pytest
 import torch
 from scipy import stats
 
-from hpc_bnn import Categorical, Grid, GridComm, MeanFieldGaussian, VariationalStep
+from hpc_bnn import Categorical, Grid, GridComm, MeanFieldGaussian, VariationalStep, write_shards
+from hpc_bnn.cli.commands import main
 from hpc_bnn.config import AugmentationConfig
 from hpc_bnn.data import ArraySpec, Augmentation, Batch, Manifest
 from hpc_bnn.data.augment import Crop, Erase, ExampleRandom, Flip, Mask, Mixup, Noise, build_augmentation
@@ -258,6 +259,17 @@ def test_inputs_are_not_moved_where_their_targets_have_places(name):
     with pytest.raises(ConfigError, match="would move the inputs"):
         build_augmentation(config, about((3, 8, 8), (2, 8, 8)), num_samples=2, seed=0)
     assert build_augmentation(config, about((3, 8, 8), (2,)), num_samples=2, seed=0) is not None
+
+
+def test_mixup_of_a_run_needs_a_likelihood_of_classes(tmp_path, capsys):
+    x, y = torch.ones(20, 2).numpy(), torch.arange(20).numpy() % 2
+    facts = {"name": "toy", "source": "test", "licence": "none", "num_classes": 2}
+    write_shards(tmp_path / "shards", {"train": (x, y), "test": (x, y)}, **facts)
+    words = ["--data.shards", str(tmp_path / "shards"), "--run_dir", str(tmp_path / "run"), "--num_epochs", "1"]
+    words += ["--augmentation.transforms", "[{name: mixup}]", "--global_batch_size", "10", "--num_samples", "1"]
+    assert main(["train", *words, "--likelihood.name", "bernoulli"]) == 2
+    assert "--likelihood.name bernoulli: mixup mixes" in (said := capsys.readouterr().err) and "Use categorical" in said
+    assert main(["train", *words, "--likelihood.name", "categorical"]) == 0
 
 
 def test_views_and_mixup_are_used_as_they_are_meant():

@@ -27,6 +27,7 @@ from ..data.augment import build_augmentation
 from ..data.manifest import OF_DATA
 from ..errors import ConfigError, DataError, Fault, Interrupted
 from ..grid import check
+from ..likelihoods import Bernoulli
 from ..noise import GENERATOR
 from ..predictive import metrics_to_minimise
 from ..training.step import StepResult
@@ -82,6 +83,10 @@ class Run(Experiment):
             self.augmentation = build_augmentation(
                 config.augmentation, self.manifest, num_samples=config.num_samples, seed=config.seed
             )
+            mixes_classes = self.augmentation and self.augmentation.needs_partners and self.manifest.num_classes
+            if mixes_classes and isinstance(self.likelihood, Bernoulli):
+                rule = "mixup mixes probabilities of both classes, and bernoulli takes one number"
+                raise ConfigError(Fault("likelihood.name", config.likelihood.name, rule, "Use categorical"))
         self.train_set, self.test_set = (
             self.open(split) for split in (config.data.train_split, config.data.test_split)
         )
