@@ -83,7 +83,7 @@ def test_an_example_of_weight_0_is_none_of_those_of_a_calibration(likelihood):
     for name in ("thresholds", "noise_factors"):
         values = [getattr(found, name) for found in pair]
         assert values == [None, None] or torch.allclose(*values, rtol=1e-12)
-    with pytest.raises(DataError, match="are missing, or their examples have the weight 0"):
+    with pytest.raises(DataError, match="of the calibration, or these have the weight 0"):
         nothing = TensorSource(x.double(), y, likelihood.num_classes, weights=0 * w).on("cpu", torch.float64)
         calibrate_dataset(posterior, likelihood, ONE, nothing, **options)
 

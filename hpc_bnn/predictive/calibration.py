@@ -443,7 +443,9 @@ def calibrate_dataset(
     of_targets, has_noise = counts[:-1].view(1 if of_classes else likelihood.num_targets, -1), bool(counts[-1] > 0)
     numbers = [int(count) for count in of_targets.unique().tolist()]  # from the least; a point of a field may have none
     if numbers[-1] == 0:
-        raise DataError("all targets of the calibration are missing, or their examples have the weight 0. Use others")
+        raise DataError(
+            "all targets are missing in all examples of the calibration, or these have the weight 0. Use others"
+        )
     num_examples = next((n for n in numbers if conformal_rank(n, level) <= n), numbers[-1])
     is_known = (of_targets > 0) | ~of_targets.any(1, keepdim=True)  # not land in a field of the sea
     too_few = int((is_known & (of_targets < num_examples)).sum())
