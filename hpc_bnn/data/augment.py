@@ -41,16 +41,19 @@ class ExampleRandom:
 
     def uniform(self, *shape: int) -> Tensor:
         """Return numbers [B, *shape] in [0, 1)."""
-        num, first = math.prod(shape), self._num_drawn
-        self._num_drawn += num
+        num, first = self._next(shape)
         return self._key.child(0).uniform(self._examples, num, first).view(-1, *shape)
 
     def normal(self, *shape: int) -> Tensor:
         """Return standard normal numbers [B, *shape]."""
-        num, first = math.prod(shape), self._num_drawn
-        self._num_drawn += num
+        num, first = self._next(shape)
         key = self._key.child(1)  # a normal number is made of the words of several uniform ones
         return key.normal(num, self._examples.device, self._examples, first).view(-1, *shape)
+
+    def _next(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        num, first = math.prod(shape), self._num_drawn
+        self._num_drawn += num
+        return num, first
 
 
 Transform = Callable[[Tensor, ExampleRandom], Tensor]
@@ -277,10 +280,7 @@ class Augmentation:
 def build_augmentation(
     config: AugmentationConfig, manifest: Manifest, *, num_samples: int, seed: int
 ) -> Augmentation | None:
-    """Return the augmentation of a config for a data set, None if it has no transforms. Local.
-
-    `ConfigError` where a transform is unknown, refuses its arguments, or does not suit the data.
-    """
+    """Return the augmentation of a config, None without transforms; `ConfigError` if it does not fit the data. Local."""
     transforms = [_build_transform(dict(entry)) for entry in config.transforms]
     if not transforms:
         return None
@@ -302,14 +302,8 @@ def build_augmentation(
         if rule:
             name = type(transform).__name__.lower()
             raise ConfigError(Fault("augmentation.transforms", name, rule, "Leave it out"))
-    return Augmentation(
-        transforms,
-        config.views,
-        num_samples=num_samples,
-        num_groups=config.num_groups,
-        seed=seed,
-        num_classes=manifest.num_classes,
-    )
+    options = {"num_groups": config.num_groups, "num_classes": manifest.num_classes}
+    return Augmentation(transforms, config.views, num_samples=num_samples, seed=seed, **options)
 
 
 def _build_transform(entry: dict[str, Any]) -> Transform | Mixup:

@@ -23,7 +23,27 @@ MEMORY_SHARE = 0.5
 """Fraction of the free memory of a node that a split may take with the reading "auto"."""
 
 
-class ShardDataset(Source):
+class NormalisedSource(Source):
+    """A source whose examples a `Normalisation` makes."""
+
+    _normalise: Normalisation
+
+    @property
+    def target_scale(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Mean and standard deviation of the targets per channel, [1, channels, 1, ...] float64, if they are scaled."""
+        return self._normalise.scales.get("y")
+
+    @property
+    def input_scale(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Mean and standard deviation of the inputs ``x``, as `target_scale`."""
+        return self._normalise.scales.get("x")
+
+    def in_units(self, y: torch.Tensor) -> torch.Tensor:
+        """Return targets [B, ...], as they are delivered, in units of y, float64 where they are normalised."""
+        return y if self.target_scale is None else y * self.target_scale[1] + self.target_scale[0]
+
+
+class ShardDataset(NormalisedSource):
     """One split of a shard directory: read as it is stored, normalised on the device when fetched.
 
     `DataError` where the split or a file is missing, truncated, corrupt, or not what the manifest says. If only one
@@ -75,9 +95,8 @@ class ShardDataset(Source):
         self.reading = self._choose(reading)
         """The reading that is used, never "auto"."""
         self._memory = self._read_into_memory() if self.reading == "node" else None
-        self._normalise = Normalisation(
-            scaling, self.manifest, self.device, dtype, normalises_targets=normalises_targets
-        )
+        options = {"normalises_targets": normalises_targets}
+        self._normalise = Normalisation(scaling, self.manifest, self.device, dtype, **options)
 
     def __len__(self) -> int:
         return len(self._files)
@@ -92,23 +111,10 @@ class ShardDataset(Source):
         """Bytes that this rank has read from the file system so far."""
         return self._files.num_bytes_read
 
-    @property
-    def target_scale(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Mean and standard deviation of the targets per channel, [1, channels, 1, ...] float64, if they are normalised."""
-        return self._normalise.scales.get("y")
-
-    @property
-    def input_scale(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Mean and standard deviation of the inputs ``x``, as `target_scale`."""
-        return self._normalise.scales.get("x")
-
     # --- examples -----------------------------------------------------------------------------------
 
     def read(self, indices: torch.Tensor) -> torch.Tensor:
-        """Return the bytes of some examples, for `deliver`. Local, also in a thread of its own.
-
-        A rank that receives them from another rank returns memory for them.
-        """
+        """Return the bytes of examples, or memory for what another rank sends, for `deliver`. Local, in any thread."""
         buffer = torch.empty(len(indices) * self.manifest.num_bytes_per_example, dtype=torch.uint8)
         arrays = {name: tensor.numpy() for name, tensor in self._split(buffer).items()}
         if self._memory is not None:
@@ -119,7 +125,7 @@ class ShardDataset(Source):
         return buffer.pin_memory() if self.device.type == "cuda" else buffer
 
     def deliver(self, buffer: torch.Tensor) -> tuple[Any, ...]:
-        """Return inputs, targets, and weights where the examples have some, from the bytes of `read`: received, on the device, normalised; ids are int64 or int32.
+        """Return inputs, targets, and weights if any, from the bytes of `read`: on the device, normalised, ids whole.
 
         Collective over ``sample_comm`` with the reading ``group``, otherwise local.
         """
@@ -128,10 +134,6 @@ class ShardDataset(Source):
             self._comm.broadcast_(buffer, root=0, axis="sample")
         found = self._normalise(self._split(buffer))
         return (inputs_of(found), found["y"], *([found["weights"]] if self.manifest.has_weights else []))
-
-    def in_units(self, y: torch.Tensor) -> torch.Tensor:
-        """Return targets [B, ...], as they are delivered, in units of y, float64 where they are normalised."""
-        return y if self.target_scale is None else y * self.target_scale[1] + self.target_scale[0]
 
     def coordinates(self, span: range) -> Arrays:
         """Return the coordinates [n] of a range of examples by name: times as datetime64, numbers, texts. Local."""
@@ -183,9 +185,8 @@ def check_alike(scaling: Manifest, manifest: Manifest, directory: str | os.PathL
     """Raise `DataError` if the examples are not of the shape, kind and units that a network was trained on. Local."""
     if manifest.inputs.keys() != scaling.inputs.keys():
         theirs, ours = (", ".join(m.inputs) for m in (manifest, scaling))
-        raise DataError(
-            f"{directory} has {theirs}, and the network was trained on {ours}. Prepare the shards in the same way"
-        )
+        rule = f"{directory} has {theirs}, and the network was trained on {ours}"
+        raise DataError(f"{rule}. Prepare the shards in the same way")
     for name, spec in {**manifest.inputs, "y": manifest.arrays["y"]}.items():
         expected = scaling.arrays[name]
         if name == "y" and manifest.num_classes != scaling.num_classes:
@@ -220,15 +221,12 @@ class Normalisation:
         Whose statistics are used, those of the training data; and of the arrays.
     device, dtype : torch.device, torch.dtype
         Of the result; ids stay int64 or int32.
-    normalises_targets : bool
-        Whether y is normalised, too.
 
     Attributes
     ----------
-    scales : dict of str to tuple
-        Mean and standard deviation (`scale_of`) of the arrays that are normalised.
-    working : dict of str to tuple
-        The same in the dtype in which they are subtracted and divided by.
+    scales, working : dict of str to tuple
+        Mean and standard deviation (`scale_of`) of the arrays that are normalised; and the same in the dtype in which
+        they are subtracted and divided by.
     """
 
     def __init__(
@@ -260,10 +258,7 @@ class Normalisation:
 
 
 def scale_of(manifest: Manifest, name: str, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return mean and standard deviation of an array, float64, which broadcast over a batch [B, channels, ...] or [B].
-
-    Of a constant channel the latter is 1. Local.
-    """
+    """Return mean and standard deviation (1 if constant), float64, to broadcast over [B, channels, ...] or [B]. Local."""
     num_dims = len(manifest.arrays[name].shape)
     form = (1, -1, *(1,) * (num_dims - 1)) if num_dims else (1,)
     found = (manifest.statistics[name].mean, manifest.statistics[name].std)
@@ -278,7 +273,6 @@ def is_precise(scaling: Manifest, manifest: Manifest, name: str) -> bool:
 
 def has_large_mean(manifest: Manifest, name: str) -> bool:
     """Whether float32 rounds what a channel of an array tells beside its mean. Local."""
-    statistics = manifest.statistics.get(name)
-    return statistics is not None and any(
-        abs(mean) > LARGE_MEAN * std for mean, std in zip(statistics.mean, statistics.std) if std > 0
-    )
+    found = manifest.statistics.get(name)
+    pairs = zip(found.mean, found.std) if found is not None else ()
+    return any(abs(mean) > LARGE_MEAN * std for mean, std in pairs if std > 0)

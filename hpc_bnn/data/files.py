@@ -191,11 +191,8 @@ def _check_examples(path: Path, crc32: np.ndarray, arrays: Arrays, rows: np.ndar
 
 
 def _dataset(file: h5py.File, name: str, path: Path, shard: ShardFile, manifest: Manifest) -> h5py.Dataset:
-    """Return a dataset of a file that has the shape of the manifest: a damaged header may speak of exabytes.
-
-    Its numbers lie in this file, all of them: another file that it leads to has no checksum, and HDF5 reads what is not
-    there as zeros.
-    """
+    """Return a dataset of a file that has the shape of the manifest, and all its numbers in this file."""
+    # A damaged header may speak of exabytes; another file has no checksum; HDF5 reads what is not there as zeros
     if not isinstance(file.get(name, getlink=True), h5py.HardLink):
         raise broken(f"{path}: {name} is a link to another dataset, which shards may not have")
     spec, dataset = manifest.arrays.get(name, CRC32), file[name]

@@ -84,9 +84,8 @@ class BatchLoader:
             rule = "it needs the examples at the mirrored places of a batch, and a stream gives each example once"
             raise ConfigError(Fault("augmentation.transforms", "mixup", rule, remedy))
         if window is not None and dataset.has_own_order:
-            raise ConfigError(
-                Fault("data.shuffle_window", window, "a stream has an order of its own", remedy, "window")
-            )
+            rule = "a stream has an order of its own"
+            raise ConfigError(Fault("data.shuffle_window", window, rule, remedy, "window"))
 
     def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[Batch]:
         """Yield the batches of an epoch, from ``first_batch`` on: an interrupted epoch continues where it stopped."""
@@ -118,11 +117,8 @@ class BatchLoader:
 def _read_ahead(
     read: Callable[[torch.Tensor], Any], batches: Iterator[tuple[int, torch.Tensor]], count: int
 ) -> Generator[tuple[int, torch.Tensor, Any], None, None]:
-    """Yield each batch (size, examples) and what ``read`` returns for these; the next ``count`` are read meanwhile.
-
-    They are read by a thread, not by a forked process: a fork after MPI has started is not safe. The main thread makes
-    all exchanges between ranks.
-    """
+    """Yield each batch (size, examples) and what ``read`` gives for it; a thread reads the next ``count`` meanwhile."""
+    # No forked process: a fork after MPI has started is not safe. The main thread makes all exchanges between ranks
     if not count:
         for size, examples in batches:
             yield size, examples, read(examples)

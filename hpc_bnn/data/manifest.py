@@ -190,7 +190,7 @@ class Manifest:
     def read(cls, directory: str | os.PathLike, has_files: bool = True) -> Manifest:
         """Read DIR/manifest.json; `DataError` if it is missing, unreadable, changed, or of another format.
 
-        ``has_files``: the directory holds shards; otherwise it is that of a run.
+        ``has_files``: the directory holds shards; otherwise it is that of a run, and no files are named.
         """
         path = Path(directory, MANIFEST)
         refuse_world_writable(directory, "the directory")
@@ -217,16 +217,12 @@ class Manifest:
             raise broken(f"{path} was changed after it was written (SHA-256)")
         del raw["format"], raw["version"]
         try:
-            raw["arrays"] = {
-                name: ArraySpec(tuple(spec["shape"]), spec["dtype"], tuple(spec["channels"]))
-                for name, spec in raw["arrays"].items()
-            }
-            raw["splits"] = {
-                split: tuple(ShardFile(**shard) for shard in shards) for split, shards in raw["splits"].items()
-            }
-            raw["statistics"] = {
-                name: Statistics(tuple(s["mean"]), tuple(s["std"])) for name, s in raw["statistics"].items()
-            }
+            for name, s in raw["arrays"].items():
+                raw["arrays"][name] = ArraySpec(tuple(s["shape"]), s["dtype"], tuple(s["channels"]))
+            for split, shards in raw["splits"].items():
+                raw["splits"][split] = tuple(ShardFile(**shard) for shard in shards)
+            for name, s in raw["statistics"].items():
+                raw["statistics"][name] = Statistics(tuple(s["mean"]), tuple(s["std"]))
             manifest = cls(**raw)
             manifest.check(has_files)
         except _MISSTATED as error:
@@ -234,10 +230,7 @@ class Manifest:
         return manifest
 
     def check(self, has_files: bool = True) -> None:
-        """Raise `DataError` or what Python raises where a field is not what `write_shards` writes. Local.
-
-        The manifest of a run describes data, and names no files (``has_files``).
-        """
+        """Raise `DataError` or what Python raises where a field is not as `write_shards` writes it (`read`). Local."""
         for fits, rule in itertools.chain(self._rules(), self._rules_of_names() if has_files else ()):
             if not fits:
                 raise DataError(f"{rule}, which they are not")
@@ -246,21 +239,16 @@ class Manifest:
         """Yield whether a rule is kept, and the rule."""
         texts = (self.name, self.source, self.licence)
         yield all(isinstance(text, str) for text in texts), "name, source and licence must be texts"
-        rest = list(self.arrays)[len(self.inputs) :]
-        yield (
-            rest in (["y"], ["y", "weights"]) and self.inputs,
-            "arrays must be inputs and then y, and weights of examples last",
-        )
+        is_ordered = list(self.arrays)[len(self.inputs) :] in (["y"], ["y", "weights"]) and self.inputs
+        yield is_ordered, "arrays must be inputs and then y, and weights of examples last"
         yield not self.has_weights or self.arrays["weights"].shape == (), "weights must be one number per example"
         for name, spec in self.arrays.items():
             is_number = all(map(_is_count, spec.shape)) and np.dtype(spec.dtype).kind in "fiub"
             yield is_number and torch_dtype(spec.dtype), f"shape and dtype of {name} must be those of numbers"
             yield str(np.dtype(spec.dtype)) == spec.dtype, f"the dtype of {name} must have NumPy's name"
             is_one_each = not spec.channels or spec.shape[:1] == (len(spec.channels),)
-            yield (
-                is_one_each and all(isinstance(c, str) for c in spec.channels),
-                f"channels of {name} must have a name each",
-            )
+            are_named = is_one_each and all(isinstance(c, str) for c in spec.channels)
+            yield are_named, f"channels of {name} must have a name each"
         for name, found in self.statistics.items():
             num_channels, numbers = (*self.arrays[name].shape, 1)[0], (*found.mean, *found.std)
             yield len(found.mean) == len(found.std) == num_channels, f"statistics of {name} must be one per channel"
@@ -287,16 +275,11 @@ class Manifest:
         yield are_plain, f"files must have plain names such as train-00000.h5 ({', '.join(map(str, files[:3]))}, ...)"
         yield len(set(files)) == len(files), "files must be named once"
         for shard in self.shards:
-            counts = (shard.num_bytes, shard.num_examples)
-            yield (
-                all(map(_is_count, counts)) and shard.num_examples,
-                f"bytes and examples of {shard.file} must be above 0",
-            )
+            are_counts = _is_count(shard.num_bytes) and _is_count(shard.num_examples)
+            yield are_counts and shard.num_examples, f"bytes and examples of {shard.file} must be above 0"
             digests = (shard.sha256, shard.crc_sha256, *[shard.coordinates_sha256] * bool(self.coordinates))
-            yield (
-                all(isinstance(d, str) and _SHA256.fullmatch(d) for d in digests),
-                f"{shard.file} must have the SHA-256 of what is in it",
-            )
+            are_digests = all(isinstance(d, str) and _SHA256.fullmatch(d) for d in digests)
+            yield are_digests, f"{shard.file} must have the SHA-256 of what is in it"
 
 
 def _is_count(value: object) -> bool:
@@ -341,39 +324,12 @@ def is_coordinate(name: Any) -> bool:
     return isinstance(name, str) and name.isidentifier() and name not in _TAKEN
 
 
-_TAKEN = set(
-    [
-        "crc32",
-        "example",
-        "category",
-        "channel",
-        "target",
-        "latitude",
-        "longitude",
-        "horizon",
-        "quantile",
-        "member",
-        "lead_time",
-        "probabilities",
-        "class",
-        "entropy",
-        "mutual_information",
-        "mean",
-        "std",
-        "aleatoric_std",
-        "epistemic_std",
-        "quantiles",
-        "members",
-        "x",
-        "y",
-        "calibrated_probabilities",
-        "in_set",
-        "lower",
-        "upper",
-        "calibrated_std",
-        "calibrated_quantiles",
-    ]
-)
+_TAKEN = {
+    "x", "y", "crc32", "example", "category", "channel", "target", "latitude", "longitude", "horizon", "quantile",
+    "member", "members", "lead_time", "probabilities", "class", "entropy", "mutual_information", "mean", "std",
+    "aleatoric_std", "epistemic_std", "quantiles", "calibrated_probabilities", "in_set", "lower", "upper",
+    "calibrated_std", "calibrated_quantiles",
+}  # fmt: skip
 
 
 def sha256_of_coordinates(coordinates: Arrays) -> str:
@@ -387,11 +343,8 @@ def sha256_of_coordinates(coordinates: Arrays) -> str:
 def named_arrays(x: Any, y: Any, weights: Any = None) -> dict[str, Any]:
     """Return the arrays of a data set by name: x, or the inputs by their names where x is a dict; y; weights of examples. Local."""
     named = dict(x) if isinstance(x, dict) else {"x": x}
-    reserved = (
-        {"y", "crc32"}
-        | (set() if weights is None else {"weights"})
-        | ({"x"} if list(named) == ["x"] and isinstance(x, dict) else set())
-    )
+    reserved = {"y", "crc32"} | (set() if weights is None else {"weights"})
+    reserved |= {"x"} if list(named) == ["x"] and isinstance(x, dict) else set()
     if not named or reserved & named.keys() or not all(map(str.isidentifier, named)):
         raise DataError(f"inputs are named {', '.join(named)}: use identifiers other than y and crc32, and two or more")
     named = named | {"y": y} | ({} if weights is None else {"weights": weights})

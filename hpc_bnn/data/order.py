@@ -59,11 +59,9 @@ _ROUNDS = 12
 
 
 def _permuted(x: np.ndarray, extent: int, keys: list[np.uint64], tweak: np.ndarray | None = None) -> np.ndarray:
-    """Return the places of x in a permutation of [0, extent): a Feistel network over the next power of two, and cycle walking.
-
-    An element that leaves the range walks on until it is in it again: that keeps the map a bijection (Black and Rogaway,
-    Ciphers with Arbitrary Finite Domains, CT-RSA 2002).
-    """
+    """Return the places of x in a permutation of [0, extent): a Feistel network over a power of two, cycle walking."""
+    # An element that leaves the range walks on until it is in it again: that keeps the map a bijection (Black and
+    # Rogaway, Ciphers with Arbitrary Finite Domains, CT-RSA 2002)
     num_bits = max(2, (extent - 1).bit_length())
     low_bits = np.uint64(num_bits // 2)
     masks = np.uint64((1 << (num_bits // 2)) - 1), np.uint64((1 << (num_bits - num_bits // 2)) - 1)

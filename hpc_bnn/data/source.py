@@ -54,17 +54,12 @@ class Source:
         raise NotImplementedError
 
     def deliver(self, content: Any) -> tuple[Any, ...]:
-        """Return inputs [B, ...], targets [B, ...], and weights [B] where the examples have some. Local.
-
-        They are on the device, and made from what `read` returned.
-        """
+        """Return inputs [B, ...], targets [B, ...], weights [B] if any, on the device, of what `read` gave. Local."""
         if self.dtype == torch.float32 and not self._has_looked:
             self._has_looked = True
             if any(map(loses_differences, tensors_of(content))):
-                logger.warning(
-                    "numbers of %s in float64 are equal in float32: subtract their mean in the data, or set dtype float64",
-                    self.manifest.name,
-                )
+                remedy = "subtract their mean in the data, or set dtype float64"
+                logger.warning("numbers of %s in float64 are equal in float32: %s", self.manifest.name, remedy)
 
         def here(tensor: Tensor) -> Tensor:
             return on_device(tensor, self.device, self.dtype if tensor.is_floating_point() else tensor.dtype)
@@ -243,44 +238,28 @@ class StreamSource(Source):
 def as_source(data: Any, *, num_classes: int | None = None, num_examples: int | None = None) -> Source:
     """Return a source of what a user has: a `Source`, tensors (x, y), a map-style Dataset, or an iterable one. Local.
 
-    Parameters
-    ----------
-    num_classes, num_examples : int, optional
-        Number of classes, and examples of an epoch of an iterable Dataset, where ``data`` does not say them.
-
-    A Dataset with an attribute ``missing_targets`` (NaN is a missing target) or ``ignore_index`` (of classes) has targets that
-    are missing.
+    ``num_classes`` and ``num_examples``, those of an epoch of an iterable Dataset, are for what ``data`` does not say.
+    A Dataset with an attribute ``missing_targets`` (NaN is a missing target) or ``ignore_index`` (of classes) has
+    targets that are missing.
     """
     if isinstance(data, Source):
         return data
     if isinstance(data, (tuple, list)) and len(data) == 2 and isinstance(data[1], Tensor):
         return TensorSource(data[0], data[1], num_classes)
-    source: Source = _dataset_source(data, num_classes, num_examples)
+    has_numbers = hasattr(data, "__getitem__") and not isinstance(data, IterableDataset)
+    if not (has_numbers or hasattr(data, "__iter__")):
+        rule = f"a {type(data).__name__} is neither tensors (x, y) nor a Dataset of torch nor an hpc_bnn.Source"
+        raise ConfigError(Fault("data.dataset", type(data).__name__, rule, "Return one of these"))
+    source: Source = DatasetSource(data, num_classes) if has_numbers else StreamSource(data, num_examples, num_classes)
     missing = {name: getattr(data, name) for name in OPTIONAL if hasattr(data, name)}
     source.manifest = replace(source.manifest, **missing)
     return source
 
 
-def _dataset_source(data: Any, num_classes: int | None, num_examples: int | None) -> Source:
-    if isinstance(data, IterableDataset) or not hasattr(data, "__getitem__"):
-        if not hasattr(data, "__iter__"):
-            rule = f"a {type(data).__name__} is neither tensors (x, y) nor a Dataset of torch nor an hpc_bnn.Source"
-            raise ConfigError(Fault("data.dataset", type(data).__name__, rule, "Return one of these"))
-        return StreamSource(data, num_examples, num_classes)
-    return DatasetSource(data, num_classes)
-
-
 def describe(name: str, content: tuple[Any, ...], num_examples: int, num_classes: int | None = None) -> Manifest:
-    """Return the manifest of a source. Local.
+    """Return the manifest of a source, of which ``content`` are some inputs, targets, and weights if any. Local.
 
-    Parameters
-    ----------
-    name : str
-        Of the data.
-    content : (x, y) or (x, y, weights)
-        Inputs, targets, and weights of some examples.
-    num_classes : int, optional
-        Number of classes; otherwise the targets are numbers.
+    Without ``num_classes`` the targets are numbers.
     """
     x, y, *weights = content
     if num_classes is None and not y.is_floating_point():
@@ -333,10 +312,8 @@ class GlobalBatchSampler(Sampler[list[int]]):
 
     Parameters
     ----------
-    num_examples : int
-        Examples of the dataset.
-    grid : Grid
-        Of this rank (``comm.grid``).
+    num_examples, grid : int, Grid
+        Examples of the dataset; ``comm.grid``.
     global_batch_size, seed : int
         Examples per batch in the whole job, and key of the order.
     drop_last, window : bool, int or None
@@ -364,9 +341,8 @@ class GlobalBatchSampler(Sampler[list[int]]):
         self.sizes = [min(global_batch_size, num_examples - n * global_batch_size) for n in range(number)]
         """Examples of each batch in the whole job."""
         if not self.sizes or min(self.sizes) < grid.data_size:
-            rule = (
-                f"a batch of {min(self.sizes, default=0)} examples leaves some of the {grid.data_size} data groups none"
-            )
+            smallest = min(self.sizes, default=0)
+            rule = f"a batch of {smallest} examples leaves some of the {grid.data_size} data groups none"
             raise ConfigError(Fault("global_batch_size", global_batch_size, rule, "Use another one, or drop_last"))
 
     def set_epoch(self, epoch: int) -> None:

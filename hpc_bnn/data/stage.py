@@ -128,10 +128,7 @@ def unstage_shards(destination: str | os.PathLike, comm: GridComm) -> list[str]:
 
 
 def _remove_staged(destination: Path, but: Iterable[str] = ()) -> None:
-    """Remove the shards of a staged directory, whose mark stays; refuse any other directory that holds shards.
-
-    A directory is staged if its mark says that it is this one: a copy of a staged directory is the user's own.
-    """
+    """Remove the shards of a staged directory, whose mark says that it is this one; refuse any other with shards."""
     text = read_bytes(destination / STAGED, "the mark")
     mark = None
     with contextlib.suppress(ValueError, KeyError, TypeError):
@@ -175,9 +172,8 @@ def _bring(shard: ShardFile, source: Path, destination: Path, verify: bool) -> b
         except FileNotFoundError as error:
             raise DataError(f"{error.filename} is missing. Prepare the shards again") from error
         if not _has_size(temporary, shard) or (verify and digest.hexdigest() != shard.sha256):
-            raise DataError(
-                f"{source / shard.file} is not the file that the manifest describes. See hpc-bnn verify {source}"
-            )
+            rule = f"{source / shard.file} is not the file that the manifest describes"
+            raise DataError(f"{rule}. See hpc-bnn verify {source}")
     return True
 
 

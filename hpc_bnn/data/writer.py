@@ -172,24 +172,15 @@ def write_shards(
                 held.enter_context(Lock(directory, "--output"))
                 _open(directory, plan)
         wanted = (*(n for n in _inputs(arrays) if _is_normalised(n, arrays[n], ids)), *(["y"] * normalise_targets))
-        tasks = [
-            _Task(
-                split,
-                f"{split}-{number:05d}.h5",
-                examples,
-                range(examples.num_examples)[start : start + examples_per_shard],
-                named[split],
-            )
-            for split, examples in sources.items()
-            for number, start in enumerate(range(0, examples.num_examples, examples_per_shard))
-        ]
+        tasks = []
+        for split, examples in sources.items():
+            for number, start in enumerate(range(0, examples.num_examples, examples_per_shard)):
+                rows = range(examples.num_examples)[start : start + examples_per_shard]
+                of_train = wanted if split == train_split else ()
+                tasks.append(_Task(split, f"{split}-{number:05d}.h5", examples, rows, named[split], of_train))
         with comm.agree(f"writing {directory}"):
-            mine = [
-                _finish(
-                    task, directory, arrays, wanted * (task.split == train_split), num_classes, compression, missing
-                )
-                for task in progress(tasks[comm.grid.rank :: comm.grid.world_size])
-            ]
+            options = directory, arrays, num_classes, compression, missing
+            mine = [_finish(task, *options) for task in progress(tasks[comm.grid.rank :: comm.grid.world_size])]
         records = {r["file"]["file"]: r for of_rank in comm.gather_objects(mine) for r in of_rank}
         files = {split: [records[task.file] for task in tasks if task.split == split] for split in sources}
         manifest = Manifest(
@@ -241,6 +232,8 @@ class _Task(NamedTuple):
     rows: range
     coordinates: Arrays
     """Of all examples of the split."""
+    wanted: Collection[str]
+    """Arrays whose moments are wanted."""
 
 
 def _as_examples(examples: tuple[Any, ...] | Examples) -> Examples:
@@ -328,9 +321,8 @@ def _look(
         arrays[name] = ArraySpec(array.shape[1:], str(array.dtype), names)
         torch_dtype(arrays[name].dtype)
         if array.dtype.kind not in ("iu" if name in ids else "biuf"):
-            raise DataError(
-                f"{name} has dtype {array.dtype}: {'ids are whole' if name in ids else 'real'} numbers are needed"
-            )
+            kind = "ids are whole" if name in ids else "real"
+            raise DataError(f"{name} has dtype {array.dtype}: {kind} numbers are needed")
     for name in _inputs(arrays):
         if _is_normalised(name, arrays[name], ids) and arrays[name].shape == ():
             raise DataError(f"an input {name} is a single number: give it a channel, {name} of shape [n, 1]")
@@ -360,13 +352,11 @@ def _check_weights(weights: np.ndarray | None, y: ArraySpec) -> None:
 
 def _check_missing(missing_targets: bool, ignore_index: int | None, num_classes: int | None, y: ArraySpec) -> None:
     if missing_targets and (num_classes is not None or np.dtype(y.dtype).kind != "f"):
-        raise DataError(
-            f"missing_targets are NaN, and targets are {y.dtype}: give numbers, or ignore_index for classes"
-        )
+        remedy = "give numbers, or ignore_index for classes"
+        raise DataError(f"missing_targets are NaN, and targets are {y.dtype}: {remedy}")
     if ignore_index is not None and (num_classes is None or 0 <= ignore_index < num_classes):
-        raise DataError(
-            f"ignore_index {ignore_index} must be none of the classes 0..num_classes - 1, such as -1 or 255"
-        )
+        rule = "must be none of the classes 0..num_classes - 1, such as -1 or 255"
+        raise DataError(f"ignore_index {ignore_index} {rule}")
 
 
 def _open(directory: Path, plan: dict) -> None:
@@ -402,14 +392,9 @@ def _remove_former(directory: Path) -> None:
 
 
 def _finish(
-    task: _Task,
-    directory: Path,
-    arrays: dict[str, ArraySpec],
-    wanted: Iterable[str],
-    num_classes: int | None,
-    compression: str | None,
+    task: _Task, directory: Path, arrays: dict[str, ArraySpec], num_classes: int | None, compression: str | None,
     missing: float | None,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """Write a file unless a former preparation has finished it; return its record. ``missing`` stands for no target."""
     path, notes = directory / PREPARATION / task.file, directory / PREPARATION / f"{task.file}.json"
     with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
@@ -456,7 +441,7 @@ def _finish(
         num_bytes, sha256 = temporary.stat().st_size, sha256_of_file(temporary)
     digest = sha256_of_coordinates(coordinates) if coordinates else ""
     file = ShardFile(task.file, len(rows), num_bytes, sha256, hashlib.sha256(crc32.tobytes()).hexdigest(), digest)
-    moments = {name: _moments(found[name], name == "y" and missing is not None) for name in wanted}
+    moments = {name: _moments(found[name], name == "y" and missing is not None) for name in task.wanted}
     record = {"file": asdict(file), "moments": moments}
     write_atomically(notes, json.dumps([record, sha256_of_json(record)]))
     return record
@@ -471,10 +456,7 @@ def _first(is_wrong: np.ndarray) -> int:
 
 
 def _moments(array: np.ndarray, may_lack: bool = False) -> dict[str, Any]:
-    """Return number, mean and sum of squared differences per channel of examples [n, channels, ...] or [n].
-
-    Where numbers may be missing (NaN), of those that are present; the number then is a list, of each channel.
-    """
+    """Return number, mean and sum of squared differences per channel of [n, channels, ...] or [n], but for NaN."""
     flat = array.reshape(len(array), array.shape[1] if array.ndim > 1 else 1, -1)
     count: Any = flat.shape[0] * flat.shape[2]
     if may_lack:
@@ -490,7 +472,7 @@ def _moments(array: np.ndarray, may_lack: bool = False) -> dict[str, Any]:
         shift += rest.sum(axis=1)
         squares += np.square(rest).sum(axis=1)
     shift /= np.maximum(count, 1)  # what the rounding of a large sum has left
-    number = count.tolist() if may_lack else count
+    number = count.tolist() if may_lack else count  # of each channel
     return {"count": number, "mean": (mean + shift).tolist(), "squares": (squares - count * shift**2).tolist()}
 
 
