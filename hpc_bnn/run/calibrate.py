@@ -122,13 +122,7 @@ def read_calibration(experiment: Experiment, num_samples: int, evaluated: str | 
     """Return the calibration of a run, made with the checkpoint and the samples that predict now. Collective over the world.
 
     ``evaluated`` is a split of the data of the config that it will be judged by: if it was made with that, rank 0 says it.
-
-    Raises
-    ------
-    ConfigError
-        There is none, or it is of another run or checkpoint, or of other samples.
-    DataError
-        The file cannot be read.
+    `ConfigError` where there is none, or it is of another run, checkpoint or samples; `DataError` if unreadable.
     """
     comm, path, found = experiment.comm, experiment.file or experiment.run_dir / CALIBRATION, None
     with comm.agree(f"reading {path}"):
@@ -144,9 +138,8 @@ def read_calibration(experiment: Experiment, num_samples: int, evaluated: str | 
                 found = _parsed(experiment, content)
                 origin = {name: content[name] for name in _origin(experiment)}
             except (ValueError, TypeError, KeyError, RecursionError) as error:
-                raise DataError(
-                    f"{path} is no calibration of this network ({error!r}). Calibrate the run again"
-                ) from error
+                rule = f"{path} is no calibration of this network ({error!r})"
+                raise DataError(f"{rule}. Calibrate the run again") from error
             for name, mine in (_origin(experiment) | {"num_samples": num_samples}).items():
                 if origin[name] != mine:
                     rule = f"{path} was made with {name} {origin[name]}, and this is {mine}"
@@ -162,10 +155,7 @@ def read_calibration(experiment: Experiment, num_samples: int, evaluated: str | 
 
 
 def kept_calibration(experiment: Experiment) -> str | None:
-    """Return the text of the calibration of a checkpoint; None where there is none of it, and say if there is another. Local.
-
-    `DataError` where it cannot be read. For an experiment of one process.
-    """
+    """Return the text of a checkpoint's calibration; None without one, and say if there is another. Local: one rank."""
     text = _text_of(experiment)
     if text is not None:
         try:
@@ -267,18 +257,12 @@ def _listed(thresholds: torch.Tensor) -> Any:
 def _say(found: Calibration) -> None:
     """Warn of what a user should know."""
     if found.holds_everything:
-        logger.warning(
-            "%d examples are too few for the level %g: sets and intervals hold everything. Use more examples, or a lower level",
-            found.num_examples,
-            found.level,
-        )
+        rule = "%d examples are too few for the level %g: sets and intervals hold everything"
+        logger.warning(f"{rule}. Use more examples, or a lower level", found.num_examples, found.level)
     for factor in [] if found.noise_factors is None else found.noise_factors.tolist():
         if min(abs(math.log(factor / end)) for end in NOISE_FACTORS) < 1e-6:
-            logger.warning(
-                "a factor of the noise scale, %g, is an end of the range: look at the units of the targets", factor
-            )
+            rule = "a factor of the noise scale, %g, is an end of the range: look at the units of the targets"
+            logger.warning(rule, factor)
     if found.temperature is not None and min(abs(math.log(found.temperature / end)) for end in TEMPERATURES) < 1e-6:
-        logger.warning(
-            "the temperature %g is an end of the range: the examples are too few, or predicted without errors",
-            found.temperature,
-        )
+        rule = "the temperature %g is an end of the range: the examples are too few, or predicted without errors"
+        logger.warning(rule, found.temperature)

@@ -118,14 +118,10 @@ class CheckpointStore:
 
     Parameters
     ----------
-    directory : path
-        Made where it is missing.
     keep_last : int
         Newest sound checkpoints to keep, at least 1; the one with the lowest metric is kept in addition.
     asynchronous : bool
         Write in a thread; the state is copied to the CPU first. An error is raised by the next `save` or `close`.
-    metric_name : str, optional
-        What the metrics are of.
 
     Attributes
     ----------
@@ -155,21 +151,16 @@ class CheckpointStore:
     def save(self, state: dict[str, Any], step: int, metric: float | None = None) -> None:
         """Write a checkpoint and remove those that are not kept; raise `DataError` if its name is that of another run's.
 
-        Parameters
-        ----------
-        state : dict
-            The sections, besides ``run``: nested dicts and lists of tensors, numbers and strings, so that
-            ``torch.load(path, weights_only=True)`` reads them.
-        step : int
-            Optimizer steps made so far; names the file. One of the same step is replaced in one moment.
-        metric : float, optional
-            Less is better.
+        ``state`` are the sections, besides ``run``: nested dicts and lists of tensors, numbers and strings, so that
+        ``torch.load(path, weights_only=True)`` reads them. ``step``, the optimizer steps made so far, names the file:
+        one of the same step is replaced in one moment. Of ``metric`` less is better.
         """
         if self._writer is None:
             self._write(state, step, metric)
             return
         self._finish()
-        self._pending = self._writer.submit(self._write, _copied(state), step, metric)
+        copied = map_leaves(state, Tensor, lambda tensor: tensor.detach().to("cpu", copy=True))
+        self._pending = self._writer.submit(self._write, copied, step, metric)
 
     def close(self) -> None:
         """Wait for what is being written."""
@@ -197,9 +188,7 @@ class CheckpointStore:
             try:
                 content = self._read(note)
             except DamagedError as error:
-                if not (
-                    self.directory / f"{own}.json"
-                ).exists():  # another process goes on with the run, and has pruned it
+                if not (self.directory / f"{own}.json").exists():  # another process goes on with the run: pruned
                     return self.load_newest(falls_back)
                 later.append(str(error))
                 if falls_back:
@@ -220,31 +209,21 @@ class CheckpointStore:
         return None
 
     def load_best(self) -> dict[str, Any] | None:
-        """Return the state with the lowest metric, as `load` does; None if no checkpoint has one.
-
-        It raises `DataError` where a note is damaged: it could be that of the best one.
-        """
+        """Return the state with the lowest metric (`load`); None if there is none, `DataError` if a note is damaged."""
         notes, problems = self._scan(aloud=True)
         damaged = [problem for path, problem in problems.items() if path.suffix == ".json"]
         if damaged:
-            raise DataError(
-                f"{damaged[0]}, and it may be that of the best checkpoint. Use --which newest, or move it elsewhere"
-            )
+            remedy = "Use --which newest, or move it elsewhere"
+            raise DataError(f"{damaged[0]}, and it may be that of the best checkpoint. {remedy}")
         note = self._best(notes)
         return None if note is None else self.load(note)
 
     def load(self, note: CheckpointInfo) -> dict[str, Any]:
-        """Return the state of a checkpoint, on the CPU.
-
-        It raises `DataError` if it is missing, changed, or of a format that this hpc_bnn does not know.
-        """
+        """Return the state of a checkpoint, on the CPU; `DataError` if missing, changed, or of an unknown format."""
         return self._known(note, self._read(note))
 
     def _scan(self, aloud: bool = False) -> tuple[list[CheckpointInfo], dict[Path, str]]:
-        """Return the notes of this run, the newest first, and what is wrong with the others by their paths.
-
-        The path of a damaged note ends with .json, that of a checkpoint that has none or is of another run with .pt.
-        """
+        """Return this run's notes, newest first, and problems by path: .json of a note, .pt of another's checkpoint."""
         found, problems = [], {}
         try:
             names = names_in(self.directory)
@@ -267,10 +246,8 @@ class CheckpointStore:
             if None in (self.identity, note.run) or note.run == self.identity:
                 found.append(note)
             else:
-                checkpoint = self.directory / note.file
-                problems[checkpoint] = (
-                    f"the checkpoint {checkpoint} is one of run {note.run}, and this is run {self.identity}"
-                )
+                other = self.directory / note.file
+                problems[other] = f"the checkpoint {other} is one of run {note.run}, and this is run {self.identity}"
         for problem in problems.values() if aloud else ():
             logger.error("%s: it is not used", problem)
         return sorted(found, key=lambda note: -note.step), problems
@@ -319,10 +296,9 @@ class CheckpointStore:
         ]
         faults += [f"no section {name}" for name in SECTIONS if name not in state]
         if faults:
-            raise DataError(
-                f"the checkpoint {path} has {', '.join(faults)}, which hpc_bnn {__version__} does not know. "
-                f"hpc_bnn {state.get('run', {}).get('hpc_bnn')} wrote it: use that version, or a newer one"
-            )
+            rule = f"the checkpoint {path} has {', '.join(faults)}, which hpc_bnn {__version__} does not know"
+            remedy = f"hpc_bnn {state.get('run', {}).get('hpc_bnn')} wrote it: use that version, or a newer one"
+            raise DataError(f"{rule}. {remedy}")
         return state
 
     def _finish(self) -> None:
@@ -414,19 +390,11 @@ def _digest_of(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _copied(tree: Any) -> Any:
-    """Return nested dicts and lists with copies of their tensors on the CPU."""
-    return map_leaves(tree, Tensor, lambda tensor: tensor.detach().to("cpu", copy=True))
-
-
 # --- the identity of a run -----------------------------------------------------------------------------
 
 
 def read_identity(run_dir: str | os.PathLike) -> str | None:
-    """Return the identity of a run directory; None where it has none, as in hpc_bnn 0.1. Local.
-
-    A file that cannot be read raises `DataError`.
-    """
+    """Return the identity of a run directory, None without one (hpc_bnn 0.1); `DataError` if unreadable. Local."""
     path = Path(run_dir, RUN_FILE)
     text = read_bytes(path, "the identity of a run")
     if text is None:
@@ -448,6 +416,3 @@ def write_identity(run_dir: str | os.PathLike, identity: str | None = None) -> s
     identity = identity or uuid.uuid4().hex
     write_atomically(Path(run_dir, RUN_FILE), json.dumps({"identity": identity}) + "\n")
     return identity
-
-
-# --- the state of the job ------------------------------------------------------------------------------

@@ -16,24 +16,10 @@ ROWS = 4096
 """Rows that are read at once."""
 
 ORDER = (
-    "y",
-    "class",
-    "mean",
-    "std",
-    "aleatoric_std",
-    "epistemic_std",
-    "probabilities",
-    "entropy",
-    "mutual_information",
-    "calibrated_probabilities",
-    "in_set",
-    "calibrated_std",
-    "lower",
-    "upper",
-    "quantiles",
-    "calibrated_quantiles",
+    "y", "class", "mean", "std", "aleatoric_std", "epistemic_std", "probabilities", "entropy", "mutual_information",
+    "calibrated_probabilities", "in_set", "calibrated_std", "lower", "upper", "quantiles", "calibrated_quantiles",
     "members",
-)
+)  # fmt: skip
 """Datasets of predictions, as the columns follow each other."""
 
 IN_NATS = ("entropy", "mutual_information")

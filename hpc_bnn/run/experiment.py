@@ -68,14 +68,8 @@ class Experiment:
     Where it is that of a file (`hpc_bnn.run.model_file`), ``file`` is its path, and ``calibration`` the text of the
     calibration in it, or None. As a context, ``watch`` ends the job where a rank hangs (``stall_seconds``).
 
-    Parameters
-    ----------
-    config : Config
-        Approved by its `Config.check`.
-    comm : GridComm
-        The process grid.
-    manifest : Manifest
-        Shapes of the training data, and the statistics by which everything is normalised.
+    `Config.check` has approved the config; the manifest has the shapes of the training data, and the statistics by
+    which everything is normalised.
     """
 
     def __init__(self, config: Config, comm: GridComm, manifest: Manifest):
@@ -97,10 +91,7 @@ class Experiment:
 
     @classmethod
     def of_run(cls, config: Config, comm: GridComm, which: str = "newest") -> Experiment:
-        """Return the experiment of a run, with the parameters of its newest or best checkpoint.
-
-        It raises `DataError` if there is no sound checkpoint, or no manifest of the data.
-        """
+        """Return that of a run at its newest or best checkpoint; `DataError` without a sound one, or a manifest."""
         check_same_start(config, comm)
         with comm.agree(f"reading {config.run_dir}"):
             refuse_world_writable(config.run_dir, "the run directory")
@@ -146,10 +137,7 @@ class Experiment:
     def build_step(
         self, num_train_examples: int, num_batches: int
     ) -> tuple[VariationalStep, torch.optim.lr_scheduler.LambdaLR]:
-        """Return the step of the training, with its optimizer, and the schedule of the learning rate.
-
-        ``num_train_examples`` is N in the ELBO, ``num_batches`` the number of steps per epoch.
-        """
+        """Return the step and the schedule of the learning rate, for N in the ELBO and so many steps per epoch."""
         config, comm = self.config, self.comm
         with comm.agree(f"making the objective {config.objective.name}"):
             objective = build_objective(config.objective, self.manifest.target_weights)
@@ -218,10 +206,7 @@ class Experiment:
         references: Sequence[str] = (),
         calibration: Calibration | None = None,
     ) -> TestResult:
-        """Evaluate a data set with ``config.num_test_samples``; raise `DataError` if its classes are not the trained ones.
-
-        ``by`` and ``regions`` as for `find_groups`, ``references`` and ``calibration`` as for `evaluate_dataset`.
-        """
+        """Evaluate a data set (`evaluate_dataset`, `find_groups`); `DataError` as for `check_targets`."""
         self.check_targets(dataset, "they can be predicted (hpc-bnn predict), not evaluated")
         shown = shown_examples(self.likelihood, self.comm, dataset)
 
@@ -261,17 +246,14 @@ class Experiment:
         by_time = "lead_seconds" if "lead_seconds" in ours and "lead_seconds" in of_data else "lead"
         for name in ("classes", "changes", "step_seconds", "step_months", by_time):
             if name in ours and name in of_data and ours[name] != of_data[name]:
-                raise DataError(
-                    f"the network was trained with {name} {ours[name]}, and the data have {of_data[name]}: {rule}"
-                )
+                trained = f"the network was trained with {name} {ours[name]}"
+                raise DataError(f"{trained}, and the data have {of_data[name]}: {rule}")
 
     def check_identity(self, done: str) -> None:
         """Raise `DataError` where the directory is now that of another run than was evaluated or calibrated. Local: the writer."""
-        found = read_identity(self.run_dir)
-        if found != self.checkpoints.identity:
-            raise DataError(
-                f"{self.run_dir} is now that of run {found}, and run {self.checkpoints.identity} was {done}"
-            )
+        found, mine = read_identity(self.run_dir), self.checkpoints.identity
+        if found != mine:
+            raise DataError(f"{self.run_dir} is now that of run {found}, and run {mine} was {done}")
 
     def write_evaluation(
         self,
@@ -377,11 +359,8 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _content(text: str) -> str | None:
-    """Return a digest of the file of this name, or of the module of this import path; None where there is none. Local.
-
-    Of a file above 16 MiB its length and its first and last 8 MiB.
-    """
-    path, half = Path(text), 8 * 2**20
+    """Return a digest of the file of this name, or the module of this import path; None where there is none. Local."""
+    path, half = Path(text), 8 * 2**20  # of a file above 16 MiB the length, the first and the last 8 MiB
     with contextlib.suppress(ImportError, ValueError, OSError):
         if not path.is_file() and "." in text:
             found = importlib.util.find_spec(text.rpartition(".")[0])
@@ -404,10 +383,7 @@ def set_precision(config: Config) -> None:
 
 
 def connect_grid(config: Config, sample_size: int) -> GridComm:
-    """Join the process grid as a config wants it, with a sample axis of this extent. Collective over the world.
-
-    It sets the precision of the process (`set_precision`).
-    """
+    """Set the precision, and join the process grid with a sample axis of this extent. Collective over the world."""
     set_precision(config)
     grid = config.grid
     options = {"backend": config.backend, "overlaps": grid.overlap}
@@ -432,10 +408,7 @@ def _source_of(path: str, arguments: str, split: str) -> Source:
 
 
 def read_or_prepare(config: DataConfig, comm: GridComm) -> Manifest:
-    """Read the manifest, after preparing the shards if there are none and the config has a script.
-
-    Of a dataset of the user it is made. Collective over the world.
-    """
+    """Read the manifest, or make that of a user's dataset; a script makes missing shards. Collective over the world."""
     if config.dataset is not None:
         names = [config.train_split, config.test_split]
         names += [config.validation_split] if config.validation_split not in (None, "auto") else []

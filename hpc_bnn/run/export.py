@@ -96,8 +96,7 @@ def predict_run(
     quantiles = check_levels(quantiles, experiment.likelihood, "--quantiles")
     with comm.agree(f"opening {path}"), _as_data_error(path):
         if comm.grid.is_first("world"):
-            if os.path.lexists(path):
-                raise is_there(path)
+            check_is_free(path)
             path.parent.mkdir(parents=True, exist_ok=True)
     calibration = read_calibration(experiment, experiment.config.num_test_samples) if calibrated else None
     dataset = experiment.open(split)
@@ -126,11 +125,10 @@ def predict_run(
     if units := experiment.manifest.details.get("units"):  # by variable: t of t@850 and of t@850 t+6
         attributes["channel_units"] = [str(units.get(re.split("@| t[+]", n)[0], "")) for n in attributes["channels"]]
     if calibration is not None:
-        attributes |= {
-            f"calibration_{name}": getattr(calibration, name) for name in ("method", "level", "num_examples")
-        }
-        attributes |= {} if calibration.temperature is None else {"temperature": calibration.temperature}
-        attributes |= {} if calibration.temperature is None else {"calibration_sets": calibration.score}
+        of_file = ("method", "level", "num_examples")
+        attributes |= {f"calibration_{name}": getattr(calibration, name) for name in of_file}
+        if calibration.temperature is not None:
+            attributes |= {"temperature": calibration.temperature, "calibration_sets": calibration.score}
         if calibration.noise_factors is not None:
             attributes["noise_factors"] = calibration.noise_factors.numpy()
     with_truth = with_truth and has_truth(experiment, dataset)
@@ -158,8 +156,8 @@ def _predict_table(experiment: Experiment, split: str, path: Path, **options: An
         if places := _dims_of_places(experiment, experiment.manifest):
             rule = f"the targets have the dims {', '.join(dim.name for dim in places)}, and a table has one row per example"
             raise ConfigError(Fault("--output", path, rule, "Name a file that ends in .h5"))
-        if comm.grid.is_first("world") and os.path.lexists(path):
-            raise is_there(path)
+        if comm.grid.is_first("world"):
+            check_is_free(path)
     hidden = path.with_name(f".{path.stem}-{comm.broadcast_object(secrets.token_hex(8))}.h5")
     predict_run(experiment, split, hidden, **options)
     with comm.agree(f"writing {path}"), _as_data_error(path):
@@ -177,10 +175,7 @@ def _predict_table(experiment: Experiment, split: str, path: Path, **options: An
 
 
 def verify_predictions(path: str | os.PathLike) -> list[str]:
-    """Compare the parts of a file of predictions with what it says of them; return a sentence for each problem. Local.
-
-    It raises `DataError` if it is no such file, or cannot be read.
-    """
+    """Return a sentence for each part that is not as a file of predictions says; `DataError` if unreadable. Local."""
     path = Path(path)
     try:
         with h5py.File(path) as file:
@@ -189,9 +184,8 @@ def verify_predictions(path: str | os.PathLike) -> list[str]:
             for name, num_bytes, sha256 in parts:
                 part = path.with_name(name) if is_plain(name) else None
                 if part is None or not part.exists():
-                    problems.append(
-                        f"{path} needs {name} beside it, which is missing: its rows read as NaN. Copy it, too"
-                    )
+                    rule = "which is missing: its rows read as NaN. Copy it, too"
+                    problems.append(f"{path} needs {name} beside it, {rule}")
                 elif part.stat().st_size != num_bytes or sha256_of_file(part) != sha256:
                     problems.append(f"{part} is not the part that {path} was written with (SHA-256). Predict again")
             for dataset in () if parts else file.values():
@@ -199,6 +193,12 @@ def verify_predictions(path: str | os.PathLike) -> list[str]:
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise DataError(f"{path} holds no predictions, or cannot be read ({error})") from error
     return problems
+
+
+def check_is_free(path: Path) -> None:
+    """Raise `ConfigError` where an output would be overwritten. Local."""
+    if os.path.lexists(path):
+        raise is_there(path)
 
 
 def is_there(path: Path) -> ConfigError:
@@ -257,7 +257,9 @@ def dims_of_rows(
         one = (Dim("category", named), *truth)
         rows |= {"probabilities": one, "std": one} | dict.fromkeys(("class", "entropy", "mutual_information"), truth)
     else:
-        one = truth = _dims_of_targets(experiment, manifest)
+        channels, first = experiment.manifest.arrays["y"].channels, likelihood.num_targets
+        targets = Dim("channel", channels) if len(channels) == first else Dim("target", range(first))
+        one = truth = (targets, *_dims_of_places(experiment, manifest))
         rows |= dict.fromkeys(("mean", "std", "aleatoric_std", "epistemic_std"), one)
     if calibration is not None:
         rows |= dict.fromkeys(("lower", "upper") if "mean" in rows else ("calibrated_probabilities", "in_set"), one)
@@ -268,15 +270,6 @@ def dims_of_rows(
     if with_members:
         rows["members"] = (Dim("member", range(experiment.config.num_test_samples)), *one)
     return rows | ({"y": truth} if with_truth else {})
-
-
-def _dims_of_targets(experiment: Experiment, manifest: Manifest) -> tuple[Dim, ...]:
-    """Return the dimensions of a target, with the coordinates that the preparation has noted."""
-    spec = experiment.manifest.arrays["y"]
-    first = experiment.likelihood.num_targets
-    is_named = len(spec.channels) == first
-    channels = Dim("channel", spec.channels) if is_named else Dim("target", range(first))
-    return channels, *_dims_of_places(experiment, manifest)
 
 
 def _dims_of_places(experiment: Experiment, manifest: Manifest) -> tuple[Dim, ...]:
@@ -400,8 +393,6 @@ class _Output:
 
     def _create(self, file: h5py.File) -> None:
         self._opened.enter_context(file)
-        if self._mine == self._temporary(self.path) and not self._is_shared:
-            file.attrs.update(self.attributes | {"parts": "[]"})
         num_rows = len(self._span)
         for name, (shape, dtype) in self._rows.items():
             # Chunks of about 1 MiB of whole rows; no checksums where several write: filters need them all at once
@@ -411,10 +402,11 @@ class _Output:
                 name, (num_rows, *shape), dtype, fillvalue=_missing(dtype), **options
             )
         if self._mine == self._temporary(self.path) and not self._is_shared:
-            self._name_dims(file)
+            self._describe(file)
 
-    def _name_dims(self, file: h5py.File) -> None:
-        """Give the dimensions of the whole file names and coordinates, as netCDF-4 has them. Local."""
+    def _describe(self, file: h5py.File, parts: Sequence[tuple[str, int, str]] = ()) -> None:
+        """Give the whole file its attributes, and its dimensions names and coordinates, as netCDF-4 has them. Local."""
+        file.attrs.update(self.attributes | {"parts": json.dumps(parts)})
         scales: dict[str, h5py.Dataset] = {}
         datasets: Any = file
         for name, row in self._dims.items():
@@ -484,18 +476,16 @@ class _Output:
                 publish(self._temporary(part), part, overwrites=False)
         if self._is_shared:
             with h5py.File(whole, "a") as file:
-                file.attrs.update(self.attributes | {"parts": "[]"})
-                self._name_dims(file)
+                self._describe(file)
         if several:
             with Disk(whole) as disk, h5py.File(disk, "w") as file:
-                file.attrs.update(self.attributes | {"parts": json.dumps(parts)})
                 for name, (shape, dtype) in self._rows.items():
                     layout = h5py.VirtualLayout((self.num_rows, *shape), dtype)
                     for source, span in zip(self._files, self._spans):
                         if len(span):
                             layout[span.start : span.stop] = h5py.VirtualSource(source.name, name, (len(span), *shape))
                     file.create_virtual_dataset(name, layout, fillvalue=_missing(dtype))
-                self._name_dims(file)
+                self._describe(file, parts)
         self._has_name = True
         try:
             publish(whole, self.path, overwrites=False)

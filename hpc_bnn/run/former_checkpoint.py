@@ -23,10 +23,7 @@ FORMAT_VERSION = 2
 
 
 def convert(former: dict[str, Any], path: str | os.PathLike) -> dict[str, Any]:
-    """Return a checkpoint of format 2, read from ``path``, as one of format 3. Local.
-
-    It raises `DataError` if the state of the optimizer is not that of the weights.
-    """
+    """Return a checkpoint of format 2 as one of format 3; `DataError` if optimizer and weights do not fit. Local."""
     family, model = former["config"]["posterior"]["family"], former["model"]
     if family == "low_rank":
         model, state = {name: _with_relative_factor(name, model) for name in model}, {}

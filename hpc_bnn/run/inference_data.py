@@ -52,12 +52,8 @@ def to_arviz(
         density. Dims are ``chain``, ``draw``, ``example``, and those of `predict_run`, with their coordinates. All is in
         memory, N K C numbers.
 
-    Raises
-    ------
-    ConfigError
-        ArviZ is not installed (``pip install 'hpc_bnn[arviz]'``), or an argument does not fit.
-    DataError
-        The run or its data cannot be read, or a target lies outside the support of the likelihood.
+    It raises `ConfigError` where ArviZ is not installed (``pip install 'hpc_bnn[arviz]'``) or an argument does not fit;
+    `DataError` where run or data cannot be read, or a target lies outside the support of the likelihood.
 
     Examples
     --------

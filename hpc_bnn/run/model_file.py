@@ -24,7 +24,7 @@ from ..errors import ConfigError, DataError, Fault
 from ..safe_files import check_can_write, refuse_world_writable, replacing
 from .calibrate import kept_calibration
 from .experiment import Experiment
-from .export import is_there
+from .export import check_is_free, is_there
 from .plain_network import PlainNetwork, What, example_inputs, own_network, plain_network
 
 FORMAT, VERSION = "hpc_bnn posterior", 1
@@ -46,8 +46,7 @@ def export_model(
     """Write a trained network to one file (`Predictor.export`). Local: an experiment of one process."""
     path = Path(output)
     _check_form(path, what, sample, num_samples)
-    if os.path.lexists(path):
-        raise is_there(path)
+    check_is_free(path)
     check_can_write(path, "--output")
     try:
         with replacing(path, overwrites=False) as temporary:
@@ -69,12 +68,8 @@ def export_model(
 def read_posterior(path: Path, comm: GridComm) -> Experiment:
     """Return the experiment of a .safetensors file, without the run that it is of. Local: a grid of one process.
 
-    Raises
-    ------
-    DataError
-        The file is missing, damaged, of another kind or of a newer version.
-    ConfigError
-        safetensors is not installed; or the config names what this hpc_bnn or this machine does not have.
+    It raises `DataError` where the file is missing, damaged, of another kind or a newer version; `ConfigError` without
+    safetensors, or where the config names what this hpc_bnn or this machine does not have.
     """
     safetensors = _package("safetensors", path)
     if not path.is_file():

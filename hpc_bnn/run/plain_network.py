@@ -28,19 +28,8 @@ class PlainNetwork(nn.Module):
 
     Nothing in it draws, and it shares no memory with a posterior: it can be copied, pickled, traced and exported.
 
-    Parameters
-    ----------
-    experiment : Experiment
-        Whose normalisation and likelihood it takes.
-    networks : list of nn.Module
-        One for each sample, which it keeps.
-    has_std : bool
-        Whether the standard deviation is returned, too.
-
-    Attributes
-    ----------
-    networks : nn.ModuleList
-        They take normalised inputs and give what the likelihood takes.
+    It takes normalisation and likelihood of an experiment, and keeps a network for each sample: they take normalised
+    inputs and give what the likelihood takes. ``has_std`` says that the standard deviation is returned, too.
     """
 
     def __init__(self, experiment: Experiment, networks: list[nn.Module], has_std: bool):
@@ -159,9 +148,7 @@ def plain_network(
     plain = PlainNetwork(experiment, [network for network, _ in found], has_std=what == "samples")
     tolerance = 1e-10 if experiment.dtype == torch.float64 else 1e-4
     with torch.no_grad():
-        normalised = plain.normalised(
-            inputs_of({name: values.to(experiment.comm.device) for name, values in few.items()})
-        )
+        normalised = plain.normalised({name: values.to(experiment.comm.device) for name, values in few.items()})
         for network, outputs in found:
             own = plain.outputs(network, normalised).double()
             if not torch.allclose(own, outputs, tolerance, tolerance * outputs.abs().max().item(), equal_nan=True):

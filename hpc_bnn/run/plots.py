@@ -89,10 +89,7 @@ def has_matplotlib() -> bool:
 
 
 def read_rows(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """Return the rows of a file of metrics, and how many lines are none, such as one that is half written. Local.
-
-    No file is no row; one that cannot be read raises `DataError`.
-    """
+    """Return the rows of a file, none without it, and how many lines are none; `DataError` if unreadable. Local."""
     rows, num_lost = [], 0
     for line in (read_bytes(path, "the rows") or b"").splitlines():
         try:
@@ -109,14 +106,8 @@ def read_rows(path: Path) -> tuple[list[dict[str, Any]], int]:
 def write_plots(run_dir: str | Path, examples: dict[str, Any]) -> list[Path]:
     """Draw RUN_DIR/plots/curves.png and uncertainty.png and return their paths. Local: rank 0 calls it.
 
-    Without matplotlib it logs a message and draws nothing.
-
-    Parameters
-    ----------
-    run_dir : path
-        Run directory with a metrics.jsonl.
-    examples : dict
-        Test examples with their predictive, as `hpc_bnn.run.train.Run.train` returns them.
+    From metrics.jsonl, and from the examples that `hpc_bnn.run.train.Run.train` returns. Without matplotlib it logs a
+    message and draws nothing.
     """
     if not has_matplotlib():
         logger.warning("no plots: matplotlib is not installed (pip install 'hpc_bnn[plots]')")
@@ -242,9 +233,8 @@ def calibration_figure(runs: Sequence[RunRecord]) -> Figure | None:
             axes.axline((0, 0), slope=1, color="gray", lw=0.8, ls="--")
             axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1.02), ylim=(0, 1.02))
         elif kind == "risk_coverage":
-            axes.set(
-                xlabel="fraction of the examples, the surest first", ylabel="mean error", xlim=(0, 1.02), ylim=(0, None)
-            )
+            axes.set(xlabel="fraction of the examples, the surest first", ylabel="mean error")
+            axes.set(xlim=(0, 1.02), ylim=(0, None))
         else:
             axes.axhline(1, color="gray", lw=0.8, ls="--")
             axes.set(xlabel="PIT", ylabel="density", ylim=(0, None))
@@ -311,19 +301,14 @@ def _plot_uncertainty(examples: dict[str, Any]) -> Figure:
         if number:
             bottom.set_yticklabels([])
     axes[1, 0].set_ylabel("probability ± std\nover samples", fontsize=8)
-    figure.suptitle(
-        f"test examples: the {len(surest)} surest of different classes and the {len(least_sure)} least sure "
-        "by entropy H of the predictive",
-        fontsize=10,
-    )
+    title = f"test examples: the {len(surest)} surest of different classes and the {len(least_sure)} least sure "
+    figure.suptitle(title + "by entropy H of the predictive", fontsize=10)
     return figure
 
 
 def _plot_values(examples: dict[str, Any]) -> Figure:
     """Draw predicted against true values, or for several targets each example's band of two standard deviations."""
-    y, mean, aleatoric, epistemic = (
-        examples[name].double().numpy() for name in ("y", "mean", "aleatoric_std", "epistemic_std")
-    )
+    y, mean, aleatoric, epistemic = _arrays(examples, "y", "mean", "aleatoric_std", "epistemic_std")
     total = (aleatoric**2 + epistemic**2) ** 0.5
     if y.shape[1] == 1:
         figure = _figure(5, 4.2)
@@ -350,48 +335,40 @@ def _plot_values(examples: dict[str, Any]) -> Figure:
 
 def _plot_fields(examples: dict[str, Any]) -> Figure:
     """Draw maps of each example: true, predicted, the error, and the standard deviation of the predictive."""
-    y, mean, aleatoric, epistemic = (
-        examples[name].double().numpy() for name in ("y", "mean", "aleatoric_std", "epistemic_std")
-    )
+    y, mean, aleatoric, epistemic = _arrays(examples, "y", "mean", "aleatoric_std", "epistemic_std")
     error, std = abs(mean - y), (aleatoric**2 + epistemic**2) ** 0.5
     import numpy as np  # targets may be missing: NaN
 
     values = {"vmin": np.nanmin([y, mean]), "vmax": np.nanmax([y, mean]), "cmap": "viridis"}
     spreads = {"vmin": 0.0, "vmax": np.nanmax([error, std]), "cmap": "magma"}
-    columns = [
-        ("true", y, values),
-        ("predicted", mean, values),
-        ("|error|", error, spreads),
-        ("predictive std", std, spreads),
-    ]
+    columns = {"true": (y, values), "predicted": (mean, values)}
+    columns |= {"|error|": (error, spreads), "predictive std": (std, spreads)}
     return _maps(columns, "test examples, first channel (units of y; both right columns on one scale)")
 
 
 def _plot_class_fields(examples: dict[str, Any]) -> Figure:
     """Draw maps of each example: true and predicted classes, total and epistemic uncertainty."""
-    y, said, entropy, information = (
-        examples[name].double().numpy() for name in ("y", "class", "entropy", "mutual_information")
-    )
+    y, said, entropy, information = _arrays(examples, "y", "class", "entropy", "mutual_information")
     import numpy as np
 
     classes = {"vmin": 0, "vmax": np.nanmax([y, said]), "cmap": "viridis"}
     nats = {"vmin": 0.0, "vmax": entropy.max(), "cmap": "magma"}
-    columns = [
-        ("true class", y, classes),
-        ("predicted", said, classes),
-        ("entropy", entropy, nats),
-        ("mutual information", information, nats),
-    ]
+    columns = {"true class": (y, classes), "predicted": (said, classes)}
+    columns |= {"entropy": (entropy, nats), "mutual information": (information, nats)}
     return _maps(columns, "test examples (uncertainties in nats, on one scale)")
 
 
-def _maps(columns: Sequence[tuple[str, Any, dict[str, Any]]], title: str) -> Figure:
-    """Draw fields [n, rows, columns], by name and scale, side by side; the second of each pair has a bar."""
-    num_rows = len(columns[0][1])
+def _arrays(examples: dict[str, Any], *names: str) -> list[Any]:
+    return [examples[name].double().numpy() for name in names]
+
+
+def _maps(columns: dict[str, tuple[Any, dict[str, Any]]], title: str) -> Figure:
+    """Draw fields [n, rows, columns] with their scales, by name, side by side; the second of each pair has a bar."""
+    num_rows = len(next(iter(columns.values()))[0])
     figure = _figure(13, 2.6 * num_rows, dpi=110)
     panels = figure.subplots(num_rows, len(columns), squeeze=False, sharex=True, sharey=True)
     for row, line in enumerate(panels):
-        for place, (axes, (name, fields, scale)) in enumerate(zip(line, columns)):
+        for place, (axes, (name, (fields, scale))) in enumerate(zip(line, columns.items())):
             image = axes.imshow(fields[row], **scale)
             if row == 0:
                 axes.set_title(name)

@@ -79,15 +79,9 @@ class ShownClasses:
             block = next(b for b, stop in enumerate(starts[1:]) if place < stop)
             examples, predictive = self._seen[block]
             row = place - starts[block]
-            found.append(
-                {
-                    "index": int(examples[row]),
-                    "probabilities": predictive.probabilities[row].cpu(),
-                    "std": predictive.std[row].cpu(),
-                    "entropy": float(entropy[place]),
-                    "mutual_information": float(predictive.mutual_information[row]),
-                }
-            )
+            example = {"index": int(examples[row]), "entropy": float(entropy[place])}
+            example |= {"probabilities": predictive.probabilities[row].cpu(), "std": predictive.std[row].cpu()}
+            found.append(example | {"mutual_information": float(predictive.mutual_information[row])})
         return found
 
 
@@ -116,10 +110,7 @@ class ShownValues:
         return column.flatten(1)[:, :NUM_SHOWN_TARGETS]
 
     def gather(self) -> dict[str, Tensor]:
-        """Return the columns [n, targets], of fields [n, rows, columns], on rank 0, elsewhere nothing.
-
-        Collective over the world.
-        """
+        """Return columns [n, targets], or fields [n, rows, columns], on rank 0, else {}. Collective over the world."""
         mine = self._seen if self.comm.grid.is_first("sample") else []
         parts = list(itertools.chain.from_iterable(self.comm.gather_objects(mine)))
         if self.comm.grid.rank != 0:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from ..comm import GridComm, choose_device
 from ..comm.devices import num_visible_gpus
 from ..data import Source
+from ..data.dataset import NormalisedSource
 from ..data.manifest import ArraySpec, inputs_of
 from ..errors import ConfigError, Fault, count
 from ..grid import Grid
@@ -72,11 +73,6 @@ def load(run_dir: str | os.PathLike, which: Which = "best", *, device: str = "au
 class Predictor:
     """Predicts for arrays in the units of the shards: it normalises inputs, and gives numbers in units of y. Local.
 
-    Parameters
-    ----------
-    experiment : hpc_bnn.run.Experiment
-        Of one process, with trained parameters; `hpc_bnn.load` makes it.
-
     Attributes
     ----------
     posterior, likelihood : Posterior, Likelihood
@@ -86,7 +82,7 @@ class Predictor:
     num_steps : int
         Steps of the checkpoint.
     experiment : hpc_bnn.run.Experiment
-        What it is made of.
+        What it is made of: of one process, with trained parameters, as `hpc_bnn.load` makes it.
     """
 
     def __init__(self, experiment: Experiment):
@@ -237,7 +233,7 @@ def samples_of(experiment: Experiment, num_samples: int | None) -> dict[str, Any
     return options
 
 
-class _Examples(Source):
+class _Examples(NormalisedSource):
     """Examples of the user in memory, normalised as those of the training; without y their targets do not exist."""
 
     def __init__(self, experiment: Experiment, x: Arrays | Mapping[str, Arrays], y: Arrays | None = None):
@@ -271,17 +267,6 @@ class _Examples(Source):
     def deliver(self, content: dict[str, Tensor]) -> tuple[Any, Tensor]:
         found = self._normalise({name: values.to(self.device) for name, values in content.items()})
         return inputs_of(found), found.get("y", torch.empty(0, device=self.device))
-
-    def in_units(self, y: Tensor) -> Tensor:
-        return y if self.target_scale is None else y * self.target_scale[1] + self.target_scale[0]
-
-    @property
-    def input_scale(self) -> tuple[Tensor, Tensor] | None:
-        return self._normalise.scales.get("x")
-
-    @property
-    def target_scale(self) -> tuple[Tensor, Tensor] | None:
-        return self._normalise.scales.get("y")
 
 
 def _names_along(given: Arrays, dim: int) -> Sequence[Any]:

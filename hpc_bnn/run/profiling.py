@@ -11,8 +11,6 @@ import torch
 
 from ..training import VariationalStep
 
-__all__ = ["Profiler"]
-
 NUM_BEFORE = 8
 """Steps of a run that are not recorded: the first ones look, allocate and capture."""
 
@@ -20,17 +18,9 @@ NUM_BEFORE = 8
 class Profiler:
     """Records steps by ``torch.profiler``, and after them one that is launched anew, with ranges for its parts.
 
-    Names of ranges inside of a graph are lost when it is replayed, hence the last step. All ranks take the same steps in
-    the same way; one writes.
-
-    Parameters
-    ----------
-    step : VariationalStep
-        What is recorded.
-    num_steps : int or None
-        Steps to record; None: nothing is.
-    path : Path or None
-        The file of the trace (JSON); None on ranks that do not write.
+    Names of ranges inside of a graph are lost when it is replayed, hence the last step. All ranks take the same steps
+    in the same way; one writes. Without ``num_steps`` to record nothing is; ``path`` is the file of the trace (JSON),
+    None on ranks that do not write.
     """
 
     def __init__(self, step: VariationalStep, num_steps: int | None, path: Path | None):

@@ -28,14 +28,8 @@ from . import plots
 
 logger = logging.getLogger(__name__)
 
-IDEALS = {
-    "accuracy": 1.0,
-    "mean_iou": 1.0,
-    "spread_skill": 1.0,
-    "coverage_50": 0.5,
-    "coverage_90": 0.9,
-    "coverage_95": 0.95,
-}
+IDEALS = dict.fromkeys(("accuracy", "mean_iou", "spread_skill"), 1.0)
+IDEALS |= {"coverage_50": 0.5, "coverage_90": 0.9, "coverage_95": 0.95}
 """The best value of a metric, if it is not the lowest."""
 
 NO_BEST = ("width_50", "width_90", "width_95", "set_coverage", "interval_coverage", "interval_width")
@@ -92,10 +86,7 @@ class RunRecord:
 
     @classmethod
     def read(cls, directory: str | Path, label: str) -> RunRecord:
-        """Read a run directory, also one of a run that goes on or was interrupted.
-
-        It raises `ConfigError` if there is no run, `DataError` if a file cannot be read.
-        """
+        """Read a run directory, also of a run that goes on; `ConfigError` without a run, `DataError` if unreadable."""
         directory = Path(directory)
         config_path = config_of_run(directory)
         config = _mapping(config_path, yaml.safe_load)
@@ -134,14 +125,9 @@ def _mapping(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
 
 
 def write_report(run_dirs: Sequence[str | Path], output: str | Path | None = None) -> Path:
-    """Write the page and return its path.
+    """Write the page about one run, or several to compare, and return its path.
 
-    Parameters
-    ----------
-    run_dirs : sequence of path
-        One run, or several to compare.
-    output : path, optional
-        By default report.html in the run directory; for several runs in the directory that they share.
+    By default it is report.html in the run directory; for several runs in the directory that they share.
     """
     paths = [Path(run_dir) for run_dir in run_dirs]
     names = [path.resolve().name for path in paths]

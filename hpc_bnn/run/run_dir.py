@@ -49,24 +49,18 @@ _SIGN = "# run "
 
 
 class RunDir:
-    """The right to write to the directory of a run.
-
-    Attributes
-    ----------
-    identity : str or None
-        Of the run; None before `begin`, and of a run of hpc_bnn 0.1.
-    """
+    """The right to write to the directory of a run."""
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(os.path.realpath(path))
         self.identity: str | None = None
+        """Of the run; None before `begin`, and of a run of hpc_bnn 0.1."""
         self._lock: Lock | None = None
 
     def open(self, resumes: bool) -> None:
         """Take the lock of the directory, if it is there, and read its identity if a run goes on.
 
-        It raises `ConfigError` if another process has it or if it holds other things than a run, `DataError` if it
-        cannot be read.
+        `ConfigError` if another process has it or it holds other things than a run, `DataError` if it is unreadable.
         """
         names = {name for name in names_in(self.path) if not is_leftover(name, _TEMPORARY)}
         if names - {LOCK} and not names & {RUN_FILE, CONFIG, *(["checkpoints"] if resumes else [])}:
@@ -87,10 +81,7 @@ class RunDir:
             )
 
     def begin(self, manifest: str, config: str) -> None:
-        """Make the directory of a new run, complete or not at all, and move a former run aside.
-
-        It raises `ConfigError` if another process has made it in the meantime.
-        """
+        """Make the directory, whole or not at all, and move a former run aside; `ConfigError` if another makes it."""
         if self._lock is not None:
             remove_leftovers(self.path, _TEMPORARY)
         if self._lock is not None and set(names_in(self.path)) <= _OF_A_START:

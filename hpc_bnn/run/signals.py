@@ -10,8 +10,6 @@ import os
 import signal
 import threading
 
-__all__ = ["STOPPING", "block", "is_watching", "received", "watch"]
-
 STOPPING = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 INTERRUPTED = 128 + signal.SIGINT
 """Exit code of a process that Ctrl-C has ended."""

@@ -54,16 +54,8 @@ MAX_CHANNELS = 8
 class Run(Experiment):
     """A training run on the process grid: data, model, step, and what it writes.
 
-    Collective over the world, in construction and in every method.
-
-    Parameters
-    ----------
-    config : Config
-        The run, as `check` approves it.
-    comm : GridComm
-        The process grid.
-    stop : StopRequest, optional
-        On any rank it ends the run with a checkpoint after the current step; by default signals do, during `train`.
+    Collective over the world, in construction and in every method. A `StopRequest` on any rank ends the run with a
+    checkpoint after the current step; by default signals do, during `train`.
     """
 
     def __init__(self, config: Config, comm: GridComm, stop: StopRequest | None = None):
@@ -120,10 +112,7 @@ class Run(Experiment):
     # --- the run ------------------------------------------------------------------------------------
 
     def train(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Train, evaluate, write everything.
-
-        Return what summary.json holds, and test examples with their predictive (on rank 0, elsewhere empty).
-        """
+        """Train, evaluate and write; return what summary.json holds and, on rank 0, test examples with predictive."""
         try:
             with self.watch:
                 self._open_run_dir()
@@ -334,16 +323,14 @@ class Run(Experiment):
                     for name, value in row.items():
                         self._board.add_scalar(name, value, row["step"])
                     self._board.flush()
-        if self.is_writer and any(name.startswith(("validation/", "test/")) for name in row):
+        tested = [name for name in row if name.startswith(("validation/", "test/"))]
+        if self.is_writer and tested:
             done = self.step.num_steps - self._first_step
             per_step = (time.perf_counter() - self._begun) / max(done, 1)
             left = tqdm.format_interval(per_step * (self._num_planned_steps() - self.step.num_steps))
-            shown = ["train/nelbo", "train/kl", *(name for name in row if name.startswith(("validation/", "test/")))]
-            values = "  ".join(f"{name} {row[name]:.4g}" for name in shown)
-            line = (
-                f"epoch {row['epoch']:4d}  step {row['step']:6d}  {values}  {row['examples_per_second']:.0f} examples/s"
-            )
-            progress.write(line + ("" if self._is_over() else f"  {left} left"), file=sys.stderr)
+            values = "  ".join(f"{name} {row[name]:.4g}" for name in ("train/nelbo", "train/kl", *tested))
+            rate = f"{row['examples_per_second']:.0f} examples/s" + ("" if self._is_over() else f"  {left} left")
+            progress.write(f"epoch {row['epoch']:4d}  step {row['step']:6d}  {values}  {rate}", file=sys.stderr)
 
     def _find_board(self) -> type | None:
         """Return the class that writes for TensorBoard, where the config wants it. Collective over the world."""
@@ -378,10 +365,8 @@ class Run(Experiment):
 
     def _say_differences(self, former: dict[str, Any]) -> None:
         """Log the differences between the config and that of the checkpoint."""
-        mine, free = (
-            flatten(self.config.to_dict()),
-            ("run_dir", "resume", "max_seconds", "stall_seconds", "grid.", "backend", "capture", "profile"),
-        )
+        mine = flatten(self.config.to_dict())
+        free = ("run_dir", "resume", "max_seconds", "stall_seconds", "grid.", "backend", "capture", "profile")
         for name, value in flatten(former).items():
             if mine.get(name) != value and not name.startswith(free):
                 logger.warning("--%s is %s; the checkpoint was written with %s", name, mine.get(name), value)
@@ -391,15 +376,8 @@ class Run(Experiment):
         state = self.step.gather_state(to_first=True)
         with self.comm.agree(f"writing a checkpoint to {self.checkpoints.directory}"):
             if self.is_writer:
-                state |= {
-                    "schedule": self.schedule.state_dict(),
-                    "place": {
-                        "num_steps": state.pop("num_steps"),
-                        "data": self.manifest.digest,
-                        **asdict(self.progress),
-                    },
-                    "config": self.config.to_dict(),
-                }
+                place = {"num_steps": state.pop("num_steps"), "data": self.manifest.digest, **asdict(self.progress)}
+                state |= {"schedule": self.schedule.state_dict(), "place": place, "config": self.config.to_dict()}
                 self.checkpoints.save(state, self.step.num_steps, metric)
         self._written, self._is_checkpoint_due = time.perf_counter(), False
 
@@ -563,7 +541,5 @@ def _prefixed(tested: TestResult, split: str = "test") -> dict[str, float]:
 def _versions() -> dict[str, str]:
     """Return the versions of what a run uses, of the optional libraries where they are imported."""
     modules = {name: sys.modules.get(name) for name in ("torch", "h5py", "horovod", "mpi4py")}
-    versions = {name: getattr(module, "__version__", None) for name, module in modules.items()}
     found = {"hpc_bnn": __version__, "python": platform.python_version()}
-    found |= {name: version for name, version in versions.items() if version}
-    return found
+    return found | {name: module.__version__ for name, module in modules.items() if hasattr(module, "__version__")}
