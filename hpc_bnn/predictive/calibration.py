@@ -152,10 +152,7 @@ class Calibration:
 
 
 def ends_of(predictive: Any, level: float) -> tuple[Tensor, Tensor]:
-    """Return the ends of the central interval of the mixture over samples, [B, T, ...] each (units of y).
-
-    Local or collective as `ValuePredictive.quantile`.
-    """
+    """Return the ends [B, T, ...] of the central interval (units of y). Local or collective as the quantiles."""
     return predictive.quantile((1 - level) / 2), predictive.quantile((1 + level) / 2)
 
 
@@ -202,14 +199,8 @@ def fit_temperature(log_p: Tensor, y: Tensor, comm: GridComm) -> float:
 
     Guo et al., On Calibration of Modern Neural Networks (ICML 2017), of the mean probabilities over the samples. The
     negative log-likelihood is convex in b = 1/T; its slope, the sum over examples of ``E[log p] - log p_y``, the
-    expectation over the tempered probabilities, is halved in on (in log b).
-
-    Parameters
-    ----------
-    log_p : Tensor
-        [n, C] logarithms of the probabilities of examples that no other rank has; n may be 0.
-    y : Tensor
-        [n] their classes.
+    expectation over the tempered probabilities, is halved in on (in log b). ``log_p`` [n, C] are the logarithms of the
+    probabilities of examples that no other rank has, y [n] their classes; n may be 0.
     """
     of_truth = log_p.gather(1, y.long()[:, None])[:, 0]
     low, high = (-math.log(temperature) for temperature in reversed(TEMPERATURES))  # of log b
@@ -227,15 +218,11 @@ def fit_vector(log_p: Tensor, y: Tensor, temperature: float, comm: GridComm) -> 
 
     Collective over the world: in each of about ten rounds a sum of (2 C + 1)^2 numbers, and a broadcast of 2 C.
 
-    Guo et al. (2017), of the mean probabilities over the samples: they minimise the negative log-likelihood of all examples (nats),
-    and half the squared distance from those of the ``temperature``, 1/T and 0. This is a standard normal prior; it keeps
-    them finite for a class that never occurs, and next to the temperature where the examples are few. Newton's method, whose
-    steps are halved until the sum decreases; world rank 0 decides, so that all ranks take the same one.
-
-    Parameters
-    ----------
-    log_p, y : Tensor
-        As for `fit_temperature`.
+    Guo et al. (2017), of the mean probabilities over the samples: they minimise the negative log-likelihood of all
+    examples (nats), and half the squared distance from those of the ``temperature``, 1/T and 0. This is a standard
+    normal prior; it keeps them finite for a class that never occurs, and next to the temperature where the examples are
+    few. Newton's method, whose steps are halved until the sum decreases; world rank 0 decides, so that all ranks take
+    the same one. ``log_p`` and y are as for `fit_temperature`.
     """
     num_classes = log_p.shape[1]
     middle = torch.cat([log_p.new_full((num_classes,), 1 / temperature), log_p.new_zeros(num_classes)])
@@ -271,14 +258,10 @@ def fit_vector(log_p: Tensor, y: Tensor, temperature: float, comm: GridComm) -> 
 def fit_noise_factors(parts: Sequence[tuple[Any, Tensor, Tensor, Tensor]], num_targets: int, comm: GridComm) -> Tensor:
     """Return the factors [T] of the scales with the greatest likelihood, on the CPU.
 
-    Collective over the world: one sum of 26 T numbers, 40 of T. The likelihood is that of each target by itself, of its mixture
-    over the samples whose scales are multiplied by the factor of its channel. The greatest of 25 values tells where to look;
-    there the slope is halved in on (in the logarithm of the factor).
-
-    Parameters
-    ----------
-    parts : sequence of (GaussianMixture, Tensor, Tensor, Tensor)
-        Components [K, m] of m targets that no other rank has, the targets [m], whether each is there, and its channel.
+    Collective over the world: one sum of 26 T numbers, 40 of T. The likelihood is that of each target by itself, of its
+    mixture over the samples whose scales are multiplied by the factor of its channel. The greatest of 25 values tells
+    where to look; there the slope is halved in on (in the logarithm of the factor). ``parts`` have the components [K,
+    m] of m targets that no other rank has, the targets [m], whether each is there, and its channel.
     """
 
     def total(log_factor: Tensor, is_slope: bool) -> Tensor:
@@ -316,15 +299,10 @@ def conformal_rank(num_examples: int, level: float) -> int:
 def conformal_thresholds(scores: Tensor, level: float, num_examples: int, comm: GridComm) -> Tensor:
     """Return the score with `conformal_rank` among those of all examples, [...] on the CPU; infinite where those of a target are too few.
 
-    Collective over the world: a gather of each `GATHERED_NUMBERS` scores. Equal scores count as often as they occur; the order
-    of the examples does not matter, so every grid finds the same one.
-
-    Parameters
-    ----------
-    scores : Tensor
-        [m, ...] of examples that no other rank has, NaN where a target is missing; m may be 0.
-    num_examples : int
-        n, of all ranks: as `Calibration.num_examples`.
+    Collective over the world: a gather of each `GATHERED_NUMBERS` scores. Equal scores count as often as they occur;
+    the order of the examples does not matter, so every grid finds the same one. Scores are [m, ...] of examples that no
+    other rank has, NaN where a target is missing; m may be 0. ``num_examples`` are those of all ranks
+    (`Calibration.num_examples`).
     """
     shape = scores.shape[1:]
     if conformal_rank(num_examples, level) > num_examples:
@@ -368,8 +346,6 @@ def calibrate_dataset(
 
     Parameters
     ----------
-    dataset : Source
-        The data set.
     level : float
         Above 0 and below 1.
     scaling, score, penalty, free_rank
@@ -381,14 +357,9 @@ def calibrate_dataset(
     **options
         ``num_samples``, ``seed``, ``batch_size`` and ``chunk_size`` of `predict_classes`.
 
-    Raises
-    ------
-    ConfigError
-        The level is none, or the predictive has neither classes nor quantiles, or what is asked for is none or does not fit the
-        targets.
-    DataError
-        On all ranks: a target lies outside the support of the likelihood, or all are missing, or the network predicts
-        what is no number.
+    It raises `ConfigError` where the level is none, the predictive has neither classes nor quantiles, or a method does
+    not fit the targets; `DataError`, on all ranks, where a target lies outside the support of the likelihood, all are
+    missing, or the network predicts what is no number.
     """
     above_and_below(0, 1, "Try 0.9").check("--level", level)
     of_classes, places = is_of_classes(likelihood), dataset.manifest.places
@@ -450,13 +421,10 @@ def calibrate_dataset(
     is_known = (of_targets > 0) | ~of_targets.any(1, keepdim=True)  # not land in a field of the sea
     too_few = int((is_known & (of_targets < num_examples)).sum())
     if too_few and comm.grid.is_first("world"):
-        of = f"{too_few} of {of_targets.numel()}"
-        logger.warning(
-            "%s targets have too few examples for the level %g: their sets or intervals hold everything", of, level
-        )
-    found = Calibration(
-        SETS if of_classes else INTERVALS, level, num_examples, conformal_thresholds(of_all, level, num_examples, comm)
-    )
+        rule = "%d of %d targets have too few examples for the level %g: their sets or intervals hold everything"
+        logger.warning(rule, too_few, of_targets.numel(), level)
+    thresholds = conformal_thresholds(of_all, level, num_examples, comm)
+    found = Calibration(SETS if of_classes else INTERVALS, level, num_examples, thresholds)
     if of_classes:
         log_p, y = torch.cat(logs), torch.cat(classes)
         temperature = fit_temperature(log_p, y, comm)

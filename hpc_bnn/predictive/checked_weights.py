@@ -90,7 +90,8 @@ def check_up(posterior: Posterior, comm: GridComm) -> dict[str, Any]:
             line |= dict.fromkeys(QUANTILES)
             if mean is not None and sigma is not None:
                 ratio = (mean.abs() / sigma).nan_to_num(0.0, posinf=math.inf).sort().values
-                line |= {name: _finite(ratio[round(q * (len(ratio) - 1))]) for name, q in QUANTILES.items()}
+                at = {name: ratio[round(q * (len(ratio) - 1))].item() for name, q in QUANTILES.items()}
+                line |= {name: value if math.isfinite(value) else None for name, value in at.items()}
                 low, high, num_bins = BINS
                 places = ((ratio.log10() - low) * (num_bins / (high - low))).floor().clamp(0, num_bins - 1)
                 counts += places.long().bincount(minlength=num_bins).cpu()
@@ -99,13 +100,10 @@ def check_up(posterior: Posterior, comm: GridComm) -> dict[str, Any]:
     lines.sort(key=lambda line: order.index(line["name"]))
     kls, coupling = [line["kl"] for line in lines if line["kl"] is not None], family.coupling(slots).item()
     total = math.fsum(kls) + coupling if kls else None
-    notes = (
-        [KLS[can.kl].format(total)] if total is not None else ["The family has no KL, or does not say it by weight."]
-    )
+    notes = ["The family has no KL, or does not say it by weight." if total is None else KLS[can.kl].format(total)]
     if coupling:
-        notes.append(
-            f"The KL of a tensor is that of its weights one by one; {coupling:.4g} nats are their total correlation."
-        )
+        of_all = f"{coupling:.4g} nats are their total correlation."
+        notes.append(f"The KL of a tensor is that of its weights one by one; {of_all}")
     share = None if least is None or not posterior.num_weights else num_at_prior / posterior.num_weights
     if share is not None:
         notes.append(
@@ -117,9 +115,8 @@ def check_up(posterior: Posterior, comm: GridComm) -> dict[str, Any]:
     elif not can.has_random_weights:
         notes.append("The weights are points: there is no sigma, and a KL is their weight decay, up to a constant.")
     elif not counts.any():
-        notes.append(
-            f"There is no sigma: {why or 'that takes several members, and a family that names its rest_slot'}."
-        )
+        why = why or "that takes several members, and a family that names its rest_slot"
+        notes.append(f"There is no sigma: {why}.")
     low, high, num_bins = BINS
     edges = [low + (high - low) * number / num_bins for number in range(num_bins + 1)]
     return {
@@ -134,10 +131,7 @@ def check_up(posterior: Posterior, comm: GridComm) -> dict[str, Any]:
 
 
 def _over_rows(posterior: Posterior, comm: GridComm, span: slice) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return mean and standard deviation over all rows, and mean of what they add to the KL, of weights [n]; None: unknown.
-
-    Collective over ``sample_comm``.
-    """
+    """Return mean, standard deviation, mean part of the KL, [n] over rows, or None. Collective over ``sample_comm``."""
     rows = posterior.buffer.values.get(posterior.family_.rest_slot)
     if rows is None:
         return None, None, None
@@ -150,10 +144,6 @@ def _over_rows(posterior: Posterior, comm: GridComm, span: slice) -> tuple[Tenso
     comm.sum_(squares, "sample")
     sigma = (squares / (count - 1)).sqrt() if count.item() > 1 else None
     return mean, sigma, None if kl is None else sums[2] / count
-
-
-def _finite(number: Tensor) -> float | None:
-    return number.item() if number.isfinite() else None
 
 
 def mean_network(posterior: Posterior) -> DeterministicNetwork:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -166,8 +167,6 @@ def evaluate_dataset(
 
     Parameters
     ----------
-    dataset : Source
-        The data set.
     see : callable, optional
         Called with the global indices [B], the predictive, and the targets of every block of this rank; numbers in
         units of y, with `ValuePredictive.share` and without `mixture` and `members`.
@@ -194,9 +193,8 @@ def evaluate_dataset(
             raise scores.fault
     scores.combine(comm)
     if not scores.has_targets:
-        raise DataError(
-            f"all targets of this split of {dataset.manifest.name} are missing or have the weight 0: there is nothing to evaluate"
-        )
+        rule = f"all targets of this split of {dataset.manifest.name} are missing or have the weight 0"
+        raise DataError(f"{rule}: there is nothing to evaluate")
     uncertainties = {name: scores.gathered[name] for name in UNCERTAINTIES[is_of_classes(likelihood)]}
     if dataset.manifest.has_weights:
         uncertainties["weight"] = scores.gathered["example_weight"]
@@ -217,11 +215,9 @@ def score_dataset(
     calibration: Calibration | None = None,
     **options: Any,
 ) -> _Scores:
-    """Return this rank's evaluation of its examples, before `evaluate_dataset` combines those of all ranks.
-
-    Collective over ``sample_comm``.
-    """
-    scores = _SCORES[is_of_classes(likelihood)](likelihood, dataset, num_samples, groups, references, calibration)
+    """Return this rank's scores, before `evaluate_dataset` combines those of all. Collective over ``sample_comm``."""
+    kind = _ClassScores if is_of_classes(likelihood) else _ValueScores
+    scores = kind(likelihood, dataset, num_samples, groups, references, climatology, calibration)
     options |= {"num_samples": num_samples, "keep_share": likelihood.has_mixture}
     for block in predict_dataset(posterior, likelihood, comm, dataset, **options):
         misfits = ~likelihood.fits(block.y)
@@ -242,10 +238,10 @@ def score_dataset(
                 forecasts["persistence"] = persistence(dataset, rows_of(block.x, span), y.double())
             if climatology is not None:
                 forecasts["climatology"] = climatology.mean.expand_as(y)
-            part = examples_of(predictive, mine.start, mine.stop)
+            of_part = examples_of(predictive, mine.start, mine.stop)
             of_examples = None if block.weights is None else block.weights[span]
             interval = None if ends is None else (ends[0][span], ends[1][span])
-            scores.add(block.examples[span], part, y, forecasts, climatology, weights, of_examples, interval)
+            scores.add(_Part(block.examples[span], of_part, y, weights, of_examples, forecasts, interval))
         share = predictive.share if isinstance(predictive, ValuePredictive) else None
         if share is not None and share.shares.span:
             rows = share.shares.examples
@@ -318,13 +314,9 @@ def _unit(dataset: Source) -> Tensor | float:
 def out_of_distribution_metrics(inside: dict[str, Tensor], outside: dict[str, Tensor]) -> dict[str, float]:
     """Return how well each uncertainty detects out-of-distribution examples: ``ood_auroc/``, ``ood_aupr/``, ``ood_fpr95/`` its name.
 
-    Local; `hpc_bnn.predictive.metrics.detection` defines them. An AUROC of 0.5: not at all; of 1: every out-of-distribution
-    example is less certain than every one of the data.
-
-    Parameters
-    ----------
-    inside, outside : dict of str to Tensor
-        [N] of `Evaluation.uncertainties`, and [M] of `uncertainties_of_dataset`.
+    Local; `hpc_bnn.predictive.metrics.detection` defines them. An AUROC of 0.5: not at all; of 1: every
+    out-of-distribution example is less certain than every one of the data. ``inside`` are `Evaluation.uncertainties`
+    [N], ``outside`` [M] those of `uncertainties_of_dataset`.
     """
     weights = [found.get("weight", torch.ones_like(next(iter(found.values())))) for found in (inside, outside)]
     names = [name for name in inside if name != "weight"]
@@ -333,10 +325,7 @@ def out_of_distribution_metrics(inside: dict[str, Tensor], outside: dict[str, Te
 
 
 def metrics_to_minimise(likelihood: Likelihood, places: tuple[int, ...] = ()) -> tuple[str, ...]:
-    """Return the metrics by which one checkpoint is better than another, less is better. Local.
-
-    ``places`` are the points of a target (`hpc_bnn.data.Manifest.places`).
-    """
+    """Return the metrics, less is better, that judge checkpoints, for ``places``, the points of a target. Local."""
     if is_of_classes(likelihood):
         return ("nll", "brier", "ece", "classwise_ece", *(() if places else ("adaptive_ece",)), "aurc")
     density = ("nll",) if likelihood.has_density else ()
@@ -364,20 +353,46 @@ class _Columns:
         return dict(zip(self.names, ordered[:, 1:].unbind(1)))
 
 
+@dataclass(frozen=True)
+class _Part:
+    """Examples that no other rank scores."""
+
+    examples: Tensor
+    predictive: Any
+    y: Tensor
+    weights: Tensor | None
+    """Of each target, like y: 0 where it is missing."""
+    of_examples: Tensor | None
+    """[B] weights of the examples."""
+    forecasts: dict[str, Tensor]
+    """What others say of the targets."""
+    interval: tuple[Tensor, Tensor] | None
+
+
 class _Scores:
     """Accumulates the metrics of a data set, and of its groups."""
 
     total_uncertainty: str
     """Name of the uncertainty by which selective prediction abstains."""
 
-    def __init__(self, dataset: Source, groups: Sequence[Group], columns: tuple[str, ...]):
+    def __init__(
+        self, likelihood: Any, dataset: Source, num_samples: int, groups: Sequence[Group], references: Sequence[str],
+        climatology: Climatology | None, calibration: Calibration | None,
+    ):  # fmt: skip
+        self._likelihood, self._dataset, self._num_samples = likelihood, dataset, num_samples
+        self._references, self._climatology, self._calibration = references, climatology, calibration
+        self._places = dataset.manifest.places
         self.groups = [ALL, *groups]
         self.parts = [self.make_metrics(group) for group in self.groups]
         """Metrics of the whole data set, and of each group."""
         for metric in self.all_metrics():
             metric.sums = metric.sums.to(dataset.device)
-        self._columns = _Columns((*columns, "loss", *(("example_weight",) if dataset.manifest.has_weights else ())))
+        beside = ("example_weight",) if dataset.manifest.has_weights else ()
+        self._columns = _Columns((*self.column_names(), "loss", *beside))
         self.fault: DataError | None = None
+
+    def column_names(self) -> tuple[str, ...]:
+        raise NotImplementedError
 
     def make_metrics(self, group: Group) -> dict[str, Metric]:
         raise NotImplementedError
@@ -386,21 +401,8 @@ class _Scores:
         """Return the metrics of the whole and of all groups, in one order on all ranks. Local."""
         return [metric for metrics in self.parts for metric in metrics.values()]
 
-    def add(
-        self,
-        examples: Tensor,
-        predictive: Predictive,
-        y: Tensor,
-        forecasts: dict[str, Tensor],
-        climatology: Climatology | None,
-        weights: Tensor | None,
-        of_examples: Tensor | None,
-        interval: tuple[Tensor, Tensor] | None,
-    ) -> None:
-        """Add examples that no other rank adds, and what others forecast of them. Local.
-
-        ``weights`` are those of each target, like y: 0 where it is missing; ``of_examples`` [B] those of the examples.
-        """
+    def add(self, part: _Part) -> None:
+        """Add examples that no other rank adds, and what others forecast of them. Local."""
         raise NotImplementedError
 
     def add_share(self, examples: Tensor, share: Share, y: Tensor, weights: Tensor | None) -> None:
@@ -436,10 +438,8 @@ class _Scores:
         comm.sum_([metric.sums for metric in self.all_metrics()])
         self.gathered = self._columns.gather(comm)
 
-    def add_columns(
-        self, examples: Tensor, columns: dict[str, Tensor], losses: Tensor, weights: Tensor, of_examples: Tensor | None
-    ) -> None:
-        """Add columns by name, the loss, and weights: [B], or [B, ...] of targets as the losses, of which the mean counts. Local."""
+    def add_columns(self, part: _Part, columns: dict[str, Tensor], losses: Tensor, weights: Tensor) -> None:
+        """Add columns by name, the loss, and weights: [B], or [B, ...] as the losses, whose mean counts. Local."""
         weight = weights.expand(losses.shape).flatten(1).sum(1)
         whole = weight.clamp_min(torch.finfo(torch.float64).tiny)
         for name, values in (columns | {"loss": losses}).items():
@@ -447,7 +447,8 @@ class _Scores:
                 values = torch.where(weights > 0, values * weights, 0).flatten(1).sum(1) / whole
             columns[name] = values
         columns["weight"] = weight
-        self._columns.add(examples, columns if of_examples is None else columns | {"example_weight": of_examples})
+        columns |= {} if part.of_examples is None else {"example_weight": part.of_examples}
+        self._columns.add(part.examples, columns)
 
     def risk_coverage(self, group: Group = ALL) -> tuple[Tensor, Tensor]:
         rows, found = slice(None) if group.examples is None else group.examples, self.gathered
@@ -467,9 +468,8 @@ class _Scores:
 
     def curves(self) -> dict[str, Any]:
         coverage, risk = self.risk_coverage()
-        shown = torch.searchsorted(
-            coverage, torch.arange(1, RISK_POINTS + 1).to(coverage) / RISK_POINTS - 1e-12
-        ).unique()
+        points = torch.arange(1, RISK_POINTS + 1).to(coverage) / RISK_POINTS - 1e-12
+        shown = torch.searchsorted(coverage, points).unique()
         return {"risk_coverage": {"coverage": coverage[shown].tolist(), "risk": risk[shown].tolist()}}
 
     def by_group(self) -> dict[str, Any]:
@@ -478,16 +478,10 @@ class _Scores:
         for grouping, of_grouping in itertools.groupby(range(1, len(self.groups)), lambda n: self.groups[n].grouping):
             numbers = list(of_grouping)
             whole = [self.compute_of(self.parts[n]) | self.aurc_of(self.groups[n]) for n in numbers]
-            channels = [self.by_channel(self.parts[n]) for n in numbers]
-            found[grouping] = {
-                "name": [self.groups[n].label for n in numbers],
-                "metrics": {
-                    name: [_known(row.get(name)) for row in whole] for name in {k: 0 for row in whole for k in row}
-                },
-                "channels": {
-                    name: [row.get(name) for row in channels] for name in {k: 0 for row in channels for k in row}
-                },
-            }
+            metrics = {name: list(map(_known, values)) for name, values in _by_name(whole).items()}
+            channels = _by_name([self.by_channel(self.parts[n]) for n in numbers])
+            labels = [self.groups[n].label for n in numbers]
+            found[grouping] = {"name": labels, "metrics": metrics, "channels": channels}
         return found
 
     def by_channel(self, metrics: dict[str, Any]) -> dict[str, list[float | None]]:
@@ -500,43 +494,22 @@ class _ClassScores(_Scores):
 
     total_uncertainty = "entropy"
 
-    def __init__(
-        self,
-        likelihood: Likelihood,
-        dataset: Source,
-        num_samples: int,
-        groups: Sequence[Group],
-        references: Sequence[str],
-        calibration: Calibration | None = None,
-    ):
-        assert is_of_classes(likelihood)
-        self._calibration = calibration
-        self._is_field, self._num_classes = bool(dataset.manifest.places), likelihood.num_classes
-        self._names = dataset.manifest.details.get("classes") or list(range(likelihood.num_classes))
-        weighted = ("weight",) if likelihood.ignore_index is not None or dataset.manifest.has_weights else ()
-        beside = () if self._is_field else ("confidence",)
-        super().__init__(dataset, groups, (*UNCERTAINTIES[True], *beside, *weighted))
+    def column_names(self) -> tuple[str, ...]:
+        has_weight = self._likelihood.ignore_index is not None or self._dataset.manifest.has_weights
+        beside = () if self._places else ("confidence",)
+        return *UNCERTAINTIES[True], *beside, *(("weight",) if has_weight else ())
 
     def make_metrics(self, group: Group) -> dict[str, Metric]:
+        num_classes = self._likelihood.num_classes
         means = {name: ExampleMean() for name in ("accuracy", "nll", "brier")}
-        overlaps = {"mean_iou": ClassOverlaps(self._num_classes)} if self._is_field else {}
+        overlaps = {"mean_iou": ClassOverlaps(num_classes)} if self._places else {}
         # One number for each class and bin: of the whole only
-        classwise = {"classwise_ece": ClasswiseCalibrationError(self._num_classes)} if group is ALL else {}
+        classwise = {"classwise_ece": ClasswiseCalibrationError(num_classes)} if group is ALL else {}
         sets = {name: ExampleMean() for name in ("set_coverage", "set_size") if self._calibration is not None}
         return {**means, "ece": ExpectedCalibrationError(), **classwise, **overlaps, **sets}
 
-    def add(
-        self,
-        examples: Tensor,
-        predictive: ClassPredictive,
-        y: Tensor,
-        forecasts: dict[str, Tensor],
-        climatology: Climatology | None,
-        weights: Tensor | None,
-        of_examples: Tensor | None,
-        interval: tuple[Tensor, Tensor] | None,
-    ) -> None:
-        y, sets = y.long()[:, None], {}
+    def add(self, part: _Part) -> None:
+        predictive, y, sets = part.predictive, part.y.long()[:, None], {}
         if self._calibration is not None:
             in_set = self._calibration.set_of(predictive).double()
             sets = {"set_coverage": (in_set.gather(1, y),), "set_size": (in_set.sum(1, keepdim=True),)}
@@ -557,14 +530,14 @@ class _ClassScores(_Scores):
             "mean_iou": (said, y),
             **sets,
         }
-        self.update(examples, values, None if weights is None else weights[:, None])
-        if not self._is_field:
+        weights = None if part.weights is None else part.weights[:, None]
+        self.update(part.examples, values, weights)
+        if not self._places:
             columns["confidence"] = confidence[:, 0]
-        weights = torch.ones_like(of_truth) if weights is None else weights[:, None]
-        self.add_columns(examples, columns, (~correct).double(), weights, of_examples)
+        self.add_columns(part, columns, (~correct).double(), torch.ones_like(of_truth) if weights is None else weights)
 
     def compute(self) -> dict[str, float]:
-        if self._is_field:
+        if self._places:
             return super().compute()
         found = self.gathered
         adaptive = adaptive_calibration_error(found["confidence"], 1 - found["loss"], found.get("weight"))
@@ -572,29 +545,21 @@ class _ClassScores(_Scores):
 
     def curves(self) -> dict[str, Any]:
         metrics: dict[str, Any] = self.parts[0]
-        overlaps = {"overlap": {"class": self._names, "iou": metrics["mean_iou"].by_class()}} if self._is_field else {}
+        names = self._dataset.manifest.details.get("classes") or list(range(self._likelihood.num_classes))
+        overlaps = {"overlap": {"class": names, "iou": metrics["mean_iou"].by_class()}} if self._places else {}
         return {"reliability": metrics["ece"].curve(), **overlaps, **super().curves()}
 
 
 class _ValueScores(_Scores):
     total_uncertainty = "std_in_units"
 
-    def __init__(
-        self,
-        likelihood: Likelihood,
-        dataset: Source,
-        num_samples: int,
-        groups: Sequence[Group],
-        references: Sequence[str],
-        calibration: Calibration | None = None,
-    ):
-        self._calibration = calibration
-        self._unit, self._places = _unit(dataset), dataset.manifest.places
-        self._names = dataset.manifest.arrays["y"].channels
-        self._num_samples, self._likelihood, self._references = num_samples, likelihood, references
-        given = dataset.manifest.target_weights
-        self._weights = torch.tensor(1.0 if given is None else given, dtype=torch.float64)
-        super().__init__(dataset, groups, (*UNCERTAINTIES[False], self.total_uncertainty, "weight"))
+    def column_names(self) -> tuple[str, ...]:
+        return *UNCERTAINTIES[False], self.total_uncertainty, "weight"
+
+    @functools.cached_property
+    def _weights(self) -> Tensor:
+        given = self._dataset.manifest.target_weights
+        return torch.tensor(1.0 if given is None else given, dtype=torch.float64)
 
     def make_metrics(self, group: Group) -> dict[str, Metric]:
         likelihood, weights = self._likelihood, self._weights
@@ -614,25 +579,15 @@ class _ValueScores(_Scores):
         intervals = {name: channel_mean() for name in ends}
         return {**roots, **means, **nll, **widths, **theirs, **intervals, "pit": PitHistogram(weights)}
 
-    def add(
-        self,
-        examples: Tensor,
-        predictive: ValuePredictive,
-        y: Tensor,
-        forecasts: dict[str, Tensor],
-        climatology: Climatology | None,
-        weights: Tensor | None,
-        of_examples: Tensor | None,
-        interval: tuple[Tensor, Tensor] | None,
-    ) -> None:
-        y, intervals = y.double(), {}
+    def add(self, part: _Part) -> None:
+        predictive, y, weights, intervals = part.predictive, part.y.double(), part.weights, {}
 
         def counted(value: Tensor) -> Tensor:
             """Return a value that need not be finite where nothing is known: of land in a field of the sea."""
             return value if weights is None else torch.where(weights > 0, value, 0)
 
-        if interval is not None:
-            low, high = interval
+        if part.interval is not None:
+            low, high = part.interval
             inside, width = (low <= y) & (y <= high), counted((high - low).clamp_min(0))
             intervals = {"interval_coverage": (inside,), "interval_width": (width,)}
         error = predictive.mean - y
@@ -644,18 +599,16 @@ class _ValueScores(_Scores):
         values |= intervals
         if predictive.log_prob is not None:
             values["nll"] = (-predictive.log_prob,)
-        for name, forecast in forecasts.items():
+        for name, forecast in part.forecasts.items():
             error = counted(forecast - y)
-            values[f"{name}/rmse"] = (error.square(),)
-            values[f"{name}/crps"] = (error.abs(),)
-        if climatology is not None:
-            values["climatology/crps"] = (counted(climatology.crps(y)),)
-        self.update(examples, values, weights)
+            values |= {f"{name}/rmse": (error.square(),), f"{name}/crps": (error.abs(),)}
+        if self._climatology is not None:
+            values["climatology/crps"] = (counted(self._climatology.crps(y)),)
+        self.update(part.examples, values, weights)
         of_targets = self._weights.to(y).expand(y.shape)
-        columns = uncertainties_of(predictive, self._unit)
+        columns = uncertainties_of(predictive, _unit(self._dataset))
         columns[self.total_uncertainty] = predictive.variance.sqrt()  # in the units and weights of the loss
-        of_targets = of_targets if weights is None else of_targets * weights
-        self.add_columns(examples, columns, values["mae"][0], of_targets, of_examples)
+        self.add_columns(part, columns, values["mae"][0], of_targets if weights is None else of_targets * weights)
 
     def add_share(self, examples: Tensor, share: Share, y: Tensor, weights: Tensor | None) -> None:
         mixture, y, own = share.mixture, y.double(), share.shares.own
@@ -705,7 +658,7 @@ class _ValueScores(_Scores):
 
     def curves(self) -> dict[str, Any]:
         metrics: dict[str, Any] = self.parts[0]
-        names = list(self._names) or [str(number) for number in range(self._likelihood.num_targets)]
+        names = list(self._dataset.manifest.arrays["y"].channels) or list(map(str, range(self._likelihood.num_targets)))
         counts = metrics["rmse"].sums[1].tolist()  # a channel without a target has no metrics
         names = [name for name, count in zip(names, counts) if count]
         found = self.by_channel(metrics).items()
@@ -715,13 +668,13 @@ class _ValueScores(_Scores):
         return {**pit, "channels": {"name": names, **means}, **super().curves()}
 
 
+def _by_name(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
+    return {name: [row.get(name) for row in rows] for name in {key: 0 for row in rows for key in row}}
+
+
 def _known(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
 def _skill(ours: float, theirs: float) -> float:
     return 1 - ours / theirs if 0 < theirs < math.inf else math.nan
-
-
-_SCORES: dict[bool, Callable[..., _Scores]] = {True: _ClassScores, False: _ValueScores}
-"""The scores of classes and of numbers."""

@@ -57,10 +57,7 @@ def find_groups(
         Of each region what belongs to it: a mask of the points of a target, 0 where not; or a box (south, north, west, east)
         in degrees, with its edges.
 
-    Raises
-    ------
-    ConfigError
-        The data set has no such coordinate or points, or a region holds none of them.
+    It raises `ConfigError` where the data set has no such coordinate or points, or a region holds none of them.
     """
     groups = []
     for name in by:
@@ -81,12 +78,9 @@ def _look_up(dataset: Source, name: str) -> tuple[list[str], np.ndarray]:
     """Return the labels of a grouping, and the number of the label of each example [N] int32. Local."""
     there, needed = dataset.coordinates(range(len(dataset))), "time" if name in OF_TIME else name
     if needed not in there:
-        rule = f"the examples have {', '.join(there) or 'no coordinates'}" + (
-            ", and time is needed" if needed != name else ""
-        )
-        remedy = (
-            "Prepare the shards again with this hpc_bnn" if not there else "Choose another, or prepare them with it"
-        )
+        rule = f"the examples have {', '.join(there) or 'no coordinates'}"
+        rule += ", and time is needed" if needed != name else ""
+        remedy = "Choose another, or prepare them with it" if there else "Prepare the shards again with this hpc_bnn"
         raise ConfigError(Fault("--by", name, rule, remedy))
     values = there[needed]
     if name in OF_TIME:
@@ -102,10 +96,8 @@ def _look_up(dataset: Source, name: str) -> tuple[list[str], np.ndarray]:
     if len(found) > MAX_GROUPS:
         rule = f"it has {len(found)} values, and at most {MAX_GROUPS} groups are compared"
         raise ConfigError(Fault("--by", name, rule, "Choose a coordinate that several examples share"))
-    labels = [
-        SEASONS[value] if name == "season" else f"{value:02d}" if name in OF_TIME else str(value) for value in found
-    ]
-    return labels, codes.astype(np.int32)
+    label = SEASONS.__getitem__ if name == "season" else "{:02d}".format if name in OF_TIME else str
+    return [label(value) for value in found], codes.astype(np.int32)
 
 
 def _of_horizon(dataset: Source) -> list[Group]:
@@ -138,17 +130,13 @@ def _region(dataset: Source, name: str, given: Any) -> Group:
             raise ConfigError(Fault("--regions", name, rule, "Give a mask of these points, or SOUTH,NORTH,WEST,EAST"))
     inside = np.flatnonzero(mask)
     if not len(inside):
-        raise ConfigError(
-            Fault("--regions", name, "it holds no point of the targets", "Look at its edges: degrees north, east")
-        )
+        remedy = "Look at its edges: degrees north, east"
+        raise ConfigError(Fault("--regions", name, "it holds no point of the targets", remedy))
     return Group("region", name, places=torch.from_numpy(inside))
 
 
 def parse_regions(texts: Sequence[str]) -> dict[str, Any]:
-    """Return regions from ``NAME=SOUTH,NORTH,WEST,EAST`` or ``NAME=MASK.npy``. Local.
-
-    It raises `ConfigError` where a text is none, and `DataError` where a mask cannot be read.
-    """
+    """Return regions from ``NAME=SOUTH,NORTH,WEST,EAST`` or ``NAME=MASK.npy``; `DataError` without the mask. Local."""
     regions: dict[str, Any] = {}
     for text in texts:
         name, _, given = text.partition("=")
@@ -175,7 +163,7 @@ def parse_regions(texts: Sequence[str]) -> dict[str, Any]:
 def persistence(dataset: Source, x: Any, like: Tensor) -> Tensor:
     """Return the newest input of each target as its forecast, [B, T, ...] float64 in units of y. Local.
 
-    NaN for a channel that is no input. It raises `ConfigError` where the preparation does not say which input it is.
+    NaN for a channel that is no input; `ConfigError` where the preparation does not say which input it is.
     """
     said, scale = dataset.manifest.details.get("persistence"), dataset.input_scale
     if said == "zero":  # the targets are changes

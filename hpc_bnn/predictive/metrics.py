@@ -145,10 +145,8 @@ def adaptive_calibration_error(confidence: Tensor, correct: Tensor, weights: Ten
 
 
 def _by_value(values: Tensor, *columns: Tensor) -> tuple[Tensor, ...]:
-    """Return the sum of each column [N] by distinct value, [m] each, from the least value to the greatest. Local.
-
-    Values that are equal in float32 are one: examples that only rounding tells apart are ties, on every grid.
-    """
+    """Return the sum of each column [N] by distinct value in float32, [m] each, from the least value on. Local."""
+    # Examples that only rounding tells apart are ties, on every grid
     distinct, number = values.float().unique(return_inverse=True)
     return tuple(column.new_zeros(len(distinct)).index_add_(0, number, column) for column in columns)
 
@@ -156,14 +154,10 @@ def _by_value(values: Tensor, *columns: Tensor) -> tuple[Tensor, ...]:
 def risk_coverage(uncertainty: Tensor, loss: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return coverage [m] and risk [m] of those examples that are at most as uncertain as a threshold. Local.
 
-    Geifman and El-Yaniv, Selective Classification for Deep Neural Networks (NeurIPS 2017). There is a threshold at every
-    distinct uncertainty: ties are accepted or rejected together, so that their order does not matter. The coverage is the
-    fraction of examples, the risk their mean loss; the last risk is the mean of all.
-
-    Parameters
-    ----------
-    uncertainty, loss, weights : Tensor
-        [N] of all examples; those of weight 0 do not count.
+    Geifman and El-Yaniv, Selective Classification for Deep Neural Networks (NeurIPS 2017). There is a threshold at
+    every distinct uncertainty: ties are accepted or rejected together, so that their order does not matter. The
+    coverage is the fraction of examples, the risk their mean loss; the last risk is the mean of all. All are [N], of
+    all examples; those of weight 0 do not count.
     """
     weights = torch.ones_like(loss) if weights is None else weights
     counts = weights > 0
@@ -183,17 +177,11 @@ def area_under_risk_coverage(coverage: Tensor, risk: Tensor) -> float:
 def detection(inside: Tensor, outside: Tensor, of_inside: Tensor, of_outside: Tensor) -> dict[str, float]:
     """Return how well an uncertainty detects foreign examples, the positives; ties are exact. Local.
 
-    ``auroc`` is the fraction of pairs whose foreign example is the less certain one, ties by half (Mann and Whitney, 1947).
-    ``aupr`` is the average precision, the sum over thresholds of the precision times the gain in recall (Davis and Goadrich,
-    2006). ``fpr95`` is the fraction of the data that is said to be foreign at the greatest threshold at which 95 % of the
-    foreign examples are (Hendrycks, Mazeika, Dietterich, 2019).
-
-    Parameters
-    ----------
-    inside, outside : Tensor
-        Uncertainties [N] of the data and [M] of the foreign examples.
-    of_inside, of_outside : Tensor
-        [N], [M] their weights.
+    ``auroc`` is the fraction of pairs whose foreign example is the less certain one, ties by half (Mann and Whitney,
+    1947). ``aupr`` is the average precision, the sum over thresholds of the precision times the gain in recall (Davis
+    and Goadrich, 2006). ``fpr95`` is the fraction of the data that is said to be foreign at the greatest threshold at
+    which 95 % of the foreign examples are (Hendrycks, Mazeika, Dietterich, 2019). Uncertainties are [N] of the data and
+    [M] of the foreign examples; ``of_inside`` and ``of_outside`` are their weights.
     """
     values, zeros = torch.cat([inside, outside]), torch.zeros_like
     columns = torch.cat([of_inside, zeros(outside)]), torch.cat([zeros(inside), of_outside])
@@ -228,13 +216,9 @@ class ChannelMean(Metric):
         shape, num_channels = values.shape[1:], self.sums.shape[1]
         values = values.double().flatten(1).unflatten(1, (num_channels, -1))  # [B, channels, places]
         of_targets = self.weights.to(values).expand(shape).reshape(num_channels, -1)
-        if weights is None:
-            self.sums[0] += (values * of_targets).sum((0, 2))
-            self.sums[1] += len(values) * of_targets.sum(1)
-        else:
-            of_each = of_targets * weights.reshape(values.shape)
-            self.sums[0] += (values * of_each).sum((0, 2))
-            self.sums[1] += of_each.sum((0, 2))
+        of_each = of_targets if weights is None else of_targets * weights.reshape(values.shape)
+        self.sums[0] += (values * of_each).sum((0, 2))
+        self.sums[1] += len(values) * of_targets.sum(1) if weights is None else of_each.sum((0, 2))
 
     def _mean(self, sums: Tensor) -> Tensor:
         mean = sums[0] / sums[1]
