@@ -52,10 +52,6 @@ class GridComm:
 
     Parameters
     ----------
-    grid : Grid
-        Place of this rank.
-    device : torch.device
-        Device of this rank.
     reduction : {"auto", "axes", "shares", "world"}
         How `sum_` over the world goes. axes: over the sample group and then over the data group. shares: each rank of a
         sample group sums its share of the numbers over the data group, and the group then exchanges the shares, so that
@@ -63,15 +59,8 @@ class GridComm:
         ranks of the job are on several nodes, a sum has `LEAST_SHARED_BYTES` and the library an all-to-all, otherwise axes.
     compression : {"none", "fp16", "bf16"}
         What `sum_` and `reduce_scatter_` send where they are asked to compress.
-    tensors : TensorTransport, optional
-        Carries tensors.
-    objects : ObjectTransport, optional
-        Carries Python objects.
-
-    Attributes
-    ----------
-    traffic : Traffic
-        Count of the collectives so far.
+    tensors, objects : TensorTransport, ObjectTransport, optional
+        What carries tensors, and Python objects.
     """
 
     def __init__(
@@ -89,7 +78,7 @@ class GridComm:
         self.device = torch.device(device)
         self.objects = objects or ObjectTransport()
         self.tensors = tensors or TensorTransport(grid, self.device, self.objects)
-        self.traffic = Traffic()
+        self.traffic = Traffic()  # so far
         self._running: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()  # begin and end of a collective
         self._extents = grid.extents
         self._reduction = reduction if grid.sample_size > 1 and grid.data_size > 1 else "axes"
@@ -118,11 +107,6 @@ class GridComm:
     def world_comm(self) -> Any:
         """``mpi4py.MPI.Intracomm`` of all ranks; None without MPI."""
         return self.objects.comms.get("world")
-
-    @property
-    def node_comm(self) -> Any:
-        """``mpi4py.MPI.Intracomm`` of the ranks that share memory with this one; None without MPI."""
-        return self.objects.comms.get("node")
 
     @property
     def sample_set(self) -> Any:
@@ -161,8 +145,6 @@ class GridComm:
         ----------
         tensors : Tensor or sequence of Tensor
             The same shapes and dtypes in the same order on each rank.
-        axis : {"sample", "data", "world"}
-            Over which ranks.
         compressed : bool
             Send the numbers as ``compression`` says, half the bytes for rounding to 11 or 8 bits: each rank
             sums its part of the numbers of all others, not in halves, and sends the sums around. All ranks get the same.
@@ -182,17 +164,11 @@ class GridComm:
     def start_sum_(self, flat: torch.Tensor, axis: Axis = "world") -> Callable[[], None]:
         """Begin to replace a tensor, in place, by its sum over an axis; return what waits until it is there.
 
-        The world is summed at once, whatever ``reduction`` says. Leave the tensor alone until then, and begin the same
-        sums in the same order on each rank. Where the library does not come back before the sum is there, it still is right.
+        The tensor is [n], contiguous, of float32 or float64, alike on each rank. The world is summed at once, whatever
+        ``reduction`` says. Leave the tensor alone until then, and begin the same sums in the same order on each rank.
+        Where the library does not come back before the sum is there, it still is right.
 
         Collective over ``sample_comm``, ``data_comm`` or the world, by ``axis``; it costs nothing over one rank.
-
-        Parameters
-        ----------
-        flat : Tensor
-            [n], contiguous, of float32 or float64, alike on each rank.
-        axis : {"sample", "data", "world"}
-            Over which ranks.
         """
         if self._extents[axis] == 1 or flat.numel() == 0:
             return lambda: None
@@ -217,24 +193,18 @@ class GridComm:
         """Sum flat tensors [n] over an axis, each rank its share of each (`hpc_bnn.grid.share`), and return views of these.
 
         In place; what is not this rank's share is left as it was. In buckets, so that little memory is needed besides.
+        The tensors are contiguous, all of float32 or all of float64, alike on each rank; ``compressed`` is as for
+        `sum_`.
 
         Collective over ``sample_comm``, ``data_comm`` or the world, by ``axis``; it costs nothing over one rank.
-
-        Parameters
-        ----------
-        tensors : sequence of Tensor
-            [n] each, contiguous, all of float32 or all of float64, alike on each rank.
-        axis : {"sample", "data", "world"}
-            Over which ranks.
-        compressed : bool
-            As for `sum_`.
         """
         flats, shares, index = self._shares_of(tensors, axis)
+
+        def chunk_of(rank: int, bucket: list[tuple[int, list[range]]]) -> torch.Tensor:
+            return torch.cat([flats[number][s[rank].start : s[rank].stop] for number, s in bucket])
+
         for bucket in share_buckets(shares, flats[0].element_size()):
-            chunks = [
-                torch.cat([flats[number][s[rank].start : s[rank].stop] for number, s in bucket])
-                for rank in range(len(shares[0]))
-            ]
+            chunks = [chunk_of(rank, bucket) for rank in range(len(shares[0]))]
             length = len(chunks[index])
             if compressed and self.compression != "none":
                 encoded = [encode(chunk, self.compression) for chunk in chunks]
@@ -279,17 +249,12 @@ class GridComm:
         self._reduce_all_(tensors, axis, "max")
 
     def gather(self, tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
-        """Return the tensors of all ranks of an axis, one after another along dim 0, on each of them.
+        """Return the tensors [n, ...] of all ranks of an axis, one after another along dim 0, on each of them.
+
+        They are of a floating-point dtype; n may differ between ranks, the rest may not. Where an extent of the rest is
+        0, nothing is exchanged.
 
         Collective over ``sample_comm`` or ``data_comm``, by ``axis``; it costs nothing over one rank.
-
-        Parameters
-        ----------
-        tensor : Tensor
-            [n, ...], of a floating-point dtype; n may differ between ranks, the rest may not. Where an extent of the rest
-            is 0, nothing is exchanged.
-        axis : {"sample", "data"}
-            Over which ranks.
         """
         if not self._routes[axis] or 0 in tensor.shape[1:]:
             return tensor
@@ -315,8 +280,6 @@ class GridComm:
             [n], without numbers on a rank that has none to send.
         counts, rows : sequence of int
             Of each rank, the same on all of them; 0 is allowed. ``rows`` are 1 each by default.
-        axis : {"sample", "data"}
-            Over which ranks.
         """
         if not self._routes[axis] or sum(counts) * (len(counts) if rows is None else sum(rows)) == 0:
             return flat
@@ -325,26 +288,13 @@ class GridComm:
         return self._exchange(wide.contiguous(), counts, axis, rows).to(flat.dtype)
 
     def broadcast_(self, tensors: torch.Tensor | Sequence[torch.Tensor], root: int = 0, axis: Axis = "world") -> None:
-        """Overwrite tensors with those of the rank with index ``root`` along an axis.
-
-        Collective over ``sample_comm``, ``data_comm`` or the world, by ``axis``.
-        """
+        """Overwrite tensors with those of the rank with index ``root`` along an axis. Collective over the axis."""
         if self._extents[axis] == 1:
             return
         with packed_buckets(tensors) as buckets:
             for flat in buckets:
                 if flat.numel():
                     self._carry_(flat, axis, self.tensors.broadcast_, root, axis)
-
-    def broadcast_optimizer_state(self, optimizer: torch.optim.Optimizer, root: int = 0) -> None:
-        """Overwrite the state of an optimizer with that of world rank ``root``. Collective over the world.
-
-        The other ranks need no state of their own: a new optimizer is filled.
-        """
-        is_root = self.grid.rank == root
-        state = self.broadcast_tree(optimizer.state_dict() if is_root else None, root)
-        if not is_root:
-            optimizer.load_state_dict(state)
 
     def broadcast_tree(self, tree: Any, root: int = 0) -> Any:
         """Return the nested dicts and lists of world rank ``root`` on all ranks. Collective over the world.
@@ -429,19 +379,7 @@ class GridComm:
     def node_array(self, shape: tuple[int, ...], dtype: np.dtype | str) -> NodeArray:
         """Return a new array in memory that the ranks of a node share; alone, in ordinary memory.
 
-        Collective over the ranks of the node.
-
-        Parameters
-        ----------
-        shape : tuple of int
-            The same on each rank.
-        dtype : dtype
-            Of NumPy.
-
-        Raises
-        ------
-        CommunicationError
-            There is not that much shared memory.
+        Collective over the ranks of the node, with the same shape. `CommunicationError` where the memory is not there.
         """
         objects = self.objects if self.local_size > 1 else ObjectTransport()
         return objects.node_array(shape, np.dtype(dtype))
@@ -450,19 +388,9 @@ class GridComm:
     def agree(self, doing: str) -> Iterator[None]:
         """Run a block; if it raises on any rank, raise the same error on all. Collective over the world.
 
-        For what can fail on one rank only: files, memory, hardware. The block itself must contain no
-        collective, or the ranks that succeed wait inside it for the one that failed.
-
-        Parameters
-        ----------
-        doing : str
-            What the block does, for the message: "reading data/digits".
-
-        Raises
-        ------
-        HpcBnnError
-            Of the class of the first failing rank's error (`RankError` for a foreign class), with rank
-            and host in its message.
+        For what can fail on one rank only: files, memory, hardware. The block itself must contain no collective, or the
+        ranks that succeed wait inside it for the one that failed. The error is of the class of the first failing rank's
+        (`RankError` for a foreign class); its message names rank, host, and what the block was ``doing``.
         """
         self._count_objects()
         with agreed(self.objects, doing):
@@ -479,10 +407,7 @@ class GridComm:
     def check_equal(self, values: Mapping[str, object], where: str, remedy: str, axis: Axis = "world") -> None:
         """Verify that named values are equal on all ranks of each group of an axis. Collective over the world.
 
-        Raises
-        ------
-        RankError
-            On all ranks; it names the values, and the ranks that have them.
+        `RankError`, on all ranks, names the values that are not, and the ranks that have them.
         """
         self._count_objects()
         group = {"sample": self.grid.data_index, "data": self.grid.sample_index, "world": 0}[axis]

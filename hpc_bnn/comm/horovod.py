@@ -45,11 +45,9 @@ class HorovodTensors(TensorTransport):
             )
 
     def _start(self, grid: Grid, objects: ObjectTransport) -> None:
-        """Initialise Horovod with one process set per sample group and per data group.
-
-        Horovod refuses a set that equals the world (there the global set is used), needs all sets at init, as the
-        same list in the same order on each rank.
-        """
+        """Initialise Horovod with one process set per sample group and per data group."""
+        # It refuses a set that equals the world (there the global set is used), and needs all sets at init, as the same
+        # list in the same order on each rank
         hvd = self._hvd
         sets: dict[Axis, dict[range, Any]] = {}
         for axis in grid.axes:

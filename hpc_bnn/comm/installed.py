@@ -59,12 +59,8 @@ def mpi_facts() -> MpiFacts:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py found no MPI library
         return MpiFacts(first_line(error))
-    levels = {
-        MPI.THREAD_SINGLE: "single",
-        MPI.THREAD_FUNNELED: "funneled",
-        MPI.THREAD_SERIALIZED: "serialized",
-        MPI.THREAD_MULTIPLE: "multiple",
-    }
+    names = ("single", "funneled", "serialized", "multiple")
+    levels = {getattr(MPI, f"THREAD_{name.upper()}"): name for name in names}
     return MpiFacts(
         library=library_name(MPI.Get_library_version()),
         standard=".".join(map(str, MPI.Get_version())),
@@ -82,15 +78,8 @@ def horovod_facts() -> HorovodFacts:
         version = horovod.__version__
         import horovod.torch as hvd
 
-        return HorovodFacts(
-            version=version,
-            mpi=bool(hvd.mpi_built()),
-            nccl=bool(hvd.nccl_built()),
-            gloo=bool(hvd.gloo_built()),
-            cuda=bool(hvd.cuda_built()),
-            rocm=bool(hvd.rocm_built()),
-            process_sets=hasattr(hvd, "ProcessSet"),
-        )
+        built = {name: bool(getattr(hvd, f"{name}_built")()) for name in ("mpi", "nccl", "gloo", "cuda", "rocm")}
+        return HorovodFacts(version=version, process_sets=hasattr(hvd, "ProcessSet"), **built)
     except Exception as error:  # a broken build raises many kinds of error
         return HorovodFacts(first_line(error), is_installed=version != "", version=version)
 

@@ -28,12 +28,7 @@ MAX_COUNT = 2**30
 class MpiObjects(ObjectTransport):
     """Objects and shared memory by mpi4py, and the communicators of the axes.
 
-    Parameters
-    ----------
-    mpi : module
-        mpi4py.MPI.
-    node_size : int, optional
-        Largest number of ranks that share memory, to give each socket of a node its own copy.
+    At most ``node_size`` ranks share memory, where it is given: each socket of a node then has its own copy.
     """
 
     def __init__(self, mpi, node_size: int | None = None):
@@ -127,10 +122,9 @@ def start_mpi():
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py found no MPI library
         if launched > 1:
-            raise CommunicationError(
-                f"{launched} ranks were launched, but mpi4py does not work here ({error}). "
-                "Install mpi4py for the MPI of this launcher, or load its module"
-            ) from error
+            rule = f"{launched} ranks were launched, but mpi4py does not work here ({error})"
+            remedy = "Install mpi4py for the MPI of this launcher, or load its module"
+            raise CommunicationError(f"{rule}. {remedy}") from error
         return None
     if launched > 1 and MPI.COMM_WORLD.size == 1:
         raise CommunicationError(

@@ -117,13 +117,9 @@ def reads_gpus(device: torch.device) -> bool:
 
     A child process tries it, because a wrong guess ends a process with a segmentation fault. It is no rank of this job.
     """
-    command = [sys.executable, "-c", PROBE, str(device)]
+    command, environment = [sys.executable, "-c", PROBE, str(device)], without_launcher(os.environ)
     try:
-        return (
-            subprocess.run(
-                command, env=without_launcher(os.environ), capture_output=True, timeout=PROBE_SECONDS
-            ).returncode
-            == 0
-        )
+        done = subprocess.run(command, env=environment, capture_output=True, timeout=PROBE_SECONDS)
+        return done.returncode == 0
     except (OSError, subprocess.TimeoutExpired):
         return False

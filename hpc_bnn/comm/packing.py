@@ -112,12 +112,9 @@ def packed_buckets(tensors: torch.Tensor | Sequence[torch.Tensor]) -> Iterator[l
         pieces = [piece for t in sources for piece in t.view(-1).split(BUCKET_BYTES // t.element_size())]
         groups: list[list[torch.Tensor]] = []
         for piece in sorted(pieces, key=lambda p: (str(p.dtype), str(p.device))):  # sorted() is stable
-            last = groups[-1] if groups else None
-            if (
-                last
-                and (last[0].dtype, last[0].device) == (piece.dtype, piece.device)
-                and sum(p.numel() for p in last) + piece.numel() <= BUCKET_BYTES // piece.element_size()
-            ):
+            last = groups[-1] if groups else []
+            fits = sum(p.numel() for p in last) + piece.numel() <= BUCKET_BYTES // piece.element_size()
+            if last and fits and (last[0].dtype, last[0].device) == (piece.dtype, piece.device):
                 last.append(piece)
             else:
                 groups.append([piece])

@@ -70,10 +70,7 @@ def _look() -> None:
 
 
 def _ticks(limit: float) -> Iterator[float]:
-    """Yield the seconds in which this process ran, often enough to keep a limit.
-
-    A pause in which it was stopped counts twice at most.
-    """
+    """Yield the seconds in which this process ran; a pause in which it was stopped counts twice at most."""
     pause, seconds, last = min(1.0, limit / 10), 0.0, time.monotonic()
     while True:
         time.sleep(pause)
@@ -89,15 +86,9 @@ class StallWatch:
     """Ends the job, with a traceback of this rank, where the block makes no progress for some time.
 
     A rank that waits for others in a collective waits half as long again, so that the one that hangs speaks first.
-    Where a library does not let Python run, a process beside this one (`hpc_bnn.comm.watchdog`) ends it: the interpreter
-    prints the traceback.
-
-    Parameters
-    ----------
-    seconds : float or None
-        Longest time between two calls of `mark`; None: no limit.
-    rank : int
-        For the message.
+    Where a library does not let Python run, a process beside this one (`hpc_bnn.comm.watchdog`) ends it: the
+    interpreter prints the traceback. ``seconds`` is the longest time between two calls of `mark`, None no limit;
+    ``rank`` is for the message.
     """
 
     def __init__(self, seconds: float | None, rank: int):
@@ -137,19 +128,16 @@ class StallWatch:
             if self._num_marks != seen:
                 seen, since = self._num_marks, now
             place = _innermost(sys._current_frames().get(thread))
-            if now - since > seconds * (
-                1.5 if place is not None and place.f_code.co_filename.startswith(_HERE) else 1.0
-            ):
+            waits = place is not None and place.f_code.co_filename.startswith(_HERE)
+            if now - since > seconds * (1.5 if waits else 1.0):
                 self._end(now - since, place)
 
     def _end(self, quiet: float, place: FrameType | None) -> None:
         where = f"{place.f_code.co_filename}:{place.f_lineno} ({place.f_code.co_name})" if place else "other code"
-        print(
-            f"hpc-bnn: error: rank {self.rank} on {socket.gethostname()} has made no progress for {quiet:.0f} s, in {where}. "
-            f"--stall_seconds is {self.seconds:g}: look at the traceback of the rank that says this first, or give it more time",
-            file=sys.stderr,
-            flush=True,
-        )
+        me = f"rank {self.rank} on {socket.gethostname()}"
+        remedy = "look at the traceback of the rank that says this first, or give it more time"
+        said = f"hpc-bnn: error: {me} has made no progress for {quiet:.0f} s, in {where}. --stall_seconds is"
+        print(f"{said} {self.seconds:g}: {remedy}", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(all_threads=True)
         end_job(1)
         os._exit(1)

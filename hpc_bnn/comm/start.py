@@ -71,10 +71,6 @@ def connect(
         Whether sums will have to make progress while the ranks compute (`hpc_bnn.OverlappingOptimizer`): ``auto`` then
         leaves the MPI out.
 
-    Returns
-    -------
-    GridComm
-
     Raises
     ------
     ConfigError
@@ -138,10 +134,8 @@ def _choose_transport(
         return found
     if not objects.comms:
         if backend in ("horovod", "mpi"):
-            raise CommunicationError(
-                f"these ranks were started without MPI, and {LIBRARY_NAMES[backend]} needs it. "
-                "Use mpirun or srun, or <backend> torch"
-            )
+            rule = f"these ranks were started without MPI, and {LIBRARY_NAMES[backend]} needs it"
+            raise CommunicationError(f"{rule}. Use mpirun or srun, or <backend> torch")
         return TorchTensors
     needs_nccl = backend == "auto" and torch_dist.has_nccl_for(device)
     if backend not in ("auto", "horovod"):

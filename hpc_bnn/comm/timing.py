@@ -56,10 +56,7 @@ def measure_network(comm: GridComm) -> Network:
 
 
 def network_of_sums(small_seconds: float, large_seconds: float, num_ranks: int) -> Network:
-    """Return the network on which sums of `SMALL_BYTES` and of `LARGE_BYTES` over some ranks take these times.
-
-    Local.
-    """
+    """Return the network on which sums of `SMALL_BYTES` and `LARGE_BYTES` over some ranks take these times. Local."""
     traffic = 2 * (num_ranks - 1) / num_ranks * LARGE_BYTES
     latency = max(small_seconds, 1e-8) / (2 * math.log2(num_ranks))
     return Network(bandwidth=traffic / max(large_seconds - small_seconds, 1e-9), latency=latency)
@@ -79,10 +76,7 @@ def seconds_of(
     limit: float = MAX_SECONDS,
     repetitions: tuple[int, int] = (3, MAX_REPETITIONS),
 ) -> float:
-    """Return the median time of a call on the slowest rank, by all ranks together. Collective over the world.
-
-    All repetitions, between the least and the largest number of them, take about ``limit`` seconds.
-    """
+    """Return the median time on the slowest rank, of calls for about ``limit`` seconds. Collective over the world."""
 
     def once() -> float:
         comm.barrier()

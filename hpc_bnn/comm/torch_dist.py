@@ -240,11 +240,9 @@ def start(backend: str, rank: int, world_size: int) -> None:
 
 @contextlib.contextmanager
 def _polite_threads() -> Iterator[None]:
-    """Let threads that start here yield to threads that wake up (SCHED_BATCH). Local.
-
-    If data arrive before the rank calls their sum, Gloo's thread polls and blocks the rank's core until the next tick
-    of the clock: a sum of 1 MiB over two ranks on two cores took 3 to 5 ms instead of 0.4.
-    """
+    """Let threads that start here yield to threads that wake up (SCHED_BATCH). Local."""
+    # If data arrive before the rank calls their sum, Gloo's thread polls and blocks the rank's core until the next tick
+    # of the clock: a sum of 1 MiB over two ranks on two cores took 3 to 5 ms instead of 0.4
     if os.sched_getscheduler(0) != os.SCHED_OTHER:  # the user has chosen
         yield
         return
@@ -318,11 +316,8 @@ def group_of(key: tuple, ranks: Sequence[int], *, of_objects: bool = False) -> d
 
 
 def _prepare_sockets() -> None:
-    """Have Gloo connect two ranks when they first talk, and allow this process as many open files as it may have. Local.
-
-    Otherwise each rank opens a connection to each other one for each group: beyond 461 ranks more than the 1,024 files that are
-    a usual limit.
-    """
+    """Have Gloo connect two ranks when they first talk, and allow this process as many open files as it may. Local."""
+    # Otherwise each rank connects to each other one for each group: beyond 461 ranks more than the usual 1,024 files
     os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     with contextlib.suppress(ValueError, OSError):
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)

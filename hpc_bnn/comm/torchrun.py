@@ -165,11 +165,9 @@ def join() -> None:
 
 
 def _allgather_before_start(value: Any) -> list[Any]:
-    """Gather by the store alone, through rank 0, so that no rank has to ask every other. Collective over the world.
-
-    Whoever reaches the port of the store can write to it: what is read there is JSON, which runs no code, and is signed
-    with the secret of the job, where there is one (`SECRET`).
-    """
+    """Gather by the store alone, through rank 0, so that no rank has to ask every other. Collective over the world."""
+    # Whoever reaches the port of the store can write to it: what is read there is JSON, which runs no code, and is
+    # signed with the secret of the job, where there is one (`SECRET`)
     Running.num_waits += 1
     key, job = f"hpc_bnn.{_token()}.gather.{Running.num_waits}", launcher_of(os.environ)
     try:
@@ -179,10 +177,8 @@ def _allgather_before_start(value: Any) -> list[Any]:
             Running.store.set(key, _signed([_verified(value) for value in values]))
         return _verified(Running.store.get(key))
     except dist.DistError as error:
-        raise CommunicationError(
-            f"rank {job.rank} on {socket.gethostname()} timed out waiting for the other ranks of torchrun ({error}). "
-            "Look for the first rank that failed"
-        ) from error
+        rule = f"rank {job.rank} on {socket.gethostname()} timed out waiting for the other ranks of torchrun ({error})"
+        raise CommunicationError(f"{rule}. Look for the first rank that failed") from error
 
 
 def _token() -> str:
@@ -235,7 +231,5 @@ def _open_store(seconds: float | None = None) -> None:
         Running.store.set_timeout(STALL)  # ranks may come from a slow file system
     except Exception as error:
         where = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
-        raise CommunicationError(
-            f"the store of torchrun at {where} cannot be reached from rank {launcher_of(os.environ).rank} ({error}). "
-            "Give torchrun an address that all nodes reach (--rdzv-endpoint)"
-        ) from error
+        rule = f"the store of torchrun at {where} cannot be reached from rank {launcher_of(os.environ).rank} ({error})"
+        raise CommunicationError(f"{rule}. Give torchrun an address that all nodes reach (--rdzv-endpoint)") from error

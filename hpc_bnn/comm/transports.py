@@ -28,14 +28,8 @@ class TensorTransport:
     the object once the grid is known, on all ranks together, and calls it with tensors that have no graph, lie in
     one piece, are not empty, and are alike on all ranks where nothing else is said; never for an axis of extent 1.
 
-    Parameters
-    ----------
-    grid : Grid
-        Place of this rank.
-    device : torch.device
-        Device of this rank.
-    objects : ObjectTransport
-        Carries what the ranks have to tell each other at the start; with MPI it has the communicators of the axes.
+    It is made with the place and the device of this rank, and with what carries what the ranks have to tell each other
+    at the start; with MPI that has the communicators of the axes.
     """
 
     name: str = "none"

@@ -230,7 +230,10 @@ def test_broadcast_of_parameters_and_optimizer_state(comm):
         net(torch.ones(1, 3)).sum().backward()
         optimizer.step()
     comm.broadcast_([p.data for p in net.parameters()], root)
-    comm.broadcast_optimizer_state(optimizer, root)
+    is_root = comm.grid.rank == root
+    state = comm.broadcast_tree(optimizer.state_dict() if is_root else None, root)
+    if not is_root:
+        optimizer.load_state_dict(state)  # a new optimizer is filled
     comm.check_replicas([p.data for p in net.parameters()], "parameters")
     state = optimizer.state_dict()
     assert state["param_groups"][0]["lr"] == pytest.approx(0.1 * (root + 1))
