@@ -14,22 +14,7 @@ from .priors import GaussianPrior, LaplacePrior, Prior, ScaleMixturePrior, Stude
 from .select import split_weights
 
 __all__ = [
-    "DeepEnsemble",
-    "DeterministicNetwork",
-    "Family",
-    "FlatLayout",
-    "GaussianPrior",
-    "LaplacePrior",
-    "LowRankGaussian",
-    "MCDropout",
-    "MeanFieldGaussian",
-    "Posterior",
-    "Prior",
-    "ScaleMixturePrior",
-    "Slot",
-    "StudentTPrior",
-    "Tally",
-    "build_posterior",
-    "build_prior",
-    "split_weights",
-]
+    "DeepEnsemble", "DeterministicNetwork", "Family", "FlatLayout", "GaussianPrior", "LaplacePrior", "LowRankGaussian",
+    "MCDropout", "MeanFieldGaussian", "Posterior", "Prior", "ScaleMixturePrior", "Slot", "StudentTPrior", "Tally",
+    "build_posterior", "build_prior", "split_weights",
+]  # fmt: skip

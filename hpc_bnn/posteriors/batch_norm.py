@@ -33,10 +33,9 @@ class BatchNorms:
 
     Attributes
     ----------
-    layers : list of nn.Module
-        Those that have ``running_mean`` and ``running_var``: torch's, subclasses of them, and any others.
-    sum_over_data : callable
-        What sums the statistics of a layer over the data axis. One process: the identity.
+    layers, sum_over_data : list of nn.Module, callable
+        Those that have ``running_mean`` and ``running_var``: torch's, subclasses of them, and any others; and what sums
+        the statistics of a layer over the data axis (one process: the identity).
     is_evaluating, is_batched : bool
         Whether a predictive is drawn, in which nothing may depend on the other examples; and whether several samples are
         evaluated at once, which would share their statistics.
@@ -79,10 +78,7 @@ class BatchNorms:
         return [2 * len(layer.running_mean) for layer in self.layers]
 
     def begin(self, again: bool = False) -> None:
-        """Begin a step or a predictive; or, again, the second pass of a step, which gives the statistics. Local.
-
-        `ConfigError` where a user has since taken statistics away.
-        """
+        """Begin a step or predictive, or again a step's second pass; `ConfigError` where statistics are gone. Local."""
         for layer in self.layers:
             _check(layer)
         if again:

@@ -14,8 +14,6 @@ from torch._C._functorch import is_batchedtensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["BatchedLinear", "attend"]
-
 
 class BatchedLinear(TorchFunctionMode):
     """Context in which calls of ``F.linear`` within ``torch.vmap`` follow the rule."""

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from .families.base import Slot
 from .layout import FlatLayout, addresses
 
-__all__ = ["StepBuffer", "Tally"]
-
 
 class Tally(enum.IntEnum):
     """The scalars that travel behind the gradient (`StepBuffer.tally`)."""

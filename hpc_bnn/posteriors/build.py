@@ -40,20 +40,10 @@ def build_posterior(
 ) -> Posterior:
     """Return the posterior that a config describes, over the weights of a module. Local.
 
-    Parameters
-    ----------
-    make_module : callable
-        Makes the network on its device and in its dtype; the weights come from torch's global generator, which
-        is keyed here by ``seed``.
-    num_samples, local_samples : int, sequence of int
-        Samples per step in the whole job (the members of an ensemble), and those of this rank.
-    config, output
-        Family, prior and start; see `Posterior`.
-
-    Raises
-    ------
-    ConfigError
-        The module does not go with the family or with ``config.deterministic``.
+    ``make_module`` makes the network on its device and in its dtype; the weights come from torch's global generator,
+    which is keyed here by ``seed``. ``num_samples`` are the samples per step in the whole job (the members of an
+    ensemble), ``local_samples`` those of this rank; ``output`` is that of `Posterior`. `ConfigError` where the module
+    does not go with the family or with ``config.deterministic``.
     """
     options: dict[str, Any] = {"prior_std": config.prior_std, "output": output}
     if config.family == "ensemble":

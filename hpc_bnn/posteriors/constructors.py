@@ -18,8 +18,6 @@ from .posterior import Posterior
 from .priors import GaussianPrior, Prior
 from .select import Rule, split_weights
 
-__all__ = ["DeepEnsemble", "DeterministicNetwork", "LowRankGaussian", "MCDropout", "MeanFieldGaussian"]
-
 
 class MeanFieldGaussian(Posterior):
     """Independent Gaussian over each random weight of a module.

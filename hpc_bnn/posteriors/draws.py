@@ -13,18 +13,12 @@ from ..noise import Key, Stream, operators
 from .gradients import WeightGradient
 from .layout import Block, FlatLayout
 
-__all__ = ["Draw", "KeptDraw", "RedrawnDraw"]
-
 
 class Draw:
     """Standard normal noise eps of c samples, [c, P], signs of antithetic pairs included. Local in every method.
 
-    Parameters
-    ----------
-    layout, like : FlatLayout, Tensor
-        Where weights lie in [P]; a tensor of their dtype, on their device.
-    antithetic : bool
-        Samples 2 i and 2 i + 1 have the same numbers with opposite signs.
+    A tensor ``like`` the weights has their dtype and device. Antithetic samples 2 i and 2 i + 1 have the same numbers
+    with opposite signs.
     """
 
     keeps = False
@@ -48,10 +42,7 @@ class Draw:
         self._key, self._samples = key, samples
 
     def affine_(self, loc: Tensor, scale: Tensor, out: Tensor) -> None:
-        """Write ``loc + scale * eps`` to ``out`` [c, P], which may be of a narrower dtype.
-
-        Both are [P], or what broadcasts to [c, P].
-        """
+        """Write ``loc + scale * eps``, [P] or what broadcasts to [c, P], to ``out`` [c, P], maybe narrower."""
         if not self._is_drawn and loc.ndim == 1 == scale.ndim and loc.is_contiguous() and scale.is_contiguous():
             operators.affine(*self._named(), loc, scale, out, self._to_keep())
         else:

@@ -36,10 +36,8 @@ class DropoutMasks:
 
     Attributes
     ----------
-    layers : list of nn.Module
-        The dropout layers.
-    switched_off : list of str
-        Recurrent and attention layers, whose dropout cannot be keyed and is switched off.
+    layers, switched_off : list of nn.Module, list of str
+        The dropout layers; recurrent and attention layers, whose dropout cannot be keyed and is switched off.
     always : bool
         Whether layers drop in evaluation too (MC dropout).
     num_samples, row : int, Tensor or None
@@ -66,10 +64,7 @@ class DropoutMasks:
         self.in_training: set[int] = set()
 
     def find(self, module: nn.Module) -> None:
-        """Give a number to each layer that has none, and switch off the dropout that cannot be keyed. Local.
-
-        `ConfigError` where that would be another network.
-        """
+        """Give layers numbers, switch off dropout without keys; `ConfigError` if that were another network. Local."""
         for name, layer in module.named_modules():
             if not hasattr(layer, "_orig_mod"):  # what torch.compile puts around a module
                 self._modules.setdefault(layer, len(self._modules))
@@ -148,16 +143,12 @@ class DropoutMasks:
         return (masks[0] if self.row is None else masks.index_select(0, self.row)[0]).to(x.dtype)
 
     def drawn(self) -> dict[nn.Module, Tensor]:
-        """Return the masks of the sample drawn last, one of each layer that has asked for it. Local.
-
-        `ConfigError` where a mask belongs to no layer, or a layer has several.
-        """
+        """Return the mask of each layer in the sample drawn last; `ConfigError` where a layer has several. Local."""
         found = [number for number, _, _ in self._masks]
         if unfit := [n for n in found if n >= len(self.layers) or found.count(n) > 1]:
-            of_layer = unfit[0] < len(self.layers)
-            rule = (
-                "one of its dropout layers has masks of several shapes" if of_layer else "its forward calls F.dropout"
-            )
+            rule = "its forward calls F.dropout"
+            if unfit[0] < len(self.layers):
+                rule = "one of its dropout layers has masks of several shapes"
             raise ConfigError(Fault("model", type(self).__name__, rule, "Use one nn.Dropout for each place that drops"))
         return {self.layers[number]: masks[0] for (number, _, _), masks in self._masks.items()}
 

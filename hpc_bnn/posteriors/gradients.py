@@ -17,8 +17,6 @@ from torch import Tensor
 
 from .layout import FlatLayout
 
-__all__ = ["BatchGradient", "ListGradient", "SlotViews", "WeightGradient"]
-
 
 class WeightGradient(Protocol):
     """Gradients g of P weights for c samples; a weight without gradient counts as 0. Local in every method."""

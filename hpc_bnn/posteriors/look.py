@@ -118,15 +118,10 @@ class Looker:
         self._network, self._draw, self._autocast_dtype = network, draw, autocast_dtype
 
     def look(self, x: Inputs, samples: Sequence[int]) -> Look:
-        """See how the module treats inputs [B, ...] like x, B > 0. Local.
+        """See how the module treats inputs [B, ...] like x, B > 0, by one sample or two. Local.
 
-        Of one sample or two; the outputs of two must differ where their weights do.
-
-        Raises
-        ------
-        ConfigError
-            The module is not what a posterior can train: a layer whose statistics or masks cannot be intercepted, or
-            weights that do not reach the outputs.
+        `ConfigError` where a posterior cannot train it: statistics or masks cannot be intercepted, or weights do not
+        reach the outputs: those of two samples are equal.
         """
         network = self._network
         norms, dropout = network.batch_norms, network.dropout
@@ -183,10 +178,7 @@ class Looker:
         )
 
     def _undropped(self, first: _Pass) -> list[str]:
-        """Return the names of layers whose masks of training a predictive leaves out. Local.
-
-        `ConfigError` where it has none at all.
-        """
+        """Return the names of layers whose masks of training a predictive leaves out; `ConfigError` if all. Local."""
         network, dropout = self._network, self._network.dropout
         if not network.batch_norms.is_evaluating:
             dropout.in_training |= first.dropped.keys() if network.module.training else set()
@@ -211,10 +203,7 @@ class Looker:
         wants_gradient: bool = False,
         stays: bool = False,
     ) -> _Pass:
-        """Make one pass, and put everything back unless it ``stays``.
-
-        Random weights are multiplied by ``scale``: all of them, or ``only`` some.
-        """
+        """Make one pass with (``only`` some) random weights times ``scale``; put all back unless it ``stays``."""
         network = self._network
         norms, dropout = network.batch_norms, network.dropout
         norms.shapes, dropout.shapes = {}, {}
@@ -294,10 +283,7 @@ class Looker:
         return False
 
     def _carried(self, x: Inputs, first: _Pass, samples: Sequence[int]) -> list[str]:
-        """Return what a pass leaves behind, where it changes the outputs of the next sample. Local.
-
-        `ConfigError` where it stays for all others: a table that was made from the weights of the first.
-        """
+        """Return what a pass leaves that changes the next sample's outputs; `ConfigError` if it stays. Local."""
         left = self._own_buffers(first) + first.changed["attribute"]
         if not left or first.changed["generator"]:
             return []

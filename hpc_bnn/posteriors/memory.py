@@ -108,19 +108,13 @@ class SlotMemory:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take over what `state_dict` returned, of this or another grid: rows of other ranks' samples are left out. Local.
 
-        Raises
-        ------
-        ConfigError
-            Names or shapes do not fit the module.
+        `ConfigError` where names or shapes do not fit the module.
         """
         for name, value in self.places_of(state).items():
             value.copy_(state[name])
 
     def places_of(self, state: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Return the tensors of `state_dict` that take over those of a state, or of its outline: what has a shape. Local.
-
-        `ConfigError` as for `load_state_dict`.
-        """
+        """Return the tensors that take over those of a state or its outline; `ConfigError` if one is unfit. Local."""
         mine = self.state_dict()
         if state.keys() == self.module.state_dict().keys() != mine.keys():
             rule = "it is the state of a plain network, without the other slots of a posterior"

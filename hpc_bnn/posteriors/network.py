@@ -47,8 +47,6 @@ class Network:
 
     Attributes
     ----------
-    output : str, int, callable or None
-        Which tensor of what the module returns is meant (`Posterior`).
     parameters, drawn : dict of str to nn.Parameter, list of str
         Its trainable parameters, by name, and the names of those that each draw writes anew.
     layers : list of nn.Module
@@ -176,12 +174,8 @@ class Network:
     def check(self) -> None:
         """Follow what a user did to the module since it was left, or say why not. Local; some microseconds.
 
-        It is left once more where a layer without weights was put in or taken out, or has another name.
-
-        Raises
-        ------
-        ConfigError
-            It was converted, moved, loaded or edited, or other weights were put in.
+        It is left once more where a layer without weights was put in or taken out, or has another name. `ConfigError`
+        if it was converted, moved, loaded or edited, or other weights were put in.
         """
         are_there = addresses(self.parameters.values()) == self._addresses
         if are_there and self._guards() == self._guarded and self._ids() == self._members:
@@ -227,10 +221,7 @@ class Network:
 
     @contextlib.contextmanager
     def drawing(self) -> Iterator[None]:
-        """Write weights: layers that derive something from them in evaluation mode do it anew. Local.
-
-        As timm's LeViT, which keeps a table of attention biases until ``train`` is called.
-        """
+        """Write weights: layers that derive something from them in evaluation mode (timm's LeViT) do it anew. Local."""
         torch.clear_autocast_cache()  # the casts of the former weights
         parametrize._cache.clear()  # what a user's parametrize.cached() keeps of them
         with self.nothing_derived():
@@ -288,7 +279,7 @@ class Network:
                 if isinstance(error, HpcBnnError) or (fault := self._misfit(x, error)) is None:
                     raise
                 raise ConfigError(fault) from error
-            return self._picked(outputs)
+            return picked(outputs, self.output, type(self.module).__name__)
 
     def _misfit(self, x: Inputs, error: Exception) -> Fault | None:
         """Return what the module cannot do with the dtypes or the whole numbers of its inputs; None for another error. Local."""
@@ -319,9 +310,6 @@ class Network:
             return None
         return Fault("inputs of the network", kinds, rule, remedy)
 
-    def _picked(self, outputs: Any) -> Tensor:
-        return picked(outputs, self.output, type(self.module).__name__)
-
     def batched(self, weights: dict[str, Tensor], x: Inputs, is_shared: bool, autocast_dtype=None) -> Tensor:
         """Return the outputs [c, B, ...] of the samples of `Posterior.draw_batch_` at once, by ``torch.vmap``. Local.
 
@@ -333,7 +321,8 @@ class Network:
         def forward(weights: dict[str, Tensor], inputs: Inputs, row: Tensor) -> Tensor:
             self.dropout.row = row
             named = {self._names[name]: weight for name, weight in self._as_weights(weights).items()}
-            return self._picked(torch.func.functional_call(self.module, named, *as_arguments(inputs)))
+            outputs = torch.func.functional_call(self.module, named, *as_arguments(inputs))
+            return picked(outputs, self.output, type(self.module).__name__)
 
         self.batch_norms.is_batched = True
         try:
@@ -412,15 +401,12 @@ class Network:
 def picked(outputs: Any, pick: Output, network: str) -> Tensor:
     """Return the tensor that is meant, of what a module returns; ``network`` names it in errors. Local."""
     kind = type(outputs).__name__
-    remedy = (
-        "Say which tensor the likelihood gets: <model.output> logits (a key or attribute), 0 (a place), or a function"
-    )
     if isinstance(pick, int) and isinstance(outputs, Tensor):
         rule = f"{network} returns a tensor (in this mode), in which the place would be an example"
-        remedy = (
-            "Leave <model.output> out. Where it returns a tuple in one mode only, give a function that tells them apart"
-        )
-        raise ConfigError(Fault("model.output", pick, rule, remedy))
+        remedy = "Where it returns a tuple in one mode only, give a function that tells them apart"
+        raise ConfigError(Fault("model.output", pick, rule, f"Leave <model.output> out. {remedy}"))
+    places = "<model.output> logits (a key or attribute), 0 (a place), or a function"
+    remedy = f"Say which tensor the likelihood gets: {places}"
     try:
         if callable(pick):
             outputs = pick(outputs)
@@ -476,10 +462,7 @@ def exactly(tensor: Tensor) -> contextlib.AbstractContextManager:
 
 
 def _casting(device_type: str, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
-    """Run in a dtype, or in that of the user's autocast, without its cache of casts.
-
-    The cache knows weights by their identity, which all samples share: it would keep the first sample's.
-    """
+    """Run in a dtype, or that of the user's autocast, without its cache: it would keep the first sample's casts."""
     if dtype is None and not torch.is_autocast_enabled(device_type):
         return contextlib.nullcontext()
     return torch.autocast(device_type, dtype or torch.get_autocast_dtype(device_type), cache_enabled=False)

@@ -23,8 +23,6 @@ from .memory import SlotMemory
 from .network import Network, Output, exactly
 from .select import KINDS, Rule, divide_weights, shortened
 
-__all__ = ["Posterior"]
-
 
 class Posterior(SlotMemory):
     """A family of distributions over weights of a module, of which some may stay points.
@@ -141,21 +139,17 @@ class Posterior(SlotMemory):
 
     def features(self, **more: Any) -> Features:
         """Return what is asked of this posterior, for `hpc_bnn.capabilities`. Local."""
-        is_training = self.module.training
         return Features(
             estimator=self.estimator,
             antithetic=self.antithetic,
-            batch_norm=is_training and bool(self.network.batch_norms.layers),
+            batch_norm=self.module.training and bool(self.network.batch_norms.layers),
             counts_ids=self._counts_ids,
             bounds_norms=self._bounds_norms,
             **more,
         )
 
     def check_features(self, values: dict[str, object] | None = None, **asked: Any) -> None:
-        """Raise `ConfigError` with what, of `Features`, does not go with this posterior. Local.
-
-        ``values`` are what fields were set to, for the messages.
-        """
+        """Raise `ConfigError` with what of `Features` does not fit; ``values`` of fields are for messages. Local."""
         named = {"posterior.estimator": self.estimator, "model": type(self.module).__name__, **(values or {})}
         capabilities.check_features(self.capabilities, self.features(**asked), lambda f: named.get(f, True))
 
@@ -211,10 +205,7 @@ class Posterior(SlotMemory):
         self.sampler.draw_(key)
 
     def draw_batch_(self, samples: Sequence[int], key: Key) -> dict[str, Tensor]:
-        """Return the random weights of some samples by name, [len(samples), *shape], for `Network.batched`. Local.
-
-        The samples follow each other; ``key`` is that of any of them.
-        """
+        """Return random weights by name, [len(samples), *shape], of samples in a row; ``key`` is that of any. Local."""
         self.network.dropout.begin_samples(key.of(samples[0]), len(samples))
         return self.sampler.draw_batch_(samples, key)
 

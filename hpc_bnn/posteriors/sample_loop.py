@@ -17,8 +17,6 @@ from ..trees import stack
 from ..views import SharedView
 from .posterior import Posterior
 
-__all__ = ["SampleLoop"]
-
 logger = logging.getLogger(__name__)
 
 
@@ -36,8 +34,6 @@ class SampleLoop:
         that have weights of their own (members of an ensemble), which walk.
     autocast_dtype, max_examples : torch.dtype, int, optional
         Run the module in this dtype where torch's autocast allows; examples of one forward pass, without gradients.
-    speaks : bool
-        Whether this process says what the user should know: rank 0.
     """
 
     def __init__(
@@ -50,7 +46,7 @@ class SampleLoop:
         max_examples: int | None = None,
     ):
         self.posterior, self.chunk_size, self.autocast_dtype = posterior, chunk_size, autocast_dtype
-        self._speaks, self._max_examples = speaks, max_examples
+        self._speaks, self._max_examples = speaks, max_examples  # rank 0 says what the user should know
         self.can_batch = batching == "vmap" or (batching == "auto" and posterior.is_replicated)
         self.why_not: str | None = None
 

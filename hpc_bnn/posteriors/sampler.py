@@ -22,12 +22,7 @@ from .network import Network, exactly
 class Sampler:
     """The way from slots to the weights of samples, and of the gradients of these back; its arguments are `Posterior`'s.
 
-    Attributes
-    ----------
-    work : dict of str to Tensor
-        What `Family.begin_` computes once per step.
-    noisy : Estimator, optional
-        Gives layers noise per example.
+    ``work`` is what `Family.begin_` computes once per step; ``noisy``, if there is one, gives layers noise per example.
     """
 
     def __init__(
@@ -69,10 +64,7 @@ class Sampler:
             self.noisy.attach_(self.buffer.values["loc"], self.work["scale"], x)
 
     def switch_(self, on: bool, first_example: int | Tensor = 0) -> None:
-        """Give layers noise per example, for a step, or leave the module to the user with its own layers. Local.
-
-        ``first_example`` is the place in the global batch of the first example.
-        """
+        """Give layers noise per example, from a place in the global batch on; or give them back as they were. Local."""
         if self.noisy is not None:
             self.noisy.switch_(on)
             self.noisy.noise.first_example = first_example
@@ -228,13 +220,12 @@ class Sampler:
         """Return slots, gradients and work of a block, and views of its gradients. Local."""
         start, num_weights = block.span.start, self.random.num_elements
         if start not in self._cuts:
-            slots, grads, work = (
-                {
-                    name: t if name in self._whole or t.shape[-1:] != (num_weights,) else t[..., block.span]
-                    for name, t in tensors.items()
-                }
-                for tensors in (self.buffer.values, self.buffer.grads, self.work)
-            )
+
+            def cut(tensors: Slots) -> Slots:
+                parts = {name: t for name, t in tensors.items() if name not in self._whole}
+                return tensors | {n: t[..., block.span] for n, t in parts.items() if t.shape[-1:] == (num_weights,)}
+
+            slots, grads, work = map(cut, (self.buffer.values, self.buffer.grads, self.work))
             views = SlotViews(block.layout)
             for name in grads.keys() - self._whole:
                 views.keep(grads[name])

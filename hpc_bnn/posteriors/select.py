@@ -128,17 +128,10 @@ def split_weights(
 
     Parameters
     ----------
-    module : nn.Module
-        The network.
     deterministic : sequence of str or module class
         "norm" and "embedding" stand for layers of that kind (see `KINDS`); any other string is a pattern
-        for parameter names (``"head.*"``, ``"*.bias"``); a class stands for its instances.
-
-    Raises
-    ------
-    ConfigError
-        A pattern matches no parameter: most likely a typing error. Or a weight has no shape yet, has fewer than 32 bits, is
-        no dense tensor, or shares its memory.
+        for parameter names (``"head.*"``, ``"*.bias"``); a class stands for its instances. `ConfigError` if a pattern
+        matches no parameter, or a weight has no shape yet, has fewer than 32 bits, is not dense, or shares its memory.
     """
     check_layers(module)
     _check_weights(module)
@@ -172,12 +165,12 @@ def divide_weights(
         remedy = 'Give names (patterns as "head.*"), "norm", "embedding" or classes of layers; () for none'
         check_kind("posterior.deterministic", rule, (str, type), remedy)
     random, point = split_weights(module, deterministic if capabilities.owner == "all" else ())
-    name = type(module).__name__
     if not capabilities.has_random_weights:
         random, point = {}, {**random, **point}
     if not random and (capabilities.has_random_weights or not point):
         asked = ", ".join(map(str, deterministic)) or "()"
-        rule = f"{name} has no trainable weight left" + (" to be random" if capabilities.has_random_weights else "")
+        to_be = " to be random" if capabilities.has_random_weights else ""
+        rule = f"{type(module).__name__} has no trainable weight left{to_be}"
         remedy = "Exclude less, or unfreeze some weights"
         raise ConfigError(Fault("posterior.deterministic", asked, rule, remedy))
     return random, point

@@ -53,10 +53,7 @@ class Traces:
         return [name for name, get, _, state in self._generators if not _same(get(), state)]
 
     def put_back(self) -> dict[str, list[str]]:
-        """Put everything back. Local.
-
-        Returns names of what had changed: under "buffer", "weight" and "attribute" of the module, and under "generator".
-        """
+        """Put all back; return names of what had changed, by "buffer", "weight", "attribute" and "generator". Local."""
         changed: dict[str, list[str]] = {"buffer": [], "weight": [], "attribute": [], "generator": []}
         for kind, prefix, registry, held in self._registries:
             is_open = isinstance(registry, dict)  # not that of a scripted layer

@@ -21,8 +21,7 @@ FLOOR = {torch.float64: 1e-9, torch.float32: 1e-3}
 class BatchTrial:
     """Tries a batch before the first step, without a trace: a faster way has to prove itself. Local.
 
-    The loop walks where a batch fails, changes the module, or differs in the gradient of ``statistic(outputs, y)``
-    [c, B, ...].
+    The loop walks where a batch fails, changes the module, or differs in the gradient of ``statistic(outputs, y)``.
     """
 
     def __init__(self, loop: SampleLoop, statistic: Callable[[Tensor, Tensor], Tensor]):

@@ -48,11 +48,11 @@ _CONTAINERS = (dict, list, tuple, set)
 
 def is_same(a: Sequence[object], b: Sequence[object]) -> bool:
     """Whether two lists of `Fixed.now` agree. Local."""
-    if len(a) != len(b):
-        return False
-    return _are_one(a, b) or all(
-        x is y or (type(x) is type(y) and isinstance(x, _COMPARED) and x == y) for x, y in zip(a, b)
-    )
+
+    def are_alike(x: object, y: object) -> bool:
+        return x is y or (type(x) is type(y) and isinstance(x, _COMPARED) and x == y)
+
+    return len(a) == len(b) and (_are_one(a, b) or all(map(are_alike, a, b)))
 
 
 class Fixed:
@@ -138,19 +138,8 @@ _FACTORIES = {torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy, Te
 class HostReads:
     """Sees what makes the host wait for the device, or copies from the host to it: neither can be in a graph.
 
-    On a CPU it sees the same as on a GPU, so that tests need none.
-
-    Parameters
-    ----------
-    refuse : bool
-        Raise `RuntimeError` at the first; otherwise note them all in ``found``.
-
-    Attributes
-    ----------
-    found : list of str
-        The operations.
-    num_operations : int
-        Operations that would be launched: all but views.
+    On a CPU it sees the same as on a GPU, so that tests need none. It raises `RuntimeError` at the first where it is to
+    ``refuse``, otherwise it notes them all in ``found``; ``num_operations`` would be launched: all but views.
     """
 
     def __init__(self, refuse: bool = False):
@@ -294,12 +283,7 @@ class _Segment:
 class Recorder:
     """Runs segments: twice as they are, and then as graphs, where there is something to capture with.
 
-    Parameters
-    ----------
-    device : torch.device
-        Where the segments run.
-    speaks : bool
-        Whether this process says what the user should know: rank 0.
+    On a device; where it ``speaks``, as rank 0 does, it says what the user should know.
 
     Attributes
     ----------
@@ -339,35 +323,17 @@ class Recorder:
 
         A graph has to prove itself in two steps: on the same numbers it leaves the same in ``state`` as its bodies.
 
-        Parameters
-        ----------
-        name : hashable
-            Which segment it is, with the shapes of what it works on.
-        fixed : sequence
-            What `Fixed.now` returned: where it is another list than at the capture, the capture is given up.
-        num_steps : int
-            The number of the step.
-        may_capture : bool
-            Whether what Python does in the bodies may be left out in later steps.
-        state : sequence of Tensor
-            What the bodies change.
-        times : int
-            How often.
-
-        Raises
-        ------
-        ConfigError
-            The segment cannot be captured.
+        ``name`` says which segment it is, with the shapes of what it works on; ``fixed`` is what `Fixed.now` returned:
+        where it is another list than at the capture, the capture is given up. ``may_capture`` says that what Python
+        does in the bodies may be left out in later steps; they change ``state``, and run so many ``times``.
+        `ConfigError` where the segment cannot be captured.
         """
         for number in range(times):
             segment = None if self.is_paused else self._segment(name, fixed)
-            if (
-                segment is not None
-                and segment.graphs
-                and (len(segment.proofs) == NUM_PROOFS or num_steps in segment.proofs)
-            ):
+            graphs = [] if segment is None else segment.graphs
+            if segment is not None and graphs and (len(segment.proofs) == NUM_PROOFS or num_steps in segment.proofs):
                 for _ in range(number, times):
-                    _run([graph.replay for graph in segment.graphs], between)
+                    _run([graph.replay for graph in graphs], between)
                 return
             self._run_once(segment, num_steps, bodies, between, may_capture, state)
 

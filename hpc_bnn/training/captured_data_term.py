@@ -25,14 +25,10 @@ class CapturedDataTerm(DataTerm):
 
     Segments work on copies of the batch that stay where they are, and count their samples on the device: one graph serves
     all chunks of all steps whose batches have the same shapes.
-
-    Attributes
-    ----------
-    num_steps : int
-        Number of the step.
     """
 
     num_steps = 0
+    """Number of the step."""
 
     def __init__(self, *arguments, recorder: Recorder, latch: Latch, seed: int, num_samples: int):
         super().__init__(*arguments)
@@ -95,9 +91,8 @@ class CapturedDataTerm(DataTerm):
             checked.copy_(self._checked(given))
 
         state = [self._posterior.buffer.reduced, *self._posterior.sampler.work.values(), self._latch.clock.now]
-        self._recorder.run(
-            ("begin", is_first, name), self._fixed, self.num_steps, body, state=[*state, self._sum, checked]
-        )
+        state += [self._sum, checked]
+        self._recorder.run(("begin", is_first, name), self._fixed, self.num_steps, body, state=state)
         return checked
 
     def weights_(self, weights: Tensor | None) -> Tensor | None:
@@ -140,10 +135,8 @@ class CapturedDataTerm(DataTerm):
         )  # fmt: skip
         self._may_capture = posterior.network.is_replayable and not has_hooks(layers)
         if not self._may_capture:
-            reason = (
-                "the network has hooks, or its forward pass changes attributes or buffers, or draws numbers of its own"
-            )
-            self._recorder.say(reason)
+            reason = "its forward pass changes attributes or buffers, or draws numbers of its own"
+            self._recorder.say(f"the network has hooks, or {reason}")
 
     def _alike(self, chunks: Sequence[Sequence[int]], x: SharedView) -> Iterator[list[Sequence[int]]]:
         """Yield chunks, those together that are as long as each other and meet the same inputs. Local."""

@@ -41,11 +41,8 @@ class DataTerm:
     An objective that couples the samples needs what all of them gave before the gradient of any is known. Where one
     chunk holds all samples of this rank, its graph waits for the exchange: one pass. Otherwise a pass without gradient
     goes before. ``reducer()`` returns the `Reducer` of the step, whose sums may begin in the last backward pass.
-
-    Attributes
-    ----------
-    num_passes, has_said_passes : int, bool
-        Forward passes over the samples in the last call, 1 or 2; and whether the user knows of the second.
+    ``num_passes`` are the forward passes over the samples in the last call, 1 or 2; ``has_said_passes`` says that the
+    user knows of the second.
     """
 
     def __init__(
@@ -130,10 +127,8 @@ class DataTerm:
     ) -> Tensor:
         """Fold in the gradient of ``share`` times the data term, and return that of this rank, summed over its examples.
 
-        Collective as the objective and BatchNorm say.
-
-        ``key`` is that of any sample of the step, ``kl`` are the arguments of `Posterior.fold_`; where ``is_last``, nothing
-        more is folded in after the backward pass of the last sample.
+        Collective as the objective and BatchNorm say. ``key`` is that of any sample of the step, ``kl`` the arguments
+        of `Posterior.fold_`; where ``is_last``, nothing more is folded in after the backward pass of the last sample.
         """
         last = samples[-1] if len(samples) and is_last else None
         differentiate = self._differentiate(coupling, share, last, kl)
@@ -164,12 +159,9 @@ class DataTerm:
         self.num_passes = 2
         if self._comm.grid.is_first("world") and not self.has_said_passes:
             remedy = f"chunk_size {num_samples} makes it one, with the memory of that many"
-            logger.info(
-                "the objective %s couples the samples: two passes over the %d of this rank per step (%s)",
-                self._objective.name,
-                num_samples,
-                remedy if self._loop.can_batch else "the module cannot be batched",
-            )
+            remedy = remedy if self._loop.can_batch else "the module cannot be batched"
+            text = "the objective %s couples the samples: two passes over the %d of this rank per step (%s)"
+            logger.info(text, self._objective.name, num_samples, remedy)
         self.has_said_passes = True
 
     def _walk(self, samples: Sequence[int], x: SharedView, y: Tensor, key: Key, use: Use) -> None:

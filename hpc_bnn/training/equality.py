@@ -43,12 +43,8 @@ def definition_of(thing: object) -> str:
 def tensors_beside(posterior: Posterior) -> list[tuple[str, Tensor]]:
     """Return tensors of a family and its prior, such as the means of the latter, which no slot holds; with names. Local."""
     owners = [posterior.family_, getattr(posterior.family_, "prior", None)]
-    found = [
-        (f"{type(owner).__name__}.{name}", value)
-        for owner in owners
-        for name, value in getattr(owner, "__dict__", {}).items()
-    ]
-    return [(name, value) for name, value in found if isinstance(value, Tensor)]
+    held = [(type(owner).__name__, getattr(owner, "__dict__", {})) for owner in owners]
+    return [(f"{of}.{name}", value) for of, all_ in held for name, value in all_.items() if isinstance(value, Tensor)]
 
 
 class Comparison:
@@ -57,17 +53,8 @@ class Comparison:
     A rank adds a digest h, the last rank of a group of n subtracts (n - 1) h: equal digests sum to exactly 0. The digests
     are whole numbers below 2^23 / world_size, so that all partial sums are whole numbers below 2^24, which float32 holds
     exactly in any order. The ranks of a sample group must have the same examples, those of the job the same settings, and
-    the data groups together as many examples as the step was told.
-
-    Parameters
-    ----------
-    comm : GridComm
-        The process grid.
-
-    Attributes
-    ----------
-    looks : bool
-        Whether anything is compared: `hpc-bnn plan` has no other ranks.
+    the data groups together as many examples as the step was told. ``looks``: nothing is compared without it, as in
+    `hpc-bnn plan`, which has no other ranks.
     """
 
     def __init__(self, comm: GridComm):
@@ -87,12 +74,8 @@ class Comparison:
             return
         self._has_replicas = True
         frozen = [(name, p.detach()) for name, p in posterior.module.named_parameters() if not p.requires_grad]
-        for name, tensor in [
-            *buffer.values.items(),
-            *tensors_beside(posterior),
-            *frozen,
-            *posterior.module.named_buffers(),
-        ]:
+        beside = [*tensors_beside(posterior), *frozen, *posterior.module.named_buffers()]
+        for name, tensor in [*buffer.values.items(), *beside]:
             for piece in _pieces(tensor):
                 first = piece.clone()
                 comm.broadcast_(first, 0, "data" if name in buffer.owned else "world")
@@ -101,11 +84,9 @@ class Comparison:
                     piece.copy_(first)
         names = {name for names in comm.gather_objects(differing) for name in names}
         if names and comm.grid.is_first("world"):
-            logger.warning(
-                "ranks began with different numbers in %s; all have those of the first rank now. Seed the ranks alike, or load "
-                "the same checkpoint",
-                ", ".join(sorted(names)),
-            )
+            text = "ranks began with different numbers in %s; all have those of the first rank now"
+            remedy = "Seed the ranks alike, or load the same checkpoint"
+            logger.warning(f"{text}. {remedy}", ", ".join(sorted(names)))
 
     def begin_(self, step: int, global_batch_size: int, settings: dict[str, Any]) -> None:
         """Begin a step, of which settings must be equal on all ranks. Local."""
@@ -147,10 +128,7 @@ class Comparison:
         return before
 
     def numbers(self, num_examples: int, by_place: bool) -> list[int]:
-        """Return what the host knows of a step of this rank, in the order of `Tally` from NUM_EXAMPLES on. Local.
-
-        ``by_place`` says that noise goes by places in the global batch.
-        """
+        """Return what the host knows, `Tally` from NUM_EXAMPLES on; ``by_place``: noise goes by places. Local."""
         grid = self._comm.grid
         is_misplaced = by_place and num_examples != len(grid.share(self._global_batch_size, "data"))
         parts = [0 if isinstance(part, Tensor) else part for part in self._batch()]

@@ -18,8 +18,6 @@ from ..noise import Clock
 from ..posteriors import Posterior, Tally
 from ..posteriors.families import Scalars
 
-__all__ = ["Latch", "PendingResult", "StepResult"]
-
 NUM_SLOTS = 4
 """Steps whose numbers may be on their way between host and device at once."""
 POLL_SECONDS = 2e-5
@@ -46,6 +44,13 @@ class StepResult:
     """Whether some rank of the job wants to stop after this step (`VariationalStep.wants_stop`)."""
     wants_checkpoint: bool
     """Whether some rank of the job wants a checkpoint after this step (`VariationalStep.wants_checkpoint`)."""
+
+    @classmethod
+    def of(cls, tally: list[float], kl: float, kl_weight: float, num_train_examples: int) -> StepResult:
+        """Return that of a step by its `Tally`. Local."""
+        data_term = tally[Tally.DATA_TERM]
+        wishes = tally[Tally.NUM_STOPS] > 0, tally[Tally.NUM_CHECKPOINTS] > 0
+        return StepResult(data_term + kl_weight * kl / num_train_examples, data_term, kl, kl_weight, *wishes)
 
 
 class PendingResult(StepResult):
@@ -105,10 +110,8 @@ class Latch:
 
     Attributes
     ----------
-    scalars, clock : Scalars, Clock
-        What families and keys read.
-    share, rates : Tensor, list of Tensor
-        1 / examples of the global batch; learning rates of the optimizer's groups: 0-dim.
+    scalars, clock, share, rates
+        What families and keys read; 1 / examples of the global batch; learning rates of the optimizer's groups: 0-dim.
     is_sound, found_inf : Tensor
         Whether all steps since the last reading were sound, 0-dim bool; and the opposite as torch's fused optimizers take it,
         0-dim float32.
@@ -226,11 +229,7 @@ class Latch:
             return Found(tally, kl, is_broken_here, is_sound)
 
         def read() -> StepResult:
-            tally, kl = wait()[:2]
-            data_term = tally[Tally.DATA_TERM]
-            nelbo = data_term + kl_weight * kl / num_train_examples
-            wishes = tally[Tally.NUM_STOPS] > 0, tally[Tally.NUM_CHECKPOINTS] > 0
-            return StepResult(nelbo, data_term, kl, kl_weight, *wishes)
+            return StepResult.of(*wait()[:2], kl_weight, num_train_examples)
 
         result = PendingResult(read)
         self.pending.append(Pending(num_steps, result, wait, evidence))

@@ -41,11 +41,8 @@ class JobOptimizer:
 def OverlappingOptimizer(optimizer: torch.optim.Optimizer, posterior: Posterior, comm: GridComm) -> JobOptimizer:
     """Return `JobOptimizer.of`, which sums the gradient in blocks while the last backward pass of a step runs. Local.
 
-    Raises
-    ------
-    ConfigError
-        The posterior adds to all gradients after its backward pass, its ranks hold different parameters, or the gradient
-        is compressed.
+    `ConfigError` where the posterior adds to all gradients after its backward pass, its ranks hold different
+    parameters, or the gradient is compressed.
     """
     reducer = Reducer(posterior, comm, in_blocks=True)
     return JobOptimizer(reducer, Updater(optimizer, posterior, reducer))
@@ -66,12 +63,7 @@ def ShardedOptimizer(
         Makes the optimizer of a list of parameters: ``lambda parameters: torch.optim.Adam(parameters, lr=1e-3)``. It
         has to treat every number by itself.
     posterior, comm
-        Those of the step.
-
-    Raises
-    ------
-    ConfigError
-        The posterior is an ensemble, or the optimizer looks at whole tensors.
+        Those of the step. `ConfigError` where it is an ensemble, or the optimizer looks at whole tensors.
     """
     reducer = Reducer(posterior, comm, divided=True)
     return JobOptimizer(reducer, DividedUpdater(make, posterior, reducer))
@@ -88,11 +80,7 @@ def build_optimizer(
     """Return the optimizer and the schedule of its learning rate. Local.
 
     Optimizers of torch that treat every number by itself see the parameters flat, others a tensor per weight.
-
-    Raises
-    ------
-    ConfigError
-        The optimizer is unknown, or refuses its arguments.
+    `ConfigError` where the optimizer is unknown, or refuses its arguments.
     """
     make = optimizer_maker(config)
     if config.sharded:

@@ -25,16 +25,9 @@ class Reducer:
     Rows that belong to samples are summed over the data axis, all else over the world. With ``comm.compression`` the
     gradient is sent in half the bytes, statistics and scalars never.
 
-    Parameters
-    ----------
-    posterior, comm : Posterior, GridComm
-        Whose buffer is summed; the process grid.
-    in_blocks : bool
-        Sum the gradient in blocks, the first of them while the last backward pass of a step still runs. It pays where
-        ranks wait for a network while they could compute: docs/collectives.md says what was measured.
-    divided : bool
-        Each rank of a sample group gets its share of the sum only: a range of weights with all their slots
-        (`own_share`).
+    ``in_blocks`` the first sums begin while the last backward pass of a step still runs. It pays where ranks wait for a
+    network while they could compute: docs/collectives.md says what was measured. Where the sum is ``divided``, each
+    rank of a sample group gets its share only: a range of weights with all their slots (`own_share`).
     """
 
     def __init__(self, posterior: Posterior, comm: GridComm, *, in_blocks: bool = False, divided: bool = False):

@@ -43,12 +43,9 @@ class StepState:
         "model" and "optimizer" by the names of the weights, "num_steps", and "generator", the name of the generator of the
         noise. A learning-rate schedule has a state of its own. Tensors may be views of those of the posterior.
 
-        Collective over the world where rows of the posterior or the optimizer's state are spread over the sample group.
+        With ``to_first`` only the first rank of the job has it, which writes it; the others need no memory for it.
 
-        Parameters
-        ----------
-        to_first : bool
-            Only to the first rank of the job, which writes it; the others get nothing and need no memory for it.
+        Collective over the world where rows of the posterior or the optimizer's state are spread over the sample group.
         """
         comm, state = self.comm, {}
         if comm.grid.is_first("data") or not self.is_spread:  # one sample group has it all
@@ -63,13 +60,7 @@ class StepState:
         return comm.broadcast_tree(state) if self.is_spread else state
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what `gather_state` does, from this rank alone. Local.
-
-        Raises
-        ------
-        ConfigError
-            A part of it is on other ranks.
-        """
+        """Return what `gather_state` does, from this rank alone; `ConfigError` where a part is on others. Local."""
         if self.is_spread:
             spread = "a sharded optimizer has its state" if self.reducer.divided else "an ensemble has its members"
             rule = f"{spread} spread over the ranks of a sample group"
@@ -79,10 +70,7 @@ class StepState:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `gather_state` or `state_dict` returned, on this or another grid. Local.
 
-        Raises
-        ------
-        ConfigError
-            It is of another network, optimizer, or generator of the noise.
+        `ConfigError` where it is of another network, optimizer, or generator of the noise.
         """
         outline, tensors = outline_of(state)
         places, end = self._begin_load(outline)
@@ -90,16 +78,12 @@ class StepState:
         end()
 
     def scatter_state(self, state: dict[str, Any] | None) -> None:
-        """Go on from the state that world rank 0 has, as `load_state_dict` does; the other ranks give None.
+        """Go on from the state of world rank 0, as `load_state_dict` does; others give None. Collective over the world.
 
         Each rank takes what it needs of it, in pieces, so that none needs memory for the whole. Errors are raised on all.
-
-        Collective over the world.
         """
-        parts = (
-            None if state is None else {name: state[name] for name in ("model", "optimizer", "num_steps", "generator")}
-        )
-        outline, tensors = outline_of(parts)
+        names = ("model", "optimizer", "num_steps", "generator")
+        outline, tensors = outline_of(None if state is None else {name: state[name] for name in names})
         outline = self.comm.broadcast_object(outline)
         with self.comm.agree("restoring the checkpoint"):
             places, end = self._begin_load(outline)

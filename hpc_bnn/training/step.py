@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dis
 import inspect
+import functools
 import logging
 import math
 import socket
@@ -43,8 +44,6 @@ from .places import Places
 from .reducer import Reducer
 from .state import StepState
 from .updaters import OF_POSTERIOR, Updater
-
-__all__ = ["StepResult", "VariationalStep"]
 
 logger = logging.getLogger(__name__)
 
@@ -119,12 +118,9 @@ class VariationalStep(StepState):
         micro_batch_size: int | None = None,
         capture: Capture = "auto",
     ):
-        for name, value, kind, remedy in (
-            ("posterior", posterior, Posterior, "Make it of the network: hpc_bnn.MeanFieldGaussian(net)"),
-            ("likelihood", likelihood, Likelihood, "Use one of hpc_bnn, as Categorical(num_classes) for classes"),
-            ("comm", comm, GridComm, "Give what hpc_bnn.connect() returns"),
-        ):
-            check_kind(name, value, kind, remedy)
+        check_kind("posterior", posterior, Posterior, "Make it of the network: hpc_bnn.MeanFieldGaussian(net)")
+        check_kind("likelihood", likelihood, Likelihood, "Use one of hpc_bnn, as Categorical(num_classes) for classes")
+        check_kind("comm", comm, GridComm, "Give what hpc_bnn.connect() returns")
         count("Try 8").check("num_samples", num_samples)
         comm.grid.check_num_samples(num_samples)
         posterior.check_num_samples(num_samples, comm.grid.local_samples(num_samples))
@@ -239,14 +235,12 @@ class VariationalStep(StepState):
 
         Raises
         ------
-        NonFiniteError
-            On all ranks, before the update, when the loss, the KL or a gradient of any rank is not finite.
-        DataError
-            On all ranks, before the update, when a target of any rank lies outside the support of the likelihood, or a weight
-            is negative or not finite.
+        NonFiniteError, DataError
+            On all ranks, before the update, when the loss, the KL or a gradient of any rank is not finite; when a
+            target of any rank lies outside the support of the likelihood, or a weight is negative or not finite.
         RankError
-            On all ranks, before the update, when ranks differ in what they must have in common (`Comparison`), or have not
-            ``global_batch_size`` examples together.
+            Likewise, when ranks differ in what they must have in common (`Comparison`), or together have other than
+            ``global_batch_size`` examples.
         ConfigError
             The module, the posterior or the optimizer is not what can be trained, or was changed in a way that cannot be
             followed; or gradients are switched off.
@@ -319,10 +313,8 @@ class VariationalStep(StepState):
                 coupling = self.objective.begin(y, samples, self.num_samples)
                 coupling.present, coupling.weights = self.likelihood.present(y), weights
                 if weights is not None and not coupling.weighs:
-                    rule = f"{self.objective.name} is not defined for weights of examples"
-                    raise ConfigError(
-                        Fault("weights", list(weights.shape), rule, "Leave them out, or set Coupling.weighs")
-                    )
+                    rule, remedy = f"{self.objective.name} is not defined for weights of examples", "Leave them out"
+                    raise ConfigError(Fault("weights", list(weights.shape), rule, f"{remedy}, or set Coupling.weighs"))
                 data_term = self.data_term(mine, x, y, self.key, coupling, 1.0 / global_batch_size, kl, is_last)
             self.data_term.add_(data_term, global_batch_size, is_last)
         finally:
@@ -337,10 +329,8 @@ class VariationalStep(StepState):
             raise ConfigError(Fault("VariationalStep", what, rule, "Call them in this order, or the step itself"))
         self._phase = "idle"  # of a step that is given up here
         if phase != "idle" and self._begun != self.posterior.num_begun:
-            rule = (
-                "since accumulate_ the posterior was begun anew, by a prediction or another step: the gradient is lost"
-            )
-            raise ConfigError(Fault("VariationalStep", what, rule, "Finish the step first"))
+            rule = "since accumulate_ the posterior was begun anew, by a prediction or another step"
+            raise ConfigError(Fault("VariationalStep", what, f"{rule}: the gradient is lost", "Finish the step first"))
 
     def reduce_(self) -> None:
         """Sum gradient, statistics of BatchNorm and scalars over the job. Collective over the world.
@@ -357,10 +347,8 @@ class VariationalStep(StepState):
             self._latch.amend_(self.num_steps, numbers)
             self._is_broken_here = self._latch.is_broken_here
             if not self._completes_with_update:
-                state = [tally, self._is_broken_here]
-                self.recorder.run(
-                    "complete", (), self.num_steps, lambda: self._captured.completing_(checksum), state=state
-                )
+                complete, state = functools.partial(self._captured.completing_, checksum), [tally, self._is_broken_here]
+                self.recorder.run("complete", (), self.num_steps, complete, state=state)
         else:
             self._is_broken_here = self.data_term.complete_(checksum, numbers)
         self.comparison.fill_(tally)
@@ -399,10 +387,7 @@ class VariationalStep(StepState):
         posterior.buffer.take_gradients_away_()
         posterior.after_update_(self.scalars, self.key)
         self.num_steps += 1
-        data_term = tally[Tally.DATA_TERM]
-        nelbo = data_term + kl_weight * kl / self.num_train_examples
-        wishes = tally[Tally.NUM_STOPS] > 0, tally[Tally.NUM_CHECKPOINTS] > 0
-        return StepResult(nelbo, data_term, kl, kl_weight, *wishes)
+        return StepResult.of(tally, kl, kl_weight, self.num_train_examples)
 
     def _check_sound(
         self,
@@ -430,10 +415,9 @@ class VariationalStep(StepState):
         if tally[Tally.NUM_BROKEN]:
             mine = (self.comm.grid.rank, socket.gethostname()) if is_broken_here else None
             ranks = [f"rank {p[0]} on {p[1]}" for p in self.comm.gather_objects(mine) if p is not None]
-            raise NonFiniteError(
-                f"step {self.num_steps}: the loss or a gradient is not finite on {', '.join(ranks)}. "
-                "The parameters were not updated. Try a smaller learning rate or check the data"
-            )
+            rule = f"step {self.num_steps}: the loss or a gradient is not finite on {', '.join(ranks)}"
+            remedy = "The parameters were not updated. Try a smaller learning rate or check the data"
+            raise NonFiniteError(f"{rule}. {remedy}")
         comparison.check(tally)
 
     def _check_kl(self, kl: float) -> None:
@@ -604,18 +588,11 @@ class VariationalStep(StepState):
         if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16:
             logger.warning("torch.autocast to float16 is in force: %s. Use torch.bfloat16", _UNDERFLOW)
         if global_batch_size > self.num_train_examples:
-            logger.warning(
-                "a batch of %d examples, and num_train_examples is %g: the smaller it is the more the KL counts",
-                global_batch_size,
-                self.num_train_examples,
-            )
+            text = "a batch of %d examples, and num_train_examples is %g: the smaller it is the more the KL counts"
+            logger.warning(text, global_batch_size, self.num_train_examples)
         if global_batch_size < num_groups:
-            logger.warning(
-                "a batch of %d examples for %d data groups: the others have nothing to do. Use a larger "
-                "global_batch_size or sample_size",
-                global_batch_size,
-                num_groups,
-            )
+            text = "a batch of %d examples for %d data groups: the others have nothing to do"
+            logger.warning(f"{text}. Use a larger global_batch_size or sample_size", global_batch_size, num_groups)
 
     def _settings(self) -> dict[str, Any]:
         """Return what all ranks must have in common besides the batch."""

@@ -220,7 +220,7 @@ class Updater:
         for group, options in zip(self.optimizer.param_groups, state["groups"]):
             ids = [next(numbers) for _ in group["params"]]
             how = {
-                name: group[name] for name in ("fused", "foreach") if name in group
+                key: group[key] for key in ("fused", "foreach") if key in group
             }  # of this optimizer, not of the state
             groups.append({**group, **options, **how, "params": ids})  # an option of a newer torch stays as it is
             for number, parameter in zip(ids, group["params"]):
@@ -271,9 +271,8 @@ class Updater:
             for name, spans in parts.items():
                 leaf = state[name][key]
                 if leaf.shape != weights[name].shape:
-                    rule = (
-                        f"{key} of {name} is {tuple(leaf.shape)} in the checkpoint, {tuple(weights[name].shape)} here"
-                    )
+                    theirs, mine = tuple(leaf.shape), tuple(weights[name].shape)
+                    rule = f"{key} of {name} is {theirs} in the checkpoint, {mine} here"
                     remedy = "Make the optimizer that it was trained with"
                     raise ConfigError(Fault("optimizer", type(self.optimizer).__name__, rule, remedy))
                 for first, view in spans:

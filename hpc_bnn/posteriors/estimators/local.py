@@ -26,9 +26,8 @@ class Local(Estimator):
 
         def forward(layer: nn.Linear, input: Tensor) -> Tensor:  # its name in nn.Linear
             mean = nn.functional.linear(input, layer.weight, layer.bias)
-            variance = nn.functional.linear(
-                input.square(), scale.square(), None if bias_scale is None else bias_scale.square()
-            )
+            of_bias = None if bias_scale is None else bias_scale.square()
+            variance = nn.functional.linear(input.square(), scale.square(), of_bias)
             zeta = self.noise.draw(number, mean, mean.shape[1])
             tiny = torch.finfo(variance.dtype).tiny  # the square root has no slope at 0
             return mean + variance.clamp_min(tiny).sqrt() * zeta

@@ -14,8 +14,6 @@ from ..draws import Draw
 from ..gradients import WeightGradient
 from ..layout import FlatLayout
 
-__all__ = ["Family", "Scalars", "Slot", "Slots", "check_slots"]
-
 Slots = dict[str, Tensor]
 """Slots, their gradients, or what is computed from them once per step, by name."""
 

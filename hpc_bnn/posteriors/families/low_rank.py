@@ -22,12 +22,9 @@ class LowRank(MeanField):
     capabilities = FAMILIES["low_rank"]
 
     def __init__(
-        self,
-        rank: int = 4,
-        prior: Prior = GaussianPrior(),
-        init_std: float = 0.01,
+        self, rank: int = 4, prior: Prior = GaussianPrior(), init_std: float = 0.01,
         init_std_relative: float | None = None,
-    ):
+    ):  # fmt: skip
         check_field("posterior.rank", rank)
         super().__init__(prior, init_std, init_std_relative)
         self.rank = rank
@@ -71,9 +68,8 @@ class LowRank(MeanField):
         with torch.set_grad_enabled(grads is not None):
             loc, log_scale, factor = leaves = [slots[name].detach().requires_grad_(grads is not None) for name in names]
             gram = factor @ factor.T
-            kl = -gaussian_entropy(log_scale) - 0.5 * torch.logdet(
-                gram + torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-            )
+            one = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+            kl = -gaussian_entropy(log_scale) - 0.5 * torch.logdet(gram + one)
             if self.prior.closed_form:
                 marginal = log_scale.exp() * (1 + factor.square().sum(0)).sqrt()
                 kl = kl + self.prior.cross_entropy(loc, marginal)

@@ -14,10 +14,7 @@ from .base import Family, Slot
 
 
 class MeanField(Family):
-    """w = loc + exp(log_scale) eps; slots ``loc`` and ``log_scale``, [P] each.
-
-    The parameters are those of `hpc_bnn.MeanFieldGaussian`.
-    """
+    """w = loc + exp(log_scale) eps; slots ``loc``, ``log_scale``, [P]; parameters as of `hpc_bnn.MeanFieldGaussian`."""
 
     name = "mean-field Gaussian"
     capabilities = FAMILIES["mean_field"]

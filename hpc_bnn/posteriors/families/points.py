@@ -23,12 +23,8 @@ class Dropout(Point):
     """Dropout masks as samples of the weights (Gal and Ghahramani, Dropout as a Bayesian Approximation, 2016).
 
     The KL to a Gaussian prior is, up to a constant, weight decay: ``keep / (2 prior_std^2) * ||w||^2`` (equation 7 with
-    length scale 1 / prior_std).
-
-    Parameters
-    ----------
-    rate, prior_std : float
-        Probability that dropout sets a number to 0; standard deviation of the prior (units of the weight).
+    length scale 1 / prior_std). ``rate`` is the probability that dropout sets a number to 0, ``prior_std`` in units of
+    the weight.
     """
 
     name = "MC dropout"
