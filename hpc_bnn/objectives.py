@@ -410,9 +410,8 @@ class _Score(Gathered):
         if weights is not None:
             numbers = np.array(weights.numpy(force=True) if isinstance(weights, Tensor) else weights, dtype=np.float64)
             if not (np.isfinite(numbers).all() and (numbers >= 0).all() and numbers.any()):
-                rule = "must be finite, 0 or more, and not all 0"
-                fault = Fault("objective.weights", f"of shape {list(numbers.shape)}", rule, "Use cos(latitude)")
-                raise ConfigError(fault)
+                given, rule = f"of shape {list(numbers.shape)}", "must be finite, 0 or more, and not all 0"
+                raise ConfigError(Fault("objective.weights", given, rule, "Use cos(latitude)"))
             self.weights = torch.from_numpy(numbers)
 
     def check(self, likelihood: Likelihood, num_samples: int) -> None:
@@ -438,10 +437,9 @@ class _Score(Gathered):
         try:
             weights = self.weights.to(like).expand(*shape)
         except RuntimeError:
-            rule = f"must broadcast to the targets of an example, {list(shape)}"
+            given, rule = list(self.weights.shape), f"must broadcast to the targets of an example, {list(shape)}"
             remedy = "Use [latitudes, 1] for targets [channels, latitudes, longitudes]"
-            fault = Fault("objective.weights", f"of shape {list(self.weights.shape)}", rule, remedy)
-            raise ConfigError(fault) from None
+            raise ConfigError(Fault("objective.weights", f"of shape {given}", rule, remedy)) from None
         return (weights / weights.mean()).flatten()
 
 
@@ -535,10 +533,7 @@ class Energy(_Score):
         return square.pow(self.beta / 2).masked_fill(at_zero, 0), factor
 
     def _scores(self, to_y: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return scores [B] of squared distances from y [r, B], and between members [r, K, B]: what r rows add to them.
-
-        And the factors of ``w d`` in the derivative by these members.
-        """
+        """Return what r rows of squared distances, from y [r, B] and of pairs [r, K, B], add to scores and slopes."""
         num_samples, factor = pairs.shape[1], self.pair_factor(pairs.shape[1])
         (values, of_y), (of_pairs, between) = self._power(to_y), self._power(pairs)
         loss = values.sum(0) / num_samples - 0.5 * factor * of_pairs.sum((0, 1))
@@ -605,10 +600,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
 
 
 def build_objective(config: ObjectiveConfig, target_weights: list | None = None) -> Objective:
-    """Return the objective of a config, with ``target_weights`` (nested lists) for the weights "auto". Local.
-
-    `ConfigError` where the name is unknown, its class cannot be imported, or the file of weights cannot be read.
-    """
+    """Return the objective of a config, with ``target_weights`` for "auto"; `ConfigError` if there is none. Local."""
     name = config.name
     if name in get_args(Score):
         weights = target_weights if config.weights == "auto" else _read_weights(config.weights)

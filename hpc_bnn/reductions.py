@@ -128,21 +128,15 @@ class TargetShares:
 
     Parameters
     ----------
-    comm : GridComm
-        The process grid.
-    num_samples : int
-        K.
-    shape : sequence of int
-        [B, ...] of one member.
+    comm, num_samples, shape : GridComm, int, torch.Size
+        The process grid; K; [B, ...] of one member.
     whole : bool
         Whether the targets of an example stay together, on one rank, however uneven the shares are.
 
     Attributes
     ----------
-    span : range
-        Flat targets of this rank; empty if there are fewer than ranks.
-    num_own : int
-        Samples of this rank, c.
+    span, num_own : range, int
+        Flat targets of this rank, empty if there are fewer than ranks; samples of this rank, c.
     """
 
     def __init__(self, comm: GridComm, num_samples: int, shape: torch.Size, *, whole: bool = False):
@@ -151,9 +145,8 @@ class TargetShares:
         """Targets of an example, T."""
         size, index = comm.grid.sample_size, comm.grid.sample_index
         count, grain = (shape[0], self.width) if whole else (shape.numel(), 1)
-        self._spans = [
-            range(items.start * grain, items.stop * grain) for items in (share(count, size, n) for n in range(size))
-        ]
+        shares = [share(count, size, n) for n in range(size)]
+        self._spans = [range(items.start * grain, items.stop * grain) for items in shares]
         self._counts = [len(span) for span in self._spans]
         self._rows = [len(share(num_samples, size, n)) for n in range(size)]
         self.num_own, self.span = self._rows[index], self._spans[index]

@@ -17,9 +17,9 @@ def build_likelihood(
     missing_targets: bool = False,
     ignore_index: int | None = None,
 ) -> Likelihood:
-    """Return the likelihood of a config for the targets of a data set, with ``target_shape`` for one example. Local.
+    """Return the likelihood of a config for targets of ``target_shape`` each; what is missing as in `Manifest`. Local.
 
-    What stands for a missing target is that of the data (`Manifest`). `ConfigError` where classes and numbers are mixed up, or your own class refuses its arguments.
+    `ConfigError` where classes and numbers are mixed up, or your own class refuses its arguments.
     """
     name = config.name
     if name == "auto":

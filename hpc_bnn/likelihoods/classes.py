@@ -19,12 +19,8 @@ def _wide(y: Tensor) -> Tensor:
 class Categorical(Likelihood):
     """C = ``num_classes`` classes with softmax probabilities; one class per example or per point of a field.
 
-    Parameters
-    ----------
-    num_classes : int
-        C.
-    ignore_index : int, optional
-        Stands for a class that is missing, as in torch's ``cross_entropy``; none of 0 to C - 1. It adds nothing.
+    ``ignore_index``, none of 0 to C - 1, stands for a class that is missing, as in torch's ``cross_entropy``: it adds
+    nothing.
     """
 
     num_classes: int
@@ -64,11 +60,8 @@ class Categorical(Likelihood):
         of_class = outputs.shape[:1] + outputs.shape[2:]
         if y.shape != (outputs.shape if y.is_floating_point() else of_class):
             rule = "targets are classes [B, ...] of a whole-number dtype, or probabilities of the shape of the outputs"
-            ways = {
-                of_class: "y.long()",
-                outputs.shape: "y.argmax(1)",
-                (*of_class[:1], 1, *of_class[1:]): "y.squeeze(1)",
-            }
+            ways = {of_class: "y.long()", outputs.shape: "y.argmax(1)"}
+            ways[(*of_class[:1], 1, *of_class[1:])] = "y.squeeze(1)"
             raise self.misfit(outputs, y, rule, f"Give {ways.get(y.shape, 'targets of such a shape')}")
         outputs, y, present = self.only_present(outputs, y)
         y = y.to(outputs.dtype) if y.is_floating_point() else y.long()

@@ -42,16 +42,14 @@ class LocationScale(Likelihood):
 
     Parameters
     ----------
-    num_targets : int
-        Extent of dim 1 of the targets.
+    num_targets, missing_targets
+        As for `Likelihood`.
     scale, init_scale : float, "learned" or "heteroscedastic"; float
         A number fixes it (units of the network's targets: standard deviations if the shards are normalised).
         "learned": one scale per target from ``init_scale`` on, a point parameter that `wrap` adds to the network.
         "heteroscedastic": the network gives the locations and then the logs of the scales, [B, 2 num_targets, ...].
     min_scale : float
         Floor of a scale that is not fixed, to which it is added: ``min_scale + exp(log scale)``.
-    missing_targets : bool
-        As for `Likelihood`.
     """
 
     is_equivariant = True
@@ -85,13 +83,10 @@ class LocationScale(Likelihood):
         """Return locations and logarithms of the scales, [B, num_targets, ...] both."""
         if isinstance(self.scale, str):
             if outputs.shape[1:2] != (2 * self.num_targets,):
-                number = f"{2 * self.num_targets} outputs on dim 1"
-                rule = (
-                    f"needs {number}, locations and logarithms of scales, and the network gives {list(outputs.shape)}"
-                )
-                remedy = (
-                    f"Let the network have {number}, or give a number for <likelihood.scale>, as in Gaussian(1, 0.1)"
-                )
+                number, given = f"{2 * self.num_targets} outputs on dim 1", list(outputs.shape)
+                rule = f"needs {number}, locations and logarithms of scales, and the network gives {given}"
+                fixed = "or give a number for <likelihood.scale>, as in Gaussian(1, 0.1)"
+                remedy = f"Let the network have {number}, {fixed}"
                 if self.scale == "learned":
                     remedy = f"Wrap, with likelihood.wrap, a network that gives {self.num_targets} on dim 1: a tensor, dict or tuple"
                 raise ConfigError(Fault("likelihood.scale", self.scale, rule, remedy))
@@ -202,8 +197,7 @@ class LearnedScale(nn.Module):
         super().__init__()
         self.network = network
         like = next(network.parameters())
-        log_scale = like.new_full((num_targets,), math.log(init_scale), dtype=like.dtype.to_real())
-        self.log_scale = nn.Parameter(log_scale)
+        self.log_scale = nn.Parameter(like.new_full((num_targets,), math.log(init_scale), dtype=like.dtype.to_real()))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return map_tensors(self._scaled, self.network(*args, **kwargs))

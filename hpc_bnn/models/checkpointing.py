@@ -13,25 +13,14 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import ConfigError, Fault
 
-__all__ = ["checkpoint_layers"]
-
 
 def checkpoint_layers(module: nn.Module, patterns: Sequence[str]) -> nn.Module:
     """Let layers keep their inputs only, and run once more in the backward pass; return the module. Local.
 
     It takes less memory and more time, and the numbers are the same, because masks and weights belong to the sample.
 
-    Parameters
-    ----------
-    module : nn.Module
-        Changed in place: the layers get a ``forward`` of their own.
-    patterns : sequence of str
-        Of the names of layers, such as ``blocks.*``; of layers within each other the outer ones are taken.
-
-    Raises
-    ------
-    ConfigError
-        A pattern fits no layer.
+    The layers get a ``forward`` of their own, in place. Patterns are of their names, such as ``blocks.*``; of layers
+    within each other the outer ones are taken. `ConfigError` where a pattern fits no layer.
     """
     names = [name for name, _ in module.named_modules() if name]
     for pattern in patterns:

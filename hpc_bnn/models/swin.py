@@ -57,10 +57,9 @@ class Swin(nn.Module):
     ):
         super().__init__()
         channels, rows, columns = in_shape
-        if tuple(target_shape or (rows, columns)) != (rows, columns):
-            raise ValueError(
-                f"Swin: the targets have the spatial shape {tuple(target_shape)}, the inputs {(rows, columns)}"
-            )
+        theirs = tuple(target_shape or (rows, columns))
+        if theirs != (rows, columns):
+            raise ValueError(f"Swin: the targets have the spatial shape {theirs}, the inputs {(rows, columns)}")
         if len(heads) != len(depths) or any((dim << i) % h for i, h in enumerate(heads)):
             raise ValueError(f"Swin: heads={tuple(heads)} must divide dim={dim}, doubled from stage to stage")
         down, right = (side * (patch << (len(depths) - 1)) for side in window)  # a window of the coarsest stage
@@ -141,14 +140,8 @@ class SwinBlock(Block):
         bias = self.position_bias[self._offsets].movedim(-1, 0)  # [heads, h w, h w]
         if self._mask is not None:
             bias = bias + self._mask.to(bias.dtype)  # [rows, columns or 1, heads, h w, h w]
-        x = (
-            self.attention(windows, bias)
-            .unflatten(3, (height, width))
-            .transpose(2, 3)
-            .reshape(form)
-            .flatten(3, 4)
-            .flatten(1, 2)
-        )
+        x = self.attention(windows, bias).unflatten(3, (height, width)).transpose(2, 3)
+        x = x.reshape(form).flatten(3, 4).flatten(1, 2)
         return x.roll(shift, (1, 2)) if any(shift) else x
 
     def _edge_mask(self, size: tuple[int, int], is_periodic: bool) -> Tensor | None:

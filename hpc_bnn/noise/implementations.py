@@ -193,11 +193,7 @@ def _load() -> tuple[Any, str]:
 
 @functools.cache
 def chosen() -> Implementation:
-    """Return the implementation of this process: the fastest that draws the pinned answer.
-
-    HPC_BNN_NOISE = auto, avx512, avx2, plain or numpy takes another; `ConfigError` where that does not exist here, or does
-    not draw the pinned answer.
-    """
+    """Return the fastest implementation that draws the pinned answer, or HPC_BNN_NOISE; `ConfigError` if none does."""
     found, wanted = available(), os.environ.get(VARIABLE) or "auto"
     names = " or ".join(["auto", *found])
     if wanted not in ("auto", *found):
@@ -212,11 +208,10 @@ def chosen() -> Implementation:
     else:
         raise ConfigError(Fault("noise", ", ".join(found), "none draws the numbers that it must", "Use another NumPy"))
     if wanted == "auto" and implementation.name == NumpyImplementation.name:
-        logger.warning(
-            "noise: NumPy draws it at about 30 ns per number, where the C extension needs 1 to 4%s. "
-            "With a C compiler `make setup`, or `pip install`, builds the extension",
-            f" ({reason})" if (reason := _load()[1]) else "",
-        )
+        why = f" ({reason})" if (reason := _load()[1]) else ""
+        remedy = "With a C compiler `make setup`, or `pip install`, builds the extension"
+        rule = "noise: NumPy draws it at about 30 ns per number, where the C extension needs 1 to 4%s. %s"
+        logger.warning(rule, why, remedy)
     return implementation
 
 

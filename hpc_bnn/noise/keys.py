@@ -25,8 +25,6 @@ from . import operators
 from .philox import MASK64, mix64
 from .segments import Segments, from_host, of_rows
 
-__all__ = ["GENERATOR", "Clock", "Key", "Stream"]
-
 GENERATOR = "philox"
 """Name of what makes the numbers of a `Key`. Checkpoints hold it."""
 
@@ -66,16 +64,11 @@ def _hash(seed: int, words: Sequence[int]) -> int:
 
 
 class Clock:
-    """Step and sample of what is captured once and runs for many: its keys read them on the device. Local.
-
-    Attributes
-    ----------
-    now : Tensor
-        [2] int64: the step, and the sample from which the keys count.
-    """
+    """Step and sample of what is captured once and runs for many: its keys read them on the device. Local."""
 
     def __init__(self, device: torch.device | str):
         self.now = torch.zeros(2, dtype=torch.int64, device=device)
+        """[2] int64: the step, and the sample from which the keys count."""
         self._kept: dict[Hashable, Any] = {}
 
     def keep(self, name: Hashable, make: Callable[[], Any]) -> Any:
@@ -150,10 +143,7 @@ class Key:
         first: int = 0,
         antithetic: bool = False,
     ) -> Tensor:
-        """Return numbers ``first`` to ``first + count - 1``, standard normal: [count] float32, or [B, count] as `bits`.
-
-        Of antithetic samples an odd one has the numbers of the one before it, negated.
-        """
+        """Return numbers as `bits`, standard normal, float32; an odd antithetic sample negates the one before's."""
         return self._numbers(operators.draw, count, torch.float32, device, rows, first, antithetic)
 
     def uniform(self, rows: Tensor, count: int, first: int = 0) -> Tensor:
@@ -162,10 +152,7 @@ class Key:
 
     @contextlib.contextmanager
     def global_generator(self) -> Iterator[None]:
-        """Run code that draws from torch's global CPU generator under this key, and put back the generator's state.
-
-        It is for the constructors of modules, which take no generator.
-        """
+        """Run code (constructors of modules) with torch's global CPU generator at this key, and put it back."""
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self._seed_of_torch())
             yield

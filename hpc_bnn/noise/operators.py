@@ -19,8 +19,6 @@ from torch import Tensor
 from .implementations import chosen
 from .segments import from_host
 
-__all__ = ["Addresses", "affine", "bits", "draw", "draws_on", "fold"]
-
 logger = logging.getLogger(__name__)
 
 _LIBRARY = torch.library.Library("hpc_bnn", "DEF")
@@ -47,9 +45,8 @@ def _kernels() -> ModuleType | None:
             return triton_kernels
     except Exception as error:  # no Triton, no C compiler for its launcher, another Triton, another GPU
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-    logger.warning(
-        "the CPU draws the noise of this GPU, which is slow: %s. Install triton, and load a C compiler", reason
-    )
+    remedy = "Install triton, and load a C compiler"
+    logger.warning("the CPU draws the noise of this GPU, which is slow: %s. %s", reason, remedy)
     return None
 
 
@@ -144,21 +141,11 @@ class Addresses:
 
     A copy from the host would be a node of the graph, so the table is filled once, when the capture is over. Its memory is
     made before the capture: that of a capture is written anew in each replay, by what had the same place earlier in it.
-
-    Parameters
-    ----------
-    count : int
-        Gradients of all folds of the capture.
-    device : torch.device
-        Of the capture.
-
-    Attributes
-    ----------
-    num_folded : int
-        Gradients of all folds of this process so far.
+    ``count`` are the gradients of all folds of the capture, ``device`` is where it is.
     """
 
     num_folded = 0
+    """Gradients of all folds of this process so far."""
     of_capture: Addresses
 
     def __init__(self, count: int, device: torch.device):
@@ -168,12 +155,10 @@ class Addresses:
 
     def take(self, gradients: list[Tensor | None]) -> Tensor:
         """Return the part of the table for the gradients of a fold. Local."""
-        start = len(self._gradients)
+        start, most = len(self._gradients), len(self._table)
         self._gradients += gradients
-        if len(self._gradients) > len(self._table):
-            raise RuntimeError(
-                f"{len(self._gradients)} gradients were folded where {len(self._table)} were seen before"
-            )
+        if len(self._gradients) > most:
+            raise RuntimeError(f"{len(self._gradients)} gradients were folded where {most} were seen before")
         return self._table[start : start + len(gradients)]
 
     def fill_(self) -> list[Tensor]:

@@ -21,12 +21,7 @@ class Segments:
     """Numbers of several keyed tensors that lie in one flat tensor. Local.
 
     Segment t holds the numbers ``first[t]`` to ``first[t] + lengths[t] - 1`` of the tensor (or row) whose last key word is
-    ``words[t]``, at ``starts[t]`` of the flat tensor.
-
-    Parameters
-    ----------
-    words, first, starts, lengths : sequence of int
-        [T] each. A tensor has at most 2^34 numbers.
+    ``words[t]``, at ``starts[t]`` of the flat tensor. A tensor has at most 2^34 numbers.
     """
 
     TILE = 1024

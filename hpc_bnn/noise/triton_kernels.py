@@ -285,38 +285,20 @@ def affine(
 ) -> None:
     """Write loc + scale * eps to ``out``: rounded twice in the dtype of ``loc``, then cast.
 
-    Parameters
-    ----------
-    loc, scale : Tensor
-        [P], both float32 or both float64. The normals eps are float32 in either case.
-    out : Tensor
-        [c, P], float32, bfloat16 or float64.
-    noise : Tensor, optional
-        [c, P] float32; eps is stored there.
+    ``loc`` and ``scale`` are [P], both float32 or both float64, ``out`` [c, P] float32, bfloat16 or float64. The
+    normals eps are float32, and are stored in ``noise`` [c, P] where it is given.
     """
     _draw(table, tiles, words, first_sample, antithetic, out, loc, scale, noise)
 
 
 def _draw(table, tiles, words, first_sample, antithetic, out, loc=None, scale=None, noise=None, is_bits=False):
+    pointers = out, *(out if tensor is None else tensor for tensor in (noise, loc, scale)), table, tiles, words
+    flags = {"BITS": is_bits, "AFFINE": loc is not None, "NOISE": noise is not None}
     with torch.cuda.device_of(table):
         draw_kernel[(len(tiles), len(out))](
-            out,
-            out if noise is None else noise,
-            out if loc is None else loc,
-            out if scale is None else scale,
-            table,
-            tiles,
-            words,
-            first_sample,
-            table.shape[1],
-            out.shape[1],
-            BITS=is_bits,
-            AFFINE=loc is not None,
-            NOISE=noise is not None,
-            ANTITHETIC=bool(antithetic),
-            SAMPLE=len(words) == 3,
-            **_OPTIONS,
-        )
+            *pointers, first_sample, table.shape[1], out.shape[1], **flags, ANTITHETIC=bool(antithetic),
+            SAMPLE=len(words) == 3, **_OPTIONS,
+        )  # fmt: skip
 
 
 _DTYPES = {torch.float32, torch.bfloat16, torch.float64}
@@ -343,57 +325,33 @@ def fold(
 
     Each sum begins with what is there and takes one row after the other, so chunks of samples do not change it.
 
-    Parameters
-    ----------
-    gradients : sequence of Tensor or None
-        T tensors [samples, *shape] of the segments' lengths (for one sample also [*shape]), of one dtype: float32,
-        bfloat16 or float64. None adds nothing.
-    total : Tensor, optional
-        [P]: ``total[p] += sum_r g[r, p]``.
-    product : Tensor
-        [P], the dtype of ``total``: ``product[p] += sum_r g[r, p] * eps[r, p]``, computed in this dtype.
-    samples : int
-        Rows of each gradient.
-    addresses : Tensor, optional
-        [T] int64 on the device: where the kernel looks for the gradients. By default `addresses_of` makes it in the call.
-        A capture needs one that is filled after it: ``addresses.copy_(addresses_of(gradients, device))``.
+    ``gradients`` are T tensors [samples, *shape] of the segments' lengths (for one sample also [*shape]), of one dtype:
+    float32, bfloat16 or float64; None adds nothing. ``total`` and ``product`` are [P] of one dtype, in which ``total[p]
+    += sum_r g[r, p]`` and ``product[p] += sum_r g[r, p] * eps[r, p]`` are computed. ``addresses`` [T] int64 on the
+    device are where the kernel looks for the gradients, by default those of `addresses_of`; a capture needs some that
+    are filled after it: ``addresses.copy_(addresses_of(gradients, device))``.
 
-    Raises
-    ------
-    ValueError
-        If gradients are not contiguous or have several dtypes, or a capture has no ``addresses``.
+    It raises `ValueError` where gradients are not contiguous or have several dtypes, or a capture has no ``addresses``.
     """
     given = [g for g in gradients if g is not None]
     if len(gradients) != table.shape[1] or not all(g.is_contiguous() for g in given):
         raise ValueError(f"fold needs {table.shape[1]} contiguous gradients (or None), one for each segment")
     dtypes = {g.dtype for g in given}
     if len(dtypes) > 1 or not dtypes <= _DTYPES:
-        raise ValueError(
-            f"fold needs gradients of one dtype, float32, bfloat16 or float64, not {sorted(map(str, dtypes))}"
-        )
+        found = sorted(map(str, dtypes))
+        raise ValueError(f"fold needs gradients of one dtype, float32, bfloat16 or float64, not {found}")
     if not given:
         return
     if addresses is None:
         if product.is_cuda and torch.cuda.is_current_stream_capturing():
             raise ValueError("fold in a capture needs addresses: a copy from the host would be repeated at each replay")
         addresses = addresses_of(gradients, product.device)
+    pointers = addresses, given[0], product if total is None else total, product, table, tiles, words
     with torch.cuda.device_of(table):
         fold_kernel[(len(tiles),)](
-            addresses,
-            given[0],
-            product if total is None else total,
-            product,
-            table,
-            tiles,
-            words,
-            first_sample,
-            table.shape[1],
-            samples,
-            TOTAL=total is not None,
-            ANTITHETIC=bool(antithetic),
-            SAMPLE=len(words) == 3,
-            **_OPTIONS,
-        )
+            *pointers, first_sample, table.shape[1], samples, TOTAL=total is not None, ANTITHETIC=bool(antithetic),
+            SAMPLE=len(words) == 3, **_OPTIONS,
+        )  # fmt: skip
 
 
 _PINNED = {"draw": "23f711059f9a50cb", "affine": "eacbfe570ab07352", "fold": "24e6e35e1a40e8c6"}
@@ -401,10 +359,7 @@ _PINNED = {"draw": "23f711059f9a50cb", "affine": "eacbfe570ab07352", "fold": "24
 
 
 def matches(device: torch.device | str = "cuda") -> bool:
-    """Whether the kernels give the pinned numbers on a device. It reads from the device, and compiles three kernels.
-
-    Errors of the compiler pass through.
-    """
+    """Whether the kernels give the pinned numbers on a device; errors of the compiler pass through."""
     return _self_test(torch.device(device)) == _PINNED
 
 

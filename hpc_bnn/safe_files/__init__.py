@@ -51,16 +51,11 @@ def names_in(directory: str | os.PathLike) -> list[str]:
 
 
 def refuse_world_writable(directory: str | os.PathLike, what: str) -> None:
-    """Raise `DataError` if every user of the machine may change what is in a directory.
-
-    Directories of colleagues and of groups are accepted; so is one that is not there.
-    """
+    """Raise `DataError` if every user of the machine may write to a directory, if it is there; a group may."""
     with contextlib.suppress(FileNotFoundError):
         if os.stat(directory).st_mode & stat.S_IWOTH:
-            raise DataError(
-                f"{what} {directory} may be written by every user, who could change what is read there. "
-                f"Take the right away (chmod o-w {directory}), or use another directory"
-            )
+            rule = f"{what} {directory} may be written by every user, who could change what is read there"
+            raise DataError(f"{rule}. Take the right away (chmod o-w {directory}), or use another directory")
 
 
 def make_own_directory(directory: Path) -> None:
@@ -78,10 +73,8 @@ def make_own_directory(directory: Path) -> None:
         is_open = found.st_mode & stat.S_IWOTH and (is_last or not found.st_mode & stat.S_ISVTX)
         if is_open or found.st_uid not in ({me} if is_last else {me, *trusted}):
             who = "may be written by every user" if is_open else f"belongs to user {found.st_uid}"
-            raise DataError(
-                f"{path} {who}, who could replace what is staged in {directory}. "
-                "Stage to a directory of your own: one under $TMPDIR, or a new name"
-            )
+            rule = f"{path} {who}, who could replace what is staged in {directory}"
+            raise DataError(f"{rule}. Stage to a directory of your own: one under $TMPDIR, or a new name")
     if stat.S_IMODE(os.stat(directory).st_mode) != 0o700:
         directory.chmod(0o700)
 
@@ -110,15 +103,17 @@ def read_bytes(path: str | os.PathLike, what: str) -> bytes | None:
         ) from error
 
 
-@contextlib.contextmanager
-def replacing(path: Path, *, overwrites: bool = True) -> Iterator[Path]:
-    """Write a file under the temporary name that this gives; sync and rename it when the block succeeds.
-
-    The temporary file is new and empty, is no link, and has a name that nobody knows before. `FileExistsError` at the end
-    where the name is taken and ``overwrites`` is False.
-    """
+def _new_beside(path: Path) -> Path:
+    """Make an empty file beside a path, which is no link and whose name nobody knows before, and return its path."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_WRONLY, _MODE))
+    return temporary
+
+
+@contextlib.contextmanager
+def replacing(path: Path, *, overwrites: bool = True) -> Iterator[Path]:
+    """Write a file under the temporary name that this gives (`_new_beside`); `publish` it when the block succeeds."""
+    temporary = _new_beside(path)
     try:
         yield temporary
         publish(temporary, path, overwrites=overwrites)
@@ -193,9 +188,7 @@ def check_can_write(path: Path, flag: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        trial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-        os.close(os.open(trial, os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_WRONLY, _MODE))
-        trial.unlink()
+        _new_beside(path).unlink()
     except OSError as error:
         raise DataError(f"{path} cannot be written ({error.strerror}). Name another file with {flag}") from error
 
@@ -229,15 +222,11 @@ class Disk(io.FileIO):
     """A file for h5py that records the first error of a write and ignores later writes.
 
     HDF5 does not handle a full disk: it tries to write again whenever a handle is released, and ends the process with a
-    segmentation fault (1.14, measured). As a context around that of the HDF5 file it raises the first write error::
+    segmentation fault (1.14, measured). As a context around that of the HDF5 file it raises the first write error; call
+    `check` after each long write::
 
         with Disk(path) as disk, h5py.File(disk, "w") as file:
             ...
-
-    Attributes
-    ----------
-    error : OSError or None
-        The first error; call `check` after each long write.
     """
 
     def __init__(self, path: Path):

@@ -23,8 +23,6 @@ from typing import Any
 from ..errors import ConfigError, DataError, Fault
 from . import is_plain, link_new, read_bytes
 
-__all__ = ["LOCK", "Lock"]
-
 logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
@@ -32,22 +30,13 @@ HEARTBEAT_SECONDS = 15.0
 STALE_SECONDS = 120.0
 """An owner on another host that has not touched its lock for so long has ended."""
 _JOBS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID")
+_NEW = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_WRONLY
 
 
 class Lock:
-    """The right of this process to write to a directory. Use it as a context, or call `release`.
+    """The right of this process to write to a directory, which is there. Use it as a context, or call `release`.
 
-    Parameters
-    ----------
-    directory : path
-        It must be there.
-    field : str
-        What the user calls it, for the message: ``run_dir``.
-
-    Raises
-    ------
-    ConfigError
-        Another process has it, and lives.
+    `ConfigError` where another process has it, and lives; the user calls it ``field``, such as ``run_dir``.
     """
 
     def __init__(self, directory: str | os.PathLike, field: str):
@@ -77,10 +66,8 @@ class Lock:
         owner = _read(self.path)
         if owner.get("token") != self.token:
             now = f"now it is in use by {_words(owner)}" if owner else "its lock is gone"
-            raise DataError(
-                f"{self.directory} is no longer that of this process ({now}): nothing more is written there. "
-                "Do not move or remove a directory in use; begin again with another one"
-            )
+            rule = f"{self.directory} is no longer that of this process ({now}): nothing more is written there"
+            raise DataError(f"{rule}. Do not move or remove a directory in use; begin again with another one")
 
     def release(self) -> None:
         """Give the directory free, if it is still ours."""
@@ -163,7 +150,7 @@ class Lock:
     def _now(self) -> float:
         """Return the time of the server of this directory."""
         mine = self.path.with_name(f"{LOCK}.{self.token}")
-        descriptor = os.open(mine, os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_WRONLY, 0o644)
+        descriptor = os.open(mine, _NEW, 0o644)
         try:
             os.utime(descriptor)
             return os.fstat(descriptor).st_mtime
@@ -174,7 +161,7 @@ class Lock:
 
 def _write_new(path: Path, content: bytes) -> None:
     """Write a small file that is not there yet; a full disk leaves none."""
-    descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_WRONLY, 0o644)
+    descriptor = os.open(path, _NEW, 0o644)
     try:
         os.write(descriptor, content)
         os.fsync(descriptor)
@@ -205,14 +192,9 @@ def _touched(path: Path) -> float | None:
 
 
 def _this_process() -> dict[str, Any]:
-    jobs = [f"{name}={os.environ[name]}" for name in _JOBS if name in os.environ]
-    return {
-        "host": socket.gethostname(),
-        "kernel": _kernel(),
-        "process": os.getpid(),
-        "started": _started(os.getpid()),
-        "job": ", ".join(jobs) or None,
-    }
+    jobs = ", ".join(f"{name}={os.environ[name]}" for name in _JOBS if name in os.environ) or None
+    here = {"host": socket.gethostname(), "kernel": _kernel()}
+    return here | {"process": os.getpid(), "started": _started(os.getpid()), "job": jobs}
 
 
 def _kernel() -> str | None:
