@@ -370,10 +370,7 @@ class Config:
         return {name: value for name, value in asdict(self).items() if name != "resume"}
 
     def check(self) -> None:
-        """Check the values, each by itself and with the others. Local.
-
-        `ConfigError` names all faults together, the same on each rank.
-        """
+        """Check the values, each by itself and with the others; `ConfigError` names all faults together. Local."""
         augmentation, objective, samples = self.augmentation, self.objective, self.num_samples
         is_score = objective.name in get_args(Score)
         check_all(
@@ -414,11 +411,8 @@ class Config:
             yield "posterior.prior_std", is_number, "a number for scale_mixture", "Try 1.0"
         if prior in ("scale_mixture", "student_t"):
             yield "posterior.prior_mean", posterior.prior_mean == 0, f"0 for the {prior} prior", "Use gaussian"
-        for group, name, arguments in (
-            ("posterior", family, posterior.arguments),
-            ("likelihood", likelihood.name, likelihood.arguments),
-        ):
-            rule = f"left out for {name}, which has fields of its own"
+        for group, name in (("posterior", family), ("likelihood", likelihood.name)):
+            rule, arguments = f"left out for {name}, which has fields of its own", self._value(f"{group}.arguments")
             yield f"{group}.arguments", "." in name or not arguments, rule, "Leave them out"
         if family in ("mc_dropout", "ensemble"):
             yield "posterior.prior_std", is_number, f"a number for {family}", "Try 1.0"
@@ -556,10 +550,7 @@ NAMES = {*FIELDS, *(name.rpartition(".")[0] for name in FIELDS if "." in name)}
 
 
 def check_field(name: str, value: object, argument: str = "") -> None:
-    """Raise `ConfigError` unless a value fits the rule of a field, such as ``posterior.init_std``. Local.
-
-    ``argument`` is the name of the argument in Python, where it is another one.
-    """
+    """Raise `ConfigError` unless a value fits the rule of a field; ``argument`` is its other name in Python. Local."""
     one = FIELDS[name]
     is_word = isinstance(value, (str, type(None))) and value in words_of(one.type)
     if one.rule is not None and not is_word:

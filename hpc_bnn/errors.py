@@ -165,10 +165,7 @@ def import_object(field: str, path: str) -> Any:
 
 
 def build_object(field: str, path: str, arguments: dict[str, Any], kind: type, arguments_field: str) -> Any:
-    """Return an object of a user's class, or raise a `ConfigError` that names the field. Local.
-
-    It must be an instance of ``kind``; ``arguments_field`` is the field of its arguments.
-    """
+    """Return an object of a user's class, which has to be a ``kind``; `ConfigError` names the field at fault. Local."""
     made = import_object(field, path)
     try:
         made = made(**arguments)

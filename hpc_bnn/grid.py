@@ -181,10 +181,7 @@ class Grid:
 
 
 def check(config: Config, world_size: int, num_examples: int | None = None) -> None:
-    """Raise one `ConfigError` with all faults of a config for a number of ranks. Local.
-
-    ``num_examples`` are those of the training set, where they are known.
-    """
+    """Raise one `ConfigError` with all faults of a config for some ranks, and for a training set if known. Local."""
     size, num_samples, batch = config.grid.sample_size, config.num_samples, config.global_batch_size
 
     def check_grid() -> None:

@@ -81,10 +81,7 @@ def make_config(values: dict[str, Any]) -> Config:
 
 
 def check_together(words: Sequence[str], known: set[str], check: Callable[[Config], object]) -> None:
-    """Raise one `ConfigError` with all faults: keys, types, and those that ``check`` finds in the correct values.
-
-    Local. Return without effect if every key by itself is correct.
-    """
+    """Raise one `ConfigError` with all faults, also those of ``check``, where a key or type by itself is wrong. Local."""
     faults, values = faults_of(words, known)
     if not faults:
         return

@@ -52,10 +52,8 @@ class Command(NamedTuple):
 
 
 def build_parser(words: Sequence[str] | None = None) -> Parser:
-    """Return the parser of ``hpc-bnn``; with all commands, or only those among the words, as it takes long.
-
-    The sentences of the fields, whose source must be read and parsed, are there only for help.
-    """
+    """Return the parser of ``hpc-bnn``; with all commands, or only those among the words, as it takes long."""
+    # The sentences of the fields, whose source must be read and parsed, are there only for help
     with_help = words is None or not {"-h", "--help"}.isdisjoint(words)
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=with_help)
     parser = Parser(prog="hpc-bnn", description="Bayesian neural networks by sampling parallelism.")
@@ -77,9 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def work() -> int:
         words = in_order(sys.argv[1:] if arguments is None else arguments)
-        given = {
-            f"--{name}" for name, _, is_flag in settings(words[1:]) if is_flag
-        }  # --data '{shards: D}' gives --data.shards
+        # --data '{shards: D}' gives --data.shards
+        given = {f"--{name}" for name, _, is_flag in settings(words[1:]) if is_flag}
         parser = build_parser(words)
         try:
             parsed = parser.parse_args(words)
@@ -134,9 +131,8 @@ def run_and_report(name: str, work: Callable[[], int]) -> int:
     exception passes through.
     """
     is_first = comm.launched_rank() == 0
-    logging.basicConfig(
-        level=logging.INFO if is_first else logging.ERROR, format="%(levelname)s: %(message)s", stream=sys.stderr
-    )
+    level = logging.INFO if is_first else logging.ERROR
+    logging.basicConfig(level=level, format="%(levelname)s: %(message)s", stream=sys.stderr)
     try:
         return work()
     except HpcBnnError as error:
@@ -297,9 +293,8 @@ def _evaluate(options: jsonargparse.Namespace, given: set[str]) -> int:
         if experiment.is_writer:
             print("\n".join(f"{name} {value:.6g}" for name, value in (tested.evaluation.metrics | ood).items()))
             foreign = f"{options.ood_shards}, {options.ood_split}" if ood else None
-            experiment.write_evaluation(
-                path, tested, experiment.num_steps, options.which, ood, foreign, posterior, options.calibration
-            )
+            of_run = experiment.num_steps, options.which
+            experiment.write_evaluation(path, tested, *of_run, ood, foreign, posterior, options.calibration)
             print(path)
     return 0
 
@@ -408,10 +403,8 @@ def _stage(options: jsonargparse.Namespace, given: set[str]) -> int:
         progress=lambda files: tqdm(files, unit="file", desc="staging", disable=None if is_first else True),
     )
     if ranks.local_rank == 0:
-        print(
-            f"{host}: {options.destination}, {staged.num_copied} files copied ({staged.num_bytes_read / 1e6:.1f} MB), "
-            f"{staged.num_kept} kept"
-        )
+        copied = f"{staged.num_copied} files copied ({staged.num_bytes_read / 1e6:.1f} MB)"
+        print(f"{host}: {options.destination}, {copied}, {staged.num_kept} kept")
     return 0
 
 
@@ -466,40 +459,30 @@ _RUN = {
     "run": _argument(str, "Directory of the run; flags override its config.", metavar="RUN_DIR"),
     "--which": _argument(Literal["newest", "best"], "Checkpoint (default: newest).", default="newest"),
 }
-_EVALUATE = {
-    "--ood_shards": _argument(
-        str | None,
-        "Foreign examples: how well does the uncertainty tell them (AUROC, average precision, FPR at 95 % TPR)?",
-    ),
+_OOD = "Foreign examples: how well does the uncertainty tell them (AUROC, average precision, FPR at 95 % TPR)?"
+_BY = "Metrics of each season, month, hour, step of the horizon, value of a coordinate: hour,station."
+_REGIONS = "Metrics of boxes and masks: 'alps=44,48,5,16; land=MASK.npy' (south, north, west, east)."
+_EVALUATE = _RUN | {
+    "--ood_shards": _argument(str | None, _OOD),
     "--ood_split": _argument(str, "Split of the foreign examples.", default="test"),
-    "--by": _argument(
-        str,
-        "Metrics of each season, month, hour, step of the horizon, value of a coordinate: hour,station.",
-        default="",
-    ),
-    "--regions": _argument(
-        str, "Metrics of boxes and masks: 'alps=44,48,5,16; land=MASK.npy' (south, north, west, east).", default=""
-    ),
+    "--by": _argument(str, _BY, default=""),
+    "--regions": _argument(str, _REGIONS, default=""),
     "--references": _argument(str, "Forecasts that skill is measured against: persistence,climatology.", default=""),
     "--calibration": _argument(bool, "Evaluate what hpc-bnn calibrate makes of the predictions.", default=False),
     "--output": _argument(str | None, "JSON file to write (default: evaluation.json with the run)."),
 }
-_CALIBRATE = {
+_SCALING = "Probabilities of classes: one temperature, or a factor and a summand of each class."
+_SETS = "Sets of classes: the smallest ones, or ones that adapt to the example."
+_CALIBRATE = _RUN | {
     "--split": _argument(str, "Split that is new to the run (default: calibration).", default="calibration"),
     "--level": _argument(float, "Probability that a set or interval holds the target.", default=0.9),
-    "--scaling": _argument(
-        Scaling,
-        "Probabilities of classes: one temperature, or a factor and a summand of each class.",
-        default="temperature",
-    ),
-    "--sets": _argument(
-        SetScore, "Sets of classes: the smallest ones, or ones that adapt to the example.", default="threshold"
-    ),
+    "--scaling": _argument(Scaling, _SCALING, default="temperature"),
+    "--sets": _argument(SetScore, _SETS, default="threshold"),
     "--raps_penalty": _argument(float, "Of --sets raps: penalty of each rank.", default=0.01),
     "--raps_rank": _argument(int, "Of --sets raps: ranks that are free.", default=5),
     "--half": _argument(bool, "Use half of the split; so it may be one that judged checkpoints.", default=False),
 }
-_PREDICT = {
+_PREDICT = _RUN | {
     "--shards": _argument(str | None, "Shard directory (default: that of the run)."),
     "--split": _argument(str | None, "Split of it (default: the test split of the run)."),
     "--output": _argument(str, "HDF5 file to write; or .csv, for targets that are no fields.", required=True),
@@ -508,16 +491,13 @@ _PREDICT = {
     "--truth": _argument(bool, "Write the targets as well.", default=True),
     "--calibration": _argument(bool, "Apply what hpc-bnn calibrate has found.", default=False),
 }
+_FILE = "File to write: .safetensors (all, for hpc_bnn.load), .onnx, or .pt (state_dict)."
+_WHAT = "Plain network in an .onnx or .pt file: with the mean of the weights, ..."
 _EXPORT = {
     "run": _argument(str, "Directory of the run.", metavar="RUN_DIR"),
-    "--output": _argument(
-        str, "File to write: .safetensors (all, for hpc_bnn.load), .onnx, or .pt (state_dict).", required=True
-    ),
+    "--output": _argument(str, _FILE, required=True),
     "--which": _argument(Literal["best", "newest"], "Checkpoint (default: best, as hpc_bnn.load).", default="best"),
-    "--what": _argument(
-        Literal["mean", "sample", "samples"] | None,
-        "Plain network in an .onnx or .pt file: with the mean of the weights, ...",
-    ),
+    "--what": _argument(Literal["mean", "sample", "samples"] | None, _WHAT),
     "--sample": _argument(int | None, "Number of the sample (default: 0)."),
     "--num_samples": _argument(int | None, "Number of samples (default: those of the run's evaluation)."),
 }
@@ -525,27 +505,21 @@ _REPORT = {
     "runs": _argument(str, "Directories of runs.", nargs="+", metavar="RUN_DIR"),
     "--output": _argument(str | None, "HTML file (default: report.html with the run or runs)."),
 }
-_BETWEEN, _WITHIN = (
-    f"{where} (default: measured, where this job has several ranks; otherwise assumed)."
-    for where in ("between nodes", "within a node")
-)
+_DEFAULT = "(default: measured, where this job has several ranks; otherwise assumed)."
+_NODE = "Ranks of a node (default: as here, or the GPUs or cores of this machine)."
+_FLOPS = "FLOP/s of a rank that it reaches, not its peak, such as 5T (default: measured here)."
+_MEASURE = "Measure what a sample costs on this one device, and write it to a JSON file; no plan."
 _PLAN = {
     "--ranks": _argument(int | None, "Ranks to plan for (default: those of this job)."),
-    "--ranks_per_node": _argument(
-        int | None, "Ranks of a node (default: as here, or the GPUs or cores of this machine)."
-    ),
+    "--ranks_per_node": _argument(int | None, _NODE),
     "--memory": _argument(str | None, "What a rank may take, such as 40GB or 40GiB (default: that of its device)."),
-    "--flops": _argument(
-        str | None, "FLOP/s of a rank that it reaches, not its peak, such as 5T (default: measured here)."
-    ),
-    "--measure": _argument(
-        str | None, "Measure what a sample costs on this one device, and write it to a JSON file; no plan."
-    ),
+    "--flops": _argument(str | None, _FLOPS),
+    "--measure": _argument(str | None, _MEASURE),
     "--measured": _argument(str | None, "JSON of --measure: its costs, in place of a measurement here."),
-    "--bandwidth": _argument(str | None, f"Of a rank, such as 12.5GB/s, {_BETWEEN}"),
-    "--latency": _argument(str | None, f"Of a message, such as 2us, {_BETWEEN}"),
-    "--node_bandwidth": _argument(str | None, f"Of a rank, such as 200GB/s, {_WITHIN}"),
-    "--node_latency": _argument(str | None, f"Of a message, such as 1us, {_WITHIN}"),
+    "--bandwidth": _argument(str | None, f"Of a rank, such as 12.5GB/s, between nodes {_DEFAULT}"),
+    "--latency": _argument(str | None, f"Of a message, such as 2us, between nodes {_DEFAULT}"),
+    "--node_bandwidth": _argument(str | None, f"Of a rank, such as 200GB/s, within a node {_DEFAULT}"),
+    "--node_latency": _argument(str | None, f"Of a message, such as 1us, within a node {_DEFAULT}"),
     "--network": _argument(str | None, "JSON of hpc-bnn doctor: its network, for both."),
     "--output": _argument(str | None, "JSON file to write as well."),
 }
@@ -566,20 +540,12 @@ _DOCTOR = {
 _OF_RUN, _OF_FILE = "By default RUN_DIR/config.yaml.", "YAML file; flags given after it override it."
 COMMANDS = {
     "train": Command("Train a Bayesian network on the process grid.", _train, {}, _OF_FILE),
-    "evaluate": Command(
-        "Evaluate a trained network with all samples of all ranks.", _evaluate, _RUN | _EVALUATE, _OF_RUN
-    ),
+    "evaluate": Command("Evaluate a trained network with all samples of all ranks.", _evaluate, _EVALUATE, _OF_RUN),
     "calibrate": Command(
-        "Calibrate a trained network: temperature, and sets or intervals of a level.",
-        _calibrate,
-        _RUN | _CALIBRATE,
-        _OF_RUN,
+        "Calibrate a trained network: temperature, and sets or intervals of a level.", _calibrate, _CALIBRATE, _OF_RUN
     ),
     "predict": Command(
-        "Write the predictive of a trained network to an HDF5 file, or a table as CSV.",
-        _predict,
-        _RUN | _PREDICT,
-        _OF_RUN,
+        "Write the predictive of a trained network to an HDF5 file, or a table as CSV.", _predict, _PREDICT, _OF_RUN
     ),
     "export": Command("Write a trained network to one file, for hpc_bnn.load, ONNX or torch.", _export, _EXPORT),
     "report": Command("Write one self-contained HTML page about a run, or several side by side.", _report, _REPORT),

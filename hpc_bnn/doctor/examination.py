@@ -134,8 +134,9 @@ def _try_the_grid(
     verdicts = {axis: "wrong" if axis in wrong else "right on all ranks" for axis in AXES}
     report.section("self-test: sums over each axis", list(verdicts.items()))
     if wrong:
-        another = "--backend mpi, with mpirun or srun" if grid_comm.library == "torch" else "--backend torch"
-        values = {"another": another}
+        values = {"another": "--backend torch"}
+        if grid_comm.library == "torch":
+            values = {"another": "--backend mpi, with mpirun or srun"}
         return [Problem("self_test_failed", f"{axis}: {seen}", values) for axis, seen in wrong.items()], {}
     times = {}
     for axis in AXES:
@@ -158,10 +159,8 @@ def _grid_failed(error: str, carrier: Carrier) -> Problem:
 
 
 def self_test(grid_comm: comm.GridComm) -> dict[str, str]:
-    """Return the axes whose sums are wrong on this rank, and the sums. Collective over the world.
-
-    Each rank adds its number, the square of it, and 1: the sums tell which ranks took part.
-    """
+    """Return the axes whose sums are wrong on this rank, and the sums. Collective over the world."""
+    # Each rank adds its number, the square of it, and 1: the sums tell which ranks took part
     grid, place = grid_comm.grid, f"rank {grid_comm.grid.rank} on {socket.gethostname()}"
     wrong = {}
     for axis, group in grid.groups.items():
@@ -174,19 +173,13 @@ def self_test(grid_comm: comm.GridComm) -> dict[str, str]:
             return wrong | {axis: f"{place}: {first_line(error)}"}  # no further collective: others may have failed
         right = torch.tensor(expected, dtype=torch.float64).repeat(1000)
         if not (summed.cpu().equal(right) and counted.cpu().eq(len(group)).all()):
-            seen = [*summed[:3].tolist(), *counted[:1].tolist()]
-            wrong[axis] = (
-                f"{place} got {seen} for rank, rank², 1 and 1 over ranks {ranges(group)}, "
-                f"which is {[*expected, len(group)]}"
-            )
+            seen, should = [*summed[:3].tolist(), *counted[:1].tolist()], [*expected, len(group)]
+            wrong[axis] = f"{place} got {seen} for rank, rank², 1 and 1 over ranks {ranges(group)}, which is {should}"
     return wrong
 
 
 def _gather_from_all(ranks: comm.GridComm, mine: Any, watch: Watch) -> list[Any]:
-    """Return the results of all ranks after a step that can fail on one of them. Collective over the world.
-
-    A failing rank waits `GRACE_SECONDS`, prints its error and aborts the job.
-    """
+    """Return the results of all ranks; one that fails alone says why and aborts the job. Collective over the world."""
     if not comm.wait_for_others(GRACE_SECONDS if mine else watch.seconds):
         if mine:
             print(f"hpc-bnn doctor: error: on one rank only: {mine}", file=sys.stderr, flush=True)

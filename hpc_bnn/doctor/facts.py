@@ -29,19 +29,10 @@ from ..errors import ConfigError
 PACKAGES = ("torch", "numpy", "mpi4py", "horovod", "h5py")
 
 VARIABLES = (
-    "OMP_NUM_THREADS",
-    "CUDA_VISIBLE_DEVICES",
-    "ROCR_VISIBLE_DEVICES",
-    "HDF5_USE_FILE_LOCKING",
-    "HOROVOD_CYCLE_TIME",
-    "OMPI_MCA_mpi_yield_when_idle",
-    "SLURM_JOB_ID",
-    "SLURM_STEP_ID",
-    "SLURM_NTASKS",
-    "SLURM_GPUS_ON_NODE",
-    "PBS_NP",
+    "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HDF5_USE_FILE_LOCKING", "HOROVOD_CYCLE_TIME",
+    "OMPI_MCA_mpi_yield_when_idle", "SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_NTASKS", "SLURM_GPUS_ON_NODE", "PBS_NP",
     "LSB_DJOB_NUMPROC",
-)
+)  # fmt: skip
 """Environment variables that the rules use."""
 
 PREFIXES = ("NCCL_", "TORCH_NCCL_", "GLOO_")

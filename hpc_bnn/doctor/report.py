@@ -35,7 +35,7 @@ def as_dict(
     ranks: Sequence[RankFacts], grid: Grid, carrier: Carrier, times: dict[Axis, Times], problems: Sequence[Problem]
 ) -> dict[str, Any]:
     """Return the content of the ``--json`` file; docs/doctor.md describes it."""
-    world = times.get("world")
+    world, fields = times.get("world"), ("code", "severity", "seen", "why", "remedy")
     network = world and network_of_sums(*world, grid.world_size)
     return {
         "format": 1,
@@ -54,9 +54,7 @@ def as_dict(
             for axis, seconds in times.items()
         },
         "network": network and dataclasses.asdict(network),
-        "problems": [
-            {name: getattr(p, name) for name in ("code", "severity", "seen", "why", "remedy")} for p in problems
-        ],
+        "problems": [{name: getattr(p, name) for name in fields} for p in problems],
         "ranks": [dataclasses.asdict(r) for r in ranks],
     }
 
@@ -112,13 +110,15 @@ def sections(ranks: Sequence[RankFacts], grid: Grid, carrier: Carrier) -> Iterat
     first, nodes = ranks[0], by_host(ranks)
     per_node = "/".join(map(str, sorted({len(node) for node in nodes.values()})))
     runner = "python -m mpi4py" if first.has_runner else "plain python"
-    job = [
-        ("ranks", f"{len(ranks)} on {plural(len(nodes), 'node')}, {per_node} on each"),
-        ("grid", str(grid)),
-        ("runner", "torchrun" if first.launcher.needs_no_mpi else runner),
-        ("tensors", f"{carrier}: {carrier.why}"),
-    ]
-    yield "job", job
+    yield (
+        "job",
+        [
+            ("ranks", f"{len(ranks)} on {plural(len(nodes), 'node')}, {per_node} on each"),
+            ("grid", str(grid)),
+            ("runner", "torchrun" if first.launcher.needs_no_mpi else runner),
+            ("tensors", f"{carrier}: {carrier.why}"),
+        ],
+    )
     yield "MPI", _mpi_rows(first)
     yield "Horovod", _horovod_rows(first)
     yield "torch.distributed", _distributed_rows(first)

@@ -50,11 +50,9 @@ def _launcher(ranks: Sequence[RankFacts], _: Carrier) -> Iterator[Problem]:
             number = launcher.size or f"at least {launcher.least_size}"
             on_path = f"; mpirun on the PATH is {r.mpirun}" if r.mpirun else ""
             library = mpi.library or "the MPI of mpi4py"
-            yield Problem(
-                "foreign_launcher",
-                f"{launcher.name} started {number} ranks ({launcher.signs}), and {library} sees one, on {r.host}{on_path}",
-                {"library": library},
-            )
+            started = f"{launcher.name} started {number} ranks ({launcher.signs})"
+            seen = f"{started}, and {library} sees one, on {r.host}{on_path}"
+            yield Problem("foreign_launcher", seen, {"library": library})
             return
     first = ranks[0]
     tasks = next((n for n in TASKS if first.environment.get(n, "").isdigit()), None)
@@ -171,7 +169,7 @@ def _cpus(ranks: Sequence[RankFacts], carrier: Carrier) -> Iterator[Problem]:
     if len({len(node) for node in nodes.values()}) > 1:
         counts = counted(f"{len(node)} on {host}" for host, node in nodes.items())
         yield Problem("uneven_nodes", f"ranks: {counts}")
-    full = [r for node in nodes.values() if _is_full(node) for r in node]
+    full = [r for node in nodes.values() if len(node) >= len({cpu for r in node for cpu in r.cpus}) for r in node]
     if len(ranks) > 1 and full and carrier.library == "horovod" and full[0].mpi:
         environment = full[0].environment
         yields = environment.get("OMPI_MCA_mpi_yield_when_idle", "").lower() not in ("", "0", "false", "no")
@@ -208,7 +206,3 @@ def _cpus_of_node(node: list[RankFacts]) -> Iterator[Finding]:
 
 Rule = Callable[[Sequence[RankFacts], Carrier], Iterator[Problem]]
 RULES: tuple[Rule, ...] = (_failures, _mpi, _launcher, _libraries, _versions, _hdf5, _gpus, _cpus)
-
-
-def _is_full(node: list[RankFacts]) -> bool:
-    return len(node) >= len({cpu for r in node for cpu in r.cpus})

@@ -21,16 +21,8 @@ from .simulate import imagined_comm
 logger = logging.getLogger(__name__)
 
 OF_STEP = (
-    "model",
-    "posterior",
-    "likelihood",
-    "objective",
-    "dtype",
-    "float32_precision",
-    "chunk_size",
-    "batching",
-    "capture",
-)
+    "model", "posterior", "likelihood", "objective", "dtype", "float32_precision", "chunk_size", "batching", "capture",
+)  # fmt: skip
 """Fields of a config on which the cost of a sample depends."""
 
 
@@ -62,30 +54,22 @@ class Costs:
         low = below[-1]
         if not above:
             return low.step_seconds + num_samples * low.sample_seconds * num_examples / low.examples
-        part = max(num_examples - low.examples, 0) / (above[0].examples - low.examples or 1)
-        step, sample = (
-            getattr(low, name) + part * (getattr(above[0], name) - getattr(low, name))
-            for name in ("step_seconds", "sample_seconds")
-        )
-        return step + num_samples * sample
+        high, part = above[0], max(num_examples - low.examples, 0) / (above[0].examples - low.examples or 1)
+        step = low.step_seconds + part * (high.step_seconds - low.step_seconds)
+        return step + num_samples * (low.sample_seconds + part * (high.sample_seconds - low.sample_seconds))
 
 
 def measure_costs(config: Config, manifest: Manifest, device: str, measure: Callable[[Config, Any], float]) -> Costs:
-    """Return the costs on one device, for 1, 4, 16, ... examples up to the batch of the config, as far as memory allows. Local.
-
-    ``measure(config, comm)`` returns the median seconds of a step on an imagined rank.
-    """
+    """Return the costs for 1, 4, ... examples up to the batch, as memory allows; ``measure`` gives seconds. Local."""
     chunk = 1 if config.chunk_size == "auto" else config.chunk_size
     most = min(config.global_batch_size, manifest.num_examples(config.data.train_split))
     counts = sorted({4**power for power in range(20) if 4**power < most} | {most})
     costs = []
     for count in counts:
         of_count = replace(config, global_batch_size=count)
+        few, more = (replace(of_count, num_samples=n * chunk) for n in (2, 3))
         try:
-            two, three = (
-                measure(few, imagined_comm(Grid(), few, device))
-                for few in (replace(of_count, num_samples=n * chunk) for n in (2, 3))
-            )
+            two, three = (measure(some, imagined_comm(Grid(), some, device)) for some in (few, more))
         except torch.OutOfMemoryError:
             if not costs:
                 raise
@@ -105,17 +89,15 @@ def read_costs(path: str, config: Config, manifest: Manifest) -> Costs:
     """Return what `write_costs` wrote; `ConfigError` where a file holds no costs, or those of another network. Local."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-        costs = tuple(
-            Cost(int(c["examples"]), float(c["step_seconds"]), float(c["sample_seconds"])) for c in content["costs"]
-        )
+        rows = [(c["examples"], c["step_seconds"], c["sample_seconds"]) for c in content["costs"]]
+        costs = tuple(Cost(int(count), float(step), float(sample)) for count, step, sample in rows)
         if not costs or min(c.examples for c in costs) < 1:
             raise ValueError("no costs")
         found = Costs(str(content["device"]), dict(content["config"]), costs)
     except (OSError, ValueError, KeyError, TypeError) as error:
         rule = f"it holds no costs ({type(error).__name__}: {error})"
-        raise ConfigError(
-            Fault("--measured", path, rule, "Write it with hpc-bnn plan --measure FILE on one device")
-        ) from error
+        remedy = "Write it with hpc-bnn plan --measure FILE on one device"
+        raise ConfigError(Fault("--measured", path, rule, remedy)) from error
     mine = _definition(config, manifest)
     differ = sorted(name for name in mine.keys() | found.config.keys() if mine.get(name) != found.config.get(name))
     if differ:

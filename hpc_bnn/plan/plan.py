@@ -165,10 +165,9 @@ def make_plan(
             compute = min(compute, tried)  # of two measurements that differ, a step is what was tried
             reduce = tried - compute
         else:
-            reduce = sum(
-                machine.network(c.axis, grid).seconds(c.operation, c.num_bytes, grid.extents[c.axis])
-                for c in rehearsal.collectives
-            )
+            reduce = 0.0
+            for c in rehearsal.collectives:
+                reduce += machine.network(c.axis, grid).seconds(c.operation, c.num_bytes, grid.extents[c.axis])
         per_hour = 3600 / (steps_per_epoch * (compute + reduce))
         fits = rehearsal.needed_bytes <= machine.memory_bytes
         rows.append(Row(sample_size, grid.data_size, rehearsal, compute, reduce, per_hour, fits, fitting))
@@ -182,10 +181,7 @@ def make_plan(
 
 
 def choose(rows: Sequence[Row], machine: Machine) -> tuple[Row, str]:
-    """Return the recommended row, and the reason. Local.
-
-    The fastest grid that fits; among equally fast ones the one with the largest sample axis, which reads least.
-    """
+    """Return the fastest row that fits, of equal ones that of the largest sample axis, and the reason. Local."""
     fitting = [row for row in rows if row.fits]
     if not fitting:
         best = min(rows, key=lambda row: row.rehearsal.needed_bytes)
@@ -263,11 +259,9 @@ def _timed(step, arguments) -> float:
 
 def resident_bytes() -> int:
     """Return the memory of this process after it has loaded everything that a first step loads. Local."""
-    posterior = MeanFieldGaussian(MLP((4,), 2, (4,)))
+    posterior, options = MeanFieldGaussian(MLP((4,), 2, (4,))), {"num_samples": 1, "num_train_examples": 4}
     optimizer = torch.optim.Adam(posterior.parameters())
-    step = VariationalStep(
-        posterior, Categorical(2), optimizer, GridComm(Grid(1, 1, 0)), num_samples=1, num_train_examples=4
-    )
+    step = VariationalStep(posterior, Categorical(2), optimizer, GridComm(Grid(1, 1, 0)), **options)
     step(torch.zeros(4, 4), torch.zeros(4, dtype=torch.int64), 4)
     return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE")  # pages
 
@@ -324,10 +318,7 @@ def plan_here(
 
 
 def measure_here(config: Config) -> Costs:
-    """Return what a sample costs on the device of this one process, for `plan_here` at other places. Local.
-
-    `ConfigError` in a job of several ranks.
-    """
+    """Return what a sample costs on this process's device, for `plan_here`; `ConfigError` on several ranks. Local."""
     config.check()
     if (num_ranks := communication.world_size()) > 1:
         rule = "the device is to be measured alone, and this job has several ranks"
@@ -363,13 +354,9 @@ def describe(config: Config, plan: Plan) -> str:
             f"{_ms(row.reduce_seconds):>11} {_ms(row.step_seconds):>11} {row.epochs_per_hour:>13.4g} "
             f"{row.rank_hours_per_epoch:>18.3g} {row.efficiency:>12.0%}{mark}"
         )
-    parts = {
-        "parameters": best.parameter_bytes,
-        "gradients": best.gradient_bytes,
-        "weights and noise of a sample": best.sample_bytes,
-        "optimizer": best.optimizer_bytes,
-        "activations": best.activation_bytes,
-    }
+    parts = {"parameters": best.parameter_bytes, "gradients": best.gradient_bytes}
+    parts |= {"weights and noise of a sample": best.sample_bytes, "optimizer": best.optimizer_bytes}
+    parts |= {"activations": best.activation_bytes}
     lines += [
         "",
         f"Take --grid.sample_size {plan.best.sample_size}: {plan.why}.",

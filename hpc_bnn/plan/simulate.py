@@ -157,7 +157,7 @@ def rehearse(
 ) -> Rehearsal:
     """Return memory, FLOPs and collectives of a step on a rank of a grid. Local; it does not need that memory.
 
-    `DataError` where the control flow of the network depends on numbers: it reads the content of a tensor.
+    `DataError` where the control flow of the network depends on numbers.
     """
     collectives: list[Collective] = []
     comm = imagined_comm(grid, config, collectives=collectives, ranks_per_node=ranks_per_node)
