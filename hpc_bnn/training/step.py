@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import copy
 import dis
-import inspect
 import functools
+import inspect
 import logging
 import math
 import socket
