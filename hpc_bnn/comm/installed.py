@@ -79,7 +79,7 @@ def horovod_facts() -> HorovodFacts:
         import horovod.torch as hvd
 
         built = {name: bool(getattr(hvd, f"{name}_built")()) for name in ("mpi", "nccl", "gloo", "cuda", "rocm")}
-        return HorovodFacts(version=version, process_sets=hasattr(hvd, "ProcessSet"), **built)
+        return HorovodFacts(None, version=version, process_sets=hasattr(hvd, "ProcessSet"), **built)
     except Exception as error:  # a broken build raises many kinds of error
         return HorovodFacts(first_line(error), is_installed=version != "", version=version)
 

@@ -60,7 +60,7 @@ class Categorical(Likelihood):
         of_class = outputs.shape[:1] + outputs.shape[2:]
         if y.shape != (outputs.shape if y.is_floating_point() else of_class):
             rule = "targets are classes [B, ...] of a whole-number dtype, or probabilities of the shape of the outputs"
-            ways = {of_class: "y.long()", outputs.shape: "y.argmax(1)"}
+            ways: dict[tuple[int, ...], str] = {of_class: "y.long()", outputs.shape: "y.argmax(1)"}
             ways[(*of_class[:1], 1, *of_class[1:])] = "y.squeeze(1)"
             raise self.misfit(outputs, y, rule, f"Give {ways.get(y.shape, 'targets of such a shape')}")
         outputs, y, present = self.only_present(outputs, y)

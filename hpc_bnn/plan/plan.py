@@ -259,9 +259,9 @@ def _timed(step, arguments) -> float:
 
 def resident_bytes() -> int:
     """Return the memory of this process after it has loaded everything that a first step loads. Local."""
-    posterior, options = MeanFieldGaussian(MLP((4,), 2, (4,))), {"num_samples": 1, "num_train_examples": 4}
+    posterior, comm = MeanFieldGaussian(MLP((4,), 2, (4,))), GridComm(Grid(1, 1, 0))
     optimizer = torch.optim.Adam(posterior.parameters())
-    step = VariationalStep(posterior, Categorical(2), optimizer, GridComm(Grid(1, 1, 0)), **options)
+    step = VariationalStep(posterior, Categorical(2), optimizer, comm, num_samples=1, num_train_examples=4)
     step(torch.zeros(4, 4), torch.zeros(4, dtype=torch.int64), 4)
     return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE")  # pages
 

@@ -28,7 +28,7 @@ from . import plots
 
 logger = logging.getLogger(__name__)
 
-IDEALS = dict.fromkeys(("accuracy", "mean_iou", "spread_skill"), 1.0)
+IDEALS: dict[str, float] = dict.fromkeys(("accuracy", "mean_iou", "spread_skill"), 1.0)
 IDEALS |= {"coverage_50": 0.5, "coverage_90": 0.9, "coverage_95": 0.95}
 """The best value of a metric, if it is not the lowest."""
 

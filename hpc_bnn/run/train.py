@@ -542,4 +542,5 @@ def _versions() -> dict[str, str]:
     """Return the versions of what a run uses, of the optional libraries where they are imported."""
     modules = {name: sys.modules.get(name) for name in ("torch", "h5py", "horovod", "mpi4py")}
     found = {"hpc_bnn": __version__, "python": platform.python_version()}
-    return found | {name: module.__version__ for name, module in modules.items() if hasattr(module, "__version__")}
+    versions = {name: getattr(module, "__version__", None) for name, module in modules.items()}
+    return found | {name: version for name, version in versions.items() if version is not None}
