@@ -138,9 +138,9 @@ def _be_gentle_when_oversubscribed() -> None:
     """Let MPI yield the core while it waits, if ranks fill the node, and sleep, if there are more of them than cores.
 
     Call it before MPI starts. Horovod adds a thread to each rank; with spinning waits the two fight for the core (measured
-    on two ranks and two cores: a training step of 31 ms instead of 5 ms). Where ranks share a core, Linux 6.18 lets one that
-    yields again and again wait for seconds: a step of four ranks on two cores took 55 to more than 400 ms with Horovod, and
-    takes 16 ms with waits that sleep. On two ranks such waits cost: 6 ms instead of 4.
+    on two ranks and two cores: a training step of 31 ms instead of 5 ms). Where ranks share a core, ranks
+    that yield may slow each other down: of four ranks on two cores with Horovod (Linux 6.18; no other kernel was tried) a
+    step took 28 to more than 400 ms, and 16 with waits that sleep. On two ranks such waits cost: 6 ms instead of 4.
     """
     num_ranks, num_cores = launcher_of(os.environ).local_size or 1, os.cpu_count() or 1
     if num_ranks >= num_cores:
