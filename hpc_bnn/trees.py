@@ -19,7 +19,7 @@ Inputs = Any
 
 def map_leaves(tree: Any, kind: type, function: Callable[[Any], Any]) -> Any:
     """Apply a function to the leaves of a kind; others stay as they are."""
-    if isinstance(tree, (PackedSequence, Tensor)) and (isinstance(tree, PackedSequence) or tree.is_nested):
+    if isinstance(tree, PackedSequence) or (isinstance(tree, Tensor) and tree.is_nested):
         rule = "its examples are no rows, which ranks and micro-batches divide"
         remedy = "Give padded tensors [B, T, ...] (and lengths), and pack them in forward: pack_padded_sequence, nested_tensor"
         raise ConfigError(Fault("x", f"of type {type(tree).__name__}", rule, remedy))

@@ -21,11 +21,13 @@ from typing import Any
 from ..errors import DataError
 
 __all__ = [
-    "Disk", "append_line", "check_can_write", "is_leftover", "is_plain", "link_new", "make_own_directory", "names_in", "publish", "read_bytes", "refuse_world_writable", "remove_leftovers",
+    "NEW", "Disk", "append_line", "check_can_write", "is_leftover", "is_plain", "link_new", "make_own_directory", "names_in", "publish", "read_bytes", "refuse_world_writable", "remove_leftovers",
     "replacing", "sync_directory", "write_atomically",
 ]  # fmt: skip
 
 _PLAIN = re.compile(r"[\w-][\w.-]*")
+NEW = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_WRONLY
+"""How a file is opened that must not be there yet, not as a link either."""
 _MODE = 0o664
 """Of new files, less the umask: no umask lets every user of the machine write them."""
 _UNSYNCED = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES)
@@ -106,7 +108,7 @@ def read_bytes(path: str | os.PathLike, what: str) -> bytes | None:
 def _new_beside(path: Path) -> Path:
     """Make an empty file beside a path, which is no link and whose name nobody knows before, and return its path."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_WRONLY, _MODE))
+    os.close(os.open(temporary, NEW, _MODE))
     return temporary
 
 

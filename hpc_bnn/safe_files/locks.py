@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, DataError, Fault
-from . import is_plain, link_new, read_bytes
+from . import NEW, is_plain, link_new, read_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,6 @@ HEARTBEAT_SECONDS = 15.0
 STALE_SECONDS = 120.0
 """An owner on another host that has not touched its lock for so long has ended."""
 _JOBS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID")
-_NEW = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_WRONLY
 
 
 class Lock:
@@ -150,7 +149,7 @@ class Lock:
     def _now(self) -> float:
         """Return the time of the server of this directory."""
         mine = self.path.with_name(f"{LOCK}.{self.token}")
-        descriptor = os.open(mine, _NEW, 0o644)
+        descriptor = os.open(mine, NEW, 0o644)
         try:
             os.utime(descriptor)
             return os.fstat(descriptor).st_mtime
@@ -161,7 +160,7 @@ class Lock:
 
 def _write_new(path: Path, content: bytes) -> None:
     """Write a small file that is not there yet; a full disk leaves none."""
-    descriptor = os.open(path, _NEW, 0o644)
+    descriptor = os.open(path, NEW, 0o644)
     try:
         os.write(descriptor, content)
         os.fsync(descriptor)
