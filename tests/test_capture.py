@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ import hpc_bnn
 from hpc_bnn.errors import DataError, NonFiniteError, RankError
 from hpc_bnn.posteriors.families import MeanField
 from hpc_bnn.run.profiling import Profiler
-from hpc_bnn.training.capture import Fixed, HostReads
+from hpc_bnn.training.capture import Fixed, HostReads, Pool
+from hpc_bnn.training.chunk_search import GAIN, ChunkSearch
 
 
 def make(capture="on", graphs=True, **options):
@@ -179,6 +181,61 @@ def test_a_step_that_is_launched_anew_for_a_trace_has_the_same_bits(tmp_path):
     assert names.count("hpc_bnn: draw") == names.count("hpc_bnn: fold") == 5
     assert names.count("hpc_bnn: reduce") == names.count("hpc_bnn: update") == 1
     assert "draw_" not in vars(step.posterior)
+
+
+def test_a_pool_that_has_lost_its_last_graph_is_another_one():
+    """torch refuses to capture into it again."""
+    pool, graphs = Pool(object), [nn.Identity() for _ in range(3)]
+    handles = [pool.handle_for(graph) for graph in graphs[:2]]
+    assert handles[0] is handles[1]
+    del graphs[:2]
+    assert pool.handle_for(graphs[0]) is not handles[0]
+
+
+# --- the search for a chunk size ---------------------------------------------------------------------------
+
+
+class Searching(hpc_bnn.VariationalStep):
+    def __call__(self, *arguments, **options):
+        with self.search.timing():
+            return super().__call__(*arguments, **options)
+
+
+def search(room=math.inf, **options):
+    """Search in captured steps of 9 samples; return the search and what the steps gave."""
+    step = make(dtype=torch.float64, num_samples=9, **options)
+    step.__class__, found = Searching, ChunkSearch(step)
+    object.__setattr__(step, "search", found)
+    found._room = lambda size: room
+    return found, train(step, 36, torch.float64)
+
+
+@pytest.mark.parametrize("objective", ["elbo", "log_predictive"])
+def test_a_search_changes_no_number_and_keeps_the_fastest(objective):
+    found, got = search(objective=objective)
+    want = train(make("off", dtype=torch.float64, num_samples=9, objective=objective), 36, torch.float64)
+    for a, b in zip(got[0], want[0]):
+        assert a == pytest.approx(b, rel=1e-11)
+    for name, value in want[1].items():
+        torch.testing.assert_close(got[1][name], value, rtol=1e-9, atol=1e-11)
+    seconds = found.seconds
+    assert list(seconds) == [1, 4, 9][: len(seconds)]
+    best = 1
+    for size in list(seconds)[1:]:
+        best = size if seconds[size] < GAIN * seconds[best] else best
+    assert found.found == found._step.loop.chunk_size == best
+    assert len(seconds) == 3 or seconds[4] >= GAIN * seconds[1]
+
+
+def test_a_search_stays_within_the_memory_and_walks_where_it_has_to(caplog):
+    found, _ = search(room=3.0)
+    assert found.found == 1 and list(found.seconds) == [1]
+    with caplog.at_level(logging.INFO):
+        found, _ = search(net=Counting)
+    assert found.found == 1 and list(found.seconds) == [1, 4] and not found._step.loop.can_batch
+    [said] = [record for record in caplog.records if "chunk_size auto: 1" in record.message]
+    assert "num_calls" in said.message
+    assert not [record for record in caplog.records if "evaluated one after another" in record.message]
 
 
 class Counting(nn.Module):

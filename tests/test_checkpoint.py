@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import JOB_SECONDS, REPOSITORY, patience, python, with_plots
 
 from hpc_bnn import __version__, write_shards
@@ -703,6 +704,24 @@ def test_a_run_that_waits_for_no_step_gives_the_same_and_goes_on_to_the_same(dig
     assert train(digits, stopped, *flags, "--resume", "true") == 0
     for run_dir in (late, stopped):
         assert_same(list(result(run_dir)), list(result(plain)))
+
+
+def test_a_chunk_size_that_was_found_is_kept(digits, tmp_path, monkeypatch, caplog):
+    """Interrupted before the end of the search and after it; the numbers are those of a walk."""
+    monkeypatch.setattr("hpc_bnn.run.train.SEARCHED", ("cpu",))
+    found, walking = tmp_path / "found", tmp_path / "walking"
+    flags = ("--num_samples", 4, "--max_steps")
+    config = lambda: yaml.safe_load((found / "config.yaml").read_text())["chunk_size"]  # noqa: E731
+    assert train(digits, found, *flags, 7) == 0 and config() == "auto"
+    assert train(digits, found, *flags, 42, "--resume", "true", "--profile", 2) == 0
+    size = config()
+    assert size in (1, 4) and (found / "profile.json").exists()
+    caplog.clear()
+    assert train(digits, found, *flags, 45, "--resume", "true") == 0
+    assert config() == size and "chunk_size" not in caplog.text  # neither searched for again nor another one
+    assert train(digits, walking, *flags, 45, "--chunk_size", 1) == 0
+    for (name, a), b in zip(result(found)[0].items(), result(walking)[0].values()):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12, msg=name)
 
 
 def test_a_metric_that_is_not_a_number_is_neither_the_best_nor_a_failure():

@@ -46,7 +46,7 @@ class SampleLoop:
         max_examples: int | None = None,
     ):
         self.posterior, self.chunk_size, self.autocast_dtype = posterior, chunk_size, autocast_dtype
-        self._speaks, self._max_examples = speaks, max_examples  # rank 0 says what the user should know
+        self.speaks, self._max_examples = speaks, max_examples  # rank 0 says what the user should know
         self.can_batch = batching == "vmap" or (batching == "auto" and posterior.is_replicated)
         self.why_not: str | None = None
 
@@ -133,7 +133,7 @@ class SampleLoop:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         if isinstance(error, torch.OutOfMemoryError):
             reason = f"its memory is not enough for chunks of {self.chunk_size}; set chunk_size to fewer"
-        if self._speaks:
+        if self.speaks:
             logger.warning("samples are evaluated one after another: the module cannot be batched (%s)", reason)
         self.can_batch, self.why_not = False, reason
         self.posterior.sampler.forget_()

@@ -147,6 +147,10 @@ class RunDir:
         if 0 < last_row.get("epoch", 0) <= last_epoch and last_row["epoch"] not in [row["epoch"] for row in kept]:
             kept.append(self._signed(last_row))
         self.write(ROWS_FILE, "".join(f"{json.dumps(row)}\n" for row in kept))
+        self.write_config(config)
+
+    def write_config(self, config: str) -> None:
+        """Write the resolved config, signed with the identity of the run."""
         self.write(CONFIG, f"{_SIGN}{self.identity}\n{config}")
 
     def check(self) -> None:

@@ -30,6 +30,7 @@ from ..grid import check
 from ..likelihoods import Bernoulli
 from ..noise import GENERATOR
 from ..predictive import metrics_to_minimise
+from ..training.chunk_search import ChunkSearch
 from ..training.step import StepResult
 from . import signals
 from .experiment import (
@@ -49,6 +50,8 @@ logger = logging.getLogger(__name__)
 
 MAX_CHANNELS = 8
 """Of which each has its RMSE in the rows; evaluation.json has those of all."""
+SEARCHED = ("cuda",)
+"""Devices on which a run searches for a chunk size: on others a walk is seldom slower, and repeats bit for bit."""
 
 
 class Run(Experiment):
@@ -97,6 +100,7 @@ class Run(Experiment):
         )
         self.step, self.schedule = self.build_step(len(self.train_set), self.loader.num_batches)
         self.optimizer = self.step.optimizer
+        self._search: ChunkSearch | None = None
         self.progress = _Progress()
         self.stop = stop or StopRequest()
         self.checkpoints.metric_name = self._metric_name
@@ -148,8 +152,9 @@ class Run(Experiment):
         """Train to the end of the run; return the last row, and its evaluation."""
         row, tested, before = self.progress.row, None, self.progress.run_seconds
         self._first_step = self.step.num_steps
-        trace = self.run_dir / "profile.json" if self.is_writer else None
-        self._profiler = Profiler(self.step, self.config.profile, trace)
+        if self.config.chunk_size == "auto" and self.comm.device.type in SEARCHED and self.step.loop.can_batch:
+            self._search = ChunkSearch(self.step)
+        self._begin_profile()
         total = self._num_planned_steps()
         off = None if self.is_writer else True  # None: off where stderr is no terminal
         progress = tqdm(total=total, initial=self._first_step, unit="step", disable=off, desc="train")
@@ -189,7 +194,7 @@ class Run(Experiment):
             self.step.wants_stop = self.stop.why is not None
             self.step.wants_checkpoint = self._is_checkpoint_late()
             traffic = replace(self.comm.traffic)
-            with self._profiler.recording():
+            with self._profiler.recording() if self._search is None else self._search.timing():
                 result = self.step(x, y, batch.num_examples, weights=batch.weights)
                 self._results.append((result, batch.num_examples))
             self.schedule.step()
@@ -205,6 +210,8 @@ class Run(Experiment):
             writes = not is_last and (self._is_checkpoint_due or (every and self.step.num_steps % every == 0))
             if is_last or writes or wants_stop:
                 wants_stop |= self._read_results(0)
+            if self._search is not None and self._search.found is not None:
+                self._end_search(self._search.found)
             if wants_stop:
                 self._write_checkpoint()
                 self._close_checkpoints()
@@ -218,6 +225,21 @@ class Run(Experiment):
                 self._write_checkpoint()
             if self._is_over():
                 break
+
+    def _end_search(self, chunk_size: int) -> None:
+        """Keep a chunk size in the config of the run. Collective over the world."""
+        self.config, self._search = replace(self.config, chunk_size=chunk_size), None
+        with self.comm.agree(f"writing {self.run_dir}"):
+            if self.is_writer:
+                self._directory.write_config(self._config_as_text())
+        self._begin_profile()
+
+    def _begin_profile(self) -> None:
+        trace = self.run_dir / "profile.json" if self.is_writer else None
+        self._profiler = Profiler(self.step, self.config.profile, trace)
+
+    def _config_as_text(self) -> str:
+        return yaml.safe_dump(self.config.to_dict(), sort_keys=False)
 
     def _read_results(self, lag: int) -> bool:
         """Read the results of all steps but the last few: the same steps on all ranks; return whether some rank wants to stop."""
@@ -282,7 +304,9 @@ class Run(Experiment):
                 state = store.load_newest() if self.config.resume else None
                 if state is not None:
                     self._check_state(state)
-        where = self.comm.broadcast_object(state and (state["place"], state["schedule"]))
+        where = self.comm.broadcast_object(
+            state and (state["place"], state["schedule"], state["config"].get("chunk_size"))
+        )
         if where is not None:
             place, schedule = dict(where[0]), where[1]
             place.pop("data", None)  # `_check_state` compares it field by field
@@ -290,10 +314,13 @@ class Run(Experiment):
             self.step.scatter_state(None if state is None else {**state, "num_steps": num_steps})
             with self.comm.agree("restoring the checkpoint"):
                 self.schedule.load_state_dict(schedule)
+                if self.config.chunk_size == "auto" and where[2] not in (None, "auto"):
+                    self.config = replace(self.config, chunk_size=where[2])
+                    self.step.set_chunk_size_(where[2])
                 self.progress = _Progress(**place)
         with self.comm.agree(f"opening {self.run_dir}"):  # nothing was changed there before
             if self.is_writer:
-                config = yaml.safe_dump(self.config.to_dict(), sort_keys=False)
+                config = self._config_as_text()
                 if state is None:
                     directory.begin(self.manifest.to_json(), config)
                 else:

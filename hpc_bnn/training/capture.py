@@ -13,6 +13,7 @@ import itertools
 import logging
 import operator
 import types
+import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -208,10 +209,27 @@ class Graph(Protocol):
         """Run it on what its tensors hold now."""
 
 
-class CudaGraph:
-    """A graph of CUDA, from a pool of memory that all graphs of a step share: they run in the order of their captures."""
+class Pool:
+    """The memory that all graphs of a step share: they run in the order of their captures.
 
-    def __init__(self, pool: Any, stream: torch.cuda.Stream):
+    torch ends a pool with the last graph in it, and refuses to capture into it again: after that there is a new one.
+    """
+
+    def __init__(self, new_handle: Callable[[], Any]):
+        self._new_handle, self._graphs, self._handle = new_handle, weakref.WeakSet(), None
+
+    def handle_for(self, graph: Any) -> Any:
+        """Return the handle of the pool that a graph is captured into. Local."""
+        if not len(self._graphs):
+            self._handle = self._new_handle()
+        self._graphs.add(graph)
+        return self._handle
+
+
+class CudaGraph:
+    """A graph of CUDA, from a pool of memory that it shares with others."""
+
+    def __init__(self, pool: Pool, stream: torch.cuda.Stream):
         self._graph, self._pool, self._stream = torch.cuda.CUDAGraph(), pool, stream
         self._held: list[Tensor] = []
 
@@ -223,7 +241,8 @@ class CudaGraph:
         gc.disable()
         try:
             # thread_local: the watchdog of NCCL may look at its events
-            with torch.cuda.graph(self._graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            pool = self._pool.handle_for(self)
+            with torch.cuda.graph(self._graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
                 body()
         finally:
             if is_collecting:
@@ -305,7 +324,7 @@ class Recorder:
             self.say("the CPU draws the noise of this GPU")
         elif device.type == "cuda":
             self.stream = stream = torch.cuda.Stream(device)
-            pool = torch.cuda.graph_pool_handle()
+            pool = Pool(torch.cuda.graph_pool_handle)
             self.new_graph = lambda: CudaGraph(pool, stream)
 
     def run(
@@ -405,6 +424,10 @@ class Recorder:
     def _give_up(self, segment: _Segment, reason: str) -> None:
         segment.is_eager, segment.graphs = True, []
         self.say(reason)
+
+    def forget(self) -> None:
+        """Forget all graphs, as nothing of what they work on will come again. Local; the device has run them."""
+        self._segments.clear()
 
     def say(self, reason: str) -> None:
         """Say once why a part of the step is not captured. Local."""

@@ -117,6 +117,10 @@ class CapturedDataTerm(DataTerm):
         self._tally[Tally.DATA_TERM] += (self._sum / self._latch.num_examples).to(self._sum.dtype)
         self._latch.complete_(checksum())
 
+    def forget(self) -> None:
+        """Forget the memory that captured segments read and write. Local."""
+        self._memories.clear()
+
     def _fix(self, prior_share: float, device_type: str) -> None:
         """Note what a capture would fix, and whether there can be one. Local."""
         posterior, ours = self._posterior, "hpc_bnn."

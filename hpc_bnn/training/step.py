@@ -457,6 +457,15 @@ class VariationalStep(StepState):
                 _ = self._latch.pending.popleft().result.nelbo  # somebody may hold it
             self._latch.is_sound.fill_(True)
 
+    def set_chunk_size_(self, chunk_size: int) -> None:
+        """Evaluate so many samples at once from the next step on, after a new proof. Collective as `settle`; alike on all ranks."""
+        count("Try 8").check("chunk_size", chunk_size)
+        self.settle()
+        self.loop.chunk_size, self._trial.is_done = chunk_size, False
+        if self.recorder is not None:
+            self.recorder.forget()
+            self._captured.forget()
+
     def gather_state(self, *, to_first: bool = False) -> dict[str, Any]:  # noqa: D102
         self.settle()
         return super().gather_state(to_first=to_first)

@@ -15,6 +15,7 @@ from hpc_bnn.errors import NonFiniteError
 from hpc_bnn.noise import Key, Stream, operators
 from hpc_bnn.noise.segments import Segments
 from hpc_bnn.training.capture import HostReads
+from hpc_bnn.training.chunk_search import ChunkSearch
 
 DEVICE = os.environ.get("HPC_BNN_GPU_CHECK", "cuda")
 IS_GPU = DEVICE == "cuda"
@@ -143,6 +144,25 @@ def test_an_unsound_step_changes_nothing_and_is_said_two_steps_later():
     assert torch.equal(step.posterior.buffer.flat, before)
     train(step, 3, counts=(13,))
     assert not torch.equal(step.posterior.buffer.flat, before)
+
+
+def test_all_graphs_can_be_given_up_and_captured_anew():
+    """torch ends a pool of memory with its last graph."""
+    step = make("on", device=DEVICE, num_samples=8)
+    for chunk_size in (1, 8, 1):
+        step.set_chunk_size_(chunk_size)
+        train(step, 6, counts=(13,))
+    assert not IS_GPU or step.recorder.num_captures == 9
+
+
+def test_a_search_for_a_chunk_size_ends():
+    step = make("on", device=DEVICE, num_samples=8)
+    search = ChunkSearch(step)
+    for number in range(32):
+        with search.timing():
+            step(*batch(step, seed=number), 13)
+    print(search.found, search.seconds)
+    assert search.found in search.seconds
 
 
 def test_memory_does_not_grow_with_the_samples():

@@ -21,6 +21,7 @@ from reference import (
 
 from hpc_bnn import Grid, GridComm, LogPredictive, NegativeElbo, global_batches
 from hpc_bnn.errors import NonFiniteError, RankError
+from hpc_bnn.training.chunk_search import ChunkSearch
 
 OBJECTIVES = {"elbo": NegativeElbo, "log_predictive": LogPredictive}
 
@@ -41,6 +42,24 @@ def run(comm, objective, chunk_size, capture):
 @computed_once
 def run_alone(objective):
     return run(GridComm(Grid()), objective, 1, "off")[1]
+
+
+def test_a_search_for_a_chunk_size_ends_alike_on_all_ranks(comm):
+    """Also where some ranks have fewer samples than others, and where one of them cannot batch."""
+    x, y = make_problem(torch.float64)
+    mine = comm.grid.local_examples(NUM_EXAMPLES)
+    for fails in (False, True):
+        step = make_step(comm, num_samples=7, capture="on")
+        search = ChunkSearch(step)
+        if fails and comm.grid.rank == comm.grid.world_size - 1:
+            step.loop.fall_back(RuntimeError("not here"))
+        for _ in range(32):
+            with search.timing():
+                step(x[mine], y[mine], NUM_EXAMPLES)
+        assert len(set(comm.gather_objects((search.found, tuple(search.seconds.items()))))) == 1
+        assert search.found == 1 if fails else search.found in search.seconds
+        assert step.loop.chunk_size == search.found
+        comm.check_replicas(list(step.posterior.parameters()), "after a search")
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
