@@ -44,7 +44,7 @@ def to_arviz(
 
     Returns
     -------
-    arviz.InferenceData (ArviZ 0.x) or xarray.DataTree (ArviZ 1.x)
+    arviz.InferenceData (ArviZ 0.x, tried: 0.23) or xarray.DataTree (ArviZ 1.x, tried: 1.3)
         ``posterior_predictive``: ``probabilities`` [1, K, N, C, ...] of classes, or ``mean`` [1, K, N, targets, ...] that a
         sample predicts (units of y). ``observed_data``: ``y`` [N, ...]. ``log_likelihood``: ``y`` [1, K, N], log p(y | x, w_s)
         of an example, all its targets together (nats, y in its units). ``posterior``: ``total_log_likelihood`` [1, K], its
