@@ -184,8 +184,9 @@ def _write_onnx(plain: PlainNetwork, example: dict[str, Tensor], path: Path) -> 
                     exported = exported.run_decompositions()
             program = torch.onnx.export(exported, dynamo=True, verbose=False, **names)
         assert program is not None, "dynamo=True returns one"
-        for node in program.model.graph:  # a network may have a `mean` of its own
-            for value in node.outputs:
+        for node in program.model.graph:
+            node.metadata_props.clear()  # stack traces: paths and lines of code of this machine, most of the file
+            for value in node.outputs:  # a network may have a `mean` of its own
                 if value.name in plain.output_names and not value.is_graph_output():
                     value.name = f"inner_{value.name}"
         program.save(path, external_data=False)  # one file
