@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What a job costs per rank as the ranks become many: counted on real ranks, and computed for more.
 
-    python benchmarks/scale.py --output OUT [--ranks 8 16 32] [--libraries mpi torch] [--seconds 60]
+    python benchmarks/scale.py --output OUT [--ranks 8 16 32 64] [--libraries mpi torch] [--seconds 60]
 
 It starts ``mpirun`` itself, with many more ranks than cores: times mean nothing then, and it gives none. Four parts:
 
@@ -378,7 +378,7 @@ def report(options: argparse.Namespace, counts: dict[str, dict[int, Any]], grids
     measured = counts.get("mpi", {})
     n = options.sum_bytes
     lines += [f"MB between nodes of {NODE} ranks, for one sum of {n / 1e6:.1f} MB:", ""]
-    computed_for = [*measured, *(p for p in (1024, 4096, LARGEST) if p not in measured)]
+    computed_for = [*sorted(measured), *(p for p in (1024, 4096, LARGEST) if p not in measured)]
     lines += [
         f"| reduction | {' | '.join(f'{p:,}' + (' computed' if p not in measured else '') for p in computed_for)} |"
     ]
@@ -406,7 +406,7 @@ def write_problem(directory: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[8, 16, 32], help=f"multiples of {NODE}")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[8, 16, 32, 64], help=f"multiples of {NODE}")
     parser.add_argument("--libraries", nargs="+", default=["mpi", "torch"])
     parser.add_argument("--seconds", type=float, default=60.0, help="for the grids")
     parser.add_argument(
