@@ -195,3 +195,14 @@ def test_units_and_rows():
         torch.testing.assert_close(scaled.rows(1, 3).cdf(y_tensor[1:3]), scaled.cdf(y_tensor)[1:3])
     with pytest.raises(NotImplementedError, match="PoissonMixture"):
         PoissonMixture(torch.ones(1, 1, 1)).in_units(mean, std)
+
+
+@pytest.mark.parametrize("level", [0.1, 0.5])
+def test_a_quantile_does_not_depend_on_the_targets_beside_it(level):
+    """A process grid deals them out: the same to rounding, although they take different numbers of iterations."""
+    generator = torch.Generator().manual_seed(0)
+    loc, scale = torch.randn(2, 9, 40, 1, generator=generator, dtype=torch.float64)
+    scale = (3 * scale).exp()
+    whole = GaussianMixture(loc, scale).quantile(level)
+    parts = [GaussianMixture(loc[:, part], scale[:, part]).quantile(level) for part in torch.arange(40).split(7)]
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-12, atol=1e-12)

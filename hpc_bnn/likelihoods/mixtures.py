@@ -357,7 +357,7 @@ def _root(function: Callable[[Tensor], Tensor], low: Tensor, high: Tensor) -> Te
     c, fc = a, fa
     t = torch.full_like(a, 0.5)
     tolerance = ROOT_TOLERANCE * (high - low)
-    best = torch.where(fa.abs() < fb.abs(), a, b)
+    best, is_done = a, torch.zeros_like(a, dtype=torch.bool)
     for _ in range(100):
         x = a + t * (b - a)
         fx = function(x)
@@ -365,9 +365,10 @@ def _root(function: Callable[[Tensor], Tensor], low: Tensor, high: Tensor) -> Te
         c, fc = torch.where(is_same, a, b), torch.where(is_same, fa, fb)
         b, fb = torch.where(is_same, b, a), torch.where(is_same, fb, fa)
         a, fa = x, fx
-        best = torch.where(fa.abs() < fb.abs(), a, b)
+        # What is done stays: a root does not depend on those beside it, as a process grid deals them out
+        best = torch.where(is_done, best, torch.where(fa.abs() < fb.abs(), a, b))
         least = tolerance / (b - a).abs()
-        is_done = (least > 0.5) | (fa == 0) | (a == b)
+        is_done = is_done | (least > 0.5) | (fa == 0) | (a == b)
         if bool(is_done.all()):
             break
         xi, phi = (a - b) / (c - b), (fa - fb) / (fc - fb)

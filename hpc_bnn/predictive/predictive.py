@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..comm import GridComm
 from ..errors import ConfigError, Fault, check_kind, count
+from ..grid import share
 from ..likelihoods import Categorical, Likelihood
 from ..likelihoods.mixtures import GaussianMixture, Mixture
 from ..noise import Key, Stream
@@ -32,7 +33,7 @@ class ClassPredictive:
     expected_entropy: Tensor
     """[B, ...] mean over samples of the entropy (nats): the aleatoric part."""
     members: Tensor | None = None
-    """[B, K, C, ...] class probabilities of each sample, where they were asked for."""
+    """[B, K, C, ...] class probabilities of each sample, where they were asked for, on the first rank of a sample group."""
 
     @property
     def entropy(self) -> Tensor:
@@ -91,11 +92,12 @@ class ValuePredictive:
     log_prob: Tensor | None = None
     """[B] log of the mean over samples of p(y | x, w_s) (nats), where y was given and has a density."""
     mixture: Mixture | None = None
-    """The samples' distributions of each target, where they were asked for and the likelihood has them."""
+    """The samples' distributions of each target, with `members` where the likelihood has them."""
     members: Tensor | None = None
-    """[B, K, T, ...] mean of each sample, where they were asked for."""
+    """[B, K, T, ...] mean of each sample, where they were asked for, on the first rank of a sample group."""
     log_probs: Tensor | None = None
-    """[B, K] log p(y | x, w_s) of each sample (nats), where they were asked for, y was given and has a density."""
+    """[B, K] log p(y | x, w_s) of each sample (nats), where they were asked for, y was given and has a density; on the first
+    rank of a sample group."""
     share: Share | None = None
     """The samples' distributions of the targets of this rank, where they were asked for and the likelihood has them."""
     origin: Tensor | None = None
@@ -104,12 +106,12 @@ class ValuePredictive:
     def quantile(self, level: float) -> Tensor:
         """Return the quantile [B, T, ...] of a level between 0 and 1, of the mixture over samples (units of y).
 
-        Local with `mixture`; with `share` collective over ``sample_comm``: a gather of one number for each target.
+        With `share` collective over ``sample_comm``: a gather of one number for each target. Otherwise local, with `mixture`.
         """
-        if self.mixture is not None:
-            return self.mixture.quantile(level)
-        assert self.share is not None, "one of them was asked for"
-        return self.share.shares.join(self.share.mixture.quantile(level))
+        if self.share is not None:
+            return self.share.shares.join(self.share.mixture.quantile(level))
+        assert self.mixture is not None, "one of them was asked for, and is here"
+        return self.mixture.quantile(level)
 
     @property
     def variance(self) -> Tensor:
@@ -201,7 +203,7 @@ def predict_classes(
 ) -> ClassPredictive:
     """Return the predictive of this rank's examples over the samples of all ranks of its sample group.
 
-    Collective over ``sample_comm``: one sum of [B, 2 C + 1, ...]; a gather of [K, B, C, ...] to keep the members.
+    Collective over ``sample_comm``: one sum of [B, 2 C + 1, ...]; an exchange of [K, B, C, ...] to keep the members.
 
     Parameters
     ----------
@@ -217,7 +219,7 @@ def predict_classes(
     chunk_size : int
         Samples that a rank evaluates at once, by ``torch.vmap``; 1 walks over them.
     keep_members : bool
-        Whether the probabilities of each sample are kept as well.
+        Whether the probabilities of each sample are kept as well, on the first rank of a sample group.
     """
     num_classes = likelihood.num_classes
     if num_classes is None:
@@ -233,8 +235,22 @@ def predict_classes(
     assert isinstance(sums, Tensor), "each rank of a sample group adds one chunk or more"
     comm.sum_(sums, "sample")
     mean, square, entropy = (sums / num_samples).split([num_classes, num_classes, 1], dim=1)
-    members = comm.gather(torch.cat(kept), "sample").movedim(0, 1) if keep_members else None
+    members = _on_first(comm, kept, num_samples) if keep_members else None
+    members = None if members is None else members.movedim(0, 1)
     return ClassPredictive(mean, (square - mean.square()).clamp_min(0).sqrt(), entropy.squeeze(1), members)
+
+
+def _on_first(comm: GridComm, kept: list[Tensor], num_samples: int) -> Tensor | None:
+    """Return what all ranks of a sample group have kept, [c, ...] of chunks of samples, as [K, ...] on the first; None elsewhere.
+
+    Collective over ``sample_comm``: an exchange of it. The list is empty afterwards: the memory goes as soon as it can.
+    """
+    mine = torch.cat(kept)
+    kept.clear()
+    size, form = comm.grid.sample_size, mine.shape[1:]
+    counts, rows = [form.numel(), *[0] * (size - 1)], [len(share(num_samples, size, index)) for index in range(size)]
+    found = comm.all_to_all(mine.flatten(), counts, "sample", rows)
+    return found.view(num_samples, *form) if comm.grid.is_first("sample") else None
 
 
 class _Divided:
@@ -283,7 +299,7 @@ def predict_values(
     """Return the predictive of this rank's examples over the samples of all ranks of its sample group.
 
     Collective over ``sample_comm``: two sums, of 2 and 1 numbers per target; with targets y a maximum and a sum of
-    B numbers more; a gather of the outputs of all samples to keep the members, of [K, B] to keep the log-densities; an exchange
+    B numbers more; an exchange of the outputs of all samples to keep the members, of [K, B] to keep the log-densities; one
     of one or two numbers for each target of this rank's samples to keep a share.
 
     Parameters
@@ -293,11 +309,12 @@ def predict_values(
     num_samples, seed, batch_size, chunk_size
         As for `predict_classes`.
     keep_members : bool
-        Whether the distribution of each sample is kept as well, on each rank: for quantiles, PIT and CRPS.
+        Whether the distribution of each sample is kept as well, on the first rank of a sample group.
     keep_log_probs : bool
-        Whether the log-density of each sample is kept as well.
+        Whether the log-density of each sample is kept as well, there.
     keep_share : bool
-        Whether each rank keeps the distributions of all samples for its share of the targets, 1 / S of the memory.
+        Whether each rank keeps the distributions of all samples for its share of the targets, 1 / S of the memory: for
+        quantiles, PIT and CRPS.
     """
     if is_of_classes(likelihood):
         rule = "its targets are classes, which have no mean"
@@ -323,9 +340,10 @@ def predict_values(
     assert moments.mean is not None, "each rank of a sample group adds one chunk or more"
     predictive = ValuePredictive(moments.mean, moments.aleatoric, moments.epistemic, density.log_mean, share=share)
     if log_probs:
-        predictive = replace(predictive, log_probs=comm.gather(torch.cat(log_probs), "sample").T)
-    if not keep_members:
+        of_samples = _on_first(comm, log_probs, num_samples)
+        predictive = replace(predictive, log_probs=None if of_samples is None else of_samples.T)
+    outputs = _on_first(comm, kept, num_samples) if keep_members else None  # [K, B, ...]
+    if outputs is None:
         return predictive
-    outputs = comm.gather(torch.cat(kept), "sample")  # [K, B, ...]
     means = likelihood.mean(outputs.flatten(0, 1)).unflatten(0, outputs.shape[:2])
     return replace(predictive, mixture=likelihood.mixture(outputs), members=means.movedim(0, 1))

@@ -303,13 +303,16 @@ def what_is_kept(
     needs_all = len(quantiles) > 0 or (calibration is not None and calibration.temperature is None)
     if likelihood.num_classes is not None:
         return {"keep_members": with_members or needs_all}
-    return {"keep_members": with_members, "keep_share": needs_all and not with_members}
+    return {"keep_members": with_members, "keep_share": needs_all}
 
 
 def columns_of(
     predictive: Predictive, quantiles: Sequence[float], with_members: bool, calibration: Calibration | None = None
 ) -> dict[str, Tensor]:
-    """Return the rows [B, ...] of each dataset. Local; quantiles of numbers as `ValuePredictive.quantile`."""
+    """Return the rows [B, ...] of each dataset, of those that need all members where they are.
+
+    Local; quantiles of numbers as `ValuePredictive.quantile`.
+    """
     if isinstance(predictive, ClassPredictive):
         columns = {
             "probabilities": predictive.probabilities,
@@ -327,13 +330,11 @@ def columns_of(
         }
     if calibration is not None:
         columns |= calibration.columns_of(predictive, quantiles)
-    if with_members:
-        assert predictive.members is not None, "they were asked for"
+    if with_members and predictive.members is not None:
         columns["members"] = predictive.members
     if quantiles and isinstance(predictive, ValuePredictive):
         columns["quantiles"] = torch.stack([predictive.quantile(level) for level in quantiles], 1)
-    elif quantiles:
-        assert predictive.members is not None, "they were asked for"
+    elif quantiles and predictive.members is not None:
         levels = torch.tensor(quantiles, dtype=torch.float64, device=predictive.members.device)
         columns["quantiles"] = predictive.members.quantile(levels, dim=1).movedim(0, 1)
     return columns

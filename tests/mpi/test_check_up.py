@@ -37,7 +37,7 @@ def test_the_check_up_of_any_grid_is_that_of_one_process(comm, directory, family
     assert (sum(got["snr"].get("counts", [])) > 0) == (family != "deterministic")
 
 
-def test_the_log_densities_of_the_samples_come_in_their_order(comm, directory):
+def test_what_is_kept_of_the_samples_comes_in_their_order_to_the_first_rank_of_a_group(comm, directory):
     with comm.agree("writing"):
         if comm.grid.rank == 0:
             write_field_shards(directory / "shards", LIKELIHOODS["gaussian"])
@@ -45,10 +45,15 @@ def test_the_log_densities_of_the_samples_come_in_their_order(comm, directory):
     for one in (comm, GridComm(Grid())):
         experiment = make_experiment(one, directory)
         x, y = experiment.open("few").fetch(slice(None))
-        options = {"num_samples": 5, "keep_log_probs": True}
+        options = {"num_samples": 5, "keep_log_probs": True, "keep_members": True}
         found.append(predict_values(experiment.posterior, experiment.likelihood, one, x, y, **options))
     got, expected = found
-    assert got.log_probs.shape == (2, 5)
+    assert expected.log_probs.shape == (2, 5) and expected.members.shape == (2, 5, *expected.mean.shape[1:])
+    if not comm.grid.is_first("sample"):
+        assert got.log_probs is got.members is got.mixture is None
+        return
+    torch.testing.assert_close(got.members, expected.members, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(got.quantile(0.3), expected.quantile(0.3), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(got.log_probs, expected.log_probs, rtol=1e-12, atol=1e-12)
     mean = got.log_probs.logsumexp(1) - torch.tensor(5.0, dtype=torch.float64).log()
     torch.testing.assert_close(mean, got.log_prob, rtol=1e-12, atol=1e-12)
