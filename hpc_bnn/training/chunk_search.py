@@ -61,15 +61,15 @@ class ChunkSearch:
         yield
         step.settle()
         self._times.append(time.perf_counter() - begun)
+        if (device := step.comm.device).type == "cuda" and len(self._times) == 1:  # the first one makes what lasts
+            torch.cuda.reset_peak_memory_stats(device)
+            self._rest = torch.cuda.memory_allocated(device)
         if len(self._times) == NUM_BEFORE + NUM_TIMED:
             self._go_on()
 
     def _begin(self, size: int) -> None:
-        step, self._times = self._step, []
-        step.set_chunk_size_(size)
-        if (device := step.comm.device).type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-            self._rest = torch.cuda.memory_allocated(device)
+        self._times = []
+        self._step.set_chunk_size_(size)
 
     def _go_on(self) -> None:
         """Try the next size, or end the search. Collective over the world."""
