@@ -236,21 +236,21 @@ def predict_classes(
     comm.sum_(sums, "sample")
     mean, square, entropy = (sums / num_samples).split([num_classes, num_classes, 1], dim=1)
     members = _on_first(comm, kept, num_samples) if keep_members else None
-    members = None if members is None else members.movedim(0, 1)
     return ClassPredictive(mean, (square - mean.square()).clamp_min(0).sqrt(), entropy.squeeze(1), members)
 
 
 def _on_first(comm: GridComm, kept: list[Tensor], num_samples: int) -> Tensor | None:
-    """Return what all ranks of a sample group have kept, [c, ...] of chunks of samples, as [K, ...] on the first; None elsewhere.
+    """Return what the ranks of a sample group have kept, [c, B, ...] of chunks of samples, as [B, K, ...] on the first of them.
 
-    Collective over ``sample_comm``: an exchange of it. The list is empty afterwards: the memory goes as soon as it can.
+    None elsewhere. Collective over ``sample_comm``: an exchange of it. The list is empty afterwards: the memory goes as soon as
+    it can.
     """
     mine = torch.cat(kept)
     kept.clear()
     size, form = comm.grid.sample_size, mine.shape[1:]
     counts, rows = [form.numel(), *[0] * (size - 1)], [len(share(num_samples, size, index)) for index in range(size)]
     found = comm.all_to_all(mine.flatten(), counts, "sample", rows)
-    return found.view(num_samples, *form) if comm.grid.is_first("sample") else None
+    return found.view(num_samples, *form).movedim(0, 1) if comm.grid.is_first("sample") else None
 
 
 class _Divided:
@@ -334,16 +334,16 @@ def predict_values(
         if keep_share and (mixture := likelihood.mixture(members)) is not None:
             divided.add(mixture)
         del members, outputs, mean_and_variance  # of a field each takes as much memory as all else here
-    share = divided.exchange()  # first: it needs the most memory
+    of_targets = divided.exchange()  # first: it needs the most memory
     moments.exchange(comm)
     density.exchange(comm)
     assert moments.mean is not None, "each rank of a sample group adds one chunk or more"
-    predictive = ValuePredictive(moments.mean, moments.aleatoric, moments.epistemic, density.log_mean, share=share)
+    predictive = ValuePredictive(moments.mean, moments.aleatoric, moments.epistemic, density.log_mean, share=of_targets)
     if log_probs:
-        of_samples = _on_first(comm, log_probs, num_samples)
-        predictive = replace(predictive, log_probs=None if of_samples is None else of_samples.T)
-    outputs = _on_first(comm, kept, num_samples) if keep_members else None  # [K, B, ...]
-    if outputs is None:
+        predictive = replace(predictive, log_probs=_on_first(comm, log_probs, num_samples))
+    members = _on_first(comm, kept, num_samples) if keep_members else None
+    if members is None:
         return predictive
+    outputs = members.movedim(1, 0)  # [K, B, ...]
     means = likelihood.mean(outputs.flatten(0, 1)).unflatten(0, outputs.shape[:2])
     return replace(predictive, mixture=likelihood.mixture(outputs), members=means.movedim(0, 1))

@@ -100,7 +100,6 @@ class Run(Experiment):
         )
         self.step, self.schedule = self.build_step(len(self.train_set), self.loader.num_batches)
         self.optimizer = self.step.optimizer
-        self._search: ChunkSearch | None = None
         self.progress = _Progress()
         self.stop = stop or StopRequest()
         self.checkpoints.metric_name = self._metric_name
@@ -152,8 +151,7 @@ class Run(Experiment):
         """Train to the end of the run; return the last row, and its evaluation."""
         row, tested, before = self.progress.row, None, self.progress.run_seconds
         self._first_step = self.step.num_steps
-        if self.config.chunk_size == "auto" and self.comm.device.type in SEARCHED and self.step.loop.can_batch:
-            self._search = ChunkSearch(self.step)
+        self._search = ChunkSearch(self.step) if self._has_chunks_to_try() else None
         self._begin_profile()
         total = self._num_planned_steps()
         off = None if self.is_writer else True  # None: off where stderr is no terminal
@@ -225,6 +223,11 @@ class Run(Experiment):
                 self._write_checkpoint()
             if self._is_over():
                 break
+
+    def _has_chunks_to_try(self) -> bool:
+        """Whether the config leaves the chunk size open, and a rank has samples that could be evaluated at once. Local."""
+        is_open = self.config.chunk_size == "auto" and self.comm.device.type in SEARCHED
+        return is_open and self.step.loop.can_batch and self.step.num_samples > self.comm.grid.sample_size
 
     def _end_search(self, chunk_size: int) -> None:
         """Keep a chunk size in the config of the run. Collective over the world."""
@@ -308,15 +311,15 @@ class Run(Experiment):
             state and (state["place"], state["schedule"], state["config"].get("chunk_size"))
         )
         if where is not None:
-            place, schedule = dict(where[0]), where[1]
+            place, schedule, chunk_size = dict(where[0]), *where[1:]
             place.pop("data", None)  # `_check_state` compares it field by field
             num_steps = place.pop("num_steps")
             self.step.scatter_state(None if state is None else {**state, "num_steps": num_steps})
             with self.comm.agree("restoring the checkpoint"):
                 self.schedule.load_state_dict(schedule)
-                if self.config.chunk_size == "auto" and where[2] not in (None, "auto"):
-                    self.config = replace(self.config, chunk_size=where[2])
-                    self.step.set_chunk_size_(where[2])
+                if self.config.chunk_size == "auto" and chunk_size not in (None, "auto"):
+                    self.config = replace(self.config, chunk_size=chunk_size)
+                    self.step.set_chunk_size_(chunk_size)
                 self.progress = _Progress(**place)
         with self.comm.agree(f"opening {self.run_dir}"):  # nothing was changed there before
             if self.is_writer:

@@ -30,7 +30,7 @@ class ChunkSearch:
     """Times chunks of 1, 4, 16, ... samples in steps of a run, until one is not faster, and keeps the fastest.
 
     These are steps like all others, because their numbers do not depend on the chunk (to rounding). The slowest rank
-    counts, and the one with the least memory; where one cannot batch, all walk.
+    counts, and the one with the least memory; where one cannot batch, all walk. Collective as `VariationalStep.settle`.
 
     Attributes
     ----------
@@ -41,10 +41,12 @@ class ChunkSearch:
     """
 
     def __init__(self, step: VariationalStep):
-        self._step, self._times, self._rest = step, [], 0
+        self._step, self._rest = step, 0
         self.found: int | None = None
         self.seconds: dict[int, float] = {}
         self._largest = -(-step.num_samples // step.comm.grid.sample_size)
+        step.loop.speaks = False  # nobody has asked for batches
+        self._begin(1)
 
     @contextlib.contextmanager
     def timing(self) -> Iterator[None]:
@@ -53,9 +55,6 @@ class ChunkSearch:
         if self.found is not None:
             yield
             return
-        if not self.seconds and not self._times:
-            step.loop.speaks = False  # nobody has asked for batches
-            self._begin(1)
         step.settle()
         begun = time.perf_counter()
         yield
@@ -68,7 +67,7 @@ class ChunkSearch:
             self._go_on()
 
     def _begin(self, size: int) -> None:
-        self._times = []
+        self._times: list[float] = []
         self._step.set_chunk_size_(size)
 
     def _go_on(self) -> None:
