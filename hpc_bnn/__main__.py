@@ -81,6 +81,13 @@ def run() -> None:
         if module is not None:
             module.abort(signals.INTERRUPTED)
         os._exit(signals.INTERRUPTED)
+    except Exception as error:
+        # The traceback of a rank does not say whose it is, and jobscripts/lib.sh looks for a node that failed
+        module = sys.modules.get(f"{__package__}.comm.launcher")
+        if module is not None and module.launcher_of(os.environ).name:
+            me = f"rank {module.launched_rank()} on {os.environ.get('SLURMD_NODENAME') or os.uname().nodename}"
+            print(f"hpc-bnn: error: {me}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        raise
     code = code_of_output(code)
     gc.freeze()  # the end of the process would look through a million objects of imported modules for cycles: 2 s
     sys.exit(code)

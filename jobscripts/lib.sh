@@ -21,7 +21,8 @@
 #   HPC_BNN_MAX_REQUEUES    how often a job that stopped with code 75 is    (default: 0; 20 in the requeue scripts)
 #                           put into the queue again
 #   HPC_BNN_RETRY           put a job that failed into the queue again, too, (default: false; true in the requeue scripts)
-#                           if it has written a checkpoint: true or false
+#                           if it has written a checkpoint: true or false;
+#                           under Slurm without a node that failed
 #   HPC_BNN_TIME_LIMIT      seconds of the job, where the scheduler sends   (default: none)
 #                           no signal before its time limit
 #   HPC_BNN_STOP_SECONDS    so long before it training stops                (default: 300)
@@ -239,6 +240,8 @@ hpc_bnn_train() {
         flags+=(--max_seconds "$left")
     fi
     hpc_bnn_first_note=$(hpc_bnn_newest_note)
+    hpc_bnn_output=$(readlink "/proc/$$/fd/2") # what srun and the ranks say is there
+    hpc_bnn_output_before=$(wc -c <"$hpc_bnn_output") 2>/dev/null || hpc_bnn_output_before=
     hpc_bnn_launch train --config "$config" "${flags[@]}" "$@"
 }
 
@@ -298,7 +301,7 @@ hpc_bnn_count_requeues() {
 
 # hpc_bnn_end STATUS: remove what was staged and unpacked, requeue a run that stopped with code 75, and exit with the program's status.
 hpc_bnn_end() {
-    local status=$1 count
+    local status=$1 count excluded=
     if [ -n "${hpc_bnn_staged:-}" ]; then
         hpc_bnn_stop_received= # a few files: there is time for it
         hpc_bnn_launch stage --clean - "$hpc_bnn_staged" || hpc_bnn_say "$hpc_bnn_staged stays on some node"
@@ -310,12 +313,18 @@ hpc_bnn_end() {
     local why="stopped with a checkpoint"
     if [ "$status" != 75 ] && hpc_bnn_may_retry "$status"; then
         why="failed with status $status after the checkpoint $(hpc_bnn_newest_note)"
-        if [ "$count" -lt "${HPC_BNN_MAX_REQUEUES:-0}" ]; then status=75; else hpc_bnn_say "$why"; fi
+        if [ "$count" -lt "${HPC_BNN_MAX_REQUEUES:-0}" ]; then
+            status=75 excluded=$(hpc_bnn_nodes_to_exclude)
+        else hpc_bnn_say "$why"; fi
     fi
     if [ "$status" = 75 ] && [ "${HPC_BNN_MAX_REQUEUES:-0}" != 0 ]; then
         if [ "$count" -lt "$HPC_BNN_MAX_REQUEUES" ]; then
             hpc_bnn_say "$why in $HPC_BNN_RUN_DIR; requeue $((count + 1)) of at most $HPC_BNN_MAX_REQUEUES"
+            if [ -n "$excluded" ]; then trap '' TERM; fi # which the requeue sends; only a job that waits takes the list
             hpc_bnn_requeue "$count" || { hpc_bnn_say "the scheduler refused; submit again with HPC_BNN_RUN_DIR=$HPC_BNN_RUN_DIR"; exit 1; }
+            if [ -n "$excluded" ]; then
+                scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$excluded" || hpc_bnn_say "Slurm refused to exclude $excluded"
+            fi
         else
             hpc_bnn_say "requeued $count times, HPC_BNN_MAX_REQUEUES allows no more; to go on, submit with HPC_BNN_RUN_DIR=$HPC_BNN_RUN_DIR"
             if [ $hpc_bnn_scheduler = lsf ]; then status=1; fi # code 75 would be requeued
@@ -329,6 +338,56 @@ hpc_bnn_end() {
 hpc_bnn_may_retry() {
     case $1 in 0 | 2 | 130) return 1 ;; esac
     [ "${HPC_BNN_RETRY:-false}" = true ] && [ -n "${hpc_bnn_first_note+set}" ] && [ "$(hpc_bnn_newest_note)" != "$hpc_bnn_first_note" ]
+}
+
+# --- a node that failed (Slurm) --------------------------------------------------------------------------------
+
+# Print the node whose fault the failure of this training seems to be, and what happened there ("n2 Bus error"); nothing where
+# several nodes come into question, or the program. Of SIGKILL srun says the same about ranks that Slurm has ended after another.
+hpc_bnn_failed_node() {
+    local said found
+    [ -n "${hpc_bnn_output_before:-}" ] && said=$(tail -c "+$((hpc_bnn_output_before + 1))" "$hpc_bnn_output") || return 0
+    found=$(sed -nE -e 's/^srun: error: ([^ :]+): tasks? [-0-9,]+: (Bus error|Segmentation fault|Aborted|Illegal instruction).*/\1 \2/p' \
+        -e 's/^torchrun: rank [0-9]+ on ([^ .]+)[^ ]* ended with (code 13[24-79])$/\1 \2/p' \
+        -e 's/^hpc-bnn: .*rank [0-9]+ on ([^ ,:.]+).* (CUDA|HIP) error: .*(ECC|NVLink|hardware).*/\1 \2 error: \3/p' <<<"$said")
+    if [ -z "$found" ] && ! grep -qE '^hpc-bnn: .*error: |: Exited with exit code 1$' <<<"$said"; then
+        found=$(sed -nE 's/^srun: error: ([^ :]+): tasks? [-0-9,]+: (Killed)$/\1 \2/p' <<<"$said")
+    fi
+    if [ "$(cut -d' ' -f1 <<<"$found" | sort -u | wc -l)" = 1 ]; then head -n 1 <<<"$found"; fi
+}
+
+# Print the nodes that the job shall wait without: those of before and the one that failed; nothing where that stays as it is.
+# A node stays where another one was not free of the same error either, or where the job might find too few nodes and wait for ever.
+hpc_bnn_nodes_to_exclude() {
+    local failed node what record=$HPC_BNN_RUN_DIR.failed job former nodes kind others
+    [ $hpc_bnn_scheduler = slurm ] || return 0
+    failed=$(hpc_bnn_failed_node)
+    node=${failed%% *} what=${failed#* }
+    # A rank can print what it wants: only a node of this job counts
+    scontrol show hostnames "$SLURM_JOB_NODELIST" | grep -qxF -e "$node" || return 0
+    echo "$failed" >>"$record"
+    others=$(awk -v n="$node" -v w="$what" '$1 != n && substr($0, length($1) + 2) == w { print $1 }' "$record" | sort -u | wc -l)
+    if [ "$others" -ge 2 ]; then
+        hpc_bnn_say "$what on $node, and on two other nodes before ($record): it seems to be the program, the node stays"
+        return 0
+    fi
+    job=$(scontrol show job -o "$SLURM_JOB_ID")
+    if ! grep -q ' ReqNodeList=(null) ' <<<"$job" || [ -n "${SLURM_JOB_RESERVATION:-}" ]; then
+        hpc_bnn_say "$what on $node: it stays, the job asks for nodes by name or for a reservation"
+        return 0
+    fi
+    former=$(sed -nE 's/.* ExcNodeList=([^ (]+) .*/\1/p' <<<"$job")
+    # Others that are as this one in features, GPUs, cores and memory fit what the job asks for
+    nodes=$(sinfo -h -N -p "$SLURM_JOB_PARTITION" -o '%N %t %f|%G|%c|%m')
+    kind=$(awk -v n="$node" '$1 == n { print $3; exit }' <<<"$nodes")
+    others=$(awk -v n="$node" -v k="$kind" '$1 != n && $3 == k && $2 ~ /^(idle|mix|alloc|comp|plnd)[-~#%!^]?$/ { print $1 }' <<<"$nodes" |
+        { if [ -n "$former" ]; then grep -vxF -f <(scontrol show hostnames "$former"); else cat; fi; } | sort -u | wc -l)
+    if [ "$others" -lt "$SLURM_JOB_NUM_NODES" ]; then
+        hpc_bnn_say "$what on $node: it stays, $SLURM_JOB_PARTITION has $others other nodes of its kind, the job needs $SLURM_JOB_NUM_NODES"
+        return 0
+    fi
+    hpc_bnn_say "$what on $node: the job goes on without it, $others nodes of its kind are left"
+    echo "${former:+$former,}$node"
 }
 
 hpc_bnn_requeue() {

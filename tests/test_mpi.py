@@ -356,6 +356,25 @@ def test_a_shard_that_is_damaged_or_gone_ends_the_job_with_one_message(mpirun, d
         assert "corrupt" in done.stderr
 
 
+def test_an_error_of_one_rank_says_on_which_node(mpirun, digits, tmp_path):
+    """jobscripts/lib.sh looks for it: from the traceback nobody learns whose device failed."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import hpc_bnn.run.train as t\n"
+        "from hpc_bnn.__main__ import run\n"
+        "def fail(self, *arguments):\n"
+        "    if self.comm.grid.rank: raise RuntimeError('CUDA error: uncorrectable ECC error encountered')\n"
+        "    self.comm.barrier()\n"
+        "t.Run.train = fail\n"
+        "run()\n"
+    )
+    done = mpirun(
+        2, program, "train", "--config", "configs/digits.yaml", "--data.shards", digits, "--run_dir", tmp_path / "run"
+    )
+    said = f"hpc-bnn: error: rank 1 on {os.uname().nodename}: RuntimeError: CUDA error: uncorrectable ECC error"
+    assert done.returncode != 0 and done.stderr.count(said) == 1 and done.stderr.count("hpc-bnn: error") == 1
+
+
 def test_unwritable_run_dir_on_rank_0_ends_all_ranks(mpirun, digits, tmp_path):
     (tmp_path / "file").write_text("in the way")
     done = mpirun(2, "-m", "hpc_bnn", "train", "--config", "configs/digits.yaml", "--data.shards", digits,

@@ -230,16 +230,41 @@ def test_a_job_that_lost_a_rank_comes_back_by_itself(cluster, jobs, digits):
     cluster.wait_for(run_dir / "metrics.jsonl", job)
     while not list(run_dir.glob("checkpoints/step-*.json")):
         time.sleep(0.05)
-    os.kill(rank_processes(cluster, job)[-1], signal.SIGKILL)
+    os.kill(rank_processes(cluster, job)[-1], signal.SIGBUS)
     assert cluster.ended(job) == ("COMPLETED", "0:0", "1"), cluster.output(job)
     assert re.search(
         r"failed with status \d+ after the checkpoint step-\d+.json in .*requeue 1 of", cluster.output(job)
     )
+    kept = r"Bus error on n\d: it stays, gpu has 1 other nodes of its kind, the job needs 2"
+    assert re.search(kept, cluster.output(job)) and cluster.show(job)[0]["ExcNodeList"] == "(null)"
     assert cluster.ended(jobs["whole"]) == ("COMPLETED", "0:0", "0"), cluster.output(jobs["whole"])
     (_, metrics, model), (_, expected, whole) = (
         final_state(cluster.work / "runs" / name) for name in (job, jobs["whole"])
     )
     assert metrics == expected and all(torch.equal(value, whole[name]) for name, value in model.items())
+
+
+def test_a_job_comes_back_without_the_node_that_failed_if_there_are_others(cluster, digits):
+    cluster.run("scontrol", "create", "PartitionName=one", "Nodes=n1")
+    jobs = {}
+    for partition in ("gpu", "one"):
+        options = (f"--partition={partition}",)
+        jobs[partition] = cluster.submit(
+            "requeue.sbatch", CONFIG, "--data.shards", digits, *EPOCHS, nodes=1, options=options
+        )
+    failed = {}
+    for partition, job in jobs.items():
+        while not list((cluster.work / "runs" / job).glob("checkpoints/step-*.json")):
+            time.sleep(0.05)
+        (failed[partition],) = (task["NodeList"] for task in cluster.show(job))
+        os.kill(rank_processes(cluster, job)[-1], signal.SIGKILL)
+    for partition, job in jobs.items():
+        assert cluster.ended(job) == ("COMPLETED", "0:0", "1"), cluster.output(job)
+        (task,), node, is_away = cluster.show(job), failed[partition], partition == "gpu"
+        assert (task["NodeList"] != node) == is_away
+        assert task["ExcNodeList"] == (node if is_away else "(null)")
+        said = "the job goes on without it, 1 nodes" if is_away else "it stays, one has 0 other nodes of its kind"
+        assert f"Killed on {node}: {said}" in cluster.output(job)
 
 
 def rank_processes(cluster, job) -> list[int]:
@@ -483,6 +508,70 @@ def test_no_variable_is_evaluated(tmp_path, value, monkeypatch):
         )
     assert not os.listdir(tmp_path)
     assert library("echo ran", HPC_BNN_RANKS="4", HPC_BNN_TIME_LIMIT="").stdout == "ran\n"
+
+
+BUS, OTHERS = "srun: error: n2: task 2: Bus error", "srun: error: n1: tasks 0-1: Killed"
+ECC = "AcceleratorError: CUDA error: uncorrectable ECC error encountered"
+
+
+@pytest.mark.parametrize(
+    ("said", "failed"),
+    [
+        ([OTHERS, BUS], "n2 Bus error"),
+        (["srun: error: n2: task 2: Segmentation fault (core dumped)"], "n2 Segmentation fault"),
+        ([BUS, "srun: error: n1: task 0: Aborted"], ""),
+        ([OTHERS, "srun: error: n2: task 2: Exited with exit code 14"], "n1 Killed"),
+        ([OTHERS, "srun: error: n2: tasks 2-3: Killed"], ""),
+        ([OTHERS, "srun: error: n2: task 2: Exited with exit code 1"], ""),
+        ([OTHERS, f"hpc-bnn: error: rank 2 on n2: {ECC}"], "n2 CUDA error: ECC"),
+        ([f"hpc-bnn: error: rank 2 on n2.site (and 1 other ranks), writing: {ECC}"], "n2 CUDA error: ECC"),
+        ([OTHERS, "hpc-bnn: error: rank 2 on n2: AcceleratorError: CUDA error: device-side assert triggered"], ""),
+        (["torchrun: rank 3 on n2 ended with code 137", "torchrun: rank 0 on n1 ended with code 1"], "n2 code 137"),
+    ],
+)
+def test_which_node_failed(tmp_path, said, failed):
+    (tmp_path / "out").write_text(
+        "\n".join([BUS.replace("n2", "n9"), *said, ""])
+    )  # the first line is of a former attempt
+    before = len(BUS) + 1
+    done = library(f"hpc_bnn_output={tmp_path}/out; hpc_bnn_output_before={before}; hpc_bnn_failed_node")
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, failed, "")
+
+
+OF_SLURM = """
+scontrol() {
+    case "$1 $2" in
+        "show hostnames") echo "$3" | tr , '\\n' ;;
+        "show job") echo "JobId=7 ReqNodeList=${NAMED:-(null)} ExcNodeList=${FORMER:-(null)} Features=(null)" ;;
+    esac
+}
+sinfo() { for n in 1 2 3 4; do echo "n$n idle a|(null)|2|4000"; done; echo "n5 drain a|(null)|2|4000"; echo "n6 idle b|(null)|2|4000"; }
+hpc_bnn_failed_node() { echo "$FAILED"; }
+"""
+
+
+@pytest.mark.parametrize(
+    ("facts", "excluded", "said"),
+    [
+        ({}, "n2", "the job goes on without it, 3 nodes of its kind are left"),
+        ({"FORMER": "n3"}, "n3,n2", "2 nodes of its kind are left"),
+        ({"FORMER": "n3,n4"}, "", "it stays, gpu has 1 other nodes of its kind, the job needs 2"),
+        ({"FAILED": "n4 Bus error"}, "", None),  # none of this job
+        ({"FAILED": "n[1-2] Killed"}, "", None),
+        ({"FAILED": "$(id) Bus error"}, "", None),
+        ({"FAILED": ""}, "", None),
+        ({"NAMED": "n[1-2]"}, "", "asks for nodes by name"),
+        ({"record": "n1 Bus error\nn1 Bus error\nn3 Aborted\n"}, "n2", "the job goes on"),
+        ({"record": "n1 Bus error\nn3 Bus error\n"}, "", "it seems to be the program"),
+    ],
+)
+def test_which_nodes_are_excluded(tmp_path, facts, excluded, said):
+    (tmp_path / "run.failed").write_text(facts.pop("record", ""))
+    facts = {"FAILED": "n2 Bus error", "HPC_BNN_RUN_DIR": str(tmp_path / "run"), **facts}
+    of_job = {"SLURM_JOB_NODELIST": "n1,n2", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_PARTITION": "gpu"}
+    done = library(f"{OF_SLURM} hpc_bnn_nodes_to_exclude", **facts, **of_job)
+    assert (done.returncode, done.stdout.strip()) == (0, excluded), done.stderr
+    assert said in done.stderr if said else not done.stderr
 
 
 @pytest.mark.parametrize("shards", ["..", ".", "/", "data/..", "data/."])
