@@ -179,7 +179,7 @@ def test_an_edit_is_followed_as_if_it_were_made_before_the_wrap(edit, family, is
         FOLLOWED[edit](edited)
     step.num_steps = 0
     plain = make_step(FAMILIES[family](net))
-    scales = [name for name in ("log_scale", "factor") if name in step.posterior.buffer.values]
+    scales = [name for name in ("log_scale", "directions") if name in step.posterior.buffer.values]
     for name in scales:
         assert torch.equal(getattr(plain.posterior, name), getattr(step.posterior, name))
     (result, members), (expected, theirs) = measured(step), measured(plain)

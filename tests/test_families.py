@@ -102,7 +102,7 @@ def test_start_from_a_pretrained_network():
 def make_low_rank(prior=GaussianPrior(0.8, mean=0.1)):
     posterior = LowRankGaussian(make_net(nn.Linear(3, 2)), rank=2, prior=prior, init_std=0.3)
     with torch.no_grad():
-        posterior.factor.copy_(0.2 * inputs(2, 8))
+        posterior.directions.copy_(0.6 * inputs(2, 8))
         posterior.log_scale += 0.3 * inputs(8)
     return posterior
 

@@ -67,7 +67,7 @@ def test_a_low_rank_posterior_of_format_2_is_the_same_distribution_today(caplog)
         factor = torch.stack([former[f"{name}.factor.{row}"] for row in range(2)])
         w = former[f"{name}.loc"] + former[f"{name}.log_scale"].exp() * eps + torch.tensordot(z, factor, 1)
         assert torch.allclose(weights[name], w, rtol=1e-13, atol=1e-14)
-        assert not torch.allclose(state["model"][f"{name}.factor.0"], factor[0])
+        assert not torch.allclose(state["model"][f"{name}.directions.0"], factor[0])
 
 
 def test_a_low_rank_run_of_format_2_goes_on_with_a_new_optimizer():

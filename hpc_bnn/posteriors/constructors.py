@@ -64,7 +64,7 @@ class MeanFieldGaussian(Posterior):
 class LowRankGaussian(Posterior):
     """Gaussian whose covariance is diagonal plus low rank: weights vary together in a few directions.
 
-    ``w = loc + scale (eps + z F)``: see `families.LowRank`.
+    ``w = loc + scale (eps + z F)`` with ``F = directions / sqrt(P)``: see `families.LowRank`.
 
     Parameters
     ----------
@@ -75,7 +75,7 @@ class LowRankGaussian(Posterior):
 
     Attributes
     ----------
-    loc, log_scale, factor, points : nn.Parameter
+    loc, log_scale, directions, points : nn.Parameter
         [P], [P], [R, P] and [number of point weights]; what the optimizer updates.
     """
 
@@ -92,6 +92,11 @@ class LowRankGaussian(Posterior):
     ):
         family = LowRank(rank, prior, init_std, init_std_relative)
         super().__init__(module, family, deterministic=deterministic, **options)
+
+    @property
+    def factor(self) -> Tensor:
+        """F, [R, P], relative to the scale. Local."""
+        return self.directions * self.directions.shape[1] ** -0.5
 
 
 class MCDropout(Posterior):

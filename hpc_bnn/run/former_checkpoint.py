@@ -3,7 +3,7 @@
 Their optimizer has the form of torch, by the numbers of its parameters: a parameter is a flat slot (all means, all
 scales, all points; all members, row by row) or, for optimizers that look at whole tensors, a weight. In each case the
 parameters hold, one after another, the weights in the order in which ``model`` names them. Their low-rank factor is
-absolute: w = loc + scale eps + z F, today w = loc + scale (eps + z F).
+absolute: w = loc + scale eps + z F, today w = loc + scale (eps + z D / sqrt(P)), with D of NAME.directions.R.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ def convert(former: dict[str, Any], path: str | os.PathLike) -> dict[str, Any]:
     """Return a checkpoint of format 2 as one of format 3; `DataError` if optimizer and weights do not fit. Local."""
     family, model = former["config"]["posterior"]["family"], former["model"]
     if family == "low_rank":
-        model, state = {name: _with_relative_factor(name, model) for name in model}, {}
+        unit = sum(value.numel() for name, value in model.items() if name.endswith(".log_scale")) ** -0.5
+        model, state = dict(_with_directions(name, model, unit) for name in model), {}
         logger.warning(
-            "%s has format 2: its low-rank factor is converted, so that it is relative to the scale; the state of the "
-            "optimizer does not fit the converted factor and is left out, a resumed run starts it anew",
+            "%s has format 2: its low-rank factor is converted into directions, relative to the scale; the state of the "
+            "optimizer does not fit them and is left out, a resumed run starts it anew",
             path,
         )
     else:
@@ -48,11 +49,13 @@ def convert(former: dict[str, Any], path: str | os.PathLike) -> dict[str, Any]:
     return {"format_version": 3, "sections": dict.fromkeys(sections, 1), **sections}
 
 
-def _with_relative_factor(name: str, model: dict[str, Tensor]) -> Tensor:
-    """Return a tensor of the model, divided by the scale of NAME if it is NAME.factor.R."""
-    weight, is_factor, _ = name.rpartition(".factor.")
+def _with_directions(name: str, model: dict[str, Tensor], unit: float) -> tuple[str, Tensor]:
+    """Return a tensor of the model with its name, or NAME.directions.R for NAME.factor.R."""
+    weight, is_factor, row = name.rpartition(".factor.")
     log_scale = model.get(f"{weight}.log_scale") if is_factor else None
-    return model[name] if log_scale is None else model[name] / log_scale.exp()
+    if log_scale is None:
+        return name, model[name]
+    return f"{weight}.directions.{row}", model[name] / (log_scale.exp() * unit)
 
 
 def _by_name(

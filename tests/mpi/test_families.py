@@ -39,15 +39,19 @@ def mean_field(slots, eps, z):
     return slots["loc"] + slots["log_scale"].exp() * eps
 
 
+def factor(slots):
+    return slots["directions"] / slots["directions"].shape[1] ** 0.5
+
+
 def low_rank(slots, eps, z):
-    return slots["loc"] + slots["log_scale"].exp() * (eps + z(2) @ slots["factor"])
+    return slots["loc"] + slots["log_scale"].exp() * (eps + z(2) @ factor(slots))
 
 
 def gaussian(slots):
     """Return q as a distribution of torch."""
-    if "factor" not in slots:
+    if "directions" not in slots:
         return Normal(slots["loc"], slots["log_scale"].exp())
-    relative = torch.eye(len(slots["loc"])).double() + slots["factor"].T @ slots["factor"]
+    relative = torch.eye(len(slots["loc"])).double() + factor(slots).T @ factor(slots)
     scale = slots["log_scale"].exp()
     return MultivariateNormal(slots["loc"], scale[:, None] * relative * scale)
 
