@@ -241,7 +241,8 @@ hpc_bnn_train() {
     fi
     hpc_bnn_first_note=$(hpc_bnn_newest_note)
     hpc_bnn_output=$(readlink "/proc/$$/fd/2") # what srun and the ranks say is there
-    hpc_bnn_output_before=$(wc -c <"$hpc_bnn_output") 2>/dev/null || hpc_bnn_output_before=
+    hpc_bnn_output_before=
+    if [ -f "$hpc_bnn_output" ]; then hpc_bnn_output_before=$(wc -c <"$hpc_bnn_output"); fi
     hpc_bnn_launch train --config "$config" "${flags[@]}" "$@"
 }
 
@@ -346,7 +347,8 @@ hpc_bnn_may_retry() {
 # several nodes come into question, or the program. Of SIGKILL srun says the same about ranks that Slurm has ended after another.
 hpc_bnn_failed_node() {
     local said found
-    [ -n "${hpc_bnn_output_before:-}" ] && said=$(tail -c "+$((hpc_bnn_output_before + 1))" "$hpc_bnn_output") || return 0
+    if [ -z "${hpc_bnn_output_before:-}" ]; then return 0; fi # a terminal or a pipe
+    said=$(tail -c "+$((hpc_bnn_output_before + 1))" "$hpc_bnn_output")
     found=$(sed -nE -e 's/^srun: error: ([^ :]+): tasks? [-0-9,]+: (Bus error|Segmentation fault|Aborted|Illegal instruction).*/\1 \2/p' \
         -e 's/^torchrun: rank [0-9]+ on ([^ .]+)[^ ]* ended with (code 13[24-79])$/\1 \2/p' \
         -e 's/^hpc-bnn: .*rank [0-9]+ on ([^ ,:.]+).* (CUDA|HIP) error: .*(ECC|NVLink|hardware).*/\1 \2 error: \3/p' <<<"$said")
