@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from ...capabilities import FAMILIES
 from ...config import check_field
@@ -55,8 +56,7 @@ class LowRank(MeanField):
 
     def marginals(self, slots, span):
         loc, scale = super().marginals(slots, span)
-        factor = slots["directions"][:, span] * _unit(slots)
-        return loc, scale * (1 + factor.square().sum(0)).sqrt()
+        return loc, scale * _inflation(slots["directions"][:, span], _unit(slots))
 
     def coupling(self, slots):
         # The total correlation (Watanabe, 1960): the entropies of the weights, minus that of all together
@@ -70,12 +70,12 @@ class LowRank(MeanField):
         names = ("loc", "log_scale", "directions")
         with torch.set_grad_enabled(grads is not None):
             leaves = [slots[name].detach().requires_grad_(grads is not None) for name in names]
-            loc, log_scale, factor = leaves[0], leaves[1], leaves[2] * _unit(slots)
-            gram = factor @ factor.T
+            loc, log_scale, directions = leaves
+            gram = directions @ directions.T * _unit(slots) ** 2  # F F^T
             one = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
             kl = -gaussian_entropy(log_scale) - 0.5 * torch.logdet(gram + one)
             if self.prior.closed_form:
-                marginal = log_scale.exp() * (1 + factor.square().sum(0)).sqrt()
+                marginal = log_scale.exp() * _inflation(directions, _unit(slots))
                 kl = kl + self.prior.cross_entropy(loc, marginal)
         if grads is not None:
             for name, gradient in zip(names, torch.autograd.grad(kl, leaves, allow_unused=True)):
@@ -86,3 +86,8 @@ class LowRank(MeanField):
 
 def _unit(slots: Slots) -> float:
     return slots["directions"].shape[1] ** -0.5
+
+
+def _inflation(directions: Tensor, unit: float) -> Tensor:
+    """Return what F makes of the standard deviation of each weight, as a multiple."""
+    return (1 + directions.square().sum(0) * unit**2).sqrt()
