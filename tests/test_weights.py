@@ -328,6 +328,10 @@ class Keeps(nn.Module):
         y = self.layer(x @ self.weight)
         if self.kind == "attribute":
             y, self.last = y + self.last.get("y", 0), {"y": y.detach().mean()}
+        if self.kind == "graph":
+            y, self.last = y + self.last.get("y", 0), {"y": y.mean()}
+        if self.kind == "graph that is cut":
+            y, self.last = y + (self.last["y"].detach() if self.last else 0), {"y": y.mean()}
         if self.kind == "buffer":
             y, self.state = y + self.state, y.detach().mean().to(self.state)
         if self.kind == "unused state":
@@ -336,17 +340,23 @@ class Keeps(nn.Module):
 
 
 @pytest.mark.parametrize("chunk_size", [1, 2])
-@pytest.mark.parametrize("kind", ["table", "dictionary", "attribute", "buffer", "unused state", "counter"])
+@pytest.mark.parametrize(
+    "kind", ["table", "dictionary", "attribute", "graph", "graph that is cut", "buffer", "unused state", "counter"]
+)
 def test_what_one_sample_keeps_for_the_next_is_refused_or_said(kind, chunk_size, caplog):
     step = make_step(seeded(lambda: Keeps(kind)), init_std=0.3, chunk_size=chunk_size)
     if kind in ("table", "dictionary"):
         with pytest.raises(ConfigError, match=r"Keeps.*|table|last.*keeps it from one sample"):
             step(X, Y, 8)
         return
+    if kind == "graph":
+        with pytest.raises(ConfigError, match=r"last: its forward pass keeps it with its graph.*state\.detach\(\)"):
+            step(X, Y, 8)
+        return
     step(X, Y, 8)
     assert step.posterior.module.calls == 4
     said = "keeps something of one sample for the next" in caplog.text
-    assert said is (kind in ("attribute", "buffer"))
+    assert said is (kind in ("attribute", "graph that is cut", "buffer"))
 
 
 class Observes(nn.Module):

@@ -34,6 +34,7 @@ class _Pass(NamedTuple):
     unreached: list[str]  # drawn weights that no gradient reaches, where it was asked for
     normalised: Shapes
     dropped: Shapes
+    graph: set  # nodes of the graph of its outputs, if it stays
 
 
 _IN_BOTH_MODES = (
@@ -217,12 +218,13 @@ class Looker:
             if wants_gradient:
                 self._refuse_foreign(outputs)
             unreached = self._unreached(outputs) if wants_gradient else []
+            graph = self._freed_graph(outputs) if stays else set()
             outputs = outputs.detach().clone()
             pairs = zip(network.drawn, versions, network.versions())
             written = [name for name, before, after in pairs if before != after]
             moved = network.put_memory_back()
             changed = {} if stays else self._put_back()
-            return _Pass(of_draw, outputs, changed, written, moved, unreached, norms.shapes, dropout.shapes)
+            return _Pass(of_draw, outputs, changed, written, moved, unreached, norms.shapes, dropout.shapes, graph)
         finally:
             network.put_memory_back()
             norms.shapes = dropout.shapes = None
@@ -230,13 +232,7 @@ class Looker:
     def _refuse_foreign(self, outputs: Tensor) -> None:
         """Raise `ConfigError` where outputs have a gradient for parameters that the module does not hold. Local."""
         ours = {id(p) for p in self._network.module.parameters()}
-        seen, nodes = set(), [outputs.grad_fn]
-        while nodes:
-            node = nodes.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            nodes += [following for following, _ in node.next_functions]
+        for node in graph_of(outputs):
             leaf = getattr(node, "variable", None)  # of a leaf of the graph
             if isinstance(leaf, nn.Parameter) and leaf.requires_grad and id(leaf) not in ours:
                 rule = f"a parameter {list(leaf.shape)} outside of it enters its outputs and wants a gradient: it would not be trained"
@@ -245,6 +241,14 @@ class Looker:
                     "requires_grad_(False)"
                 )
                 raise ConfigError(Fault("model", type(self._network.module).__name__, rule, remedy))
+
+    def _freed_graph(self, outputs: Tensor) -> set:
+        """Return the nodes of a graph but for its leaves; their tensors are freed, as after a step. Local."""
+        nodes = {node for node in graph_of(outputs) if not hasattr(node, "variable")}
+        if nodes:
+            with contextlib.suppress(Exception):  # reentrant checkpointing, for example
+                torch.autograd.grad(outputs.sum(), self._network.drawn_parameters(), allow_unused=True)
+        return nodes
 
     def _unreached(self, outputs: Tensor) -> list[str]:
         """Return the drawn weights that no gradient reaches, none where autograd cannot tell; all weights if all. Local."""
@@ -283,21 +287,25 @@ class Looker:
         return False
 
     def _carried(self, x: Inputs, first: _Pass, samples: Sequence[int]) -> list[str]:
-        """Return what a pass leaves that changes the next sample's outputs; `ConfigError` if it stays. Local."""
+        """Return what a pass leaves that changes the next sample's outputs; `ConfigError` if it stays, or has a graph. Local."""
         left = self._own_buffers(first) + first.changed["attribute"]
         if not left or first.changed["generator"]:
             return []
         alone = self._one(samples[-1], map_tensors(Tensor.clone, x))
         try:
             order = samples[0], samples[-1], samples[0]
-            _, behind, again = [self._one(s, map_tensors(Tensor.clone, x), stays=True).outputs for s in order]
+            before, behind, again = [self._one(s, map_tensors(Tensor.clone, x), stays=True) for s in order]
         finally:
             self._put_back()
-        if is_alike(alone.outputs, behind, 1e-6):
+        if is_alike(alone.outputs, behind.outputs, 1e-6):
             return []
-        if is_alike(first.outputs, again, 1e-6):
+        if is_alike(first.outputs, again.outputs, 1e-6):
             rule = "its forward pass keeps it from one sample of the weights for all others"
             remedy = "Compute it in each forward pass in training mode, or freeze the weights that it is made of"
+            raise ConfigError(Fault("model", shortened(left), rule, remedy))
+        if before.graph & behind.graph:
+            rule = "its forward pass keeps it with its graph: the gradient of a sample would go on into the sample before it"
+            remedy = "Keep it detached: self.state = state.detach(), or begin each forward pass anew"
             raise ConfigError(Fault("model", shortened(left), rule, remedy))
         return left
 
@@ -383,6 +391,17 @@ class Looker:
         rule = f"the outputs do not depend on its {len(self._network.drawn)} random weights: all samples would be equal"
         remedy = "Its forward must read its own parameters: look for copies, caches and weights held elsewhere"
         raise ConfigError(Fault("model", type(self._network.module).__name__, rule, remedy))
+
+
+def graph_of(outputs: Tensor) -> Iterator:
+    """Yield the nodes of the graph of outputs, its leaves among them, each once."""
+    seen, nodes = set(), [outputs.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes += [following for following, _ in node.next_functions]
+            yield node
 
 
 def _is_written(clone: Tensor, original: Tensor) -> bool:
