@@ -713,6 +713,8 @@ class Table(nn.Module):
         self.weight, self.kind, self.table = nn.Parameter(torch.randn(6, 3)), kind, None
         if kind == "buffer":
             self.register_buffer("kept", None)
+        if kind == "in_place_of_a_layer":
+            self.table = nn.Identity()
 
     def train(self, mode=True):
         super().train(mode)
@@ -725,13 +727,20 @@ class Table(nn.Module):
     def forward(self, x):
         if self.training:
             return x @ self.weight.softmax(0)
+        if self.kind in ("layer", "in_place_of_a_layer"):
+            if not isinstance(self.table, nn.Linear):
+                self.table = nn.Linear(6, 3, bias=False, dtype=self.weight.dtype, device="meta").to_empty(device="cpu")
+                self.table.weight.data.copy_(self.weight.softmax(0).T)
+            return self.table(x)
         name = "kept" if self.kind == "buffer" else "table"
         if getattr(self, name) is None and self.kind != "made_by_eval":  # which makes it before
             setattr(self, name, self.weight.softmax(0).detach())
         return x @ getattr(self, name)
 
 
-@pytest.mark.parametrize("kind", ["forgets_in_train", "made_by_eval", "never_forgets", "buffer"])
+@pytest.mark.parametrize(
+    "kind", ["forgets_in_train", "made_by_eval", "never_forgets", "buffer", "layer", "in_place_of_a_layer"]
+)
 def test_a_table_derived_from_weights_is_made_anew_for_each_member(kind):
     net = seeded(lambda: Table(kind))
     step = make(net, init_std=0.5, lr=1.0)

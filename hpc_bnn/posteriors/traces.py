@@ -20,9 +20,10 @@ Restore = Callable[[], tuple[object, bool]]
 class Traces:
     """The state of a module when this is made.
 
-    Buffers, weights that are not ``drawn`` anew, attributes of the layers (numbers, tensors, arrays, generators; lists,
-    tuples, dictionaries and sets of them; and objects whose class comes from the package of the layer), the mode of each
-    layer (``with_modes``), and, with a ``device``, all global generators of random numbers, that of this device among them.
+    Buffers, weights that are not ``drawn`` anew, the layers that each layer holds, attributes of the layers (numbers, tensors,
+    arrays, generators; lists, tuples, dictionaries and sets of them; and objects whose class comes from the package of the
+    layer), the mode of each layer (``with_modes``), and, with a ``device``, all global generators of random numbers, that of
+    this device among them.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Traces:
             for kind, registry, content in (
                 ("buffer", layer._buffers, layer._buffers),
                 ("weight", layer._parameters, layer._parameters),
+                ("attribute", layer._modules, layer._modules),
                 ("attribute", layer.__dict__, attributes),
             ):
                 held = {key: _keep(value, seen, _package(layer)) for key, value in content.items()}
@@ -62,7 +64,7 @@ class Traces:
                 changed[kind].append(prefix + key)
             for key, restore in held.items():
                 value, is_other = restore()
-                if is_other or (is_open and registry.get(key) is not value):
+                if is_other or (is_open and registry.get(key, self) is not value):  # None may be there, or nothing
                     changed[kind].append(prefix + key)
                     if is_open:
                         registry[key] = value
