@@ -760,6 +760,41 @@ def test_a_table_derived_from_weights_is_made_anew_for_each_member(kind):
         torch.testing.assert_close(mean(X).detach(), expected, rtol=1e-12, atol=1e-14)
 
 
+class Listens(nn.Module):
+    """As transformers: registers hooks of its own in its first forward pass, notes that, and computes with what they hear."""
+
+    def __init__(self, by_hooks):
+        super().__init__()
+        self.layers = nn.Sequential(*[nn.Linear(6, 6) for _ in range(3)])
+        self.last, self.by_hooks, self.is_ready, self.heard = nn.Linear(6, 3), by_hooks, False, []
+
+    def forward(self, x):
+        if self.by_hooks and not self.is_ready:
+            for layer in self.layers:
+                layer.register_forward_hook(lambda layer, arguments, output: self.heard.append(output))
+            self.is_ready = True
+        self.heard = []
+        for layer in self.layers:
+            x = layer(x)
+            if not self.by_hooks:
+                self.heard.append(x)
+        heard, self.heard = self.heard, []
+        return self.last(heard[1] * len(heard))
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2])
+def test_hooks_that_a_forward_pass_registers_are_registered_once(chunk_size):
+    steps = [
+        make(seeded(lambda by=by: Listens(by)), init_std=0.1, lr=0.1, chunk_size=chunk_size) for by in (True, False)
+    ]
+    for _ in range(2):
+        assert torch.equal(*map(members, steps))
+        results = [step(X, Y, 8) for step in steps]
+        assert results[0].nelbo == results[1].nelbo
+        assert torch.equal(*[step.posterior.loc for step in steps])
+    assert [len(layer._forward_hooks) for layer in steps[0].posterior.module.layers] == [1, 1, 1]
+
+
 class Merging(nn.Module):
     """Low-rank adaptation as in loralib: the frozen weight holds the product in evaluation mode."""
 

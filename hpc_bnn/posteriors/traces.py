@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 _OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
+_HOOKS = sorted(name for name in _OF_EVERY_MODULE if "_hooks" in name)
 
 Restore = Callable[[], tuple[object, bool]]
 """Gives an object its former content back; returns it, and whether it had another."""
@@ -23,7 +24,7 @@ class Traces:
     Buffers, weights that are not ``drawn`` anew, the layers that each layer holds, attributes of the layers (numbers, tensors,
     arrays, generators; lists, tuples, dictionaries and sets of them; and objects whose class comes from the package of the
     layer), the mode of each layer (``with_modes``), and, with a ``device``, all global generators of random numbers, that of
-    this device among them.
+    this device among them. Hooks go back together with attributes: a layer that has registered its own notes it in one.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class Traces:
         self._ours = _OF_EVERY_MODULE - ({"training"} if with_modes else set())
         seen: dict[int, Restore] = {id(p): lambda p=p: (p, False) for p in drawn}
         self._registries = []  # (registry, prefix, what it held, kind)
+        self._hooks: list[Restore] = []
         for name, layer in module.named_modules():
             prefix = f"{name}." if name else ""
             attributes = {key: v for key, v in layer.__dict__.items() if key not in self._ours}
@@ -47,6 +49,7 @@ class Traces:
             ):
                 held = {key: _keep(value, seen, _package(layer)) for key, value in content.items()}
                 self._registries.append((kind, prefix, registry, held))
+            self._hooks += [_keep(layer.__dict__[key], {}, "") for key in _HOOKS if key in layer.__dict__]
         generators = _global_generators(device) if device is not None else []
         self._generators = [(name, get, put, get()) for name, get, put in generators]
 
@@ -68,6 +71,8 @@ class Traces:
                     changed[kind].append(prefix + key)
                     if is_open:
                         registry[key] = value
+        for restore in self._hooks if changed["attribute"] else ():
+            restore()
         for name, get, put, state in self._generators:
             if not _same(get(), state):
                 changed["generator"].append(name)
