@@ -831,6 +831,36 @@ def test_weights_that_are_merged_in_evaluation_mode_come_apart_again(caplog):
     assert not caplog.text
 
 
+class Rescaling(nn.Module):
+    """As RWKV of transformers: its forward pass divides weights when it finds itself in evaluation mode, and takes that back."""
+
+    def __init__(self, in_place):
+        super().__init__()
+        self.layer, self.last, self.in_place, self.is_less = nn.Linear(6, 6), nn.Linear(6, 3), in_place, False
+
+    def forward(self, x):
+        if self.in_place and self.is_less is self.training:
+            self.layer.weight.detach().mul_(2 if self.training else 0.5)
+            self.is_less = not self.training
+        weight = self.layer.weight / (1 if self.training or self.in_place else 2)
+        return self.last(nn.functional.linear(x, weight, self.layer.bias).tanh())
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2])
+@pytest.mark.parametrize("family", [posteriors.MeanFieldGaussian, posteriors.LowRankGaussian, posteriors.MCDropout])
+def test_weights_that_are_rescaled_for_evaluation_are_so_once_for_each_member(family, chunk_size):
+    steps = []
+    for in_place in (True, False):
+        net = seeded(lambda in_place=in_place: nn.Sequential(Rescaling(in_place), nn.Dropout(0.1)))
+        steps.append(make(net, family, lr=0.1, chunk_size=chunk_size))
+    for _ in range(2):
+        assert torch.equal(*map(members, steps))
+        for step in steps:
+            step(X, Y, 8)
+        states = [step.posterior.state_dict() for step in steps]
+        assert all(torch.equal(states[0][name], value) for name, value in states[1].items() if torch.is_tensor(value))
+
+
 class Initialising(nn.Module):
     """As ActNorm of flows: the first batch sets the weights."""
 

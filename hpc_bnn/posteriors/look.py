@@ -355,7 +355,7 @@ class Looker:
             rule = "its forward pass gives these weights other memory (.data = ...), which no draw reaches"
             remedy = "Write into them: weight.data.copy_(...), or compute another tensor"
             faults.append(Fault("model", shortened(first.moved), rule, remedy))
-        if first.written and (self._own_buffers(first) or changed["attribute"]):
+        if first.written and not norms.is_evaluating and (self._own_buffers(first) or changed["attribute"]):
             rule = "its forward pass writes these weights and notes that it has: the next draw would undo it"
             remedy = "Run the network once on a batch before the posterior is made"
             faults.append(Fault("model", shortened(first.written), rule, remedy))
