@@ -36,6 +36,8 @@ class Tally(enum.IntEnum):
     BATCH = 9
     """0 where the ranks of each sample group have the same examples; `BATCH_TOO` likewise, of other bits."""
     BATCH_TOO = 10
+    PARAMETERS = 11
+    """0 where the ranks that share parameters have the same."""
 
 
 class StepBuffer:

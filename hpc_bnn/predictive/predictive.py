@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Generator
 from dataclasses import dataclass, fields, replace
 from typing import TypeGuard
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..comm import GridComm
-from ..errors import ConfigError, Fault, check_kind, count
+from ..errors import ConfigError, Fault, RankError, check_kind, count
 from ..grid import share
 from ..likelihoods import Categorical, Likelihood
 from ..likelihoods.mixtures import GaussianMixture, Mixture
@@ -18,7 +19,7 @@ from ..noise import Key, Stream
 from ..posteriors import Posterior
 from ..posteriors.sample_loop import SampleLoop
 from ..reductions import LogMeanExp, Moments, TargetShares
-from ..trees import Inputs, num_rows
+from ..trees import Inputs, device_of, num_rows, tensors_of
 from ..views import SharedView
 
 
@@ -188,6 +189,35 @@ def member_outputs(
             yield range(samples[0], samples[0] + number), outputs[:number].double()
 
 
+def _check_equal(posterior: Posterior, comm: GridComm, x: Inputs, y: Tensor | None, **numbers: int) -> None:
+    """Raise `RankError` where the ranks of a sample group do not predict the same. Collective over ``sample_comm``: a sum."""
+    grid = comm.grid
+    if grid.sample_size == 1 or not isinstance(posterior, Posterior) or not posterior.network.looks:
+        return
+    found: dict[str, object] = dict(numbers)
+    parameters = posterior.buffer.flat if posterior.is_replicated else None
+    for name, tree in (("x", x), ("y", y), ("the parameters", parameters)):
+        digest = 0
+        for tensor in tensors_of(tree) if tree is not None else ():
+            digest = zlib.crc32(repr((tensor.shape, tensor.dtype)).encode(), digest)
+            if tensor.layout is torch.strided and tensor.numel():
+                places = torch.arange(0, tensor.numel(), max(tensor.numel() // 2048, 1), device=tensor.device)
+                digest = zlib.crc32(tensor.detach().take(places).cpu().view(torch.uint8).numpy().data, digest)
+        found[f"the digest of {name}"] = f"{digest:08x}"
+    weight = 1 if grid.sample_index < grid.sample_size - 1 else 1 - grid.sample_size
+    total = torch.full((1,), zlib.crc32(repr(found).encode()) * weight, dtype=torch.float64, device=device_of(x))
+    comm.sum_(total, "sample")  # of whole numbers below 2^53: 0 where all have the same
+    if total.item():
+        others = comm.gather_objects(found, "sample")
+        differ = {name: [other[name] for other in others] for name in found if len({o[name] for o in others}) > 1}
+        values = "; ".join(f"{name} is {', '.join(map(str, of_ranks))}" for name, of_ranks in differ.items())
+        raise RankError(
+            f"a predictive: the ranks of sample group {grid.data_index} differ, and must not: {values}. Each evaluates a part of the "
+            "samples, of one posterior and for the same examples: give all of them the same x, those of comm.grid.data_index of "
+            "comm.grid.data_size, and load or edit the posterior on all, or call comm.broadcast_(list(posterior.parameters())) after it"
+        )
+
+
 @torch.no_grad()
 def predict_classes(
     posterior: Posterior,
@@ -203,7 +233,8 @@ def predict_classes(
 ) -> ClassPredictive:
     """Return the predictive of this rank's examples over the samples of all ranks of its sample group.
 
-    Collective over ``sample_comm``: one sum of [B, 2 C + 1, ...]; an exchange of [K, B, C, ...] to keep the members.
+    Collective over ``sample_comm``: a sum of one number, which compares what the ranks predict, and one of [B, 2 C + 1, ...];
+    an exchange of [K, B, C, ...] to keep the members.
 
     Parameters
     ----------
@@ -225,6 +256,7 @@ def predict_classes(
     if num_classes is None:
         rule = "its targets are numbers, which have no probabilities of classes"
         raise ConfigError(Fault("likelihood", type(likelihood).__name__, rule, "Use predict_values"))
+    _check_equal(posterior, comm, x, None, num_samples=num_samples, seed=seed)
     sums: Tensor | float = 0.0  # of p, p^2, entropy; in float64, because the variance is a small difference
     kept = []
     for _, outputs in member_outputs(posterior, comm, x, num_samples, seed, batch_size, chunk_size):
@@ -298,7 +330,8 @@ def predict_values(
 ) -> ValuePredictive:
     """Return the predictive of this rank's examples over the samples of all ranks of its sample group.
 
-    Collective over ``sample_comm``: two sums, of 2 and 1 numbers per target; with targets y a maximum and a sum of
+    Collective over ``sample_comm``: a sum of one number, which compares what the ranks predict, and two of 2 and 1 numbers per
+    target; with targets y a maximum and a sum of
     B numbers more; an exchange of the outputs of all samples to keep the members, of [K, B] to keep the log-densities; one
     of one or two numbers for each target of this rank's samples to keep a share.
 
@@ -319,6 +352,7 @@ def predict_values(
     if is_of_classes(likelihood):
         rule = "its targets are classes, which have no mean"
         raise ConfigError(Fault("likelihood", type(likelihood).__name__, rule, "Use predict_classes"))
+    _check_equal(posterior, comm, x, y, num_samples=num_samples, seed=seed)
     moments, density = Moments(num_samples), LogMeanExp(num_samples)
     kept, log_probs, divided = [], [], _Divided(comm, num_samples)
     for samples, members in member_outputs(posterior, comm, x, num_samples, seed, batch_size, chunk_size):

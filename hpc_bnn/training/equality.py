@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..comm import GridComm
+from ..comm import Axis, GridComm
 from ..errors import RankError
 from ..posteriors import Posterior, Tally
 from ..trees import tensors_of
@@ -52,15 +52,16 @@ class Comparison:
 
     A rank adds a digest h, the last rank of a group of n subtracts (n - 1) h: equal digests sum to exactly 0. The digests
     are whole numbers below 2^23 / world_size, so that all partial sums are whole numbers below 2^24, which float32 holds
-    exactly in any order. The ranks of a sample group must have the same examples, those of the job the same settings, and
-    the data groups together as many examples as the step was told. ``looks``: nothing is compared without it, as in
-    `hpc-bnn plan`, which has no other ranks.
+    exactly in any order. The ranks of a sample group must have the same examples, those of the job the same settings and
+    parameters (where rows of these belong to samples, the ranks of a data group), and the data groups together as many
+    examples as the step was told. ``looks``: nothing is compared without it, as in `hpc-bnn plan`, which has no other ranks.
     """
 
     def __init__(self, comm: GridComm):
         self._comm, self.looks, self._has_replicas = comm, True, False
         self._places: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor]] = {}
         self._mask = 2 ** int(math.log2(2**23 // comm.grid.world_size)) - 1
+        self._axis: Axis = "world"
         self.begin_(0, 0, {})
 
     def make_replicas_equal_(self, posterior: Posterior) -> None:
@@ -88,11 +89,18 @@ class Comparison:
             remedy = "Seed the ranks alike, or load the same checkpoint"
             logger.warning(f"{text}. {remedy}", ", ".join(sorted(names)))
 
-    def begin_(self, step: int, global_batch_size: int, settings: dict[str, Any]) -> None:
-        """Begin a step, of which settings must be equal on all ranks. Local."""
+    def begin_(
+        self, step: int, global_batch_size: int, settings: dict[str, Any], posterior: Posterior | None = None
+    ) -> None:
+        """Begin a step, of which settings must be equal on all ranks, and the parameters of ``posterior``. Local."""
         self._settings = {"the number of steps": step, "global_batch_size": global_batch_size, **settings}
         self._settings_digest = zlib.crc32(repr(self._settings).encode()) & self._mask
         self._step, self._global_batch_size, self.num_examples = step, global_batch_size, 0
+        self._parameters: Digest = 0
+        if posterior is not None and self.looks:
+            self._axis = "world" if posterior.is_replicated else "data"
+            is_alone = self._group()[1] == 1
+            self._parameters = 0 if is_alone else self._digest([posterior.buffer.flat], 0)
         self._targets: Digest = 0
         self._inputs: Digest = 0
         self._weights: Digest | None = None  # of examples that have some
@@ -131,38 +139,50 @@ class Comparison:
         """Return what the host knows, `Tally` from NUM_EXAMPLES on; ``by_place``: noise goes by places. Local."""
         grid = self._comm.grid
         is_misplaced = by_place and num_examples != len(grid.share(self._global_batch_size, "data"))
-        parts = [0 if isinstance(part, Tensor) else part for part in self._batch()]
+        parts = [0 if isinstance(part, Tensor) else part for part in self._digests()]
         settings = self._settings_digest * _weight(grid.rank, grid.world_size)
         return [num_examples * grid.is_first("sample"), int(is_misplaced), settings, *map(int, parts)]
 
+    def _group(self) -> tuple[int, int]:
+        """Return this rank's place among those that must have its parameters, and how many these are. Local."""
+        grid = self._comm.grid
+        return (grid.rank, grid.world_size) if self._axis == "world" else (grid.data_index, grid.data_size)
+
     def fill_(self, tally: Tensor) -> None:
         """Write into the scalars that are summed what only the device knows of the batch. Local."""
-        for place, part in zip((Tally.BATCH, Tally.BATCH_TOO), self._batch()):
+        for place, part in zip((Tally.BATCH, Tally.BATCH_TOO, Tally.PARAMETERS), self._digests()):
             if isinstance(part, Tensor):
                 tally[place] = part
 
-    def _batch(self) -> list[Digest]:
+    def _digests(self) -> list[Digest]:
         batch: Digest = self._targets * _FACTORS[0] + self._inputs
         batch = batch if self._weights is None else batch + self._weights * _FACTORS[1]
         weight = _weight(self._comm.grid.sample_index, self._comm.grid.sample_size)
-        return [(batch >> shift & self._mask) * weight for shift in (40, 17)]
+        parameters = ((self._parameters ^ self._parameters >> 32) >> 8 & self._mask) * _weight(*self._group())
+        return [*((batch >> shift & self._mask) * weight for shift in (40, 17)), parameters]
 
     def check(self, tally: list[float]) -> None:
         """Raise `RankError` on all ranks where the sums say that ranks differ. Collective over the world if they do."""
         if not self.looks:
             return
-        is_equal = tally[Tally.SETTINGS] == tally[Tally.BATCH] == tally[Tally.BATCH_TOO] == 0
+        is_equal = not any(tally[Tally.SETTINGS :])
         if is_equal and tally[Tally.NUM_EXAMPLES] == self._global_batch_size and not tally[Tally.NUM_MISPLACED]:
             return
         comm, where = self._comm, f"step {self._step}: "
         comm.check_equal(self._settings, where, "Give all ranks the same")
+        remedy = (
+            "What one rank does to posterior, network, optimizer or step between steps (load, edit, freeze, options) all have to do, "
+            "or call comm.broadcast_(list(posterior.parameters())) after it. On unlike processors, which round differently, "
+            "set step.comparison.looks = False"
+        )
+        comm.check_equal({"the digest of the parameters": _word(self._parameters)}, where, remedy, self._axis)
         remedy = (
             "Give the ranks of a sample group the same examples, those of comm.grid.data_index of comm.grid.data_size, as hpc_bnn.GlobalBatchSampler has them; "
             'where each rank makes its own view of them, call step(..., views="own")'
         )
         found: dict[str, object] = {"the number of examples": self.num_examples}
         for name, digest in (("targets", self._targets), ("inputs", self._inputs), ("weights", self._weights)):
-            found[f"the digest of the {name}"] = None if digest is None else f"{int(digest) & 0xFFFFFFFF:08x}"
+            found[f"the digest of the {name}"] = None if digest is None else _word(digest)
         comm.check_equal(found, where, remedy, axis="sample")
         counts = comm.gather_objects(self.num_examples, "data")
         if sum(counts) != self._global_batch_size:
@@ -182,6 +202,10 @@ def _weight(index: int, extent: int) -> int:
 
 
 # --- digests ------------------------------------------------------------------------------------------------------
+
+
+def _word(digest: Digest) -> str:
+    return f"{int(digest) & 0xFFFFFFFF:08x}"
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -579,7 +579,7 @@ class VariationalStep(StepState):
             posterior.prepare_()  # these have drawn
         if not self._has_agreed:
             self._agree()
-        self.comparison.begin_(self.num_steps, global_batch_size, self._settings())
+        self.comparison.begin_(self.num_steps, global_batch_size, self._settings(), posterior)
         self._first_example = self.comm.grid.local_examples(global_batch_size).start
         self._begun = self.posterior.num_begun
         self._choose_path()
@@ -608,6 +608,7 @@ class VariationalStep(StepState):
         return {
             "kl_weight": self.kl_weight(self.num_steps),
             "the learning rate": [g["lr"] for g in self.updater.optimizer.param_groups if not torch.is_tensor(g["lr"])],
+            "the number of layers in training mode": sum([layer.training for layer in self.posterior.network.layers]),
             "num_samples": self.num_samples,
             "num_train_examples": self.num_train_examples,
             "seed": self.seed,

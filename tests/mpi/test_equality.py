@@ -98,6 +98,8 @@ SETTINGS = {
     "num_train_examples": lambda step: setattr(step, "num_train_examples", 99),
     "the number of steps": lambda step: setattr(step, "num_steps", 7),
     "seed": lambda step: vars(step).update(seed=1),
+    # Not the BatchNorm, whose sums the others would wait for
+    "the number of layers in training mode": lambda step: step.posterior.module[1].eval(),
 }
 
 
@@ -110,6 +112,75 @@ def test_other_settings_are_an_error_that_names_them_and_the_ranks(comm, name):
         SETTINGS[name](step)
     with pytest.raises(RankError, match=f"{name} is .* on rank"):
         step(*parts(comm), NUM_EXAMPLES)
+
+
+OF_ONE_RANK = {
+    "other weights are loaded": lambda step: step.posterior.module.load_state_dict(
+        {name: value + 1 for name, value in step.posterior.module.state_dict().items()}
+    ),
+    "a weight is edited": lambda step: step.posterior.module[0].weight.data[1, 2].mul_(-1),
+    "the posterior's state is loaded": lambda step: step.posterior.load_state_dict(
+        {name: value + 1 for name, value in step.posterior.state_dict().items()}
+    ),
+    "a slot is frozen": lambda step: next(step.posterior.parameters()).requires_grad_(False),
+    "gradients are clipped": lambda step: setattr(step, "max_gradient_norm", 1e-3),
+    "options of the optimizer": lambda step: step.updater.optimizer.param_groups[0].update(betas=(0.5, 0.5)),
+    "the optimizer's state is lost": lambda step: step.updater.optimizer.state.clear(),
+    "a rate that is a tensor": lambda step: step.updater.optimizer.param_groups[0].update(lr=torch.tensor(0.5)),
+}
+
+
+@pytest.mark.parametrize("family", ["mean_field", "ensemble"])
+@pytest.mark.parametrize("edit", OF_ONE_RANK)
+def test_what_one_rank_does_to_its_replica_after_the_first_step_is_an_error_on_all(comm, edit, family):
+    """At once, or once the update has made the parameters differ; the ranks go on together when they have the same again."""
+    if comm.grid.world_size == 1 or (family == "ensemble" and comm.grid.data_size == 1):
+        pytest.skip("nobody else has these parameters")
+    step, lr = make_step(comm, family=family), torch.tensor(1e-3)
+    step.updater.optimizer.param_groups[0].update(lr=lr)
+    step(*parts(comm), NUM_EXAMPLES)
+    state = {name: value.clone() for name, value in step.posterior.state_dict().items()}
+    if is_odd(comm):
+        OF_ONE_RANK[edit](step)
+    with pytest.raises(RankError, match=r"the digest of the parameters is .* on rank .*broadcast_"):
+        for _ in range(2):
+            step(*parts(comm), NUM_EXAMPLES)
+    step.posterior.load_state_dict(state)
+    step(*parts(comm), NUM_EXAMPLES)
+    step.comparison.looks = False
+    if is_odd(comm):
+        OF_ONE_RANK[edit](step)
+    step(*parts(comm), NUM_EXAMPLES)
+
+
+PREDICTED = {
+    "the digest of x": lambda posterior, asked: asked["x"].add_(1),
+    "the digest of x ": lambda posterior, asked: asked.update(x=asked["x"][1:]),
+    "the digest of the parameters": lambda posterior, asked: posterior.module[0].weight.data.add_(1),
+    "num_samples": lambda posterior, asked: asked.update(num_samples=3),
+    "seed": lambda posterior, asked: asked.update(seed=3),
+}
+
+
+@pytest.mark.parametrize("likelihood", [hpc_bnn.Categorical(3), hpc_bnn.Gaussian(3, scale=1.0)])
+@pytest.mark.parametrize("named", PREDICTED)
+def test_ranks_of_a_sample_group_that_do_not_predict_the_same_are_an_error(comm, named, likelihood):
+    """Each group is compared by itself: data groups predict other examples."""
+    predict = hpc_bnn.predict_classes if likelihood.num_classes else hpc_bnn.predict_values
+    posterior, x = make_step(comm).posterior, batch()[0] + comm.grid.data_index
+    asked = {"x": x, "num_samples": 4, "seed": 0}
+    before = comm.traffic.num_collectives
+    predict(posterior, likelihood, comm, **asked)
+    sums = 2 if likelihood.num_classes else 3
+    assert comm.traffic.num_collectives - before == sums * (comm.grid.sample_size > 1)
+    if comm.grid.sample_index == comm.grid.sample_size - 1:
+        PREDICTED[named](posterior, asked)
+    with (
+        contextlib.nullcontext()
+        if comm.grid.sample_size == 1
+        else pytest.raises(RankError, match=f"{named.strip()} is ")
+    ):
+        predict(posterior, likelihood, comm, **asked)
 
 
 MODELS = {
