@@ -140,12 +140,14 @@ def read_table(
         if table[name].dtype == object or any(map(_is_rounded, column.dropna())):
             table[name] = column
     for name in table.select_dtypes(["object", "string"]):
+        if table[name].astype(str).str.contains(r"[\r\n]").any():
+            _check_quotes(path, form)
         if pandas.api.types.infer_dtype(table[name], skipna=True) == "boolean":  # beside empty fields
             table[name] = table[name].astype(float)
             continue
         column = table[name].str.strip()
         column = column.mask(column.isin(MISSING.union(options.missing_words)))
-        table[name] = column if name in texts else _as_numbers(column, form)
+        table[name] = column if name in texts else as_numbers(column, form)
     marks = pandas.to_numeric(pandas.Series(options.missing_words, dtype=object), errors="coerce").dropna()
     for name in table.select_dtypes("number") if len(marks) else ():
         table[name] = table[name].mask(table[name].isin(marks))  # pandas overlooks those before a blank
@@ -180,7 +182,22 @@ def _read_csv(options: argparse.Namespace, form: Format, **how):
         ) from error
 
 
-def _as_numbers(column, form: Format):
+def _check_quotes(path: Path, form: Format) -> None:
+    """Raise `DataError` where a quote is not around a field: pandas takes all rows up to the next quote for one field."""
+    sign = " " if form.separator == "whitespace" else SEPARATORS[form.separator]
+    with open(path, encoding=form.encoding, newline="") as file:
+        rows = csv.reader(
+            itertools.islice(file, form.num_skipped, None), delimiter=sign, skipinitialspace=True, strict=True
+        )
+        try:
+            for _ in rows:
+                pass
+        except csv.Error as error:
+            rule = f"a quote opens in a line before line {form.num_skipped + rows.line_num} and ends inside of a field"
+            raise _unreadable(path, rule, "Double each quote that is part of a text, or remove it") from error
+
+
+def as_numbers(column, form: Format):
     """Return a column of texts as numbers where each field is one in the signs of the table, otherwise as it is."""
     import pandas
 

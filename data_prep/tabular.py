@@ -97,6 +97,15 @@ def complete_rows(parts: list, missing: str) -> np.ndarray:
     return kept
 
 
+def keep_zeros(options: argparse.Namespace, form: tables.Format, table, names: list[str]):
+    """Return a table whose columns of ``names`` stand as in the file where a zero leads: 00501 is not 501."""
+    from pandas.api.types import is_numeric_dtype
+
+    numbers = [name for name in names if is_numeric_dtype(table[name])]
+    texts = tables.read_table(options, form, numbers, numbers) if numbers else table[[]]
+    return table.assign(**{n: texts[n] for n in numbers if texts[n].str.fullmatch(r"[+-]?0\d+", na=False).any()})
+
+
 # --- splits --------------------------------------------------------------------------------------------
 
 
@@ -215,8 +224,12 @@ def prepare(options: argparse.Namespace, comm: GridComm) -> None:
         targets, features, beside = choose_columns(options, list(table.columns))
         names = name_coordinates(beside)
         texts = tables.read_table(options, form, beside, beside)[beside] if beside else table[[]]
+        categories = {tables.find_column("--categories", name, features) for name in options.categories}
         table = table[targets + features]
         kept = complete_rows([table, texts], options.missing)
+        for name in table.select_dtypes(["object", "string"]) if not kept.all() else ():
+            table[name] = tables.as_numbers(table[name].where(kept), form)  # the words were those of a footer
+        table = keep_zeros(options, form, table, [*categories, *(targets if options.classes else [])])
         named = {name: encode_coordinate(texts[column][kept]) for name, column in zip(names, beside)}
         named["row"] = np.flatnonzero(kept) + 1
         parts, table = choose_rows(options, kept), table[kept]
@@ -227,7 +240,6 @@ def prepare(options: argparse.Namespace, comm: GridComm) -> None:
             facts = {"num_classes": len(classes), "details": {"classes": classes}}
         else:
             y, facts = encode_numbers(table[targets]), {}
-        categories = {tables.find_column("--categories", name, features) for name in options.categories}
         x, names = encode_features(table[features], parts, categories.__contains__)
     common.write(
         comm,

@@ -450,6 +450,27 @@ def test_rows_with_missing_values(tmp_path, caplog):
     assert sum(len(y) for _, y in splits.values()) == 150
 
 
+@pytest.mark.parametrize("footer", ["Source: the office", "Source: the office,,"])
+def test_a_footer_that_is_left_out_makes_no_words_of_numbers(tmp_path, footer):
+    source = tmp_path / "t.csv"
+    source.write_text("\n".join(["a,b,y", *(f"{row}.5,{row},{row}" for row in range(60)), footer]))
+    flags = ("--separator", "comma", "--header", "--target", "y", "--missing", "drop")
+    manifest, splits = prepare(tabular, source, tmp_path / "out", *flags)
+    assert manifest.arrays["x"].channels == ("a", "b")
+    for x, y in splits.values():
+        np.testing.assert_array_equal(x, y + np.array([0.5, 0]))
+
+
+def test_names_that_begin_with_zeros_are_names_of_their_own(tmp_path):
+    codes = ("00501", "501", "0", "7")
+    source = write_rows(tmp_path / "t.csv", ["zip", "k"], [(codes[row % 4], codes[row % 2]) for row in range(60)])
+    flags = ("--target", "k", "--classes", "--categories", "zip", "--test-fraction", 0, "--validation-fraction", 0)
+    manifest, splits = prepare(tabular, source, tmp_path / "out", *flags)
+    assert manifest.arrays["x"].channels == tuple(f"zip={code}" for code in sorted(codes))
+    assert manifest.details["classes"] == {"00501": 0, "501": 1}
+    np.testing.assert_array_equal(splits["train"][1], np.arange(60) % 2)
+
+
 def test_true_and_false_beside_empty_fields_are_numbers(tmp_path):
     source = tmp_path / "t.csv"
     rows = [f"{row},{('TRUE', 'FALSE', '')[row % 3]},{('True', 'False')[row % 2]}" for row in range(60)]

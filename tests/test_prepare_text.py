@@ -196,6 +196,21 @@ def test_what_cannot_be_told_is_refused(tmp_path, text, words):
     assert words in str(caught.value)
 
 
+@pytest.mark.parametrize("separator", SIGNS)
+@pytest.mark.parametrize("how", ["open", "doubled", "of lines"])
+def test_a_quote_that_is_not_around_a_field_loses_no_rows(tmp_path, separator, how):
+    word = {"open": '"w{}', "doubled": '"""w{}"', "of lines": '"w\n{}"'}[how]
+    rows = [[str(row), word.format(row) if row in (10, 19) else "w", str(row % 7)] for row in range(ROWS)]
+    path = tmp_path / "t.csv"
+    path.write_text("\n".join(SIGNS[separator].join(row) for row in [["a", "n", "y"], *rows]))
+    flags = ("--separator", separator, "--header")
+    if how == "open":  # pandas takes nine rows for one word
+        with pytest.raises(DataError, match=r"a quote opens in a line before line 21 .* Double each quote"):
+            read(path, *flags)
+    else:
+        assert len(read(path, *flags)) == ROWS
+
+
 MARKS = ["-", "n/e", ".", "*", "missing", "k.A.", "-9999"]
 
 
