@@ -23,6 +23,7 @@ import argparse
 import functools
 import logging
 import re
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -176,7 +177,10 @@ def valid_bounds(array: xarray.DataArray) -> tuple[float, float]:
     if given.dtype.kind not in "iuf" or len(given) != 2:
         raise DataError(f"--source: {array.name} has the valid_range {given.tolist()}: two numbers are needed. Mend it")
     scale, offset = packing.get("scale_factor", 1.0), packing.get("add_offset", 0.0)
-    if (scale, offset) == (1.0, 0.0) or np.dtype(packing.get("dtype", "f8")).kind == "f":
+    stored = np.dtype(packing.get("dtype", "f8"))
+    if stored.kind in "iu" and (kind := {"true": "u", "false": "i"}.get(packing.get("_Unsigned"))):
+        given = given.astype(stored).astype(f"{kind}{stored.itemsize}")
+    if (scale, offset) == (1.0, 0.0) or stored.kind == "f":
         return tuple(given.astype(array.dtype if array.dtype.kind == "f" else np.float64).tolist())
     a, b = sorted(given.astype(np.float64) * scale + offset)  # of packed numbers
     return a - abs(scale) / 2, b + abs(scale) / 2
@@ -199,16 +203,18 @@ def open_file(path: Path) -> xarray.Dataset:
     except ImportError as error:
         raise DataError("data_prep/weather.py needs xarray: pip install 'hpc_bnn[data]'") from error
     with open(path, "rb") as file:
-        is_grib = file.read(4) == b"GRIB"
+        begin = file.read(4)
     try:
         raw = xarray.open_dataset(path, cache=False, decode_times=False)
     except (OSError, ValueError, RuntimeError) as error:
         remedy = (
             "For GRIB install cfgrib (pip install cfgrib), or convert the file to NetCDF with grib_to_netcdf"
-            if is_grib
+            if begin == b"GRIB"
             else "Is it a NetCDF file, and whole? NetCDF-4 needs netcdf4: pip install 'hpc_bnn[data]'"
         )
         raise DataError(f"--source: {path} cannot be opened ({str(error).splitlines()[0]}). {remedy}") from error
+    if begin in (b"CDF\x01", b"CDF\x02"):
+        check_whole(path)
     months = {name: axis for name in raw.coords if (axis := months_since(raw[name])) is not None}
     try:
         # Units such as seconds are those of numbers: a wave period is no time
@@ -219,6 +225,21 @@ def open_file(path: Path) -> xarray.Dataset:
             f"--source: {path}: {rule}. Write them as 'hours since 1900-01-01', or install cftime"
         ) from error
     return dataset.assign_coords(months)
+
+
+def check_whole(path: Path) -> None:
+    """Raise `DataError` where a file of NetCDF-3 ends early: NetCDF's library reads zeros there."""
+    import scipy.io
+
+    is_whole = True
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of what cannot be closed, as it ends early
+        try:
+            scipy.io.netcdf_file(path, mmap=True).close()  # places all variables, and reads none
+        except ValueError:
+            is_whole = False
+    if not is_whole:
+        raise DataError(f"--source: {path} is shorter than its header says. Copy or fetch it again")
 
 
 def months_since(axis: xarray.DataArray) -> tuple[Any, np.ndarray] | None:
@@ -375,7 +396,7 @@ def check_alike(fields: Fields) -> None:
     axis = next(iter(fields.arrays.values()))[0][fields.dims["latitude"]]
     latitudes = fields.coordinate("latitude")
     if (
-        str(axis.attrs.get("units", "")).startswith("rad")
+        not str(axis.attrs.get("units") or "deg").lower().startswith(("deg", "°"))
         or not (np.diff(latitudes) < 0).all()
         or np.abs(latitudes).max() > 90
     ):

@@ -332,10 +332,50 @@ def test_what_a_file_calls_not_valid_is_missing(tmp_path, names, packing):
             prepare(weather, tmp_path / f"o{number}", "--source", source, *ALL)
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+@pytest.mark.parametrize("valid", [[0, 254], [100, 200]])
+def test_what_is_valid_of_unsigned_bytes_is_unsigned(tmp_path, scale, valid):
+    """Files of satellites: bytes, and valid_range, are signed, and _Unsigned says that they are not."""
+    raw = np.clip(np.round(150 + 100 * NOISE), *valid).astype(np.uint8)
+    dataset = one_field(raw.view(np.int8), "1")
+    bounds = np.array(valid, np.uint8).view(np.int8)
+    dataset["t"].attrs |= {"_Unsigned": "true", "valid_range": bounds, "scale_factor": np.float32(scale)}
+    source = write_fields(tmp_path / "a.nc", dataset)
+    _, splits = prepare(weather, tmp_path / "o", "--source", source, *ALL)
+    np.testing.assert_array_equal(splits["train"][0][:, 0], scale * raw[:-1, ::-1])
+
+
 @pytest.mark.parametrize("axis", ["lat", "lon"])
 def test_a_grid_without_degrees_is_refused(tmp_path, axis):
     source = write_fields(tmp_path / "a.nc", one_field(NOISE, "K").drop_vars(axis))
     with pytest.raises(DataError, match=f"no variable {axis}"):
+        prepare(weather, tmp_path / "o", "--source", source, *ALL)
+
+
+@pytest.mark.parametrize(
+    "units", ["radians", "km", "m", "1", "pixel", "degrees", "degrees_north", "Degree_N", "°N", ""]
+)
+def test_latitudes_are_in_degrees(tmp_path, units):
+    """What they are weighted by is their cosine."""
+    grid = one_field(NOISE, "K")
+    grid["lat"].attrs["units"] = units
+    is_wrong = units.lower()[:3] not in ("deg", "°n", "")
+    with pytest.raises(DataError, match="not in degrees") if is_wrong else contextlib.nullcontext():
+        prepare(weather, tmp_path / "o", "--source", write_fields(tmp_path / "a.nc", grid), *ALL)
+
+
+@pytest.mark.parametrize("form", ["NETCDF3_CLASSIC", "NETCDF3_64BIT"])
+@pytest.mark.parametrize("unlimited", [[], ["time"]])
+@pytest.mark.parametrize("lacking", [0, 2, 100])
+def test_a_file_that_ends_early_is_not_filled_up(tmp_path, form, unlimited, lacking):
+    """NetCDF's library reads zeros beyond the end of a file of NetCDF-3, such as half a download."""
+    grid = one_field(np.round(100 * NOISE).astype("i2"), "K")
+    grid["t"].attrs["add_offset"] = 280.0
+    whole = tmp_path / "whole.nc"
+    grid[["time", "lat", "lon", "t"]].to_netcdf(whole, format=form, unlimited_dims=unlimited, engine="netcdf4")
+    source = tmp_path / "a.nc"
+    source.write_bytes(whole.read_bytes()[: -lacking or None])
+    with pytest.raises(DataError, match="is shorter than its header says") if lacking else contextlib.nullcontext():
         prepare(weather, tmp_path / "o", "--source", source, *ALL)
 
 
