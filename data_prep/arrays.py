@@ -128,13 +128,16 @@ def decode(flag: str, row: int, content: np.ndarray) -> np.ndarray:
         is_deep = image.mode[0] in "IF"
         if not is_deep and ";16" in str(image.tile):
             what = "16 bits per colour, which Pillow reads as 8,"
+        is_clear = image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info
+        if is_clear and (is_deep or image.convert("RGBA").getchannel("A").getextrema()[0] < 255):
+            what = "transparency,"
         turned = ImageOps.exif_transpose(image)
         pixels = np.asarray(turned if is_deep else turned.convert("RGB"))
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError) as error:
         raise DataError(f"{flag}, example {row}: the image cannot be decoded ({error})") from error
     if what:
         raise DataError(
-            f"{flag}, example {row}: the image has {what} of which a part would be lost. Give arrays (.npy)"
+            f"{flag}, example {row}: the image has {what} of which a part would be lost. Give arrays (.npy), or convert it"
         )
     return np.stack([pixels] * 3) if is_deep else pixels.transpose(2, 0, 1)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
 import operator
+import re
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -456,6 +458,7 @@ def read_tree(path: str | Path) -> dict[str, Any]:
     remedy = "Mend it, or put back a copy"
     try:
         tree = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+        json.dumps(tree, default=str, skipkeys=True)  # ValueError where an anchor stands in itself
     except OSError as error:
         raise ConfigError(Fault("--config", path, f"it cannot be read ({error.strerror})", remedy)) from error
     except (ValueError, RecursionError, yaml.YAMLError) as error:
@@ -467,7 +470,15 @@ def read_tree(path: str | Path) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a field, or a group, that stands twice in a file: YAML would drop the first."""
+    """Refuses what YAML would read in silence otherwise than it looks: what stands twice, 010 for 8, 1:30 for 90."""
+
+    def construct_scalar(self, node: Any) -> Any:
+        if node.tag.endswith((":int", ":float")) and re.match(r"[+-]?0\d+$|.*:", node.value):
+            rule = (
+                f"YAML reads '{node.value}' as a number to the base 8 or 60: write it without 0 before it, or in quotes"
+            )
+            raise yaml.constructor.ConstructorError(None, None, rule, node.start_mark)
+        return super().construct_scalar(node)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         names = [key.value for key, _ in getattr(node, "value", ()) if isinstance(key, yaml.ScalarNode)]
@@ -477,13 +488,18 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _check_groups(tree: dict[str, Any], prefix: str = "") -> None:
+def _check_groups(tree: dict[str, Any], prefix: str = "", seen: set[str] | None = None) -> None:
+    seen = set() if seen is None else seen
     for name, value in tree.items():
         if f"{prefix}{name}" in NAMES - FIELDS.keys() and value is not None:  # jsonargparse fails at what is no mapping
             if not isinstance(value, dict):
                 remedy = "Write them below it, or leave it out"
                 raise ConfigError(Fault(f"{prefix}{name}", value, "it is a group of fields", remedy))
-            _check_groups(value, f"{prefix}{name}.")
+            _check_groups(value, f"{prefix}{name}.", seen)
+        elif f"{prefix}{name}" in seen:
+            raise ConfigError(Fault(f"{prefix}{name}", value, "it stands twice, once below its group", "Leave one out"))
+        else:
+            seen.add(f"{prefix}{name}")
 
 
 def _from_dict(kind: Any, tree: Mapping[str, Any], prefix: str) -> Any:

@@ -447,19 +447,25 @@ def test_a_run_may_have_a_name_that_begins_as_flags_do(tmp_path, monkeypatch, wo
 
 
 @pytest.mark.parametrize(
-    ("text", "twice"),
+    ("text", "message"),
     [
-        ("optimizer: {name: SGD}\nseed: 1\noptimizer: {schedule: constant}\n", "optimizer"),
-        ("seed: 1\nseed: 2\n", "seed"),
-        ("optimizer:\n  arguments: {lr: 1, lr: 2}\n", "lr"),
+        ("optimizer: {name: SGD}\nseed: 1\noptimizer: {schedule: constant}\n", "'optimizer' stands twice"),
+        ("seed: 1\nseed: 2\n", "'seed' stands twice"),
+        ("optimizer:\n  arguments: {lr: 1, lr: 2}\n", "'lr' stands twice"),
+        ("data: {shards: a}\ndata.shards: b\n", "data.shards b: it stands twice"),
+        ("data.shards: b\ndata:\n  shards: a\n", "data.shards a: it stands twice"),
+        ("seed: 010\n", "'010' as a number to the base 8"),
+        ("model: {arguments: {hidden: [-010]}}\n", "'-010' as a number to the base 8"),
+        ("num_epochs: 1:30\n", "'1:30' as a number to the base 8 or 60"),
+        ("kl_weight: 1:30.5\n", "'1:30.5' as a number to the base 8 or 60"),
+        ("model: {arguments: &a {x: *a}}\n", "Circular reference"),
     ],
-    ids=["group", "field", "argument"],
 )
-def test_what_stands_twice_in_a_config_is_an_error(tmp_path, text, twice, capsys):
-    """YAML as PyYAML reads it drops the first without a word."""
+def test_what_yaml_would_read_otherwise_than_it_looks_is_an_error(tmp_path, text, message, capsys):
+    """PyYAML drops the first of two without a word, and 010 is 8 to it."""
     (tmp_path / "config.yaml").write_text(text)
     assert main(["train", "--config", str(tmp_path / "config.yaml")]) == 2
-    assert f"'{twice}' stands twice" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_a_config_may_use_anchors_and_merges(tmp_path):

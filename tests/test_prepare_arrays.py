@@ -557,14 +557,14 @@ def test_images_are_turned_as_a_viewer_turns_them(tmp_path, orientation, mode):
     assert np.array_equal(x[0, 1], upright)
 
 
-def rgb_of_16_bits():
+def rgb_of_16_bits(width=6):
     """A PNG of three colours of 16 bits, which Pillow cannot write."""
 
     def chunk(kind, content):
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
     rows = b"".join(b"\0" + RNG.integers(0, 65536, 18).astype(">u2").tobytes() for _ in range(8))
-    header = struct.pack(">IIBBBBB", 6, 8, 16, 2, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, 8, 16, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
@@ -575,9 +575,28 @@ def test_what_an_image_would_lose_is_refused(tmp_path):
         ([rgb_of_16_bits()] * 2, "16 bits per colour, which Pillow reads as 8"),
         ([frames] * 2, "the image has frames"),
         ([encoded(grey), encoded(deep)], "different dtypes, uint16 and uint8"),
+        ([rgb_of_16_bits(10**9)] * 2, "example [01]: the image cannot be decoded .*exceeds limit"),
     ):
         with pytest.raises(DataError, match=words):
             prepare_images(tmp_path, images)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "GIF"])
+@pytest.mark.parametrize("is_opaque", [False, True])
+def test_colours_beneath_what_is_transparent_are_no_colours(tmp_path, mode, is_opaque):
+    """A viewer does not show them; Pillow's conversion to RGB does."""
+    grey = Image.fromarray(LEVELS["8 bits"][0])
+    if mode in ("RGBA", "LA"):
+        image = grey.convert(mode)
+        image.putalpha(Image.new("L", grey.size, 255 if is_opaque else 254))
+        content = encoded(image)
+    else:
+        image = grey.quantize(8)
+        first = 255 if is_opaque else int(np.asarray(image)[0, 0])
+        content = encoded(image, "PNG" if mode == "P" else mode, transparency=first)
+    with pytest.raises(DataError, match="transparency, of which") if not is_opaque else contextlib.nullcontext():
+        x = prepare_images(tmp_path, [content] * 2)
+        assert np.array_equal(x[0].transpose(1, 2, 0), image.convert("RGB"))
 
 
 @pytest.mark.parametrize("script", ["arrays", "tabular", "timeseries"])
