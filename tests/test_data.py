@@ -11,6 +11,7 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+import pandas
 import pytest
 import torch
 from conftest import REPOSITORY, SHARED_DATA, python
@@ -33,7 +34,7 @@ from hpc_bnn.data import (
 )
 from hpc_bnn.data.manifest import ShardFile, sha256_of_json
 from hpc_bnn.data.stage import in_turn
-from hpc_bnn.errors import ConfigError, DataError, RankError
+from hpc_bnn.errors import ConfigError, DataError, HpcBnnError, RankError
 from hpc_bnn.safe_files.locks import LOCK, Lock
 
 FACTS = {"name": "toy", "source": "made by the test", "licence": "none"}
@@ -282,6 +283,74 @@ def test_numbers_that_no_network_takes_are_refused(tmp_path, x, y, words):
     with pytest.raises(DataError, match=words):
         write_shards(tmp_path, {"train": (x, y)}, **FACTS, examples_per_shard=4)
     assert not (tmp_path / "manifest.json").exists()
+
+
+ONES = np.ones((9, 1))
+
+
+@pytest.mark.parametrize(
+    "split, words",
+    [
+        ((torch.ones(9, 1, requires_grad=True), ONES), r"x cannot become an array .*detach\(\)"),
+        ((torch.ones(9, 1, dtype=torch.bfloat16), ONES), r"x cannot become an array .*float\(\)"),
+        ((ONES, torch.ones(9, 1).to_sparse()), "y cannot become an array .*dense"),
+        (([[1.0], [2.0, 3.0]], ONES[:2]), "x cannot become an array .*unlike lengths"),
+        ((iter(ONES), ONES), "x is .*iterator: numbers"),
+        ((pandas.DataFrame({"a": [True] * 9, "b": 1.5}), ONES), "x is an array of dtype object: .*to_numpy"),
+        ((ONES, pandas.Series(list("abcabcabc"))), "y is an array of dtype .*factorize"),
+        (torch.utils.data.TensorDataset(torch.ones(9, 1)), r"a split is TensorDataset, and \(x, y\)"),
+        ((ONES, ONES, ONES[:, 0], ONES), r"a split is tuple, and \(x, y\)"),
+    ],
+)
+def test_what_is_no_array_is_refused_with_the_way(tmp_path, split, words):
+    with pytest.raises(DataError, match=words):
+        write_shards(tmp_path / "a", {"train": split}, **FACTS)
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        ({"num_classes": 3.0}, "num_classes 3.0: must be a whole number"),
+        ({"num_classes": 3, "examples_per_shard": 2.5}, "examples_per_shard 2.5: must be a whole number"),
+        ({"num_classes": 3, "compression": "zip"}, "compression zip: h5py has no such filter"),
+        ({"num_classes": 3, "details": {"a": {1}}}, "details cannot be written as JSON"),
+        ({"num_classes": 3, "key": print}, "key cannot be written as JSON"),
+    ],
+)
+def test_facts_are_checked_before_a_file_is_written(tmp_path, given, words):
+    x, y = np.arange(9.0)[:, None], np.arange(9) % 3
+    with pytest.raises(HpcBnnError, match=words):
+        write_shards(tmp_path / "a", {"train": (x, y)}, **FACTS, **given)
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("whole", [np.int64, torch.tensor])
+def test_facts_of_numpy_and_torch_are_those_of_python(tmp_path, whole):
+    x, y = np.arange(9.0)[:, None], np.arange(9) % 3
+    facts = {"details": {"a": np.float32(0.5), "b": np.arange(2)}, "key": [np.int64(1)], "normalise_targets": np.False_}
+    counts = {"num_classes": whole(3), "ignore_index": whole(-1), "examples_per_shard": whole(4)}
+    manifest = write_shards(tmp_path, {"train": (x, y)}, **FACTS, **facts, **counts)
+    assert manifest == Manifest.read(tmp_path) and manifest.details == {"a": 0.5, "b": [0, 1]}
+    assert (manifest.num_classes, manifest.ignore_index, len(manifest.splits["train"])) == (3, -1, 3)
+
+
+@pytest.mark.parametrize("missing", [None, np.nan, pandas.NA, pandas.NaT])
+def test_a_text_that_is_missing_is_no_name(tmp_path, missing):
+    names = np.array(["a"] * 4 + [missing] + ["None"] * 4, dtype=object)
+    with pytest.raises(DataError, match="train, example 4: the coordinate station has no text"):
+        write_shards(tmp_path, {"train": (ONES, ONES)}, coordinates={"train": {"station": names}}, **FACTS)
+
+
+@pytest.mark.parametrize("zone", [None, "Europe/Berlin", "UTC"])
+def test_times_of_any_zone_are_times(tmp_path, zone):
+    times = pandas.date_range("2024-03-30 20:00", periods=9, freq="h", tz=zone)
+    expected = times if zone is None else times.tz_convert("UTC").tz_localize(None)
+    for number, given in enumerate((times, times.to_pydatetime(), pandas.Series(times, index=range(9, 18)))):
+        coordinates = {"train": {"time": given}}
+        write_shards(tmp_path / f"{number}", {"train": (ONES, ONES)}, coordinates=coordinates, **FACTS)
+        found = ShardDataset(tmp_path / f"{number}", "train").coordinates(range(9))["time"]
+        np.testing.assert_array_equal(found, expected.to_numpy("datetime64[us]"))
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16", "int32", "int64"])

@@ -353,7 +353,7 @@ def named_arrays(x: Any, y: Any, weights: Any = None) -> dict[str, Any]:
 
 def without_mask(name: str, array: Any) -> Any:
     """Return an array without the mask of a NumPy one: NaN where it was masked; `DataError` where whole numbers are. Local."""
-    if not np.ma.is_masked(array):
+    if not isinstance(array, np.ma.MaskedArray) or not np.ma.is_masked(array):  # pandas has masks of its own
         return array
     if array.dtype.kind != "f":
         raise DataError(

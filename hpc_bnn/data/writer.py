@@ -11,10 +11,12 @@ import contextlib
 import hashlib
 import itertools
 import json
+import operator
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +24,7 @@ import h5py
 import numpy as np
 
 from ..comm import GridComm
-from ..errors import DataError, at_least
+from ..errors import ConfigError, DataError, Fault, at_least
 from ..grid import Grid
 from ..safe_files import (
     Disk,
@@ -115,8 +117,8 @@ def write_shards(
         As in `Manifest`; the weights as an array, such as cos(latitude) as [latitudes, 1], the channels for x and y.
     coordinates : dict of str to dict, optional
         What names or places the examples of each split: arrays [n] by name, such as ``{"train": {"time": times}}``. Times as
-        datetime64 (rounded down to microseconds), whole numbers, floats, or texts. They go into predictions, and
-        evaluations are grouped by them.
+        datetime64 or datetime (rounded down to microseconds; those with a time zone become UTC), whole numbers, floats, or
+        texts. They go into predictions, and evaluations are grouped by them.
     missing_targets : bool
         Whether NaN in y stands for a target that is missing: it adds nothing to statistics, loss and metrics. Without it NaN
         is an error.
@@ -143,6 +145,12 @@ def write_shards(
     sources = {split: _as_examples(examples) for split, examples in splits.items()}
     with comm.agree("looking at the first example"):
         ids = tuple(ids) if isinstance(ids, Iterable) and not isinstance(ids, str) else (ids,)
+        num_classes, ignore_index = _whole("num_classes", num_classes), _whole("ignore_index", ignore_index)
+        examples_per_shard = _whole("examples_per_shard", examples_per_shard)
+        details, key = _as_json("details", details or {}), _as_json("key", key)
+        missing_targets = bool(missing_targets)
+        if isinstance(compression, str) and compression not in h5py.filters.encode:
+            raise ConfigError(Fault("compression", compression, "h5py has no such filter", "Try gzip"))
         arrays = _look(sources, train_split, channels or {}, num_classes, ids)
         if examples_per_shard is None:
             examples_per_shard = max(1, SHARD_BYTES // sum(spec.num_bytes for spec in arrays.values()))
@@ -153,6 +161,7 @@ def write_shards(
         at_least(1, "Try 1000").check("examples_per_shard", examples_per_shard)
     if normalise_targets is None:
         normalise_targets = np.issubdtype(np.dtype(arrays["y"].dtype), np.floating)
+    normalise_targets = bool(normalise_targets)
     plan = {
         "key": key,
         "name": name,
@@ -192,7 +201,7 @@ def write_shards(
             statistics={a: _statistics(a, [r["moments"][a] for r in files[train_split]]) for a in wanted},
             num_classes=num_classes,
             target_weights=None if target_weights is None else np.asarray(target_weights).tolist(),
-            details=details or {},
+            details=details,
             key_sha256=sha256_of_key(key),
             coordinates=stored,
             missing_targets=missing_targets,
@@ -239,7 +248,10 @@ class _Task(NamedTuple):
 def _as_examples(examples: tuple[Any, ...] | Examples) -> Examples:
     if isinstance(examples, Examples):
         return examples
-    named = {name: np.asarray(array) for name, array in named_arrays(*examples).items()}
+    if not (isinstance(examples, (tuple, list)) and len(examples) in (2, 3)):
+        rule = f"a split is {type(examples).__name__}, and (x, y), (x, y, weights) or Examples is needed"
+        raise DataError(f"{rule}. data_prep/arrays.py and --data.dataset read a Dataset of torch")
+    named = {name: _as_array(name, array) for name, array in named_arrays(*examples).items()}
     rest = list(named)[list(named).index("y") :]
     if len({len(array) for array in named.values()}) > 1:
         counts = " and ".join(f"{len(array)} {name}" for name, array in named.items())
@@ -250,6 +262,39 @@ def _as_examples(examples: tuple[Any, ...] | Examples) -> Examples:
         return inputs_of(rows), *(rows[name] for name in rest)
 
     return Examples(len(named["y"]), read)
+
+
+def _whole(name: str, value: Any) -> int | None:
+    """Return a whole number of any library as one of Python."""
+    try:
+        return None if value is None else operator.index(value)
+    except TypeError as error:
+        raise ConfigError(Fault(name, value, "must be a whole number", "Write int(...) around it")) from error
+
+
+def _as_json(name: str, value: Any) -> Any:
+    """Return what JSON makes of a value; numbers of NumPy and torch are those of Python."""
+    try:
+        return json.loads(json.dumps(value, default=operator.methodcaller("tolist")))
+    except (TypeError, ValueError, AttributeError, RecursionError) as error:
+        remedy = "Use dicts, lists, numbers and texts"
+        raise DataError(f"{name} cannot be written as JSON ({error}). {remedy}") from error
+
+
+def _as_array(name: str, given: Any) -> np.ndarray:
+    """Return what a user gives for an array of numbers; `DataError` with the way where it is none."""
+    try:
+        array = np.asarray(given)
+    except (TypeError, ValueError, RuntimeError) as error:
+        remedy = "Of a tensor give x.detach().float().numpy(), dense; fill up rows of unlike lengths"
+        raise DataError(f"{name} cannot become an array of NumPy ({error}). {remedy}") from error
+    if array.ndim == 0 or array.dtype.kind in "OUS":
+        what = f"an array of dtype {array.dtype}" if array.ndim else type(given).__name__
+        raise DataError(
+            f"{name} is {what}: numbers [n, ...] of one dtype are needed. Of a table of pandas fill in what is missing, make "
+            "numbers of words, as pandas.factorize does, and give table.to_numpy(float)"
+        )
+    return array
 
 
 def _as_coordinates(given: dict[str, dict[str, Any]], sources: dict[str, Examples], arrays: dict[str, ArraySpec]):
@@ -264,7 +309,13 @@ def _as_coordinates(given: dict[str, dict[str, Any]], sources: dict[str, Example
     for name in names[0]:
         parts = {split: of_split[name] for split, of_split in found.items()}
         kinds = {part.dtype.kind for part in parts.values()}
-        if kinds <= set("OU"):  # what is neither time nor number, such as dates of other calendars
+        if kinds == {"O"} and all(isinstance(v, datetime) for part in parts.values() for v in part):
+            parts = {split: np.array([_in_utc(v) for v in part], "datetime64[us]") for split, part in parts.items()}
+        elif kinds <= set("OU"):  # what is neither time nor number, such as dates of other calendars
+            for split, part in parts.items():
+                lacks = [not isinstance(v, str) and str(v) in ("None", "nan", "<NA>", "NaT") for v in part.tolist()]
+                if any(lacks):
+                    raise DataError(f"{split}, example {lacks.index(True)}: the coordinate {name} has no text")
             parts = {split: np.char.encode(part.astype(str), "utf-8") for split, part in parts.items()}
         elif kinds == {"M"}:
             parts = {split: part.astype("datetime64[us]") for split, part in parts.items()}
@@ -279,6 +330,10 @@ def _as_coordinates(given: dict[str, dict[str, Any]], sources: dict[str, Example
                 raise DataError(f"{split}, example {int(np.isnat(part).argmax())}: the coordinate {name} has no time")
             found[split][name] = part.astype(dtype)
     return found
+
+
+def _in_utc(time: datetime) -> datetime:
+    return time if time.tzinfo is None else time.astimezone(timezone.utc).replace(tzinfo=None)
 
 
 def _inputs(arrays: Iterable[str]) -> list[str]:
@@ -314,7 +369,7 @@ def _look(
             raise DataError(f"a split is named '{split}': use letters, digits, - and _")
     arrays = {}
     for name, array in named_arrays(*sources[train_split].read(0, 1)).items():
-        array = _native(array)
+        array = _native(_as_array(name, array))
         names = tuple(channels.get(name, ()))
         if names and len(names) != array.shape[1]:
             raise DataError(f"{name} has {array.shape[1]} channels and {len(names)} names")
