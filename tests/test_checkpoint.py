@@ -21,6 +21,7 @@ from hpc_bnn import __version__, write_shards
 from hpc_bnn.cli.commands import main
 from hpc_bnn.config import OptimizerConfig
 from hpc_bnn.errors import DataError
+from hpc_bnn.models import MLP
 from hpc_bnn.noise import GENERATOR
 from hpc_bnn.run.checkpoint import SECTIONS, CheckpointStore, read_identity
 from hpc_bnn.run.train import _Progress
@@ -403,6 +404,10 @@ def test_a_longer_run_goes_on_and_says_what_differs(digits, tmp_path, caplog):
         ("--optimizer.name", "SGD"),
         ("--posterior.prior_std", "0.5"),
         ("--objective.name", "log_predictive"),
+        ("--global_batch_size", "128"),  # a place in the run, and the courses of learning rate and KL, count steps
+        ("--data.drop_last", "true"),
+        ("--data.train_split", "test"),
+        ("--seed", "3"),  # the order of the epoch
     ],
     ids=" ".join,
 )
@@ -413,6 +418,41 @@ def test_another_network_or_optimizer_is_refused_and_changes_nothing(digits, tmp
     said = capsys.readouterr().err
     assert f"{flags[0]} {'{' if '{' in flags[1] else flags[1]}" in said and "are of a run with" in said
     assert contents(tmp_path) == before
+
+
+def test_a_prior_at_the_initial_weights_needs_the_same_ones(digits, tmp_path, capsys):
+    """No checkpoint holds them; between epochs another seed is welcome else."""
+    for mean, code in (("initial", 2), ("0", 0)):
+        flags = ("--posterior.prior_mean", mean, "--num_epochs")
+        assert train(digits, tmp_path / mean, *flags, 1) == 0
+        assert train(digits, tmp_path / mean, *flags, 2, "--resume", "true", "--seed", 3) == code
+    assert "--seed 3: the checkpoints in" in capsys.readouterr().err
+    torch.save(MLP((1, 8, 8), 10).state_dict(), tmp_path / "net.pt")
+    flags = ("--posterior.prior_mean", "initial", "--num_epochs", 2, "--resume", "true")
+    assert train(digits, tmp_path / "initial", *flags, "--model.pretrained", tmp_path / "net.pt") == 2
+    assert "are of a run with None" in capsys.readouterr().err
+
+
+def test_a_resumed_run_takes_the_learning_rate_and_arguments_of_its_flags(digits, tmp_path):
+    """Those of a checkpoint are not used in the place of those that the log and config.yaml name."""
+    flags = ("--num_epochs", 2, "--optimizer.schedule", "constant", "--optimizer.name", "SGD")
+    assert train(digits, tmp_path / "begun", *flags, "--max_steps", 25, "--optimizer.arguments", "{momentum: 0.5}") == 0
+    found = {}
+    for name, others in {"same": ["{momentum: 0.5}"], "rate": ["{momentum: 0.5}", 1e-9], "none": ["{}"]}.items():
+        shutil.copytree(tmp_path / "begun", tmp_path / name)
+        given = [f for pair in zip(("--optimizer.arguments", "--optimizer.learning_rate"), others) for f in pair]
+        assert train(digits, tmp_path / name, *flags, "--resume", "true", *given) == 0
+        model, optimizer, rows = result(tmp_path / name)
+        found[name] = model, optimizer["groups"][0], rows[-1]["learning_rate"]
+    before, options = (
+        result(tmp_path / "begun")[0],
+        {name: (g["lr"], g["momentum"], r) for name, (_, g, r) in found.items()},
+    )
+    rate = options["same"][0]
+    assert options == {"same": (rate, 0.5, rate), "rate": (1e-9, 0.5, 1e-9), "none": (rate, 0.0, rate)}
+    for name, moves in (("same", True), ("rate", False)):
+        change = max((found[name][0][key] - value).abs().max().item() for key, value in before.items())
+        assert (change > 1e-4) == moves
 
 
 def test_a_run_has_an_identity_that_it_keeps(digits, tmp_path):

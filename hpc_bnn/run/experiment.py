@@ -453,7 +453,10 @@ def check_network(config: Config, former: dict[str, Any], directory: Path, field
     faults = [
         Fault(name, mine[name], f"the checkpoints in {directory} are of a run with {value}", "Leave it at that")
         for name, value in flatten(former).items()
-        if name in mine and name != "model.pretrained" and mine[name] != value and name.startswith(fields)
+        if name in mine
+        and mine[name] != value
+        and name.startswith(fields)
+        and (name in fields or name != "model.pretrained")
     ]
     if faults:
         raise ConfigError(*faults)

@@ -48,6 +48,10 @@ from .run_dir import RunDir
 logger = logging.getLogger(__name__)
 
 
+STEPS = ("global_batch_size", "data.drop_last", "data.train_split")
+"""Fields by which a place in a run and the courses of learning rate and KL, which count steps, mean what they do."""
+ORDER = ("seed", "data.shuffle_window")
+"""Fields of the order of the examples in an epoch."""
 MAX_CHANNELS = 8
 """Of which each has its RMSE in the rows; evaluation.json has those of all."""
 SEARCHED = ("cuda",)
@@ -307,6 +311,7 @@ class Run(Experiment):
                 state = store.load_newest() if self.config.resume else None
                 if state is not None:
                     self._check_state(state)
+                    self._follow_config_(state)
         where = self.comm.broadcast_object(
             state and (state["place"], state["schedule"], state["config"].get("chunk_size"))
         )
@@ -377,7 +382,11 @@ class Run(Experiment):
 
     def _check_state(self, state: dict[str, Any]) -> None:
         """Raise `DataError` or `ConfigError` where data, network, optimizer or random numbers are not those of the run."""
-        check_network(self.config, state["config"], self.checkpoints.directory, (*NETWORK, "optimizer.name"))
+        fields = (*NETWORK, "optimizer.name", *STEPS)
+        fields += ORDER if state["place"]["num_batches"] else ()
+        if self.config.posterior.prior_mean == "initial":  # no checkpoint holds the weights at the start
+            fields += ("seed", "model.pretrained")
+        check_network(self.config, state["config"], self.checkpoints.directory, fields)
         former = Manifest.read(self.run_dir, has_files=False)
         for name in OF_DATA:
             if getattr(former, name) != getattr(self.manifest, name):
@@ -392,6 +401,21 @@ class Run(Experiment):
                 f"on to the same numbers. Resume it with hpc_bnn {state['run']['hpc_bnn']}, or begin another run_dir; "
                 "hpc-bnn evaluate and predict work with this checkpoint"
             )
+
+    def _follow_config_(self, state: dict[str, Any]) -> None:
+        """Put learning rate and arguments of the optimizer into a state, where the config has others than its checkpoint. Local."""
+        config, former, schedule = self.config.optimizer, state["config"]["optimizer"], state["schedule"]
+        names = former["arguments"].keys() | config.arguments.keys()
+        defaults = self.optimizer.optimizer.defaults  # the arguments are among them
+        changed = {
+            n: defaults[n] for n in names if n in defaults and former["arguments"].get(n) != config.arguments.get(n)
+        }
+        if former["learning_rate"] != config.learning_rate:
+            schedule["base_lrs"] = [config.learning_rate for _ in schedule["base_lrs"]]
+            rate = config.learning_rate * self.schedule.lr_lambdas[0](schedule["last_epoch"])
+            changed |= {"lr": rate, "initial_lr": config.learning_rate}
+        for group in state["optimizer"]["groups"]:
+            group.update(changed)
 
     def _say_differences(self, former: dict[str, Any]) -> None:
         """Log the differences between the config and that of the checkpoint."""
