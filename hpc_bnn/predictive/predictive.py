@@ -210,6 +210,8 @@ def _check_equal(posterior: Posterior, comm: GridComm, x: Inputs, y: Tensor | No
     if total.item():
         others = comm.gather_objects(found, "sample")
         differ = {name: [other[name] for other in others] for name in found if len({o[name] for o in others}) > 1}
+        if not differ:
+            return  # a grid of `hpc-bnn plan`, whose other ranks do not exist
         values = "; ".join(f"{name} is {', '.join(map(str, of_ranks))}" for name, of_ranks in differ.items())
         raise RankError(
             f"a predictive: the ranks of sample group {grid.data_index} differ, and must not: {values}. Each evaluates a part of the "
