@@ -457,6 +457,41 @@ def test_a_second_update_of_a_step_is_none(name):
     assert torch.equal(*twins)
 
 
+class Lamb(torch.optim.Optimizer):
+    """Scales the step of each tensor by its norm."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": 0.1})
+
+    @torch.no_grad()
+    def step(self):
+        for p in self.param_groups[0]["params"]:
+            p.sub_(0.1 * p.norm() / p.grad.norm() * p.grad)
+
+
+OwnAdam = type("OwnAdam", (torch.optim.Adam,), {})
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adafactor, Lamb, OwnAdam, torch.optim.SGD])
+def test_an_optimizer_that_looks_at_whole_tensors_is_told_what_it_is_given(kind, caplog):
+    posterior = with_points(posteriors.MeanFieldGaussian)
+    for given, says in (
+        (posterior.parameters(), kind in (torch.optim.Adafactor, Lamb)),
+        (posterior.weight_parameters(), False),
+    ):
+        caplog.clear()
+        step = make_step(posterior, optimizer=kind(given))
+        step(X, Y, 8), step(X, Y, 8)
+        assert caplog.text.count(f"{kind.__name__} may look at whole tensors") == says
+        assert ("weight_parameters()" in caplog.text) == says
+
+
+def test_an_optimizer_that_is_differentiable_is_refused():
+    posterior = with_points(posteriors.MeanFieldGaussian)
+    with pytest.raises(ConfigError, match="differentiable"):
+        make_step(posterior, optimizer=torch.optim.Adam(posterior.parameters(), differentiable=True))
+
+
 class Closing(torch.optim.SGD):
     def step(self, closure):
         return super().step(closure)

@@ -203,6 +203,18 @@ def test_inputs_of_another_precision_than_the_weights_are_refused(layer):
         predict_classes(posterior, Categorical(3), COMM, X, num_samples=2)
 
 
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (MORE.to("meta"), r"meta: the weights of Net are on cpu. Give x.to\('cpu'\)"),
+        (MORE.cfloat(), r"complex64, torch.float64: Net takes real numbers.*view_as_real"),
+    ],
+)
+def test_inputs_on_another_device_or_with_imaginary_parts_are_refused(more, message):
+    with pytest.raises(ConfigError, match=rf"^inputs of the network .*{message}"):
+        make()((X, more), Y, 11)
+
+
 def test_tensors_of_different_lengths_are_refused():
     with pytest.raises(ConfigError, match=r"^x \[5, 11\]: all tensors .* same extent of dim 0"):
         make()({"x": X, "more": MORE[:5]}, Y, 11)

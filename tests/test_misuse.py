@@ -247,6 +247,15 @@ def test_a_backward_pass_of_the_user_between_micro_batches_adds_nothing(estimato
     assert torch.equal(*locs)
 
 
+@pytest.mark.parametrize(("name", "other"), [("global_batch_size", 12), ("num_steps", 7)])
+def test_parts_of_one_batch_are_of_one_step(name, other):
+    (x, y), step = batch(), make_step(MeanFieldGaussian(make_net()))
+    step.accumulate_(x[:3], y[:3], 6, is_last=False)
+    step.num_steps = other if name == "num_steps" else 0
+    with pytest.raises(ConfigError, match=rf"^{name} {other}: the first part of this batch had"):
+        step.accumulate_(x[3:], y[3:], other if name == "global_batch_size" else 6)
+
+
 def test_a_step_that_was_given_up_leaves_no_sums_of_blocks_behind(monkeypatch):
     monkeypatch.setattr("hpc_bnn.training.reducer.OVERLAP_BYTES", 8)
     monkeypatch.setattr("hpc_bnn.training.reducer.OVERLAP_BLOCKS", 10**6)
@@ -514,6 +523,20 @@ def test_targets_and_weights_are_tensors(name, kind):
         make_step(MeanFieldGaussian(make_net()))(x, global_batch_size=6, **given)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda y: y.cfloat(), r"of torch.complex64.*torch.view_as_real\(y\)"),
+        (lambda y: y.float().to_sparse(), r"of .*torch.sparse_coo.*y.to_dense\(\)"),
+        (lambda y: y.to("meta"), r"on meta: the weights are on cpu. Give y.to\('cpu'\)"),
+    ],
+)
+def test_targets_of_another_kind_or_place_are_named(change, message):
+    x, y = batch()
+    with pytest.raises(ConfigError, match=rf"^y {message}"):
+        make_step(MeanFieldGaussian(make_net()))(x, change(y), 6)
+
+
 @pytest.mark.parametrize("count", [0, -6, 6.0, None, "6"])
 def test_the_size_of_a_batch_is_a_whole_number(count):
     with pytest.raises(ConfigError, match=r"^global_batch_size .*whole number"):
@@ -530,11 +553,16 @@ def test_float16_is_refused_and_said(caplog):
     assert caplog.text.count("torch.bfloat16") == 1
 
 
-@pytest.mark.parametrize("name", ["likelihood", "num_samples", "objective", "seed"])
+OF_CONSTRUCTOR = (
+    "posterior", "likelihood", "comm", "num_samples", "objective", "seed", "autocast_dtype", "chunk_size", "batching", "capture"
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OF_CONSTRUCTOR)
 def test_what_a_step_reads_once_cannot_be_set_later(name):
     step = make_step(MeanFieldGaussian(make_net()))
     with pytest.raises(ConfigError, match=rf"^{name} .*Make a new VariationalStep"):
-        setattr(step, name, getattr(step, name))
+        setattr(step, name, getattr(step, name, None))
 
 
 @pytest.mark.parametrize(
@@ -553,6 +581,33 @@ def test_what_is_set_later_is_checked_and_followed(name, wrong, value, capture):
         with pytest.raises(ConfigError, match=name):
             setattr(step, name, wrong)
     assert torch.equal(*locs)
+
+
+@pytest.mark.parametrize(("name", "value"), [("num_steps", -1), ("num_steps", 2.5), ("micro_batch_size", 0)])
+def test_a_number_that_cannot_be_is_refused_when_it_is_set(name, value):
+    with pytest.raises(ConfigError, match=rf"^{name} {value}: must be"):
+        setattr(make_step(MeanFieldGaussian(make_net())), name, value)
+
+
+@pytest.mark.parametrize("what", ["step", "predictive"])
+def test_what_cannot_be_compiled_is_an_error_with_the_way(what):
+    step, (x, y) = make_step(MeanFieldGaussian(make_net())), batch()
+    predict = lambda: predict_classes(step.posterior, Categorical(3), step.comm, x, num_samples=2)  # noqa: E731
+    function = torch.compile((lambda: step(x, y, 6)) if what == "step" else predict, backend="eager")
+    try:
+        with pytest.raises(ConfigError, match=r"within torch.compile.*torch.compile\(net\)"):
+            function()
+    finally:
+        torch.compiler.reset()
+    assert predict() and step(x, y, 6).kl > 0
+
+
+@pytest.mark.parametrize("name", ["eval", "to", "zero_grad", "modules", "buffers"])
+def test_what_a_posterior_is_asked_for_as_if_it_were_a_module_is_of_its_network(name):
+    with pytest.raises(AttributeError, match=rf"no attribute {name}\. The network has it: posterior\.module\.{name}$"):
+        getattr(MeanFieldGaussian(make_net()), name)
+    with pytest.raises(AttributeError, match=r"no attribute nothing$"):
+        _ = MeanFieldGaussian(make_net()).nothing
 
 
 def test_an_optimizer_may_be_replaced():

@@ -1194,7 +1194,7 @@ def test_a_step_is_copied_with_its_optimizer():
     assert torch.equal(twin.posterior.buffer.flat, step.posterior.buffer.flat)
     shallow = copy.copy(step.posterior)
     assert torch.equal(members(step), members(make(None, lambda _: shallow)))
-    step.posterior = copy.deepcopy(step.posterior)  # and the optimizer still has the former's
+    vars(step)["posterior"] = copy.deepcopy(step.posterior)  # and the optimizer still has the former's
     step.updater.posterior = step.posterior
     with pytest.raises(ConfigError, match="none of the posterior's parameters"):
         step(X, Y, 8)

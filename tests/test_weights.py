@@ -131,6 +131,7 @@ REFUSED = {
     "two dtypes": (lambda: nn.Sequential(mlp(), nn.Linear(3, 3)), r"2 kinds.*0\.2\.bias.*1\.bias"),
     "two devices": (lambda: nn.Sequential(mlp(), nn.Linear(3, 3).double().to("meta")), "2 kinds.*meta"),
     "meta": (lambda: mlp().to("meta"), r"device meta, without numbers.*to_empty"),
+    "inference": (torch.inference_mode()(mlp), r"made within torch.inference_mode.*copy.deepcopy"),
     "expanded": (expanded, "0.bias: numbers of it share memory"),
     "tied by data": (tied_by_data, "1.weight: it shares the memory of 0.weight"),
     "bias tied by data": (lambda: tied_by_data("bias"), "1.bias: it shares the memory of 0.bias"),

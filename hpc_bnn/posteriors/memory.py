@@ -65,7 +65,8 @@ class SlotMemory:
         buffer = self.__dict__.get("buffer")
         if buffer is not None and name in buffer.values:
             return buffer.parameters.get(name, buffer.values[name])
-        raise AttributeError(f"{type(self).__name__} has no attribute {name}")
+        of_network = f". The network has it: posterior.module.{name}" if hasattr(nn.Module, name) else ""
+        raise AttributeError(f"{type(self).__name__} has no attribute {name}{of_network}")
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in getattr(self.__dict__.get("buffer"), "values", ()):

@@ -286,8 +286,9 @@ class Network:
         inputs, whose, said = tensors_of(x), type(self.module).__name__, str(error)
         kinds = ", ".join(sorted({str(tensor.dtype) for tensor in inputs}))
         ids = [tensor for tensor in inputs if not tensor.is_floating_point() and tensor.numel()]
-        dtype = next(iter(self.parameters.values())).dtype.to_real()
-        others = {str(t.dtype) for t in inputs if t.is_floating_point() and t.dtype != dtype}
+        weight = next(iter(self.parameters.values()))
+        dtype, elsewhere = weight.dtype.to_real(), {str(t.device) for t in inputs if t.device != weight.device}
+        others = {str(t.dtype) for t in inputs if (t.is_floating_point() or t.is_complex()) and t.dtype != dtype}
         if "'indices'" in said:  # of F.embedding
             rule = f"an nn.Embedding of {whose} takes whole numbers"
             remedy = "Write the shards with --ids (data_prep/arrays.py) or write_shards(ids=...): ids then stay whole numbers"
@@ -298,6 +299,11 @@ class Network:
             rows = f", num_embeddings {', '.join(map(str, sorted(sizes)))}" if sizes else ""
             rule = f"{whose} has no row for one of these ids ({said}{rows})"
             remedy = "Give ids from 0 to num_embeddings - 1, or train with more rows"
+        elif elsewhere and "device" in said:
+            kinds, rule = ", ".join(sorted(elsewhere)), f"the weights of {whose} are on {weight.device}"
+            remedy = f"Give x.to({str(weight.device)!r})"
+        elif others and any(t.is_complex() for t in inputs):
+            rule, remedy = f"{whose} takes real numbers ({said})", "Give torch.view_as_real(x), and flatten it"
         elif others and "type" in said:
             rule, kinds = f"the weights of {whose} are of {dtype}", ", ".join(sorted(others))
             remedy = f"Give x.to({dtype}), or convert the network before the posterior is made"

@@ -170,6 +170,11 @@ class Posterior(SlotMemory):
 
     def check_(self) -> None:
         """Raise `ConfigError` where module or parameters were changed in a way that cannot be followed. Local; microseconds."""
+        if torch.compiler.is_dynamo_compiling():
+            rule = "a step or a predictive looks at tensors and modules as torch.compile cannot"
+            raise ConfigError(
+                Fault("posterior", "within torch.compile", rule, "Compile the network: torch.compile(net)")
+            )
         self.sampler.switch_(False)
         self.network.show_(draw=False)
         self.network.check()

@@ -64,6 +64,8 @@ def _fault_of(tensor: Tensor) -> tuple[str, str] | None:
     """Return what is wrong with a weight or buffer, and the remedy."""
     if isinstance(tensor, UninitializedTensorMixin):
         return "it has no shape before its first batch", "Run the network once on a batch: net(x)"
+    if tensor.is_inference():
+        return "it was made within torch.inference_mode(), and can never be trained", "Use a copy: copy.deepcopy(net)"
     if not tensor.requires_grad:
         return None
     kind = type(tensor.data)

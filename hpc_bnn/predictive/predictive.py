@@ -207,11 +207,9 @@ def _check_equal(posterior: Posterior, comm: GridComm, x: Inputs, y: Tensor | No
     weight = 1 if grid.sample_index < grid.sample_size - 1 else 1 - grid.sample_size
     total = torch.full((1,), zlib.crc32(repr(found).encode()) * weight, dtype=torch.float64, device=device_of(x))
     comm.sum_(total, "sample")  # of whole numbers below 2^53: 0 where all have the same
-    if total.item():
-        others = comm.gather_objects(found, "sample")
-        differ = {name: [other[name] for other in others] for name in found if len({o[name] for o in others}) > 1}
-        if not differ:
-            return  # a grid of `hpc-bnn plan`, whose other ranks do not exist
+    others = comm.gather_objects(found, "sample") if total.item() else [found]
+    differ = {name: [other[name] for other in others] for name in found if len({o[name] for o in others}) > 1}
+    if differ:  # in a plan nothing does, and the sum is none
         values = "; ".join(f"{name} is {', '.join(map(str, of_ranks))}" for name, of_ranks in differ.items())
         raise RankError(
             f"a predictive: the ranks of sample group {grid.data_index} differ, and must not: {values}. Each evaluates a part of the "

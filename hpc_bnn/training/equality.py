@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..comm import Axis, GridComm
-from ..errors import RankError
+from ..errors import ConfigError, Fault, RankError
 from ..posteriors import Posterior, Tally
 from ..trees import tensors_of
 from ..views import SharedView
@@ -105,6 +105,15 @@ class Comparison:
         self._inputs: Digest = 0
         self._weights: Digest | None = None  # of examples that have some
 
+    def check_part_of(self, step: int, global_batch_size: int) -> None:
+        """Raise `ConfigError` where a further part of a batch is told to be of another step, or of another batch. Local."""
+        begun = {"num_steps": (step, self._step), "global_batch_size": (global_batch_size, self._global_batch_size)}
+        for name, (now, then) in begun.items():
+            if now != then:
+                raise ConfigError(
+                    Fault(name, now, f"the first part of this batch had {then}", "Give all parts the same")
+                )
+
     def add_(self, x: SharedView, y: Tensor, weights: Tensor | None = None) -> None:
         """Add examples of this rank. Local."""
         self.num_examples += len(x)
@@ -132,7 +141,9 @@ class Comparison:
             if words.is_cpu:
                 before = zlib.crc32(words.numpy().data, shape ^ int(before))
             else:
-                before = (words.to(torch.int64) * weights).sum() + shape + before * _FACTORS[0]
+                words = words.to(torch.int64)
+                # Folded: an even number of signs of float64, each the highest bit, would leave no trace in a sum
+                before = ((words ^ words >> 32) * weights).sum() + shape + before * _FACTORS[0]
         return before
 
     def numbers(self, num_examples: int, by_place: bool) -> list[int]:
@@ -158,7 +169,7 @@ class Comparison:
         batch: Digest = self._targets * _FACTORS[0] + self._inputs
         batch = batch if self._weights is None else batch + self._weights * _FACTORS[1]
         weight = _weight(self._comm.grid.sample_index, self._comm.grid.sample_size)
-        parameters = ((self._parameters ^ self._parameters >> 32) >> 8 & self._mask) * _weight(*self._group())
+        parameters = (_word(self._parameters) >> 8 & self._mask) * _weight(*self._group())
         return [*((batch >> shift & self._mask) * weight for shift in (40, 17)), parameters]
 
     def check(self, tally: list[float]) -> None:
@@ -175,14 +186,14 @@ class Comparison:
             "or call comm.broadcast_(list(posterior.parameters())) after it. On unlike processors, which round differently, "
             "set step.comparison.looks = False"
         )
-        comm.check_equal({"the digest of the parameters": _word(self._parameters)}, where, remedy, self._axis)
+        comm.check_equal({"the digest of the parameters": _shown(self._parameters)}, where, remedy, self._axis)
         remedy = (
             "Give the ranks of a sample group the same examples, those of comm.grid.data_index of comm.grid.data_size, as hpc_bnn.GlobalBatchSampler has them; "
             'where each rank makes its own view of them, call step(..., views="own")'
         )
         found: dict[str, object] = {"the number of examples": self.num_examples}
         for name, digest in (("targets", self._targets), ("inputs", self._inputs), ("weights", self._weights)):
-            found[f"the digest of the {name}"] = None if digest is None else _word(digest)
+            found[f"the digest of the {name}"] = None if digest is None else _shown(digest)
         comm.check_equal(found, where, remedy, axis="sample")
         counts = comm.gather_objects(self.num_examples, "data")
         if sum(counts) != self._global_batch_size:
@@ -204,8 +215,13 @@ def _weight(index: int, extent: int) -> int:
 # --- digests ------------------------------------------------------------------------------------------------------
 
 
-def _word(digest: Digest) -> str:
-    return f"{int(digest) & 0xFFFFFFFF:08x}"
+def _word(digest: Digest) -> Digest:
+    """Return 32 bits of a digest that depend on all of it. Local."""
+    return (digest ^ digest >> 32) & 0xFFFFFFFF
+
+
+def _shown(digest: Digest) -> str:
+    return f"{int(_word(digest)):08x}"
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import math
 import socket
 from collections import deque
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any, Literal, get_args
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from ..comm import GridComm
 from ..config import Auto, Batching, Capture, check_field
-from ..errors import ConfigError, DataError, Fault, NonFiniteError, at_least, check_kind, count
+from ..errors import ConfigError, DataError, Fault, NonFiniteError, Rule, at_least, check_kind, count
 from ..likelihoods import Likelihood
 from ..noise import Key, Stream
 from ..objectives import NegativeElbo, Objective
@@ -50,8 +51,11 @@ logger = logging.getLogger(__name__)
 LAG = 2
 """Steps that are launched before the numbers of the first of them are read."""
 
-_READ_ONCE = "likelihood", "num_samples", "objective", "seed"
+_READ_ONCE = (
+    "posterior", "likelihood", "comm", "num_samples", "seed", "objective", "autocast_dtype", "chunk_size", "batching", "capture"
+)  # fmt: skip
 
+_STEPS = Rule(lambda made: isinstance(made, Integral) and int(made) >= 0, "a whole number from 0 on", "Leave it alone")
 _UNDERFLOW = "gradients below 6e-8 become 0 in it, and a step does not scale the loss"
 
 StepViews = Literal["shared", "own"]
@@ -128,7 +132,6 @@ class VariationalStep(StepState):
             raise ConfigError(Fault("autocast_dtype", autocast_dtype, _UNDERFLOW, "Use torch.bfloat16"))
         check_field("chunk_size", chunk_size)
         check_field("batching", batching)
-        check_field("micro_batch_size", micro_batch_size)
         check_field("capture", capture)
         objective = objective or NegativeElbo()
         if not isinstance(objective, Objective):
@@ -170,7 +173,7 @@ class VariationalStep(StepState):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Check a new value as that of the constructor, or refuse one that comes too late."""
-        if name in _READ_ONCE and name in vars(self):
+        if name in _READ_ONCE and "scalars" in vars(self):
             raise ConfigError(Fault(name, value, "a step reads it when it is made", "Make a new VariationalStep"))
         if name == "kl_weight":
             value = _checked_weight(value)
@@ -179,6 +182,10 @@ class VariationalStep(StepState):
             value = JobOptimizer.of(value, self.posterior, self.comm)
         elif name == "max_gradient_norm":
             check_field("optimizer.max_gradient_norm", value)
+        elif name == "micro_batch_size":
+            check_field(name, value)
+        elif name == "num_steps":
+            _STEPS.check(name, value)
         elif name == "num_train_examples":
             at_least(1, "Give the size of the training set").check(name, value)
         super().__setattr__(name, value)
@@ -259,7 +266,7 @@ class VariationalStep(StepState):
         """Begin a step and accumulate this rank's examples, in micro-batches where they are set. Collective as `accumulate_`."""
         self._phase = "idle"  # of a step that was given up
         x = _as_view(x)
-        _check_rows(x, y, weights)
+        _check_rows(x, y, weights, self.posterior.buffer.flat.device)
         for span, part in x.parts(self.micro_batch_size):
             of_part, is_last = None if weights is None else weights[span], span.stop == len(x)
             self.accumulate_(part, y[span], global_batch_size, is_last=is_last, weights=of_part)
@@ -281,7 +288,7 @@ class VariationalStep(StepState):
         posterior, comm = self.posterior, self.comm
         self._check()
         x = x if isinstance(x, SharedView) else _as_view(x)
-        _check_rows(x, y, weights)
+        _check_rows(x, y, weights, self.posterior.buffer.flat.device)
         if x.num_samples not in (None, self.num_samples):
             rule, remedy = f"the views are made for {x.num_samples} samples", "Make them for as many"
             raise ConfigError(Fault("num_samples", self.num_samples, rule, remedy))
@@ -297,6 +304,7 @@ class VariationalStep(StepState):
         if is_first:
             self._begin(x, y, samples, global_batch_size)
         else:
+            self.comparison.check_part_of(self.num_steps, global_batch_size)
             posterior.sampler.forget_()  # what a backward pass of the user has left in the weights
         kl = self._prior_share * is_last, self.kl_weight(self.num_steps) / self.num_train_examples
         given, y = y, self.data_term.begin_(x, y, kl, is_first)
@@ -709,12 +717,20 @@ def _as_view(x: Inputs | SharedView) -> SharedView:
     return view
 
 
-def _check_rows(x: SharedView, y: Tensor, weights: Tensor | None) -> None:
-    """Raise `ConfigError` where inputs, targets and weights are of different numbers of examples. Local."""
+def _check_rows(x: SharedView, y: Tensor, weights: Tensor | None, device: torch.device) -> None:
+    """Raise `ConfigError` where inputs, targets and weights are of different numbers of examples, or elsewhere. Local."""
     for name, tensor in (("y", y), *([] if weights is None else [("weights", weights)])):
         if not isinstance(tensor, Tensor):
             rule = "must be a tensor with one entry for each example on dim 0"
             raise ConfigError(Fault(name, f"of type {type(tensor).__name__}", rule, f"Give torch.as_tensor({name})"))
+        if tensor.layout is not torch.strided or tensor.is_complex():
+            remedy = f"Give torch.view_as_real({name})" if tensor.is_complex() else f"Give {name}.to_dense()"
+            rule = "must be a dense tensor of real numbers"
+            raise ConfigError(Fault(name, f"of {tensor.dtype}, {tensor.layout}", rule, remedy))
+        if tensor.device != device:
+            raise ConfigError(
+                Fault(name, f"on {tensor.device}", f"the weights are on {device}", f"Give {name}.to({str(device)!r})")
+            )
         if tensor.requires_grad:
             raise ConfigError(Fault(name, "with a graph", "a step trains the weights of the posterior only", _DETACH))
     if weights is not None and not (weights.shape == (len(x),) and weights.is_floating_point()):

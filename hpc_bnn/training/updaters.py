@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ from ..posteriors import Posterior
 from ..posteriors.select import shortened
 from .places import Leaf, Places
 from .reducer import Reducer, rows_of
+
+logger = logging.getLogger(__name__)
 
 ELEMENTWISE = ("Adam", "AdamW", "SGD", "RMSprop", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam", "Rprop", "ASGD")
 """Optimizers of torch that treat every number by itself, so that they may see parameters flat or in shares."""
@@ -50,6 +53,8 @@ class Updater:
         for group in groups:
             if group.get("maximize"):
                 raise ConfigError(Fault("maximize", True, "the objective is minimised", "Leave it out"))
+            if group.get("differentiable"):
+                raise ConfigError(Fault("differentiable", True, "nobody differentiates an update", "Leave it out"))
             for key, value in group.items():
                 is_decay = ("weight_decay" in key or key == "lambd") and not isinstance(value, bool) and value
                 if is_decay and any(map(self._has_prior, group["params"])):
@@ -100,7 +105,14 @@ class Updater:
             rule = f"{len(foreign)} of its parameters are not the posterior's: no rank sums their gradients or sets them to 0"
             remedy = "Put them into the network before the posterior is made, or give them an optimizer of their own"
             raise ConfigError(Fault("optimizer", type(self.optimizer).__name__, rule, remedy))
-        buffer = self.posterior.buffer
+        buffer, kind = self.posterior.buffer, type(self.optimizer)
+        flat = [slot for slot, parameter in buffer.parameters.items() if id(parameter) in updated]
+        is_known = any(base.__name__ in ELEMENTWISE for base in kind.__mro__)
+        if flat and not is_known and self.comm.grid.is_first("world"):
+            logger.warning(
+                "%s may look at whole tensors, as LAMB and Adafactor do, and posterior.%s is one tensor of all weights: if it does, make it "
+                "with posterior.weight_parameters()", kind.__name__, flat[0],
+            )  # fmt: skip
         for slot, parameter in buffer.parameters.items():
             weights = buffer.by_weight(slot)
             left = [name for name, p in weights.items() if id(p) not in updated and p.requires_grad]
@@ -143,8 +155,8 @@ class Updater:
             return f"{kind.__name__} cannot leave an update out by itself, as Adam, AdamW and SGD can"
         if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
             return "the optimizer has hooks"
-        if any(isinstance(group["lr"], Tensor) or group.get("differentiable") for group in groups):
-            return "the learning rate is a tensor, or the optimizer is differentiable"
+        if any(isinstance(group["lr"], Tensor) for group in groups):
+            return "the learning rate is a tensor"
         if like.device.type == "cuda" and like.dtype != torch.float32:
             return f"torch rounds the learning rate of {like.dtype} weights to float32 there"
         return None

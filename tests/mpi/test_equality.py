@@ -14,6 +14,7 @@ import hpc_bnn
 from hpc_bnn.config import AugmentationConfig, Config, ModelConfig
 from hpc_bnn.errors import RankError
 from hpc_bnn.run.experiment import check_same_start
+from hpc_bnn.training import equality
 from hpc_bnn.training.equality import NUM_PLACES
 
 NUM_EXAMPLES = 13
@@ -114,14 +115,22 @@ def test_other_settings_are_an_error_that_names_them_and_the_ranks(comm, name):
         step(*parts(comm), NUM_EXAMPLES)
 
 
-OF_ONE_RANK = {
+class OfDevice(torch.Tensor):
+    is_cpu = False
+
+
+OF_WEIGHTS = {
     "other weights are loaded": lambda step: step.posterior.module.load_state_dict(
         {name: value + 1 for name, value in step.posterior.module.state_dict().items()}
     ),
     "a weight is edited": lambda step: step.posterior.module[0].weight.data[1, 2].mul_(-1),
+    "all signs": lambda step: step.posterior.module[0].weight.data.neg_(),
     "the posterior's state is loaded": lambda step: step.posterior.load_state_dict(
         {name: value + 1 for name, value in step.posterior.state_dict().items()}
     ),
+}
+"""They are found before the next update."""
+OF_ONE_RANK = OF_WEIGHTS | {
     "a slot is frozen": lambda step: next(step.posterior.parameters()).requires_grad_(False),
     "gradients are clipped": lambda step: setattr(step, "max_gradient_norm", 1e-3),
     "options of the optimizer": lambda step: step.updater.optimizer.param_groups[0].update(betas=(0.5, 0.5)),
@@ -131,26 +140,32 @@ OF_ONE_RANK = {
 
 
 @pytest.mark.parametrize("family", ["mean_field", "ensemble"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("edit", OF_ONE_RANK)
-def test_what_one_rank_does_to_its_replica_after_the_first_step_is_an_error_on_all(comm, edit, family):
+def test_what_one_rank_does_to_its_replica_after_the_first_step_is_an_error_on_all(
+    comm, edit, dtype, family, monkeypatch
+):
     """At once, or once the update has made the parameters differ; the ranks go on together when they have the same again."""
     if comm.grid.world_size == 1 or (family == "ensemble" and comm.grid.data_size == 1):
         pytest.skip("nobody else has these parameters")
-    step, lr = make_step(comm, family=family), torch.tensor(1e-3)
+    if edit == "all signs":  # digests as on a GPU
+        bits = equality._bits
+        monkeypatch.setattr(equality, "_bits", lambda tensor: bits(tensor).as_subclass(OfDevice))
+    step, lr = make_step(comm, dtype, family), torch.tensor(1e-3)
     step.updater.optimizer.param_groups[0].update(lr=lr)
-    step(*parts(comm), NUM_EXAMPLES)
+    step(*parts(comm, dtype=dtype), NUM_EXAMPLES)
     state = {name: value.clone() for name, value in step.posterior.state_dict().items()}
     if is_odd(comm):
         OF_ONE_RANK[edit](step)
     with pytest.raises(RankError, match=r"the digest of the parameters is .* on rank .*broadcast_"):
-        for _ in range(2):
-            step(*parts(comm), NUM_EXAMPLES)
+        for _ in range(1 if edit in OF_WEIGHTS else 2):
+            step(*parts(comm, dtype=dtype), NUM_EXAMPLES)
     step.posterior.load_state_dict(state)
-    step(*parts(comm), NUM_EXAMPLES)
+    step(*parts(comm, dtype=dtype), NUM_EXAMPLES)
     step.comparison.looks = False
     if is_odd(comm):
         OF_ONE_RANK[edit](step)
-    step(*parts(comm), NUM_EXAMPLES)
+    step(*parts(comm, dtype=dtype), NUM_EXAMPLES)
 
 
 PREDICTED = {
