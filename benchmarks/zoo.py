@@ -634,18 +634,21 @@ def transformers_networks() -> dict[str, Callable[[], nn.Module]]:
         ("ImageClassification", "Dinov2"): {}, ("ImageClassification", "ViT"): {},
         ("ImageClassification", "ConvNextV2"): {"hidden_sizes": [8, 16, 16, 16], "depths": [1, 1, 1, 1]},
         ("ImageClassification", "ResNet"): {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"},
-        ("ImageClassification", "Swinv2"): {"embed_dim": 12, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4, "patch_size": 4},
+        ("ImageClassification", "Swinv2"): {"embed_dim": 12, "depths": [2, 2], "num_attention_heads": [2, 4], "window_size": 4, "patch_size": 4},
         ("ImageClassification", "MobileViT"): {"hidden_sizes": [16, 24, 32], "neck_hidden_sizes": [8, 8, 12, 16, 16, 16, 32]},
+        ("SemanticSegmentation", "Segformer"): {"hidden_sizes": [8, 16, 16, 16], "depths": [1] * 4, "num_attention_heads": [1, 2, 2, 2], "decoder_hidden_size": 16},
     }  # fmt: skip
 
     def make(task: str, name: str, more: dict) -> nn.Module:
-        config = getattr(transformers, f"{name}Config")(**(of_words if task[0] == "S" else of_images) | more)
+        config = getattr(transformers, f"{name}Config")(
+            **(of_words if task == "SequenceClassification" else of_images) | more
+        )
         return getattr(transformers, f"{name}For{task}")(config)
 
-    return {
-        name: lambda task=task, name=name, more=more: iter([(make(task, name, more), words() if task[0] == "S" else images(64))])
-        for (task, name), more in kinds.items()
-    }  # fmt: skip
+    def candidates(task: str, name: str, more: dict) -> Candidates:
+        yield make(task, name, more), words() if task == "SequenceClassification" else images(64)
+
+    return {name: lambda kind=(task, name, more): candidates(*kind) for (task, name), more in kinds.items()}
 
 
 def segmentation_networks() -> dict[str, Callable[[], nn.Module]]:
