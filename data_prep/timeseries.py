@@ -161,6 +161,16 @@ def parse_times(texts, options: argparse.Namespace) -> np.ndarray:
             f"{flag}: '{texts[row]}' in data row {row + 1} is no time of the format {given}. "
             f"Mend the row, or say how times are written by --time-format{suggest_formats(texts)}"
         )
+    first, last = times.min(), times.max()
+    if given in EPOCH and last.year > 2300:
+        rule = f"'{texts.iloc[-1]}' in the last row is of the year {times.iloc[-1].year} by {given}"
+        raise DataError(f"{flag}: {rule}. Give the unit of the numbers by --time-format{suggest_formats(texts)}")
+    is_early = given in EPOCH and given != "epoch-seconds" and last.year == 1970
+    if is_early or ("%y" in given and last > pandas.Timestamp.now(last.tz)):
+        logger.warning(
+            "%s: by %s the times are those from %s to %s. Are numbers in another unit, or years of two digits, which are "
+            "those of 1969 to 2068, older?", flag, given, first, last,
+        )  # fmt: skip
     if options.time_zone is not None:
         times = localise(flag, times, options.time_zone)
     times = times.dt.tz_localize(None).to_numpy("datetime64[us]")
@@ -207,8 +217,9 @@ def suggest_formats(texts) -> str:
     fitting = [
         form for form in FORMATS if pandas.to_datetime(texts, errors="coerce", format=form, utc=True).notna().all()
     ]
-    if len(fitting) == 0 and pandas.to_numeric(texts, errors="coerce").gt(1e8).all():
-        return ", such as epoch-seconds"
+    numbers = pandas.to_numeric(texts, errors="coerce")
+    if len(fitting) == 0 and numbers.gt(1e8).all():
+        return f", such as {list(EPOCH)[min(int(np.log10(numbers.max()) - 8) // 3, 3)]}"
     return f", such as {' or '.join(map(repr, fitting))}, which fit all rows" if fitting else ""
 
 

@@ -1,5 +1,6 @@
 """data_prep/tables.py: text as people have it is read right, or refused with the flag that says how it is written."""
 
+import contextlib
 import itertools
 import logging
 import re
@@ -456,14 +457,33 @@ def test_quarters(tmp_path, text):
     assert step.months == 3 and str(found.times[1]).startswith("1990-04-01")
 
 
-@pytest.mark.parametrize("unit, scale", [("seconds", 1), ("milliseconds", 1000)])
+UNITS = {"seconds": 1, "milliseconds": 10**3, "microseconds": 10**6, "nanoseconds": 10**9}
+
+
+@pytest.mark.parametrize("unit, scale", UNITS.items())
 def test_seconds_since_1970(tmp_path, unit, scale):
     truth = pandas.date_range("2024-01-01", periods=50, freq="h")
     texts = [int(time.timestamp()) * scale for time in truth]
-    with pytest.raises(DataError, match="--time-format, such as epoch-seconds"):
+    with pytest.raises(DataError, match=f"--time-format, such as epoch-{unit}"):
         series(tmp_path / "s.csv", texts)
     found, _ = series(tmp_path / "s.csv", texts, "--time-format", f"epoch-{unit}")
     np.testing.assert_array_equal(found.times, truth.to_numpy().astype(found.times.dtype))
+
+
+@pytest.mark.parametrize("given, held", list(itertools.permutations(UNITS, 2)))
+def test_numbers_of_another_unit_are_no_times(tmp_path, given, held, caplog):
+    texts = [(1_704_000_000 + 1_000_000 * k) * UNITS[held] for k in range(50)]
+    is_late = UNITS[held] > UNITS[given]
+    with pytest.raises(DataError, match="epoch") if is_late else contextlib.nullcontext():
+        series(tmp_path / "s.csv", texts, "--time-format", f"epoch-{given}")
+    assert is_late or "from 1970-01-" in caplog.text
+
+
+@pytest.mark.parametrize("year", [1955, 1975, 2015])
+def test_years_of_two_digits_that_become_the_future_are_said(tmp_path, year, caplog):
+    days = pandas.date_range(f"{year}-01-01", periods=50, freq="D")
+    series(tmp_path / "s.csv", days.strftime("%d.%m.%y").tolist(), "--time-format", "%d.%m.%y")
+    assert ("from 2055-01-01" in caplog.text) == (year < 1969)
 
 
 @pytest.mark.parametrize("zone", ["Europe/Berlin", "America/New_York", "Australia/Sydney"])
