@@ -285,6 +285,13 @@ def test_numbers_that_no_network_takes_are_refused(tmp_path, x, y, words):
     assert not (tmp_path / "manifest.json").exists()
 
 
+def test_relative_shards_are_looked_for_from_here(tmp_path, monkeypatch):
+    """Such as those of a run that was started in another directory."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=f"no shard directory.*name it as it is seen from {tmp_path}"):
+        ShardDataset("data/away", "train")
+
+
 ONES = np.ones((9, 1))
 
 

@@ -197,6 +197,7 @@ class Manifest:
         text = read_bytes(path, "the manifest")
         if text is None:
             why = "no shard directory. Write it with a script, for example python data_prep/digits.py --output DIR"
+            why += "" if Path(directory).is_absolute() else f", or name it as it is seen from {Path.cwd()}"
             if path.with_name(PREPARATION).exists():
                 why = "the preparation was interrupted. Run it again: it goes on where it stopped"
             if path.with_name(STAGED).exists():

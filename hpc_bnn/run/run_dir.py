@@ -62,7 +62,10 @@ class RunDir:
 
         `ConfigError` if another process has it or it holds other things than a run, `DataError` if it is unreadable.
         """
-        names = {name for name in names_in(self.path) if not is_leftover(name, _TEMPORARY)}
+        try:
+            names = {name for name in names_in(self.path) if not is_leftover(name, _TEMPORARY)}
+        except NotADirectoryError as error:
+            raise ConfigError(Fault("run_dir", self.path, "a file has this name", "Name a new directory")) from error
         if names - {LOCK} and not names & {RUN_FILE, CONFIG, *(["checkpoints"] if resumes else [])}:
             raise ConfigError(Fault("run_dir", self.path, "it holds files, but no run", "Name a new directory"))
         if not self.path.exists():
