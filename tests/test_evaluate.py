@@ -18,6 +18,7 @@ from hpc_bnn import (
     Gaussian,
     Grid,
     GridComm,
+    Implicit,
     MeanFieldGaussian,
     Poisson,
     ShardDataset,
@@ -324,6 +325,29 @@ def test_metrics_of_numbers_equal_the_references_on_gathered_predictions(tmp_pat
     assert got["calibration_error"] == pytest.approx(np.abs(reached - levels).mean(), rel=1e-9)
     histogram = np.histogram(cdf, bins=np.linspace(0, 1, 21), weights=spans)[0]
     np.testing.assert_allclose(evaluation.curves["pit"], histogram / spans.sum(), atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "least"), [(Implicit(3), 0.0), (Poisson(3), 0.9), (Bernoulli(3), 0.9), (Gaussian(3, 1.0), 0.8)]
+)
+def test_coverage_is_that_of_the_intervals_that_are_predicted(likelihood, least):
+    """Few members hold less than a level says, counts more: the PIT has the level in each case, the interval not."""
+    with Key(0, Stream.INIT).global_generator():
+        posterior = MeanFieldGaussian(nn.Linear(3, 3).double(), init_std=0.3)
+        x = torch.randn(200, 3, dtype=torch.float64)
+    options = {"num_samples": 5, "seed": 3}
+    draws = predict_values(posterior, likelihood, GridComm(Grid()), x, keep_members=True, **options)
+    y = {Poisson: draws.mean.round(), Bernoulli: (draws.mean > 0.5).double()}.get(type(likelihood), draws.mean.clone())
+    y[::3] += 9 * (least == 0)
+    source = TensorSource(x, y).on("cpu", torch.float64)
+    found = evaluate_dataset(posterior, likelihood, GridComm(Grid()), source, **options)
+    for percent, level in evaluate.INTERVALS.items():
+        low, high = (draws.quantile((1 + side * level) / 2) for side in (-1, 1))
+        inside = ((low <= y) & (y <= high)).double().mean(0)
+        assert found.metrics[f"coverage_{percent}"] == pytest.approx(inside.mean().item(), rel=1e-12)
+        assert found.metrics[f"width_{percent}"] == pytest.approx((high - low).mean().item(), rel=1e-12)
+        assert found.curves["channels"][f"coverage_{percent}"] == pytest.approx(inside.tolist(), rel=1e-12)
+    assert least <= found.metrics["coverage_95"] and (found.metrics["coverage_95"] < 0.7) == (least == 0)
 
 
 def average_of_each(values, weights):

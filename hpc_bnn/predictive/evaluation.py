@@ -572,7 +572,7 @@ class _ValueScores(_Scores):
         roots = {name: channel_mean(is_root=True) for name in ("rmse", "spread")}
         means = {name: channel_mean() for name in ("mae", "crps", "fair_crps")}
         nll = {"nll": ExampleMean()} if likelihood.has_density and group.places is None else {}
-        widths = {f"width_{name}": channel_mean() for name in INTERVALS}
+        widths = {f"{of}_{name}": channel_mean() for of in ("width", "coverage") for name in INTERVALS}
         theirs = {f"{name}/rmse": channel_mean(is_root=True) for name in self._references}
         theirs |= {f"{name}/crps": channel_mean() for name in self._references}
         ends = ("interval_coverage", "interval_width") if self._calibration is not None else ()
@@ -630,12 +630,12 @@ class _ValueScores(_Scores):
         for name, level in INTERVALS.items():
             low, high = (mixture.quantile(end) for end in ((1 - level) / 2, (1 + level) / 2))
             add(f"width_{name}", high - low)
+            add(f"coverage_{name}", ((low <= of_own) & (of_own <= high)).double())
 
     def compute_of(self, metrics: dict[str, Any]) -> dict[str, float]:
         values = super().compute_of(metrics)
         values["spread_skill"] = values.pop("spread") / values["rmse"] if values["rmse"] else math.nan
         values["calibration_error"] = values.pop("pit")
-        values |= {f"coverage_{name}": metrics["pit"].coverage(level) for name, level in INTERVALS.items()}
         for name, reference in itertools.product(("rmse", "crps"), self._references):
             values[f"{name}_skill/{reference}"] = _skill(values[name], values[f"{reference}/{name}"])
         return {name: value for name, value in values.items() if math.isfinite(value) or name == "nll"}

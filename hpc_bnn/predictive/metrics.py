@@ -18,7 +18,7 @@ NUM_BINS = 15
 """Bins of the confidence in calibration errors."""
 
 NUM_PIT_BINS = 200
-"""Bins of the PIT; central intervals of 50, 90 and 95 % end at their edges."""
+"""Bins of the PIT."""
 
 
 class Metric:
@@ -235,8 +235,7 @@ class ChannelMean(Metric):
 class PitHistogram(Metric):
     """Histogram of the probability integral transform: the positions of observations in their predictives.
 
-    Coverage of central intervals and calibration follow from it, because the edges of the bins hold all levels. The
-    weights are as for `ChannelMean`.
+    Calibration follows from it, because the edges of the bins hold all levels. The weights are as for `ChannelMean`.
     """
 
     def __init__(self, weights: Tensor):
@@ -269,11 +268,6 @@ class PitHistogram(Metric):
         """
         level = torch.arange(1, NUM_PIT_BINS, dtype=torch.float64, device=self.sums.device) / NUM_PIT_BINS
         return (self.fractions.cumsum(0)[:-1] - level).abs().mean()
-
-    def coverage(self, level: float) -> float:
-        """Return the fraction of observations in the central interval of a level, such as 0.9."""
-        skipped = round((1 - level) / 2 * NUM_PIT_BINS)
-        return (self.sums[skipped : NUM_PIT_BINS - skipped].sum() / self.sums.sum()).item()
 
     def curve(self) -> list[float]:
         """Return the fractions of 20 coarser bins; each is 1/20 if calibration is perfect."""
