@@ -55,7 +55,7 @@ def _named(default: str, words: Any) -> Any:
     """Return a field that takes words, or the import path of something of the user's."""
     names = get_args(words)
     rule = f"one of {', '.join(names)}, or package.module.name"
-    return _ruled(default, Rule(lambda name: name in names or "." in name, rule, f"Try {default}"))
+    return _ruled(default, Rule(lambda name: name in names or "." in str(name), rule, f"Try {default}"))
 
 
 @dataclass

@@ -408,7 +408,11 @@ class _Score(Gathered):
         self.fairness = fairness
         self.weights: Tensor | None = None
         if weights is not None:
-            numbers = np.array(weights.numpy(force=True) if isinstance(weights, Tensor) else weights, dtype=np.float64)
+            try:
+                given = weights.numpy(force=True) if isinstance(weights, Tensor) else weights
+                numbers = np.ma.array(given, dtype=np.float64).filled(math.nan)
+            except (TypeError, ValueError):  # words, or rows of several lengths
+                numbers = np.array(math.nan)
             if not (np.isfinite(numbers).all() and (numbers >= 0).all() and numbers.any()):
                 given, rule = f"of shape {list(numbers.shape)}", "must be finite, 0 or more, and not all 0"
                 raise ConfigError(Fault("objective.weights", given, rule, "Use cos(latitude)"))

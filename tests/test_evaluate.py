@@ -1,5 +1,6 @@
 """The predictive in one process, against references."""
 
+import functools
 import math
 
 import numpy as np
@@ -29,6 +30,7 @@ from hpc_bnn import (
 )
 from hpc_bnn.errors import DataError
 from hpc_bnn.noise import Key, Stream
+from hpc_bnn.predictive import calibrate_dataset
 from hpc_bnn.predictive import evaluation as evaluate
 from hpc_bnn.predictive.evaluation import evaluate_dataset, out_of_distribution_metrics, predict_classes
 from hpc_bnn.predictive.metrics import adaptive_calibration_error, area_under_risk_coverage, risk_coverage
@@ -229,6 +231,17 @@ def test_a_target_that_nothing_has_is_found_wherever_it_stands(kind, where):
         source = TensorSource(torch.randn(40, 2), wrong, likelihood.num_classes)
         with pytest.raises(DataError, match=rf"a target is {value:g}, and the likelihood"):
             evaluate_dataset(posterior, likelihood, GridComm(Grid()), source, num_samples=2)
+        if not likelihood.num_classes:
+            with pytest.raises(DataError, match=rf"a target is {value:g}, and the likelihood"):
+                predict_values(posterior, likelihood, GridComm(Grid()), torch.randn(40, 2), wrong, num_samples=2)
+
+
+@pytest.mark.parametrize("judge", [evaluate_dataset, functools.partial(calibrate_dataset, level=0.5)])
+def test_probabilities_of_classes_have_a_loss_and_no_metrics(judge):
+    likelihood, y, _ = MISFITS["probabilities"]
+    with pytest.raises(DataError, match=r"probabilities of classes, .* Give y.argmax\(1\)"):
+        source = TensorSource(torch.randn(40, 2), y)
+        judge(MeanFieldGaussian(nn.Linear(2, 3)), likelihood, GridComm(Grid()), source, num_samples=2)
 
 
 @pytest.mark.parametrize("micro_batch_size", [None, 3])

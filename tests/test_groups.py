@@ -210,6 +210,17 @@ def test_the_edges_of_a_box_belong_to_it(step, make, first):
         ((), {"sea": np.zeros((3, 4))}, "--regions sea: it holds no point"),
         ((), {"sea": (10, 20, 0, 5)}, "--regions sea: it holds no point"),
         ((), {"sea": np.ones(4)}, r"--regions sea: its mask is \[4\]"),
+        ((), {"sea": np.where(np.eye(3, 4), np.nan, 1)}, "--regions sea: its mask has places that are NaN"),
+        (
+            (),
+            {"sea": np.ma.masked_array(np.ones((3, 4)), np.eye(3, 4))},
+            "--regions sea: its mask has places that are NaN",
+        ),
+        (
+            (),
+            {"sea": np.full((3, 4), "no")},
+            "--regions sea: its mask has places that are NaN, masked or words. Write 1",
+        ),
     ],
 )
 def test_groups_that_are_none_are_named(shards, by, regions, words):
@@ -238,6 +249,28 @@ def test_times_of_another_form_are_no_groups(tmp_path, text, by):
 def test_regions_that_are_none_are_named(text):
     with pytest.raises(ConfigError, match="must be NAME=SOUTH,NORTH,WEST,EAST"):
         parse_regions([text])
+
+
+def test_what_stands_twice_is_one_grouping_and_no_two_regions(shards):
+    data, comm = ShardDataset(shards[0], "test"), GridComm(Grid())
+    found = [
+        [(group.grouping, group.label) for group in find_groups(comm, data, by)]
+        for by in (["station", "hour"] * 2, "hour")
+    ]
+    assert len(found[0]) == len(set(found[0])) and found[1] == [name for name in found[0] if name[0] == "hour"]
+    with pytest.raises(ConfigError, match=r"--regions a=0,1,0,1: a stands twice. Give each"):
+        parse_regions(["a=1,2,3,4", "b=1,2,3,4", "a=0,1,0,1"])
+
+
+@pytest.mark.parametrize("names", [["nothing"], "climatology", ["persistence", "Climatology"]])
+def test_references_that_are_none_are_named(shards, names):
+    """They would be left out in silence."""
+    with pytest.raises(
+        ConfigError, match=f"^references {names if isinstance(names, str) else names[-1]}: must be names among"
+    ):
+        evaluate_dataset(
+            None, Gaussian(), GridComm(Grid()), ShardDataset(shards[0], "test"), references=names, num_samples=2
+        )
 
 
 def test_a_mask_that_cannot_be_read_is_named(tmp_path):

@@ -157,7 +157,14 @@ def test_a_learned_scale_of_other_targets_is_an_error_with_the_remedy():
         likelihood.mean(likelihood.wrap(nn.Linear(3, 5))(torch.ones(4, 3)))
 
 
-@pytest.mark.parametrize("make", [lambda: Gaussian(2, scale=0.0), lambda: StudentT(2, df=-1.0), lambda: Gaussian(0)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Gaussian(2, scale=0.0),
+        lambda: StudentT(2, df=-1.0),
+        *(lambda kind=kind, n=n: kind(n) for kind in (Gaussian, Categorical) for n in (0, -1, 1.5, 2.0, "3", None)),
+    ],
+)
 def test_what_cannot_be_is_refused(make):
     with pytest.raises(ConfigError):
         make()

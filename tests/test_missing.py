@@ -15,6 +15,7 @@ import hpc_bnn
 from hpc_bnn import (
     Bernoulli,
     Categorical,
+    Crps,
     Examples,
     Gaussian,
     Grid,
@@ -202,6 +203,12 @@ def test_what_a_numpy_array_masks_is_missing(tmp_path, streamed):
     stations = {"train": {"station": classes}}
     with pytest.raises(DataError, match="station is masked in 2 places"):
         write_shards(tmp_path / "station", splits(x, y), missing_targets=True, coordinates=stations, **FACTS)
+    weights = np.ma.masked_less(np.arange(1.0, 1 + y.shape[1]), 1.5)
+    with pytest.raises(DataError, match="target_weights must be finite"):
+        write_shards(tmp_path / "w", splits(x, y), missing_targets=True, target_weights=weights, **FACTS)
+    for given in (weights, "cos", [[1.0], [1.0, 2.0]]):
+        with pytest.raises(ConfigError, match=r"^weights .*: must be finite"):
+            Crps(weights=given)
 
 
 @pytest.mark.parametrize("ids", [True, "tokens", ["tokens"]], ids=str)

@@ -1,7 +1,10 @@
 """What a user can get wrong with a family, a posterior, a step or a checkpoint: it is followed, or it is an error."""
 
+import dataclasses
+import math
 import re
 
+import numpy as np
 import pytest
 import torch
 from stepping import keyed
@@ -13,9 +16,11 @@ from hpc_bnn import (
     Gaussian,
     Grid,
     GridComm,
+    Implicit,
     MeanFieldGaussian,
     NegativeElbo,
     OverlappingOptimizer,
+    Poisson,
     VariationalStep,
 )
 from hpc_bnn.capabilities import Capabilities
@@ -496,19 +501,36 @@ def test_what_a_posterior_is_made_of_is_checked(make, message):
 
 
 @pytest.mark.parametrize(
-    "predict, likelihood, posterior, num_samples, message",
+    "predict, likelihood, posterior, options, message",
     [
-        (predict_classes, Categorical(3), make_net(), 4, "posterior of another kind.*MeanFieldGaussian"),
-        (predict_classes, Categorical(3), None, 0, "num_samples 0: must be a whole number"),
-        (predict_values, Gaussian(3, 1.0), None, 2.5, "num_samples 2.5: must be a whole number"),
-        (predict_classes, Gaussian(3, 1.0), None, 4, "likelihood Gaussian: .*predict_values"),
-        (predict_values, Categorical(3), None, 4, "likelihood Categorical: .*predict_classes"),
+        (predict_classes, Categorical(3), make_net(), {}, "posterior of another kind.*MeanFieldGaussian"),
+        (predict_classes, Categorical(3), None, {"num_samples": 0}, "num_samples 0: must be a whole number"),
+        (predict_values, Gaussian(3, 1.0), None, {"num_samples": 2.5}, "num_samples 2.5: must be a whole number"),
+        (predict_classes, Gaussian(3, 1.0), None, {}, "likelihood Gaussian: .*predict_values"),
+        (predict_values, Categorical(3), None, {}, "likelihood Categorical: .*predict_classes"),
+        (predict_classes, Categorical(3), None, {"batch_size": 0}, "batch_size 0: must be a whole number"),
+        (predict_values, Gaussian(3, 1.0), None, {"batch_size": -1}, "batch_size -1: must be a whole number"),
+        (predict_values, Gaussian(3, 1.0), None, {"chunk_size": "auto"}, "chunk_size auto: must be a whole number"),
+        (predict_values, Gaussian(3, 1.0), None, {"y": np.ones((6, 3))}, r"y of another kind.*torch.as_tensor\(y\)"),
     ],
 )
-def test_what_a_predictive_is_made_of_is_checked(predict, likelihood, posterior, num_samples, message):
+def test_what_a_predictive_is_made_of_is_checked(predict, likelihood, posterior, options, message):
     posterior = posterior or MeanFieldGaussian(make_net())
     with pytest.raises(ConfigError, match=f"^{message}"):
-        predict(posterior, likelihood, GridComm(Grid()), batch()[0], num_samples=num_samples)
+        predict(posterior, likelihood, GridComm(Grid()), batch()[0], **{"num_samples": 4, **options})
+
+
+@pytest.mark.parametrize("likelihood", [Gaussian(3, 1.0), Implicit(3), Poisson(3)])
+def test_levels_of_quantiles_are_between_0_and_1(likelihood):
+    """50 is no level: of members it would be the largest, of a Gaussian NaN."""
+    options = {"num_samples": 4, "keep_members": True}
+    found = predict_values(MeanFieldGaussian(make_net()), likelihood, GridComm(Grid()), batch()[0], **options)
+    for level in (50, -0.1, math.nan, "0.5", [0.1, 0.2]):
+        with pytest.raises(ConfigError, match=r"^level .*: must be a number between 0 and 1"):
+            found.quantile(level)
+    assert torch.equal(found.quantile(0.5), found.quantile(torch.tensor(0.5)))
+    with pytest.raises(ConfigError, match=r"^quantile 0.5: .*keep_members=True"):
+        dataclasses.replace(found, mixture=None).quantile(0.5)
 
 
 @pytest.mark.parametrize("name", ["y", "weights"])

@@ -451,6 +451,13 @@ def test_levels_come_as_numbers_of_any_kind(numbers_run, numbers, levels):
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
+def test_quantiles_that_a_likelihood_does_not_have_are_not_left_out_in_silence(numbers_run):
+    predictor = hpc_bnn.load(numbers_run)
+    predictor.likelihood = hpc_bnn.Likelihood()
+    with pytest.raises(ConfigError, match=r"^quantiles .* Likelihood has no quantiles"):
+        predictor.predict(np.zeros(1), quantiles=[0.5])
+
+
 def train_an_epoch(directory, *more):
     """Train on DIRECTORY/shards into DIRECTORY/run."""
     words = ["train", "--data.shards", str(directory / "shards"), "--run_dir", str(directory / "run")]

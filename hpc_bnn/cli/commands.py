@@ -264,7 +264,7 @@ def _open_run(options: jsonargparse.Namespace, given: set[str]) -> Experiment:
 
 
 def _evaluate(options: jsonargparse.Namespace, given: set[str]) -> int:
-    from ..predictive import REFERENCES, out_of_distribution_metrics, parse_regions
+    from ..predictive import check_references, out_of_distribution_metrics, parse_regions
     from ..run import read_calibration, read_or_prepare
 
     experiment, calibration, ood = _open_run(options, given), None, {}
@@ -279,9 +279,7 @@ def _evaluate(options: jsonargparse.Namespace, given: set[str]) -> int:
     by, references = ([w.strip() for w in options[flag].split(",") if w.strip()] for flag in ("by", "references"))
     with experiment.comm.agree("reading --regions"):
         regions = parse_regions([text.strip() for text in options.regions.split(";") if text.strip()])
-        for name in references:
-            if name not in REFERENCES:
-                raise ConfigError(Fault("--references", name, f"must be one of {', '.join(REFERENCES)}", "Choose one"))
+        check_references(references)
     with experiment.watch:
         dataset = experiment.open(experiment.config.data.test_split)
         tested = experiment.evaluate(dataset, by, regions, references, calibration)

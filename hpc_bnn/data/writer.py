@@ -393,7 +393,7 @@ def _look(
 def _check_weights(weights: np.ndarray | None, y: ArraySpec) -> None:
     if weights is None:
         return
-    weights = np.asarray(weights)
+    weights = np.asarray(without_mask("target_weights", weights))
     try:
         np.broadcast_to(weights, y.shape)
     except ValueError:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, DataError, Fault, at_least
+from ..errors import ConfigError, DataError, Fault, count
 from .mixtures import Mixture
 
 
@@ -46,7 +46,7 @@ class Likelihood:
     """Whether NaN stands for a missing target."""
 
     def __init__(self, num_targets: int = 1, *, missing_targets: bool = False):
-        at_least(1, "Count the targets").check("num_targets", num_targets)
+        count("Count the targets").check("num_targets", num_targets)
         self.num_targets = self.num_outputs = num_targets
         self.missing_targets = missing_targets
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..errors import ConfigError, Fault
+from ..errors import ConfigError, Fault, count
 from .base import Likelihood, sum_targets
 from .mixtures import BernoulliMixture, Mixture
 
@@ -28,6 +28,7 @@ class Categorical(Likelihood):
 
     def __init__(self, num_classes: int, *, ignore_index: int | None = None):
         super().__init__()
+        count("Count the classes").check("num_classes", num_classes)
         self.num_classes = self.num_outputs = num_classes
         self.ignore_index = ignore_index
         if ignore_index is not None and (not isinstance(ignore_index, int) or 0 <= ignore_index < num_classes):

@@ -22,7 +22,7 @@ from .evaluation import (
     score_dataset,
     uncertainties_of_dataset,
 )
-from .groups import REFERENCES, Group, find_groups, parse_regions
+from .groups import REFERENCES, Group, check_references, find_groups, parse_regions
 from .predictive import (
     ClassPredictive,
     Predictive,
@@ -35,6 +35,6 @@ from .predictive import (
 
 __all__ = [
     "INTERVALS", "NOISE_FACTORS", "REFERENCES", "SETS", "TEMPERATURES", "Block", "Calibration", "ClassPredictive", "Evaluation", "Group", "Predictive", "ValuePredictive", "block_size", "calibrate_dataset",
-    "check_methods", "check_up", "evaluate_dataset", "find_groups", "is_of_classes", "log_of", "mean_network", "member_outputs", "metrics_to_minimise", "out_of_distribution_metrics", "parse_regions", "predict_classes", "predict_dataset", "predict_values",
+    "check_methods", "check_references", "check_up", "evaluate_dataset", "find_groups", "is_of_classes", "log_of", "mean_network", "member_outputs", "metrics_to_minimise", "out_of_distribution_metrics", "parse_regions", "predict_classes", "predict_dataset", "predict_values",
     "score_dataset", "uncertainties_of_dataset",
 ]  # fmt: skip

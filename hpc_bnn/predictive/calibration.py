@@ -20,7 +20,7 @@ from ..errors import ConfigError, DataError, Fault, above_and_below, at_least
 from ..likelihoods import Likelihood
 from ..likelihoods.mixtures import GaussianMixture, Mixture
 from ..posteriors import Posterior
-from .evaluation import Block, See, predict_dataset
+from .evaluation import Block, See, check_classes, predict_dataset
 from .predictive import ClassPredictive, Predictive, Share, ValuePredictive, examples_of, is_of_classes
 
 logger = logging.getLogger(__name__)
@@ -367,6 +367,7 @@ def calibrate_dataset(
         rule = "calibration needs classes, or numbers with quantiles"
         raise ConfigError(Fault("likelihood.name", type(likelihood).__name__, rule, "Use another likelihood"))
     check_methods(likelihood, scaling, score, penalty, free_rank)
+    check_classes(likelihood, dataset)
     fault: DataError | None = None
     noise: list[tuple[Any, Tensor, Tensor, Tensor]] = []
     num_points = len(dataset if examples is None else examples) * math.prod(places)

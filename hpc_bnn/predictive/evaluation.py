@@ -18,7 +18,7 @@ from ..errors import ConfigError, DataError, Fault
 from ..likelihoods import Likelihood
 from ..posteriors import Posterior
 from ..trees import rows_of
-from .groups import ALL, Climatology, Group, persistence
+from .groups import ALL, Climatology, Group, check_references, persistence
 from .metrics import (
     ChannelMean,
     ClassOverlaps,
@@ -112,7 +112,8 @@ def predict_dataset(
             predictive = predict_classes(posterior, likelihood, comm, x, **options)
         else:
             options |= {"keep_log_probs": keep_log_probs, "keep_share": keep_share}
-            predictive = predict_values(posterior, likelihood, comm, x, y if with_targets else None, **options)
+            fits = with_targets and bool(likelihood.fits(y).all())  # else the caller says it, on all ranks
+            predictive = predict_values(posterior, likelihood, comm, x, y if fits else None, **options)
             if dataset.target_scale:
                 predictive = predictive.in_units(*dataset.target_scale, likelihood.present(y) if with_targets else None)
             if with_targets:
@@ -121,6 +122,14 @@ def predict_dataset(
 
 
 # --- evaluation ------------------------------------------------------------------------------------------
+
+
+def check_classes(likelihood: Likelihood, dataset: Source) -> None:
+    """Raise `DataError` where the targets of a data set are probabilities of classes, which a loss takes alone. Local."""
+    dtype = dataset.manifest.arrays["y"].dtype
+    if is_of_classes(likelihood) and "float" in dtype:
+        rule = f"the targets of {dataset.manifest.name} are {dtype}: probabilities of classes"
+        raise DataError(f"{rule}, and metrics compare with one class for each example. Give y.argmax(1)")
 
 
 See = Callable[[Tensor, Any, Tensor], None]
@@ -181,6 +190,8 @@ def evaluate_dataset(
         ``num_samples``, ``seed``, ``batch_size`` and ``chunk_size`` of `predict_classes`.
     """
     climatology = None
+    check_references(references)
+    check_classes(likelihood, dataset)
     if references and is_of_classes(likelihood):
         rule = "forecasts of numbers are compared with these, and the targets are classes"
         raise ConfigError(Fault("--references", " ".join(references), rule, "Leave it out"))

@@ -60,7 +60,7 @@ def find_groups(
     It raises `ConfigError` where the data set has no such coordinate or points, or a region holds none of them.
     """
     groups = []
-    for name in by:
+    for name in dict.fromkeys([by] if isinstance(by, str) else by):
         if name == "horizon":
             groups += _of_horizon(dataset)
             continue
@@ -124,10 +124,16 @@ def _region(dataset: Source, name: str, given: Any) -> Group:
         in_longitude = (axes[1] - west + slack[1]) % 360 <= width + 2 * slack[1]
         mask = ((axes[0] >= south - slack[0]) & (axes[0] <= north + slack[0]))[:, None] & in_longitude
     else:
-        mask = np.asarray(given)
+        given = np.ma.asarray(given)
+        mask = (
+            given.astype(np.float64).filled(math.nan) if given.dtype.kind in "biuf" else np.full(given.shape, math.nan)
+        )
         if mask.shape != tuple(places):
             rule = f"its mask is {list(mask.shape)}, and a target has the points {list(places)}"
             raise ConfigError(Fault("--regions", name, rule, "Give a mask of these points, or SOUTH,NORTH,WEST,EAST"))
+        if np.isnan(mask).any():
+            rule = "its mask has places that are NaN, masked or words"
+            raise ConfigError(Fault("--regions", name, rule, "Write 1 where a point belongs to it, and 0 where not"))
     inside = np.flatnonzero(mask)
     if not len(inside):
         remedy = "Look at its edges: degrees north, east"
@@ -140,6 +146,8 @@ def parse_regions(texts: Sequence[str]) -> dict[str, Any]:
     regions: dict[str, Any] = {}
     for text in texts:
         name, _, given = text.partition("=")
+        if name in regions:
+            raise ConfigError(Fault("--regions", text, f"{name} stands twice", "Give each region a name of its own"))
         if given.endswith(".npy"):
             try:
                 regions[name] = np.load(Path(given), allow_pickle=False)
@@ -158,6 +166,14 @@ def parse_regions(texts: Sequence[str]) -> dict[str, Any]:
 
 
 # --- forecasts to compare with ---------------------------------------------------------------------------
+
+
+def check_references(names: Sequence[str]) -> None:
+    """Raise `ConfigError` where one of these is no forecast to compare with. Local."""
+    for name in [names] if isinstance(names, str) else names:
+        if name not in REFERENCES or name is names:
+            rule = f"must be names among {', '.join(REFERENCES)}"
+            raise ConfigError(Fault("--references", name, rule, "Give a list of them", "references"))
 
 
 def persistence(dataset: Source, x: Any, like: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..comm import GridComm
-from ..errors import ConfigError, Fault, RankError, check_kind, count
+from ..errors import ConfigError, Fault, RankError, check_kind, count, number
 from ..grid import share
 from ..likelihoods import Categorical, Likelihood
 from ..likelihoods.mixtures import GaussianMixture, Mixture
@@ -109,9 +109,13 @@ class ValuePredictive:
 
         With `share` collective over ``sample_comm``: a gather of one number for each target. Otherwise local, with `mixture`.
         """
+        level = level.item() if isinstance(level, Tensor) and level.numel() == 1 else level
+        number(lambda value: 0 <= value <= 1, "a number between 0 and 1", "Try 0.05").check("level", level)
         if self.share is not None:
             return self.share.shares.join(self.share.mixture.quantile(level))
-        assert self.mixture is not None, "one of them was asked for, and is here"
+        if self.mixture is None:
+            rule = "the distributions of the samples were not kept, or are not on this rank, or the likelihood has none"
+            raise ConfigError(Fault("quantile", level, rule, "Predict with keep_members=True or keep_share=True"))
         return self.mixture.quantile(level)
 
     @property
@@ -177,6 +181,8 @@ def member_outputs(
     """
     check_kind("posterior", posterior, Posterior, "Make it of the network: hpc_bnn.MeanFieldGaussian(net)")
     count("Try 64").check("num_samples", num_samples)
+    count("Try 1024").check("batch_size", batch_size)
+    count("Try 1").check("chunk_size", chunk_size)
     key, views, is_first = Key(seed, Stream.PREDICTION), SharedView(x), comm.grid.is_first("world")
     mine = comm.grid.local_samples(num_samples)
     posterior.check_num_samples(num_samples, mine)
@@ -352,7 +358,11 @@ def predict_values(
     if is_of_classes(likelihood):
         rule = "its targets are classes, which have no mean"
         raise ConfigError(Fault("likelihood", type(likelihood).__name__, rule, "Use predict_classes"))
+    if y is not None:
+        check_kind("y", y, Tensor, "Give torch.as_tensor(y)")
     _check_equal(posterior, comm, x, y, num_samples=num_samples, seed=seed)
+    if y is not None:
+        likelihood.check_targets(y)
     moments, density = Moments(num_samples), LogMeanExp(num_samples)
     kept, log_probs, divided = [], [], _Divided(comm, num_samples)
     for samples, members in member_outputs(posterior, comm, x, num_samples, seed, batch_size, chunk_size):

@@ -137,7 +137,10 @@ class Predictor:
             The calibration cannot be read.
         """
         experiment = self.experiment
-        quantiles = check_levels(quantiles, self.likelihood, "quantiles")
+        wanted, quantiles = quantiles, check_levels(quantiles, self.likelihood, "quantiles")
+        if np.size(wanted) and not quantiles:
+            rule = f"the likelihood {type(self.likelihood).__name__} has no quantiles"
+            raise ConfigError(Fault("quantiles", wanted, rule, "Leave them out, or give it a `mixture`"))
         source = self.source(x)
         options: dict[str, Any] = samples_of(experiment, num_samples)
         count("Try 1024").check("batch_size", batch_size)
