@@ -147,7 +147,8 @@ def write_shards(
         ids = tuple(ids) if isinstance(ids, Iterable) and not isinstance(ids, str) else (ids,)
         num_classes, ignore_index = _whole("num_classes", num_classes), _whole("ignore_index", ignore_index)
         examples_per_shard = _whole("examples_per_shard", examples_per_shard)
-        details, key = _as_json("details", details or {}), _as_json("key", key)
+        details = _as_json("details", details or {})
+        key = _as_json("key", key)
         missing_targets = bool(missing_targets)
         if isinstance(compression, str) and compression not in h5py.filters.encode:
             raise ConfigError(Fault("compression", compression, "h5py has no such filter", "Try gzip"))

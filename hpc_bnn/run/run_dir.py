@@ -62,10 +62,9 @@ class RunDir:
 
         `ConfigError` if another process has it or it holds other things than a run, `DataError` if it is unreadable.
         """
-        try:
-            names = {name for name in names_in(self.path) if not is_leftover(name, _TEMPORARY)}
-        except NotADirectoryError as error:
-            raise ConfigError(Fault("run_dir", self.path, "a file has this name", "Name a new directory")) from error
+        if self.path.is_file():
+            raise ConfigError(Fault("run_dir", self.path, "a file has this name", "Name a new directory"))
+        names = {name for name in names_in(self.path) if not is_leftover(name, _TEMPORARY)}
         if names - {LOCK} and not names & {RUN_FILE, CONFIG, *(["checkpoints"] if resumes else [])}:
             raise ConfigError(Fault("run_dir", self.path, "it holds files, but no run", "Name a new directory"))
         if not self.path.exists():
