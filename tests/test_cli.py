@@ -201,7 +201,7 @@ def test_wrong_requests_are_named_and_nothing_is_written(digits, tmp_path, flags
 def test_a_run_needs_a_directory(digits, tmp_path, name, capsys):
     (tmp_path / "file").touch()
     assert train(digits, tmp_path / name) == 2
-    assert "a file has this name. Name a new directory" in capsys.readouterr().err
+    assert f"{tmp_path / 'file'} is a file. Name a new directory" in capsys.readouterr().err
 
 
 def test_unknown_keys_wrong_types_and_broken_rules_are_named_all_at_once(tmp_path, capsys):

@@ -62,8 +62,9 @@ class RunDir:
 
         `ConfigError` if another process has it or it holds other things than a run, `DataError` if it is unreadable.
         """
-        if self.path.is_file():
-            raise ConfigError(Fault("run_dir", self.path, "a file has this name", "Name a new directory"))
+        file = next((path for path in (self.path, *self.path.parents) if path.is_file()), None)
+        if file is not None:
+            raise ConfigError(Fault("run_dir", self.path, f"{file} is a file", "Name a new directory"))
         names = {name for name in names_in(self.path) if not is_leftover(name, _TEMPORARY)}
         if names - {LOCK} and not names & {RUN_FILE, CONFIG, *(["checkpoints"] if resumes else [])}:
             raise ConfigError(Fault("run_dir", self.path, "it holds files, but no run", "Name a new directory"))
