@@ -142,9 +142,11 @@ def at_least(least: int, remedy: str, text: str = "") -> Rule:
     return number(lambda value: least <= value < math.inf, text, remedy)
 
 
-def count(remedy: str) -> Rule:
+def count(remedy: str, least: int = 1) -> Rule:
     """Return the rule of a whole number of things, of any type that counts (NumPy's, too)."""
-    return Rule(lambda value: isinstance(value, Integral) and int(value) >= 1, "a whole number from 1 on", remedy)
+    return Rule(
+        lambda value: isinstance(value, Integral) and int(value) >= least, f"a whole number from {least} on", remedy
+    )
 
 
 def above_and_below(low: float, high: float, remedy: str) -> Rule:

@@ -15,7 +15,6 @@ import math
 import socket
 from collections import deque
 from collections.abc import Callable, Sequence
-from numbers import Integral
 from typing import Any, Literal, get_args
 
 import torch
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 
 from ..comm import GridComm
 from ..config import Auto, Batching, Capture, check_field
-from ..errors import ConfigError, DataError, Fault, NonFiniteError, Rule, at_least, check_kind, count
+from ..errors import ConfigError, DataError, Fault, NonFiniteError, at_least, check_kind, count
 from ..likelihoods import Likelihood
 from ..noise import Key, Stream
 from ..objectives import NegativeElbo, Objective
@@ -55,7 +54,6 @@ _READ_ONCE = (
     "posterior", "likelihood", "comm", "num_samples", "seed", "objective", "autocast_dtype", "chunk_size", "batching", "capture"
 )  # fmt: skip
 
-_STEPS = Rule(lambda made: isinstance(made, Integral) and int(made) >= 0, "a whole number from 0 on", "Leave it alone")
 _UNDERFLOW = "gradients below 6e-8 become 0 in it, and a step does not scale the loss"
 
 StepViews = Literal["shared", "own"]
@@ -185,7 +183,7 @@ class VariationalStep(StepState):
         elif name == "micro_batch_size":
             check_field(name, value)
         elif name == "num_steps":
-            _STEPS.check(name, value)
+            count("Leave it alone", least=0).check(name, value)
         elif name == "num_train_examples":
             at_least(1, "Give the size of the training set").check(name, value)
         super().__setattr__(name, value)
